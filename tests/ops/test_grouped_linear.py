@@ -1,0 +1,113 @@
+"""``grouped_linear`` against its loop over experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from deepseek.ops import grouped_linear as module
+from deepseek.ops.grouped_linear import grouped_linear, grouped_linear_loop
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+TOLERANCE = {
+    torch.float64: dict(rtol=1e-12, atol=1e-12),
+    torch.float32: dict(rtol=1e-5, atol=1e-5),
+    torch.bfloat16: dict(rtol=2e-2, atol=2e-2),
+}
+
+
+def tensors(counts: list[int], dims: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows (R, I) and weights (E, O, I), with gradient."""
+    generator = torch.Generator().manual_seed(len(counts) + sum(counts))
+    inputs, outputs = dims
+    x_RI = torch.randn(sum(counts), inputs, generator=generator)
+    w_EOI = torch.randn(len(counts), outputs, inputs, generator=generator) * inputs**-0.5
+    return (t.to(dtype).requires_grad_() for t in (x_RI, w_EOI))  # type: ignore[return-value]
+
+
+def compare(counts: list[int], dims: tuple[int, int], dtype: torch.dtype) -> None:
+    counts_E = torch.tensor(counts)
+    results = []
+    for function in (grouped_linear, grouped_linear_loop):
+        x_RI, w_EOI = tensors(counts, dims, dtype)
+        y_RO = function(x_RI, w_EOI, counts_E)
+        assert y_RO.shape == (sum(counts), dims[1]) and y_RO.dtype == dtype
+        y_RO.backward(torch.linspace(-1, 1, y_RO.numel()).view_as(y_RO).to(dtype))
+        results.append((y_RO, x_RI.grad, w_EOI.grad))
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, **TOLERANCE[dtype])
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(
+    counts=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    # 1, 3 and 5 are sizes whose rows grouped_mm refuses
+    dims=st.tuples(st.sampled_from([1, 3, 4, 8, 20]), st.sampled_from([1, 5, 8, 12])),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_equals_the_loop(counts: list[int], dims: tuple[int, int], dtype: torch.dtype) -> None:
+    compare(counts, dims, dtype)
+
+
+@pytest.mark.parametrize("counts", [[0, 0], [1], [1, 1, 1], [0, 6, 0], [2, 0, 3]])
+@pytest.mark.parametrize("dims", [(8, 8), (8, 16), (12, 8), (3, 5)])
+def test_equals_the_loop_in_bf16(counts: list[int], dims: tuple[int, int]) -> None:
+    compare(counts, dims, torch.bfloat16)
+
+
+def test_every_row_meets_its_own_expert() -> None:
+    """The loop itself against one product per row."""
+    counts = [2, 0, 3, 1]
+    x_RI, w_EOI = tensors(counts, (4, 8), torch.float32)
+    owners = [0, 0, 2, 2, 2, 3]
+    for function in (grouped_linear, grouped_linear_loop):
+        y_RO = function(x_RI, w_EOI, torch.tensor(counts))
+        for row, expert in enumerate(owners):
+            torch.testing.assert_close(y_RO[row], w_EOI[expert] @ x_RI[row])
+
+
+def test_expanded_gradient() -> None:
+    """``sum().backward()`` hands back a gradient with zero strides, which grouped_mm refuses."""
+    counts = [3, 0, 2]
+    gradients = []
+    for function in (grouped_linear, grouped_linear_loop):
+        x_RI, w_EOI = tensors(counts, (8, 8), torch.float32)
+        function(x_RI, w_EOI, torch.tensor(counts)).sum().backward()
+        gradients.append((x_RI.grad, w_EOI.grad))
+    for fast, slow in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, slow)
+
+
+def test_strided_rows() -> None:
+    counts = [3, 2]
+    x_RI, w_EOI = tensors(counts, (8, 8), torch.float32)
+    strided_RI = x_RI.detach().t().contiguous().t()
+    assert not strided_RI.is_contiguous()
+    y_RO = grouped_linear(strided_RI, w_EOI, torch.tensor(counts))
+    torch.testing.assert_close(y_RO, grouped_linear_loop(x_RI, w_EOI, torch.tensor(counts)))
+
+
+def test_an_idle_expert_gets_a_zero_gradient() -> None:
+    """Zero and not None: the optimiser and the collectives then treat every expert alike."""
+    for counts in ([4, 0, 1], [0, 0, 0]):
+        for dtype in (torch.float32, torch.float64):
+            x_RI, w_EOI = tensors(counts, (4, 4), dtype)
+            grouped_linear(x_RI, w_EOI, torch.tensor(counts)).sum().backward()
+            assert w_EOI.grad is not None and not w_EOI.grad[1].any()
+
+
+def test_the_fast_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One grouped product, not a loop: 1e-3 of the launches with 256 experts."""
+    calls = []
+    grouped_mm = F.grouped_mm
+
+    def counted(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        calls.append(args)
+        return grouped_mm(*args, **kwargs)
+
+    monkeypatch.setattr(module.F, "grouped_mm", counted)
+    x_RI, w_EOI = tensors([2, 3], (8, 8), torch.float32)
+    grouped_linear(x_RI, w_EOI, torch.tensor([2, 3]))
+    assert len(calls) == 1

@@ -1,0 +1,5 @@
+"""``python -m deepseek`` is ``deepseek``."""
+
+from deepseek.cli import main
+
+main()

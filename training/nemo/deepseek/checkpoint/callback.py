@@ -1,0 +1,201 @@
+"""Saves and resumes: the same way with NeMo and without."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deepseek.checkpoint.manager import CheckpointManager
+from deepseek.checkpoint.training_state import collect_tensors, restore, run_state
+from deepseek.config.errors import UserError
+from deepseek.config.schema import CheckpointConfig
+from deepseek.frameworks import Callback
+
+FIXED = {
+    "seed",
+    "model.global_batch_size",
+    "model.data.seq_length",
+    "model.data.isolate_documents",
+    "model.data.fim_rate",
+    "model.data.validation_fraction",
+    "model.optim.name",
+    "model.vocab_size",
+    "model.hidden_size",
+    "model.num_hidden_layers",
+    "model.num_attention_heads",
+    "model.q_lora_rank",
+    "model.kv_lora_rank",
+    "model.qk_nope_head_dim",
+    "model.qk_rope_head_dim",
+    "model.v_head_dim",
+    "model.intermediate_size",
+    "model.moe_intermediate_size",
+    "model.n_routed_experts",
+    "model.n_shared_experts",
+    "model.first_k_dense_replace",
+    "model.num_nextn_predict_layers",
+    "model.topk_method",
+}
+"""Keys a run keeps for life: they decide the tensors, or which sample comes when."""
+
+
+class Checkpointing(Callback):
+    """Restores before the first step; saves every so many steps, at the end, and on a signal.
+
+    Args:
+        folder: the run's checkpoint folder.
+        params: ``exp_manager.checkpoint_callback_params``.
+        config: the resolved configuration, stored with each checkpoint.
+        fingerprint: what identifies the data and the tokenizer; a resumed run must have the same.
+        resume: continue from the newest sound checkpoint, if there is one.
+        report: where messages go.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        params: CheckpointConfig,
+        config: dict[str, Any],
+        fingerprint: str,
+        resume: bool,
+        report: Callable[[str], None],
+    ) -> None:
+        self.folder = folder
+        self.keep = params.save_top_k
+        self._manager: CheckpointManager | None = None
+        self.every_n_steps = params.every_n_train_steps
+        self.config = config
+        self.fingerprint = fingerprint
+        self.resume = resume
+        self.report = report
+        self.signal_received: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self._saved_step = -1
+
+    @property
+    def manager(self) -> CheckpointManager:
+        """The folder's writer; only one at a time may have it."""
+        if self._manager is None:
+            self._manager = CheckpointManager(self.folder, keep=self.keep)
+        return self._manager
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Resume, and start listening for signals."""
+        if self.resume:
+            self._resume(trainer, pl_module)
+        elif self.manager.steps():
+            raise UserError(
+                f"{self.folder} already holds checkpoints and "
+                "exp_manager.resume_if_exists=false; use another --run-dir or name, "
+                "or set exp_manager.resume_if_exists=true"
+            )
+        # A signal only sets a flag: the checkpoint is written between two steps, never inside one.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Save on schedule, or because a signal asks to stop."""
+        step = pl_module.finished_steps
+        due = self.every_n_steps > 0 and step % self.every_n_steps == 0
+        if self.signal_received is not None:
+            self._save(trainer, pl_module)
+            trainer.should_stop = True
+        elif due:
+            self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """The last step is always kept."""
+        self._save(trainer, pl_module)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Give signals and folder back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+        if self._manager is not None:
+            self._manager.close()
+
+    def _save(self, trainer: Any, pl_module: Any) -> None:
+        if self._saved_step == pl_module.finished_steps:
+            return
+        tensors = collect_tensors(pl_module.model, _optimizer(trainer))
+        state = run_state(pl_module, self.config, self.fingerprint)
+        self.manager.save(pl_module.finished_steps, tensors, state)
+        self._saved_step = pl_module.finished_steps
+
+    def _resume(self, trainer: Any, pl_module: Any) -> None:
+        checkpoint = self.manager.newest_sound(self.report)
+        if checkpoint is None:
+            return
+        state = checkpoint.state()
+        self._check_same_run(state, pl_module, checkpoint.path)
+        restore(checkpoint, pl_module.model, _optimizer(trainer))
+        pl_module.finished_steps = self._saved_step = int(state["step"])
+        continue_loops(trainer, pl_module.finished_steps)
+        self.report(f"resumed from {checkpoint.path} at step {pl_module.finished_steps}")
+
+    def _check_same_run(self, state: dict[str, Any], pl_module: Any, path: Path) -> None:
+        """What would change the model or the order of the data is refused, the rest reported."""
+        before, now = flatten(state["config"]), flatten(self.config)
+        changed = [
+            key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
+        ]
+        fixed = [key for key in changed if key in FIXED]
+        if fixed:
+            values = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in fixed)
+            raise UserError(
+                f"{path} cannot be continued, since this configuration differs: {values}; set it "
+                "back, or start a new run (another name, or another --run-dir)"
+            )
+        if state["data"] != self.fingerprint:
+            raise UserError(
+                f"{path} was trained on other data than this configuration opens; restore the "
+                "data it was made with, or start a new run (another name, or another --run-dir)"
+            )
+        for key in changed:
+            if not key.startswith(("trainer.max_steps", "exp_manager.", "name")):
+                self.report(
+                    f"changed since the checkpoint: {key} {before.get(key)} -> {now.get(key)}"
+                )
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.signal_received is not None:
+            raise KeyboardInterrupt  # the second one does not wait
+        self.signal_received = number
+        self.report(
+            f"{signal.Signals(number).name}: saving a checkpoint after this step, then stopping "
+            "(once more to stop at once)"
+        )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def continue_loops(trainer: Any, step: int) -> None:
+    """Tell Lightning's loops that ``step`` batches are done.
+
+    Lightning's own loop state is not stored: it is a function of the step, and storing it would
+    tie a checkpoint to one version and one layout. Its loader holds the remaining steps only, so
+    nothing restarts in the middle of an epoch; the totals keep ``trainer.global_step`` and the
+    validation interval counting from the start of the run.
+    """
+    epoch_loop = trainer.fit_loop.epoch_loop
+    for total in (
+        epoch_loop.batch_progress.total,
+        epoch_loop.manual_optimization.optim_step_progress.total,
+    ):
+        total.ready = total.completed = step
+
+
+def _optimizer(trainer: Any) -> Any:
+    return trainer.optimizers[0]

@@ -1,0 +1,115 @@
+"""One checkpoint that has been verified: its state, what tensors it holds, and how to load them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from deepseek.checkpoint.manifest import Manifest
+from deepseek.checkpoint.metadata import read_metadata
+from deepseek.checkpoint.ranks import Ranks
+from deepseek.checkpoint.shards import read_shards
+from deepseek.checkpoint.state import read_state
+from deepseek.config.errors import UserError
+
+_NAMED = 8
+"""How many tensors an error names before it counts the rest."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory whose files had the sizes and digests of its manifest when opened."""
+
+    path: Path
+    step: int
+    """Optimiser steps done."""
+    _state: dict[str, Any] = field(repr=False)
+    _metadata: Metadata = field(repr=False)
+    _ranks: Ranks = field(repr=False)
+
+    @classmethod
+    def open(cls, path: Path, ranks: Ranks | None = None) -> Checkpoint:
+        """Verify the directory ``path`` and open it; a collective over ``ranks``.
+
+        Raises ``UserError`` with every file that is missing or differs.
+        """
+        ranks = ranks or Ranks()
+        manifest = ranks.lead(lambda: Manifest.read(path))
+        problems = ranks.lead(lambda: manifest.wrong_sizes(path))
+        if not problems:
+            # The ranks share the hashing.
+            mine = sorted(manifest.files)[ranks.rank :: ranks.size]
+            found = ranks.together(lambda: manifest.wrong_digests(path, mine))
+            problems = [problem for part in found for problem in part]
+        if problems:
+            raise UserError(f"{path} is damaged: {'; '.join(problems)}")
+        sizes = {name: entry.size for name, entry in manifest.files.items()}
+        opened = []
+
+        def read() -> None:
+            state, metadata = read_state(path), read_metadata(path, sizes)
+            opened.append(cls(path, manifest.step, state, metadata, ranks))
+
+        ranks.together(read)
+        return opened[0]
+
+    def state(self) -> dict[str, Any]:
+        """The run state, equal to what ``save`` was given on rank 0."""
+        return self._state
+
+    def tensor_names(self) -> list[str]:
+        """Global names, sorted."""
+        return sorted(self._metadata.state_dict_metadata)
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Global shape of each tensor."""
+        return {name: tuple(self._tensor(name).size) for name in self.tensor_names()}
+
+    def tensor_dtypes(self) -> dict[str, torch.dtype]:
+        """Dtype of each tensor."""
+        return {name: self._tensor(name).properties.dtype for name in self.tensor_names()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Fill ``tensors`` in place, bit by bit; a collective.
+
+        A subset of the checkpoint's tensors may be asked for. Plain tensors get the whole, DTensors
+        this rank's part, whatever the layout was that wrote them.
+
+        Raises:
+            UserError: a name is not in the checkpoint, or its global shape or dtype is another;
+                nothing has been changed then.
+        """
+        self._ranks.together(lambda: self._check(tensors))
+        self._ranks.together(lambda: read_shards(self.path, self._metadata, tensors, self._ranks))
+
+    def _tensor(self, name: str) -> TensorStorageMetadata:
+        return cast(TensorStorageMetadata, self._metadata.state_dict_metadata[name])
+
+    def _check(self, tensors: dict[str, Tensor]) -> None:
+        held = self._metadata.state_dict_metadata
+        problems = []
+        for name, tensor in tensors.items():
+            if name not in held:
+                problems.append(f"{name}: missing")
+                continue
+            saved = self._tensor(name)
+            shape, dtype = tuple(saved.size), saved.properties.dtype
+            if tuple(tensor.shape) != shape:
+                problems.append(f"{name}: has shape {list(shape)}, asked for {list(tensor.shape)}")
+            elif tensor.dtype != dtype:
+                problems.append(f"{name}: is {dtype}, asked for {tensor.dtype}")
+            elif tensor.is_meta:
+                problems.append(f"{name}: the tensor to fill is on the meta device")
+        if problems:
+            lines = "\n".join(f"  {problem}" for problem in problems[:_NAMED])
+            rest = len(problems) - _NAMED
+            more = f"\n  and {rest} more" if rest > 0 else ""
+            raise UserError(
+                f"{self.path} does not fit {len(problems)} of the {len(tensors)} tensors asked "
+                f"for:\n{lines}{more}\nuse the configuration it was written with (state.json)"
+            )

@@ -1,0 +1,103 @@
+"""The ranks that write or read a checkpoint together: every collective decision of the package.
+
+Two verbs are enough. ``together`` runs a piece of work on every rank and hands all results to all;
+``lead`` runs it on rank 0 and hands the result to all. What fails on one rank fails on every rank,
+with the same message, so that none waits for one that has left. Without a process group both are
+a plain call: a layout of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import torch.distributed as dist
+
+from deepseek.config.errors import UserError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The ranks of ``group`` (None: all ranks, if ``torch.distributed`` is initialised by then).
+
+    Values and messages travel as objects: with NCCL, ``torch.cuda.set_device`` must have been
+    called; a gloo group spares that.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a process group. Asked anew each time: it may be made later."""
+        return dist.is_available() and dist.is_initialized()
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group) if self.active else 0
+
+    @property
+    def size(self) -> int:
+        return dist.get_world_size(self.group) if self.active else 1
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Run ``work`` on every rank; the results of all ranks, in their order.
+
+        Raises what ``work`` raised, or ``UserError`` with the messages of the ranks that failed.
+        """
+        if not self.active:
+            return [work()]
+        value, failure = _attempt(work)
+        outcomes: list[tuple[T | None, str | None]] = [(None, None)] * self.size
+        dist.all_gather_object(outcomes, (value, _message(failure)), group=self.group)
+        messages = {rank: text for rank, (_, text) in enumerate(outcomes) if text is not None}
+        if messages:
+            _raise(failure, _joined(messages, self.size))
+        return [cast(T, value) for value, _ in outcomes]
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on rank 0; its result on every rank.
+
+        Raises what ``work`` raised on rank 0, and ``UserError`` with its message on the others.
+        """
+        if not self.active:
+            return work()
+        value, failure = _attempt(work) if self.rank == 0 else (None, None)
+        box: list[tuple[T | None, str | None]] = [(value, _message(failure))]
+        source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        dist.broadcast_object_list(box, src=source, group=self.group)
+        value, text = box[0]
+        if text is not None:
+            _raise(failure, text)
+        return cast(T, value)
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as failure:
+        return None, failure
+
+
+def _message(failure: Exception | None) -> str | None:
+    if failure is None:
+        return None
+    return str(failure) if isinstance(failure, UserError) else repr(failure)
+
+
+def _joined(messages: dict[int, str], size: int) -> str:
+    """One text, each message once, with the ranks that gave it unless all gave the same."""
+    ranks: dict[str, list[str]] = {}
+    for rank, text in messages.items():
+        ranks.setdefault(text, []).append(str(rank))
+    if len(ranks) == 1 and len(messages) == size:
+        return next(iter(ranks))
+    return "\n".join(f"rank {', '.join(who)}: {text}" for text, who in ranks.items())
+
+
+def _raise(own: Exception | None, text: str) -> None:
+    # A bug keeps its own traceback on the rank where it happened.
+    if own is not None and not isinstance(own, UserError):
+        raise own
+    raise UserError(text) from own

@@ -1,0 +1,142 @@
+"""The command line: ``deepseek VERB``. It parses and calls; the work is in ``commands``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepseek.commands.doors import guarded
+
+app = typer.Typer(
+    name="deepseek",
+    help="Train DeepSeek-V3-class models from one YAML file, on a laptop or a cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[str, typer.Option(help="Name of a shipped configuration, or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings that override the file.")
+]
+PASS_ON = {"ignore_unknown_options": True}  # `--a.b=c` is an override too
+
+
+@app.command("train", context_settings=PASS_ON)
+def train_command(
+    overrides: Overrides = None,
+    config: Config = "deepseek_v3_tiny",
+    run_dir: Annotated[Path | None, typer.Option(help="The run folder itself.")] = None,
+    sample: Annotated[bool, typer.Option(help="Print a generated sample at the end.")] = False,
+) -> None:
+    """Train, or continue, a run."""
+    from deepseek.commands.train import train
+
+    train(config, overrides or [], run_dir, sample)
+
+
+@app.command("test")
+def test_command(
+    config: Annotated[
+        str | None, typer.Option(help="Take the model's kind from this configuration.")
+    ] = None,
+) -> None:
+    """Check the model: shapes, causality, routing, gradients, agreement with the reference."""
+    from deepseek.commands.test_model import test_model
+
+    raise typer.Exit(0 if test_model(config) else 1)
+
+
+@app.command("validate", context_settings=PASS_ON)
+def validate_command(
+    config: Annotated[str, typer.Argument(help="Name or YAML file.")] = "deepseek_v3_tiny",
+    overrides: Overrides = None,
+) -> None:
+    """Print every error of a configuration; of a sound one, parameters, FLOPs and memory."""
+    from deepseek.commands.validate import validate
+
+    validate(config, overrides or [])
+
+
+@app.command("prepare-data")
+def prepare_data_command(
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Files or folders of text, .jsonl, .parquet, each also .zst; none: the built-in corpus."
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Prefix P of the files P.bin and P.idx.")] = Path(
+        "data/corpus"
+    ),
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json or a folder holding one; none: train one.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Size of the tokenizer that is trained.")] = 4096,
+    json_key: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
+    workers: Annotated[int, typer.Option(help="Processes; 0: one per core.")] = 0,
+    append_eos: Annotated[bool, typer.Option(help="End each document with the end token.")] = True,
+) -> None:
+    """Turn text into training data (Megatron .bin/.idx), training a tokenizer if none is given."""
+    from deepseek.commands.prepare_data import prepare_data
+
+    prepare_data(inputs or None, output, tokenizer, vocab_size, json_key, workers, append_eos)
+
+
+@app.command("generate")
+def generate_command(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue; may be repeated.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to draw.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: the most probable token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0: all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Keep the smallest set reaching this probability.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Continue prompts with a run's newest checkpoint."""
+    from deepseek.commands.generate import generate_text
+
+    generate_text(run, prompt or [""], max_new_tokens, temperature, top_k, top_p, seed)
+
+
+@app.command("ls")
+def ls_command(
+    run: Annotated[Path | None, typer.Argument(help="A run folder: list its checkpoints.")] = None,
+) -> None:
+    """List the shipped configurations, or the checkpoints of a run."""
+    from deepseek.commands.shipped import list_checkpoints, list_configs
+
+    list_checkpoints(run) if run is not None else list_configs()
+
+
+@app.command("cp")
+def cp_command(
+    name: Annotated[str, typer.Argument(help="Shipped configuration.")],
+    target: Annotated[Path, typer.Argument(help="File to write.")],
+) -> None:
+    """Copy a shipped configuration to a file of your own."""
+    from deepseek.commands.shipped import copy_config
+
+    copy_config(name, target)
+
+
+@app.command("cat")
+def cat_command(
+    name: Annotated[str, typer.Argument(help="Shipped configuration or YAML file.")],
+    resolved: Annotated[bool, typer.Option(help="Every key, after `extends`.")] = False,
+) -> None:
+    """Print a configuration."""
+    from deepseek.commands.shipped import print_config
+
+    print_config(name, resolved)
+
+
+def main() -> None:
+    """Entry point of the ``deepseek`` command."""
+    guarded(app)

@@ -1,0 +1,58 @@
+"""Doors for the scripts: they parse with the standard library alone, so that PyTorch Lightning and
+OmegaConf are enough to test and to train. The full command line is ``cli.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from deepseek.config.errors import UserError
+from deepseek.console import complain
+
+
+def guarded(call: Callable[[], object]) -> None:
+    """Run; what the user can mend is a message and exit code 2, never a traceback."""
+    try:
+        call()
+    except UserError as error:
+        complain(f"error: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        complain("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe (`| head`) went away
+        sys.stderr.close()
+        sys.exit(141)
+
+
+def train_door(argv: Sequence[str] | None = None) -> None:
+    """``train_deepseek.py --config NAME [--run-dir DIR] [a.b=c ...]``."""
+    parser = argparse.ArgumentParser(description="Train, or continue, a run.", allow_abbrev=False)
+    parser.add_argument("--config", default="deepseek_v3_base", help="shipped name or YAML file")
+    parser.add_argument("--run-dir", type=Path, help="the run folder itself")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override")
+    options, more = parser.parse_known_args(argv)  # `--a.b=c` is an override too
+
+    def call() -> None:
+        from deepseek.commands.train import train
+
+        train(options.config, [*options.overrides, *more], options.run_dir)
+
+    guarded(call)
+
+
+def test_door(argv: Sequence[str] | None = None) -> None:
+    """``test_model.py [--config NAME]``."""
+    parser = argparse.ArgumentParser(description="Check the model.", allow_abbrev=False)
+    parser.add_argument("--config", help="take the model's kind from this configuration")
+    options = parser.parse_args(argv)
+
+    def call() -> None:
+        from deepseek.commands.test_model import test_model
+
+        sys.exit(0 if test_model(options.config) else 1)
+
+    guarded(call)

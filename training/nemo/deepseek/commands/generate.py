@@ -1,0 +1,102 @@
+"""``deepseek generate``: text from a run's newest checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from deepseek.config import RunConfig, load_config
+from deepseek.config.errors import UserError
+from deepseek.console import complain, say
+from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
+
+
+def generate_text(
+    run: Path,
+    prompts: Sequence[str],
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> list[str]:
+    """Continue each prompt; a single one streams to the terminal as it is drawn.
+
+    Args:
+        run: a run folder.
+        prompts: texts; they may differ in length.
+        max_new_tokens: per prompt.
+        temperature: 0 for the most probable token each time.
+        top_k: keep the k most probable tokens; 0: all.
+        top_p: keep the smallest set of tokens whose probability reaches p.
+        seed: of the draws.
+
+    Returns:
+        The continuations, without the prompts.
+
+    Raises:
+        UserError: no run, no sound checkpoint, or a prompt that does not fit.
+    """
+    from deepseek.inference.generate import generate, stream_tokens
+    from deepseek.inference.sampling import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p)
+    model, tokenizer = load_run(run)
+    ids = [_with_start(tokenizer, prompt) for prompt in prompts]
+    if len(prompts) > 1:
+        rows = generate(model, ids, max_new_tokens, sampling, tokenizer.eos_id, seed)
+        texts = [tokenizer.decode(_without_eos(row, tokenizer.eos_id)) for row in rows]
+        for prompt, text in zip(prompts, texts, strict=True):
+            say(f"{prompt}{text}\n")
+        return texts
+    decoder, pieces = tokenizer.stream(), []
+    sys.stdout.write(prompts[0])
+    for (token,) in stream_tokens(model, ids, max_new_tokens, sampling, tokenizer.eos_id, seed):
+        if token is None or token == tokenizer.eos_id:
+            break
+        pieces.append(decoder.push(token))
+        sys.stdout.write(pieces[-1])
+        sys.stdout.flush()
+    pieces.append(decoder.finish())
+    say(pieces[-1])
+    return ["".join(pieces)]
+
+
+def load_run(run: Path) -> tuple[Any, Any]:
+    """Model (with the weights of the newest sound checkpoint) and tokenizer of a run folder."""
+    import torch
+
+    from deepseek.checkpoint.folder import newest_sound
+    from deepseek.checkpoint.training_state import load_weights
+    from deepseek.data.tokenizer import load_tokenizer
+    from deepseek.models.transformer import Transformer
+
+    if not (run / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{run} is no run folder: it has no {CONFIG_FILE}; "
+            "give the folder that `deepseek train` printed at its start and end"
+        )
+    config = OmegaConf.to_object(load_config(run / CONFIG_FILE))
+    assert isinstance(config, RunConfig)
+    checkpoint = newest_sound(run / CHECKPOINTS, complain)
+    if checkpoint is None:
+        raise UserError(f"{run / CHECKPOINTS} holds no checkpoint yet; train first")
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+    load_weights(checkpoint, model)
+    return model.eval(), load_tokenizer(run / TOKENIZER)
+
+
+def _with_start(tokenizer: Any, prompt: str) -> list[int]:
+    """The prompt's ids; an empty prompt starts where a new document starts, after an end."""
+    ids: list[int] = tokenizer.encode(prompt)
+    return ids or [tokenizer.eos_id]
+
+
+def _without_eos(row: list[int], eos_id: int | None) -> list[int]:
+    return row[:-1] if row and row[-1] == eos_id else row

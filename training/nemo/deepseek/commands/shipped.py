@@ -1,0 +1,97 @@
+"""``deepseek ls``, ``cp`` and ``cat``: the shipped configurations, and a run's checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from deepseek.config import RunConfig, load_config, resolved_yaml
+from deepseek.config.errors import UserError
+from deepseek.config.sources import CONFIGS, shipped_configs
+from deepseek.console import say, table
+from deepseek.planner.counts import count_parameters
+from deepseek.run_folder import CHECKPOINTS
+
+
+def list_configs() -> None:
+    """One row per shipped configuration."""
+    rows = []
+    for name in shipped_configs():
+        run = OmegaConf.to_object(load_config(name))
+        assert isinstance(run, RunConfig)
+        model, counts = run.model, count_parameters(run.model)
+        processes = run.trainer.devices * run.trainer.num_nodes
+        rows.append(
+            (
+                name,
+                _size(counts.total),
+                _size(counts.active),
+                f"{model.num_hidden_layers} x {model.hidden_size}",
+                f"{model.n_routed_experts} top-{model.num_experts_per_tok}",
+                str(processes),
+            )
+        )
+    columns = ("config", "parameters", "active", "layers x width", "experts", "processes")
+    table("shipped configurations", columns, rows)
+
+
+def list_checkpoints(run: Path) -> None:
+    """One row per checkpoint of a run, its digests verified.
+
+    Raises:
+        UserError: no run folder.
+    """
+    from deepseek.checkpoint.folder import describe
+
+    if not (run / CHECKPOINTS).is_dir():
+        raise UserError(f"{run} is no run folder: it has no folder {CHECKPOINTS}")
+    rows = [
+        (str(s.step), f"{s.size / 1e6:,.1f} MB", str(s.tensors or "?"), s.problem or "sound")
+        for s in describe(run / CHECKPOINTS)
+    ]
+    table(f"checkpoints of {run}", ("step", "size", "tensors", "state"), rows)
+
+
+def copy_config(name: str, target: Path) -> None:
+    """Copy a shipped configuration to a file of your own, complete and commented.
+
+    Raises:
+        UserError: unknown name, or the target exists.
+    """
+    source = _path(name)
+    if target.is_dir():
+        target = target / source.name
+    if target.exists():
+        raise UserError(f"{target} exists; choose another name, or remove it first")
+    try:
+        target.write_text(source.read_text())
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}") from error
+    say(f"wrote {target}; try: deepseek validate {target}")
+
+
+def print_config(name: str, resolved: bool = False) -> None:
+    """Print a configuration as it stands, or with every key resolved."""
+    if resolved:
+        say(resolved_yaml(load_config(name)).rstrip())
+    else:
+        say(_path(name).read_text().rstrip())
+
+
+def _path(name: str) -> Path:
+    """The file of a shipped configuration, or of one given by path."""
+    path = CONFIGS / f"{name}.yaml"
+    if path.exists():
+        return path
+    if Path(name).is_file():
+        return Path(name)
+    load_config(name)  # raises with the nearest name
+    raise UserError(f"{name}: no such configuration")
+
+
+def _size(count: int) -> str:
+    for unit, factor in (("B", 1e9), ("M", 1e6)):
+        if count >= factor:
+            return f"{count / factor:,.2f} {unit}"
+    return f"{count:,}"

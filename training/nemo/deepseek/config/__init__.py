@@ -1,0 +1,20 @@
+"""One YAML file: its schema, how it is read, and the rules it must obey. No torch here."""
+
+from deepseek.config.errors import ConfigError, Problem, UserError
+from deepseek.config.load import load_config, resolved_yaml
+from deepseek.config.rules import check, single_process_only
+from deepseek.config.schema import ModelConfig, RunConfig
+from deepseek.config.sources import shipped_configs
+
+__all__ = [
+    "ConfigError",
+    "ModelConfig",
+    "Problem",
+    "RunConfig",
+    "UserError",
+    "check",
+    "load_config",
+    "resolved_yaml",
+    "shipped_configs",
+    "single_process_only",
+]

@@ -1,0 +1,60 @@
+"""Errors for people: what, where, why, and the nearest way out.
+
+``UserError``
+    ``ConfigError``   every problem of a configuration at once
+
+The command line prints the message of a ``UserError`` without a traceback and exits with code 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class UserError(Exception):
+    """Something the user can mend; the message says how."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One broken rule of a configuration."""
+
+    field: str
+    """Dotted key, such as ``model.num_experts_per_tok``; empty: the file as a whole."""
+    value: object
+    """What was given."""
+    rule: str
+    """What must hold, with the numbers."""
+    way_out: str
+    """The nearest change that makes it hold."""
+    where: str = ""
+    """``file:line`` or ``override`` that gave the value; empty: not known, or a default."""
+
+    def __str__(self) -> str:
+        advice = f"{self.rule}; {self.way_out}"
+        if not self.field:
+            return f"{self.where}: {advice}" if self.where else advice
+        origin = f" [{self.where}]" if self.where else ""
+        return f"{self.field}={shown(self.value)}: {advice}{origin}"
+
+
+class ConfigError(UserError):
+    """All problems of one configuration, found before any process starts."""
+
+    def __init__(self, problems: Sequence[Problem], source: str = "the configuration") -> None:
+        self.problems = list(problems)
+        count = len(self.problems)
+        noun = "problem" if count == 1 else "problems"
+        lines = "\n".join(f"  {problem}" for problem in self.problems)
+        super().__init__(f"{source} has {count} {noun}:\n{lines}")
+
+
+def shown(value: object) -> str:
+    """``value`` as it would stand in YAML, at most 60 characters."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = "''" if value == "" else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,536 @@
+"""The rules a configuration must obey, each with its numbers and a way out.
+
+What one field may hold (``ranges.py``) is checked first, then the rules between fields (here, and
+``paths.py`` for files). A rule that reads a field already found wrong is not applied, so that one
+mistake gives one problem.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import asdict, is_dataclass
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from deepseek.config.errors import Problem
+from deepseek.config.fields import LEAVES, type_problems, value_at
+from deepseek.config.paths import data_files, folders, run_names, tokenizer_file
+from deepseek.config.ranges import name_problem, range_problem
+from deepseek.config.schema import RunConfig
+
+
+def check(cfg: RunConfig | DictConfig, unreadable: Collection[str] = ()) -> list[Problem]:
+    """Every broken rule of ``cfg``; empty for a sound one.
+
+    ``unreadable``: dotted keys whose values are known to be wrong; no rule reads them.
+    """
+    config = cast(RunConfig, OmegaConf.to_object(cfg)) if isinstance(cfg, DictConfig) else cfg
+    tree = asdict(config)
+    bad = set(unreadable)
+    problems = [p for p in type_problems(tree) if not _is_under(p.field, bad)]
+    bad |= {problem.field for problem in problems}
+    for one_field_rule in (range_problem, name_problem):
+        for path in LEAVES:
+            if _is_under(path, bad) or value_at(tree, path) is None:
+                continue
+            problem = one_field_rule(path, value_at(tree, path))
+            if problem is not None:
+                problems.append(problem)
+    bad |= {problem.field for problem in problems}
+    view = cast(RunConfig, _View(config, bad))
+    for rule in RULES:
+        try:
+            problems.extend(rule(view))  # what was found before a bad field was read is kept
+        except _Unreadable:
+            continue
+    return problems
+
+
+def single_process_only(cfg: RunConfig | DictConfig) -> list[Problem]:
+    """At most one problem: a layout of more than one process, which cannot be trained yet.
+
+    Not part of ``check``: such a configuration is sound. The training command asks.
+    """
+    sizes = {
+        "trainer.devices": cfg.trainer.devices,
+        "trainer.num_nodes": cfg.trainer.num_nodes,
+        "model.tensor_model_parallel_size": cfg.model.tensor_model_parallel_size,
+        "model.pipeline_model_parallel_size": cfg.model.pipeline_model_parallel_size,
+        "model.expert_model_parallel_size": cfg.model.expert_model_parallel_size,
+        "model.data_parallel_replicate_size": cfg.model.data_parallel_replicate_size,
+    }
+    above_one = {path: size for path, size in sizes.items() if size > 1}
+    if not above_one:
+        return []
+    path, size = next(iter(above_one.items()))
+    asked = ", ".join(f"{path}={size}" for path, size in above_one.items())
+    rule = f"this version trains in one process, and parallel training comes next (asked: {asked})"
+    way_out = "to run here, add " + " ".join(f"{path}=1" for path in above_one)
+    return [Problem(path, size, rule, way_out)]
+
+
+# -- between fields --
+
+
+def heads(cfg: RunConfig) -> Iterator[Problem]:
+    """Shapes of attention."""
+    rope = cfg.model.qk_rope_head_dim
+    if rope % 2:
+        yield Problem(
+            "model.qk_rope_head_dim",
+            rope,
+            "must be even, since rotary position turns pairs of numbers",
+            f"use {rope - 1} or {rope + 1}",
+        )
+
+
+def layers(cfg: RunConfig) -> Iterator[Problem]:
+    """Dense and MoE blocks, tied embeddings."""
+    if cfg.model.tie_word_embeddings:
+        yield Problem(
+            "model.tie_word_embeddings",
+            True,
+            "no V3-class model ties head and embedding, and none is built here",
+            "use false",
+        )
+    dense, total = cfg.model.first_k_dense_replace, cfg.model.num_hidden_layers
+    if dense > total:
+        yield Problem(
+            "model.first_k_dense_replace",
+            dense,
+            f"is more than model.num_hidden_layers={total}",
+            f"use 0 to {total}",
+        )
+
+
+def expert_groups(cfg: RunConfig) -> Iterator[Problem]:
+    """Groups of group-limited routing (arXiv:2412.19437 section 2.1.2), and the experts that a
+    token can reach through them."""
+    groups, kept = cfg.model.n_group, cfg.model.topk_group
+    chosen, experts = cfg.model.num_experts_per_tok, cfg.model.n_routed_experts
+    if chosen > experts:
+        yield Problem(
+            "model.num_experts_per_tok",
+            chosen,
+            f"is more than model.n_routed_experts={experts}",
+            f"use 1 to {experts}",
+        )
+    if cfg.model.topk_method == "greedy":
+        for key, size in (("n_group", groups), ("topk_group", kept)):
+            if size != 1:
+                yield Problem(
+                    f"model.{key}",
+                    size,
+                    "would be ignored, since model.topk_method=greedy knows no groups",
+                    f"use model.{key}=1, or model.topk_method=group_limited_greedy or noaux_tc",
+                )
+        return
+    if kept > groups:
+        yield Problem(
+            "model.topk_group", kept, f"is more than model.n_group={groups}", f"use 1 to {groups}"
+        )
+    size, left_over = divmod(experts, groups)
+    if left_over:
+        yield Problem(
+            "model.n_group",
+            groups,
+            f"does not divide model.n_routed_experts={experts}",
+            f"use {_listed(_divisors(experts), near=groups)}",
+        )
+    elif size == 1 and groups > 1 and cfg.model.topk_method == "noaux_tc":
+        yield Problem(
+            "model.n_group",
+            groups,
+            f"leaves 1 expert in a group of model.n_routed_experts={experts}, and noaux_tc scores "
+            "a group by its two best",
+            f"use {_listed(_divisors(experts)[:-1], near=groups)}",
+        )
+    elif kept * size < chosen <= experts and kept <= groups:
+        yield Problem(
+            "model.num_experts_per_tok",
+            chosen,
+            f"cannot be met: model.topk_group={kept} groups of {size} experts hold {kept * size}",
+            f"use 1 to {kept * size}, or model.topk_group={math.ceil(chosen / size)} or more",
+        )
+
+
+def routing_weights(cfg: RunConfig) -> Iterator[Problem]:
+    """Settings under which the router would not learn, or would not act."""
+    if cfg.model.num_experts_per_tok == 1 and cfg.model.norm_topk_prob:
+        yield Problem(
+            "model.norm_topk_prob",
+            True,
+            "with model.num_experts_per_tok=1 every normalised weight is 1, so that the router "
+            "gets no gradient",
+            "use false, or model.num_experts_per_tok=2 or more",
+        )
+    rate, method = cfg.model.moe_router_bias_update_rate, cfg.model.topk_method
+    if rate != 0 and method != "noaux_tc":
+        yield Problem(
+            "model.moe_router_bias_update_rate",
+            rate,
+            f"would be ignored, since model.topk_method={method} has no correction bias",
+            "use 0, or model.topk_method=noaux_tc",
+        )
+
+
+def dense_only(cfg: RunConfig) -> Iterator[Problem]:
+    """Settings of experts in a model that has none."""
+    if cfg.model.first_k_dense_replace < cfg.model.num_hidden_layers:
+        return
+    if cfg.model.num_nextn_predict_layers > 0:  # the block of an MTP module holds experts
+        return
+    for key, idle in (("moe_z_loss_coeff", 0), ("expert_model_parallel_size", 1)):
+        value = getattr(cfg.model, key)
+        if value != idle:
+            yield Problem(
+                f"model.{key}",
+                value,
+                "would be ignored, since all "
+                f"model.num_hidden_layers={cfg.model.num_hidden_layers} blocks are dense "
+                f"(model.first_k_dense_replace={cfg.model.first_k_dense_replace})",
+                f"use {idle}, or model.first_k_dense_replace="
+                f"{cfg.model.num_hidden_layers - 1} or less",
+            )
+
+
+def multi_token_prediction(cfg: RunConfig) -> Iterator[Problem]:
+    """MTP depth and weight (arXiv:2412.19437 section 2.2)."""
+    depth, factor = cfg.model.num_nextn_predict_layers, cfg.model.mtp_loss_scaling_factor
+    default = LEAVES["model.mtp_loss_scaling_factor"].default
+    if depth == 0 and factor not in (0, default):
+        yield Problem(
+            "model.mtp_loss_scaling_factor",
+            factor,
+            "would be ignored, since model.num_nextn_predict_layers=0",
+            f"use {default} (the default), or model.num_nextn_predict_layers=1",
+        )
+    if depth > 0 and factor == 0:
+        yield Problem(
+            "model.mtp_loss_scaling_factor",
+            factor,
+            f"would leave model.num_nextn_predict_layers={depth} modules without gradient",
+            f"use {default}, or model.num_nextn_predict_layers=0",
+        )
+    length = cfg.model.data.seq_length
+    if depth >= length:
+        yield Problem(
+            "model.num_nextn_predict_layers",
+            depth,
+            f"predicts beyond the end of model.data.seq_length={length}",
+            f"use less than {length}",
+        )
+
+
+def context(cfg: RunConfig) -> Iterator[Problem]:
+    """Sequence length against the positions the model knows."""
+    length, longest = cfg.model.data.seq_length, cfg.model.max_position_embeddings
+    if length > longest:
+        yield Problem(
+            "model.data.seq_length",
+            length,
+            f"is more than model.max_position_embeddings={longest}",
+            f"use {longest} or less, or model.max_position_embeddings={length}",
+        )
+    yarn = cfg.model.rope_scaling
+    if yarn is None:
+        return
+    original = yarn.original_max_position_embeddings
+    if length > yarn.factor * original:
+        yield Problem(
+            "model.data.seq_length",
+            length,
+            f"is more than YaRN extends to: factor {yarn.factor:g} x original {original} = "
+            f"{yarn.factor * original:g}",
+            f"use {int(yarn.factor * original)} or less, or "
+            f"model.rope_scaling.factor={math.ceil(length / original)}",
+        )
+    if yarn.beta_fast < yarn.beta_slow:
+        yield Problem(
+            "model.rope_scaling.beta_fast",
+            yarn.beta_fast,
+            f"is less than beta_slow={yarn.beta_slow:g}, so the ramp between them runs backwards",
+            f"use {yarn.beta_slow:g} or more (YaRN: 32 and 1)",
+        )
+
+
+def optimiser(cfg: RunConfig) -> Iterator[Problem]:
+    """AdamW and Muon."""
+    betas = cfg.model.optim.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield Problem(
+            "model.optim.betas",
+            list(betas),
+            "must be two numbers, each at least 0 and below 1",
+            "use [0.9, 0.95]",
+        )
+    momentum, default = cfg.model.optim.muon_momentum, LEAVES["model.optim.muon_momentum"].default
+    if cfg.model.optim.name != "muon" and momentum != default:
+        yield Problem(
+            "model.optim.muon_momentum",
+            momentum,
+            f"would be ignored, since model.optim.name={cfg.model.optim.name}",
+            f"use {default} (the default), or model.optim.name=muon",
+        )
+
+
+def learning_rates(cfg: RunConfig) -> Iterator[Problem]:
+    """The schedule ends no higher than its peak."""
+    peak, floor = cfg.model.optim.lr, cfg.model.optim.sched.min_lr
+    if floor > peak:
+        yield Problem(
+            "model.optim.sched.min_lr",
+            floor,
+            f"is more than the peak model.optim.lr={peak:g}",
+            f"use {peak / 10:g} (a tenth) or anything from 0 to {peak:g}",
+        )
+
+
+def schedule_steps(cfg: RunConfig) -> Iterator[Problem]:
+    """Warm-up and constant part fit into the schedule."""
+    sched = cfg.model.optim.sched
+    if sched.max_steps is None:
+        total, total_key = cfg.trainer.max_steps, "trainer.max_steps"
+    else:
+        total, total_key = sched.max_steps, "model.optim.sched.max_steps"
+    used = sched.warmup_steps + sched.constant_steps
+    if used > total:
+        yield Problem(
+            "model.optim.sched.warmup_steps",
+            sched.warmup_steps,
+            f"warm-up {sched.warmup_steps} + constant {sched.constant_steps} = {used} steps is "
+            f"more than {total_key}={total}",
+            f"use warmup_steps={min(sched.warmup_steps, total // 10)} and "
+            f"constant_steps={min(sched.constant_steps, total // 2)}, or {total_key}={used}",
+        )
+
+
+def processes(cfg: RunConfig) -> Iterator[Problem]:
+    """The processes can be divided into tensor, pipeline and data parallel ranks."""
+    world = cfg.trainer.devices * cfg.trainer.num_nodes
+    tp, pp = cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
+    if world % (tp * pp):
+        nodes = cfg.trainer.num_nodes
+        enough = math.lcm(tp * pp, nodes) // nodes
+        yield Problem(
+            "trainer.devices",
+            cfg.trainer.devices,
+            f"devices {cfg.trainer.devices} x nodes {nodes} = {world} processes is not a multiple "
+            f"of tensor {tp} x pipeline {pp} = {tp * pp}",
+            f"use trainer.devices={enough} (or a multiple), or tensor x pipeline equal to "
+            f"{_listed(_divisors(world), near=tp * pp)}",
+        )
+
+
+def tensor_and_pipeline(cfg: RunConfig) -> Iterator[Problem]:
+    """Heads are shared out over tensor ranks, layers over pipeline stages."""
+    tp, n_heads = cfg.model.tensor_model_parallel_size, cfg.model.num_attention_heads
+    if n_heads % tp:
+        yield Problem(
+            "model.tensor_model_parallel_size",
+            tp,
+            f"does not divide model.num_attention_heads={n_heads}",
+            f"use {_listed(_divisors(n_heads), near=tp)}",
+        )
+    pp, n_layers = cfg.model.pipeline_model_parallel_size, cfg.model.num_hidden_layers
+    if pp > n_layers:
+        yield Problem(
+            "model.pipeline_model_parallel_size",
+            pp,
+            f"is more than model.num_hidden_layers={n_layers}, so that a stage would be empty",
+            f"use 1 to {n_layers}",
+        )
+
+
+def expert_parallel(cfg: RunConfig) -> Iterator[Problem]:
+    """Experts are shared out over ranks borrowed from data and tensor parallelism."""
+    ep, experts = cfg.model.expert_model_parallel_size, cfg.model.n_routed_experts
+    tp, replicas = cfg.model.tensor_model_parallel_size, cfg.model.data_parallel_replicate_size
+    dp = _data_parallel_size(cfg)
+    if dp % replicas:
+        yield Problem(
+            "model.data_parallel_replicate_size",
+            replicas,
+            f"does not divide the data-parallel size = {_data_parallel_sum(cfg)}",
+            f"use {_listed(_divisors(dp), near=replicas)}",
+        )
+        return
+    ranks = dp // replicas * tp
+    legal = f"use {_listed(_divisors(math.gcd(ranks, experts)), near=ep)}"
+    if experts % ep:
+        rule = f"does not divide model.n_routed_experts={experts}"
+        yield Problem("model.expert_model_parallel_size", ep, rule, legal)
+    if ranks % ep:
+        halves = f" / {replicas} replicas" if replicas > 1 else ""
+        yield Problem(
+            "model.expert_model_parallel_size",
+            ep,
+            f"does not divide data-parallel x tensor ranks = {dp // replicas} x {tp} = {ranks} "
+            f"(data-parallel size = {_data_parallel_sum(cfg)}{halves})",
+            legal,
+        )
+
+
+def batch(cfg: RunConfig) -> Iterator[Problem]:
+    """Every rank runs the same whole number of micro-batches in a step."""
+    micro, whole, dp = (
+        cfg.model.micro_batch_size,
+        cfg.model.global_batch_size,
+        _data_parallel_size(cfg),
+    )
+    if whole % (micro * dp) == 0:
+        return
+    step = micro * dp
+    multiples = [n for n in (whole // step * step, (whole // step + 1) * step) if n]
+    way_out = f"use model.global_batch_size={' or '.join(map(str, multiples))}"
+    if whole % dp == 0:
+        way_out += f", or for model.micro_batch_size {_listed(_divisors(whole // dp), near=micro)}"
+    yield Problem(
+        "model.micro_batch_size",
+        micro,
+        f"x data-parallel size {dp} = {step} does not divide model.global_batch_size={whole} "
+        f"(data-parallel size = {_data_parallel_sum(cfg)})",
+        way_out,
+    )
+
+
+def vocabulary(cfg: RunConfig) -> Iterator[Problem]:
+    """The tokenizer trained for the built-in corpus fits the embedding."""
+    if cfg.model.tokenizer.path is not None or cfg.model.data.data_prefix is not None:
+        return
+    ids, rows = cfg.model.tokenizer.vocab_size, cfg.model.vocab_size
+    if ids > rows:
+        yield Problem(
+            "model.tokenizer.vocab_size",
+            ids,
+            f"gives ids that model.vocab_size={rows} has no rows for",
+            f"use {rows} or less, or model.vocab_size={ids}",
+        )
+
+
+def validation(cfg: RunConfig) -> Iterator[Problem]:
+    """There is something to validate on, given once."""
+    data, every = cfg.model.data, cfg.trainer.val_check_interval
+    default = LEAVES["model.data.validation_fraction"].default
+    if data.validation_prefix is not None and data.validation_fraction not in (0, default):
+        yield Problem(
+            "model.data.validation_fraction",
+            data.validation_fraction,
+            "would be ignored, since model.data.validation_prefix is given",
+            f"use {default} (the default), or model.data.validation_prefix=null",
+        )
+    if data.validation_prefix is None and data.validation_fraction == 0 and every > 0:
+        yield Problem(
+            "trainer.val_check_interval",
+            every,
+            "there is nothing to validate on: model.data.validation_fraction=0 and "
+            "model.data.validation_prefix=null",
+            "use trainer.val_check_interval=0, or model.data.validation_fraction=0.02",
+        )
+
+
+def checkpoints(cfg: RunConfig) -> Iterator[Problem]:
+    """Checkpoints that are asked for can be written."""
+    manager = cfg.exp_manager
+    section = "exp_manager.checkpoint_callback_params"
+    if manager.checkpoint_callback_params.save_top_k == 0:
+        yield Problem(
+            f"{section}.save_top_k",
+            0,
+            "would keep no checkpoint",
+            "use 1 or more, -1 for all, or exp_manager.create_checkpoint_callback=false",
+        )
+    if manager.checkpoint_callback_params.save_nemo_on_train_end and (
+        not manager.create_checkpoint_callback
+    ):
+        yield Problem(
+            f"{section}.save_nemo_on_train_end",
+            True,
+            "would be ignored, since exp_manager.create_checkpoint_callback=false",
+            "use false, or exp_manager.create_checkpoint_callback=true",
+        )
+
+
+RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
+    heads,
+    layers,
+    expert_groups,
+    routing_weights,
+    dense_only,
+    multi_token_prediction,
+    context,
+    optimiser,
+    learning_rates,
+    schedule_steps,
+    processes,
+    tensor_and_pipeline,
+    expert_parallel,
+    batch,
+    vocabulary,
+    data_files,
+    validation,
+    tokenizer_file,
+    folders,
+    run_names,
+    checkpoints,
+)
+
+
+# -- helpers --
+
+
+class _Unreadable(Exception):
+    """A rule read a field that is already known to be wrong."""
+
+
+class _View:
+    """A configuration in which reading a wrong field ends the rule that reads it."""
+
+    def __init__(self, section: object, bad: Collection[str], prefix: str = "") -> None:
+        self._section, self._bad, self._prefix = section, bad, prefix
+
+    def __getattr__(self, key: str) -> Any:
+        path = f"{self._prefix}{key}"
+        if path in self._bad:
+            raise _Unreadable(path)
+        value = getattr(self._section, key)
+        return _View(value, self._bad, f"{path}.") if is_dataclass(value) else value
+
+
+def _is_under(path: str, bad: Collection[str]) -> bool:
+    """True if ``path`` or a section above it is in ``bad``."""
+    return any(path == name or path.startswith(f"{name}.") for name in bad)
+
+
+def _data_parallel_size(cfg: RunConfig) -> int:
+    world = cfg.trainer.devices * cfg.trainer.num_nodes
+    inside = cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size
+    if world % inside:
+        raise _Unreadable("data-parallel size")
+    return world // inside
+
+
+def _data_parallel_sum(cfg: RunConfig) -> str:
+    """The data-parallel size with its arithmetic."""
+    tp, pp = cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
+    return (
+        f"devices {cfg.trainer.devices} x nodes {cfg.trainer.num_nodes} / (tensor {tp} x pipeline "
+        f"{pp}) = {_data_parallel_size(cfg)}"
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def _listed(numbers: Iterable[int], near: int) -> str:
+    """The legal numbers, or the eight nearest to ``near``, as a choice."""
+    legal = sorted(numbers)
+    nearest_eight = sorted(sorted(legal, key=lambda number: abs(number - near))[:8])
+    text = ", ".join(map(str, nearest_eight))
+    if len(legal) == 1:
+        return text
+    return f"one of {text}" + (", ..." if len(legal) > 8 else "")

@@ -1,0 +1,87 @@
+"""What people read: plain lines everywhere, tables and colour where ``rich`` is installed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def say(message: str = "") -> None:
+    """One line on standard output, at once."""
+    print(message, flush=True)
+
+
+def complain(message: str) -> None:
+    """One message on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table; ``rich`` draws it if installed, else aligned columns."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ModuleNotFoundError:
+        _plain_table(title, columns, rows)
+        return
+    drawn = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        drawn.add_column(column)
+    for row in rows:
+        drawn.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(drawn)
+
+
+def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    say(title)
+    for row in [columns, *rows]:
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+class StageProgress:
+    """Progress of work in stages: a bar on a terminal, a line per stage and tenth elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar = progress_bar()
+        self._task: Any = None
+        self._shown = ("", -1)
+
+    def __enter__(self) -> StageProgress:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=1.0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, stage: str, done: int, total: int, detail: str) -> None:
+        """``done`` of ``total`` units of ``stage``."""
+        if self._bar is not None:
+            text = f"{stage} | {detail}"
+            self._bar.update(self._task, completed=done, total=max(total, 1), description=text)
+            return
+        tenth = 10 * done // max(total, 1)
+        if (stage, tenth) != self._shown:
+            self._shown = (stage, tenth)
+            say(f"{stage} {10 * tenth}% | {detail}")
+
+
+def progress_bar() -> Any:
+    """A rich progress bar, or None without a terminal or without ``rich``."""
+    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+        return None
+    try:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    except ModuleNotFoundError:
+        return None
+    return Progress(
+        BarColumn(bar_width=24),
+        TextColumn("{task.description}", markup=False),
+        TimeRemainingColumn(),
+        refresh_per_second=4,
+    )

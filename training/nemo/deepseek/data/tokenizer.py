@@ -1,0 +1,493 @@
+"""Tokenizer: text to ids and back, from any ``tokenizer.json``, trained here, or plain bytes.
+
+One ``Tokenizer`` serves all three. What differs is who encodes: the ``tokenizers`` library, or a
+few lines of Python for a byte vocabulary without merges (``byte_tokenizer``), which is stored in
+the same file format. Ids become bytes by a table where the vocabulary is byte-level, so text
+streams out without ever cutting a character.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, final
+
+import numpy as np
+
+from deepseek.config.errors import UserError
+from deepseek.data.files import atomic_open
+
+log = logging.getLogger("deepseek.data")
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
+SPECIAL = (BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END)
+"""Special tokens of tokenizers made here, in DeepSeek-V3's spelling and order."""
+
+# Spellings met in the wild, DeepSeek's first; the first one in the vocabulary counts.
+_BOS_NAMES = (BOS, "<|begin_of_text|>", "[BOS]", "<|startoftext|>", "<s>", "<bos>")
+_EOS_NAMES = (
+    EOS,
+    "<|end_of_text|>",
+    "[EOS]",
+    "<|endoftext|>",
+    "</s>",
+    "<eos>",
+    "<|eot_id|>",
+    "<|im_end|>",
+)
+_PAD_NAMES = (PAD, "<|finetune_right_pad_id|>", "[PAD]", "<|pad|>", "<pad>")
+_FIM_NAMES = (
+    (FIM_BEGIN, FIM_HOLE, FIM_END),
+    ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
+)
+
+
+class FimIds(NamedTuple):
+    """Sentinels of fill-in-the-middle: ``begin prefix hole suffix end middle``."""
+
+    begin: int
+    hole: int
+    end: int
+
+
+class Backend(Protocol):
+    """Who turns text into ids."""
+
+    def encode(self, texts: Sequence[str], parse_special: bool) -> list[list[int]]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@final
+class Tokenizer:
+    """Text to ids and back; make one with ``load_tokenizer``, ``train_bpe`` or ``byte_tokenizer``.
+
+    source: text of the ``tokenizer.json``; config: content of the ``tokenizer_config.json`` beside
+    it, or {}; origin: what to call it in errors.
+
+    Raises:
+        UserError: no token ends a document; the file is not a tokenizer; ``tokenizers`` is needed
+            and not installed.
+    """
+
+    def __init__(self, source: str, config: dict[str, Any], origin: str) -> None:
+        self._source, self._config, self._origin = source, config, origin
+        self._parsed = _parse_json(source, origin)
+        model = self._parsed.get("model")
+        if not isinstance(model, dict) or "vocab" not in model:
+            raise UserError(
+                f"{origin} is not a tokenizer: it has no model.vocab; give a tokenizer.json as "
+                "written by Hugging Face tokenizers"
+            )
+        added = self._parsed.get("added_tokens") or []
+        self._added: dict[str, int] = {token["content"]: token["id"] for token in added}
+        self._special = {token["id"] for token in added if token.get("special")}
+        self._backend: Backend
+        if _is_bytes_only(self._parsed):
+            self._backend = ByteBackend(model["vocab"], self._added)
+        else:
+            self._backend = HuggingFaceBackend(source, origin)
+
+        self.bos_id = self._named("bos_token", _BOS_NAMES)
+        """Begins a text; None if there is none. Never added by ``encode``."""
+        eos = self._named("eos_token", _EOS_NAMES)
+        if eos is None:
+            raise UserError(
+                f"{origin}: no token ends a document; put a tokenizer_config.json beside it with "
+                f'"eos_token": "...", or use one of {", ".join(_EOS_NAMES[:5])} as its name'
+            )
+        self.eos_id: int = eos
+        """Ends a document."""
+        self.pad_id = self._named("pad_token", _PAD_NAMES)
+        """Fills a row; None if there is none."""
+        self.fim = next(
+            (
+                FimIds(*(self._vocab[name] for name in names))
+                for names in _FIM_NAMES
+                if all(name in self._vocab for name in names)
+            ),
+            None,
+        )
+        """Fill-in-the-middle sentinels; None unless all three are in the vocabulary."""
+
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        """Ids of ``text``; nothing is added at its ends.
+
+        parse_special: true reads ``<｜end▁of▁sentence｜>`` and other tokens marked special as one
+        id (prompts); false reads them as the characters they are, so that data cannot forge them.
+        """
+        return self._backend.encode([text], parse_special)[0]
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of each text, faster."""
+        return self._backend.encode(texts, False)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Text of ``ids``: broken UTF-8 becomes U+FFFD, ids outside the vocabulary nothing."""
+        if skip_special:
+            ids = [token for token in ids if token not in self._special]
+        if self._bytes is None:
+            return self._backend.decode([token for token in ids if token < self.vocab_size])
+        return b"".join(map(self.id_bytes, ids)).decode("utf-8", "replace")
+
+    def stream(self, skip_special: bool = False) -> StreamDecoder:
+        """A decoder that takes ids one by one and gives whole characters only."""
+        return StreamDecoder(self, skip_special)
+
+    def id_bytes(self, token: int) -> bytes:
+        """UTF-8 bytes that one id stands for (byte-level vocabularies only)."""
+        assert self._bytes is not None, "only byte-level vocabularies map ids to bytes"
+        return self._bytes.get(int(token), b"")
+
+    def is_special(self, token: int) -> bool:
+        """True for ids that stand for no text, such as the end of a document."""
+        return token in self._special
+
+    @property
+    def byte_level(self) -> bool:
+        """True if every id stands for fixed bytes, so that text and ids map exactly."""
+        return self._bytes is not None
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray | None:
+        """Bytes of text each id stands for, int64 [vocab_size], 0 for special ids.
+
+        Bits per byte = sum of nats / ln 2 / sum of ``token_bytes[labels]``. None if the vocabulary
+        is not byte-level.
+        """
+        if self._bytes is None:
+            return None
+        sizes = np.zeros(self.vocab_size, np.int64)
+        for token, content in self._bytes.items():
+            sizes[token] = 0 if token in self._special else len(content)
+        return sizes
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Largest id + 1: the rows an embedding needs."""
+        return max(self._vocab.values()) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the content of ``tokenizer.json`` (layout ignored) and of the id of eos."""
+        content = {k: v for k, v in self._parsed.items() if k not in ("truncation", "padding")}
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(f"{canonical}\neos={self.eos_id}".encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``, readable by ``transformers``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {token: name for name, token in self._vocab.items()}
+        config = self._config or {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **{
+                key: names[token]
+                for key, token in (
+                    ("bos_token", self.bos_id),
+                    ("eos_token", self.eos_id),
+                    ("pad_token", self.pad_id),
+                )
+                if token is not None
+            },
+        }
+        with atomic_open(folder / "tokenizer_config.json") as stream:
+            stream.write((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+        with atomic_open(folder / "tokenizer.json") as stream:
+            stream.write(self._source.encode())
+
+    @cached_property
+    def _vocab(self) -> dict[str, int]:
+        vocab = self._parsed["model"]["vocab"]
+        if isinstance(vocab, list):  # Unigram: [piece, score] pairs in order of id
+            vocab = {piece: k for k, (piece, _) in enumerate(vocab)}
+        return {**vocab, **self._added}
+
+    @cached_property
+    def _bytes(self) -> dict[int, bytes] | None:
+        decoder, vocab = self._parsed.get("decoder") or {}, self._parsed["model"]["vocab"]
+        if decoder.get("type") != "ByteLevel" or not isinstance(vocab, dict):
+            return None
+        table = {character: bytes([value]) for value, character in enumerate(_byte_characters())}
+        result = {
+            token: b"".join(table.get(c) or c.encode() for c in name)
+            for name, token in vocab.items()
+        }
+        result.update((token, name.encode()) for name, token in self._added.items())
+        return result
+
+    def _named(self, key: str, names: tuple[str, ...]) -> int | None:
+        """Id of the token that the config calls ``key``, else of the first known spelling."""
+        given = self._config.get(key)
+        name = given.get("content") if isinstance(given, dict) else given
+        if isinstance(name, str) and name in self._vocab:
+            return self._vocab[name]
+        if isinstance(name, str) and key == "eos_token":
+            raise UserError(
+                f"{self._origin}: tokenizer_config.json says eos_token is {name!r}, which is not "
+                "in the vocabulary; correct it there"
+            )
+        return next((self._vocab[name] for name in names if name in self._vocab), None)
+
+
+@final
+class StreamDecoder:
+    """Ids in, text out, whole characters only; the pieces joined equal ``Tokenizer.decode``."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
+        self._tokenizer, self._skip_special = tokenizer, skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        # For vocabularies that are not byte-level: ids of the text already given, as context that
+        # fixes the spaces, then ids still held back.
+        self._given: list[int] = []
+        self._held: list[int] = []
+
+    def push(self, token: int) -> str:
+        """Take one id; return the characters it completes, perhaps none."""
+        if self._skip_special and self._tokenizer.is_special(token):
+            return ""
+        if self._tokenizer.byte_level:
+            return self._utf8.decode(self._tokenizer.id_bytes(token))
+        self._held.append(token)
+        text = self._held_text()
+        # A character has at most four bytes: a fifth id proves that U+FFFD is real.
+        return "" if text.endswith("\ufffd") and len(self._held) < 5 else self._release(text)
+
+    def finish(self) -> str:
+        """Return what is still held back; half a character becomes U+FFFD."""
+        if self._tokenizer.byte_level:
+            return self._utf8.decode(b"", final=True)
+        return self._release(self._held_text())
+
+    def _held_text(self) -> str:
+        before = self._tokenizer.decode(self._given)
+        return self._tokenizer.decode(self._given + self._held)[len(before) :]
+
+    def _release(self, text: str) -> str:
+        if self._held:
+            self._given, self._held = self._held, []
+        return text
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a ``tokenizer.json``, or the one in a Hugging Face folder.
+
+    Raises:
+        UserError: no such file, not a tokenizer, no end-of-document token, ``tokenizers`` missing.
+    """
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(_no_tokenizer(path, file))
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        beside = file.with_name(name)
+        if beside.is_file():
+            config.update(_parse_json(_read_text(beside), str(beside)))
+    return Tokenizer(_read_text(file), config, str(file))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE; numbers are cut into groups of up to three digits, as DeepSeek does.
+
+    The result depends on the texts only, not on threads. It has fewer ids than ``vocab_size`` if
+    the texts have no more pairs to merge. Without ``tokenizers`` a warning is logged and the
+    tokenizer of plain bytes is returned.
+
+    Raises:
+        UserError: ``vocab_size`` leaves no room for 256 bytes and the special tokens.
+    """
+    floor = 256 + len(SPECIAL)
+    if vocab_size < floor:
+        raise UserError(
+            f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL)} special tokens "
+            f"take {floor}; use at least {floor}"
+        )
+    if not tokenizers_installed():
+        log.warning(
+            "tokenizers is not installed: every byte becomes a token (%d ids, about four times as "
+            "many tokens). For a BPE: pip install tokenizers",
+            floor,
+        )
+        return byte_tokenizer()
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Trained
+
+    trained = Trained(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator(texts, trainer)
+    return Tokenizer(trained.to_str(pretty=True), {}, "the trained BPE")
+
+
+def byte_tokenizer() -> Tokenizer:
+    """The tokenizer of plain bytes: id = byte, then the special tokens. Needs no library."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": 256 + k, "content": name, **flags, "special": True}
+            for k, name in enumerate(SPECIAL)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {**byte_level, "use_regex": False},
+        "post_processor": None,
+        "decoder": {**byte_level, "use_regex": False},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {character: value for value, character in enumerate(_byte_characters())},
+            "merges": [],
+        },
+    }
+    return Tokenizer(json.dumps(content, indent=2, ensure_ascii=False), {}, "the byte tokenizer")
+
+
+def tokenizers_installed() -> bool:
+    """Whether the ``tokenizers`` library can be imported."""
+    try:
+        import tokenizers  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class HuggingFaceBackend:
+    """Encodes with the ``tokenizers`` library."""
+
+    def __init__(self, source: str, origin: str) -> None:
+        try:
+            from tokenizers import Tokenizer as Loaded
+        except ImportError as error:
+            raise UserError(
+                f"{origin} needs the tokenizers library; pip install tokenizers"
+            ) from error
+        try:
+            self._loaded = Loaded.from_str(source)
+        except Exception as error:
+            raise UserError(
+                f"{origin} cannot be read by this version of tokenizers ({error}); "
+                "pip install -U tokenizers, or give a tokenizer.json of a known model"
+            ) from error
+        self._loaded.no_truncation()
+        self._loaded.no_padding()
+
+    def encode(self, texts: Sequence[str], parse_special: bool) -> list[list[int]]:
+        self._loaded.encode_special_tokens = not parse_special
+        encoded = self._loaded.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._loaded.decode(list(ids), skip_special_tokens=False)
+
+
+class ByteBackend:
+    """Encodes bytes one by one; the twin of ``HuggingFaceBackend`` for a vocabulary of bytes."""
+
+    def __init__(self, vocab: dict[str, int], added: dict[str, int]) -> None:
+        self._ids = [vocab[character] for character in _byte_characters()]
+        self._added = added
+        longest_first = sorted(map(re.escape, added), key=len, reverse=True)
+        self._pattern = re.compile(f"({'|'.join(longest_first)})") if added else None
+
+    def encode(self, texts: Sequence[str], parse_special: bool) -> list[list[int]]:
+        return [list(self._encode(text, parse_special)) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        raise AssertionError("a byte vocabulary is decoded by its table")
+
+    def _encode(self, text: str, parse_special: bool) -> Iterator[int]:
+        parts = self._pattern.split(text) if parse_special and self._pattern else [text]
+        for part in parts:
+            if parse_special and part in self._added:
+                yield self._added[part]
+            else:
+                yield from (self._ids[value] for value in part.encode())
+
+
+def _is_bytes_only(parsed: dict[str, Any]) -> bool:
+    """True if the vocabulary is the 256 bytes, so that nothing is left for a library to do."""
+    model = parsed["model"]
+    return (
+        model.get("type") == "BPE"
+        and not model.get("merges")
+        and not parsed.get("normalizer")
+        and set(model["vocab"]) == set(_byte_characters())
+    )
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that byte-level vocabularies write for each byte, [256] (GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    characters, others = [], 0
+    for value in range(256):
+        if value in printable:
+            characters.append(chr(value))
+        else:
+            characters.append(chr(256 + others))
+            others += 1
+    return characters
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 at byte {error.start}; give a tokenizer.json"
+        ) from error
+
+
+def _parse_json(text: str, origin: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{origin}:{error.lineno}: not JSON ({error.msg}); download or copy the file again"
+        ) from error
+    if not isinstance(parsed, dict):
+        raise UserError(f"{origin} holds a JSON {type(parsed).__name__}, expected an object")
+    return parsed
+
+
+def _no_tokenizer(path: Path, file: Path) -> str:
+    if not path.exists():
+        return f"tokenizer {path} does not exist; give a tokenizer.json or a folder that holds one"
+    for other in ("tiktoken.model", "tokenizer.model", "vocab.json"):
+        if (path / other).is_file():
+            return (
+                f"{file} does not exist; {path} holds {other}, which must be converted first: "
+                f"transformers' AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained(...) "
+                "writes a tokenizer.json"
+            )
+    return f"{file} does not exist; give a tokenizer.json or a folder that holds one"

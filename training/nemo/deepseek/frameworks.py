@@ -1,0 +1,142 @@
+"""Which framework drives training: NVIDIA NeMo where it works, PyTorch Lightning otherwise.
+
+The only file that imports either. The choice is made once, at import, and never mixed:
+``lightning.pytorch`` and ``pytorch_lightning`` are different class trees, and NeMo accepts only the
+first. ``DEEPSEEK_FRAMEWORK`` may be ``auto`` (default), ``nemo`` or ``lightning``.
+
+A NeMo that is installed but broken is an error, not a reason to fall back in silence.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepseek.config.errors import UserError
+
+VARIABLE = "DEEPSEEK_FRAMEWORK"
+NEMO_LIGHTNING = "lightning>2.2.1,<=2.4.0"
+NEMO_TARGET = "nemo.core.classes.modelPT.ModelPT"
+"""Class named in a ``.nemo`` file. NeMo 3.0 refuses to restore third-party classes by name; with
+its own base class named, ``restore_from`` builds the class it is called on."""
+
+
+class FrameworkError(UserError):
+    """No training framework, or a broken one."""
+
+
+def _choice() -> str:
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice not in ("auto", "nemo", "lightning"):
+        raise FrameworkError(f"{VARIABLE}={choice}: must be auto, nemo or lightning")
+    return choice
+
+
+def _import_nemo() -> tuple[Any, Any]:
+    """ModelPT and exp_manager, or a FrameworkError that says what is broken."""
+    version = importlib.metadata.version("nemo_toolkit")
+    way_out = (
+        f'pip install "nemo_toolkit[core,common-only]=={version}" "{NEMO_LIGHTNING}", '
+        f"or set {VARIABLE}=lightning to train without NeMo"
+    )
+    try:
+        lightning_version = importlib.metadata.version("lightning")
+    except importlib.metadata.PackageNotFoundError:
+        lightning_version = "none"
+    parts = tuple(int(p) for p in lightning_version.split(".")[:2] if p.isdigit())
+    if not parts or parts > (2, 4):
+        raise FrameworkError(
+            f"nemo_toolkit {version} needs {NEMO_LIGHTNING}; installed is {lightning_version}: "
+            f"{way_out}"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model_pt = importlib.import_module("nemo.core.classes.modelPT").ModelPT
+            manager = importlib.import_module("nemo.utils.exp_manager").exp_manager
+            nemo_logging = importlib.import_module("nemo.utils").logging
+    except Exception as error:
+        raise FrameworkError(
+            f"nemo_toolkit {version} is installed but does not import "
+            f"({type(error).__name__}: {error}): {way_out}"
+        ) from error
+    nemo_logging.setLevel(logging.ERROR)
+    return model_pt, manager
+
+
+def _import_lightning() -> Any:
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        root = name.split(".")[0]
+        if importlib.util.find_spec(root) is not None:
+            return importlib.import_module(name)
+    raise FrameworkError(
+        "training needs PyTorch Lightning: pip install pytorch-lightning omegaconf "
+        "(or NeMo: pip install nemo_toolkit)"
+    )
+
+
+def _nemo_installed() -> bool:
+    try:
+        importlib.metadata.version("nemo_toolkit")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+if _choice() == "nemo" and not _nemo_installed():
+    raise FrameworkError(f"{VARIABLE}=nemo, but nemo_toolkit is not installed")
+
+USES_NEMO = _choice() != "lightning" and _nemo_installed()
+"""True if NeMo's ModelPT and exp_manager drive training."""
+
+if USES_NEMO:
+    _ModelPT, _exp_manager = _import_nemo()
+pl = _import_lightning()
+"""The Lightning namespace of this process."""
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, LightningModule, Trainer
+else:
+    Callback, Trainer = pl.Callback, pl.Trainer
+    LightningModule = pl.LightningModule
+
+ModelBase: Any = _ModelPT if USES_NEMO else LightningModule
+"""Base class of ``DeepSeekModel``."""
+
+
+def framework_name() -> str:
+    """For people: which framework, and which version."""
+    if USES_NEMO:
+        version = importlib.metadata.version("nemo_toolkit")
+        return f"NeMo {version} (Lightning {pl.__version__})"
+    return f"PyTorch Lightning {pl.__version__}"
+
+
+def attach_run_folder(trainer: Any, folder: Path, tensorboard: bool) -> None:
+    """Give the trainer its loggers: by NeMo's exp_manager, or the same TensorBoard files without.
+
+    Checkpoints and resuming are ours under both, so exp_manager's are switched off.
+    """
+    if USES_NEMO:
+        _exp_manager(
+            trainer,
+            {
+                "explicit_log_dir": str(folder),
+                "create_tensorboard_logger": tensorboard,
+                "create_checkpoint_callback": False,
+                "create_preemption_callback": False,
+                "resume_if_exists": False,
+                "disable_validation_on_resume": False,
+                "log_step_timing": False,
+                "log_tflops_per_sec_per_gpu": False,
+            },
+        )
+    elif tensorboard:
+        loggers = importlib.import_module(f"{pl.__name__}.loggers")
+        trainer.loggers = [loggers.TensorBoardLogger(str(folder), name="", version="")]

@@ -1,0 +1,1 @@
+"""Decoding: the latent cache, sampling, generation."""

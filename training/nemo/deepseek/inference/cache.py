@@ -1,0 +1,54 @@
+"""The latent KV cache: ``kv_lora_rank + qk_rope_head_dim`` numbers per token and layer.
+
+B batch, S new tokens, L cached tokens, C latent, P rotated dims.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deepseek.config.schema import ModelConfig
+
+
+class LatentCache:
+    """One layer's latents for a batch whose prompts are aligned at their right end.
+
+    Args:
+        batch_size: rows.
+        capacity: tokens per row, prompt padding included.
+        config: sizes.
+        padding_B: int64, slots at the left of each row that hold no token.
+        dtype: of the latents.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        capacity: int,
+        config: ModelConfig,
+        padding_B: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        device = padding_B.device
+        self.latent_BLC = torch.zeros(
+            batch_size, capacity, config.kv_lora_rank, dtype=dtype, device=device
+        )
+        self.k_rope_BLP = torch.zeros(
+            batch_size, capacity, config.qk_rope_head_dim, dtype=dtype, device=device
+        )
+        self.padding_B = padding_B
+        self.length = 0
+
+    def append(self, latent_BSC: Tensor, k_rope_BSP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Store the new tokens; return everything stored and who may see what (bool (B, S, L))."""
+        start, end = self.length, self.length + latent_BSC.shape[1]
+        self.latent_BLC[:, start:end] = latent_BSC
+        self.k_rope_BLP[:, start:end] = k_rope_BSP
+        self.length = end
+        slots_L = torch.arange(end, device=self.padding_B.device)
+        new_S1 = torch.arange(start, end, device=self.padding_B.device).unsqueeze(-1)
+        visible_BSL = (slots_L >= self.padding_B.view(-1, 1, 1)) & (slots_L <= new_S1)
+        # A padding slot sees itself: a row of the softmax with nothing in it would be NaN.
+        visible_BSL = visible_BSL | (slots_L == new_S1)
+        return self.latent_BLC[:, :end], self.k_rope_BLP[:, :end], visible_BSL

@@ -1,0 +1,89 @@
+"""Balance losses and token counts: kept out of the forward value, added in the backward pass.
+
+A balance loss is a scalar made deep inside the model. Rather than carrying it to the end, its
+gradient is injected where it is made: ``attach`` is the identity on the routing weights, and its
+backward pass feeds the scalar a gradient of 1. That backward pass runs exactly once per token,
+also when the forward pass runs twice (activation recomputation) or as a dry run (shape inference),
+so the token counts are taken there too.
+
+Source: arXiv:2412.19437 eq 17-20. B batch, S sequence, E experts, K chosen per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sequence_balance(scores_BSE: Tensor, top_k: int, real_BS: Tensor) -> Tensor:
+    """Sum over sequences of T_seq * sum_i f_i P_i (eq 17-20, without alpha), scalar.
+
+    f_i counts the tokens whose K best *unbiased* scores contain expert i, P_i is the mean
+    normalised score. Padding is neither counted nor averaged.
+
+    Args:
+        scores_BSE: unbiased scores with gradient.
+        top_k: K.
+        real_BS: bool, False for padding.
+    """
+    num_experts = scores_BSE.shape[-1]
+    real_BS1 = real_BS.unsqueeze(-1)
+    length_B1 = real_BS.sum(dim=1, keepdim=True).clamp(min=1).to(scores_BSE.dtype)
+    best_BSK = scores_BSE.detach().topk(top_k, dim=-1).indices
+    chosen_BSE = torch.zeros_like(scores_BSE).scatter_(-1, best_BSK, 1.0)
+    f_BE = (chosen_BSE * real_BS1).sum(dim=1) * (num_experts / (top_k * length_B1))
+    share_BSE = scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)
+    p_BE = (share_BSE * real_BS1).sum(dim=1) / length_B1
+    return (length_B1 * f_BE * p_BE).sum()
+
+
+def router_z(logits_BSE: Tensor, real_BS: Tensor) -> Tensor:
+    """Sum over real tokens of logsumexp(logits)^2, scalar (arXiv:2202.08906 eq 5)."""
+    return (logits_BSE.logsumexp(dim=-1).square() * real_BS).sum()
+
+
+def count_assignments(expert_ids_TK: Tensor, real_T: Tensor, num_experts: int) -> Tensor:
+    """How many real tokens chose each expert, int64 (E,)."""
+    chosen_TKE = F.one_hot(expert_ids_TK, num_experts)
+    return (chosen_TKE.sum(dim=1) * real_T.unsqueeze(-1)).sum(dim=0)
+
+
+def attach(
+    weights_TK: Tensor, loss: Tensor, counts_E: Tensor, total_loss: Tensor, total_counts_E: Tensor
+) -> Tensor:
+    """``weights`` unchanged; the backward pass differentiates ``loss`` too and adds up the totals.
+
+    Args:
+        weights_TK: any tensor on the path to the training loss.
+        loss: scalar, already scaled; its gradient is 1.
+        counts_E: added to ``total_counts_E`` in the backward pass.
+        total_loss: running sum, in place.
+        total_counts_E: running sum, in place.
+    """
+    return _Attach.apply(weights_TK, loss, counts_E, total_loss, total_counts_E)
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weights_TK: Tensor,
+        loss: Tensor,
+        counts_E: Tensor,
+        total_loss: Tensor,
+        total_counts_E: Tensor,
+    ) -> Tensor:
+        ctx.loss = loss.detach()
+        ctx.counts_E = counts_E
+        ctx.totals = (total_loss, total_counts_E)
+        return weights_TK.view_as(weights_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        total_loss, total_counts_E = ctx.totals
+        total_loss += ctx.loss.to(total_loss.dtype)
+        total_counts_E += ctx.counts_E
+        return grad_TK, torch.ones_like(ctx.loss), None, None, None

@@ -1,0 +1,124 @@
+"""DeepSeekMoE: routed experts, shared experts (arXiv:2412.19437 section 2.1.2).
+
+B batch, S sequence, T = B*S tokens, D model, E experts, K chosen, R routed rows,
+P the same with padding, F expert hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek.models.components.balance import (
+    attach,
+    count_assignments,
+    router_z,
+    sequence_balance,
+)
+from deepseek.models.components.context import TokenContext
+from deepseek.models.components.dispatcher import LocalDispatcher, TokenDispatcher
+from deepseek.models.components.feed_forward import Expert, FeedForward
+from deepseek.models.components.router import Router, Routing
+from deepseek.ops.align import aligned_slots, gather_rows, spread_rows
+from deepseek.ops.grouped_linear import grouped_linear
+
+
+class MoE(nn.Module):
+    """Mixture of experts: route, dispatch, compute, combine."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        hidden_dim: int,
+        num_shared_experts: int,
+        router: Router,
+        balance_coeff: float,
+        z_coeff: float,
+    ) -> None:
+        super().__init__()
+        self.gate = router
+        self.experts = GroupedExperts(router.num_experts, dim, hidden_dim)
+        self.shared_experts = (
+            FeedForward(dim, num_shared_experts * hidden_dim) if num_shared_experts else None
+        )
+        self.dispatcher: TokenDispatcher = LocalDispatcher(router.num_experts)
+        self.balance_coeff = balance_coeff
+        self.z_coeff = z_coeff
+
+    def forward(self, x_BSD: Tensor, context: TokenContext) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        x_TD = x_BSD.flatten(0, 1)
+        # 1. choose experts
+        routing = self.gate(x_TD)
+        weights_TK = routing.weights_TK
+        if context.balance_scale is not None:
+            weights_TK = self._with_balance(routing, x_BSD.shape[:2], context)
+        # 2. bring rows to their experts
+        sent = self.dispatcher.dispatch(x_TD, routing.expert_ids_TK)
+        # 3. compute
+        y_RD = self.experts(sent.rows_RD, sent.counts_e)
+        # 4. bring results back, add the shared experts
+        y_BSD = self.dispatcher.combine(y_RD, weights_TK, sent).view_as(x_BSD)
+        if self.shared_experts is not None:
+            y_BSD = y_BSD + self.shared_experts(x_BSD)
+        return y_BSD
+
+    def _with_balance(
+        self, routing: Routing, batch_shape: torch.Size, context: TokenContext
+    ) -> Tensor:
+        """The routing weights, with balance losses and counts attached to their backward pass."""
+        scores_BSE = routing.scores_TE.unflatten(0, batch_shape)
+        real_BS = context.real_BS
+        if real_BS is None:
+            real_BS = torch.ones(scores_BSE.shape[:2], dtype=torch.bool, device=scores_BSE.device)
+        loss = scores_BSE.new_zeros(())
+        if self.balance_coeff:
+            loss = loss + self.balance_coeff * sequence_balance(
+                scores_BSE, self.gate.top_k, real_BS
+            )
+        if self.z_coeff:
+            loss = loss + self.z_coeff * router_z(routing.logits_TE.view_as(scores_BSE), real_BS)
+        counts_E = count_assignments(
+            routing.expert_ids_TK, real_BS.flatten(), self.gate.num_experts
+        )
+        return attach(
+            routing.weights_TK,
+            loss * context.balance_scale,
+            counts_E,
+            self.gate.balance_loss,
+            self.gate.tokens_per_expert,
+        )
+
+
+class GroupedExperts(nn.Module):
+    """All experts' SwiGLU weights stacked; computes what ``Expert`` computes, for all at once."""
+
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))  # gate
+        self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))  # down
+        self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))  # up
+
+    def forward(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
+        """Rows sorted by expert (R, D), rows per expert (e,) -> (R, D)."""
+        w1, w2, w3 = self.w1, self.w2, self.w3
+        device = rows_RD.device.type
+        if torch.is_autocast_enabled(device):  # grouped products are not on autocast's list
+            dtype = torch.get_autocast_dtype(device)
+            rows_RD, w1, w2, w3 = (t.to(dtype) for t in (rows_RD, w1, w2, w3))
+        padded_e, slots_R = aligned_slots(counts_e)
+        x_PD = spread_rows(rows_RD, slots_R, int(padded_e.sum()))
+        hidden_PF = F.silu(grouped_linear(x_PD, w1, padded_e))
+        hidden_PF = hidden_PF * grouped_linear(x_PD, w3, padded_e)
+        return gather_rows(grouped_linear(hidden_PF, w2, padded_e), slots_R)
+
+    @torch.no_grad()
+    def expert(self, index: int) -> Expert:
+        """A copy of one expert in its readable form."""
+        _, hidden_dim, dim = self.w1.shape
+        single = Expert(dim, hidden_dim).to(self.w1)
+        for name in ("w1", "w2", "w3"):
+            getattr(single, name).weight.copy_(getattr(self, name)[index])
+        return single

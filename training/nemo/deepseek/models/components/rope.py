@@ -1,0 +1,101 @@
+"""Rotary position embedding, interleaved as in the released weights, with YaRN.
+
+Sources: RoPE arXiv:2104.09864; YaRN arXiv:2309.00071; arXiv:2412.19437 section 4.3.
+P = qk_rope_head_dim / 2 rotated pairs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from deepseek.config.schema import RopeScaling
+
+
+def rotation(
+    positions_BS: Tensor,
+    dim: int,
+    theta: float,
+    scaling: RopeScaling | None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Cos and sin of each position's angles.
+
+    Angles are computed in fp32, as the released code does (fp64 only for an fp64 model): another
+    precision would move logits at long positions.
+
+    Args:
+        positions_BS: int64 positions.
+        dim: rotated dims per head (2P).
+        theta: RoPE base.
+        scaling: YaRN, or None.
+        dtype: fp64 for an fp64 model, else fp32.
+
+    Returns:
+        cos, sin: (B, S, P) in ``dtype``.
+    """
+    frequencies_P = _frequencies(dim, theta, scaling, dtype, positions_BS.device)
+    angles_BSP = positions_BS.to(dtype).unsqueeze(-1) * frequencies_P
+    cos_BSP, sin_BSP = angles_BSP.cos(), angles_BSP.sin()
+    if scaling is not None:
+        size = yarn_mscale(scaling.factor, scaling.mscale)
+        size = size / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+        cos_BSP, sin_BSP = cos_BSP * size, sin_BSP * size
+    return cos_BSP, sin_BSP
+
+
+def rotate(x_BSNH: Tensor, cos_BSP: Tensor, sin_BSP: Tensor) -> Tensor:
+    """Rotate the pairs (0, 1), (2, 3), ... of the last dim; returns the dtype of ``x``."""
+    pairs = x_BSNH.to(cos_BSP.dtype).unflatten(-1, (-1, 2))
+    even, odd = pairs.unbind(-1)
+    cos, sin = cos_BSP.unsqueeze(2), sin_BSP.unsqueeze(2)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x_BSNH.dtype)
+
+
+def softmax_scale(qk_head_dim: int, scaling: RopeScaling | None) -> float:
+    """1/sqrt(H), times yarn_mscale squared when ``mscale_all_dim`` is set.
+
+    The factor goes into the score, once for q and once for k: forgetting one of the two gives a
+    model whose error grows with the position.
+    """
+    scale = qk_head_dim**-0.5
+    if scaling is not None and scaling.mscale_all_dim:
+        scale *= yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+    return scale
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """0.1 * mscale * ln(factor) + 1; 1 when the context is not extended or mscale is 0."""
+    if factor <= 1 or mscale == 0:
+        return 1.0
+    return 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _frequencies(
+    dim: int,
+    theta: float,
+    scaling: RopeScaling | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Radians per position of each pair, (P,)."""
+    exponents_P = torch.arange(0, dim, 2, device=device).to(dtype) / dim
+    plain_P = 1.0 / theta**exponents_P
+    if scaling is None:
+        return plain_P
+    stretched_P = plain_P / scaling.factor
+
+    def pair_turning(rotations: float) -> float:
+        """Index of the pair that makes this many rotations over the original context."""
+        context = scaling.original_max_position_embeddings
+        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_turning(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_turning(scaling.beta_slow)), dim - 1)
+    width = max(high - low, 0.001)
+    pairs_P = torch.arange(dim // 2, device=device).to(dtype)
+    stretch_P = ((pairs_P - low) / width).clamp(0, 1)  # 0: fast pair, left alone; 1: slow pair
+    return stretched_P * stretch_P + plain_P * (1 - stretch_P)

@@ -1,0 +1,107 @@
+"""Cross-entropy of a linear head without ever holding all logits.
+
+The logits of a V = 129,280 vocabulary are the largest tensor of a step. Here the head is applied to
+a chunk of tokens at a time; the chunk's loss and its gradients are computed at once and the logits
+are dropped. The backward pass then only scales the stored gradients.
+
+T tokens, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position that has none."""
+
+CHUNK_TOKENS = 512
+"""Tokens whose logits exist at one time."""
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_tokens: int = CHUNK_TOKENS
+) -> Tensor:
+    """Sum over labelled tokens of ``-log softmax(hidden @ weight.T)[label]``.
+
+    Args:
+        hidden_TD: any float dtype; under autocast the products run in autocast's dtype.
+        weight_VD: the head.
+        labels_T: int64; ``IGNORE_INDEX`` where there is no label.
+        chunk_tokens: how many tokens' logits exist at one time.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 input): a sum, to be divided by the global label count.
+    """
+    if not torch.is_grad_enabled():  # an autograd function's needs_input_grad ignores no_grad
+        hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, chunk_tokens)
+
+
+def linear_cross_entropy_slow(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
+    """Readable twin of ``linear_cross_entropy``: holds all logits."""
+    logits_TV = F.linear(hidden_TD, weight_VD)
+    logits_TV = logits_TV.to(_sum_dtype(logits_TV.dtype))
+    return F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_tokens: int
+    ) -> Tensor:
+        device = hidden_TD.device.type
+        product_dtype = hidden_TD.dtype
+        if torch.is_autocast_enabled(device):
+            product_dtype = torch.get_autocast_dtype(device)
+        sum_dtype = _sum_dtype(product_dtype)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+
+        loss = torch.zeros((), dtype=sum_dtype, device=hidden_TD.device)
+        grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype) if needs_weight else None
+        with torch.autocast(device, enabled=False):
+            w_VD = weight_VD.to(product_dtype)
+            for start in range(0, hidden_TD.shape[0], chunk_tokens):
+                chunk = slice(start, start + chunk_tokens)
+                h_CD = hidden_TD[chunk].to(product_dtype)
+                labels_C = labels_T[chunk]
+                logits_CV = F.linear(h_CD, w_VD).to(sum_dtype)
+                log_z_C = logits_CV.logsumexp(dim=-1)
+                has_label_C = labels_C != IGNORE_INDEX
+                index_C1 = labels_C.where(has_label_C, 0).unsqueeze(-1)
+                picked_C = logits_CV.gather(-1, index_C1).squeeze(-1)
+                loss += ((log_z_C - picked_C) * has_label_C).sum()
+                if not (needs_hidden or needs_weight):
+                    continue
+                # d loss / d logits = softmax - onehot(label), 0 where there is no label
+                grad_CV = logits_CV.sub_(log_z_C.unsqueeze(-1)).exp_()
+                grad_CV.scatter_add_(-1, index_C1, torch.full_like(grad_CV[:, :1], -1.0))
+                grad_CV = grad_CV.mul_(has_label_C.unsqueeze(-1)).to(product_dtype)
+                if grad_hidden_TD is not None:
+                    grad_hidden_TD[chunk] = grad_CV @ w_VD
+                if grad_weight_VD is not None:
+                    if product_dtype == sum_dtype:
+                        grad_weight_VD.addmm_(grad_CV.t(), h_CD)
+                    else:
+                        grad_weight_VD += grad_CV.t() @ h_CD
+        ctx.grad_hidden_TD = grad_hidden_TD
+        ctx.grad_weight_VD = grad_weight_VD
+        ctx.weight_dtype = weight_VD.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden_TD, grad_weight_VD = ctx.grad_hidden_TD, ctx.grad_weight_VD
+        if grad_hidden_TD is not None:
+            grad_hidden_TD = grad_hidden_TD * grad.to(grad_hidden_TD.dtype)
+        if grad_weight_VD is not None:
+            grad_weight_VD = (grad_weight_VD * grad).to(ctx.weight_dtype)
+        return grad_hidden_TD, grad_weight_VD, None, None

@@ -1,0 +1,1 @@
+"""Arithmetic on a configuration: parameters, FLOPs, memory. No torch here."""

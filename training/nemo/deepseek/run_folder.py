@@ -1,0 +1,66 @@
+"""The folder of a run: ``exp_dir/name/version_N``, or the one given by ``--run-dir``."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from deepseek.config.errors import UserError
+from deepseek.config.schema import RunConfig
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
+
+
+def run_folder(config: RunConfig, run_dir: Path | None = None) -> Path:
+    """Where this run lives; created if need be.
+
+    Without ``run_dir`` and ``exp_manager.version``: the newest version if ``resume_if_exists`` and
+    that version is not complete, else the next one.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    manager = config.exp_manager
+    if run_dir is not None:
+        folder = run_dir
+    else:
+        parent = Path(manager.exp_dir) / (manager.name or config.name)
+        folder = parent / (manager.version or _version(parent, config))
+    try:
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the run folder {folder}: {error.strerror}; "
+            "choose another with --run-dir or exp_manager.exp_dir"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(
+            f"cannot write to the run folder {folder}; "
+            "choose another with --run-dir or exp_manager.exp_dir"
+        )
+    return folder.resolve()
+
+
+def last_checkpoint_step(folder: Path) -> int:
+    """Step of the newest checkpoint in the run, 0 if there is none."""
+    names = [path.name for path in (folder / CHECKPOINTS).glob("step_*")]
+    return max((int(name.removeprefix("step_")) for name in names), default=0)
+
+
+def _version(parent: Path, config: RunConfig) -> str:
+    numbers = sorted(
+        int(match[1])
+        for path in parent.glob("version_*")
+        if (match := re.fullmatch(r"version_(\d+)", path.name))
+    )
+    if not numbers:
+        return "version_0"
+    newest = f"version_{numbers[-1]}"
+    complete = last_checkpoint_step(parent / newest) >= config.trainer.max_steps
+    if config.exp_manager.resume_if_exists and not complete:
+        return newest
+    return f"version_{numbers[-1] + 1}"
