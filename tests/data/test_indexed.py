@@ -206,14 +206,22 @@ def header(version: int = 1, code: int = 8, sequences: int = 3, documents: int =
         (GOLDEN_IDX[:20], GOLDEN_BIN, r"truncated: the header has 34 bytes, the file 20"),
         (header(version=2), GOLDEN_BIN, r"index version 2, only version 1"),
         (header(code=9), GOLDEN_BIN, r"unknown dtype code 9; known are 1 uint8, 2 int8"),
-        (GOLDEN_IDX[:-1], GOLDEN_BIN, r"truncated: 3 sequences and 2 documents take 94 bytes, .* 93"),
+        (
+            GOLDEN_IDX[:-1],
+            GOLDEN_BIN,
+            r"truncated: 3 sequences and 2 documents take 94 bytes, .* 93",
+        ),
         (GOLDEN_IDX + b"\0", GOLDEN_BIN, r"has bytes after its end: .* 94 bytes, the file has 95"),
         (
             header(sequences=0, documents=1)[:42],
             b"",
             r"p\.idx is empty: 0 sequences, 0 documents; prepare",
         ),
-        (GOLDEN_IDX, GOLDEN_BIN[:-2], r"truncated: p\.idx describes 6 ids of 2 bytes = 12 .* has 10"),
+        (
+            GOLDEN_IDX,
+            GOLDEN_BIN[:-2],
+            r"truncated: p\.idx describes 6 ids of 2 bytes = 12 .* has 10",
+        ),
         (GOLDEN_IDX, GOLDEN_BIN + b"\0", r"does not belong to its index: .* = 12 bytes, .* has 13"),
         (
             GOLDEN_IDX[:46] + struct.pack("<q", 2) + GOLDEN_IDX[54:],

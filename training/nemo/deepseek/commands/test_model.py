@@ -284,7 +284,7 @@ def against_transformers(config: ModelConfig) -> Iterator[Check]:
     config = replace(config, num_nextn_predict_layers=0, moe_aux_loss_coeff=0.0)
     ours = build(config).float()
     theirs = DeepseekV3ForCausalLM(
-        DeepseekV3Config(**hf_config(config), attn_implementation="eager")
+        DeepseekV3Config(**hf_config(config) | {"attn_implementation": "eager"})
     )
     theirs.load_state_dict(to_hf(ours.state_dict(), config, layout="stacked"))
     theirs.eval()

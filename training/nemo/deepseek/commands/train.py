@@ -116,8 +116,7 @@ def _fit(cfg: DictConfig, run: RunConfig, folder: Path) -> TrainResult:
         )
         module.validation_loader = lambda: loader
     if run.model.torch_compile:
-        for block in module.model.layers.values():
-            block.attn.compile()
+        module.model.compile_attention()
     _say_size(run)
     (folder / CONFIG_FILE).write_text(resolved_yaml(cfg))
     if data.tokenizer is not None:

@@ -51,10 +51,10 @@ class ConfigError(UserError):
 
 
 def shown(value: object) -> str:
-    """``value`` as it would stand in YAML, at most 60 characters."""
+    """``value`` as it would stand in YAML, at most 120 characters."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     text = "''" if value == "" else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -15,8 +15,11 @@ import yaml
 
 from deepseek.config.errors import ConfigError, Problem
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 100_000
 """Longest file that is read as YAML; a longer one is a checkpoint or data given by mistake."""
+
+MAX_DEPTH = 20
+"""Sections within sections. PyYAML takes time with the square of the depth."""
 
 
 @dataclass
@@ -37,16 +40,10 @@ def read_yaml(text: str, name: str) -> Document:
     Raises ``ConfigError`` with file and line if the text is not YAML.
     """
     try:
-        events = list(yaml.parse(text, Loader=_Loader))
-        node = yaml.compose(text, Loader=_Loader)
-        document = Document(None)
-        document.problems += [p for event in events for p in _refused(event, name)]
-        document.tree = _plain(node, "", name, document)
+        document = Document(None, problems=_refused_events(text, name))
+        document.tree = _plain(yaml.compose(text, Loader=_Loader), "", name, document)
     except yaml.YAMLError as error:
         raise ConfigError([_syntax_problem(error, text, name)], name) from None
-    except RecursionError:
-        problem = Problem("", None, "is nested too deeply", "a configuration has 4 levels", name)
-        raise ConfigError([problem], name) from None
     return document
 
 
@@ -135,6 +132,21 @@ def _mapping(node: yaml.MappingNode, path: str, name: str, document: Document) -
         document.lines[full] = where
         found[key] = _plain(value_node, full, name, document)
     return found
+
+
+def _refused_events(text: str, name: str) -> list[Problem]:
+    """Everything in ``text`` that says more than data."""
+    problems: list[Problem] = []
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        problems += _refused(event, name)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            where = f"{name}:{event.start_mark.line + 1}"
+            rule = f"is nested more than {MAX_DEPTH} deep"
+            raise ConfigError([Problem("", None, rule, "remove levels", where)], name)
+    return problems
 
 
 def _refused(event: yaml.Event, name: str) -> list[Problem]:

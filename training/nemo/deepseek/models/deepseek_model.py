@@ -10,7 +10,7 @@ B batch, S sequence, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -256,11 +256,14 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
 
 def _plain_config(cfg: DictConfig | Mapping[str, Any] | ModelConfig) -> DictConfig:
     """A DictConfig without types: NeMo adds keys of its own to it."""
+    tree: Any
     if isinstance(cfg, ModelConfig):
-        cfg = OmegaConf.structured(cfg)
-    if isinstance(cfg, DictConfig):
-        cfg = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    plain = OmegaConf.create(dict(cfg))
+        tree = asdict(cfg)
+    elif isinstance(cfg, DictConfig):
+        tree = OmegaConf.to_container(cfg, resolve=True)
+    else:
+        tree = dict(cfg)
+    plain = OmegaConf.create(tree)
     if USES_NEMO:
         plain.target = NEMO_TARGET
     return plain

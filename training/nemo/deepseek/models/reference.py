@@ -13,9 +13,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from deepseek.config.schema import ModelConfig
+from torch import Tensor
 
 State = dict[str, Tensor]
 Vectors = list[Tensor]  # one vector per token

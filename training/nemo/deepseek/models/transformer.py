@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deepseek.config.schema import ModelConfig
-from deepseek.models.components.attention import LatentStore
+from deepseek.models.components.attention import LatentStore, MultiHeadLatentAttention
 from deepseek.models.components.block import DeepSeekBlock
 from deepseek.models.components.context import TokenContext
 from deepseek.models.components.head import Head
@@ -110,6 +110,13 @@ class Transformer(nn.Module):
             positions_BS, config.qk_rope_head_dim, config.rope_theta, config.rope_scaling, dtype
         )
         return TokenContext(cos_BSP, sin_BSP, documents_BS, real_BS, balance_scale)
+
+    def compile_attention(self) -> None:
+        """Compile every block's attention in place; the expert dispatch stays eager, since its
+        shapes change with each batch."""
+        for module in self.modules():
+            if isinstance(module, MultiHeadLatentAttention):
+                module.compile()
 
     def routers(self) -> dict[str, Router]:
         """Every router by the name of its block, in order of depth."""

@@ -103,7 +103,9 @@ class GroupedExperts(nn.Module):
 
     def forward(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
         """Rows sorted by expert (R, D), rows per expert (e,) -> (R, D)."""
-        w1, w2, w3 = self.w1, self.w2, self.w3
+        w1: Tensor = self.w1
+        w2: Tensor = self.w2
+        w3: Tensor = self.w3
         device = rows_RD.device.type
         if torch.is_autocast_enabled(device):  # grouped products are not on autocast's list
             dtype = torch.get_autocast_dtype(device)

@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine:
+#   make train    environment, corpus, tokenizer, a real training run of a few minutes, a sample
+#   make test     environments, style, types, layers, and the whole suite with and without NeMo
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+PIP_FLAGS := --quiet --disable-pip-version-check
+VENV := .venv
+NEMO := .venv-nemo
+TEST_FLAGS ?= -n 2
+
+.PHONY: train test test-lightning test-nemo lint format clean
+
+train: $(VENV)/.ready
+	$(VENV)/bin/deepseek train --config deepseek_v3_tiny --sample
+
+test: lint test-lightning test-nemo
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+test-lightning: $(VENV)/.ready
+	@echo "== the suite with PyTorch Lightning alone"
+	$(VENV)/bin/python -m pytest $(TEST_FLAGS)
+
+test-nemo: $(NEMO)/.ready
+	@echo "== the suite with NVIDIA NeMo"
+	$(NEMO)/bin/python -m pytest $(TEST_FLAGS)
+
+format: $(VENV)/.ready
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "== environment $(VENV) ($(PYTHON))"
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: set PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt torch
+	$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(NEMO)/.ready: pyproject.toml constraints-nemo.txt
+	@echo "== environment $(NEMO) ($(PYTHON))"
+	$(PYTHON) -m venv --clear $(NEMO)
+	$(NEMO)/bin/pip install $(PIP_FLAGS) -c constraints-nemo.txt torch
+	$(NEMO)/bin/pip install $(PIP_FLAGS) -c constraints-nemo.txt -e ".[nemo,dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(NEMO) .pytest_cache .ruff_cache .mypy_cache .hypothesis

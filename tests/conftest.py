@@ -1,0 +1,9 @@
+"""One thread per process: tests run side by side, and threads that wait for each other crawl."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)

@@ -1,0 +1,283 @@
+"""Input files: what is a document, in which order, and what is wrong with a bad file."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from conftest import TEXTS
+from deepseek.config.errors import UserError
+from deepseek.data import corpus
+from deepseek.data.corpus import Corpus, cut, documents, pieces, stdlib_documents
+from deepseek.data.tokenizer import Tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def read(path: Path, key: str = "text") -> list[str]:
+    return [text for source in Corpus.from_paths([path]).sources for text in documents(source, key)]
+
+
+def put(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(zstandard.compress(data) if path.suffix == ".zst" else data)
+    return path
+
+
+def parquet(path: Path, rows: list[Any], column: str = "text", **options: Any) -> Path:
+    table = pyarrow.table({"id": list(range(len(rows))), column: rows})
+    plain = path.with_suffix("") if path.suffix == ".zst" else path
+    pyarrow.parquet.write_table(table, plain, **options)
+    return put(path, plain.read_bytes()) if path != plain else plain
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py", "noending", "a.txt.zst"])
+def test_a_text_file_is_one_document(tmp_path: Path, name: str) -> None:
+    for text in TEXTS:
+        assert read(put(tmp_path / name, text)) == [text]
+    assert read(put(tmp_path / name, "\ufefftext")) == ["text"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.JSONL", "a.jsonl.zst"])
+def test_each_line_of_json_is_a_document(tmp_path: Path, name: str) -> None:
+    lines = "\n".join(json.dumps({"n": k, "text": text}) for k, text in enumerate(TEXTS))
+    assert read(put(tmp_path / name, lines)) == TEXTS
+    assert read(put(tmp_path / name, f'\ufeff{lines}\r\n\n  \n{{"text": ""}}\n')) == [*TEXTS, ""]
+    assert read(put(tmp_path / name, '{"body": "x"}'), "body") == ["x"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.parquet.zst"])
+def test_each_row_of_parquet_is_a_document(tmp_path: Path, name: str) -> None:
+    rows = [*TEXTS, None, "end"] * 100
+    expected = [text or "" for text in rows]
+    assert read(parquet(tmp_path / name, rows, row_group_size=7)) == expected
+    large = pyarrow.array(rows, pyarrow.large_string())
+    assert read(parquet(tmp_path / name, large, "body"), "body") == expected
+    coded = pyarrow.array(rows).dictionary_encode()
+    assert read(parquet(tmp_path / name, coded)) == expected
+
+
+def test_folders_are_walked_in_sorted_order(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.txt", "a.txt", "a/b/c.jsonl", ".hidden.txt", ".git/config", "B.txt"):
+        put(tmp_path / name, json.dumps({"text": name}) if "jsonl" in name else name)
+    put(tmp_path / "picture.png", b"\x89PNG\0\0")
+    os.symlink(tmp_path / "nowhere", tmp_path / "broken.txt")
+    found = Corpus.from_paths([tmp_path])
+    names = [source.name for source in found.sources]
+    assert names == ["B.txt", "a.txt", "a/b/c.jsonl", "a/z.txt", "b.txt"]
+    assert found.skipped == (tmp_path / "picture.png",)
+    assert found.total_bytes == sum(source.path.stat().st_size for source in found.sources)
+    excluded = Corpus.from_paths([tmp_path], exclude=lambda path: path.name == "a.txt")
+    assert len(excluded.sources) == 4
+
+
+def test_stat_digest_sees_changes(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.txt", "one")
+    digests = {Corpus.from_paths([tmp_path]).stat_digest()}
+    assert Corpus.from_paths([tmp_path]).stat_digest() in digests
+    os.utime(path, (1, 1))
+    digests.add(Corpus.from_paths([tmp_path]).stat_digest())
+    put(tmp_path / "b.txt", "two")
+    digests.add(Corpus.from_paths([tmp_path]).stat_digest())
+    assert len(digests) == 3
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.zst", "a.jsonl", "a.parquet", "a.parquet.zst"])
+def test_digest_is_that_of_the_file(tmp_path: Path, name: str) -> None:
+    if "parquet" in name:
+        path = parquet(tmp_path / name, TEXTS)
+    else:
+        path = put(tmp_path / name, '{"text": "x"}\n' * 5)
+    digest = hashlib.sha256()
+    source = Corpus.from_paths([path]).sources[0]
+    last = list(pieces(source, digest=digest))[-1]
+    assert digest.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert last.position == path.stat().st_size
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text("ab1 \n\t,東", max_size=80), st.integers(1, 10))
+def test_pieces_join_to_the_text_and_to_its_ids(bpe: Tokenizer, text: str, limit: int) -> None:
+    found, rest = cut(text, final=True, limit=limit)
+    assert "".join(found) == text and rest == ""
+    open_pieces, rest = cut(text, final=False, limit=limit)
+    assert "".join(open_pieces) + rest == text
+    assert found[: len(open_pieces)] == open_pieces
+    if all(len(piece) < 16 * limit for piece in found):
+        assert sum(map(bpe.encode, found), []) == bpe.encode(text)
+
+
+def test_a_text_without_a_place_to_cut_is_cut_anyway() -> None:
+    found, _ = cut("x" * 100, final=True, limit=5)
+    assert [len(piece) for piece in found] == [80, 20]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.zst"])
+def test_long_files_come_in_pieces_whatever_the_blocks(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(f"line {k} é東🗼\n" for k in range(150_000))
+    path = put(tmp_path / name, text)
+    source = Corpus.from_paths([path]).sources[0]
+    whole = [(piece.text, piece.last) for piece in pieces(source)]
+    assert len(whole) >= 3
+    assert [last for _, last in whole] == [False] * (len(whole) - 1) + [True]
+    monkeypatch.setattr(corpus, "_BLOCK", 100_003)
+    assert [(piece.text, piece.last) for piece in pieces(source)] == whole
+    assert list(documents(source)) == [text]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.zst", "a.jsonl"])
+def test_memory_is_constant(tmp_path: Path, name: str) -> None:
+    line = "some words and more of them\n" if "txt" in name else '{"text": "some words"}\n'
+    path = put(tmp_path / name, line * (40_000_000 // len(line)))
+    source = Corpus.from_paths([path]).sources[0]
+    tracemalloc.start()
+    count = sum(1 for _ in zip(pieces(source), range(100_000), strict=False))
+    for _ in range(3):  # and again: nothing piles up
+        for piece in pieces(source):
+            if piece.position > 8_000_000:
+                break
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count > 20 and peak < 20_000_000
+
+
+def test_the_standard_library_is_a_corpus() -> None:
+    found = Corpus.stdlib()
+    names = [source.name for source in found.sources]
+    assert names == sorted(names)
+    assert {"os.py", "json/decoder.py", "pydoc_data/topics.py"} <= set(names)
+    parts = {part for name in names for part in name.split("/")}
+    assert not parts & {"test", "tests", "site-packages", "idlelib", "lib2to3", "__pycache__"}
+    assert not any(name.startswith("_sysconfigdata") for name in names)
+    assert 5_000_000 < found.total_bytes < 20_000_000
+    assert found.stat_digest() == Corpus.stdlib().stat_digest()
+    first = next(stdlib_documents())
+    assert first == found.sources[0].path.read_bytes().decode()
+
+
+def test_a_python_without_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    with pytest.raises(UserError, match=r"holds no \.py files; give input files instead"):
+        Corpus.stdlib()
+    put(tmp_path / "latin.py", b"# \xe9")
+    put(tmp_path / "good.py", b"# \xc3\xa9")
+    assert [source.name for source in Corpus.stdlib().sources] == ["good.py"]
+
+
+BAD = [
+    ("a.txt", b"ab\xffcd", r"a\.txt: not UTF-8 at byte 2 \(invalid start byte\); convert it"),
+    ("a.txt", b"x" * 2_000_000 + b"\xc3(", r"a\.txt: not UTF-8 at byte 2000000 "),
+    ("a.txt", b"ab\xe6\x9d", r"a\.txt: not UTF-8 at byte 2 \(unexpected end of data\)"),
+    ("a.txt.zst", b"ab\xffcd", r"a\.txt\.zst: not UTF-8 at byte 2"),
+    ("a.txt", "text".encode("utf-16"), r"at byte 0 .*looks like UTF-16: iconv -f UTF-16"),
+    ("a.txt", gzip.compress(b"text"), r"at byte 1 .*it is gzip-compressed: unpack it"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8 at byte 24 of the"),
+    (
+        "a.jsonl",
+        b'{"text": "x"}\n{"text": "x"\n',
+        r"a\.jsonl:2: not JSON \(Expecting.*one JSON obj",
+    ),
+    ("a.jsonl.zst", b'{"text": "x"}\n\n{', r"a\.jsonl\.zst:3: not JSON"),
+    ("a.json", b'[\n{"text": "x"}\n]', r"a\.json:1: not JSON .*one JSON array, make it lines: jq"),
+    ("a.jsonl", b"[" * 100_000 + b"\n", r"a\.jsonl:1: not JSON \(maximum recursion"),
+    ("a.jsonl", b'{"text": 1' + b"0" * 5000 + b"}", r"a\.jsonl:1: not JSON \(Exceeds the limit"),
+    ("a.jsonl", b'["x"]', r"a\.jsonl:1: a JSON array, expected an object with the key 'text'"),
+    ("a.jsonl", b'{"txt": "x", "id": 1}', r"no key 'text'; present: txt, id; pass --json-key txt"),
+    ("a.jsonl", b'{"q": "x"}', r"no key 'text'; present: q; choose one with --json-key"),
+    ("a.jsonl", b"{}", r"no key 'text'; present: none"),
+    ("a.jsonl", b'{"text": null}', r"a\.jsonl:1: 'text' holds a JSON null, expected a string"),
+    ("a.jsonl", b'{"text": 1.5}', r"'text' holds a JSON number, expected a string"),
+    ("a.jsonl", b'{"text": "ab\\ud800"}', r"a\.jsonl:1: character 2 of the text is half of a surr"),
+    ("a.parquet", b"PAR1 no", r"a\.parquet is not a readable parquet file .*copy it again"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD)
+def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(put(tmp_path / name, content))
+
+
+def test_bad_compression_is_named(tmp_path: Path) -> None:
+    packed = zstandard.compress(os.urandom(300_000).hex().encode())
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(packed[:-10])
+    with pytest.raises(
+        UserError, match=rf"truncated: it ends inside .* after {len(packed) - 10} b"
+    ):
+        read(path)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"truncated: .* after 0 bytes \(0 unpacked\)"):
+        read(path)
+    path.write_bytes(packed[:200_000] + b"??" * 40 + packed[200_080:])
+    with pytest.raises(UserError, match=r"is damaged near byte \d+ \(.*\); copy it again"):
+        read(path)
+    path.write_bytes(packed + zstandard.compress(b"second frame"))
+    assert read(path)[0].endswith("second frame")
+
+
+def test_bad_parquet_is_named(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", TEXTS, "body")
+    with pytest.raises(UserError, match=r"no column 'text'; present: id, body; choose one with"):
+        read(path)
+    with pytest.raises(UserError, match=r"column 'id' holds int64, expected strings"):
+        read(path, "id")
+    rows = [os.urandom(500).hex() for _ in range(50)]
+    path = parquet(tmp_path / "b.parquet", rows, compression="zstd", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[2000:6000] = b"\xff" * 4000
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"b\.parquet is not a readable parquet file"):
+        read(path)
+
+
+@pytest.mark.parametrize(("name", "module"), [("a.txt.zst", "zstandard"), ("a.parquet", "pyarrow")])
+def test_missing_libraries_are_named(
+    tmp_path: Path, name: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = put(tmp_path / name, "text")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"{name} needs {module}; pip install {module}"):
+        read(path)
+
+
+def test_bad_inputs_are_named(tmp_path: Path) -> None:
+    path = put(tmp_path / "train.txt", "x")
+    with pytest.raises(UserError, match=r"tran\.txt does not exist; nearest: .*train\.txt"):
+        Corpus.from_paths([tmp_path / "tran.txt"])
+    with pytest.raises(UserError, match=r"zzz does not exist; look into "):
+        Corpus.from_paths([tmp_path / "zzz"])
+    with pytest.raises(UserError, match=r"a\.txt does not exist; nor does the folder .*no"):
+        Corpus.from_paths([tmp_path / "no" / "a.txt"])
+    with pytest.raises(UserError, match=r"train\.txt is given twice"):
+        Corpus.from_paths([tmp_path, path])
+    with pytest.raises(UserError, match=r"no input was given"):
+        Corpus.from_paths([])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match=r"empty holds no text; give a folder with \.txt"):
+        Corpus.from_paths([empty])
+    put(empty / "x.bin", b"\0")
+    with pytest.raises(UserError, match=r"empty holds no text \(1 binary files left out\)"):
+        Corpus.from_paths([empty])
+
+
+def test_a_file_that_grows_is_named(tmp_path: Path) -> None:
+    path = put(tmp_path / "a.txt", "x")
+    source = Corpus.from_paths([path]).sources[0]
+    put(path, "xyz")
+    with pytest.raises(UserError, match=r"a\.txt changed while it was read \(1 -> 3 bytes\)"):
+        list(pieces(source))

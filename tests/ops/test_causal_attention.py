@@ -1,0 +1,106 @@
+"""``causal_attention`` against its twin that holds all scores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from deepseek.ops.attention import causal_attention, causal_attention_slow, document_mask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+TOLERANCE = {
+    torch.float64: dict(rtol=1e-11, atol=1e-11),
+    torch.float32: dict(rtol=2e-5, atol=2e-5),
+    torch.bfloat16: dict(rtol=3e-2, atol=3e-2),
+}
+
+
+def tensors(shape: tuple[int, int, int], dims: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+    """q, k (B, N, S, H) and v (B, N, S, V), with gradient."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    made = [torch.randn(*shape, dim, generator=generator) for dim in (dims[0], *dims)]
+    return [tensor.to(dtype).requires_grad_() for tensor in made]
+
+
+def compare(
+    shape: tuple[int, int, int],
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    scale: float,
+    documents_BS: Tensor | None,
+) -> None:
+    results = []
+    for function in (causal_attention, causal_attention_slow):
+        q, k, v = tensors(shape, dims, dtype)
+        y_BNSV = function(q, k, v, scale, documents_BS)
+        assert y_BNSV.shape == (*shape, dims[1]) and y_BNSV.dtype == dtype
+        y_BNSV.backward(torch.linspace(-1, 1, y_BNSV.numel()).view_as(y_BNSV).to(dtype))
+        results.append((y_BNSV, q.grad, k.grad, v.grad))
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, **TOLERANCE[dtype])
+
+
+@settings(deadline=None, max_examples=50, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9)),
+    dims=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    scale=st.sampled_from([0.1, 1.0, 2.5]),
+    data=st.data(),
+)
+def test_equals_all_scores(
+    shape: tuple[int, int, int],
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    scale: float,
+    data: st.DataObject,
+) -> None:
+    batch, _, length = shape
+    documents_BS = None
+    if data.draw(st.booleans(), label="isolated"):
+        steps = st.lists(st.integers(0, 1), min_size=length, max_size=length)
+        rows = [data.draw(steps, label="border") for _ in range(batch)]
+        documents_BS = torch.tensor(rows).cumsum(1)
+    compare(shape, dims, dtype, scale, documents_BS)
+
+
+@pytest.mark.parametrize("dims", [(6, 4), (4, 4), (3, 8)])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_equals_all_scores_in_bf16(dims: tuple[int, int], isolated: bool) -> None:
+    documents_BS = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]]) if isolated else None
+    compare((2, 2, 5), dims, torch.bfloat16, 0.5, documents_BS)
+
+
+def test_by_hand() -> None:
+    """Two tokens: the first sees itself; the second weighs both by softmax(2 * 1, 2 * 3)."""
+    q = torch.tensor([[[[1.0], [1.0]]]])
+    k = torch.tensor([[[[1.0], [3.0]]]])
+    v = torch.tensor([[[[10.0, 0.0], [0.0, 10.0]]]])
+    weight = 1 / (1 + torch.e**4)
+    wanted = torch.tensor([[10.0, 0.0], [10 * weight, 10 * (1 - weight)]])
+    for function in (causal_attention, causal_attention_slow):
+        torch.testing.assert_close(function(q, k, v, 2.0)[0, 0], wanted)
+
+
+@pytest.mark.parametrize("function", [causal_attention, causal_attention_slow])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_what_a_token_may_see(function: object, isolated: bool) -> None:
+    """Gradient of every output with respect to every value: nonzero exactly where allowed."""
+    documents = [0, 0, 1, 1, 1]
+    documents_BS = torch.tensor([documents]) if isolated else None
+    q, k, v = tensors((1, 1, 5), (4, 3), torch.float64)
+    y_BNSV = function(q, k, v, 0.5, documents_BS)  # type: ignore[operator]
+    for i in range(5):
+        (gradient,) = torch.autograd.grad(y_BNSV[0, 0, i].sum(), v, retain_graph=True)
+        seen = [bool(row.any()) for row in gradient[0, 0]]
+        assert seen == [j <= i and (not isolated or documents[i] == documents[j]) for j in range(5)]
+
+
+def test_document_mask() -> None:
+    mask = document_mask(torch.tensor([[7, 7, 3], [-1, 5, -1]]))
+    assert mask.shape == (2, 1, 3, 3) and mask.dtype == torch.bool
+    assert mask[:, 0].int().tolist() == [
+        [[1, 0, 0], [1, 1, 0], [0, 0, 1]],
+        [[1, 0, 0], [0, 1, 0], [1, 0, 1]],
+    ]
