@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError
+
 from deepseek.config import (
     ConfigError,
     ModelConfig,
@@ -17,8 +20,6 @@ from deepseek.config import (
     shipped_configs,
     single_process_only,
 )
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError
 
 
 def write(folder: Path, name: str, text: str) -> Path:

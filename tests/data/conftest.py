@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from deepseek.data.indexed import IndexedDataset, IndexedWriter
 from deepseek.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 

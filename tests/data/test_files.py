@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from deepseek.config.errors import UserError
 from deepseek.data.files import atomic_open, exclusive, require_room
 

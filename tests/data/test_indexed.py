@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from deepseek.config.errors import UserError
 from deepseek.data import indexed
 from deepseek.data.indexed import IndexedDataset, IndexedWriter, dtype_for
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 # Two documents of uint16 ids: [1, 2, 3] + [4], and [5, 6]; then their bytes, written by hand.
 GOLDEN_BIN = struct.pack("<6H", 1, 2, 3, 4, 5, 6)

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from conftest import TEXTS
 from deepseek.config.errors import UserError
 from deepseek.data.tokenizer import (
@@ -26,8 +29,6 @@ from deepseek.data.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 BPE, BYTE = train_bpe(TEXTS * 3, 400), byte_tokenizer()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from deepseek.ops.attention import causal_attention, causal_attention_slow, document_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from deepseek.ops.attention import causal_attention, causal_attention_slow, document_mask
 
 TOLERANCE = {
     torch.float64: dict(rtol=1e-11, atol=1e-11),

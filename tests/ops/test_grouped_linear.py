@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from deepseek.ops import grouped_linear as module
-from deepseek.ops.grouped_linear import grouped_linear, grouped_linear_loop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from deepseek.ops import grouped_linear as module
+from deepseek.ops.grouped_linear import grouped_linear, grouped_linear_loop
 
 TOLERANCE = {
     torch.float64: dict(rtol=1e-12, atol=1e-12),

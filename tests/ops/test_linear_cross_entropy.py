@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from deepseek.ops import linear_cross_entropy as module
 from deepseek.ops.linear_cross_entropy import (
     IGNORE_INDEX,
     linear_cross_entropy,
     linear_cross_entropy_slow,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 
 def inputs(

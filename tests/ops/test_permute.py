@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from deepseek.ops.permute import (
     expand_rows,
     expand_rows_slow,
     inverse_permutation,
     permute_rows,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 permutations = st.integers(0, 12).flatmap(lambda n: st.permutations(range(n)))
 expansions = st.tuples(st.integers(1, 6), st.integers(1, 4)).flatmap(

@@ -55,6 +55,7 @@ def _import_nemo() -> tuple[Any, Any]:
             f"nemo_toolkit {version} needs {NEMO_LIGHTNING}; installed is {lightning_version}: "
             f"{way_out}"
         )
+    logging.getLogger("nv_one_logger").setLevel(logging.ERROR)  # telemetry that is off says so
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -118,10 +119,11 @@ def framework_name() -> str:
     return f"PyTorch Lightning {pl.__version__}"
 
 
-def attach_run_folder(trainer: Any, folder: Path, tensorboard: bool) -> None:
+def attach_loggers(trainer: Any, folder: Path, tensorboard: bool) -> None:
     """Give the trainer its loggers: by NeMo's exp_manager, or the same TensorBoard files without.
 
-    Checkpoints and resuming are ours under both, so exp_manager's are switched off.
+    Checkpoints and resuming are ours under both, so exp_manager's are switched off. The folder must
+    be for loggers alone: at each start exp_manager moves every file in it into ``run_N``.
     """
     if USES_NEMO:
         _exp_manager(

@@ -13,6 +13,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
+LOGS = "logs"
 
 
 def run_folder(config: RunConfig, run_dir: Path | None = None) -> Path:

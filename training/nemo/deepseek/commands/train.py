@@ -22,6 +22,7 @@ from deepseek.planner.counts import count_parameters
 from deepseek.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
+    LOGS,
     METRICS_FILE,
     TOKENIZER,
     last_checkpoint_step,
@@ -91,7 +92,7 @@ def _fit(cfg: DictConfig, run: RunConfig, folder: Path) -> TrainResult:
     # Imported here: a configuration error should not wait seconds for a training framework.
     import torch
 
-    from deepseek.frameworks import Trainer, attach_run_folder, framework_name
+    from deepseek.frameworks import Trainer, attach_loggers, framework_name
     from deepseek.models.deepseek_model import DeepSeekModel
 
     if run.trainer.num_threads:
@@ -138,7 +139,7 @@ def _fit(cfg: DictConfig, run: RunConfig, folder: Path) -> TrainResult:
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        attach_run_folder(trainer, folder, run.exp_manager.create_tensorboard_logger)
+        attach_loggers(trainer, folder / LOGS, run.exp_manager.create_tensorboard_logger)
         trainer.fit(module)
     if run.exp_manager.checkpoint_callback_params.save_nemo_on_train_end:
         module.save_to(str(folder / f"{run.name}.nemo"))
@@ -205,6 +206,6 @@ def _quiet() -> Iterator[None]:
     for name in ("lightning.pytorch", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        for message in (".*does not have many workers.*", ".*treespec.*", ".*ModelCheckpoint.*"):
+        for message in (".*does not have many workers.*", ".*treespec.*", ".*logging interval.*"):
             warnings.filterwarnings("ignore", message)
         yield

@@ -289,21 +289,23 @@ def learning_rates(cfg: RunConfig) -> Iterator[Problem]:
 
 
 def schedule_steps(cfg: RunConfig) -> Iterator[Problem]:
-    """Warm-up and constant part fit into the schedule."""
+    """Warm-up and constant part fit into a schedule of a length of its own.
+
+    A schedule as long as the run may be cut short by ``trainer.max_steps``: a trial of ten steps
+    then ends in the warm-up, as it should.
+    """
     sched = cfg.model.optim.sched
-    if sched.max_steps is None:
-        total, total_key = cfg.trainer.max_steps, "trainer.max_steps"
-    else:
-        total, total_key = sched.max_steps, "model.optim.sched.max_steps"
     used = sched.warmup_steps + sched.constant_steps
-    if used > total:
+    if sched.max_steps is not None and used > sched.max_steps:
+        total = sched.max_steps
         yield Problem(
             "model.optim.sched.warmup_steps",
             sched.warmup_steps,
             f"warm-up {sched.warmup_steps} + constant {sched.constant_steps} = {used} steps is "
-            f"more than {total_key}={total}",
+            f"more than model.optim.sched.max_steps={total}",
             f"use warmup_steps={min(sched.warmup_steps, total // 10)} and "
-            f"constant_steps={min(sched.constant_steps, total // 2)}, or {total_key}={used}",
+            f"constant_steps={min(sched.constant_steps, total // 2)}, or "
+            f"model.optim.sched.max_steps={used}",
         )
 
 

@@ -66,6 +66,15 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes text that YAML 1.1 or 1.2 would take for something else."""
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Double quotes, which escape, around the line breaks that the plain styles write raw."""
+        style = '"' if _UNUSUAL_BREAK.search(text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_UNUSUAL_BREAK = re.compile("[\r\x85\u2028\u2029]")
+_Dumper.add_representer(str, _Dumper.represent_text)
+
 
 _NULL, _BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in "null bool int float".split())
 _CORE_SCHEMA = [

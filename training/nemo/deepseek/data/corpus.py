@@ -209,9 +209,9 @@ def pieces(
 def cut(text: str, final: bool, limit: int = PIECE) -> tuple[list[str], str]:
     """Cut a text into pieces of about ``limit`` characters, and the rest that is not yet one.
 
-    Cuts lie after a newline that a visible character follows, or else before the space of a word:
-    places where byte-level tokenizers never join, so the ids are those of the whole text. A text
-    without such a place is cut after 16 times the limit. With ``final`` the rest is empty.
+    Cuts lie after a newline between visible characters, or else before the space of a word: places
+    where byte-level tokenizers never join, so the ids are those of the whole text. A text without
+    such a place is cut after 16 times the limit. With ``final`` the rest is empty.
     """
     found = []
     start = 0
@@ -230,8 +230,9 @@ def cut(text: str, final: bool, limit: int = PIECE) -> tuple[list[str], str]:
 def _cut_place(text: str, start: int, stop: int) -> int | None:
     """The last place in (start, stop] to cut at, None if there is none."""
     place = stop
-    while (newline := text.rfind("\n", start, place)) >= 0:
-        if newline + 1 < len(text) and not text[newline + 1].isspace():
+    while (newline := text.rfind("\n", start + 1, place)) >= 0:
+        around = text[newline - 1 : newline + 2 : 2]
+        if len(around) == 2 and not around[0].isspace() and not around[1].isspace():
             return newline + 1
         place = newline
     place = stop
@@ -398,7 +399,8 @@ def _zst_blocks(
     # Frame by frame: zstandard's own reader takes a truncated file for a complete one.
     frame = None
     position = unpacked = 0
-    while block := stream.read(_BLOCK // 8):
+    # In small bites: text may grow a hundredfold when unpacked.
+    while block := stream.read(_BLOCK >> 6):
         if digest is not None:
             digest.update(block)
         position += len(block)

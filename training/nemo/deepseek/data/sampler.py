@@ -121,7 +121,9 @@ def stack(samples: Sequence[Sample]) -> Batch:
     }
 
 
-def _loader(dataset: Any, batches: StepBatches | list[list[int]], workers: int) -> DataLoader[Sample]:
+def _loader(
+    dataset: Any, batches: StepBatches | list[list[int]], workers: int
+) -> DataLoader[Sample]:
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -216,7 +216,8 @@ class Tokenizer:
     @cached_property
     def _bytes(self) -> dict[int, bytes] | None:
         decoder, vocab = self._parsed.get("decoder") or {}, self._parsed["model"]["vocab"]
-        if decoder.get("type") != "ByteLevel" or not isinstance(vocab, dict):
+        kinds = {part.get("type") for part in decoder.get("decoders", [decoder])} - {"Fuse"}
+        if kinds != {"ByteLevel"} or not isinstance(vocab, dict):
             return None
         table = {character: bytes([value]) for value, character in enumerate(_byte_characters())}
         result = {
@@ -242,7 +243,10 @@ class Tokenizer:
 
 @final
 class StreamDecoder:
-    """Ids in, text out, whole characters only; the pieces joined equal ``Tokenizer.decode``."""
+    """Ids in, text out, whole characters only; the pieces joined equal ``Tokenizer.decode``.
+
+    That holds for any ids if the vocabulary is byte-level, else for the ids of a text.
+    """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
         self._tokenizer, self._skip_special = tokenizer, skip_special
@@ -260,8 +264,10 @@ class StreamDecoder:
             return self._utf8.decode(self._tokenizer.id_bytes(token))
         self._held.append(token)
         text = self._held_text()
-        # A character has at most four bytes: a fifth id proves that U+FFFD is real.
-        return "" if text.endswith("\ufffd") and len(self._held) < 5 else self._release(text)
+        # Bytes that are no character yet show as one U+FFFD each, or more; the character U+FFFD
+        # itself shows as one for three bytes. After four bytes there is nothing to wait for.
+        broken = len(text) - len(text.rstrip("\ufffd"))
+        return "" if len(self._held) <= min(broken, 4) else self._release(text)
 
     def finish(self) -> str:
         """Return what is still held back; half a character becomes U+FFFD."""

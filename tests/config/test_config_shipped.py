@@ -1,0 +1,184 @@
+"""The shipped files: they load, say what each key means, and are what they claim to be."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deepseek.config import check, load_config, schema, shipped_configs
+from deepseek.config.fields import FIELDS, LEAVES
+from deepseek.config.hints import OTHER_NAMES
+from deepseek.config.ranges import NAMES, RANGES
+from deepseek.config.sources import CONFIGS
+
+KEY_LINE = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?P<value>[^#]*)(?:# (?P<comment>.*))?$")
+
+
+def key_lines(text: str) -> list[tuple[str, str]]:
+    """(dotted key, comment on its line) of every key in a YAML text that is indented by two."""
+    found = []
+    parents: list[str] = []
+    for line in text.splitlines():
+        match = KEY_LINE.match(line)
+        if match:
+            depth = len(match["indent"]) // 2
+            parents = [*parents[:depth], match["key"]]
+            found.append((".".join(parents), match["comment"] or ""))
+    return found
+
+
+def expected_type(path: str) -> str:
+    """How a comment must begin."""
+    if path == "extends":
+        return "str"
+    field = FIELDS[path]
+    word = "section" if field.is_section else field.kind.__name__
+    word = {"list": "list of two floats", "object": "str or list"}.get(word, word)
+    if path == "trainer.precision":
+        return "str"
+    return f"{word} or null" if field.optional else word
+
+
+def test_the_promised_files_are_there() -> None:
+    assert shipped_configs() == [
+        "deepseek_v3_671b",
+        "deepseek_v3_base",
+        "deepseek_v3_distributed",
+        "deepseek_v3_tiny",
+        "moonlight_16b",
+    ]
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_loads_and_is_sound(name: str) -> None:
+    cfg = load_config(name)
+    assert cfg.name == name
+    assert check(cfg) == []
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_key_is_commented_with_its_type(name: str) -> None:
+    lines = key_lines((CONFIGS / f"{name}.yaml").read_text())
+    assert lines
+    for path, comment in lines:
+        head, separator, meaning = comment.partition(":")
+        assert separator, f"{name}: {path} has no comment `type, unit: meaning`"
+        kind, _, unit = head.partition(", ")
+        assert kind == expected_type(path), f"{name}: {path}"
+        assert len(meaning.strip()) > 8, f"{name}: {path}"
+        assert not unit or re.fullmatch(r"[a-z -]+", unit), f"{name}: {path}"
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_lines_are_not_longer_than_code(name: str) -> None:
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    assert max(len(line) for line in text.splitlines()) <= 100
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_other_readers_of_yaml_read_the_same(name: str) -> None:
+    """No value depends on the differences between YAML 1.1 and 1.2."""
+    theirs = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    assert load_config(theirs) == load_config(name)
+
+
+def test_tiny_shows_every_key_of_the_schema() -> None:
+    text = (CONFIGS / "deepseek_v3_tiny.yaml").read_text()
+    block = re.search(r"(?m)^  # rope_scaling:.*\n(  #   .*\n)+", text)
+    assert block, "the optional section is shown as a comment"
+    shown = re.sub(r"(?m)^  # ?", "  ", block[0])
+    paths = {path for path, _ in key_lines(text)}
+    paths |= {path for path, _ in key_lines(f"model:\n{shown}")}
+    assert paths == set(FIELDS)
+    for path, comment in key_lines(f"model:\n{shown}")[1:]:
+        assert comment.startswith(expected_type(path)), path
+    section = yaml.safe_load(shown)["rope_scaling"]
+    yarn = load_config("deepseek_v3_tiny", [f"model.rope_scaling={section}"]).model.rope_scaling
+    assert (yarn.factor, yarn.beta_fast, yarn.mscale_all_dim) == (40, 32, 1)
+
+
+def test_every_field_of_the_schema_has_a_docstring() -> None:
+    tree = ast.parse(inspect.getsource(schema))
+    fields = 0
+    for section in tree.body:
+        if not isinstance(section, ast.ClassDef):
+            continue
+        assert ast.get_docstring(section), section.name
+        for field, after in zip(section.body, [*section.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert documented, f"{section.name}.{ast.unparse(field.target)}"
+                fields += 1
+    assert fields == len(FIELDS)
+
+
+def test_every_number_has_a_range_and_every_rule_a_field() -> None:
+    numbers = {path for path, field in LEAVES.items() if field.kind in (int, float)}
+    assert set(RANGES) == numbers
+    assert set(NAMES) <= set(LEAVES)
+    for path in numbers:
+        default = LEAVES[path].default
+        assert default is None or RANGES[path].holds(default), path  # type: ignore[arg-type]
+
+
+def test_names_of_other_stacks_lead_to_keys_that_exist() -> None:
+    for name, answer in OTHER_NAMES.items():
+        assert name not in {path.rpartition(".")[2] for path in FIELDS}
+        for path in re.findall(r"\b(?:model|trainer|exp_manager)\.[a-z_.]+[a-z_](?!\*)", answer):
+            assert path in FIELDS or path == "model", f"{name}: {answer}"
+
+
+def test_base_is_the_described_model() -> None:
+    cfg = load_config("deepseek_v3_base")
+    model = cfg.model
+    assert (model.num_hidden_layers, model.hidden_size) == (12, 768)
+    assert (model.n_routed_experts, model.num_experts_per_tok) == (8, 2)
+    assert cfg.trainer.devices == 1
+
+
+def test_distributed_is_the_described_model() -> None:
+    cfg = load_config("deepseek_v3_distributed")
+    model = cfg.model
+    assert (model.num_hidden_layers, model.hidden_size, model.n_routed_experts) == (24, 1024, 16)
+    assert (cfg.trainer.devices, model.expert_model_parallel_size) == (4, 4)
+
+
+def test_the_layouts_in_distributed_are_sound() -> None:
+    text = (CONFIGS / "deepseek_v3_distributed.yaml").read_text()
+    header = re.sub(r"\n#(?! +\d+ GPUs) +", " ", text.partition("extends:")[0])
+    layouts = re.findall(r"(?m)^# +(\d+) GPUs +(.*=\d+)", header)
+    assert [int(gpus) for gpus, _ in layouts] == [2, 8, 32]
+    for gpus, overrides in layouts:
+        cfg = load_config("deepseek_v3_distributed", overrides.split())
+        assert cfg.trainer.devices * cfg.trainer.num_nodes == int(gpus)
+
+
+def test_tiny_has_every_part_of_v3() -> None:
+    model = load_config("deepseek_v3_tiny").model
+    assert model.q_lora_rank is not None
+    assert 0 < model.first_k_dense_replace < model.num_hidden_layers
+    assert 1 <= model.topk_group < model.n_group
+    assert model.topk_method == "noaux_tc" and model.scoring_func == "sigmoid"
+    assert model.n_shared_experts >= 1 and model.num_nextn_predict_layers >= 1
+    assert model.moe_router_bias_update_rate > 0 and model.moe_aux_loss_coeff > 0
+
+
+def test_the_recipe_of_671b_in_tokens() -> None:
+    """Steps times batch gives the report's tokens (arXiv:2412.19437 section 4.2) to one step."""
+    cfg = load_config("deepseek_v3_671b")
+    sched, step = cfg.model.optim.sched, cfg.model.global_batch_size * cfg.model.data.seq_length
+    assert sched.warmup_steps == 2000
+    assert 0 <= (sched.warmup_steps + sched.constant_steps) * step - 10.0e12 < step
+    assert 0 <= sched.max_steps * step - 14.3e12 < step
+    assert 0 <= cfg.trainer.max_steps * step - 14.8e12 < step
+    assert (cfg.model.optim.lr, sched.min_lr) == (2.2e-4, 2.2e-5)
+    assert cfg.model.initializer_range == 0.006
+
+
+def test_shipped_files_lie_in_the_package() -> None:
+    assert CONFIGS == Path(schema.__file__).parents[1] / "configs"

@@ -1,0 +1,66 @@
+"""The rows that ``deepseek validate`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from omegaconf import OmegaConf
+
+from deepseek.config import RunConfig, load_config, shipped_configs
+from deepseek.planner.report import validate_report
+
+
+def report(name: str, overrides: Sequence[str] = ()) -> list[tuple[str, str]]:
+    run = OmegaConf.to_object(load_config(name, overrides))
+    assert isinstance(run, RunConfig)
+    return validate_report(run)
+
+
+def test_v3() -> None:
+    assert report("deepseek_v3_671b") == [
+        ("parameters", "671.03 B (671,026,404,352)"),
+        ("active per token", "37.55 B (37,552,282,624), 36.63 B without the input embedding"),
+        ("1 MTP module", "11.61 B (11,610,067,968)"),
+        ("FLOPs per token", "259.99 GFLOP in training (causal, at 4,096 tokens, with MTP)"),
+        ("weights", "2.48 TiB (fp32)"),
+        ("gradients", "2.48 TiB (fp32)"),
+        ("optimiser states", "4.97 TiB (adamw, fp32)"),
+        ("states together", "9.93 TiB, without activations, over 2,048 processes"),
+        ("KV cache per token", "70,272 bytes (bf16)"),
+        (
+            "tokens per step",
+            "62,914,560 (15,360 sequences x 4,096, in 120 micro-batches of 1 per rank)",
+        ),
+        ("tokens of the run", "14.80 T (235,240 steps)"),
+        ("FLOPs of the run", "3.85e+24"),
+    ]
+
+
+def test_one_process_and_no_mtp() -> None:
+    rows = dict(report("deepseek_v3_tiny", ["model.num_nextn_predict_layers=0", "seed=5"]))
+    assert not [name for name in rows if "MTP" in name]
+    assert "MFLOP in training" in rows["FLOPs per token"]
+    assert "MTP" not in rows["FLOPs per token"]
+    assert "processes" not in rows["states together"]
+    assert "per rank" not in rows["tokens per step"]
+    assert rows["KV cache per token"] == "1,280 bytes (fp32)"
+
+
+def test_two_modules() -> None:
+    rows = dict(report("deepseek_v3_tiny", ["model.num_nextn_predict_layers=2"]))
+    assert "2 MTP modules" in rows
+
+
+def test_flops_of_the_run_are_tokens_times_flops() -> None:
+    rows = dict(report("moonlight_16b"))
+    tokens = 2048 * 8192 * 10_000
+    per_token = float(rows["FLOPs per token"].split()[0]) * 1e9
+    assert float(rows["FLOPs of the run"]) == pytest.approx(tokens * per_token, rel=5e-3)
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_row_says_something(name: str) -> None:
+    rows = report(name)
+    assert len(dict(rows)) == len(rows) >= 11
+    assert all(what and value for what, value in rows)
