@@ -13,14 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from deepseek.checkpoint.huggingface import Layout, from_hf, hf_config, to_hf
 from deepseek.config.schema import ModelConfig, RopeScaling
 from deepseek.models.components.router import Router
 from deepseek.models.losses import loss_sums
 from deepseek.models.transformer import Transformer
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
 
 TOLERANCE = 2e-5
 MARGIN = 1e-4

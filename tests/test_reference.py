@@ -10,12 +10,13 @@ import random
 from collections.abc import Iterator
 
 import pytest
-import reference
 import torch
+from torch import Tensor
+
+import reference
 from deepseek.config.schema import ModelConfig, RopeScaling
 from deepseek.models.losses import loss_sums
 from deepseek.models.transformer import Transformer
-from torch import Tensor
 
 TOLERANCE = 1e-10
 

@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, zeros
+
 from deepseek.checkpoint.folder import newest_sound
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.config.errors import UserError
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, zeros
 
 torch.set_num_threads(1)
 

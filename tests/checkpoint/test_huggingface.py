@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from deepseek.checkpoint.huggingface import Layout, from_hf, hf_config, model_config, to_hf
 from deepseek.config.errors import ConfigError, UserError
 from deepseek.config.schema import ModelConfig, RopeScaling
 from deepseek.models.transformer import Transformer
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 YARN_40 = {
     "beta_fast": 32,

@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.folder import complete_steps, damage_of, describe, newest_sound
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.checkpoint.rng import capture_rng, restore_rng
 from deepseek.config.errors import UserError
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

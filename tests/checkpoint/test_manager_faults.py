@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import deepseek
 import pytest
 import torch
+
+import deepseek
 from deepseek.checkpoint import files
 from deepseek.checkpoint.folder import newest_sound
 from deepseek.checkpoint.manager import CheckpointManager

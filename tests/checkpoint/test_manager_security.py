@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
 from deepseek.checkpoint import metadata as module
 from deepseek.checkpoint.folder import describe, newest_sound
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.config.errors import UserError
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 
 @pytest.fixture

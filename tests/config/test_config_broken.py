@@ -71,6 +71,7 @@ ONE_PROBLEM = [
     # ranges and names
     ("model.hidden_size=0", "model.hidden_size", ["must be at least 1", "use 1 or more"]),
     ("model.q_lora_rank=0", "model.q_lora_rank", ["must be at least 1"]),
+    (f"model.global_batch_size={10**30}", "model.global_batch_size", ["at most 1000000000;"]),
     ("model.global_batch_size=0", "model.global_batch_size", ["must be at least 1"]),
     ("model.initializer_range=0", "model.initializer_range", ["above 0", "more than 0"]),
     ("model.optim.lr=0", "model.optim.lr", ["must be above 0", "(default 0.00022)"]),

@@ -124,6 +124,8 @@ def test_every_number_has_a_range_and_every_rule_a_field() -> None:
     for path in numbers:
         default = LEAVES[path].default
         assert default is None or RANGES[path].holds(default), path  # type: ignore[arg-type]
+        if LEAVES[path].kind is int:
+            assert RANGES[path].high <= 2**32, f"{path}: sums over it must end"
 
 
 def test_names_of_other_stacks_lead_to_keys_that_exist() -> None:

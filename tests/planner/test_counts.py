@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from omegaconf import OmegaConf
 
-from deepseek.config import ModelConfig, load_config
+from deepseek.config import ModelConfig, RunConfig, load_config
 from deepseek.planner.counts import (
     count_parameters,
     flops_per_token,
@@ -259,4 +260,6 @@ def test_v3_caches_70272_bytes_a_token() -> None:
     ("name", "model"), [("deepseek_v3_671b", V3), ("moonlight_16b", MOONLIGHT)]
 )
 def test_shipped_files_have_the_published_sizes(name: str, model: ModelConfig) -> None:
-    assert count_parameters(load_config(name).model) == count_parameters(model)
+    run = OmegaConf.to_object(load_config(name))
+    assert isinstance(run, RunConfig)
+    assert count_parameters(run.model) == count_parameters(model)

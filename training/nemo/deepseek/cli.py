@@ -65,7 +65,7 @@ def prepare_data_command(
     inputs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Files or folders of text, .jsonl, .parquet, each also .zst; none: the built-in corpus."
+            help="Text, .jsonl or .parquet files or folders, also .zst; none: the built-in corpus."
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Prefix P of the files P.bin and P.idx.")] = Path(

@@ -28,12 +28,16 @@ class Range:
 
     def __str__(self) -> str:
         low = f"above {self.low}" if self.low_open else f"at least {self.low}"
-        if self.high == math.inf:
+        if self.high in (math.inf, _MOST):
             return low
         return f"{low} and {'below' if self.high_open else 'at most'} {self.high}"
 
 
-_COUNT = Range(1)
+# No sound count is larger, and the arithmetic on larger ones (divisors) would take for ever.
+_MOST = 10**9
+
+_COUNT = Range(1, _MOST)
+_COUNT_OR_ZERO = Range(0, _MOST)
 _NOT_NEGATIVE = Range(0)
 _POSITIVE = Range(0, low_open=True)
 _SHARE = Range(0, 1)
@@ -44,11 +48,11 @@ RANGES: dict[str, Range] = {
     "trainer.devices": _COUNT,
     "trainer.num_nodes": _COUNT,
     "trainer.max_steps": _COUNT,
-    "trainer.val_check_interval": _NOT_NEGATIVE,
+    "trainer.val_check_interval": _COUNT_OR_ZERO,
     "trainer.limit_val_batches": _COUNT,
     "trainer.log_every_n_steps": _COUNT,
     "trainer.gradient_clip_val": _NOT_NEGATIVE,
-    "trainer.num_threads": _NOT_NEGATIVE,
+    "trainer.num_threads": _COUNT_OR_ZERO,
     "model.vocab_size": _COUNT,
     "model.hidden_size": _COUNT,
     "model.num_hidden_layers": _COUNT,
@@ -56,18 +60,18 @@ RANGES: dict[str, Range] = {
     "model.q_lora_rank": _COUNT,
     "model.kv_lora_rank": _COUNT,
     "model.qk_nope_head_dim": _COUNT,
-    "model.qk_rope_head_dim": Range(2),
+    "model.qk_rope_head_dim": Range(2, _MOST),
     "model.v_head_dim": _COUNT,
     "model.intermediate_size": _COUNT,
     "model.moe_intermediate_size": _COUNT,
     "model.n_routed_experts": _COUNT,
-    "model.n_shared_experts": _NOT_NEGATIVE,
+    "model.n_shared_experts": _COUNT_OR_ZERO,
     "model.num_experts_per_tok": _COUNT,
-    "model.first_k_dense_replace": _NOT_NEGATIVE,
+    "model.first_k_dense_replace": _COUNT_OR_ZERO,
     "model.n_group": _COUNT,
     "model.topk_group": _COUNT,
     "model.routed_scaling_factor": _POSITIVE,
-    "model.num_nextn_predict_layers": _NOT_NEGATIVE,
+    "model.num_nextn_predict_layers": _COUNT_OR_ZERO,
     "model.max_position_embeddings": _COUNT,
     "model.rope_theta": Range(1, low_open=True),  # YaRN divides by its logarithm
     "model.rope_scaling.factor": Range(1),
@@ -88,25 +92,26 @@ RANGES: dict[str, Range] = {
     "model.pipeline_model_parallel_size": _COUNT,
     "model.expert_model_parallel_size": _COUNT,
     "model.data_parallel_replicate_size": _COUNT,
-    "model.tokenizer.vocab_size": Range(262),  # 256 bytes and 6 special tokens
+    "model.tokenizer.vocab_size": Range(262, _MOST),  # 256 bytes and 6 special tokens
     "model.data.validation_fraction": _DECAY,
-    "model.data.seq_length": Range(2),  # a label is the next token
+    "model.data.seq_length": Range(2, _MOST),  # a label is the next token
     "model.data.fim_rate": _SHARE,
-    "model.data.num_workers": _NOT_NEGATIVE,
+    "model.data.num_workers": _COUNT_OR_ZERO,
     "model.optim.lr": _POSITIVE,
     "model.optim.eps": _POSITIVE,
     "model.optim.weight_decay": _NOT_NEGATIVE,
     "model.optim.muon_momentum": _DECAY,
-    "model.optim.sched.warmup_steps": _NOT_NEGATIVE,
-    "model.optim.sched.constant_steps": _NOT_NEGATIVE,
+    "model.optim.sched.warmup_steps": _COUNT_OR_ZERO,
+    "model.optim.sched.constant_steps": _COUNT_OR_ZERO,
     "model.optim.sched.min_lr": _NOT_NEGATIVE,
     "model.optim.sched.max_steps": _COUNT,
-    "exp_manager.checkpoint_callback_params.every_n_train_steps": _NOT_NEGATIVE,
-    "exp_manager.checkpoint_callback_params.save_top_k": Range(-1),  # 0: see checkpoints()
+    "exp_manager.checkpoint_callback_params.every_n_train_steps": _COUNT_OR_ZERO,
+    "exp_manager.checkpoint_callback_params.save_top_k": Range(-1, _MOST),  # 0: see checkpoints()
 }
 
 
 def range_problem(path: str, value: Any) -> Problem | None:
+    """The problem of a number outside the range of its field."""
     legal = RANGES.get(path)
     if legal is None or legal.holds(value):
         return None
@@ -117,7 +122,8 @@ def range_problem(path: str, value: Any) -> Problem | None:
     default = LEAVES[path].default
     if default is not None:
         way_out += f" (default {default})"
-    return Problem(path, value, f"must be {legal}", way_out)
+    rule = f"must be at most {_MOST}" if value > _MOST == legal.high else f"must be {legal}"
+    return Problem(path, value, rule, way_out)
 
 
 NAMES: dict[str, tuple[object, ...]] = {
@@ -141,6 +147,7 @@ _SAME_THING: dict[str, dict[str, str]] = {
 
 
 def name_problem(path: str, value: Any) -> Problem | None:
+    """The problem of a name that is none of those its field knows."""
     legal = NAMES.get(path)
     if legal is None or value in legal or (path, value) == ("trainer.precision", "32-true"):
         return None

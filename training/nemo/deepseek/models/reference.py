@@ -13,8 +13,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from deepseek.config.schema import ModelConfig
 from torch import Tensor
+
+from deepseek.config.schema import ModelConfig
 
 State = dict[str, Tensor]
 Vectors = list[Tensor]  # one vector per token
