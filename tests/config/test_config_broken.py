@@ -191,12 +191,12 @@ ONE_PROBLEM = [
     (
         "model.optim.sched.min_lr=0.1",
         "model.optim.sched.min_lr",
-        ["more than the peak model.optim.lr=0.002", "use 0.0002 (a tenth)"],
+        ["more than the peak model.optim.lr=0.001", "use 0.0001 (a tenth)"],
     ),
     (
         "model.optim.sched.max_steps=10",
         "model.optim.sched.warmup_steps",
-        ["20 steps is more than model.optim.sched.max_steps=10"],
+        ["40 steps is more than model.optim.sched.max_steps=10"],
     ),
     # batch and layout
     (

@@ -111,10 +111,8 @@ def test_bf16_absorbed_is_near_the_exact_one() -> None:
     x_BSD = inputs(config, 2, 6)
     with torch.no_grad():
         wanted = exact(x_BSD, context(config, torch.arange(6).expand(2, 6)))
-        got = cached(
-            rounded, config, x_BSD.bfloat16(), torch.zeros(2, dtype=torch.int64), [4, 2],
-            torch.bfloat16,
-        )  # fmt: skip
+        no_padding_B = torch.zeros(2, dtype=torch.int64)
+        got = cached(rounded, config, x_BSD.bfloat16(), no_padding_B, [4, 2], torch.bfloat16)
     assert got.dtype == torch.bfloat16
     assert (got.double() - wanted).abs().max() < 4e-2 * wanted.abs().max()
 
@@ -172,9 +170,8 @@ def test_by_its_equations() -> None:
     module = attention(config)
     x_BSD = inputs(config, 1, 3)
     nope, rope, value = 8, 4, 6
-    cos, sin = (
-        t[0] for t in rotation(torch.arange(3).unsqueeze(0), rope, 10000.0, None, torch.float64)
-    )
+    positions_BS = torch.arange(3).unsqueeze(0)
+    cos, sin = (t[0] for t in rotation(positions_BS, rope, 10000.0, None, torch.float64))
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from deepseek.commands.generate import generate_text
-from deepseek.config import ConfigError, RunConfig, load_config, resolved_yaml
+from deepseek.config import ConfigError, RunConfig, UserError, load_config, resolved_yaml
 from deepseek.config.rules import single_process_only
 from deepseek.console import StageProgress, say
 from deepseek.data.opened import OpenedData, open_data
@@ -80,7 +80,13 @@ def train(
         per_byte = f", {bits:.4f} bits per byte" if bits is not None else ""
         say(f"validation   loss {result.val_loss:.4f}{per_byte}")
     say(f"run folder   {folder}")
-    if sample and (folder / TOKENIZER).is_dir():
+    if result.finished_steps < run.trainer.max_steps:
+        say(
+            f"stopped at step {result.finished_steps} of {run.trainer.max_steps}; run again to go on"
+        )
+    elif not (folder / TOKENIZER).is_dir() or not last_checkpoint_step(folder):
+        pass  # nothing to sample from
+    elif sample:
         say("sample:")
         generate_text(folder, [""], max_new_tokens=SAMPLE_TOKENS)
     else:
@@ -92,9 +98,19 @@ def _fit(cfg: DictConfig, run: RunConfig, folder: Path) -> TrainResult:
     # Imported here: a configuration error should not wait seconds for a training framework.
     import torch
 
-    from deepseek.frameworks import Trainer, attach_loggers, framework_name
+    from deepseek.frameworks import USES_NEMO, Trainer, attach_loggers, framework_name
     from deepseek.models.deepseek_model import DeepSeekModel
 
+    if run.trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError(
+            "trainer.accelerator=gpu: torch finds no GPU here; use trainer.accelerator=auto or cpu"
+        )
+    if run.exp_manager.checkpoint_callback_params.save_nemo_on_train_end and not USES_NEMO:
+        raise UserError(
+            "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=true: .nemo files are "
+            "written by NeMo, which does not drive this run; pip install nemo_toolkit, or set it "
+            "to false"
+        )
     if run.trainer.num_threads:
         torch.set_num_threads(run.trainer.num_threads)
     say(f"run folder   {folder}")

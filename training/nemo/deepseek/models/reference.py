@@ -185,7 +185,8 @@ def mtp_module(
     prefix = f"mtp.{depth - 1}."
     joined = []
     for i in range(len(sequence.tokens)):
-        ahead = sequence.tokens[i + depth] if sees(sequence, i, i + depth) else 0
+        seen = sees(sequence, i, i + depth) and sequence.is_real[i + depth]
+        ahead = sequence.tokens[i + depth] if seen else 0
         embedding_D = rms_norm(state["embed.weight"][ahead], state[prefix + "enorm.weight"], cfg)
         hidden_D = rms_norm(previous[i], state[prefix + "hnorm.weight"], cfg)
         joined.append(state[prefix + "eh_proj.weight"] @ torch.cat([embedding_D, hidden_D]))

@@ -85,6 +85,8 @@ class Transformer(nn.Module):
     def hidden_states(self, tokens_BS: Tensor, context: TokenContext) -> HiddenStates:
         """Hidden states of the main model and of every MTP depth, for the training loss."""
         main_BSD = self._main(tokens_BS, context)
+        if context.real_BS is not None:  # MTP looks ahead: what padding holds must not matter
+            tokens_BS = tokens_BS.where(context.real_BS, 0)
         hidden_BSD, mtp_BSD = main_BSD, []
         for depth, module in enumerate(self.mtp, start=1):
             ahead_BS = shift(tokens_BS, depth, 0, context.documents_BS)

@@ -1,0 +1,136 @@
+"""The training step: its result does not depend on how the batch is cut; padding counts nothing."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepseek.config.schema import ModelConfig, OptimConfig, SchedConfig
+from deepseek.models.deepseek_model import (
+    MAX_SKIPPED_IN_A_ROW,
+    DeepSeekModel,
+    NonFiniteError,
+)
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    intermediate_size=32,
+    moe_intermediate_size=16,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=2,
+    num_nextn_predict_layers=1,
+    initializer_range=0.1,
+    moe_aux_loss_coeff=0.01,
+    moe_z_loss_coeff=0.001,
+    global_batch_size=4,
+    micro_batch_size=4,
+    optim=OptimConfig(lr=1e-2, sched=SchedConfig(min_lr=1e-3)),
+)
+
+
+class Driven:
+    """A module stepped without a trainer, in float64."""
+
+    def __init__(self, config: ModelConfig, clip: float = 1.0) -> None:
+        self.module: Any = DeepSeekModel(
+            config, seed=3, max_steps=20, gradient_clip_val=clip
+        ).double()
+        self.optimizer = self.module.configure_optimizers()
+        self.module.optimizers = lambda: self.optimizer
+        self.module.manual_backward = lambda loss: loss.backward()
+
+    def run(self, batches: list[dict[str, Tensor]]) -> list[Any]:
+        metrics = []
+        for i, batch in enumerate(batches):
+            self.module.training_step(batch, i)
+            metrics.append(self.module.step_metrics)
+        return metrics
+
+
+def batch(seed: int, padding: int = 0) -> dict[str, Tensor]:
+    """Four sequences with very uneven numbers of labels, and rows of padding on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 64, (4, 17), generator=generator)
+    labels = tokens[:, 1:].clone()
+    labels[0, 2:] = -100
+    labels[2, ::2] = -100
+    documents = torch.zeros(4, 16, dtype=torch.int32)
+    made = {
+        "tokens": tokens[:, :-1].clone(),
+        "labels": labels,
+        "positions": torch.arange(16).repeat(4, 1),
+        "documents": documents,
+    }
+    if padding:
+        made["tokens"] = torch.nn.functional.pad(made["tokens"], (0, padding), value=5)
+        made["labels"] = torch.nn.functional.pad(labels, (0, padding), value=-100)
+        made["positions"] = torch.arange(16 + padding).repeat(4, 1)
+        made["documents"] = torch.nn.functional.pad(documents, (0, padding), value=-1)
+    return made
+
+
+def assert_same(a: Driven, b: Driven, limit: float = 1e-9) -> None:
+    for (name, x), y in zip(
+        a.module.model.state_dict().items(), b.module.model.state_dict().values(), strict=True
+    ):
+        assert (x - y).abs().max() <= limit, name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("change", [{"micro_batch_size": 1}, {"micro_batch_size": 2},
+                                    {"activations_checkpoint_granularity": "full"}])  # fmt: skip
+def test_the_cut_of_the_batch_changes_nothing(change: dict[str, Any], optimizer: str) -> None:
+    config = replace(CONFIG, optim=replace(CONFIG.optim, name=optimizer))
+    whole, cut = Driven(config), Driven(replace(config, **change))
+    batches = [batch(seed) for seed in range(3)]
+    for one, other in zip(whole.run(batches), cut.run(batches), strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-6)
+        assert one.mtp_loss == pytest.approx(other.mtp_loss, rel=1e-6)
+        assert one.balance_loss == pytest.approx(other.balance_loss, rel=1e-4)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-6)
+    assert_same(whole, cut)
+    biases = [router.bias for router in whole.module.model.routers().values()]
+    assert all(bias.abs().max() > 0 for bias in biases)
+
+
+def test_padding_changes_nothing() -> None:
+    plain, padded = Driven(CONFIG), Driven(CONFIG)
+    first = plain.run([batch(seed) for seed in range(3)])
+    second = padded.run([batch(seed, padding=7) for seed in range(3)])
+    assert [m.tokens for m in first] == [m.tokens for m in second] == [64] * 3
+    for one, other in zip(first, second, strict=True):
+        assert one.balance_loss == pytest.approx(other.balance_loss, rel=1e-4)
+    assert_same(plain, padded)
+
+
+def test_clipping_bounds_the_update_and_reports_the_norm_before() -> None:
+    free, clipped = Driven(CONFIG, clip=0.0), Driven(CONFIG, clip=1e-3)
+    free.module.training_step(batch(0), 0)
+    clipped.module.training_step(batch(0), 0)
+    assert free.module.step_metrics.grad_norm == clipped.module.step_metrics.grad_norm > 1e-3
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
+    driven = Driven(CONFIG)
+    driven.run([batch(0)])
+    with torch.no_grad():
+        driven.module.model.layers["0"].attn.wo.weight[0, 0] = float("nan")
+    before = {k: v.clone() for k, v in driven.module.model.state_dict().items()}
+    driven.module.training_step(batch(1), 1)
+    assert driven.module.step_metrics.skipped
+    assert driven.module.finished_steps == 2
+    for name, value in driven.module.model.state_dict().items():
+        assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
+    with pytest.raises(NonFiniteError, match=f"{MAX_SKIPPED_IN_A_ROW} steps in a row"):
+        driven.run([batch(i) for i in range(MAX_SKIPPED_IN_A_ROW)])
