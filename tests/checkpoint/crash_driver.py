@@ -84,26 +84,32 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def random_kills(folder: str, rounds: int, seed: int) -> object:
-    """Kill a process that saves without pause, at random moments."""
+    """Kill a process that saves without pause, at random moments of its first few saves."""
     chance = random.Random(seed)
     place, acknowledged, results = Path(folder), 0, []
+    started = time.monotonic()
+    with CheckpointManager(place.with_name("timing")) as manager:
+        for step in range(5):
+            manager.save(step, tensors_of(step), {"version": step})
+    usual = (time.monotonic() - started) / 5
     for _ in range(rounds):
         reading, writing = os.pipe()
-        start = acknowledged
 
-        def save_for_ever(start: int = start, writing: int = writing) -> None:
+        def save_for_ever(start: int = acknowledged, writing: int = writing) -> None:
             manager, step = CheckpointManager(place), start
+            os.write(writing, f"{start}\n".encode())
             while True:
                 step += 1
                 manager.save(step, tensors_of(step), {"version": step})
                 os.write(writing, f"{step}\n".encode())
 
         pid = in_child(save_for_ever)
-        time.sleep(chance.uniform(0.005, 0.12))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
         os.close(writing)
         with os.fdopen(reading) as stream:
+            stream.readline()
+            time.sleep(chance.uniform(0, 4 * usual))
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
             acknowledged = max([acknowledged, *map(int, stream.read().split())])
         found = what_is_left(place)
         results.append({"acknowledged": acknowledged, "left": leftovers(place), **found})

@@ -493,6 +493,14 @@ def test_damaged_ones_keep_no_place(manager: CheckpointManager) -> None:
     assert value_of(manager.newest_sound(pytest.fail)) == 22
 
 
+def test_known_damage_below_the_new_one_keeps_no_place(manager: CheckpointManager) -> None:
+    save(manager, 1)
+    flip_number(save(manager, 2))
+    manager.newest_sound(lambda text: None)
+    save(manager, 3)
+    assert manager.steps() == [1, 3]
+
+
 def test_later_damaged_one_is_found_by_the_writer_itself(manager: CheckpointManager) -> None:
     save(manager, 1)
     flip_number(save(manager, 3))

@@ -7,15 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sample_texts import TEXTS
 
 from deepseek.data.indexed import IndexedDataset, IndexedWriter
 from deepseek.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
-
-TEXTS = [
-    "def add(a, b):\n    return a + b  # 12345 and 6\n",
-    "Ein Bär, zwei Bären; 東京タワー 🗼 and naïve café\n\n\nnew paragraph 2024-01-02\n",
-    "\tindented\r\nlines\x00\x7f with \u200b odd characters\n",
-]
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,8 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_texts import TEXTS
 
-from conftest import TEXTS
 from deepseek.config.errors import UserError
 from deepseek.data import corpus
 from deepseek.data.corpus import Corpus, cut, documents, pieces, stdlib_documents

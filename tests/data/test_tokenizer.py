@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_texts import TEXTS
 
-from conftest import TEXTS
 from deepseek.config.errors import UserError
 from deepseek.data.tokenizer import (
     BOS,

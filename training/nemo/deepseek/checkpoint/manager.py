@@ -245,15 +245,15 @@ class CheckpointManager:
         try:
             if replaced.exists():
                 self._discard(replaced)
-            self._retire(step)
+            self._retire()
         except OSError as failure:
             _log.warning("%s: old checkpoints could not be deleted: %s", self.folder, failure)
 
-    def _retire(self, step: int) -> None:
-        """Keep the newest ``keep`` that are good up to ``step``; the damaged keep no place."""
+    def _retire(self) -> None:
+        """Keep the newest ``keep`` that are good; the damaged keep no place."""
         if self.keep == -1:
             return
-        good = [s for s in complete_steps(self.folder) if s <= step and s not in self._damaged]
+        good = [step for step in complete_steps(self.folder) if step not in self._damaged]
         kept = good[-self.keep :]
         for path in step_folders(self.folder):
             if step_of(path) not in kept:
