@@ -53,15 +53,15 @@ def save(manager: CheckpointManager, step: int, version: int | None = None) -> P
 
 def test_killed_at_random_moments(driver: Driver, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    rounds = driver("random_kills", folder=str(folder), rounds=40, seed=1)
-    assert len(rounds) == 40
+    rounds = driver("random_kills", folder=str(folder), rounds=30, seed=1)
+    assert len(rounds) == 30
     for found in rounds:
         # What save() said was saved is there, or the next one; nothing is damaged.
         assert found["reports"] == []
         assert found["exact"]
         assert found["step"] in (found["acknowledged"], found["acknowledged"] + 1)
     # The kills did land inside saves, early and late.
-    assert sum(bool(found["left"]) for found in rounds) >= 10
+    assert sum(bool(found["left"]) for found in rounds) >= 8
     assert rounds[-1]["step"] >= 10
     CheckpointManager(folder).close()
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [".lock"]

@@ -360,7 +360,9 @@ def test_compiled_attention_equals_eager(monkeypatch: pytest.MonkeyPatch) -> Non
     """Attention alone is compiled, in place: no name and no value changes."""
     model = tiny_model(tiny_config(), torch.float32)
     tokens = random_batch().tokens
-    names, logits = list(model.state_dict()), model(tokens)
+    names = list(model.state_dict())
+    with torch.no_grad():
+        logits = model(tokens)
     compile_module = torch.nn.Module.compile
     # traced as always, but run by torch and not by generated code, which takes a C++ compiler
     monkeypatch.setattr(
@@ -370,4 +372,5 @@ def test_compiled_attention_equals_eager(monkeypatch: pytest.MonkeyPatch) -> Non
     compiled = [n for n, module in model.named_modules() if module._compiled_call_impl is not None]
     assert compiled == ["layers.0.attn", "layers.1.attn"]
     assert list(model.state_dict()) == names
-    torch.testing.assert_close(model(tokens), logits)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), logits)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deepseek.commands.doors import guarded
+from deepseek.commands.doors import guarded, overrides_of
 
 app = typer.Typer(
     name="deepseek",
@@ -15,6 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Config = Annotated[str, typer.Option(help="Name of a shipped configuration, or a YAML file.")]
@@ -34,7 +35,7 @@ def train_command(
     """Train, or continue, a run."""
     from deepseek.commands.train import train
 
-    train(config, overrides or [], run_dir, sample)
+    train(config, overrides_of(overrides or []), run_dir, sample)
 
 
 @app.command("test")
@@ -57,7 +58,7 @@ def validate_command(
     """Print every error of a configuration; of a sound one, parameters, FLOPs and memory."""
     from deepseek.commands.validate import validate
 
-    validate(config, overrides or [])
+    validate(config, overrides_of(overrides or []))
 
 
 @app.command("prepare-data")

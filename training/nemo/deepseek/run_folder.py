@@ -14,6 +14,8 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 LOGS = "logs"
+STEP = re.compile("step_([0-9]{8,18})")
+"""Name of a checkpoint, as in ``checkpoint/folder.py``."""
 
 
 def run_folder(config: RunConfig, run_dir: Path | None = None) -> Path:
@@ -49,7 +51,7 @@ def run_folder(config: RunConfig, run_dir: Path | None = None) -> Path:
 def last_checkpoint_step(folder: Path) -> int:
     """Step of the newest checkpoint in the run, 0 if there is none."""
     names = [path.name for path in (folder / CHECKPOINTS).glob("step_*")]
-    return max((int(name.removeprefix("step_")) for name in names), default=0)
+    return max((int(match[1]) for name in names if (match := STEP.fullmatch(name))), default=0)
 
 
 def _version(parent: Path, config: RunConfig) -> str:

@@ -91,26 +91,54 @@ class Checkpointing(Callback):
                 "exp_manager.resume_if_exists=false; use another --run-dir or name, "
                 "or set exp_manager.resume_if_exists=true"
             )
-        # A signal only sets a flag: the checkpoint is written between two steps, never inside one.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._on_signal)
+        self._listen()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Listen again: Lightning's own handler, set meanwhile, would end a validation half-way."""
+        self._listen()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Save the step before, if it is due.
+
+        Only now are its row and its validation in the log: a run killed between them and the
+        checkpoint repeats both, where the other order would lose them.
+        """
+        step = pl_module.finished_steps
+        if step > 0 and self.every_n_steps > 0 and step % self.every_n_steps == 0:
+            self._save(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Save on schedule, or because a signal asks to stop."""
-        step = pl_module.finished_steps
-        due = self.every_n_steps > 0 and step % self.every_n_steps == 0
+        """Stop after this step if a signal asks for it."""
+        if self.signal_received is None:
+            return
+        trainer.should_stop = True
+        if pl_module.finished_steps % trainer.val_check_batch:
+            trainer.limit_val_batches = 0  # Lightning would validate at whatever step it stops
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Save first if a signal asks to stop: the validation may outlast what time is left."""
         if self.signal_received is not None:
-            self._save(trainer, pl_module)
-            trainer.should_stop = True
-        elif due:
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The last step is always kept."""
         self._save(trainer, pl_module)
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Give signals and folder back."""
+        self._release()
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give signals and folder back."""
+        self._release()
+
+    def _listen(self) -> None:
+        # A signal only sets a flag: the checkpoint is written between two steps, never inside one.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers.setdefault(number, signal.getsignal(number))
+            signal.signal(number, self._on_signal)
+
+    def _release(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()

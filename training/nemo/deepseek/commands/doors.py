@@ -28,6 +28,18 @@ def guarded(call: Callable[[], object]) -> None:
         sys.exit(141)
 
 
+def overrides_of(words: Sequence[str]) -> list[str]:
+    """The words that are not options: settings ``a.b=c``, also written ``--a.b=c``.
+
+    Raises:
+        UserError: an option that does not exist.
+    """
+    for word in words:
+        if word.startswith("-") and "=" not in word:
+            raise UserError(f"there is no option {word}; --help lists them, a setting is a.b=c")
+    return list(words)
+
+
 def train_door(argv: Sequence[str] | None = None) -> None:
     """``train_deepseek.py --config NAME [--run-dir DIR] [a.b=c ...]``."""
     parser = argparse.ArgumentParser(description="Train, or continue, a run.", allow_abbrev=False)
@@ -39,7 +51,8 @@ def train_door(argv: Sequence[str] | None = None) -> None:
     def call() -> None:
         from deepseek.commands.train import train
 
-        train(options.config, [*options.overrides, *more], options.run_dir)
+        overrides = overrides_of([*options.overrides, *more])
+        train(options.config, overrides, options.run_dir)
 
     guarded(call)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,10 @@ def generate_text(
             say(f"{prompt}{text}\n")
         return texts
     decoder, pieces = tokenizer.stream(), []
+    stream = stream_tokens(model, ids, max_new_tokens, sampling, tokenizer.eos_id, seed)
+    first = next(stream)  # a prompt that does not fit is refused before anything is printed
     sys.stdout.write(prompts[0])
-    for (token,) in stream_tokens(model, ids, max_new_tokens, sampling, tokenizer.eos_id, seed):
+    for (token,) in chain([first], stream):
         if token is None or token == tokenizer.eos_id:
             break
         pieces.append(decoder.push(token))

@@ -65,7 +65,7 @@ def copy_config(name: str, target: Path) -> None:
     if target.exists():
         raise UserError(f"{target} exists; choose another name, or remove it first")
     try:
-        target.write_text(source.read_text())
+        target.write_text(_text(source))
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}") from error
     say(f"wrote {target}; try: deepseek validate {target}")
@@ -76,7 +76,7 @@ def print_config(name: str, resolved: bool = False) -> None:
     if resolved:
         say(resolved_yaml(load_config(name)).rstrip())
     else:
-        say(_path(name).read_text().rstrip())
+        say(_text(_path(name)).rstrip())
 
 
 def _path(name: str) -> Path:
@@ -88,6 +88,13 @@ def _path(name: str) -> Path:
         return Path(name)
     load_config(name)  # raises with the nearest name
     raise UserError(f"{name}: no such configuration")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}; give a YAML file") from error
 
 
 def _size(count: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from deepseek.checkpoint.folder import complete_steps
 from deepseek.commands.generate import generate_text
 from deepseek.config import ConfigError, RunConfig, UserError, load_config, resolved_yaml
 from deepseek.config.rules import single_process_only
@@ -67,7 +68,7 @@ def train(
     run = OmegaConf.to_object(cfg)
     assert isinstance(run, RunConfig)
     folder = run_folder(run, run_dir)
-    done = last_checkpoint_step(folder)
+    done = max(complete_steps(folder / CHECKPOINTS), default=0)
     if run.exp_manager.resume_if_exists and done >= run.trainer.max_steps:
         say(
             f"{folder} is complete: {done} of {run.trainer.max_steps} steps. "
@@ -135,9 +136,6 @@ def _fit(cfg: DictConfig, run: RunConfig, folder: Path) -> TrainResult:
     if run.model.torch_compile:
         module.model.compile_attention()
     _say_size(run)
-    (folder / CONFIG_FILE).write_text(resolved_yaml(cfg))
-    if data.tokenizer is not None:
-        data.tokenizer.save(folder / TOKENIZER)
     with _quiet():
         trainer = Trainer(
             accelerator=run.trainer.accelerator,
@@ -148,7 +146,7 @@ def _fit(cfg: DictConfig, run: RunConfig, folder: Path) -> TrainResult:
             check_val_every_n_epoch=None if validates else 1,
             limit_val_batches=run.trainer.limit_val_batches if validates else 0,
             num_sanity_val_steps=0,
-            callbacks=_callbacks(cfg, run, folder, data.fingerprint),
+            callbacks=_callbacks(cfg, run, folder, data),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -156,8 +154,14 @@ def _fit(cfg: DictConfig, run: RunConfig, folder: Path) -> TrainResult:
             use_distributed_sampler=False,
         )
         attach_loggers(trainer, folder / LOGS, run.exp_manager.create_tensorboard_logger)
-        trainer.fit(module)
-    if run.exp_manager.checkpoint_callback_params.save_nemo_on_train_end:
+        try:
+            trainer.fit(module)
+        except SystemExit as end:
+            if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's exit(1) for Ctrl-C
+                raise end.__context__ from None
+            raise
+    finished = module.finished_steps == run.trainer.max_steps
+    if run.exp_manager.checkpoint_callback_params.save_nemo_on_train_end and finished:
         module.save_to(str(folder / f"{run.name}.nemo"))
     metrics = module.validation_metrics
     return TrainResult(
@@ -177,26 +181,30 @@ def _open_data(run: RunConfig) -> OpenedData:
         )
 
 
-def _callbacks(cfg: DictConfig, run: RunConfig, folder: Path, fingerprint: str) -> list[Any]:
-    """Log and progress after the checkpoint, whose restoring decides where they start."""
+def _callbacks(cfg: DictConfig, run: RunConfig, folder: Path, data: OpenedData) -> list[Any]:
+    """The others after the checkpoint, whose restoring decides whether and where they start."""
     from deepseek.checkpoint.callback import Checkpointing
     from deepseek.monitoring.metrics_log import MetricsLog
     from deepseek.monitoring.progress import Progress
+    from deepseek.monitoring.run_record import RunRecord
 
     manager = run.exp_manager
-    log = MetricsLog(folder / METRICS_FILE)
-    progress = Progress(run.trainer.log_every_n_steps)
+    others = [
+        RunRecord(folder / CONFIG_FILE, resolved_yaml(cfg), folder / TOKENIZER, data.tokenizer),
+        MetricsLog(folder / METRICS_FILE),
+        Progress(run.trainer.log_every_n_steps),
+    ]
     if not manager.create_checkpoint_callback:
-        return [log, progress]
+        return others
     checkpointing = Checkpointing(
         folder / CHECKPOINTS,
         manager.checkpoint_callback_params,
         OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
-        fingerprint,
+        data.fingerprint,
         manager.resume_if_exists,
         say,
     )
-    return [checkpointing, log, progress]
+    return [checkpointing, *others]
 
 
 def _say_size(run: RunConfig) -> None:

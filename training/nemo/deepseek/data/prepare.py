@@ -278,9 +278,9 @@ class _Work:
         self._open()
         tokenizer = self._tokenizer()
         dtype = dtype_for(tokenizer.vocab_size)
+        self._cut_back(dtype)
         if not self.mark.complete:
             self._check_room(tokenizer, dtype)
-            self._cut_back(dtype)
             self._tokenize(tokenizer, dtype, workers)
         return self._finish(tokenizer, dtype)
 
@@ -348,12 +348,15 @@ class _Work:
             self.bin: self.mark.tokens * dtype.itemsize,
             self.lengths: self.mark.documents * 4,
         }
-        if any(not path.is_file() or path.stat().st_size < wanted[path] for path in wanted):
+        final = add_suffix(self.prefix, ".bin")
+        if self.mark.complete and not self.bin.exists() and _size(final) == wanted[self.bin]:
+            del wanted[self.bin]  # _finish has moved it there
+        if any(_size(path) < size for path, size in wanted.items()):
             log.warning("%s is damaged: starting anew", self.folder)
             self.mark, self.digests, self.resumed = _Mark(), [], False
             head = self.journal.read_bytes().split(b"\n", 1)[0]
             self.journal.write_bytes(head + b"\n")
-            wanted = dict.fromkeys(wanted, 0)
+            wanted = {self.bin: 0, self.lengths: 0}
         # The journal itself may end in half a line.
         content = self.journal.read_bytes()
         self.journal.write_bytes(content[: content.rfind(b"\n") + 1])
@@ -629,6 +632,11 @@ def _start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, -1 if there is none."""
+    return path.stat().st_size if path.is_file() else -1
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

@@ -41,7 +41,8 @@ def stream_tokens(
         seed: of the draws.
 
     Raises:
-        UserError: an empty prompt, an id outside the vocabulary, or a context that is too long.
+        UserError: no prompt or an empty one, an id outside the vocabulary, or a context that is too
+            long.
     """
     config = model.config
     _check(model, prompts, max_new_tokens)
@@ -108,6 +109,8 @@ def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens:
     config = model.config
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+    if not prompts:
+        raise UserError("no prompt: give at least one")
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {row} is empty: give at least one token")
@@ -117,10 +120,12 @@ def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens:
                 f"prompt {row} holds token id {unknown}, but the model knows ids 0 to "
                 f"{config.vocab_size - 1}: use the tokenizer the model was trained with"
             )
-        total = len(prompt) + max_new_tokens
-        if total > config.max_position_embeddings:
+        room = config.max_position_embeddings - len(prompt)
+        if max_new_tokens > room:
+            total = len(prompt) + max_new_tokens
+            way_out = f"ask for at most {room}" if room > 0 else f"shorten it by {1 - room} or more"
             raise UserError(
                 f"prompt {row} has {len(prompt)} tokens and {max_new_tokens} more are asked for: "
                 f"{total} exceed max_position_embeddings={config.max_position_embeddings}; "
-                f"ask for at most {max(0, config.max_position_embeddings - len(prompt))}"
+                f"{way_out}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from deepseek.config.errors import UserError
 from deepseek.frameworks import Callback
 
 
@@ -21,10 +23,21 @@ class MetricsLog(Callback):
         self._clock = 0.0
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one object as one line, in one system call."""
-        line = json.dumps({key: _finite(value) for key, value in row.items()}) + "\n"
-        with open(self.path, "ab", buffering=0) as file:
-            file.write(line.encode())
+        """Append one object as one line, in one system call.
+
+        Raises:
+            UserError: the file cannot be written; a line half written is cut off at the next start.
+        """
+        line = (json.dumps({key: _finite(value) for key, value in row.items()}) + "\n").encode()
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror}; make room or mend it, and run again "
+                "to go on from the last checkpoint"
+            ) from error
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Remove a line cut short by a kill; note a resumption."""
@@ -57,17 +70,19 @@ class MetricsLog(Callback):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete rows; of a step trained twice (after a kill) the later row counts."""
-    rows = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            rows.append(json.loads(line))
-    return rows
+    """All complete rows; of a step trained twice (after a kill) only the later one."""
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is cut short
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in map(json.loads, lines):
+        kind = row.get("event") or ("validation" if "val_loss" in row else "step")
+        rows.pop((kind, row["step"]), None)
+        rows[kind, row["step"]] = row
+    return list(rows.values())
 
 
 def drop_partial_line(path: Path) -> None:
     """Cut the file after its last complete line."""
-    if not path.exists():
+    if not path.is_file():
         return
     data = path.read_bytes()
     end = data.rfind(b"\n") + 1

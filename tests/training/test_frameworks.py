@@ -1,0 +1,136 @@
+"""NeMo where it works, Lightning otherwise, and nothing silent in between."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from deepseek.config.schema import ModelConfig, SchedConfig
+from deepseek.data.sampler import StepBatches
+from deepseek.frameworks import NEMO_TARGET, USES_NEMO, ModelBase, Trainer, attach_loggers, pl
+from deepseek.models.deepseek_model import DeepSeekModel
+from deepseek.optim.schedule import learning_rate
+
+SOURCE = Path(__file__).resolve().parents[2] / "training" / "nemo"
+SMALL = ModelConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, kv_lora_rank=8)
+PRETEND = """
+import importlib.metadata as metadata
+real = metadata.version
+def version(name):
+    found = {versions}.get(name)
+    return found if found else real(name)
+metadata.version = version
+import sys
+for name in {blocked}:
+    sys.modules[name] = None
+import deepseek.frameworks as f
+print(f.framework_name(), f.pl.__name__)
+"""
+
+
+def pretend(versions: dict[str, str], blocked: list[str], choice: str = "auto") -> tuple[str, str]:
+    """Import the frameworks where these versions are said to be installed."""
+    code = PRETEND.format(versions=versions, blocked=blocked)
+    env = os.environ | {"PYTHONPATH": str(SOURCE), "DEEPSEEK_FRAMEWORK": choice}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    return ran.stdout, ran.stderr.strip().splitlines()[-1] if ran.stderr.strip() else ""
+
+
+def test_nemo_with_a_lightning_too_new_for_it_is_an_error() -> None:
+    _, error = pretend({"nemo_toolkit": "3.0.0", "lightning": "2.6.6"}, [])
+    assert "needs lightning>2.2.1,<=2.4.0; installed is 2.6.6" in error
+    assert "DEEPSEEK_FRAMEWORK=lightning" in error
+
+
+def test_a_broken_nemo_is_an_error_and_not_a_fallback() -> None:
+    versions = {"nemo_toolkit": "3.0.0", "lightning": "2.4.0"}
+    _, error = pretend(versions, ["nemo", "nemo.core"])
+    assert "nemo_toolkit 3.0.0 is installed but does not import" in error
+    out, error = pretend(versions, ["nemo", "nemo.core"], choice="lightning")
+    assert "PyTorch Lightning" in out, error
+
+
+def test_asking_for_the_impossible() -> None:
+    assert "must be auto, nemo or lightning" in pretend({}, [], choice="jax")[1]
+
+
+def test_one_namespace() -> None:
+    assert issubclass(ModelBase, pl.LightningModule)
+    assert Trainer is pl.Trainer
+    if USES_NEMO:
+        assert pl.__name__ == "lightning.pytorch"
+    installed = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+    assert USES_NEMO == ("nemo-toolkit" in installed or "nemo_toolkit" in installed)
+
+
+@pytest.mark.parametrize("form", [dict, OmegaConf.create, ModelConfig])
+def test_the_model_section_may_have_any_form(form: type) -> None:
+    values = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2}
+    cfg = form(**values) if form is ModelConfig else form(values)
+    assert DeepSeekModel(cfg).config.hidden_size == 16
+
+
+def test_the_loader_has_the_length_of_what_is_left() -> None:
+    batches = StepBatches(8, 20, start_step=12)
+    assert len(batches) == len(list(batches)) == 8
+
+
+def test_the_length_of_the_schedule_is_not_overwritten() -> None:
+    sched = SchedConfig(max_steps=20, min_lr=0.1)
+    assert learning_rate(10, 1.0, sched, trainer_steps=10) > 0.5
+    assert learning_rate(20, 1.0, sched, trainer_steps=10) == 0.1
+
+
+def test_loggers_make_no_error_and_leave_the_run_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    for _ in range(2):
+        trainer = Trainer(
+            accelerator="cpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False
+        )
+        attach_loggers(trainer, tmp_path / "logs", tensorboard=True)
+        assert [type(logger).__name__ for logger in trainer.loggers] == ["TensorBoardLogger"]
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+    errors = list((tmp_path / "logs").rglob("nemo_error_log.txt"))
+    assert all(path.read_text() == "" for path in errors)
+    assert bool(errors) == USES_NEMO
+
+
+@pytest.mark.skipif(not USES_NEMO, reason=".nemo files are NeMo's")
+def test_nemo_file_round_trip(tmp_path: Path) -> None:
+    model = DeepSeekModel(SMALL, seed=5)
+    assert model.cfg.target == NEMO_TARGET
+    model.save_to(str(tmp_path / "model.nemo"))
+    again = DeepSeekModel.restore_from(str(tmp_path / "model.nemo"), map_location="cpu")
+    assert type(again) is DeepSeekModel
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_a_nemo_file_without_nemo_is_refused_before_training(tmp_path: Path) -> None:
+    setting = "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=true"
+    ran = subprocess.run(
+        [sys.executable, "-m", "deepseek", "train", "--run-dir", "run", setting],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(SOURCE), "DEEPSEEK_FRAMEWORK": "lightning"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 2
+    assert "pip install nemo_toolkit, or set it to false" in ran.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "deepseek", "train", "--run-dir", "r", "trainer.accelerator=gpu"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(SOURCE), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 2 and "torch finds no GPU here" in ran.stderr

@@ -1,0 +1,39 @@
+"""What a run folder says about its run: the resolved configuration and the tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deepseek.data.files import atomic_open
+from deepseek.data.tokenizer import Tokenizer
+from deepseek.frameworks import Callback
+
+
+class RunRecord(Callback):
+    """Writes both at the start, after a checkpoint has been restored.
+
+    A start that is refused, since its configuration or its data differ or another process has the
+    folder, must leave the record of the run as it is.
+
+    Args:
+        config_path: the file of the configuration.
+        config: its content, every key resolved.
+        tokenizer_folder: where the tokenizer goes.
+        tokenizer: None if the data come without one.
+    """
+
+    def __init__(
+        self, config_path: Path, config: str, tokenizer_folder: Path, tokenizer: Tokenizer | None
+    ) -> None:
+        self.config_path = config_path
+        self.config = config
+        self.tokenizer_folder = tokenizer_folder
+        self.tokenizer = tokenizer
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Each file is whole or absent after a kill."""
+        with atomic_open(self.config_path) as file:
+            file.write(self.config.encode())
+        if self.tokenizer is not None:
+            self.tokenizer.save(self.tokenizer_folder)
