@@ -1,1 +1,0 @@
-"""Parallelism, applied to the single-device model from outside."""
