@@ -82,9 +82,8 @@ def train(
         say(f"validation   loss {result.val_loss:.4f}{per_byte}")
     say(f"run folder   {folder}")
     if result.finished_steps < run.trainer.max_steps:
-        say(
-            f"stopped at step {result.finished_steps} of {run.trainer.max_steps}; run again to go on"
-        )
+        step, steps = result.finished_steps, run.trainer.max_steps
+        say(f"stopped at step {step} of {steps}; run the same command again to go on")
     elif not (folder / TOKENIZER).is_dir() or not last_checkpoint_step(folder):
         pass  # nothing to sample from
     elif sample:
