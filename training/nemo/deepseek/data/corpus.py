@@ -209,20 +209,20 @@ def pieces(
 def cut(text: str, final: bool, limit: int = PIECE) -> tuple[list[str], str]:
     """Cut a text into pieces of about ``limit`` characters, and the rest that is not yet one.
 
-    Cuts lie after a newline between visible characters, or else before the space of a word: places
-    where byte-level tokenizers never join, so the ids are those of the whole text. A text without
-    such a place is cut after 16 times the limit. With ``final`` the rest is empty.
+    Cuts lie after a newline, or else before a space, between visible characters: places where
+    byte-level tokenizers never join, so the ids are those of the whole text. A text without such a
+    place is cut after 16 times the limit. With ``final`` the rest is empty.
     """
     found = []
-    start = 0
-    while len(text) - start > limit:
-        place = _cut_place(text, start, start + limit)
-        if place is None:
-            if len(text) - start <= 16 * limit:
-                break
-            place = start + 16 * limit
-        found.append(text[start:place])
-        start = place
+    start = window = 0
+    while len(text) > window + limit:
+        place = _cut_place(text, window, window + limit)
+        window += limit
+        if place is None and window == start + 16 * limit:
+            place = window
+        if place is not None:
+            found.append(text[start:place])
+            start = window = place
     rest = text[start:]
     return ([*found, rest], "") if final else (found, rest)
 
@@ -237,7 +237,8 @@ def _cut_place(text: str, start: int, stop: int) -> int | None:
         place = newline
     place = stop
     while (space := text.rfind(" ", start + 1, place)) >= 0:
-        if not text[space - 1].isspace() and space + 1 < len(text) and text[space + 1].isalpha():
+        around = text[space - 1 : space + 2 : 2]
+        if len(around) == 2 and not around[0].isspace() and not around[1].isspace():
             return space
         place = space
     return None

@@ -438,7 +438,7 @@ class ByteBackend:
             if parse_special and part in self._added:
                 yield self._added[part]
             else:
-                yield from (self._ids[value] for value in part.encode())
+                yield from map(self._ids.__getitem__, part.encode())
 
 
 def _is_bytes_only(parsed: dict[str, Any]) -> bool:
