@@ -335,6 +335,45 @@ def test_damaged_partial_work_is_dropped(
     assert contents(prefix) == contents(tmp_path / "whole" / "data")
 
 
+def test_a_journal_stays_readable_when_killed_twice(
+    tmp_path: Path, corpus: Path, bytes_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "_BATCH", 100_000)
+    journal = tmp_path / "p.partial" / "journal.jsonl"
+    for expected in (2, 3):
+        count = 0
+
+        def stop(state: Progress) -> None:
+            nonlocal count
+            count += state.stage == "tokenizing"
+            if count == 1:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run([corpus], tmp_path / "p", bytes_folder, journal_bytes=1, progress=stop)
+        lines = journal.read_text().splitlines()
+        assert len([json.loads(line) for line in lines]) == expected
+        with open(journal, "a") as stream:
+            stream.write('{"half')
+
+
+def test_overwriting_never_leaves_a_mixed_pair(
+    tmp_path: Path, corpus: Path, bytes_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ([corpus], tmp_path / "p", bytes_folder)
+    run(*arguments)
+
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "write_index", stop)
+        run(*arguments, append_eos=False, overwrite=True)
+    with pytest.raises(UserError, match=r"p\.idx does not exist, but p\.bin does"):
+        IndexedDataset(tmp_path / "p")
+    assert run(*arguments, append_eos=False).note == "continued an interrupted run"
+
+
 def test_output_inside_the_input_is_left_out(tmp_path: Path, bytes_folder: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()

@@ -1,0 +1,172 @@
+"""Loaders: the step decides what is read, whatever ranks, workers and history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from deepseek.config.errors import UserError
+from deepseek.config.schema import ModelConfig
+from deepseek.data.blend import Blend, BlendedDataset
+from deepseek.data.dataset import PackedDataset
+from deepseek.data.indexed import IndexedDataset
+from deepseek.data.sampler import (
+    Batch,
+    StepBatches,
+    build_train_loader,
+    build_validation_loader,
+)
+
+Write = Callable[..., IndexedDataset]
+
+
+@pytest.fixture
+def cfg() -> ModelConfig:
+    config = ModelConfig(global_batch_size=8, micro_batch_size=2)
+    config.data.seq_length = 16
+    return config
+
+
+@pytest.fixture
+def data(write: Write) -> BlendedDataset:
+    rng = np.random.default_rng(0)
+    packed = []
+    for k in range(2):
+        indexed = write([rng.integers(0, 999, n) for n in rng.integers(5, 60, 30)], f"d{k}")
+        packed.append(
+            PackedDataset(indexed, np.arange(30), seq_length=16, seed=k, isolate_documents=True)
+        )
+    return BlendedDataset(packed, Blend([0.6, 0.4]))
+
+
+@pytest.fixture
+def validation(write: Write) -> PackedDataset:
+    documents = [list(range(200 * k, 200 * k + 200)) for k in range(5)]
+    return PackedDataset(
+        write(documents, "validation"), np.arange(5), seq_length=16, endless=False, pad_id=7
+    )
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def joined(parts: list[Batch]) -> Batch:
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def test_steps_take_consecutive_samples_and_ranks_equal_parts() -> None:
+    whole = list(StepBatches(6, 4))
+    assert whole == [list(range(6 * s, 6 * s + 6)) for s in range(4)]
+    for size in (1, 2, 3, 6):
+        ranks = [list(StepBatches(6, 4, dp_rank=r, dp_size=size)) for r in range(size)]
+        for step, expected in enumerate(whole):
+            assert sum((rank[step] for rank in ranks), []) == expected
+    late = StepBatches(6, 4, start_step=3)
+    assert list(late) == whole[3:]
+    assert (len(StepBatches(6, 4)), len(late)) == (4, 1)
+    assert len(StepBatches(6, 4, start_step=9)) == 0
+
+
+def test_a_batch_that_cannot_be_divided() -> None:
+    message = r"global_batch_size=10 cannot be divided over 4 data-parallel ranks; use (8|12)"
+    with pytest.raises(UserError, match=message):
+        StepBatches(10, 5, dp_size=4)
+    with pytest.raises(UserError, match=r"over 4 data-parallel ranks; use 4"):
+        StepBatches(1, 5, dp_size=4)
+
+
+def test_a_step_is_stacked(data: BlendedDataset, cfg: ModelConfig) -> None:
+    loader = build_train_loader(data, cfg, max_steps=3)
+    assert len(loader) == 3
+    batches = list(loader)
+    assert len(batches) == 3
+    for step, batch in enumerate(batches):
+        assert list(batch) == ["tokens", "labels", "positions", "documents"]
+        for row in range(8):
+            sample = data[8 * step + row]
+            for key, values in sample.items():
+                assert batch[key].shape == (8, 16)
+                assert np.array_equal(batch[key][row].numpy(), values)
+                assert batch[key].numpy().dtype == values.dtype
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_together_read_what_one_reads(
+    data: BlendedDataset, cfg: ModelConfig, size: int
+) -> None:
+    whole = list(build_train_loader(data, cfg, max_steps=4))
+    ranks = [
+        list(build_train_loader(data, cfg, max_steps=4, dp_rank=r, dp_size=size))
+        for r in range(size)
+    ]
+    for step, expected in enumerate(whole):
+        assert same(joined([rank[step] for rank in ranks]), expected)
+
+
+def test_workers_change_nothing(
+    data: BlendedDataset, validation: PackedDataset, cfg: ModelConfig
+) -> None:
+    alone = list(build_train_loader(data, cfg, max_steps=6))
+    checked = list(build_validation_loader(validation, cfg, limit_batches=3))
+    cfg.data.num_workers = 2
+    for expected, loader in (
+        (alone, build_train_loader(data, cfg, max_steps=6)),
+        (alone[2:], build_train_loader(data, cfg, max_steps=6, start_step=2)),
+        (checked, build_validation_loader(validation, cfg, limit_batches=3)),
+    ):
+        found = list(loader)
+        assert len(found) == len(expected)
+        assert all(map(same, found, expected))
+
+
+def test_a_run_goes_on_from_any_step(data: BlendedDataset, cfg: ModelConfig) -> None:
+    whole = list(build_train_loader(data, cfg, max_steps=40))
+    rest = build_train_loader(data, cfg, max_steps=40, start_step=33)
+    assert len(rest) == 7
+    assert all(map(same, rest, whole[33:]))
+    assert sum(1 for _ in rest) == 7
+
+
+def test_reading_leaves_the_random_state_alone(data: BlendedDataset, cfg: ModelConfig) -> None:
+    before = torch.get_rng_state()
+    list(build_train_loader(data, cfg, max_steps=2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_validation_is_the_same_in_every_pass(validation: PackedDataset, cfg: ModelConfig) -> None:
+    loader = build_validation_loader(validation, cfg, limit_batches=4)
+    first, second = list(loader), list(loader)
+    assert len(loader) == len(first) == 4
+    assert all(map(same, first, second))
+    assert all(batch["tokens"].shape == (2, 16) for batch in first)
+
+
+def test_a_few_validation_samples_are_spread_over_the_set(
+    validation: PackedDataset, cfg: ModelConfig
+) -> None:
+    rows = joined(list(build_validation_loader(validation, cfg, limit_batches=5)))["tokens"]
+    assert {int(row[0]) // 200 for row in rows} == set(range(5))
+    assert len({int(row[0]) for row in rows}) == 10
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_all_of_validation_is_read_once(
+    validation: PackedDataset, cfg: ModelConfig, size: int
+) -> None:
+    assert len(validation) == 63
+    ranks = [
+        list(build_validation_loader(validation, cfg, limit_batches=99, dp_rank=r, dp_size=size))
+        for r in range(size)
+    ]
+    steps = -(-63 // (2 * size))
+    assert [len(rank) for rank in ranks] == [steps] * size
+    rows = joined([ranks[r][s] for s in range(steps) for r in range(size)])
+    assert rows["labels"][rows["labels"] >= 0].tolist() == list(range(1, 1000))
+    padding = rows["documents"] == -1
+    assert int(padding.sum()) == steps * 2 * size * 16 - 1000
+    assert set(rows["tokens"][padding].tolist()) == {7}
+    assert set(rows["labels"][padding].tolist()) == {-100}
