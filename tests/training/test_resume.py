@@ -65,16 +65,18 @@ class Runs:
         return self.command("train", "--run-dir", name, *self.settings, *more)
 
     def stop(self, name: str, number: int, delay: float) -> int | None:
-        """Start, wait for a first new step and ``delay`` seconds, send a signal; exit code."""
+        """Start, wait for some new steps and ``delay`` seconds, send a signal; exit code."""
         log = self.folder / name / "metrics.jsonl"
-        size = log.stat().st_size if log.exists() else 0
+        rows = log.read_bytes().count(b"\n") if log.exists() else 0
         process = subprocess.Popen(
             [sys.executable, "-m", "deepseek", "train", "--run-dir", name, *self.settings],
             cwd=self.folder,
             env=ENV,
             stdout=subprocess.DEVNULL,
         )
-        while process.poll() is None and not (log.exists() and log.stat().st_size > size):
+        while process.poll() is None:
+            if log.exists() and log.read_bytes().count(b"\n") >= rows + 5:
+                break
             time.sleep(0.01)
         time.sleep(delay)
         process.send_signal(number)
@@ -116,11 +118,11 @@ class Runs:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_killed_runs_continue_bitwise(tmp_path: Path, optimizer: str) -> None:
-    runs = Runs(tmp_path / "work", 60, 7, f"model.optim.name={optimizer}")
+    runs = Runs(tmp_path / "work", 60, 3, f"model.optim.name={optimizer}")
     runs.train("whole")
-    assert runs.stop("killed", signal.SIGKILL, 0.2) == -signal.SIGKILL
+    assert runs.stop("killed", signal.SIGKILL, 0.0) == -signal.SIGKILL
     (tmp_path / "work" / "killed" / "metrics.jsonl").open("a").write('{"step": 9, "lo')
-    runs.stop("killed", signal.SIGKILL, 0.4)
+    runs.stop("killed", signal.SIGKILL, 0.1)
     out = runs.train("killed", "model.data.num_workers=1").stdout
     assert "resumed from" in out and "changed since the checkpoint: model.data.num_workers" in out
     assert runs.differences("whole", "killed") == []
