@@ -84,7 +84,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def random_kills(folder: str, rounds: int, seed: int) -> object:
-    """Kill a process that saves without pause, at random moments of its first few saves."""
+    """Kill a process that saves without pause, at a random moment after its first few saves."""
     chance = random.Random(seed)
     place, acknowledged, results = Path(folder), 0, []
     started = time.monotonic()
@@ -106,8 +106,9 @@ def random_kills(folder: str, rounds: int, seed: int) -> object:
         pid = in_child(save_for_ever)
         os.close(writing)
         with os.fdopen(reading) as stream:
-            stream.readline()
-            time.sleep(chance.uniform(0, 4 * usual))
+            for _ in range(1 + chance.randrange(3)):
+                acknowledged = int(stream.readline())
+            time.sleep(chance.uniform(0, 2 * usual))
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             acknowledged = max([acknowledged, *map(int, stream.read().split())])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import random
 import socket
 import string
 from pathlib import Path
@@ -22,7 +21,6 @@ from torch import Tensor
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.folder import complete_steps, damage_of, describe, newest_sound
 from deepseek.checkpoint.manager import CheckpointManager
-from deepseek.checkpoint.rng import capture_rng, restore_rng
 from deepseek.config.errors import UserError
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -171,25 +169,6 @@ def test_plain_dcp_reads_it(manager: CheckpointManager) -> None:
     tensors = {"layer.weight": torch.zeros(3, 4)}
     dcp.load(tensors, checkpoint_id=path)
     assert (tensors["layer.weight"] == 2.5).all()
-
-
-def test_rng_continues_from_json() -> None:
-    def draws() -> list[float]:
-        return [random.random(), random.gauss(0, 1), *np.random.randn(3), *torch.rand(3).tolist()]
-
-    draws()  # an odd number of Gaussians: one is kept back in each generator
-    kept = json.loads(json.dumps(capture_rng()))
-    expected = draws()
-    assert draws() != expected
-    restore_rng(kept)
-    assert draws() == expected
-
-
-def test_rng_is_a_valid_state(manager: CheckpointManager) -> None:
-    state = {"rng": capture_rng()}
-    manager.save(1, {"a": torch.zeros(1)}, state)
-    checkpoint = manager.newest_sound(pytest.fail)
-    assert checkpoint is not None and checkpoint.state() == state
 
 
 # -- the run state ---------------------------------------------------------------------------------

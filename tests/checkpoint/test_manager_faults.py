@@ -62,7 +62,7 @@ def test_killed_at_random_moments(driver: Driver, tmp_path: Path) -> None:
         assert found["step"] in (found["acknowledged"], found["acknowledged"] + 1)
     # The kills did land inside saves, early and late.
     assert sum(bool(found["left"]) for found in rounds) >= 8
-    assert rounds[-1]["step"] >= 10
+    assert rounds[-1]["step"] >= 20
     CheckpointManager(folder).close()
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [".lock"]
 
@@ -93,7 +93,7 @@ def test_disk_full(driver: Driver, tmp_path: Path) -> None:
     *failed, last = driver("disk_full", folder=str(tmp_path), limits=limits)
     assert len(failed) == 3
     for found in failed:
-        assert found["message"].endswith("failed: File too large")
+        assert "failed: File too large; earlier checkpoints are untouched" in found["message"]
         assert str(tmp_path) in found["message"]
         assert found["left"] == [] and found["reports"] == []
         assert found["step"] == 8 and found["exact"]

@@ -152,11 +152,25 @@ def test_every_pair_fast_but_the_last() -> None:
 
 
 def test_every_pair_slow() -> None:
-    """A context shorter than one turn of the fastest pair: all are divided by the factor."""
+    """A context shorter than one turn of the fastest pair: all but that pair are divided.
+
+    The released code lets the ramp begin at pair 0 at the earliest, so that this one is left alone.
+    """
     scaling = RopeScaling(factor=8.0, original_max_position_embeddings=2, beta_slow=0.5)
     plain = plain_frequencies(8, 10000.0)
     got = frequencies(8, 10000.0, scaling).tolist()
-    assert got[1:] == pytest.approx([freq / 8 for freq in plain[1:]], rel=1e-12)
+    assert got == pytest.approx([plain[0], *(freq / 8 for freq in plain[1:])], rel=1e-12)
+
+
+def test_the_lower_border_is_at_least_zero() -> None:
+    """No pair turns 32 times in 16 tokens: the ramp begins at pair 0, not before it."""
+    scaling = RopeScaling(factor=8.0, original_max_position_embeddings=16, beta_slow=0.1)
+    plain = plain_frequencies(16, 10000.0)
+    high = math.ceil(16 * math.log(16 / (0.1 * 2 * math.pi)) / (2 * math.log(10000.0)))
+    assert high == 3
+    for pair, freq in enumerate(frequencies(16, 10000.0, scaling).tolist()):
+        ramp = min(1.0, pair / high)
+        assert freq == pytest.approx(plain[pair] * (1 - ramp) + plain[pair] / 8 * ramp, rel=1e-12)
 
 
 def test_the_upper_border_is_at_most_dim_minus_one() -> None:

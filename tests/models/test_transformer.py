@@ -247,6 +247,20 @@ def test_every_parameter_gets_a_gradient(case: str, granularity: str | None) -> 
         assert all(piece.any() for piece in pieces), name
 
 
+@pytest.mark.parametrize("layer", ["0", "1"])
+def test_a_block_is_pre_norm_and_residual(layer: str) -> None:
+    model = tiny_model(tiny_config())
+    block = model.layers[layer]
+    context = model.context(random_batch().tokens)
+    generator = torch.Generator().manual_seed(0)
+    x_BSD = torch.randn(2, 7, 16, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        attended = x_BSD + block.attn(block.attn_norm(x_BSD), context)
+        normed = block.ffn_norm(attended)
+        fed = block.ffn(normed, context) if layer == "1" else block.ffn(normed)
+        assert torch.equal(block(x_BSD, context), attended + fed)
+
+
 def test_training_equals_evaluation() -> None:
     """No dropout, and no path that only one mode takes."""
     model = tiny_model(tiny_config(num_nextn_predict_layers=1))

@@ -130,12 +130,12 @@ def test_equals_torch_muon(shape: tuple[int, int]) -> None:
 
 
 def test_an_expert_stack_equals_its_matrices() -> None:
-    """(E, F, D) is E matrices, each with the scale of its own sides."""
-    stack = nn.Parameter(random(3, 10, 4, dtype=torch.float64))
+    """More experts than rows: the scale is that of a matrix's sides."""
+    stack = nn.Parameter(random(12, 6, 4, dtype=torch.float64))
     matrices = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
     of_stack, of_matrices = muon([stack]), muon(matrices)
     for step in range(3):
-        stack.grad = random(3, 10, 4, seed=step + 1, dtype=torch.float64)
+        stack.grad = random(12, 6, 4, seed=step + 1, dtype=torch.float64)
         for matrix, gradient in zip(matrices, stack.grad, strict=True):
             matrix.grad = gradient.clone()
         of_stack.step()

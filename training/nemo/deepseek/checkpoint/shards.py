@@ -127,7 +127,10 @@ def _explained(doing: str, files: _HashingFiles | None = None) -> Iterator[None]
             if not isinstance(cause, Exception):
                 raise cause from None
         if files is not None and files.failure is not None:
-            raise UserError(f"{doing} failed: {files.failure.strerror}") from failure
+            raise UserError(
+                f"{doing} failed: {files.failure.strerror}; earlier checkpoints are untouched, "
+                "make room on the disk or use another run folder"
+            ) from failure
         texts = [f"rank {rank}: {_first_line(cause)}" for rank, cause in causes.items()]
         raise UserError(f"{doing} failed: {'; '.join(texts)}") from failure
 
