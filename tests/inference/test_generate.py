@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig, RopeScaling
 from deepseek.inference import generate as module
+from deepseek.inference.cache import LatentCache
 from deepseek.inference.generate import generate, stream_tokens
 from deepseek.inference.sampling import Sampling
 from deepseek.models.transformer import Transformer
@@ -103,6 +105,23 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     made.layers["0"].register_forward_hook(lambda _, args, out: widths.append(out.shape[1]))
     generate(made, [list(range(10)), [1, 2]], 3, GREEDY, None)
     assert widths == [4, 4, 2, 1, 1]
+
+
+def test_positions_start_at_the_first_token_of_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at the padding before it: a short prompt beside a long one stays inside its context."""
+    monkeypatch.setattr(module, "PREFILL_TOKENS", 3)
+    made = model()
+    read: list[list[int]] = [[], []]
+    last_logits = made.last_logits
+
+    def watched(tokens: Tensor, positions: Tensor, caches: list[LatentCache]) -> Tensor:
+        for row, of_row in zip(read, positions.tolist(), strict=True):
+            row.extend(of_row)
+        return last_logits(tokens, positions, caches)
+
+    monkeypatch.setattr(made, "last_logits", watched)
+    generate(made, [[1, 2, 3, 4, 5], [6, 7]], 3, GREEDY, None)
+    assert read == [[0, 1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 1, 2, 3]]
 
 
 def test_the_shipped_chunk() -> None:
