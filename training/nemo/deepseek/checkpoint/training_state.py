@@ -47,8 +47,11 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
                 f"{checkpoint.path}: optimiser state {name} belongs to no parameter of this model; "
                 "the model configuration differs from the one the checkpoint was written with"
             )
-        like_parameter = tuple(shape) == tuple(parameter.shape) and parameter.dim() > 0
-        state = torch.zeros_like(parameter) if like_parameter else torch.zeros(tuple(shape))
+        if tuple(shape) == tuple(parameter.shape):
+            state = torch.zeros_like(parameter, requires_grad=False)
+        else:
+            # The step count: fused AdamW wants it beside its parameter.
+            state = torch.zeros(tuple(shape), device=parameter.device)
         states.setdefault(parameter, {})[key] = state
         tensors[name] = state
     unknown = sorted(set(saved) - set(tensors))

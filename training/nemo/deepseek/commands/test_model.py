@@ -287,6 +287,10 @@ def against_transformers(config: ModelConfig) -> Iterator[Check]:
         DeepseekV3Config(**hf_config(config) | {"attn_implementation": "eager"})
     )
     theirs.load_state_dict(to_hf(ours.state_dict(), config, layout="stacked"))
+    for name, module in theirs.named_modules():
+        if name.endswith(("q_a_layernorm", "kv_a_layernorm")):
+            # Theirs is 1e-6 whatever config.json says; vLLM and SGLang take rms_norm_eps, as we do.
+            module.variance_epsilon = config.rms_norm_eps
     theirs.eval()
     tokens_BS = tokens()
     want_BSV, got_BSV = theirs(tokens_BS).logits, ours(tokens_BS)

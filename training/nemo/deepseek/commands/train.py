@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -152,7 +153,7 @@ def _fit(cfg: DictConfig, run: RunConfig, folder: Path) -> TrainResult:
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        attach_loggers(trainer, folder / LOGS, run.exp_manager.create_tensorboard_logger)
+        attach_loggers(trainer, folder / LOGS, _wants_tensorboard(run))
         try:
             trainer.fit(module)
         except SystemExit as end:
@@ -178,6 +179,15 @@ def _open_data(run: RunConfig) -> OpenedData:
             run.seed,
             lambda now: shown.update(now.stage, now.done, now.total, f"{now.tokens:,} tokens"),
         )
+
+
+def _wants_tensorboard(run: RunConfig) -> bool:
+    if not run.exp_manager.create_tensorboard_logger:
+        return False
+    if importlib.util.find_spec("tensorboard") is None:
+        say("tensorboard is not installed, so no event files are written: pip install tensorboard")
+        return False
+    return True
 
 
 def _callbacks(cfg: DictConfig, run: RunConfig, folder: Path, data: OpenedData) -> list[Any]:

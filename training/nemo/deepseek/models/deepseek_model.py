@@ -163,7 +163,8 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
             raise NonFiniteError(
                 f"step {self.finished_steps}: the gradient norm was not finite for "
                 f"{self.skipped_in_a_row} steps in a row; the weights are those of step "
-                f"{self.finished_steps - self.skipped_in_a_row}. Lower model.optim.lr={lr:.3g}, "
+                f"{self.finished_steps - self.skipped_in_a_row}. Lower model.optim.lr="
+                f"{self.config.optim.lr:g}, "
                 "or look at the data of these steps"
             )
 

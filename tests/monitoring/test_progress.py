@@ -1,0 +1,138 @@
+"""The line a step."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deepseek.models.deepseek_model import StepMetrics, ValidationMetrics
+from deepseek.monitoring import progress
+from deepseek.monitoring.progress import Progress, clock, step_line
+
+
+def metrics(step: int, **changes: Any) -> StepMetrics:
+    values: dict[str, Any] = {
+        "loss": 5.4321, "mtp_loss": 5.6, "balance_loss": 0.0, "grad_norm": 1.2, "lr": 2.2e-4,
+        "tokens": 1000, "skipped": False}  # fmt: skip
+    return StepMetrics(step, **(values | changes))
+
+
+def module(step: int, max_steps: int = 10, finished: int = 0) -> Any:
+    return SimpleNamespace(
+        step_metrics=metrics(step) if step else None,
+        validation_metrics=ValidationMetrics(step, 4.5, 2.25),
+        max_steps=max_steps,
+        finished_steps=finished,
+    )
+
+
+class Bar:
+    """Stands in for a bar on a terminal."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def start(self) -> None:
+        self.calls.append(("start", None))
+
+    def stop(self) -> None:
+        self.calls.append(("stop", None))
+
+    def add_task(self, description: str, total: int, completed: int) -> int:
+        self.calls.append(("add", (total, completed)))
+        return 0
+
+    def update(self, task: int, completed: int, description: str) -> None:
+        self.calls.append(("update", (completed, description)))
+
+
+class Clock:
+    """A monotonic clock that goes when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    fake = Clock()
+    monkeypatch.setattr(progress, "time", fake)
+    return fake
+
+
+def test_step_line() -> None:
+    assert step_line(metrics(12), 400, 3210.4) == (
+        "step     12/400 loss 5.4321 mtp 5.6000 | 3,210 tok/s | grad 1.200 lr 2.20e-04"
+    )
+    line = step_line(metrics(1, mtp_loss=None, skipped=True, grad_norm=float("nan")), 1, 0.0)
+    assert "mtp" not in line
+    assert line.endswith("grad nan lr 2.20e-04 SKIPPED: gradient not finite")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0:00"), (59.9, "0:59"), (60, "1:00"), (3599, "59:59"), (3723, "1:02:03"),
+     (100 * 3600, "100:00:00")],
+)  # fmt: skip
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_lines_speed_and_time_left(capsys: pytest.CaptureFixture[str], time: Clock) -> None:
+    shown = Progress(every_n_steps=2)
+    shown.on_train_start(None, module(0))
+    for step in range(1, 4):
+        time.now += 2.0
+        shown.on_train_batch_end(None, module(step, max_steps=3))
+    lines = capsys.readouterr().out.splitlines()
+    # Steps 2 and 3: every second one, and the last. Two steps of 1000 tokens in 4 s, one in 2 s.
+    assert [line.split("loss")[0].split() for line in lines] == [["step", "2/3"], ["step", "3/3"]]
+    assert "500 tok/s" in lines[0] and lines[0].endswith("0:02 left")
+    assert "500 tok/s" in lines[1] and lines[1].endswith("0:00 left")
+
+
+def test_a_resumed_run_counts_its_own_steps_for_the_time_left(
+    capsys: pytest.CaptureFixture[str], time: Clock
+) -> None:
+    shown = Progress(every_n_steps=1)
+    shown.on_train_start(None, module(0, max_steps=10, finished=6))
+    time.now += 5.0
+    shown.on_train_batch_end(None, module(7))
+    assert capsys.readouterr().out.rstrip().endswith("0:15 left")
+
+
+def test_validation_line(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Progress(every_n_steps=1)
+    shown.on_validation_end(None, module(3))
+    assert capsys.readouterr().out == "step      3 val loss 4.5000  2.2500 bits/byte\n"
+    without = SimpleNamespace(validation_metrics=ValidationMetrics(3, 4.5, None))
+    shown.on_validation_end(None, without)
+    assert capsys.readouterr().out == "step      3 val loss 4.5000\n"
+    shown.on_validation_end(None, SimpleNamespace(validation_metrics=None))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("end", ["on_train_end", "on_exception"])
+def test_a_bar_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, time: Clock, end: str
+) -> None:
+    bar = Bar()
+    monkeypatch.setattr(progress, "progress_bar", lambda: bar)
+    shown = Progress(every_n_steps=5)
+    shown.on_train_start(None, module(0, finished=2))
+    time.now += 1.0
+    shown.on_train_batch_end(None, module(3))
+    shown.on_validation_end(None, module(3))
+    time.now += 1.0
+    shown.on_train_batch_end(None, module(4))
+    getattr(shown, end)(*[None, None, ValueError()][: 3 if end == "on_exception" else 2])
+    kinds = [kind for kind, _ in bar.calls]
+    assert kinds == ["start", "add", "update", "update", "stop"]
+    assert bar.calls[1][1] == (10, 2)
+    completed, text = bar.calls[3][1]
+    assert completed == 4 and "1,000 tok/s" in text
+    assert text.endswith("| val loss 4.5000  2.2500 bits/byte")
+    assert capsys.readouterr().out == ""  # the bar alone writes

@@ -1,0 +1,175 @@
+"""A run ended at the worst moments, then continued, leaves what the uninterrupted one leaves."""
+
+import json
+import signal
+
+import pytest
+from micro_runs import MicroRuns
+
+# The process kills itself before the n-th of the calls named, at or after step 4, when a log row, a
+# validation of two batches and a checkpoint follow each other.
+KILL_AT = """
+import os, signal
+from deepseek.checkpoint.manager import CheckpointManager
+from deepseek.models.deepseek_model import DeepSeekModel
+from deepseek.monitoring.metrics_log import MetricsLog
+calls = []
+def deadly(owner, name, killed_after=False):
+    call = getattr(owner, name)
+    def wrapped(*args, **kwargs):
+        if started:
+            calls.append(name)
+            if len(calls) == {n} and not killed_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+        result = call(*args, **kwargs)
+        if len(calls) == {n} and killed_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(owner, name, wrapped)
+started = []
+deadly(MetricsLog, "write")
+deadly(DeepSeekModel, "validation_step")
+deadly(CheckpointManager, "save")
+step = DeepSeekModel.training_step
+def training_step(self, batch, batch_idx):
+    if self.finished_steps == 3:
+        started.append(True)
+    return step(self, batch, batch_idx)
+DeepSeekModel.training_step = training_step
+"""
+ORDER = ["write", "validation_step", "validation_step", "write", "save", "write"]
+"""The row of step 4, its validation, the validation's row, the checkpoint, the row of step 5."""
+
+SIGNAL_AT = """
+import os, signal
+from deepseek.models.deepseek_model import DeepSeekModel
+def signalling(call):
+    def wrapped(self, *args, **kwargs):
+        if self.finished_steps == {finished}:
+            for number in {signals}:
+                os.kill(os.getpid(), number)
+        return call(self, *args, **kwargs)
+    return wrapped
+DeepSeekModel.{name} = signalling(DeepSeekModel.{name})
+"""
+
+
+def terminate_at(name: str, finished: int) -> str:
+    return SIGNAL_AT.format(name=name, finished=finished, signals="[15]")
+
+
+@pytest.mark.parametrize("n", range(1, len(ORDER) + 1))
+def test_a_kill_between_log_validation_and_checkpoint_loses_nothing(
+    micro: MicroRuns, whole: str, n: int
+) -> None:
+    name = f"killed{n}"
+    assert micro.train(name, before=KILL_AT.format(n=n)).code == -signal.SIGKILL
+    saved = "save" in ORDER[: n - 1]
+    assert micro.steps(name) == ([4] if saved else [])
+    again = micro.train(name).assert_done()
+    assert ("resumed from" in again.out) == saved
+    assert micro.differences(whole, name) == []
+
+
+def test_the_moments_of_the_kills_are_those_named(micro: MicroRuns) -> None:
+    log = KILL_AT.format(n=0) + "import atexit; atexit._clear()\n"
+    watch = "import os; _exit = os._exit\n"
+    watch += "def leave(code): print('CALLS', *calls[:6], flush=True); _exit(code)\n"
+    ran = micro.train("watched", before=log + watch + "os._exit = leave\n").assert_done()
+    assert ran.out.splitlines()[-1].split() == ["CALLS", *ORDER]
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(micro: MicroRuns, whole: str) -> None:
+    micro.train("cut", before=KILL_AT.format(n=6))
+    log = micro.folder / "cut" / "metrics.jsonl"
+    with log.open("a") as file:
+        file.write('{"step": 5, "loss": 5.')
+    micro.train("cut").assert_done()
+    assert [json.loads(line) for line in log.read_text().splitlines()]  # every line is whole
+    assert micro.differences(whole, "cut") == []
+
+
+@pytest.mark.parametrize(
+    ("hook", "finished", "saved"),
+    [
+        ("training_step", 4, 5),  # between two validations: none is added
+        ("training_step", 3, 4),  # where a validation is due: it takes place
+        ("on_validation_epoch_start", 4, 5),  # in a validation: it ends first, and one step more
+        ("on_validation_epoch_start", 12, 12),  # after the last step
+    ],
+)
+def test_asked_to_stop_it_validates_where_the_whole_run_does(
+    micro: MicroRuns, whole: str, hook: str, finished: int, saved: int
+) -> None:
+    name = f"terminated_{hook}_{finished}"
+    never = "exp_manager.checkpoint_callback_params.every_n_train_steps=0"
+    code = terminate_at(hook, finished)
+    ran = micro.train(name, never, before=code).assert_done()
+    assert "SIGTERM: saving a checkpoint after this step" in ran.out
+    assert micro.steps(name) == [saved]
+    until = [row for row in micro.rows(whole) if row["step"] <= saved]
+    assert micro.rows(name) == until
+    if saved < 12:
+        assert f"stopped at step {saved} of 12; run the same command again to go on" in ran.out
+        again = micro.train(name).assert_done().out
+        assert f"at step {saved}" in again
+    assert micro.differences(whole, name) == []
+
+
+def test_a_stop_where_a_validation_is_due_saves_first(micro: MicroRuns) -> None:
+    code = terminate_at("training_step", 3)
+    code += KILL_AT.format(n=3)  # after row and checkpoint: the first batch of the validation
+    assert micro.train("preempted", before=code).code == -signal.SIGKILL
+    assert micro.steps("preempted") == [4]
+
+
+def test_a_second_signal_stops_at_once(micro: MicroRuns) -> None:
+    twice = SIGNAL_AT.format(name="training_step", finished=5, signals="[15, 2]")
+    ran = micro.train("twice", before=twice)
+    assert ran.code == 130 and "Traceback" not in ran.err
+    assert micro.steps("twice") == [4]
+
+
+def test_interrupted_before_the_first_step(micro: MicroRuns) -> None:
+    code = "import deepseek.commands.train as t\ndef stop(*args): raise KeyboardInterrupt\n"
+    ran = micro.train("early", before=code + "t.open_data = stop")
+    assert ran.code == 130 and "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize("settings", [["model.optim.name=muon", "model.data.num_workers=2",
+                                       "model.data.isolate_documents=true",
+                                       "model.data.fim_rate=0.5"],
+                                      ["model.activations_checkpoint_granularity=full",
+                                       "trainer.precision=bf16-mixed",
+                                       "model.topk_method=greedy", "model.n_group=1",
+                                       "model.moe_router_bias_update_rate=0"]])  # fmt: skip
+def test_other_settings_continue_bitwise_too(micro: MicroRuns, settings: list[str]) -> None:
+    kind = "muon" if "muon" in settings[0] else "bf16"
+    micro.train(f"{kind}_whole", *settings).assert_done()
+    code = terminate_at("training_step", 6)
+    micro.train(f"{kind}_stopped", *settings, before=code).assert_done()
+    micro.train(f"{kind}_stopped", *settings).assert_done()
+    assert micro.differences(f"{kind}_whole", f"{kind}_stopped") == []
+
+
+def test_steps_of_checkpoints_and_validations(micro: MicroRuns) -> None:
+    every = "exp_manager.checkpoint_callback_params.every_n_train_steps=3"
+    keep = "exp_manager.checkpoint_callback_params.save_top_k=-1"
+    ran = micro.train("kept", every, keep, "trainer.max_steps=10", "trainer.val_check_interval=5")
+    ran.assert_done()
+    assert micro.steps("kept") == [3, 6, 9, 10]
+    assert [row["step"] for row in micro.rows("kept") if "val_loss" in row] == [5, 10]
+
+
+def test_a_longer_schedule_is_continued_as_if_never_stopped(micro: MicroRuns, whole: str) -> None:
+    sched = "model.optim.sched.max_steps=12"
+    micro.train("longer", sched, "trainer.max_steps=5").assert_done()
+    ran = micro.train("longer", sched).assert_done()
+    assert "changed since" not in ran.out
+    assert micro.differences(whole, "longer") == []
+    # Without it the schedule ends with the run, and extending stretches it: said by lr alone.
+    micro.train("stretched", "trainer.max_steps=5").assert_done()
+    micro.train("stretched").assert_done()
+    rates = [row["lr"] for row in micro.rows("stretched") if "lr" in row]
+    assert rates[5:] == [row["lr"] for row in micro.rows(whole) if "lr" in row][5:]
+    assert rates[4] < rates[5]

@@ -1,0 +1,305 @@
+"""What a run folder accepts and refuses, and the settings of the trainer, through the command."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from micro_runs import MicroRuns, by_step
+
+from deepseek.frameworks import USES_NEMO
+from deepseek.monitoring.metrics_log import read_metrics
+
+
+@pytest.fixture(scope="module")
+def short(micro: MicroRuns) -> str:
+    """A run of five steps that wants to go on."""
+    micro.train("short", "trainer.max_steps=5").assert_done()
+    return "short"
+
+
+# -- the run folder --
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("seed=5", "seed 1234 -> 5"),
+        ("model.n_routed_experts=16", "model.n_routed_experts 8 -> 16"),
+        ("model.data.seq_length=16", "model.data.seq_length 32 -> 16"),
+        ("model.optim.name=muon", "model.optim.name adamw -> muon"),
+        ("model.global_batch_size=8", "model.global_batch_size 4 -> 8"),
+    ],
+)
+def test_a_refused_start_leaves_the_record_of_the_run(
+    micro: MicroRuns, short: str, setting: str, message: str
+) -> None:
+    folder = micro.folder / short
+    names = ["config.yaml", "metrics.jsonl", "tokenizer/tokenizer.json"]
+    before = [(folder / name).read_bytes() for name in names]
+    micro.train(short, setting).assert_refused(message, "or start a new run")
+    assert [(folder / name).read_bytes() for name in names] == before
+
+
+def test_other_data_is_refused(micro: MicroRuns, short: str) -> None:
+    other = micro.folder / "other.txt"
+    other.write_text("hij abc def\n" * 400)
+    tokenizer = micro.folder / "data.tokenizer"
+    words = ["--output", "other", "--tokenizer", tokenizer]
+    micro.cli("prepare-data", micro.folder / "text.jsonl", other, *words).assert_done()
+    ran = micro.train(short, f"model.data.data_prefix={micro.folder / 'other'}")
+    ran.assert_refused("was trained on other data than this configuration opens")
+
+
+def test_what_may_change_is_reported(micro: MicroRuns) -> None:
+    micro.train("changed", "trainer.max_steps=2").assert_done()
+    ran = micro.train("changed", "trainer.max_steps=3", "model.optim.lr=1e-4").assert_done()
+    assert "changed since the checkpoint: model.optim.lr 0.003 -> 0.0001" in ran.out
+    assert "max_steps" not in ran.out.replace("trainer.max_steps=", "")
+    assert micro.rows("changed")[-1]["lr"] <= 1e-4
+    assert "lr: 0.0001" in (micro.folder / "changed" / "config.yaml").read_text()
+
+
+def test_all_checkpoints_damaged(micro: MicroRuns) -> None:
+    micro.train("damaged", "trainer.max_steps=5").assert_done()
+    paths = sorted((micro.folder / "damaged" / "checkpoints").glob("step_*"))
+    assert len(paths) == 2
+    for path in paths:
+        shard = path / "__0_0.distcp"
+        shard.write_bytes(shard.read_bytes()[:1000])
+    ran = micro.train("damaged", "trainer.max_steps=5")
+    ran.assert_refused(*(path.name for path in paths), "restore one from a copy")
+    micro.cli("generate", "damaged").assert_refused("is sound")
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint(micro: MicroRuns, whole: str) -> None:
+    micro.train("flipped", "trainer.max_steps=9", "model.optim.sched.max_steps=12").assert_done()
+    shard = micro.folder / "flipped" / "checkpoints" / "step_00000009" / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    ran = micro.train("flipped", "model.optim.sched.max_steps=12").assert_done()
+    assert "step_00000009 is damaged: __0_0.distcp" in ran.out and "at step 8" in ran.out
+    assert micro.differences(whole, "flipped") == []
+
+
+def test_a_finished_run_whose_last_checkpoint_is_cut_is_not_complete(
+    micro: MicroRuns, whole: str
+) -> None:
+    micro.train("cut_at_end").assert_done()
+    assert "is complete: 12 of 12 steps" in micro.train("cut_at_end").assert_done().out
+    shard = micro.folder / "cut_at_end" / "checkpoints" / "step_00000012" / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    ran = micro.train("cut_at_end").assert_done()
+    assert "step_00000012 is damaged" in ran.out and "at step 8" in ran.out
+    assert micro.differences(whole, "cut_at_end") == []
+
+
+def test_checkpoints_are_there_and_resuming_is_off(micro: MicroRuns, short: str) -> None:
+    ran = micro.train(short, "exp_manager.resume_if_exists=false")
+    ran.assert_refused("already holds checkpoints", "use another --run-dir")
+
+
+def test_two_processes_on_one_folder(micro: MicroRuns) -> None:
+    first = micro.start("busy", "trainer.max_steps=100000")
+    first.wait_for("step      2/")
+    second = micro.train("busy", "trainer.max_steps=7")
+    second.assert_refused(f"process {first.pid}", "or use another run folder")
+    first.signal(signal.SIGTERM)
+    first.wait().assert_done()
+    assert "max_steps: 100000" in (micro.folder / "busy" / "config.yaml").read_text()
+
+
+def test_versions(micro: MicroRuns, tmp_path: Path) -> None:
+    words = ["train", "--config", micro.config, f"model.data.data_prefix={micro.folder / 'data'}"]
+    for steps, version in ((1, 0), (1, 1), (2, 1)):
+        ran = micro.cli(*words, f"trainer.max_steps={steps}", cwd=tmp_path).assert_done()
+        assert f"runs/micro/version_{version}" in ran.out
+    # The newest is complete: a further run is a new one, and one that may go on continues it.
+    assert sorted(p.name for p in (tmp_path / "runs" / "micro").iterdir()) == [
+        "version_0",
+        "version_1",
+    ]
+
+
+# -- steps that are not finite --
+
+NAN_FROM = """
+from deepseek.models.deepseek_model import DeepSeekModel
+call = DeepSeekModel._loss_sums
+def wrapped(self, *args, **kwargs):
+    sums = call(self, *args, **kwargs)
+    bad = {first} <= self.finished_steps < {end} and self.training
+    return sums._replace(main=sums.main * float("nan")) if bad else sums
+DeepSeekModel._loss_sums = wrapped
+"""
+
+
+def test_one_bad_step_is_skipped_and_said(micro: MicroRuns) -> None:
+    every = "exp_manager.checkpoint_callback_params.every_n_train_steps=1"
+    keep = "exp_manager.checkpoint_callback_params.save_top_k=-1"
+    code = NAN_FROM.format(first=2, end=3)
+    ran = micro.train("skips", every, keep, "trainer.max_steps=5", before=code)
+    assert "SKIPPED: gradient not finite" in ran.assert_done().out
+    rows = by_step(micro.rows("skips"))
+    assert [rows[step, "train"]["skipped"] for step in range(1, 6)] == [
+        False, False, True, False, False]  # fmt: skip
+    assert rows[3, "train"]["loss"] == rows[3, "train"]["grad_norm"] == "nan"
+    before, after = (checkpoint_tensors(micro, "skips", step) for step in (2, 3))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert float(rows[4, "train"]["loss"]) > 0
+
+
+def test_ten_bad_steps_end_the_run(micro: MicroRuns) -> None:
+    ran = micro.train("bad", "trainer.max_steps=50", before=NAN_FROM.format(first=2, end=99))
+    ran.assert_refused("was not finite for 10 steps in a row", "the weights are those of step 2",
+                       "Lower model.optim.lr=0.003")  # fmt: skip
+    skipped = [row["step"] for row in micro.rows("bad") if row.get("skipped")]
+    assert skipped[:9] == list(range(3, 12))
+
+
+def checkpoint_tensors(micro: MicroRuns, name: str, step: int) -> dict[str, torch.Tensor]:
+    """The tensors of one step's checkpoint."""
+    from deepseek.checkpoint.checkpoint import Checkpoint
+
+    path = micro.folder / name / "checkpoints" / f"step_{step:08d}"
+    checkpoint = Checkpoint.open(path)
+    dtypes = checkpoint.tensor_dtypes()
+    shapes = checkpoint.tensor_shapes().items()
+    tensors = {key: torch.empty(shape, dtype=dtypes[key]) for key, shape in shapes}
+    checkpoint.load(tensors)
+    return tensors
+
+
+# -- the trainer's settings --
+
+
+def losses(micro: MicroRuns, name: str) -> list[float]:
+    return [row["loss"] for row in micro.rows(name) if "loss" in row]
+
+
+def test_bf16_is_close_and_keeps_its_weights_in_fp32(micro: MicroRuns, whole: str) -> None:
+    micro.train("half", "trainer.precision=bf16-mixed").assert_done()
+    assert losses(micro, "half") != losses(micro, whole)
+    assert losses(micro, "half") == pytest.approx(losses(micro, whole), abs=0.02)
+    tensors = micro.tensors("half")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    biases = [t for name, t in tensors.items() if name.endswith("gate.bias")]
+    assert biases and all(bias.abs().max() > 0 for bias in biases)
+
+
+COMPILE = """
+import torch
+compile = torch.nn.Module.compile
+torch.nn.Module.compile = lambda self, **kw: (print("COMPILED"), compile(self, backend="{backend}"))
+"""
+
+
+def test_compiled_is_close(micro: MicroRuns, whole: str) -> None:
+    """Traced forward and backward; without the code generator, which takes half a minute."""
+    settings = ["model.torch_compile=true", "trainer.max_steps=3", "trainer.val_check_interval=2"]
+    sched = "model.optim.sched.max_steps=12"
+    ran = micro.train("compiled", *settings, sched, before=COMPILE.format(backend="aot_eager"))
+    assert ran.assert_done().out.count("COMPILED") == 3  # two layers and the MTP module
+    assert losses(micro, "compiled") == pytest.approx(losses(micro, whole)[:3], rel=1e-5)
+    assert ran.err == ""
+
+
+def test_clipping(micro: MicroRuns, whole: str) -> None:
+    for name, clip in (("unclipped", 0), ("clipped", 0.01)):
+        settings = [f"trainer.gradient_clip_val={clip}", "trainer.max_steps=3"]
+        micro.train(name, *settings, "model.optim.sched.max_steps=12").assert_done()
+    norms = {n: [r["grad_norm"] for r in micro.rows(n) if "grad_norm" in r] for n in
+             (whole, "unclipped", "clipped")}  # fmt: skip
+    assert min(norms[whole]) > 1  # so that the default of 1 did clip
+    assert norms["unclipped"][0] == norms["clipped"][0] == norms[whole][0]
+    first = [losses(micro, name)[1] for name in (whole, "unclipped", "clipped")]
+    assert len(set(first)) == 3  # the second loss feels the first update
+
+
+def test_without_validation_checkpoints_and_tensorboard(micro: MicroRuns) -> None:
+    settings = ["trainer.val_check_interval=0", "trainer.max_steps=3"]
+    off = "exp_manager.create_checkpoint_callback=false"
+    ran = micro.train("bare", *settings, off).assert_done()
+    assert "val" not in ran.out.replace("micro", "") and "sample it" not in ran.out
+    assert micro.steps("bare") == []
+    assert list((micro.folder / "bare").rglob("events.out.*")) == []
+    assert [row["step"] for row in micro.rows("bare")] == [1, 2, 3]
+
+
+def test_tensorboard_has_the_numbers_of_the_log(micro: MicroRuns) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    micro.train("board", "exp_manager.create_tensorboard_logger=true").assert_done()
+    events = EventAccumulator(str(micro.folder / "board" / "logs")).Reload()
+    for key in ("loss", "mtp_loss", "grad_norm", "lr", "tokens", "val_loss"):
+        logged = [(row["step"], row[key]) for row in micro.rows("board") if key in row]
+        shown = [(event.step, event.value) for event in events.Scalars(key)]
+        assert shown == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged], key
+    assert [event.step for event in events.Scalars("val_loss")] == [4, 8, 12]
+
+
+def test_fewer_validation_batches_is_another_mean(micro: MicroRuns, whole: str) -> None:
+    settings = ["trainer.limit_val_batches=1", "trainer.max_steps=4"]
+    micro.train("one_batch", *settings, "model.optim.sched.max_steps=12").assert_done()
+    fewer, all_ = (by_step(micro.rows(name))[4, "val"] for name in ("one_batch", whole))
+    assert fewer["val_loss"] != all_["val_loss"]
+    assert fewer["val_loss"] == pytest.approx(all_["val_loss"], abs=0.5)
+
+
+def test_the_resolved_configuration_makes_the_same_run(micro: MicroRuns, whole: str) -> None:
+    micro.cli("train", "--config", f"{whole}/config.yaml", "--run-dir", "again").assert_done()
+    assert micro.differences(whole, "again") == []
+
+
+def test_each_step_has_one_row(micro: MicroRuns, whole: str) -> None:
+    lines = (micro.folder / whole / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == len(read_metrics(micro.folder / whole / "metrics.jsonl")) == 15
+    trained = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in trained] == list(range(1, 13))
+    for row in trained:
+        assert row["tokens"] == 4 * 32 and row["seconds"] > 0 and row["grad_norm"] > 0
+        assert row["loss"] > 0 and row["mtp_loss"] > 0 and not row["skipped"]
+    validated = [row for row in rows if "val_loss" in row]
+    assert [row["step"] for row in validated] == [4, 8, 12]
+    assert all(row["val_bits_per_byte"] > 0 for row in validated)
+    assert trained[-1]["loss"] < trained[0]["loss"]
+
+
+# -- with NeMo --
+
+
+@pytest.mark.skipif(not USES_NEMO, reason="NeMo is not installed; there is nothing to compare")
+def test_nemo_and_lightning_give_the_same_numbers(
+    micro: MicroRuns, whole: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = MicroRuns(tmp_path_factory.mktemp("lightning"), DEEPSEEK_FRAMEWORK="lightning")
+    ran = other.train("whole").assert_done()
+    other.cli.close()
+    assert "PyTorch Lightning" in ran.out
+    assert other.rows("whole") == micro.rows(whole)
+    ours, theirs = micro.tensors(whole), other.tensors("whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.skipif(not USES_NEMO, reason=".nemo files are NeMo's")
+def test_a_run_with_nemo_writes_a_nemo_file_of_its_last_weights(micro: MicroRuns) -> None:
+    from deepseek.models.deepseek_model import DeepSeekModel
+
+    nemo = "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=true"
+    board = "exp_manager.create_tensorboard_logger=true"
+    micro.train("nemo", nemo, board, "trainer.max_steps=4").assert_done()
+    # At a second start exp_manager moves what it finds: only its own files.
+    micro.train("nemo", nemo, board, "trainer.max_steps=6").assert_done()
+    folder = micro.folder / "nemo"
+    names = "checkpoints config.yaml logs metrics.jsonl micro.nemo tokenizer"
+    assert {path.name for path in folder.iterdir()} == set(names.split())
+    for log in (folder / "logs").rglob("nemo_error_log.txt"):
+        assert log.read_text() == ""
+    assert [row["step"] for row in micro.rows("nemo") if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    restored = DeepSeekModel.restore_from(str(folder / "micro.nemo"), map_location="cpu")
+    state = restored.model.state_dict()
+    tensors = micro.tensors("nemo")
+    assert all(torch.equal(state[name], tensors[f"model.{name}"]) for name in state)
