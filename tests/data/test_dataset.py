@@ -33,11 +33,11 @@ def equal(a: Sample, b: Sample) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
 
 
-def stream(data: PackedDataset, samples: int) -> list[int]:
-    """The ids that the first samples show, borders counted once."""
+def stream(data: PackedDataset, stretches: int) -> list[int]:
+    """The ids that the first stretches show, borders counted once."""
     found: list[int] = []
-    for i in range(samples):
-        found += data[i]["tokens"].tolist()
+    for i in range(stretches):
+        found += data.stretch(i)["tokens"].tolist()
     return found
 
 
@@ -96,7 +96,7 @@ def test_samples_tile_the_stream_of_whole_epochs(
         previous = None
         starts = {document[0] for document in documents if document}
         for i in range(3 * len(data)):
-            sample = data[i]
+            sample = data.stretch(i)
             tokens, labels = sample["tokens"], sample["labels"]
             assert [sample[key].dtype.name for key in sample] == [
                 "int64",

@@ -1,11 +1,13 @@
 """Documents packed into training sequences: sample ``i`` is a pure function of (data, seed, i).
 
 The documents of an epoch, in an order drawn from (seed, epoch), form one stream; the epochs follow
-each other without end. Sample ``i`` is the stretch of ``seq_length + 1`` ids that begins at
-``i * seq_length``: its first ``seq_length`` ids are the input, its last ``seq_length`` the labels.
-So every id of the stream but the very first is a label exactly once, at the borders of epochs too;
-nothing is dropped and nothing is padded. Nothing is remembered between samples but the index of the
-last two epochs, which can be computed anew at any time.
+each other without end. Stretch ``n`` is the ``seq_length + 1`` ids from ``n * seq_length`` on: its
+first ``seq_length`` ids are the input, its last ``seq_length`` the labels. So every id of the
+stream but the very first is a label exactly once, at the borders of epochs too; nothing is dropped
+and nothing is padded. Training takes the stretches in random order, as many at a time as an epoch
+has whole ones: taken in the order of the stream, a batch would be one long document. Nothing is
+remembered between samples but the index of the last two epochs, which can be computed anew at any
+time.
 
 Fill-in-the-middle works on ids. A document ``p m s`` becomes ``<begin> p <hole> s <end> m`` and
 keeps its end token at the end (PSM, arXiv:2412.19437 section 4.1). It grows by exactly three ids,
@@ -24,6 +26,7 @@ import numpy as np
 
 from deepseek.config.errors import UserError
 from deepseek.data.indexed import IndexedDataset
+from deepseek.data.shuffle import mix, permuted
 from deepseek.data.tokenizer import FimIds
 
 Sample = dict[str, np.ndarray]
@@ -31,7 +34,7 @@ Sample = dict[str, np.ndarray]
 IGNORED = -100
 """Label of a position that predicts nothing."""
 _FIM_SHORTEST = 4
-_ORDER, _REARRANGED = 0, 1
+_ORDER, _REARRANGED, _SHUFFLED = 0, 1, 2
 
 
 class PackedDataset:
@@ -113,16 +116,25 @@ class PackedDataset:
     def __getitem__(self, sample: int) -> Sample:
         """Sample number ``sample`` >= 0. An endless dataset has one for every number; of the other
         kind those after the end are all padding."""
-        start = sample * self.seq_length
+        if not self.endless:
+            return self.stretch(sample)
+        group, place = divmod(sample, len(self))
+        return self.stretch(
+            group * len(self) + permuted(place, len(self), self.seed, group, _SHUFFLED)
+        )
+
+    def stretch(self, number: int) -> Sample:
+        """Stretch ``number`` of the stream."""
+        start = number * self.seq_length
         if self.endless:
-            number, offset = divmod(start, self.num_tokens)
+            epoch, offset = divmod(start, self.num_tokens)
         else:
-            number, offset = 0, min(start, self.num_tokens)
+            epoch, offset = 0, min(start, self.num_tokens)
         wanted = self.seq_length + 1
         stop = min(offset + wanted, self.num_tokens)
-        ids, counts = self._read(number, offset, stop)
+        ids, counts = self._read(epoch, offset, stop)
         if self.endless and len(ids) < wanted:
-            more, more_counts = self._read(number + 1, 0, wanted - len(ids))
+            more, more_counts = self._read(epoch + 1, 0, wanted - len(ids))
             ids = np.concatenate([ids, more])
             counts = np.concatenate([counts, more_counts])
         return self._sample(ids, counts)
@@ -189,7 +201,7 @@ class PackedDataset:
         ids = self.indexed.document(document)
         body = len(ids) - (int(ids[-1]) == self.eos_id)
         # Two different places out of body + 1, so that the middle is never empty.
-        draw = _mix(self.seed, epoch, document)
+        draw = mix(self.seed, epoch, document)
         a = (draw & 0xFFFFFFFF) * (body + 1) >> 32
         b = (draw >> 32) * body >> 32
         b += b >= a
@@ -273,14 +285,3 @@ def split_documents(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray
 def _random(seed: int, epoch: int, purpose: int) -> np.random.RandomState:
     """A source of random numbers whose stream numpy has frozen, unlike that of Generator."""
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch, purpose])))
-
-
-def _mix(*numbers: int) -> int:
-    """64 random bits that depend on integers only (splitmix64)."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state
