@@ -3,6 +3,7 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the forks of the tests
 
 import torch  # noqa: E402
 
