@@ -101,9 +101,9 @@ ONE_PROBLEM = [
         "model.optim.sched.name",
         ["CosineAnnealing or WarmupConstantCosine", "use CosineAnnealing"],
     ),
-    ("trainer.precision=16", "trainer.precision", ["32 or bf16-mixed", "use bf16-mixed"]),
-    ("trainer.precision=bf16", "trainer.precision", ["32 or bf16-mixed", "use bf16-mixed"]),
-    ("trainer.precision=[32]", "trainer.precision", ["32 or bf16-mixed"]),
+    ("trainer.precision=16", "trainer.precision", ["32, bf16-mixed or auto", "use bf16-mixed"]),
+    ("trainer.precision=bf16", "trainer.precision", ["32, bf16-mixed or auto", "use bf16-mixed"]),
+    ("trainer.precision=[32]", "trainer.precision", ["32, bf16-mixed or auto"]),
     ("trainer.accelerator=cuda", "trainer.accelerator", ["auto, cpu or gpu", "use gpu"]),
     (
         "model.activations_checkpoint_granularity=selective",

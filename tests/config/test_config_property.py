@@ -80,7 +80,7 @@ def legal_configs(draw: st.DrawFn) -> dict[str, Any]:
         "trainer": {
             "devices": tensor * pipeline * data_parallel // nodes,
             "num_nodes": nodes,
-            "precision": draw(st.sampled_from([32, "32", "bf16-mixed"])),
+            "precision": draw(st.sampled_from([32, "32", "bf16-mixed", "auto"])),
             "max_steps": steps,
         },
         "model": model,

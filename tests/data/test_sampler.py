@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +17,7 @@ from deepseek.data.indexed import IndexedDataset
 from deepseek.data.sampler import (
     Batch,
     StepBatches,
+    _loader,
     build_train_loader,
     build_validation_loader,
 )
@@ -170,3 +172,17 @@ def test_all_of_validation_is_read_once(
     assert int(padding.sum()) == steps * 2 * size * 16 - 1000
     assert set(rows["tokens"][padding].tolist()) == {7}
     assert set(rows["labels"][padding].tolist()) == {-100}
+
+
+class SessionOfReader(torch.utils.data.Dataset[dict[str, np.ndarray]]):
+    """Says in which session it is read."""
+
+    def __getitem__(self, sample: int) -> dict[str, np.ndarray]:
+        return {"session": np.array([os.getsid(0)])}
+
+
+def test_a_signal_to_the_group_does_not_reach_the_workers() -> None:
+    (batch,) = _loader(SessionOfReader(), [[0]], 1)
+    assert batch["session"].item() != os.getsid(0)
+    (batch,) = _loader(SessionOfReader(), [[0]], 0)
+    assert batch["session"].item() == os.getsid(0)

@@ -112,6 +112,12 @@ def _fit(cfg: DictConfig, run: RunConfig, folder: Path) -> TrainResult:
             "written by NeMo, which does not drive this run; pip install nemo_toolkit, or set it "
             "to false"
         )
+    on_gpu = torch.cuda.is_available() and run.trainer.accelerator != "cpu"
+    precision = run.trainer.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if on_gpu else "32"
+    elif precision == "bf16-mixed" and not on_gpu:
+        say("note         trainer.precision=bf16-mixed is slow on most CPUs; 32 or auto is faster")
     if run.trainer.num_threads:
         torch.set_num_threads(run.trainer.num_threads)
     say(f"run folder   {folder}")
@@ -140,7 +146,7 @@ def _fit(cfg: DictConfig, run: RunConfig, folder: Path) -> TrainResult:
         trainer = Trainer(
             accelerator=run.trainer.accelerator,
             devices=1,
-            precision="32-true" if run.trainer.precision == "32" else run.trainer.precision,
+            precision="32-true" if precision == "32" else precision,
             max_steps=run.trainer.max_steps,
             val_check_interval=run.trainer.val_check_interval if validates else None,
             check_val_every_n_epoch=None if validates else 1,

@@ -128,7 +128,7 @@ def range_problem(path: str, value: Any) -> Problem | None:
 
 NAMES: dict[str, tuple[object, ...]] = {
     "trainer.accelerator": ("auto", "cpu", "gpu"),
-    "trainer.precision": ("32", "bf16-mixed", 32),
+    "trainer.precision": ("32", "bf16-mixed", "auto", 32),
     "model.scoring_func": ("sigmoid", "softmax"),
     "model.topk_method": ("noaux_tc", "group_limited_greedy", "greedy"),
     "model.activations_checkpoint_granularity": ("full",),

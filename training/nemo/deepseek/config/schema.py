@@ -238,7 +238,8 @@ class TrainerConfig:
     accelerator: str = "auto"
     """``auto`` (a GPU if there is one), ``cpu`` or ``gpu``."""
     precision: Any = "32"
-    """``32`` or ``bf16-mixed`` (products in bf16; weights, router, bias, loss in fp32)."""
+    """``32``, ``bf16-mixed`` (products in bf16; weights, router, bias, loss in fp32) or ``auto``
+    (``bf16-mixed`` on a GPU, ``32`` on a CPU, whose bf16 products are slow)."""
     max_steps: int = 100
     """Optimiser steps of the whole run."""
     val_check_interval: int = 50

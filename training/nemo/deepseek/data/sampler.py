@@ -8,6 +8,7 @@ workers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -131,6 +132,16 @@ def _loader(
         collate_fn=stack,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
+        worker_init_fn=leave_the_terminal if workers else None,
         # Its own, so that making an iterator leaves the random state of the run as it is.
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def leave_the_terminal(worker: int) -> None:
+    """Give a loader process a session of its own.
+
+    Ctrl-C, and a SIGTERM to the whole group as schedulers send it, then reach the trainer alone,
+    which saves before it ends; a worker that died first would take the step down with it.
+    """
+    os.setsid()
