@@ -1,13 +1,14 @@
 # Two commands do everything on a fresh machine:
 #   make train    environment, corpus, tokenizer, a real training run of a few minutes, a sample
 #   make test     environments, style, types, layers, and the whole suite with and without NeMo
+# and a third measures: make bench    training and decoding against Hugging Face transformers
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 PIP_FLAGS := --quiet --disable-pip-version-check
 VENV := .venv
 NEMO := .venv-nemo
 TEST_FLAGS ?= -n 2
 
-.PHONY: train test test-lightning test-nemo lint format clean
+.PHONY: train test test-lightning test-nemo lint bench format clean
 
 train: $(VENV)/.ready
 	$(VENV)/bin/deepseek train --config deepseek_v3_tiny --sample
@@ -27,6 +28,9 @@ test-lightning: $(VENV)/.ready
 test-nemo: $(NEMO)/.ready
 	@echo "== the suite with NVIDIA NeMo"
 	$(NEMO)/bin/python -m pytest $(TEST_FLAGS)
+
+bench: $(VENV)/.ready
+	$(VENV)/bin/python benchmarks/train_step.py
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff format .
