@@ -132,7 +132,7 @@ def test_a_sample_at_the_end(micro: MicroRuns) -> None:
 
 def test_dashes_before_a_setting_are_tolerated(micro: MicroRuns) -> None:
     ran = micro.train("dashes", "--trainer.max_steps=1", "--model.micro_batch_size=4")
-    assert "4 sequences x 32 = 128 tokens in 1 micro-batches of 4" in ran.assert_done().out
+    assert "4 sequences x 32 = 128 tokens in 1 x 4 per forward pass" in ran.assert_done().out
 
 
 FRAMEWORK = """

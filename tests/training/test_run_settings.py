@@ -104,7 +104,7 @@ def test_checkpoints_are_there_and_resuming_is_off(micro: MicroRuns, short: str)
 def test_two_processes_on_one_folder(micro: MicroRuns) -> None:
     first = micro.start("busy", "trainer.max_steps=100000")
     first.wait_for("step      2/")
-    second = micro.train("busy", "trainer.max_steps=7")
+    second = micro.train("busy", "trainer.max_steps=99999")
     second.assert_refused(f"process {first.pid}", "or use another run folder")
     first.signal(signal.SIGTERM)
     first.wait().assert_done()

@@ -50,9 +50,6 @@ class StageProgress:
         self._shown = ("", -1)
 
     def __enter__(self) -> StageProgress:
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=1.0)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -62,6 +59,9 @@ class StageProgress:
     def update(self, stage: str, done: int, total: int, detail: str) -> None:
         """``done`` of ``total`` units of ``stage``."""
         if self._bar is not None:
+            if self._task is None:  # no bar for work that turns out to be done already
+                self._bar.start()
+                self._task = self._bar.add_task("", total=1.0)
             text = f"{stage} | {detail}"
             self._bar.update(self._task, completed=done, total=max(total, 1), description=text)
             return

@@ -234,7 +234,7 @@ def _say_size(run: RunConfig) -> None:
     )
     say(
         f"step         {model.global_batch_size} sequences x {model.data.seq_length} = "
-        f"{tokens:,} tokens in {micro_batches} micro-batches of {model.micro_batch_size}; "
+        f"{tokens:,} tokens in {micro_batches} x {model.micro_batch_size} per forward pass; "
         f"{run.trainer.max_steps} steps = {tokens * run.trainer.max_steps:,} tokens"
     )
 
