@@ -22,7 +22,7 @@ from sample_texts import TEXTS
 
 from deepseek.config.errors import UserError
 from deepseek.data import corpus
-from deepseek.data.corpus import Corpus, cut, documents, pieces, stdlib_documents
+from deepseek.data.corpus import Corpus, cut, documents, pieces
 from deepseek.data.tokenizer import Tokenizer
 
 
@@ -201,7 +201,7 @@ def test_the_standard_library_is_a_corpus() -> None:
     assert not any(name.startswith("_sysconfigdata") for name in names)
     assert 5_000_000 < found.total_bytes < 20_000_000
     assert found.stat_digest() == Corpus.stdlib().stat_digest()
-    first = next(stdlib_documents())
+    first = next(documents(found.sources[0]))
     assert first == found.sources[0].path.read_bytes().decode()
 
 

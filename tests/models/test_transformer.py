@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from tiny_models import (
     assert_same,
     backward,
@@ -18,29 +20,9 @@ from tiny_models import (
 )
 from torch import Tensor
 
-from deepseek.config.schema import ModelConfig
+from deepseek.config import load_config
 from deepseek.models.components.router import Router
 from deepseek.models.transformer import Transformer
-
-V3 = dict(
-    vocab_size=129280,
-    hidden_size=7168,
-    num_hidden_layers=61,
-    num_attention_heads=128,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    intermediate_size=18432,
-    moe_intermediate_size=2048,
-    n_routed_experts=256,
-    num_experts_per_tok=8,
-    first_k_dense_replace=3,
-    n_group=8,
-    topk_group=4,
-)
-
 
 # -- names and shapes --
 
@@ -210,9 +192,10 @@ def test_by_way_of_the_meta_device() -> None:
 
 def test_deepseek_v3_on_the_meta_device() -> None:
     """671 billion parameters, to the last one, without any memory for them."""
+    config = OmegaConf.to_object(load_config("deepseek_v3_671b")).model
     start = time.monotonic()
     with torch.device("meta"):
-        model = Transformer(ModelConfig(**V3))
+        model = Transformer(replace(config, num_nextn_predict_layers=0))
     assert time.monotonic() - start < 20
     assert sum(parameter.numel() for parameter in model.parameters()) == 671_026_404_352
     assert sum(router.bias.numel() for router in model.routers().values()) == 14_848

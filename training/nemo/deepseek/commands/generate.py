@@ -10,10 +10,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from deepseek.commands.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
 from deepseek.config import RunConfig, load_config
 from deepseek.config.errors import UserError
 from deepseek.console import complain, say
-from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
 
 
 def generate_text(

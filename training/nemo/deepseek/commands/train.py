@@ -13,23 +13,22 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from deepseek.checkpoint.folder import complete_steps
 from deepseek.commands.generate import generate_text
+from deepseek.commands.run_folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    LOGS,
+    METRICS_FILE,
+    TOKENIZER,
+    finished_steps,
+    run_folder,
+)
 from deepseek.config import ConfigError, RunConfig, UserError, load_config, resolved_yaml
 from deepseek.config.rules import single_process_only
 from deepseek.console import StageProgress, say
 from deepseek.data.opened import OpenedData, open_data
 from deepseek.data.sampler import build_train_loader, build_validation_loader
 from deepseek.planner.counts import count_parameters
-from deepseek.run_folder import (
-    CHECKPOINTS,
-    CONFIG_FILE,
-    LOGS,
-    METRICS_FILE,
-    TOKENIZER,
-    last_checkpoint_step,
-    run_folder,
-)
 
 SAMPLE_TOKENS = 160
 
@@ -69,7 +68,7 @@ def train(
     run = OmegaConf.to_object(cfg)
     assert isinstance(run, RunConfig)
     folder = run_folder(run, run_dir)
-    done = max(complete_steps(folder / CHECKPOINTS), default=0)
+    done = finished_steps(folder)
     if run.exp_manager.resume_if_exists and done >= run.trainer.max_steps:
         say(
             f"{folder} is complete: {done} of {run.trainer.max_steps} steps. "
@@ -85,7 +84,7 @@ def train(
     if result.finished_steps < run.trainer.max_steps:
         step, steps = result.finished_steps, run.trainer.max_steps
         say(f"stopped at step {step} of {steps}; run the same command again to go on")
-    elif not (folder / TOKENIZER).is_dir() or not last_checkpoint_step(folder):
+    elif not (folder / TOKENIZER).is_dir() or not finished_steps(folder):
         pass  # nothing to sample from
     elif sample:
         say("sample:")

@@ -162,12 +162,6 @@ def digest_lines(lines: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def stdlib_documents() -> Iterator[str]:
-    """The built-in corpus, a document at a time."""
-    for source in Corpus.stdlib().sources:
-        yield from documents(source)
-
-
 def documents(source: Source, json_key: str = "text") -> Iterator[str]:
     """Whole documents of a file."""
     parts: list[str] = []

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from deepseek.checkpoint.folder import complete_steps
 from deepseek.config.errors import UserError
 from deepseek.config.schema import RunConfig
 
@@ -14,8 +15,6 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 LOGS = "logs"
-STEP = re.compile("step_([0-9]{8,18})")
-"""Name of a checkpoint, as in ``checkpoint/folder.py``."""
 
 
 def run_folder(config: RunConfig, run_dir: Path | None = None) -> Path:
@@ -48,10 +47,9 @@ def run_folder(config: RunConfig, run_dir: Path | None = None) -> Path:
     return folder.resolve()
 
 
-def last_checkpoint_step(folder: Path) -> int:
-    """Step of the newest checkpoint in the run, 0 if there is none."""
-    names = [path.name for path in (folder / CHECKPOINTS).glob("step_*")]
-    return max((int(match[1]) for name in names if (match := STEP.fullmatch(name))), default=0)
+def finished_steps(folder: Path) -> int:
+    """Step of the newest complete checkpoint of a run, 0 if there is none."""
+    return max(complete_steps(folder / CHECKPOINTS), default=0)
 
 
 def _version(parent: Path, config: RunConfig) -> str:
@@ -63,7 +61,7 @@ def _version(parent: Path, config: RunConfig) -> str:
     if not numbers:
         return "version_0"
     newest = f"version_{numbers[-1]}"
-    complete = last_checkpoint_step(parent / newest) >= config.trainer.max_steps
+    complete = finished_steps(parent / newest) >= config.trainer.max_steps
     if config.exp_manager.resume_if_exists and not complete:
         return newest
     return f"version_{numbers[-1] + 1}"
