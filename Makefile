@@ -8,12 +8,12 @@ VENV := .venv
 NEMO := .venv-nemo
 TEST_FLAGS ?= -n 2
 
-.PHONY: train test test-lightning test-nemo lint bench format clean
+.PHONY: train test test-lightning test-nemo lint browser bench format clean
 
 train: $(VENV)/.ready
 	$(VENV)/bin/deepseek train --config deepseek_v3_tiny --sample
 
-test: lint test-lightning test-nemo
+test: lint browser test-lightning test-nemo
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check .
@@ -28,6 +28,13 @@ test-lightning: $(VENV)/.ready
 test-nemo: $(NEMO)/.ready
 	@echo "== the suite with NVIDIA NeMo"
 	$(NEMO)/bin/python -m pytest $(TEST_FLAGS)
+
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "== installing chromium" && \
+	  { apt-get install -qq -y chromium || { apt-get update -qq && apt-get install -qq -y chromium; }; } \
+	  >/dev/null 2>&1; } || \
+	  echo "== NO CHROMIUM: the report will NOT be looked at in a browser; apt-get install chromium"
 
 bench: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/train_step.py

@@ -118,6 +118,39 @@ def random_kills(folder: str, rounds: int, seed: int) -> object:
     return results
 
 
+def random_kills_in_background(folder: str, rounds: int, seed: int) -> object:
+    """The same of a process that works on while it saves, and overwrites what is being saved."""
+    chance = random.Random(seed)
+    place, acknowledged, results = Path(folder), 0, []
+    for _ in range(rounds):
+        reading, writing = os.pipe()
+
+        def save_for_ever(start: int = acknowledged, writing: int = writing) -> None:
+            manager, step = CheckpointManager(place), start
+            os.write(writing, f"{start}\n".encode())
+            while True:
+                step += 1
+                tensors = tensors_of(step)
+                manager.save_in_background(step, tensors, {"version": step})
+                os.write(writing, f"{step - 1}\n".encode())  # which it has waited for
+                for tensor in tensors.values():
+                    tensor.fill_(float("nan"))
+
+        pid = in_child(save_for_ever)
+        os.close(writing)
+        with os.fdopen(reading) as stream:
+            for _ in range(2 + chance.randrange(3)):
+                acknowledged = int(stream.readline())
+            time.sleep(chance.uniform(0, 0.03))
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            acknowledged = max([acknowledged, *map(int, stream.read().split())])
+        found = what_is_left(place)
+        results.append({"acknowledged": acknowledged, "left": leftovers(place), **found})
+        acknowledged = max(acknowledged, int(str(found["step"])))
+    return results
+
+
 CALLS = ("mkdir", "rename", "fsync", "unlink", "rmdir")
 
 
@@ -289,6 +322,7 @@ def as_rank(folder: Path, rank: int) -> dict[str, object]:
 
 SCENARIOS: dict[str, Callable[..., object]] = {
     "random_kills": random_kills,
+    "random_kills_in_background": random_kills_in_background,
     "crash_points": crash_points,
     "disk_full": disk_full,
     "hold": hold,

@@ -67,6 +67,21 @@ def test_killed_at_random_moments(driver: Driver, tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [".lock"]
 
 
+def test_killed_at_random_moments_while_saving_in_the_background(
+    driver: Driver, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    rounds = driver("random_kills_in_background", folder=str(folder), rounds=20, seed=1)
+    assert len(rounds) == 20
+    for found in rounds:
+        assert found["reports"] == [] and found["exact"]
+        # At most the save under way, and the one begun before the word of it got out.
+        assert 0 <= found["step"] - found["acknowledged"] <= 2
+    assert sum(bool(found["left"]) for found in rounds) >= 5
+    CheckpointManager(folder).close()
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [".lock"]
+
+
 @pytest.mark.parametrize("step", [5, 6], ids=["same step", "next step"])
 def test_killed_before_each_call(driver: Driver, tmp_path: Path, step: int) -> None:
     """keep=1: the hardest case, as there is no other checkpoint to fall back to."""

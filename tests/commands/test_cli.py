@@ -40,7 +40,8 @@ def test_help(cli: Forked, words: list[str]) -> None:
 
 def test_help_lists_every_command(cli: Forked) -> None:
     out = cli("--help").out
-    for command in ("train", "test", "validate", "prepare-data", "generate", "ls", "cp", "cat"):
+    names = ("train", "test", "validate", "launch", "prepare-data", "generate", "ls", "cp", "cat")
+    for command in names:
         assert re.search(rf"^\W*{command}\s", out, re.MULTILINE), command
 
 
@@ -428,5 +429,7 @@ def test_a_bar_and_colours_on_a_terminal(micro: MicroRuns) -> None:
 
 def test_log_of_the_run_is_json(micro: MicroRuns) -> None:
     lines = (micro.folder / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [
+    rows = [json.loads(line) for line in lines]
+    assert [row["event"] for row in rows if "event" in row][:1] == ["started"]
+    assert [row["step"] for row in rows if "event" not in row] == [
         1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 12]  # fmt: skip

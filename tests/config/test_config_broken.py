@@ -7,6 +7,13 @@ import pytest
 from deepseek.config import ConfigError, load_config
 from deepseek.config.errors import Problem
 
+TP4 = "trainer.devices=4 & model.tensor_model_parallel_size=4"
+PP2 = "trainer.devices=2 & model.pipeline_model_parallel_size=2"
+PP4 = "trainer.devices=4 & model.pipeline_model_parallel_size=4"
+INTERLEAVED = (
+    "model.pipeline_schedule=Interleaved1F1B & model.virtual_pipeline_model_parallel_size=2"
+)
+
 # (overrides of deepseek_v3_tiny, separated by " & "), field, phrases of its message
 ONE_PROBLEM = [
     # types
@@ -208,9 +215,9 @@ ONE_PROBLEM = [
         ],
     ),
     (
-        "trainer.devices=6 & model.tensor_model_parallel_size=2",
+        "trainer.devices=6 & model.pipeline_model_parallel_size=2",
         "model.micro_batch_size",
-        ["devices 6 x nodes 1 / (tensor 2 x pipeline 1) = 3", "model.global_batch_size=12"],
+        ["devices 6 x nodes 1 / (tensor 1 x pipeline 2) = 3", "model.global_batch_size=12"],
     ),
     (
         "trainer.devices=6 & model.tensor_model_parallel_size=4",
@@ -225,7 +232,7 @@ ONE_PROBLEM = [
     (
         "trainer.devices=8 & model.pipeline_model_parallel_size=8",
         "model.pipeline_model_parallel_size",
-        ["more than model.num_hidden_layers=4", "use 1 to 4"],
+        ["more than model.num_hidden_layers=4", "stage would be empty", "use one of 1, 2, 4"],
     ),
     (
         "trainer.devices=2 & model.expert_model_parallel_size=4",
@@ -247,6 +254,152 @@ ONE_PROBLEM = [
         "trainer.devices=2 & model.data_parallel_replicate_size=3",
         "model.data_parallel_replicate_size",
         ["does not divide the data-parallel size", "use one of 1, 2"],
+    ),
+    (
+        f"{TP4} & model.num_attention_heads=6",
+        "model.tensor_model_parallel_size",
+        ["does not divide model.num_attention_heads=6;", "use one of 1, 2"],
+    ),
+    (
+        f"{TP4} & model.vocab_size=4098 & model.data.seq_length=130",
+        "model.tensor_model_parallel_size",
+        ["model.vocab_size=4098 and model.data.seq_length=130", "use one of 1, 2"],
+    ),
+    (
+        f"{TP4} & model.intermediate_size=642",
+        "model.tensor_model_parallel_size",
+        ["does not divide model.intermediate_size=642", "use one of 1, 2"],
+    ),
+    (
+        f"{TP4} & model.moe_intermediate_size=126",
+        "model.tensor_model_parallel_size",
+        ["model.n_shared_experts 1 x moe_intermediate_size 126=126", "use one of 1, 2"],
+    ),
+    (
+        "trainer.devices=6 & model.tensor_model_parallel_size=2 & model.global_batch_size=12",
+        "model.tensor_model_parallel_size",
+        [
+            "leaves [2048, 256] of embed.weight [4096, 256] to a rank",
+            "the 3 parts for data-parallel ranks",
+            "use 1, or another model.data_parallel_replicate_size",
+        ],
+    ),
+    (
+        "trainer.devices=12 & model.expert_model_parallel_size=4 & model.global_batch_size=48",
+        "model.expert_model_parallel_size",
+        [
+            "leaves [4, 128, 256] of ffn.experts.w1 [16, 128, 256] to a rank",
+            "the 12 x 1 / 4 = 3 ranks that share these experts",
+            "use 1, or another",
+        ],
+    ),
+    # pipeline
+    (
+        "model.pipeline_schedule=1f1b",
+        "model.pipeline_schedule",
+        ["must be GPipe, 1F1B, Interleaved1F1B,", "or DualPipeV", "use 1F1B"],
+    ),
+    ("model.pipeline_schedule=dualpipe", "model.pipeline_schedule", ["use DualPipeV"]),
+    (
+        "model.pipeline_schedule=GPipe",
+        "model.pipeline_schedule",
+        ["would be ignored, since model.pipeline_model_parallel_size=1", "use 1F1B (the default)"],
+    ),
+    (
+        "model.virtual_pipeline_model_parallel_size=2",
+        "model.virtual_pipeline_model_parallel_size",
+        ["would be ignored", "use 1 (the default), or model.pipeline_model_parallel_size=2"],
+    ),
+    (
+        "model.pipeline_layers_per_stage=[4]",
+        "model.pipeline_layers_per_stage",
+        ["=[4]: would be ignored", "use null (the default)"],
+    ),
+    (
+        f"{PP2} & model.pipeline_schedule=Interleaved1F1B",
+        "model.virtual_pipeline_model_parallel_size",
+        ["=1: leaves nothing to interleave", "needs at least 2 stages a rank", "use 2, or"],
+    ),
+    (
+        f"{PP2} & model.pipeline_schedule=ZBVZeroBubble "
+        "& model.virtual_pipeline_model_parallel_size=2",
+        "model.virtual_pipeline_model_parallel_size",
+        ["would be ignored", "ZBVZeroBubble always has 2 stages a rank", "use 1, or"],
+    ),
+    (
+        f"{PP2} & model.virtual_pipeline_model_parallel_size=3",
+        "model.virtual_pipeline_model_parallel_size",
+        ["model.pipeline_schedule=1F1B always has 1 stage a rank", "Interleaved1F1B"],
+    ),
+    (
+        f"{PP2} & model.pipeline_schedule=DualPipeV & model.num_hidden_layers=3",
+        "model.pipeline_model_parallel_size",
+        ["x 2 stages a rank = 4 stages is more than model.num_hidden_layers=3", "use 1, or"],
+    ),
+    (
+        f"{PP2} & model.pipeline_schedule=ZBVZeroBubble & model.torch_compile=true",
+        "model.torch_compile",
+        ["gradients of inputs and weights apart", "use false, or"],
+    ),
+    (
+        f"{PP2} & model.pipeline_layers_per_stage=[2, 1, 1]",
+        "model.pipeline_layers_per_stage",
+        ["has 3 entries, for pipeline 2;", "use 2 numbers", "add up to 4, such as [2, 2], or null"],
+    ),
+    (
+        f"{PP2} & model.pipeline_layers_per_stage=[2, 3]",
+        "model.pipeline_layers_per_stage",
+        ["=[2, 3]: has 2 + 3 = 5 of model.num_hidden_layers=4", "such as [2, 2]"],
+    ),
+    (
+        f"{PP2} & model.pipeline_layers_per_stage=[0, 4]",
+        "model.pipeline_layers_per_stage",
+        ["leaves a stage without a layer;"],
+    ),
+    (
+        f"{PP2} & model.pipeline_schedule=ZBVZeroBubble & model.pipeline_layers_per_stage=[3, 2]",
+        "model.pipeline_layers_per_stage",
+        ["has 2 entries, for pipeline 2 x 2 stages a rank = 4 stages and has 3 + 2 = 5 of"],
+    ),
+    ("model.pipeline_layers_per_stage=3", "model.pipeline_layers_per_stage", ["or null; write it"]),
+    (
+        "model.pipeline_layers_per_stage=[2, 1.5]",
+        "model.pipeline_layers_per_stage",
+        ["must be a list of whole numbers or null", "write it as [2, 1]"],
+    ),
+    ("model.pipeline_layers_per_stage=[2, true]", "model.pipeline_layers_per_stage", ["whole"]),
+    ("model.pipeline_layers_per_stage=[2, '1']", "model.pipeline_layers_per_stage", ["whole"]),
+    (
+        f"{PP4} & model.micro_batch_size=4",
+        "model.global_batch_size",
+        [
+            "/ (model.micro_batch_size 4 x data-parallel size 1) = 2 micro-batches a step",
+            "model.pipeline_schedule=1F1B over 4 ranks needs at least 4",
+            "use model.global_batch_size=16, or for model.micro_batch_size one of 1, 2, or",
+            "model.pipeline_schedule=GPipe, which takes any number",
+        ],
+    ),
+    (
+        f"{PP2} & model.micro_batch_size=4 & model.pipeline_schedule=DualPipeV",
+        "model.global_batch_size",
+        ["needs at least 4, one for each of its 2 x 2 stages", "ZBVZeroBubble, which takes any"],
+    ),
+    (
+        f"{PP2} & {INTERLEAVED} & model.micro_batch_size=1 & model.global_batch_size=7",
+        "model.global_batch_size",
+        ["= 7 micro-batches", "a multiple of its rounds = 7 // 2 = 3", "batch_size=6 or 8"],
+    ),
+    # processes that are lost
+    ("trainer.max_restarts=-1", "trainer.max_restarts", ["at least 0", "(default 3)"]),
+    (
+        "trainer.collective_timeout_minutes=0",
+        "trainer.collective_timeout_minutes",
+        ["must be above 0", "use more than 0 (default 30.0)"],
+    ),
+    (
+        "trainer.collective_timeout_minutes=1e7",
+        "trainer.collective_timeout_minutes",
+        ["at most 1000000"],
     ),
     # data, files, folders
     (

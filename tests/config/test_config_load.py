@@ -18,7 +18,6 @@ from deepseek.config import (
     load_config,
     resolved_yaml,
     shipped_configs,
-    single_process_only,
 )
 
 
@@ -243,26 +242,6 @@ def test_check_takes_both_forms_and_also_checks_types() -> None:
     cfg = load_config("deepseek_v3_tiny")
     cfg.model.qk_rope_head_dim = 15
     assert [problem.field for problem in check(cfg)] == ["model.qk_rope_head_dim"]
-
-
-def test_parallel_training_comes_next() -> None:
-    assert single_process_only(load_config("deepseek_v3_tiny")) == []
-    cfg = load_config("deepseek_v3_distributed")
-    (problem,) = single_process_only(cfg)
-    assert problem.rule == (
-        "this version trains in one process, and parallel training comes next "
-        "(asked: trainer.devices=4, model.expert_model_parallel_size=4)"
-    )
-    overrides = problem.way_out.removeprefix("to run here, add ").split()
-    assert overrides == ["trainer.devices=1", "model.expert_model_parallel_size=1"]
-    assert single_process_only(load_config("deepseek_v3_distributed", overrides)) == []
-
-
-@pytest.mark.parametrize("name", shipped_configs())
-def test_the_way_out_of_parallel_configurations_is_sound(name: str) -> None:
-    for problem in single_process_only(load_config(name)):
-        overrides = problem.way_out.removeprefix("to run here, add ").split()
-        assert single_process_only(load_config(name, overrides)) == []
 
 
 def test_the_result_is_an_omegaconf_config_of_the_schema() -> None:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from deepseek.config import ConfigError, check, load_config, resolved_yaml
+from deepseek.config import ConfigError, RunConfig, check, load_config, resolved_yaml
 from deepseek.config.fields import FIELDS
 from deepseek.config.strict_yaml import read_yaml
+from deepseek.planner.layout import Layout, split_layers, stages_of_rank
+from deepseek.planner.placement import kept_shape, stage_weights
+
+SCHEDULES = [
+    "GPipe",
+    "1F1B",
+    "Interleaved1F1B",
+    "InterleavedZeroBubble",
+    "ZBVZeroBubble",
+    "DualPipeV",
+]
 
 
 @st.composite
@@ -26,9 +39,20 @@ def legal_configs(draw: st.DrawFn) -> dict[str, Any]:
     size = expert * draw(integers(2, 4))
     kept = draw(integers(1, groups))
     chosen = draw(integers(1, kept * size))
-    layers = draw(integers(pipeline, 6))
+    schedule = draw(st.sampled_from(SCHEDULES)) if pipeline > 1 else "1F1B"
+    interleaved = schedule.startswith("Interleaved")
+    virtual = draw(integers(2, 3)) if interleaved else 1
+    stages = pipeline * (2 if schedule in ("ZBVZeroBubble", "DualPipeV") else virtual)
+    layers = draw(integers(stages, stages + 4))
+    by_hand = pipeline > 1 and draw(st.booleans())
+    cuts = sorted(draw(st.permutations(range(1, layers)))[: stages - 1])
+    sizes = [end - start for start, end in zip([0, *cuts], [*cuts, layers], strict=True)]
+    rounds = draw(integers(1, 4))
+    count = {"1F1B": pipeline - 1 + rounds, "DualPipeV": stages - 1 + rounds}.get(schedule, rounds)
+    count = pipeline * rounds if interleaved else count
+    even = tensor * shards  # what TP leaves can be divided further
     depth = draw(integers(0, 2))
-    length = draw(integers(depth + 2, 64))
+    length = tensor * draw(integers(depth + 2, 64))
     micro = draw(integers(1, 3))
     steps = draw(integers(1, 1000))
     warmup = draw(integers(0, steps))
@@ -36,10 +60,12 @@ def legal_configs(draw: st.DrawFn) -> dict[str, Any]:
     yarn = draw(st.none() | st.just({"factor": 4, "original_max_position_embeddings": 64}))
     rate = draw(st.floats(0, 1)) if method == "noaux_tc" else 0
     model = {
-        "vocab_size": draw(integers(4096, 200_000)),
+        "vocab_size": even * draw(integers(4096, 8192)),
         "hidden_size": draw(integers(1, 8192)),
         "num_hidden_layers": layers,
-        "num_attention_heads": tensor * draw(integers(1, 32)),
+        "num_attention_heads": even * draw(integers(1, 8)),
+        "intermediate_size": even * draw(integers(1, 100)),
+        "moe_intermediate_size": even * draw(integers(1, 100)),
         "q_lora_rank": draw(st.none() | integers(1, 1536)),
         "kv_lora_rank": draw(integers(1, 512)),
         "qk_rope_head_dim": 2 * draw(integers(1, 64)),
@@ -56,9 +82,12 @@ def legal_configs(draw: st.DrawFn) -> dict[str, Any]:
         "num_nextn_predict_layers": depth,
         "rope_scaling": yarn,
         "micro_batch_size": micro,
-        "global_batch_size": micro * data_parallel * draw(integers(1, 4)),
+        "global_batch_size": micro * data_parallel * count,
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": pipeline,
+        "pipeline_schedule": schedule,
+        "virtual_pipeline_model_parallel_size": virtual,
+        "pipeline_layers_per_stage": sizes if by_hand else None,
         "expert_model_parallel_size": expert,
         "data_parallel_replicate_size": replicas,
         "data": {"seq_length": length, "fim_rate": draw(st.floats(0, 1))},
@@ -87,14 +116,78 @@ def legal_configs(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+def assert_consistent(run: RunConfig) -> None:
+    """Every rank has work, every layer one holder, every weight of a stage parts of equal size."""
+    model, layout = run.model, Layout.of_run(run)
+    assert layout.world_size == run.trainer.devices * run.trainer.num_nodes
+    assert model.n_routed_experts % layout.ep == 0
+    parts = split_layers(model)
+    assert [i for part in parts for i in part.layers] == list(range(model.num_hidden_layers))
+    assert all(len(part.layers) > 0 for part in parts)
+    assert [part.first for part in parts] == [True] + [False] * (len(parts) - 1)
+    assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
+    held = [stages_of_rank(model, rank) for rank in range(layout.pp)]
+    assert sorted(stage for stages in held for stage in stages) == list(range(len(parts)))
+    assert len({len(stages) for stages in held}) == 1
+    for part in parts:
+        for name, weight in stage_weights(model, part):
+            divided = weight.divided(layout.tp, layout.ep)
+            ways = layout.ep if weight.routed else layout.tp if weight.tp_dim is not None else 1
+            assert math.prod(divided) * ways == math.prod(weight.shape), name
+            assert min(kept_shape(weight, layout)) >= 1, name
+
+
 @settings(deadline=None, max_examples=60)
 @given(legal_configs())
 def test_legal_configurations_pass_and_survive_saving(tree: dict[str, Any]) -> None:
     cfg = load_config(tree)
     assert check(cfg) == []
+    run = OmegaConf.to_object(cfg)
+    assert isinstance(run, RunConfig)
+    assert_consistent(run)
     document = read_yaml(resolved_yaml(cfg), "config.yaml")
     assert document.problems == []
     assert load_config(document.tree) == cfg
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> RunConfig:
+    """Sizes and settings drawn almost at will; about one in five is legal."""
+    choose = st.sampled_from
+    run = RunConfig()
+    run.trainer.devices = draw(choose([1, 2, 4, 4, 6, 8, 8, 12]))
+    run.trainer.num_nodes = draw(choose([1, 1, 2]))
+    model = run.model
+    model.tensor_model_parallel_size = draw(choose([1, 1, 2, 2, 3]))
+    model.pipeline_model_parallel_size = draw(choose([1, 2, 2, 3]))
+    model.expert_model_parallel_size = draw(choose([1, 2, 4]))
+    model.data_parallel_replicate_size = draw(choose([1, 1, 2]))
+    if model.pipeline_model_parallel_size > 1 or draw(st.integers(0, 9)) == 0:
+        model.pipeline_schedule = draw(choose(SCHEDULES))
+        interleaved = model.pipeline_schedule.startswith("Interleaved")
+        sizes = [2, 2, 3, 1] if interleaved else [1, 1, 1, 2]
+        model.virtual_pipeline_model_parallel_size = draw(choose(sizes))
+        splits = st.lists(st.integers(1, 3), min_size=2, max_size=4)
+        model.pipeline_layers_per_stage = draw(st.none() | st.none() | splits)
+    model.num_hidden_layers = draw(st.integers(2, 8))
+    model.num_attention_heads = draw(choose([2, 6, 12]))
+    model.vocab_size = draw(choose([4098, 4608, 4608]))
+    model.hidden_size = draw(choose([16, 48]))
+    model.moe_intermediate_size = draw(choose([36, 48]))
+    model.data.seq_length = draw(choose([32, 48, 48]))
+    model.micro_batch_size = draw(choose([1, 1, 2]))
+    model.global_batch_size = draw(choose([48, 96]))
+    return run
+
+
+@settings(deadline=None, max_examples=300)
+@given(layouts())
+def test_what_check_accepts_has_a_consistent_layout(run: RunConfig) -> None:
+    """Layouts drawn at will are refused with a way out, or are layouts."""
+    problems = check(run)
+    assert all(problem.field in FIELDS and problem.way_out for problem in problems)
+    if not problems:
+        assert_consistent(run)
 
 
 VALUES = st.one_of(

@@ -38,7 +38,9 @@ def expected_type(path: str) -> str:
         return "str"
     field = FIELDS[path]
     word = "section" if field.is_section else field.kind.__name__
-    word = {"list": "list of two floats", "object": "str or list"}.get(word, word)
+    if word == "list":
+        word = "list of ints" if field.item is int else "list of two floats"
+    word = {"object": "str or list"}.get(word, word)
     if path == "trainer.precision":
         return "str"
     return f"{word} or null" if field.optional else word
@@ -46,7 +48,10 @@ def expected_type(path: str) -> str:
 
 def test_the_promised_files_are_there() -> None:
     assert shipped_configs() == [
+        "deepseek_v3_2gpu",
+        "deepseek_v3_32gpu",
         "deepseek_v3_671b",
+        "deepseek_v3_8gpu",
         "deepseek_v3_base",
         "deepseek_v3_distributed",
         "deepseek_v3_tiny",
@@ -150,14 +155,64 @@ def test_distributed_is_the_described_model() -> None:
     assert (cfg.trainer.devices, model.expert_model_parallel_size) == (4, 4)
 
 
-def test_the_layouts_in_distributed_are_sound() -> None:
+# name -> devices, nodes, EP, TP, PP
+LAYOUTS = {
+    "deepseek_v3_distributed": (4, 1, 4, 1, 1),
+    "deepseek_v3_2gpu": (2, 1, 2, 1, 1),
+    "deepseek_v3_8gpu": (8, 1, 4, 2, 1),
+    "deepseek_v3_32gpu": (8, 4, 8, 2, 2),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layouts_are_the_described_ones_of_one_model(name: str) -> None:
+    cfg = load_config(name)
+    model = cfg.model
+    assert (
+        cfg.trainer.devices,
+        cfg.trainer.num_nodes,
+        model.expert_model_parallel_size,
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+    ) == LAYOUTS[name]
+    same = load_config("deepseek_v3_distributed")
+    same.name = name
+    for key in ("devices", "num_nodes"):
+        same.trainer[key] = cfg.trainer[key]
+    for key in ("expert", "tensor", "pipeline"):
+        same.model[f"{key}_model_parallel_size"] = model[f"{key}_model_parallel_size"]
+    assert cfg == same, "checkpoints of one are checkpoints of all"
+
+
+def header_commands(name: str) -> list[list[str]]:
+    """The words of each command in the comment on top of a file; deeper lines go on."""
+    header = (CONFIGS / f"{name}.yaml").read_text().partition("\nextends:")[0]
+    header = re.sub(r"\n#     +", " ", header)
+    return [line.split() for line in re.findall(r"(?m)^#   (deepseek .*)$", header)]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_commands_in_the_headers_are_sound(name: str) -> None:
+    trains = [words for words in header_commands(name) if words[1] == "train"]
+    assert len(trains) == 2
+    for words in trains:
+        assert words[:4] == ["deepseek", "train", "--config", name]
+        cfg = load_config(name, words[4:])
+        assert check(cfg) == []
+    on_cpu = cfg
+    processes = LAYOUTS[name][0] * LAYOUTS[name][1]
+    assert (on_cpu.trainer.devices, on_cpu.trainer.num_nodes) == (processes, 1)
+    assert on_cpu.trainer.accelerator == "cpu" and on_cpu.model.hidden_size < 100
+
+
+def test_distributed_points_to_the_others() -> None:
     text = (CONFIGS / "deepseek_v3_distributed.yaml").read_text()
-    header = re.sub(r"\n#(?! +\d+ GPUs) +", " ", text.partition("extends:")[0])
-    layouts = re.findall(r"(?m)^# +(\d+) GPUs +(.*=\d+)", header)
-    assert [int(gpus) for gpus, _ in layouts] == [2, 8, 32]
-    for gpus, overrides in layouts:
-        cfg = load_config("deepseek_v3_distributed", overrides.split())
-        assert cfg.trainer.devices * cfg.trainer.num_nodes == int(gpus)
+    pointed = re.findall(r"(?m)^#   (deepseek_v3_\w+)    ? *(?:4 nodes of )?(\d+) GPUs", text)
+    assert pointed == [
+        ("deepseek_v3_2gpu", "2"),
+        ("deepseek_v3_8gpu", "8"),
+        ("deepseek_v3_32gpu", "8"),
+    ]
 
 
 def test_tiny_has_every_part_of_v3() -> None:

@@ -142,17 +142,33 @@ def test_reading_leaves_the_random_state_alone(data: BlendedDataset, cfg: ModelC
 def test_validation_is_the_same_in_every_pass(validation: PackedDataset, cfg: ModelConfig) -> None:
     loader = build_validation_loader(validation, cfg, limit_batches=4)
     first, second = list(loader), list(loader)
-    assert len(loader) == len(first) == 4
+    assert len(loader) == len(first) == 4 * cfg.global_batch_size // cfg.micro_batch_size
     assert all(map(same, first, second))
     assert all(batch["tokens"].shape == (2, 16) for batch in first)
+
+
+@pytest.mark.parametrize(("size", "micro"), [(2, 2), (3, 1), (6, 2), (4, 3)])
+def test_validation_is_the_same_for_any_number_of_ranks(
+    validation: PackedDataset, cfg: ModelConfig, size: int, micro: int
+) -> None:
+    cfg.global_batch_size = 24
+    alone = joined(list(build_validation_loader(validation, cfg, limit_batches=1)))
+    cfg.micro_batch_size = micro
+    ranks = [
+        list(build_validation_loader(validation, cfg, limit_batches=1, dp_rank=r, dp_size=size))
+        for r in range(size)
+    ]
+    assert len({len(rank) for rank in ranks}) == 1
+    rows = joined([batch for rank in ranks for batch in rank])["tokens"].tolist()
+    assert sorted(rows) == sorted(alone["tokens"].tolist())
 
 
 def test_a_few_validation_samples_are_spread_over_the_set(
     validation: PackedDataset, cfg: ModelConfig
 ) -> None:
-    rows = joined(list(build_validation_loader(validation, cfg, limit_batches=5)))["tokens"]
+    rows = joined(list(build_validation_loader(validation, cfg, limit_batches=2)))["tokens"]
     assert {int(row[0]) // 200 for row in rows} == set(range(5))
-    assert len({int(row[0]) for row in rows}) == 10
+    assert len({int(row[0]) for row in rows}) == 16
 
 
 @pytest.mark.parametrize("size", [1, 3])

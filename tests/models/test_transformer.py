@@ -299,7 +299,7 @@ def test_decoding_is_never_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*args: object, **kwargs: object) -> Tensor:
         raise AssertionError("recomputation without a backward pass")
 
-    monkeypatch.setattr("deepseek.models.transformer.checkpoint", forbidden)
+    monkeypatch.setattr("deepseek.models.parts.checkpoint", forbidden)
     with torch.no_grad():
         model(random_batch().tokens)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from deepseek.optim.muon import Muon, orthogonalise
+from deepseek.optim.muon import Muon, newton_schulz
 
 COMMON = dict(lr=0.05, betas=(0.9, 0.95), eps=1e-8, momentum=0.9)
 
@@ -24,7 +24,7 @@ def muon(parameters: list[nn.Parameter], decay: float = 0.1, **changes: object) 
     return Muon([group], **(COMMON | changes))  # type: ignore[arg-type]
 
 
-# -- orthogonalise --
+# -- newton_schulz --
 
 
 @settings(deadline=None, max_examples=40, derandomize=True)
@@ -38,7 +38,7 @@ def test_singular_values_come_near_one(rows: int, columns: int, scale: float, se
     """Those above 1% of the largest end in 0.6 to 1.3; the singular vectors stay."""
     g = random(rows, columns, seed=seed, dtype=torch.float64) * scale
     u, s, vt = torch.linalg.svd(g, full_matrices=False)
-    got = orthogonalise(g)
+    got = newton_schulz(g)
     assert got.shape == g.shape and got.dtype == torch.float64
     in_basis = u.T @ got @ vt.T
     values = in_basis.diagonal()
@@ -51,7 +51,7 @@ def test_singular_values_come_near_one(rows: int, columns: int, scale: float, se
 def test_near_the_polar_factor() -> None:
     g = random(24, 16, dtype=torch.float64)
     u, _, vt = torch.linalg.svd(g, full_matrices=False)
-    polar, got = u @ vt, orthogonalise(g)
+    polar, got = u @ vt, newton_schulz(g)
     cosine = (polar * got).sum() / (polar.norm() * got.norm())
     assert cosine > 0.97
 
@@ -59,7 +59,7 @@ def test_near_the_polar_factor() -> None:
 def test_more_steps_of_small_values() -> None:
     """Each step lifts a small singular value by the first coefficient, 3.4445."""
     g = torch.diag(torch.tensor([1.0, 1e-6], dtype=torch.float64))
-    lifted = [orthogonalise(g, steps)[1, 1].item() for steps in (0, 1, 2)]
+    lifted = [newton_schulz(g, steps)[1, 1].item() for steps in (0, 1, 2)]
     assert lifted[1] / lifted[0] == pytest.approx(3.4445, rel=1e-6)
     assert lifted[2] / lifted[1] == pytest.approx(3.4445, rel=1e-6)
 
@@ -67,20 +67,20 @@ def test_more_steps_of_small_values() -> None:
 def test_a_stack_is_a_row_of_matrices() -> None:
     for shape in ((3, 8, 4), (3, 4, 8), (2, 3, 5, 5)):
         stack = random(*shape, dtype=torch.float64)
-        got = orthogonalise(stack).flatten(0, -3)
+        got = newton_schulz(stack).flatten(0, -3)
         for matrix, wanted in zip(got, stack.flatten(0, -3), strict=True):
-            torch.testing.assert_close(matrix, orthogonalise(wanted), rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(matrix, newton_schulz(wanted), rtol=1e-10, atol=1e-12)
 
 
 def test_tall_is_wide_transposed() -> None:
     g = random(9, 4, dtype=torch.float64)
-    torch.testing.assert_close(orthogonalise(g), orthogonalise(g.T).T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(newton_schulz(g), newton_schulz(g.T).T, rtol=1e-12, atol=1e-12)
 
 
 def test_no_gradient_no_direction() -> None:
     """An expert without tokens: zero, not NaN, also beside one with tokens."""
     stack = torch.stack((torch.zeros(4, 6), random(4, 6)))
-    got = orthogonalise(stack)
+    got = newton_schulz(stack)
     assert not got[0].any() and got[1].isfinite().all() and got[1].any()
 
 
@@ -90,7 +90,7 @@ def test_dtypes() -> None:
         (torch.float32, torch.float32),
         (torch.bfloat16, torch.float32),
     ):
-        assert orthogonalise(random(4, 4).to(given_dtype)).dtype == wanted
+        assert newton_schulz(random(4, 4).to(given_dtype)).dtype == wanted
 
 
 # -- the step of a hidden matrix --
@@ -106,7 +106,7 @@ def test_by_hand() -> None:
         momentum = 0.9 * momentum + 0.1 * weight.grad
         nesterov = 0.1 * weight.grad + 0.9 * momentum
         wanted = wanted * (1 - 0.05 * 0.1)
-        wanted = wanted - 0.05 * 0.2 * 6**0.5 * orthogonalise(nesterov)
+        wanted = wanted - 0.05 * 0.2 * 6**0.5 * newton_schulz(nesterov)
         optimizer.step()
     torch.testing.assert_close(weight.detach(), wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(optimizer.state[weight]["momentum_buffer"], momentum)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ CONFIG: dict[str, Any] = {
     "trainer": {
         "max_steps": 12,
         "val_check_interval": 4,
-        "limit_val_batches": 2,
+        "limit_val_batches": 1,
         "accelerator": "cpu",
         "num_threads": 1,
     },
@@ -53,6 +54,9 @@ CONFIG: dict[str, Any] = {
     },
 }
 
+MEASURED = re.compile(r"seconds$|^time$|per_second$|^mfu$|^memory")
+"""Keys of the log that differ from run to run."""
+
 
 class MicroRuns:
     """Runs of ``CONFIG`` in one folder, each in a forked process."""
@@ -71,17 +75,21 @@ class MicroRuns:
         """Train in the run folder ``name`` until it ends."""
         return self.start(name, *settings, before=before).wait()
 
-    def start(self, name: str, *settings: str, before: str = "") -> Started:
+    def start(self, name: str | None, *settings: str, before: str = "") -> Started:
         """Train in the background."""
-        words = ["train", "--config", self.config, "--run-dir", name]
+        return self.cli.start(*self.words(name, *settings), before=before)
+
+    def words(self, name: str | None, *settings: str, config: object = None) -> list[object]:
+        """The command line after ``deepseek``. Without a name it chooses the folder itself."""
         data = f"model.data.data_prefix={self.folder / 'data'}"
-        return self.cli.start(*words, data, *settings, before=before)
+        folder = [] if name is None else ["--run-dir", name]
+        return ["train", "--config", config or self.config, *folder, data, *settings]
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """The log without events and times."""
+        """The log without events and what is measured of the machine."""
         rows = [row for row in read_metrics(self.folder / name / "metrics.jsonl")]
         return [
-            {key: value for key, value in row.items() if key != "seconds"}
+            {key: value for key, value in row.items() if not MEASURED.search(key)}
             for row in rows
             if "event" not in row
         ]

@@ -131,7 +131,7 @@ def test_a_second_signal_stops_at_once(micro: MicroRuns) -> None:
 
 
 def test_interrupted_before_the_first_step(micro: MicroRuns) -> None:
-    code = "import deepseek.commands.train as t\ndef stop(*args): raise KeyboardInterrupt\n"
+    code = "import deepseek.commands.fit as t\ndef stop(*args): raise KeyboardInterrupt\n"
     ran = micro.train("early", before=code + "t.open_data = stop")
     assert ran.code == 130 and "Traceback" not in ran.err
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.manager import CheckpointManager
+from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.training_state import collect_tensors, load_weights, restore
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig, OptimConfig
@@ -80,7 +81,11 @@ def test_state_lies_beside_its_parameter() -> None:
     shapes = {name: tuple(t.shape) for name, t in collect_tensors(model, optimizer).items()}
     asked: dict[str, Tensor] = {}
     checkpoint: Any = SimpleNamespace(
-        path="step_00000001", tensor_shapes=lambda: shapes, load=asked.update
+        path="step_00000001",
+        ranks=Ranks(),
+        tensor_names=lambda: sorted(shapes),
+        tensor_shapes=lambda: shapes,
+        load=asked.update,
     )
     with torch.device("meta"):
         there, its_optimizer = fresh_on_meta()

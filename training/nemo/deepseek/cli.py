@@ -54,11 +54,35 @@ def test_command(
 def validate_command(
     config: Annotated[str, typer.Argument(help="Name or YAML file.")] = "deepseek_v3_tiny",
     overrides: Overrides = None,
+    world: Annotated[
+        int | None, typer.Option(help="Processes of a cluster that need not be there.")
+    ] = None,
 ) -> None:
-    """Print every error of a configuration; of a sound one, parameters, FLOPs and memory."""
+    """Print every error of a configuration; of a sound one, its numbers and what lies where."""
     from deepseek.commands.validate import validate
 
-    validate(config, overrides_of(overrides or []))
+    validate(config, overrides_of(overrides or []), world)
+
+
+@app.command("launch", context_settings=PASS_ON)
+def launch_command(
+    config: Annotated[str, typer.Argument(help="Name or YAML file.")],
+    overrides: Overrides = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Write a job for sbatch.")] = False,
+    nemo_run: Annotated[
+        bool, typer.Option("--nemo-run", help="Submit through NeMo-Run, which must be installed.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="File of the job; none: print it.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit, such as 24:00:00.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
+    job_name: Annotated[str | None, typer.Option(help="Name of the job; none: the run's.")] = None,
+) -> None:
+    """Start a run on a cluster: with --slurm, a job file for sbatch."""
+    from deepseek.commands.launch import JobSettings, launch
+
+    settings = JobSettings(time, partition, account, job_name)
+    launch(config, overrides_of(overrides or []), settings, slurm, nemo_run, output)
 
 
 @app.command("prepare-data")
@@ -104,6 +128,43 @@ def generate_command(
     from deepseek.commands.generate import generate_text
 
     generate_text(run, prompt or [""], max_new_tokens, temperature, top_k, top_p, seed)
+
+
+@app.command("report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are also compared.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The file; none: report.html in the first run folder.")
+    ] = None,
+) -> None:
+    """Draw a run: losses, experts, communication, time, memory, as one HTML file."""
+    from deepseek.commands.report import report
+
+    report(runs, output)
+
+
+@app.command("experts")
+def experts_command(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Domain name=path: text or a prefix; may be repeated."),
+    ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="Checkpoint or run folder to compare with; may be repeated."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens read of each domain.")] = 32_768,
+    output: Annotated[
+        Path | None, typer.Option(help=".html or .json; none: routing.html in the run folder.")
+    ] = None,
+    minimum: Annotated[int, typer.Option(help="Occurrences from which a token is counted.")] = 16,
+    json_key: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
+) -> None:
+    """Show what the experts of a checkpoint do with texts of several kinds."""
+    from deepseek.commands.experts import experts
+
+    experts(run, data or [], against or [], tokens, output, minimum, json_key)
 
 
 @app.command("ls")

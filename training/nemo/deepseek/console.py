@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+_speaks = True
+_complains: Callable[[str], bool] | None = None
+
+
+def speak_for_all(rank: int, complains: Callable[[str], bool]) -> None:
+    """One of many processes: rank 0 alone says things and draws.
+
+    Any rank may complain, for the trouble may be its own; ``complains`` tells whether this one
+    shows a message, so that the same message of all ranks is shown once.
+    """
+    global _speaks, _complains
+    _speaks, _complains = rank == 0, complains
 
 
 def say(message: str = "") -> None:
     """One line on standard output, at once."""
-    print(message, flush=True)
+    if _speaks:
+        print(message, flush=True)
 
 
 def complain(message: str) -> None:
     """One message on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    if _complains is None or _complains(message):
+        print(message, file=sys.stderr, flush=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table; ``rich`` draws it if installed, else aligned columns."""
+    if not _speaks:
+        return
     try:
         from rich.console import Console
         from rich.table import Table
@@ -72,8 +89,8 @@ class StageProgress:
 
 
 def progress_bar() -> Any:
-    """A rich progress bar, or None without a terminal or without ``rich``."""
-    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+    """A rich progress bar, or None without a terminal, without ``rich``, or on other ranks."""
+    if not _speaks or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
         return None
     try:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

@@ -126,6 +126,10 @@ def attach_loggers(trainer: Any, folder: Path, tensorboard: bool) -> None:
     be for loggers alone: at each start exp_manager moves every file in it into ``run_N``.
     """
     if USES_NEMO:
+        # It warns of any strategy but DDP, and of nodes without Slurm; both are ours and tested.
+        logging.getLogger("nemo_logger").addFilter(
+            lambda record: "not tested in NeMo" not in record.getMessage()
+        )
         _exp_manager(
             trainer,
             {

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deepseek.checkpoint.manager import CheckpointManager
+from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.training_state import collect_tensors, restore, run_state
 from deepseek.config.errors import UserError
 from deepseek.config.schema import CheckpointConfig
 from deepseek.frameworks import Callback
+from deepseek.parallel.gradients import sum_over
 
 FIXED = {
     "seed",
@@ -44,13 +49,15 @@ FIXED = {
 class Checkpointing(Callback):
     """Restores before the first step; saves every so many steps, at the end, and on a signal.
 
+    All ranks have one, and all stop after the same step, whichever of them got the signal.
+
     Args:
         folder: the run's checkpoint folder.
         params: ``exp_manager.checkpoint_callback_params``.
         config: the resolved configuration, stored with each checkpoint.
         fingerprint: what identifies the data and the tokenizer; a resumed run must have the same.
         resume: continue from the newest sound checkpoint, if there is one.
-        report: where messages go.
+        report: where messages go; called on rank 0 only.
     """
 
     def __init__(
@@ -66,11 +73,15 @@ class Checkpointing(Callback):
         self.keep = params.save_top_k
         self._manager: CheckpointManager | None = None
         self.every_n_steps = params.every_n_train_steps
+        self.in_background = params.async_save
         self.config = config
         self.fingerprint = fingerprint
         self.resume = resume
-        self.report = report
         self.signal_received: int | None = None
+        """Here; perhaps not yet on the other ranks."""
+        self._report = report
+        self._ranks = Ranks()
+        self._stopping = False
         self._handlers: dict[int, Any] = {}
         self._saved_step = -1
 
@@ -80,6 +91,11 @@ class Checkpointing(Callback):
         if self._manager is None:
             self._manager = CheckpointManager(self.folder, keep=self.keep)
         return self._manager
+
+    def report(self, message: str) -> None:
+        """One message for all ranks."""
+        if self._ranks.rank == 0:
+            self._report(message)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Resume, and start listening for signals."""
@@ -105,19 +121,19 @@ class Checkpointing(Callback):
         """
         step = pl_module.finished_steps
         if step > 0 and self.every_n_steps > 0 and step % self.every_n_steps == 0:
-            self._save(trainer, pl_module)
+            self._save(trainer, pl_module, self.in_background)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Stop after this step if a signal asks for it."""
-        if self.signal_received is None:
+        """Stop after this step if a signal to any rank asks for it."""
+        if not self._signal_anywhere(pl_module):
             return
-        trainer.should_stop = True
+        self._stopping = trainer.should_stop = True
         if pl_module.finished_steps % trainer.val_check_batch:
             trainer.limit_val_batches = 0  # Lightning would validate at whatever step it stops
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Save first if a signal asks to stop: the validation may outlast what time is left."""
-        if self.signal_received is not None:
+        if self._stopping:
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -125,8 +141,11 @@ class Checkpointing(Callback):
         self._save(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give signals and folder back."""
-        self._release()
+        """Give signals and folder back; the exception itself must not be hidden by another."""
+        try:
+            self._release()
+        except UserError as failure:
+            self.report(str(failure))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Give signals and folder back."""
@@ -145,26 +164,33 @@ class Checkpointing(Callback):
         if self._manager is not None:
             self._manager.close()
 
-    def _save(self, trainer: Any, pl_module: Any) -> None:
-        if self._saved_step == pl_module.finished_steps:
-            return
-        tensors = collect_tensors(pl_module.model, _optimizer(trainer))
-        state = run_state(pl_module, self.config, self.fingerprint)
-        self.manager.save(pl_module.finished_steps, tensors, state)
-        self._saved_step = pl_module.finished_steps
+    def _save(self, trainer: Any, pl_module: Any, in_background: bool = False) -> None:
+        """Make sure that this step is saved, or, in the background, that it is being saved."""
+        begin, step = time.perf_counter(), pl_module.finished_steps
+        saves = self._saved_step != step
+        if saves:
+            tensors = collect_tensors(pl_module.model, _optimizer(trainer))
+            state = run_state(pl_module, self.config, self.fingerprint)
+            save = self.manager.save_in_background if in_background else self.manager.save
+            save(step, tensors, state)
+            self._saved_step = step
+        if not in_background:
+            self.manager.wait()
+        if saves:  # a repeated call must not shorten the time of the first
+            pl_module.step_facts["checkpoint_seconds"] = round(time.perf_counter() - begin, 6)
 
     def _resume(self, trainer: Any, pl_module: Any) -> None:
         checkpoint = self.manager.newest_sound(self.report)
         if checkpoint is None:
             return
         state = checkpoint.state()
-        self._check_same_run(state, pl_module, checkpoint.path)
+        self._ranks.together(lambda: self._check_same_run(state, checkpoint.path))
         restore(checkpoint, pl_module.model, _optimizer(trainer))
         pl_module.finished_steps = self._saved_step = int(state["step"])
         continue_loops(trainer, pl_module.finished_steps)
         self.report(f"resumed from {checkpoint.path} at step {pl_module.finished_steps}")
 
-    def _check_same_run(self, state: dict[str, Any], pl_module: Any, path: Path) -> None:
+    def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
         """What would change the model or the order of the data is refused, the rest reported."""
         before, now = flatten(state["config"]), flatten(self.config)
         changed = [
@@ -188,14 +214,26 @@ class Checkpointing(Callback):
                     f"changed since the checkpoint: {key} {before.get(key)} -> {now.get(key)}"
                 )
 
+    def _signal_anywhere(self, pl_module: Any) -> bool:
+        received = self.signal_received is not None
+        if pl_module.meshes.world is None:
+            return received
+        flag = torch.tensor(int(received), device=next(pl_module.model.parameters()).device)
+        if not sum_over(flag, pl_module.meshes.world).item():
+            return False
+        if not received and not self._stopping:
+            self.report("a signal to another rank: saving a checkpoint, then stopping")
+        return True
+
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.signal_received is not None:
             raise KeyboardInterrupt  # the second one does not wait
         self.signal_received = number
-        self.report(
-            f"{signal.Signals(number).name}: saving a checkpoint after this step, then stopping "
-            "(once more to stop at once)"
-        )
+        if not self._stopping:
+            self.report(
+                f"{signal.Signals(number).name}: saving a checkpoint after this step, then "
+                "stopping (once more to stop at once)"
+            )
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

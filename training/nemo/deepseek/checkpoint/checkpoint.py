@@ -30,7 +30,8 @@ class Checkpoint:
     """Optimiser steps done."""
     _state: dict[str, Any] = field(repr=False)
     _metadata: Metadata = field(repr=False)
-    _ranks: Ranks = field(repr=False)
+    ranks: Ranks = field(repr=False)
+    """Who opened it, and loads together."""
 
     @classmethod
     def open(cls, path: Path, ranks: Ranks | None = None) -> Checkpoint:
@@ -84,8 +85,8 @@ class Checkpoint:
             UserError: a name is not in the checkpoint, or its global shape or dtype is another;
                 nothing has been changed then.
         """
-        self._ranks.together(lambda: self._check(tensors))
-        self._ranks.together(lambda: read_shards(self.path, self._metadata, tensors, self._ranks))
+        self.ranks.together(lambda: self._check(tensors))
+        self.ranks.together(lambda: read_shards(self.path, self._metadata, tensors, self.ranks))
 
     def _tensor(self, name: str) -> TensorStorageMetadata:
         return cast(TensorStorageMetadata, self._metadata.state_dict_metadata[name])

@@ -36,6 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from deepseek.checkpoint.background import Background, copy_to_cpu
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.files import FileEntry, sync_folder, write_durably
 from deepseek.checkpoint.folder import (
@@ -89,6 +90,8 @@ class CheckpointManager:
         self.keep = keep
         self._ranks = Ranks(group)
         self._lock: FolderLock | None = None
+        self._background: Background | None = None
+        self._background_ranks: Ranks | None = None
         # Steps whose files have been found to differ. Only a new write makes them good.
         self._damaged: set[int] = set()
         self._ranks.lead(self._open)
@@ -112,22 +115,36 @@ class CheckpointManager:
             UserError: something of the arguments cannot be stored, there is a later checkpoint,
                 the disk is too full or refuses; earlier checkpoints are untouched.
         """
-        ranks = self._ranks
-        # 1. Refuse what can be refused before a byte is written.
-        prepared = ranks.together(lambda: _prepare(step, tensors, state, alone=ranks.size == 1))
-        temporary = ranks.lead(lambda: self._begin(step, [parts for _, parts in prepared]))
-        try:
-            # 2. Every rank writes its shards.
-            written = ranks.together(lambda: write_shards(temporary, tensors, ranks))
-            # 3. Rank 0 adds the state and the manifest, and gives the directory its name.
-            files = {name: entry for part in written for name, entry in part.items()}
-            ranks.lead(lambda: self._finish(step, temporary, files, prepared[0][0]))
-        except BaseException:
-            # No collective here: an interruption may have come to this rank alone.
-            if ranks.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        return self.folder / step_name(step)
+        self.wait()
+        # Refuse what can be refused before a byte is written.
+        prepared = self._prepare(step, tensors, state)
+        return self._write(step, tensors, prepared, self._ranks)
+
+    def save_in_background(
+        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]
+    ) -> None:
+        """``save`` that returns once the tensors are copied to CPU memory; a thread writes them.
+
+        They may change meanwhile: saved is what they are now. One save is under way at a time; an
+        earlier one is waited for. An error of the disk is raised by what waits: the next save,
+        ``wait`` or ``close``. Until then the checkpoint is not there, and a killed process leaves
+        those before it.
+
+        Args and errors: see ``save``.
+        """
+        self.wait()
+        prepared = self._prepare(step, tensors, state)
+        if self._background_ranks is None:
+            self._background_ranks = self._ranks.twin()
+        ranks = self._background_ranks
+        copies = {name: copy_to_cpu(tensor) for name, tensor in tensors.items()}
+        self._background = Background(lambda: self._write(step, copies, prepared, ranks))
+
+    def wait(self) -> None:
+        """Until no save is under way in the background. Raises its ``UserError``."""
+        if self._background is not None:
+            self._background.wait()
+            self._background = None
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints (every file there, of the right size), ascending."""
@@ -145,9 +162,12 @@ class CheckpointManager:
         return checkpoint
 
     def close(self) -> None:
-        """Let the next writer in. A second call does nothing."""
-        if self._lock is not None:
-            self._lock.release()
+        """Let the next writer in, after ``wait``. A second call does nothing. No collective."""
+        try:
+            self.wait()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -159,6 +179,30 @@ class CheckpointManager:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _prepare(
+        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]
+    ) -> list[_Prepared]:
+        ranks = self._ranks
+        return ranks.together(lambda: _prepare(step, tensors, state, alone=ranks.size == 1))
+
+    def _write(
+        self, step: int, tensors: dict[str, Tensor], prepared: list[_Prepared], ranks: Ranks
+    ) -> Path:
+        """Write and name; ``prepared`` is of all ranks. In whatever thread: ``ranks`` are its."""
+        temporary = ranks.lead(lambda: self._begin(step, [parts for _, parts in prepared]))
+        try:
+            # 1. Every rank writes its shards.
+            written = ranks.together(lambda: write_shards(temporary, tensors, ranks))
+            # 2. Rank 0 adds the state and the manifest, and gives the directory its name.
+            files = {name: entry for part in written for name, entry in part.items()}
+            ranks.lead(lambda: self._finish(step, temporary, files, prepared[0][0]))
+        except BaseException:
+            # No collective here: an interruption may have come to this rank alone.
+            if ranks.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return self.folder / step_name(step)
 
     # -- rank 0 only ---------------------------------------------------------------------------
 
@@ -278,10 +322,14 @@ class _Part:
     """Of a plain tensor that other ranks may have as well."""
 
 
+_Prepared = tuple[bytes, dict[str, _Part]]
+"""The state as JSON, and what one rank has under each name."""
+
+
 def _prepare(
     step: int, tensors: dict[str, Tensor], state: dict[str, Any], alone: bool
-) -> tuple[bytes, dict[str, _Part]]:
-    """The state as JSON and what this rank has. Raises ``UserError`` for what cannot be stored."""
+) -> _Prepared:
+    """This rank's share of ``_Prepared``. Raises ``UserError`` for what cannot be stored."""
     if type(step) is not int or step < 0:
         raise UserError(f"the step of a checkpoint must be an int of 0 or more, got {step!r}")
     problems = []

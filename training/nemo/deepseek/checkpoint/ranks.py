@@ -41,6 +41,22 @@ class Ranks:
     def size(self) -> int:
         return dist.get_world_size(self.group) if self.active else 1
 
+    def twin(self) -> Ranks:
+        """The same ranks with a gloo group of their own, for another thread; a collective.
+
+        Threads must not share a group: their collectives could meet in another order on each rank.
+        """
+        if not self.active:
+            return self
+        group = dist.new_group(
+            dist.get_process_group_ranks(self.group),
+            backend="gloo",
+            group_desc="checkpoints",
+            # Else every rank of the world would have to come here.
+            use_local_synchronization=self.group is not None,
+        )
+        return Ranks(group)
+
     def together(self, work: Callable[[], T]) -> list[T]:
         """Run ``work`` on every rank; the results of all ranks, in their order.
 

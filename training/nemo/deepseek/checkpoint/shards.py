@@ -117,10 +117,10 @@ def _explained(doing: str, files: _HashingFiles | None = None) -> Iterator[None]
     DCP's own exception derives from ``BaseException``, wraps even Ctrl-C, and hides the error of
     the disk, which ``files`` remembers.
     """
+    # For good, as a filter put back by one thread would undo what another one has set meanwhile.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
+        yield
     except CheckpointException as failure:
         causes = {rank: cause for rank, (cause, _) in failure.failures.items()}
         for cause in causes.values():

@@ -1,9 +1,10 @@
 """What a checkpoint of a training run holds, by global name.
 
 Tensors: ``model.<name>`` (weights and the correction bias) and ``optim.<name>.<state>`` (optimiser
-state per parameter, never a flat bucket). Everything else is JSON: step, consumed samples, seed,
-configuration, fingerprints. The learning rate and the data order are functions of the step and are
-not stored.
+state per parameter, never a flat bucket), under the names they have in the whole model, whichever
+rank has them. Everything else is JSON: step, consumed samples, seed, configuration, fingerprints.
+The learning rate and the data order are functions of the step and are not stored, and neither is
+the layout: any one loads what any other wrote.
 """
 
 from __future__ import annotations
@@ -15,60 +16,68 @@ from torch import Tensor, nn
 
 from deepseek.checkpoint.manager import Checkpoint
 from deepseek.config.errors import UserError
+from deepseek.models.transformer import global_name
 
 
 def collect_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor that the next step depends on."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    """Every tensor here that the next step depends on.
+
+    Copies are left out: the rank with the embedding itself has the same numbers.
+    """
+    # First the state_dict: it makes FSDP put back the shards, which after a validation in a
+    # pipeline are still gathered, and are then other parameters than the optimiser's.
+    tensors = {
+        f"model.{name}": tensor
+        for name, tensor in model.state_dict().items()
+        if name == global_name(name)
+    }
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            tensors[f"optim.{names[parameter]}.{key}"] = value
+        name = names[parameter]
+        if name == global_name(name):
+            tensors |= {f"optim.{name}.{key}": value for key, value in state.items()}
     return tensors
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fill model and optimiser in place.
+    """Fill model and optimiser in place; a collective, as each rank may have a part of them.
 
     Raises:
-        UserError: a tensor is missing, unknown, or of another shape.
+        UserError: a tensor is missing, unknown to all ranks, or of another shape; on all ranks,
+            and nothing has been changed then.
     """
     saved = checkpoint.tensor_shapes()
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    places = _weights(model)
+    parameters: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        parameters.setdefault(global_name(name), []).append(parameter)
     states: dict[nn.Parameter, dict[str, Tensor]] = {}
-    parameters = dict(model.named_parameters())
     for name, shape in saved.items():
         if not name.startswith("optim."):
             continue
         parameter_name, key = name.removeprefix("optim.").rsplit(".", 1)
-        parameter = parameters.get(parameter_name)
-        if parameter is None:
-            raise UserError(
-                f"{checkpoint.path}: optimiser state {name} belongs to no parameter of this model; "
-                "the model configuration differs from the one the checkpoint was written with"
-            )
-        if tuple(shape) == tuple(parameter.shape):
-            state = torch.zeros_like(parameter, requires_grad=False)
-        else:
-            # The step count: fused AdamW wants it beside its parameter.
-            state = torch.zeros(tuple(shape), device=parameter.device)
-        states.setdefault(parameter, {})[key] = state
-        tensors[name] = state
-    unknown = sorted(set(saved) - set(tensors))
-    if unknown:
-        raise UserError(
-            f"{checkpoint.path} holds {len(unknown)} tensors this model does not have, such as "
-            f"{unknown[0]}; use the configuration it was written with"
-        )
-    checkpoint.load(tensors)
+        # A copy gets a state of its own: shared, it would be updated twice a step.
+        for parameter in parameters.get(parameter_name, []):
+            state = _empty_state(parameter, shape)
+            states.setdefault(parameter, {})[key] = state
+            places.setdefault(name, []).append(state)
+    known = checkpoint.ranks.together(lambda: list(places))
+    _refuse_unknown(checkpoint, known)
+    without = [
+        name
+        for name, copies in parameters.items()
+        if copies[0].requires_grad and copies[0] not in states
+    ]
+    checkpoint.ranks.together(lambda: _refuse_missing(checkpoint, without))
+    _load(checkpoint, places)
     optimizer.state.clear()
     for parameter, state_of in states.items():
         optimizer.state[parameter] = state_of
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Fill the model alone, for inference."""
-    checkpoint.load({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    """Fill the model alone, for inference; a collective."""
+    _load(checkpoint, _weights(model))
 
 
 def run_state(module: Any, config: dict[str, Any], fingerprint: str) -> dict[str, Any]:
@@ -80,3 +89,54 @@ def run_state(module: Any, config: dict[str, Any], fingerprint: str) -> dict[str
         "config": config,
         "data": fingerprint,
     }
+
+
+def _weights(model: nn.Module) -> dict[str, list[Tensor]]:
+    """Weights and buffers by global name; two where a copy is here as well."""
+    places: dict[str, list[Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        places.setdefault(f"model.{global_name(name)}", []).append(tensor)
+    return places
+
+
+def _load(checkpoint: Checkpoint, places: dict[str, list[Tensor]]) -> None:
+    checkpoint.load({name: copies[0] for name, copies in places.items()})
+    with torch.no_grad():
+        for first, *others in places.values():
+            for other in others:
+                other.copy_(first)
+
+
+def _empty_state(parameter: nn.Parameter, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of the optimiser, where and how it is to lie."""
+    if shape == tuple(parameter.shape):
+        return torch.zeros_like(parameter, requires_grad=False)
+    # The step count: fused AdamW wants it beside its parameter.
+    return torch.zeros(shape, device=parameter.device)
+
+
+def _refuse_unknown(checkpoint: Checkpoint, known: list[list[str]]) -> None:
+    """Every tensor saved has a place on some rank; ``known`` are those of each rank."""
+    unknown = sorted(set(checkpoint.tensor_names()).difference(*known))
+    states = [name for name in unknown if name.startswith("optim.")]
+    if states:
+        raise UserError(
+            f"{checkpoint.path}: optimiser state {states[0]} belongs to no parameter of this "
+            "model; the model configuration differs from the one the checkpoint was written with"
+        )
+    if unknown:
+        raise UserError(
+            f"{checkpoint.path} holds {len(unknown)} tensors this model does not have, such as "
+            f"{unknown[0]}; use the configuration it was written with"
+        )
+
+
+def _refuse_missing(checkpoint: Checkpoint, without: list[str]) -> None:
+    """Parameters may lack optimiser state all together (no step was made), not some of them."""
+    saved = checkpoint.tensor_names()
+    lost = [name for name in without if f"model.{name}" in saved]
+    if lost and any(name.startswith("optim.") for name in saved):
+        raise UserError(
+            f"{checkpoint.path} holds no optimiser state for {len(lost)} parameters, such as "
+            f"{lost[0]}; use the configuration it was written with, or another checkpoint"
+        )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from deepseek.config.errors import UserError
 from deepseek.console import complain
+from deepseek.parallel.processes import LOST_PEER_EXIT_CODE, is_lost_peer
 
 
 def guarded(call: Callable[[], object]) -> None:
@@ -23,6 +24,11 @@ def guarded(call: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         complain("interrupted")
         sys.exit(130)
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        complain("error: contact lost with another rank, which ended or cannot be reached")
+        sys.exit(LOST_PEER_EXIT_CODE)
     except BrokenPipeError:  # the reader of a pipe (`| head`) went away
         sys.stderr.close()
         sys.exit(141)

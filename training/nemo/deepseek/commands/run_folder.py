@@ -15,23 +15,37 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 LOGS = "logs"
+ENVIRONMENT_FILE = "environment.json"
+MONITOR = "monitor"
+PROFILE = "profile"
 
 
-def run_folder(config: RunConfig, run_dir: Path | None = None) -> Path:
+RUN_FOLDER = "DEEPSEEK_RUN_FOLDER"
+"""Tells the processes that a supervisor starts which folder it has chosen."""
+
+
+def chosen_folder(config: RunConfig, run_dir: Path | None, resume: bool) -> Path:
+    """The supervisor's choice if there is one, else ``run_folder``."""
+    chosen = os.environ.get(RUN_FOLDER)
+    return Path(chosen) if chosen else run_folder(config, run_dir, resume)
+
+
+def run_folder(config: RunConfig, run_dir: Path | None = None, resume: bool | None = None) -> Path:
     """Where this run lives; created if need be.
 
-    Without ``run_dir`` and ``exp_manager.version``: the newest version if ``resume_if_exists`` and
-    that version is not complete, else the next one.
+    Without ``run_dir`` and ``exp_manager.version``: the newest version if ``resume`` and that
+    version is not complete, else the next one. ``resume`` is ``resume_if_exists`` unless given.
 
     Raises:
         UserError: the folder cannot be made or written.
     """
     manager = config.exp_manager
+    resume = manager.resume_if_exists if resume is None else resume
     if run_dir is not None:
         folder = run_dir
     else:
         parent = Path(manager.exp_dir) / (manager.name or config.name)
-        folder = parent / (manager.version or _version(parent, config))
+        folder = parent / (manager.version or _version(parent, config, resume))
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -52,7 +66,7 @@ def finished_steps(folder: Path) -> int:
     return max(complete_steps(folder / CHECKPOINTS), default=0)
 
 
-def _version(parent: Path, config: RunConfig) -> str:
+def _version(parent: Path, config: RunConfig, resume: bool) -> str:
     numbers = sorted(
         int(match[1])
         for path in parent.glob("version_*")
@@ -62,6 +76,6 @@ def _version(parent: Path, config: RunConfig) -> str:
         return "version_0"
     newest = f"version_{numbers[-1]}"
     complete = finished_steps(parent / newest) >= config.trainer.max_steps
-    if config.exp_manager.resume_if_exists and not complete:
+    if resume and not complete:
         return newest
     return f"version_{numbers[-1] + 1}"

@@ -351,6 +351,7 @@ def training_gradients(model: Transformer) -> tuple[dict[str, Tensor], list[list
         tokens_BS, balance_scale=torch.tensor(1 / num_tokens, dtype=torch.float64)
     )
     hidden = model.hidden_states(tokens_BS, context)
+    assert model.head is not None
     sums = loss_sums(hidden.main_BSD, hidden.mtp_BSD, model.head, tokens_BS.roll(-1, 1))
     factor = model.config.mtp_loss_scaling_factor
     ((sums.main + factor * sums.mtp) / num_tokens).backward()

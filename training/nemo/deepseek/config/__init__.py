@@ -2,7 +2,7 @@
 
 from deepseek.config.errors import ConfigError, Problem, UserError
 from deepseek.config.load import load_config, resolved_yaml
-from deepseek.config.rules import check, single_process_only
+from deepseek.config.rules import check
 from deepseek.config.schema import ModelConfig, RunConfig
 from deepseek.config.sources import shipped_configs
 
@@ -16,5 +16,4 @@ __all__ = [
     "load_config",
     "resolved_yaml",
     "shipped_configs",
-    "single_process_only",
 ]

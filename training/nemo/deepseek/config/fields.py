@@ -25,12 +25,14 @@ class Field:
     path: str
     """Dotted key, such as ``model.optim.lr``."""
     kind: Any
-    """bool, int, float, str, list (of numbers), object (anything plain), or a section's
+    """bool, int, float, str, list (of ``item``), object (anything plain), or a section's
     dataclass."""
     optional: bool
     """True if null is a value."""
     default: object
     """Plain value; None for a section that is null by default."""
+    item: Any = None
+    """What a list holds: int or float."""
 
     @property
     def is_section(self) -> bool:
@@ -48,10 +50,10 @@ def schema_fields(section: type = RunConfig, prefix: str = "") -> dict[str, Fiel
     hints = typing.get_type_hints(section)
     found: dict[str, Field] = {}
     for key in fields(section):
-        kind, optional = _kind(hints[key.name])
+        kind, optional, item = _kind(hints[key.name])
         path = f"{prefix}{key.name}"
         default = key.default if key.default_factory is MISSING else key.default_factory()
-        found[path] = Field(path, kind, optional, default)
+        found[path] = Field(path, kind, optional, default, item)
         if is_dataclass(kind):
             found |= schema_fields(typing.cast(type, kind), f"{path}.")
     return found
@@ -80,14 +82,15 @@ def type_problems(tree: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
-def _kind(hint: Any) -> tuple[Any, bool]:
-    """The field's kind and whether null is allowed, from a type hint."""
+def _kind(hint: Any) -> tuple[Any, bool, Any]:
+    """The field's kind, whether null is allowed, and what a list holds, from a type hint."""
     if hint is Any:
-        return object, True
+        return object, True, None
     members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = [member for member in members if member is not type(None)]
     assert len(kinds) == 1, f"the schema has no reading for {hint}"
-    return typing.get_origin(kinds[0]) or kinds[0], len(kinds) < len(members)
+    (item,) = typing.get_args(kinds[0]) or (None,)
+    return typing.get_origin(kinds[0]) or kinds[0], len(kinds) < len(members), item
 
 
 def _misfit(field: Field, value: object) -> tuple[str, str] | None:
@@ -96,13 +99,13 @@ def _misfit(field: Field, value: object) -> tuple[str, str] | None:
         if field.optional:
             return None
         return (
-            f"must be {_NOUN[field.kind]}, not null",
+            f"must be {_noun(field)}, not null",
             f"give a value or remove the line (default {_yaml(field.default)})",
         )
     if value == "???":
         return (
             "is still the placeholder ???",
-            f"give {_NOUN[field.kind]}, such as {_yaml(field.default)}",
+            f"give {_noun(field)}, such as {_yaml(field.default)}",
         )
     if field.kind is object:
         items = value if isinstance(value, list) else [value]
@@ -125,7 +128,7 @@ def _misfit(field: Field, value: object) -> tuple[str, str] | None:
         }
         return "must be true or false", way_out.get(word, "write true or false")
     if field.kind is int:
-        if isinstance(value, int) and not isinstance(value, bool):
+        if _is_whole(value):
             return None
         return "must be a whole number", _number_way_out(value, int, field.default)
     if field.kind is float:
@@ -141,9 +144,15 @@ def _misfit(field: Field, value: object) -> tuple[str, str] | None:
             return "must be text", f"the default is {_yaml(field.default)}"
         return f"must be text, not {_noun_of(value)}", f'quote it: "{_yaml(value)}"'
     assert field.kind is list
-    if isinstance(value, list) and all(_is_number(item) for item in value):
+    fits = _is_whole if field.item is int else _is_number
+    if isinstance(value, list) and all(fits(item) for item in value):
         return None
-    return "must be a list of numbers", f"write it as {_yaml(field.default)}"
+    or_null = " or null" if field.optional else ""
+    return f"must be {_noun(field)}{or_null}", f"write it as {_yaml(field.default or [2, 1])}"
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
@@ -170,6 +179,10 @@ def _number_way_out(value: object, kind: type[int] | type[float], default: objec
             return f"write {int(number)}{plainly}"
         return f"write {math.floor(number)} or {math.ceil(number)}"
     return f"the default is {_yaml(default)}"
+
+
+def _noun(field: Field) -> str:
+    return "a list of whole numbers" if field.item is int else _NOUN[field.kind]
 
 
 def _noun_of(value: object) -> str:

@@ -42,12 +42,7 @@ def load_config(
     Raises ``ConfigError`` with every problem found. A file that is missing or is not YAML is
     raised alone, since nothing else can be known.
     """
-    name = "the configuration" if isinstance(source, Mapping) else f"configuration {source}"
-    draft = _Draft()
-    for document in chain(source, name):
-        draft.add(document)
-    for override in overrides:
-        draft.override(override)
+    name, draft = _drafted(source, overrides)
     config, unreadable = draft.resolved()
     problems = draft.problems + check(config, unreadable)
     if problems:
@@ -55,10 +50,35 @@ def load_config(
     return config
 
 
+def unchecked_value(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str], path: str
+) -> object:
+    """The value of one key, before any rule is applied; None where it cannot be read.
+
+    Raises ``ConfigError`` for a file that is missing or is not YAML.
+    """
+    _, draft = _drafted(source, overrides)
+    config, unreadable = draft.resolved()
+    return None if path in unreadable else OmegaConf.select(config, path)
+
+
 def resolved_yaml(cfg: DictConfig | RunConfig) -> str:
     """Every key of ``cfg`` in the schema's order; ``load_config`` turns it into ``cfg`` again."""
     tree = asdict(cfg) if isinstance(cfg, RunConfig) else OmegaConf.to_container(cfg, resolve=True)
     return dump_yaml(tree)
+
+
+def _drafted(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[str, _Draft]:
+    """The configuration's name in messages, and its values put together."""
+    name = "the configuration" if isinstance(source, Mapping) else f"configuration {source}"
+    draft = _Draft()
+    for document in chain(source, name):
+        draft.add(document)
+    for override in overrides:
+        draft.override(override)
+    return name, draft
 
 
 class _Draft:

@@ -53,6 +53,9 @@ RANGES: dict[str, Range] = {
     "trainer.log_every_n_steps": _COUNT,
     "trainer.gradient_clip_val": _NOT_NEGATIVE,
     "trainer.num_threads": _COUNT_OR_ZERO,
+    "trainer.max_restarts": _COUNT_OR_ZERO,
+    # torch counts it in nanoseconds of 64 bits
+    "trainer.collective_timeout_minutes": Range(0, 10**6, low_open=True),
     "model.vocab_size": _COUNT,
     "model.hidden_size": _COUNT,
     "model.num_hidden_layers": _COUNT,
@@ -90,6 +93,7 @@ RANGES: dict[str, Range] = {
     "model.global_batch_size": _COUNT,
     "model.tensor_model_parallel_size": _COUNT,
     "model.pipeline_model_parallel_size": _COUNT,
+    "model.virtual_pipeline_model_parallel_size": _COUNT,
     "model.expert_model_parallel_size": _COUNT,
     "model.data_parallel_replicate_size": _COUNT,
     "model.tokenizer.vocab_size": Range(262, _MOST),  # 256 bytes and 6 special tokens
@@ -105,6 +109,8 @@ RANGES: dict[str, Range] = {
     "model.optim.sched.constant_steps": _COUNT_OR_ZERO,
     "model.optim.sched.min_lr": _NOT_NEGATIVE,
     "model.optim.sched.max_steps": _COUNT,
+    "exp_manager.monitor.every_n_steps": _COUNT_OR_ZERO,
+    "exp_manager.monitor.peak_tflops": _POSITIVE,
     "exp_manager.checkpoint_callback_params.every_n_train_steps": _COUNT_OR_ZERO,
     "exp_manager.checkpoint_callback_params.save_top_k": Range(-1, _MOST),  # 0: see checkpoints()
 }
@@ -133,6 +139,14 @@ NAMES: dict[str, tuple[object, ...]] = {
     "model.topk_method": ("noaux_tc", "group_limited_greedy", "greedy"),
     "model.activations_checkpoint_granularity": ("full",),
     "model.rope_scaling.type": ("yarn",),
+    "model.pipeline_schedule": (
+        "GPipe",
+        "1F1B",
+        "Interleaved1F1B",
+        "InterleavedZeroBubble",
+        "ZBVZeroBubble",
+        "DualPipeV",
+    ),
     "model.optim.name": ("adamw", "muon"),
     "model.optim.sched.name": ("CosineAnnealing", "WarmupConstantCosine"),
 }
@@ -141,6 +155,12 @@ NAMES: dict[str, tuple[object, ...]] = {
 _SAME_THING: dict[str, dict[str, str]] = {
     "trainer.accelerator": {"cuda": "gpu", "tpu": "auto", "mps": "cpu"},
     "trainer.precision": {"16": "bf16-mixed", "16-mixed": "bf16-mixed", "fp32": "32"},
+    "model.pipeline_schedule": {
+        "interleaved": "Interleaved1F1B",
+        "zerobubble": "InterleavedZeroBubble",
+        "zbv": "ZBVZeroBubble",
+        "dualpipe": "DualPipeV",
+    },
     "model.optim.name": {"distributed_fused_adam": "adamw", "adam": "adamw"},
     "model.optim.sched.name": {"cosine": "CosineAnnealing", "wsd": "WarmupConstantCosine"},
 }

@@ -1,21 +1,34 @@
 """The rules a configuration must obey, each with its numbers and a way out.
 
-What one field may hold (``ranges.py``) is checked first, then the rules between fields (here, and
-``paths.py`` for files). A rule that reads a field already found wrong is not applied, so that one
-mistake gives one problem.
+What one field may hold (``ranges.py``) is checked first, then the rules between fields (here,
+``parallel_rules.py`` for layouts, ``paths.py`` for files, ``monitor_rules.py`` for what is
+recorded). A rule that reads a field already found wrong is not applied, so that one mistake gives
+one problem.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, is_dataclass
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from deepseek.config.choices import divisors, listed
 from deepseek.config.errors import Problem
 from deepseek.config.fields import LEAVES, type_problems, value_at
+from deepseek.config.monitor_rules import profile
+from deepseek.config.parallel_rules import (
+    batch,
+    data_parallel_shards,
+    expert_parallel,
+    pipeline_micro_batches,
+    pipeline_settings,
+    pipeline_stages,
+    processes,
+    tensor_parallel,
+)
 from deepseek.config.paths import data_files, folders, run_names, tokenizer_file
 from deepseek.config.ranges import name_problem, range_problem
 from deepseek.config.schema import RunConfig
@@ -46,29 +59,6 @@ def check(cfg: RunConfig | DictConfig, unreadable: Collection[str] = ()) -> list
         except _Unreadable:
             continue
     return problems
-
-
-def single_process_only(cfg: RunConfig | DictConfig) -> list[Problem]:
-    """At most one problem: a layout of more than one process, which cannot be trained yet.
-
-    Not part of ``check``: such a configuration is sound. The training command asks.
-    """
-    sizes = {
-        "trainer.devices": cfg.trainer.devices,
-        "trainer.num_nodes": cfg.trainer.num_nodes,
-        "model.tensor_model_parallel_size": cfg.model.tensor_model_parallel_size,
-        "model.pipeline_model_parallel_size": cfg.model.pipeline_model_parallel_size,
-        "model.expert_model_parallel_size": cfg.model.expert_model_parallel_size,
-        "model.data_parallel_replicate_size": cfg.model.data_parallel_replicate_size,
-    }
-    above_one = {path: size for path, size in sizes.items() if size > 1}
-    if not above_one:
-        return []
-    path, size = next(iter(above_one.items()))
-    asked = ", ".join(f"{path}={size}" for path, size in above_one.items())
-    rule = f"this version trains in one process, and parallel training comes next (asked: {asked})"
-    way_out = "to run here, add " + " ".join(f"{path}=1" for path in above_one)
-    return [Problem(path, size, rule, way_out)]
 
 
 # -- between fields --
@@ -137,7 +127,7 @@ def expert_groups(cfg: RunConfig) -> Iterator[Problem]:
             "model.n_group",
             groups,
             f"does not divide model.n_routed_experts={experts}",
-            f"use {_listed(_divisors(experts), near=groups)}",
+            f"use {listed(divisors(experts), near=groups)}",
         )
     elif size == 1 and groups > 1 and cfg.model.topk_method == "noaux_tc":
         yield Problem(
@@ -145,7 +135,7 @@ def expert_groups(cfg: RunConfig) -> Iterator[Problem]:
             groups,
             f"leaves 1 expert in a group of model.n_routed_experts={experts}, and noaux_tc scores "
             "a group by its two best",
-            f"use {_listed(_divisors(experts)[:-1], near=groups)}",
+            f"use {listed(divisors(experts)[:-1], near=groups)}",
         )
     elif kept * size < chosen <= experts and kept <= groups:
         yield Problem(
@@ -309,95 +299,6 @@ def schedule_steps(cfg: RunConfig) -> Iterator[Problem]:
         )
 
 
-def processes(cfg: RunConfig) -> Iterator[Problem]:
-    """The processes can be divided into tensor, pipeline and data parallel ranks."""
-    world = cfg.trainer.devices * cfg.trainer.num_nodes
-    tp, pp = cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
-    if world % (tp * pp):
-        nodes = cfg.trainer.num_nodes
-        enough = math.lcm(tp * pp, nodes) // nodes
-        yield Problem(
-            "trainer.devices",
-            cfg.trainer.devices,
-            f"devices {cfg.trainer.devices} x nodes {nodes} = {world} processes is not a multiple "
-            f"of tensor {tp} x pipeline {pp} = {tp * pp}",
-            f"use trainer.devices={enough} (or a multiple), or tensor x pipeline equal to "
-            f"{_listed(_divisors(world), near=tp * pp)}",
-        )
-
-
-def tensor_and_pipeline(cfg: RunConfig) -> Iterator[Problem]:
-    """Heads are shared out over tensor ranks, layers over pipeline stages."""
-    tp, n_heads = cfg.model.tensor_model_parallel_size, cfg.model.num_attention_heads
-    if n_heads % tp:
-        yield Problem(
-            "model.tensor_model_parallel_size",
-            tp,
-            f"does not divide model.num_attention_heads={n_heads}",
-            f"use {_listed(_divisors(n_heads), near=tp)}",
-        )
-    pp, n_layers = cfg.model.pipeline_model_parallel_size, cfg.model.num_hidden_layers
-    if pp > n_layers:
-        yield Problem(
-            "model.pipeline_model_parallel_size",
-            pp,
-            f"is more than model.num_hidden_layers={n_layers}, so that a stage would be empty",
-            f"use 1 to {n_layers}",
-        )
-
-
-def expert_parallel(cfg: RunConfig) -> Iterator[Problem]:
-    """Experts are shared out over ranks borrowed from data and tensor parallelism."""
-    ep, experts = cfg.model.expert_model_parallel_size, cfg.model.n_routed_experts
-    tp, replicas = cfg.model.tensor_model_parallel_size, cfg.model.data_parallel_replicate_size
-    dp = _data_parallel_size(cfg)
-    if dp % replicas:
-        yield Problem(
-            "model.data_parallel_replicate_size",
-            replicas,
-            f"does not divide the data-parallel size = {_data_parallel_sum(cfg)}",
-            f"use {_listed(_divisors(dp), near=replicas)}",
-        )
-        return
-    ranks = dp // replicas * tp
-    legal = f"use {_listed(_divisors(math.gcd(ranks, experts)), near=ep)}"
-    if experts % ep:
-        rule = f"does not divide model.n_routed_experts={experts}"
-        yield Problem("model.expert_model_parallel_size", ep, rule, legal)
-    if ranks % ep:
-        halves = f" / {replicas} replicas" if replicas > 1 else ""
-        yield Problem(
-            "model.expert_model_parallel_size",
-            ep,
-            f"does not divide data-parallel x tensor ranks = {dp // replicas} x {tp} = {ranks} "
-            f"(data-parallel size = {_data_parallel_sum(cfg)}{halves})",
-            legal,
-        )
-
-
-def batch(cfg: RunConfig) -> Iterator[Problem]:
-    """Every rank runs the same whole number of micro-batches in a step."""
-    micro, whole, dp = (
-        cfg.model.micro_batch_size,
-        cfg.model.global_batch_size,
-        _data_parallel_size(cfg),
-    )
-    if whole % (micro * dp) == 0:
-        return
-    step = micro * dp
-    multiples = [n for n in (whole // step * step, (whole // step + 1) * step) if n]
-    way_out = f"use model.global_batch_size={' or '.join(map(str, multiples))}"
-    if whole % dp == 0:
-        way_out += f", or for model.micro_batch_size {_listed(_divisors(whole // dp), near=micro)}"
-    yield Problem(
-        "model.micro_batch_size",
-        micro,
-        f"x data-parallel size {dp} = {step} does not divide model.global_batch_size={whole} "
-        f"(data-parallel size = {_data_parallel_sum(cfg)})",
-        way_out,
-    )
-
-
 def vocabulary(cfg: RunConfig) -> Iterator[Problem]:
     """The tokenizer trained for the built-in corpus fits the embedding."""
     if cfg.model.tokenizer.path is not None or cfg.model.data.data_prefix is not None:
@@ -467,8 +368,12 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     learning_rates,
     schedule_steps,
     processes,
-    tensor_and_pipeline,
+    tensor_parallel,
+    pipeline_settings,
+    pipeline_stages,
+    pipeline_micro_batches,
     expert_parallel,
+    data_parallel_shards,
     batch,
     vocabulary,
     data_files,
@@ -477,6 +382,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     folders,
     run_names,
     checkpoints,
+    profile,
 )
 
 
@@ -504,35 +410,3 @@ class _View:
 def _is_under(path: str, bad: Collection[str]) -> bool:
     """True if ``path`` or a section above it is in ``bad``."""
     return any(path == name or path.startswith(f"{name}.") for name in bad)
-
-
-def _data_parallel_size(cfg: RunConfig) -> int:
-    world = cfg.trainer.devices * cfg.trainer.num_nodes
-    inside = cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size
-    if world % inside:
-        raise _Unreadable("data-parallel size")
-    return world // inside
-
-
-def _data_parallel_sum(cfg: RunConfig) -> str:
-    """The data-parallel size with its arithmetic."""
-    tp, pp = cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
-    return (
-        f"devices {cfg.trainer.devices} x nodes {cfg.trainer.num_nodes} / (tensor {tp} x pipeline "
-        f"{pp}) = {_data_parallel_size(cfg)}"
-    )
-
-
-def _divisors(number: int) -> list[int]:
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
-
-
-def _listed(numbers: Iterable[int], near: int) -> str:
-    """The legal numbers, or the eight nearest to ``near``, as a choice."""
-    legal = sorted(numbers)
-    nearest_eight = sorted(sorted(legal, key=lambda number: abs(number - near))[:8])
-    text = ", ".join(map(str, nearest_eight))
-    if len(legal) == 1:
-        return text
-    return f"one of {text}" + (", ..." if len(legal) > 8 else "")

@@ -198,7 +198,15 @@ class ModelConfig:
     tensor_model_parallel_size: int = 1
     """Ranks that share one layer's matrices (TP)."""
     pipeline_model_parallel_size: int = 1
-    """Stages the layers are divided into (PP)."""
+    """Ranks the layers are divided over (PP)."""
+    pipeline_schedule: str = "1F1B"
+    """Order of the forward and backward passes over the stages: ``GPipe``, ``1F1B``,
+    ``Interleaved1F1B``, ``InterleavedZeroBubble``, ``ZBVZeroBubble`` or ``DualPipeV``."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Stages a pipeline rank holds, for the interleaved schedules (2 or more). The V schedules
+    (``ZBVZeroBubble``, ``DualPipeV``) always have 2 and leave this at 1."""
+    pipeline_layers_per_stage: list[int] | None = None
+    """Layers of each stage, first to last; null: split so that the costliest stage costs least."""
     expert_model_parallel_size: int = 1
     """Ranks the routed experts are divided over (EP)."""
     data_parallel_replicate_size: int = 1
@@ -245,13 +253,18 @@ class TrainerConfig:
     val_check_interval: int = 50
     """Steps between validations; 0: never."""
     limit_val_batches: int = 8
-    """Micro-batches per validation."""
+    """Global batches per validation, at most: the same sequences in every layout."""
     log_every_n_steps: int = 1
     """Steps between printed lines (``metrics.jsonl`` gets every step)."""
     gradient_clip_val: float = 1.0
     """Largest global gradient norm; 0: no clipping. Applied by the training step."""
     num_threads: int = 0
     """CPU threads of one process; 0: torch's own choice."""
+    max_restarts: int = 3
+    """How often the processes of this machine are started anew after one of them was lost; each
+    time they go on from the newest checkpoint."""
+    collective_timeout_minutes: float = 30.0
+    """How long a rank waits for the others in one collective before it gives up."""
 
 
 @dataclass
@@ -262,8 +275,36 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only at the end."""
     save_top_k: int = 2
     """How many of the newest complete checkpoints to keep; -1: all."""
+    async_save: bool = False
+    """Write the checkpoints on the way in the background, from a copy in CPU memory."""
     save_nemo_on_train_end: bool = False
     """Also write a ``.nemo`` file at the end (needs NeMo)."""
+
+
+@dataclass
+class ProfileConfig:
+    """Steps whose course is written as a Chrome trace into the run folder, ``profile/``."""
+
+    steps: list[int] | None = None
+    """Steps to profile, as [10, 11]; each run of consecutive ones gives one trace per rank. null:
+    none."""
+    with_stack: bool = False
+    """Also record the Python lines that called each operation (slow, large)."""
+    record_shapes: bool = False
+    """Also record the shapes of every operation's inputs."""
+    memory: bool = False
+    """Also record allocations."""
+
+
+@dataclass
+class MonitorConfig:
+    """What is recorded of a run besides its losses."""
+
+    every_n_steps: int = 1
+    """Steps between records of expert loads, traffic, times and memory of every rank; 0: none."""
+    peak_tflops: float | None = None
+    """What one device could do at best, 10^12 operations a second, the denominator of MFU; null:
+    the data sheet's number for a known GPU, on a CPU a measured one."""
 
 
 @dataclass
@@ -285,6 +326,10 @@ class ExpManagerConfig:
     """Write checkpoints."""
     checkpoint_callback_params: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Which checkpoints are written and kept."""
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """What is recorded of a run besides its losses."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Steps whose course is written as a trace."""
 
 
 @dataclass

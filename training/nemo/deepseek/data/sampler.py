@@ -99,13 +99,13 @@ def build_validation_loader(
 ) -> DataLoader[Sample]:
     """A loader over a validation set, the same samples in every pass.
 
-    An item is one micro-batch of this rank, tensors [micro_batch_size, S]. There are at most
-    ``limit_batches``, and every rank gets as many. If they cannot hold all samples, those taken are
-    spread evenly over the set; if they can, rows after its end are padding (labels -100, documents
-    -1).
+    An item is one micro-batch of this rank, tensors [micro_batch_size, S]; every rank gets as many.
+    Together they are ``limit_batches`` global batches, the same samples for any number of ranks. If
+    these cannot hold all samples, those taken are spread evenly over the set; if they can, rows
+    after its end are padding (labels -100, documents -1).
     """
     step = cfg.micro_batch_size * dp_size
-    count = min(limit_batches, -(-len(dataset) // step))
+    count = -(-min(limit_batches * cfg.global_batch_size, len(dataset)) // step)
     # Consecutive samples would come from a few documents only.
     spread = max(len(dataset), count * step)
     batches = [

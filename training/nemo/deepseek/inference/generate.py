@@ -46,7 +46,9 @@ def stream_tokens(
     """
     config = model.config
     _check(model, prompts, max_new_tokens)
-    device = model.embed.weight.device
+    assert model.embed is not None, "decoding needs the whole model"
+    weight = model.embed.weight
+    device = weight.device
     generator = torch.Generator(device=device).manual_seed(seed)
     longest = max(len(prompt) for prompt in prompts)
     padding_B = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
@@ -54,9 +56,7 @@ def stream_tokens(
         [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device
     )
     caches = [
-        LatentCache(
-            len(prompts), longest + max_new_tokens, config, padding_B, model.embed.weight.dtype
-        )
+        LatentCache(len(prompts), longest + max_new_tokens, config, padding_B, weight.dtype)
         for _ in range(config.num_hidden_layers)
     ]
     logits_BV = tokens_BS.new_empty(0)

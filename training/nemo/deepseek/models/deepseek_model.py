@@ -9,7 +9,7 @@ B batch, S sequence, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -20,14 +20,28 @@ from torch import Tensor
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
 from deepseek.frameworks import NEMO_TARGET, USES_NEMO, ModelBase
-from deepseek.models.losses import LossSums, loss_sums
-from deepseek.models.transformer import Transformer
+from deepseek.models.components.router import Router
 from deepseek.ops.linear_cross_entropy import IGNORE_INDEX
 from deepseek.optim.build import build_optimizer
+from deepseek.optim.muon import newton_schulz
 from deepseek.optim.schedule import learning_rate
+from deepseek.parallel.distribute import build
+from deepseek.parallel.gradients import (
+    clip_gradients,
+    finish_gradients,
+    gradient_norms,
+    sum_over,
+)
+from deepseek.parallel.mesh import Alone, Meshes
+from deepseek.parallel.shard import whole_matrices
+from deepseek.phases import Phases
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Consecutive steps with a non-finite gradient after which training stops."""
+
+
+Loader = Callable[[int, int, int], Iterable[dict[str, Tensor]]]
+"""From the first step, the data-parallel rank and their number to this rank's batches."""
 
 
 class NonFiniteError(UserError):
@@ -43,6 +57,10 @@ class StepMetrics:
     mtp_loss: float | None
     balance_loss: float
     grad_norm: float
+    grad_norm_dense: float
+    """Of what is neither a routed expert nor a router."""
+    grad_norm_expert: float
+    grad_norm_router: float
     lr: float
     tokens: int
     """Tokens of this step, padding not counted."""
@@ -69,6 +87,8 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         max_steps: ``trainer.max_steps``, the length of the schedule.
         gradient_clip_val: largest global gradient norm; 0 for no clipping.
         bytes_per_token: bytes of text per token of the data, for bits per byte.
+        spread_later: leave the weights to ``configure_model``, which spreads them over the ranks
+            of the trainer's strategy; else the whole model is made at once.
     """
 
     def __init__(
@@ -80,6 +100,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         max_steps: int = 1,
         gradient_clip_val: float = 1.0,
         bytes_per_token: float | None = None,
+        spread_later: bool = False,
     ) -> None:
         plain = _plain_config(cfg)
         if USES_NEMO:
@@ -93,14 +114,16 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         self.max_steps = max_steps
         self.gradient_clip_val = gradient_clip_val
         self.bytes_per_token = bytes_per_token
-        with torch.device("meta"):
-            self.model = Transformer(self.config)
-        self.model.to_empty(device="cpu")
-        self.model.init_weights(seed)
+        self.meshes: Meshes | Alone = Alone()
+        if not spread_later:
+            self.spread(self.meshes, torch.device("cpu"))
+        self.phases = Phases()
+        self.step_facts: dict[str, Any] = {}
+        """What callbacks add to the row of the step."""
         self.finished_steps = 0
         self.skipped_in_a_row = 0
-        self.train_loader: Callable[[int], Iterable[dict[str, Tensor]]] | None = None
-        self.validation_loader: Callable[[], Iterable[dict[str, Tensor]]] | None = None
+        self.train_loader: Loader | None = None
+        self.validation_loader: Loader | None = None
         self.step_metrics: StepMetrics | None = None
         self.validation_metrics: ValidationMetrics | None = None
         self._validation_sums = torch.zeros(2, dtype=torch.float64)
@@ -116,6 +139,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
             batch_idx: ignored; the module counts its own steps.
         """
         optimizer = self.optimizers()
+        self.phases.start_step(batch["tokens"].device)
         lr = learning_rate(
             self.finished_steps, self.config.optim.lr, self.config.optim.sched, self.max_steps
         )
@@ -125,36 +149,44 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         for router in routers:
             router.start_step()
         # 1. divisors: tokens of the whole step, so that no cut of the batch changes the gradient
-        num_labels = (batch["labels"] != IGNORE_INDEX).sum().clamp(min=1)
-        num_real = (batch["documents"] >= 0).sum().clamp(min=1)
+        counts = [(batch["labels"] != IGNORE_INDEX).sum(), (batch["documents"] >= 0).sum()]
+        num_labels, num_real = sum_over(torch.stack(counts), self.meshes.data).clamp(min=1)
         # 2. forward and backward, micro-batch by micro-batch
-        main, mtp = torch.zeros(2, device=self.device)
-        for micro in self._micro_batches(batch):
-            sums = self._loss_sums(micro, balance_scale=1.0 / num_real)
-            total = sums.main + self.config.mtp_loss_scaling_factor * sums.mtp
-            self.manual_backward(total / num_labels)
-            main, mtp = main + sums.main.detach(), mtp + sums.mtp.detach()
-        # 3. global gradient norm, clip
-        grad_norm = self._clip_gradients()
-        # 4. update, unless a gradient is not finite: then no weight changes
-        finite = bool(torch.isfinite(grad_norm))
-        if finite:
-            optimizer.step()
-            # 5. correction bias, once per step, from the counts of the whole batch
-            for router in routers:
-                router.update_bias(
-                    router.tokens_per_expert, self.config.moe_router_bias_update_rate
-                )
-        optimizer.zero_grad()
+        mtp_weight = self.config.mtp_loss_scaling_factor
+        with self.phases("forward_backward"):
+            sums = self.micro_batches.train(
+                batch, lambda sums: (sums[0] + mtp_weight * sums[1]) / num_labels, 1.0 / num_real
+            )
+        with self.phases("optimizer"):
+            # 3. global gradient norm, clip
+            finish_gradients(self.model, self.meshes)
+            norms = gradient_norms(self.model, self.meshes)
+            if self.gradient_clip_val > 0:
+                clip_gradients(self.model, self.gradient_clip_val, norms.total)
+            # 4. update, unless a gradient is not finite: then no weight changes
+            finite = bool(torch.isfinite(norms.total))
+            self._count_everywhere(routers)
+            if finite:
+                optimizer.step()
+                # 5. correction bias, once per step, from the counts of the whole batch
+                for router in routers:
+                    router.update_bias(
+                        router.tokens_per_expert, self.config.moe_router_bias_update_rate
+                    )
+            optimizer.zero_grad()
         # 6. report
         self.finished_steps += 1
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        main, mtp, balance = self._sum_of_ranks(*sums, *[r.balance_loss for r in routers])
         self.step_metrics = StepMetrics(
             step=self.finished_steps,
-            loss=float(main / num_labels),
-            mtp_loss=float(mtp / num_labels) if self.model.mtp else None,
-            balance_loss=float(sum(router.balance_loss for router in routers)),
-            grad_norm=float(grad_norm),
+            loss=main / float(num_labels),
+            mtp_loss=mtp / float(num_labels) if self.config.num_nextn_predict_layers else None,
+            balance_loss=balance,
+            grad_norm=float(norms.total),
+            grad_norm_dense=float(norms.dense),
+            grad_norm_expert=float(norms.expert),
+            grad_norm_router=float(norms.router),
             lr=lr,
             tokens=int(num_real),
             skipped=not finite,
@@ -168,37 +200,20 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
                 "or look at the data of these steps"
             )
 
-    def _micro_batches(self, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        size = self.config.micro_batch_size
-        for start in range(0, batch["tokens"].shape[0], size):
-            yield {name: tensor[start : start + size] for name, tensor in batch.items()}
+    def _count_everywhere(self, routers: list[Router]) -> None:
+        """Each router's counts, over every rank that sees tokens of its layer."""
+        if routers:
+            counts_LE = torch.stack([router.tokens_per_expert for router in routers])
+            sum_over(counts_LE, self.meshes.stage)
+            for router, counts_E in zip(routers, counts_LE, strict=True):
+                router.tokens_per_expert.copy_(counts_E)
 
-    def _loss_sums(self, batch: dict[str, Tensor], balance_scale: Tensor | None = None) -> LossSums:
-        """Loss sums of one micro-batch; a balance scale turns counting and balance losses on."""
-        documents_BS = batch["documents"] if self.config.data.isolate_documents else None
-        context = self.model.context(
-            batch["tokens"],
-            batch["positions"],
-            documents_BS,
-            real_BS=batch["documents"] >= 0,
-            balance_scale=balance_scale,
-        )
-        hidden = self.model.hidden_states(batch["tokens"], context)
-        return loss_sums(
-            hidden.main_BSD,
-            hidden.mtp_BSD,
-            self.model.head,
-            batch["labels"],
-            documents_BS,
-        )
-
-    def _clip_gradients(self) -> Tensor:
-        """Global gradient norm before clipping."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.gradient_clip_val > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), self.gradient_clip_val, norm)
-        return norm
+    def _sum_of_ranks(self, main: Tensor, mtp: Tensor, *balance: Tensor) -> list[float]:
+        """Main, MTP and all balance losses over all ranks; TP ranks all know the same."""
+        mine = torch.stack([main, mtp, sum(balance, torch.zeros_like(main))])
+        if self.meshes.place.tp > 0:
+            mine.zero_()
+        return sum_over(mine, self.meshes.world).tolist()
 
     # -- validation --
 
@@ -210,14 +225,17 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Add one micro-batch to the sums."""
-        sums = self._loss_sums(batch)
-        num_labels = (batch["labels"] != IGNORE_INDEX).sum()
-        self._validation_sums[0] += float(sums.main)
-        self._validation_sums[1] += int(num_labels)
+        main, _ = self.micro_batches.evaluate(batch)
+        if self.meshes.place.tp > 0:
+            return
+        self._validation_sums[0] += float(main)
+        if self.model.head is not None:
+            self._validation_sums[1] += int((batch["labels"] != IGNORE_INDEX).sum())
 
     def on_validation_epoch_end(self) -> None:
         """Loss per token, and bits per byte: the one loss that tokenizers cannot flatter."""
-        loss_sum, num_labels = self._validation_sums.tolist()
+        sums = self._validation_sums.to(self.device)
+        loss_sum, num_labels = sum_over(sums, self.meshes.world).tolist()
         loss = loss_sum / max(num_labels, 1.0)
         bits = None
         if self.bytes_per_token:
@@ -226,18 +244,41 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
 
     # -- what the frameworks call --
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The callbacks have had their turn: the next step has facts of its own."""
+        self.step_facts.clear()
+
+    def spread(
+        self, meshes: Meshes | Alone, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Make this rank's part of the model, with its start values."""
+        self.meshes = meshes
+        self.model, self.micro_batches = build(self.config, meshes, device, self.seed, dtype)
+
+    def configure_model(self) -> None:
+        """Spread the model over the ranks of the trainer's strategy; Lightning calls it once."""
+        if not hasattr(self, "model"):
+            strategy = self.trainer.strategy
+            self.spread(strategy.meshes, strategy.root_device)
+        if self.config.torch_compile:
+            self.model.compile_attention()
+
     def train_dataloader(self) -> Iterable[dict[str, Tensor]]:
         """The steps that are left: called after a checkpoint has been restored."""
         assert self.train_loader is not None, "set train_loader before fit"
-        return self.train_loader(self.finished_steps)
+        return self.train_loader(self.finished_steps, self.meshes.data_rank, self.meshes.layout.dp)
 
     def val_dataloader(self) -> Iterable[dict[str, Tensor]]:
         """The fixed validation micro-batches."""
-        return self.validation_loader() if self.validation_loader is not None else []
+        if self.validation_loader is None:
+            return []
+        return self.validation_loader(0, self.meshes.data_rank, self.meshes.layout.dp)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimiser alone: the learning rate is set by the step."""
-        return build_optimizer(self.model.named_parameters(), self.config.optim)
+        return build_optimizer(
+            self.model.named_parameters(), self.config.optim, whole_matrices(newton_schulz)
+        )
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Next-token logits (B, S, V)."""

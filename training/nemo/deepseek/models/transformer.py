@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from deepseek.config.schema import ModelConfig
 from deepseek.models.components.attention import LatentStore, MultiHeadLatentAttention
@@ -23,34 +21,37 @@ from deepseek.models.components.head import Head
 from deepseek.models.components.moe import MoE
 from deepseek.models.components.mtp import MultiTokenPredictor
 from deepseek.models.components.norm import RMSNorm
-from deepseek.models.components.rope import rotation
 from deepseek.models.components.router import Router
-from deepseek.models.losses import shift
+from deepseek.models.parts import HiddenStates, Parts
+from deepseek.planner.layout import StageParts
 
 
-class HiddenStates(NamedTuple):
-    """Normed hidden states, ready for the head."""
+class Transformer(Parts):
+    """Weights start uninitialised; call ``init_weights``, or load some.
 
-    main_BSD: Tensor
-    mtp_BSD: list[Tensor]
-    """One per MTP depth."""
+    Args:
+        config: sizes.
+        stages: the pipeline stages whose parts to hold, under the names they have in the whole
+            model; None: everything.
+    """
 
-
-class Transformer(nn.Module):
-    """Weights start uninitialised; call ``init_weights``, or load some."""
-
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, stages: Sequence[StageParts] | None = None) -> None:
         super().__init__()
+        everything = StageParts(range(config.num_hidden_layers), first=True, last=True)
+        stages = [everything] if stages is None else stages
+        first, last = any(s.first for s in stages), any(s.last for s in stages)
+        depths = config.num_nextn_predict_layers if last else 0
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size) if first else None
         self.layers = nn.ModuleDict(
-            {str(i): DeepSeekBlock(config, i) for i in range(config.num_hidden_layers)}
+            {str(i): DeepSeekBlock(config, i) for stage in stages for i in stage.layers}
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = Head(config.hidden_size, config.vocab_size)
-        self.mtp = nn.ModuleList(
-            MultiTokenPredictor(config, depth) for depth in range(config.num_nextn_predict_layers)
-        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if last else None
+        self.head = Head(config.hidden_size, config.vocab_size) if last else None
+        self.mtp = nn.ModuleList(MultiTokenPredictor(config, depth) for depth in range(depths))
+        # Two stages of one rank each have their own too: they are two units of FSDP.
+        copied = depths and not any(s.first and s.last for s in stages)
+        self.mtp_embed = nn.Embedding(config.vocab_size, config.hidden_size) if copied else None
         self.recompute = config.activations_checkpoint_granularity == "full"
 
     def forward(
@@ -67,7 +68,8 @@ class Transformer(nn.Module):
             documents_BS: document ids that attention must not cross; None: one stream.
         """
         context = self.context(tokens_BS, positions_BS, documents_BS)
-        return self.head(self._main(tokens_BS, context))
+        assert self.head is not None, "decoding needs the whole model"
+        return self.head(self.main(tokens_BS, context))
 
     def last_logits(
         self, tokens_BS: Tensor, positions_BS: Tensor, caches: Sequence[LatentStore]
@@ -80,38 +82,13 @@ class Transformer(nn.Module):
             caches: one per layer.
         """
         context = self.context(tokens_BS, positions_BS)
-        return self.head(self._main(tokens_BS, context, caches)[:, -1])
+        assert self.head is not None, "decoding needs the whole model"
+        return self.head(self.main(tokens_BS, context, caches)[:, -1])
 
     def hidden_states(self, tokens_BS: Tensor, context: TokenContext) -> HiddenStates:
         """Hidden states of the main model and of every MTP depth, for the training loss."""
-        main_BSD = self._main(tokens_BS, context)
-        if context.real_BS is not None:  # MTP looks ahead: what padding holds must not matter
-            tokens_BS = tokens_BS.where(context.real_BS, 0)
-        hidden_BSD, mtp_BSD = main_BSD, []
-        for depth, module in enumerate(self.mtp, start=1):
-            ahead_BS = shift(tokens_BS, depth, 0, context.documents_BS)
-            hidden_BSD = self._run(module, hidden_BSD, self.embed(ahead_BS), context)
-            mtp_BSD.append(hidden_BSD)
-        return HiddenStates(main_BSD, mtp_BSD)
-
-    def context(
-        self,
-        tokens_BS: Tensor,
-        positions_BS: Tensor | None = None,
-        documents_BS: Tensor | None = None,
-        real_BS: Tensor | None = None,
-        balance_scale: Tensor | None = None,
-    ) -> TokenContext:
-        """What the blocks need to know of these tokens."""
-        config = self.config
-        if positions_BS is None:
-            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-            positions_BS = positions_BS.expand_as(tokens_BS)
-        dtype = torch.float64 if self.norm.weight.dtype == torch.float64 else torch.float32
-        cos_BSP, sin_BSP = rotation(
-            positions_BS, config.qk_rope_head_dim, config.rope_theta, config.rope_scaling, dtype
-        )
-        return TokenContext(cos_BSP, sin_BSP, documents_BS, real_BS, balance_scale)
+        main_BSD = self.main(tokens_BS, context)
+        return HiddenStates(main_BSD, self.predict_ahead(main_BSD, tokens_BS, context))
 
     def compile_attention(self) -> None:
         """Compile every block's attention in place; the expert dispatch stays eager, since its
@@ -142,39 +119,42 @@ class Transformer(nn.Module):
         expert of a stack, has a generator of its own, so that a shard can be filled without the
         rest and any layout starts from the same model.
         """
-        std = self.config.initializer_range
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            elif parameter.dim() == 3:
-                for expert, weight in enumerate(parameter):
-                    _fill_normal(weight, std, seed, f"{name}.{expert}")
-            else:
-                _fill_normal(parameter, std, seed, name)
+            whole = [slice(0, size) for size in parameter.shape]
+            parameter.copy_(initial_weight(name, parameter.shape, whole, self.config, seed))
         for buffer in self.buffers():
             buffer.zero_()
 
-    def _main(
-        self,
-        tokens_BS: Tensor,
-        context: TokenContext,
-        caches: Sequence[LatentStore] | None = None,
-    ) -> Tensor:
-        """Embedding, blocks and final norm."""
-        h_BSD = self.embed(tokens_BS)
-        for i, block in enumerate(self.layers.values()):
-            h_BSD = self._run(block, h_BSD, context, *([caches[i]] if caches else []))
-        return self.norm(h_BSD)
 
-    def _run(self, module: nn.Module, *args: object) -> Tensor:
-        """Call a block, recomputing its activations in the backward pass if so configured."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(module, *args, use_reentrant=False)
-        return module(*args)
+def initial_weight(
+    name: str, shape: Sequence[int], part: Sequence[slice], config: ModelConfig, seed: int
+) -> Tensor:
+    """A part of the fp32 start value of a parameter, on the CPU; see ``Transformer.init_weights``.
+
+    Args:
+        name: of the parameter.
+        shape: of the whole parameter.
+        part: one slice per dim; of a stack of experts only those in it are drawn.
+        config: has the standard deviation.
+        seed: of the run.
+    """
+    name, std = global_name(name), config.initializer_range
+    if len(shape) == 1:
+        return torch.ones(shape)[tuple(part)]
+    if len(shape) == 3:
+        experts = range(shape[0])[part[0]]
+        drawn = [_normal(shape[1:], std, seed, f"{name}.{e}")[tuple(part[1:])] for e in experts]
+        return torch.stack(drawn) if drawn else torch.empty(shape)[tuple(part)]
+    return _normal(shape, std, seed, name)[tuple(part)]
 
 
-def _fill_normal(weight: Tensor, std: float, seed: int, name: str) -> None:
+def global_name(name: str) -> str:
+    """The name of a parameter in the whole model: a copy has that of what it copies."""
+    return "embed.weight" if name == "mtp_embed.weight" else name
+
+
+def _normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tensor:
     """Normal numbers from a generator seeded by (seed, name); drawn on the CPU in fp32."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
+    return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator)

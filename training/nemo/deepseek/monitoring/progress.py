@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from deepseek.console import progress_bar, say
@@ -41,7 +42,8 @@ class Progress(Callback):
         if self._bar is not None:
             speed = metrics.tokens / max(now - self._last[0], 1e-9)
             self._last = (now, 0)
-            line = step_line(metrics, pl_module.max_steps, speed) + self._validation
+            line = step_line(metrics, pl_module.max_steps, speed, pl_module.step_facts)
+            line += self._validation
             self._bar.update(self._task, completed=metrics.step, description=line)
             return
         self._last = (self._last[0], tokens)
@@ -51,7 +53,8 @@ class Progress(Callback):
         self._last = (now, 0)
         done = metrics.step - self._first_step
         left = (now - self._start) / done * (pl_module.max_steps - metrics.step)
-        say(f"{step_line(metrics, pl_module.max_steps, speed)} | {clock(left)} left")
+        line = step_line(metrics, pl_module.max_steps, speed, pl_module.step_facts)
+        say(f"{line} | {clock(left)} left")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Show the validation loss."""
@@ -79,15 +82,35 @@ class Progress(Callback):
             self._bar = None
 
 
-def step_line(metrics: StepMetrics, max_steps: int, tokens_per_second: float) -> str:
-    """``step 12/400 loss 5.43 mtp 5.61 | 3,210 tok/s | grad 1.20 lr 2.2e-04``."""
-    mtp = f" mtp {metrics.mtp_loss:.4f}" if metrics.mtp_loss is not None else ""
-    skipped = " SKIPPED: gradient not finite" if metrics.skipped else ""
-    return (
-        f"step {metrics.step:>6}/{max_steps} loss {metrics.loss:.4f}{mtp} | "
-        f"{tokens_per_second:,.0f} tok/s | grad {metrics.grad_norm:.3f} lr {metrics.lr:.2e}"
-        f"{skipped}"
-    )
+def step_line(
+    metrics: StepMetrics,
+    max_steps: int,
+    tokens_per_second: float,
+    facts: Mapping[str, Any] | None = None,
+) -> str:
+    """``step 12/400 loss 5.43 mtp 5.61 3,210 tok/s mfu 31.0% grad 1.20 lr 2.2e-04 mem 0.4G | load
+    1.32 dead 0 a2a 12%``; what was not measured is left out.
+
+    Args:
+        facts: what callbacks have found of the step, see ``DeepSeekModel.step_facts``.
+    """
+    facts = facts or {}
+    parts = [f"step {metrics.step:>6}/{max_steps} loss {metrics.loss:.4f}"]
+    if metrics.mtp_loss is not None:
+        parts.append(f"mtp {metrics.mtp_loss:.4f}")
+    parts.append(f"{tokens_per_second:,.0f} tok/s")
+    if facts.get("mfu") is not None:
+        parts.append(f"mfu {facts['mfu']:.1%}")
+    parts.append(f"grad {metrics.grad_norm:.3f} lr {metrics.lr:.2e}")
+    if "memory_bytes" in facts:
+        parts.append(f"mem {facts['memory_bytes'] / 2**30:.1f}G")
+    if "load_max_over_mean" in facts:
+        parts.append(f"| load {facts['load_max_over_mean']:.2f} dead {facts['dead_experts']}")
+    if facts.get("all_to_all_seconds") and facts.get("seconds"):
+        parts.append(f"a2a {facts['all_to_all_seconds'] / facts['seconds']:.0%}")
+    if metrics.skipped:
+        parts.append("SKIPPED: gradient not finite")
+    return " ".join(parts)
 
 
 def clock(seconds: float) -> str:

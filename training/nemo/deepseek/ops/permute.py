@@ -36,7 +36,7 @@ def expand_rows(x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
 
 def expand_rows_slow(x_TD: Tensor, order_R: Tensor) -> Tensor:
     """Readable twin of ``expand_rows``."""
-    num_choices = order_R.numel() // x_TD.shape[0]
+    num_choices = order_R.numel() // max(x_TD.shape[0], 1)
     return x_TD.repeat_interleave(num_choices, dim=0)[order_R]
 
 
@@ -57,11 +57,11 @@ class _ExpandRows(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_R)
         ctx.num_tokens = x_TD.shape[0]
-        num_choices = order_R.numel() // x_TD.shape[0]
-        return x_TD[torch.div(order_R, num_choices, rounding_mode="floor")]
+        ctx.num_choices = order_R.numel() // max(x_TD.shape[0], 1)  # there may be no token
+        return x_TD[torch.div(order_R, ctx.num_choices, rounding_mode="floor")]
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
         (inverse_R,) = ctx.saved_tensors
-        grad_TKD = grad_RD[inverse_R].view(ctx.num_tokens, -1, grad_RD.shape[1])
+        grad_TKD = grad_RD[inverse_R].view(ctx.num_tokens, ctx.num_choices, grad_RD.shape[1])
         return grad_TKD.sum(dim=1), None, None

@@ -22,6 +22,11 @@ class Muon(torch.optim.Optimizer):
 
     State per parameter: ``momentum_buffer`` for Muon; ``step``, ``exp_avg``, ``exp_avg_sq`` for
     AdamW.
+
+    Args:
+        groups: parameters, ``weight_decay`` and ``muon``.
+        orthogonalise: of a momentum with the shape and the kind of tensor of its parameter; where
+            parameters are spread over ranks, one that knows how.
     """
 
     def __init__(
@@ -32,7 +37,9 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         momentum: float,
+        orthogonalise: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        self._orthogonalise = orthogonalise or newton_schulz
         defaults = dict(
             lr=lr, betas=betas, eps=eps, momentum=momentum, weight_decay=0.0, muon=False
         )
@@ -71,7 +78,7 @@ class Muon(torch.optim.Optimizer):
         momentum = self.init_state(parameter, muon=True)["momentum_buffer"]
         momentum.lerp_(parameter.grad, 1 - group["momentum"])
         nesterov = parameter.grad.lerp(momentum, group["momentum"])
-        update = orthogonalise(nesterov)
+        update = self._orthogonalise(nesterov)
         # Moonlight eq 4: the update gets the root mean square that AdamW's typically has
         scale = 0.2 * max(parameter.shape[-2:]) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -97,7 +104,7 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
+def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
     """Near-orthogonal matrix of the same singular vectors, by Newton-Schulz iteration.
 
     Args:

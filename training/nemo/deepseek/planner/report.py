@@ -45,12 +45,12 @@ def validate_report(cfg: RunConfig) -> list[tuple[str, str]]:
             f"{_flops(flops)} in training (causal, at {length:,} tokens"
             + (", with MTP)" if with_mtp else ")"),
         ),
-        ("weights", f"{_size(memory.weights)} (fp32)"),
-        ("gradients", f"{_size(memory.gradients)} (fp32)"),
-        ("optimiser states", f"{_size(memory.optimizer)} ({model.optim.name}, fp32)"),
+        ("weights", f"{size_text(memory.weights)} (fp32)"),
+        ("gradients", f"{size_text(memory.gradients)} (fp32)"),
+        ("optimiser states", f"{size_text(memory.optimizer)} ({model.optim.name}, fp32)"),
         (
             "states together",
-            f"{_size(memory.total)}, without activations"
+            f"{size_text(memory.total)}, without activations"
             + (f", over {ranks:,} processes" if ranks > 1 else ""),
         ),
         ("KV cache per token", f"{cache:,} bytes ({'fp32' if number_bytes == 4 else 'bf16'})"),
@@ -82,8 +82,8 @@ def _flops(number: int) -> str:
     return f"{number / 10**6:,.2f} MFLOP"
 
 
-def _size(count: int) -> str:
-    """Bytes in a binary unit."""
+def size_text(count: int) -> str:
+    """Bytes in a binary unit, such as 2.48 TiB."""
     for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
         if count >= factor:
             return f"{count / factor:,.2f} {unit}"

@@ -11,14 +11,24 @@ Source: arXiv:2412.19437 eq 17-20. B batch, S sequence, E experts, K chosen per 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SumOverSequence = Callable[[Tensor], Tensor]
+"""Adds up what the ranks that share a sequence have found in their parts of it; its backward pass
+hands the gradient of the sum to each part. On one rank: the identity."""
 
-def sequence_balance(scores_BSE: Tensor, top_k: int, real_BS: Tensor) -> Tensor:
+
+def sequence_balance(
+    scores_BSE: Tensor,
+    top_k: int,
+    real_BS: Tensor,
+    sum_over_sequence: SumOverSequence = lambda part: part,
+) -> Tensor:
     """Sum over sequences of T_seq * sum_i f_i P_i (eq 17-20, without alpha), scalar.
 
     f_i counts the tokens whose K best *unbiased* scores contain expert i, P_i is the mean
@@ -28,21 +38,29 @@ def sequence_balance(scores_BSE: Tensor, top_k: int, real_BS: Tensor) -> Tensor:
         scores_BSE: unbiased scores with gradient.
         top_k: K.
         real_BS: bool, False for padding.
+        sum_over_sequence: where a rank has only a part of each sequence.
     """
     num_experts = scores_BSE.shape[-1]
     real_BS1 = real_BS.unsqueeze(-1)
-    length_B1 = real_BS.sum(dim=1, keepdim=True).clamp(min=1).to(scores_BSE.dtype)
     best_BSK = scores_BSE.detach().topk(top_k, dim=-1).indices
     chosen_BSE = torch.zeros_like(scores_BSE).scatter_(-1, best_BSK, 1.0)
-    f_BE = (chosen_BSE * real_BS1).sum(dim=1) * (num_experts / (top_k * length_B1))
     share_BSE = scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)
-    p_BE = (share_BSE * real_BS1).sum(dim=1) / length_B1
+    parts = (chosen_BSE * real_BS1, share_BSE * real_BS1, real_BS1.to(scores_BSE.dtype))
+    sums = sum_over_sequence(torch.cat([part.sum(dim=1) for part in parts], dim=-1))
+    chosen_BE, share_BE, length_B1 = sums.split([num_experts, num_experts, 1], dim=-1)
+    length_B1 = length_B1.clamp(min=1)
+    f_BE = chosen_BE * (num_experts / (top_k * length_B1))
+    p_BE = share_BE / length_B1
     return (length_B1 * f_BE * p_BE).sum()
 
 
-def router_z(logits_BSE: Tensor, real_BS: Tensor) -> Tensor:
+def router_z(
+    logits_BSE: Tensor,
+    real_BS: Tensor,
+    sum_over_sequence: SumOverSequence = lambda part: part,
+) -> Tensor:
     """Sum over real tokens of logsumexp(logits)^2, scalar (arXiv:2202.08906 eq 5)."""
-    return (logits_BSE.logsumexp(dim=-1).square() * real_BS).sum()
+    return sum_over_sequence((logits_BSE.logsumexp(dim=-1).square() * real_BS).sum())
 
 
 def count_assignments(expert_ids_TK: Tensor, real_T: Tensor, num_experts: int) -> Tensor:

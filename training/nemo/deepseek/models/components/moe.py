@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek.models.components.balance import (
+    SumOverSequence,
     attach,
     count_assignments,
     router_z,
@@ -25,7 +26,12 @@ from deepseek.ops.grouped_linear import grouped_linear
 
 
 class MoE(nn.Module):
-    """Mixture of experts: route, dispatch, compute, combine."""
+    """Mixture of experts: route, dispatch, compute, combine.
+
+    Attributes:
+        dispatcher: brings rows to their experts; replaced where these lie on several ranks.
+        sum_over_sequence: replaced where several ranks share each sequence.
+    """
 
     def __init__(
         self,
@@ -44,6 +50,7 @@ class MoE(nn.Module):
             FeedForward(dim, num_shared_experts * hidden_dim) if num_shared_experts else None
         )
         self.dispatcher: TokenDispatcher = LocalDispatcher(router.num_experts)
+        self.sum_over_sequence: SumOverSequence = lambda part: part
         self.balance_coeff = balance_coeff
         self.z_coeff = z_coeff
 
@@ -76,10 +83,12 @@ class MoE(nn.Module):
         loss = scores_BSE.new_zeros(())
         if self.balance_coeff:
             loss = loss + self.balance_coeff * sequence_balance(
-                scores_BSE, self.gate.top_k, real_BS
+                scores_BSE, self.gate.top_k, real_BS, self.sum_over_sequence
             )
         if self.z_coeff:
-            loss = loss + self.z_coeff * router_z(routing.logits_TE.view_as(scores_BSE), real_BS)
+            loss = loss + self.z_coeff * router_z(
+                routing.logits_TE.view_as(scores_BSE), real_BS, self.sum_over_sequence
+            )
         counts_E = count_assignments(
             routing.expert_ids_TK, real_BS.flatten(), self.gate.num_experts
         )
@@ -103,9 +112,7 @@ class GroupedExperts(nn.Module):
 
     def forward(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
         """Rows sorted by expert (R, D), rows per expert (e,) -> (R, D)."""
-        w1: Tensor = self.w1
-        w2: Tensor = self.w2
-        w3: Tensor = self.w3
+        w1, w2, w3 = self.weights()
         device = rows_RD.device.type
         if torch.is_autocast_enabled(device):  # grouped products are not on autocast's list
             dtype = torch.get_autocast_dtype(device)
@@ -115,6 +122,10 @@ class GroupedExperts(nn.Module):
         hidden_PF = F.silu(grouped_linear(x_PD, w1, padded_e))
         hidden_PF = hidden_PF * grouped_linear(x_PD, w3, padded_e)
         return gather_rows(grouped_linear(hidden_PF, w2, padded_e), slots_R)
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights of the experts that are here: w1, w2, w3."""
+        return self.w1, self.w2, self.w3
 
     @torch.no_grad()
     def expert(self, index: int) -> Expert:

@@ -34,10 +34,10 @@ class Router(nn.Module):
         bias: fp32 (E,) correction bias, a buffer that stays fp32 whatever the module is cast to;
             None unless ``topk_method`` is ``noaux_tc``.
         tokens_per_expert: int64 (E,) assignments of real tokens since the last ``start_step``.
-        balance_loss: fp32 scalar, balance loss since the last ``start_step``.
+        balance_loss: fp64 scalar, balance loss since the last ``start_step``.
     """
 
-    KEPT_IN_FP32 = ("bias", "balance_loss")
+    KEPT_IN_THEIR_DTYPE = ("bias", "balance_loss")
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Router(nn.Module):
             "tokens_per_expert", torch.zeros(num_experts, dtype=torch.int64), persistent=False
         )
         self.balance_loss: Tensor
-        self.register_buffer("balance_loss", torch.zeros(()), persistent=False)
+        self.register_buffer("balance_loss", torch.zeros((), dtype=torch.float64), persistent=False)
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Route each row; everything is computed in fp32 (fp64 for fp64 input)."""
@@ -106,12 +106,16 @@ class Router(nn.Module):
         self.balance_loss.zero_()
 
     @torch.no_grad()
-    def _choose(self, scores_TE: Tensor) -> Tensor:
-        """The chosen experts, (T, K)."""
+    def choice_scores(self, scores_TE: Tensor) -> Tensor:
+        """What experts are chosen by, (T, E): biased scores, -inf outside a token's groups."""
         choice_TE = scores_TE if self.bias is None else scores_TE + self.bias
         if self.num_groups > 1 and self.topk_method != "greedy":
             choice_TE = self._mask_groups(choice_TE)
-        return choice_TE.topk(self.top_k, dim=-1, sorted=False).indices
+        return choice_TE
+
+    def _choose(self, scores_TE: Tensor) -> Tensor:
+        """The chosen experts, (T, K)."""
+        return self.choice_scores(scores_TE).topk(self.top_k, dim=-1, sorted=False).indices
 
     def _mask_groups(self, choice_TE: Tensor) -> Tensor:
         """Keep only the experts of each token's best groups."""
@@ -126,9 +130,11 @@ class Router(nn.Module):
         return choice_TGe.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Move with the module, but never lose the fp32 of the bias to a cast."""
+        """Move with the module, but never lose the precision of the bias to a cast."""
         kept = {
-            name: self._buffers.pop(name) for name in self.KEPT_IN_FP32 if name in self._buffers
+            name: self._buffers.pop(name)
+            for name in self.KEPT_IN_THEIR_DTYPE
+            if name in self._buffers
         }
         super()._apply(fn, recurse)
         for name, buffer in kept.items():

@@ -1,0 +1,28 @@
+"""A process that appends records until it is killed: ``array_log_driver.py FILE``."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from deepseek.monitoring.array_log import ArrayLog, index_arrays
+
+
+def content(step: int) -> np.ndarray:
+    """What the record of a step must hold, float32 [300, 7]: incompressible, so writes are long."""
+    return np.random.default_rng(step).standard_normal((300, 7), np.float32)
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    log = ArrayLog(path)
+    done = index_arrays(path)[-1].step if path.is_file() and index_arrays(path) else 0
+    step = max(0, done - 2)  # as a run that goes on from a checkpoint: it repeats steps
+    while True:
+        step += 1
+        log.append(step, {"values": content(step)}, attempt=done)
+        print(step, flush=True)
+
+
+if __name__ == "__main__":
+    main()

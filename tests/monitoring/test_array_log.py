@@ -1,0 +1,185 @@
+"""``*.arrays``: what is written is read; a kill, a tear or a flipped bit costs one record."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from array_log_driver import content
+from hypothesis import given
+from hypothesis.extra import numpy as hnp
+
+from deepseek.monitoring import array_log
+from deepseek.monitoring.array_log import ArrayLog, cut_torn_record, index_arrays, read_arrays
+
+DRIVER = Path(__file__).with_name("array_log_driver.py")
+
+
+def steps(path: Path) -> list[int]:
+    return [record.step for record in read_arrays(path)]
+
+
+def filled(path: Path, count: int) -> list[int]:
+    """A log of ``count`` records; returns the file's size after each."""
+    log, sizes = ArrayLog(path), [0]
+    for step in range(1, count + 1):
+        log.append(step, {"tokens": np.arange(6, dtype=np.uint32).reshape(2, 3) * step})
+        sizes.append(path.stat().st_size)
+    return sizes
+
+
+def test_a_record_comes_back_as_it_was_given(tmp_path: Path) -> None:
+    path = tmp_path / "monitor" / "experts.arrays"  # the folder is made too
+    arrays = {
+        "tokens": np.arange(12, dtype=np.uint32).reshape(3, 4),
+        "bias": np.array([[0.5, -1.25], [np.nan, np.inf]], np.float32),
+        "traffic": np.array([[2**63]], np.uint64),
+        "scalar": np.array(7.5),
+        "empty": np.zeros((0, 4), np.float32),
+        "turned": np.arange(6, dtype=">i4").reshape(2, 3).T,
+    }
+    ArrayLog(path).append(3, arrays, layers=["layers.3", "mtp.0.block"], ep=2)
+    (record,) = read_arrays(path)
+    assert record.step == 3
+    assert record.meta == {"layers": ["layers.3", "mtp.0.block"], "ep": 2}
+    assert list(record.arrays) == list(arrays)
+    for name, array in arrays.items():
+        assert record.arrays[name].shape == array.shape
+        assert record.arrays[name].dtype == array.dtype.newbyteorder("<")
+        np.testing.assert_array_equal(record.arrays[name], array)
+
+
+@given(hnp.arrays(hnp.integer_dtypes() | hnp.floating_dtypes(), hnp.array_shapes(min_side=0)))
+def test_any_array_comes_back(tmp_path_factory: pytest.TempPathFactory, array: np.ndarray) -> None:
+    path = tmp_path_factory.mktemp("log") / "a.arrays"
+    ArrayLog(path).append(1, {"a": array})
+    (record,) = read_arrays(path)
+    assert record.arrays["a"].shape == array.shape
+    np.testing.assert_array_equal(record.arrays["a"], array)
+
+
+def test_named_arrays_alone_are_decoded(tmp_path: Path) -> None:
+    ArrayLog(tmp_path / "a").append(1, {"x": np.ones(2), "y": np.full(3, 2.0)})
+    (record,) = read_arrays(tmp_path / "a", {"y"})
+    assert list(record.arrays) == ["y"]
+    np.testing.assert_array_equal(record.arrays["y"], [2.0, 2.0, 2.0])
+
+
+def test_what_is_no_number_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="no array of numbers"):
+        ArrayLog(tmp_path / "a").append(1, {"x": np.array(["word", None], dtype=object)})
+    assert not (tmp_path / "a").exists()
+
+
+def test_no_file_has_no_records(tmp_path: Path) -> None:
+    assert list(read_arrays(tmp_path / "none")) == []
+
+
+def test_an_append_is_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = ArrayLog(tmp_path / "a")
+    log.append(1, {"x": np.ones(2)})
+    before, writes = (tmp_path / "a").stat().st_size, []
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: writes.append(len(data)) or real(fd, data))
+    log.append(2, {"x": np.random.default_rng(0).random(100_000)})
+    assert writes == [(tmp_path / "a").stat().st_size - before]
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path / "a", 2)
+    before = (tmp_path / "a").read_bytes()
+    real = os.write
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", lambda fd, data: real(fd, data[:50]))
+        with pytest.raises(OSError, match="No space left"):
+            ArrayLog(tmp_path / "a").append(3, {"x": np.ones(100)})
+    assert (tmp_path / "a").read_bytes() == before
+
+
+def test_a_tear_at_any_byte_costs_the_last_record_alone(tmp_path: Path) -> None:
+    *_, start, end = filled(tmp_path / "whole", 3)
+    data = (tmp_path / "whole").read_bytes()
+    torn = tmp_path / "torn"
+    for cut in range(start, end):
+        torn.write_bytes(data[:cut])
+        assert steps(torn) == [1, 2], cut
+        ArrayLog(torn).append(3, {"again": np.ones(1)})
+        assert torn.read_bytes()[:start] == data[:start], cut
+        assert steps(torn) == [1, 2, 3], cut
+
+
+def test_a_tail_of_zeros_is_cut(tmp_path: Path) -> None:
+    """A power failure can leave the length of a record on disk without its bytes."""
+    *_, start, end = filled(tmp_path / "a", 3)
+    data = (tmp_path / "a").read_bytes()
+    for kept in (start, start + 10, end - 4):
+        (tmp_path / "a").write_bytes(data[:kept] + bytes(end - kept))
+        assert steps(tmp_path / "a") == [1, 2]
+        cut_torn_record(tmp_path / "a")
+        assert (tmp_path / "a").read_bytes() == data[:start]
+
+
+def test_a_flipped_bit_anywhere_costs_its_record_alone(tmp_path: Path) -> None:
+    _, first, second, _ = filled(tmp_path / "a", 3)
+    data = (tmp_path / "a").read_bytes()
+    for position in range(first, second):
+        damaged = bytearray(data)
+        damaged[position] ^= 0x10
+        (tmp_path / "a").write_bytes(damaged)
+        assert steps(tmp_path / "a") == [1, 3], position
+        cut_torn_record(tmp_path / "a")
+        assert (tmp_path / "a").stat().st_size == len(data), "damage in the middle is no torn tail"
+
+
+def test_the_later_record_of_a_step_wins(tmp_path: Path) -> None:
+    log = ArrayLog(tmp_path / "a")
+    for step, value in ((1, 1), (2, 2), (3, 3)):
+        log.append(step, {"x": np.array([value])})
+    for step, value in ((2, 20), (3, 30)):
+        ArrayLog(tmp_path / "a").append(step, {"x": np.array([value])})
+    assert [(r.step, int(r.arrays["x"][0])) for r in read_arrays(tmp_path / "a")] == [
+        (1, 1), (2, 20), (3, 30)]  # fmt: skip
+
+
+def test_the_index_reads_headers_alone(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for step in range(1, 6):
+        ArrayLog(tmp_path / "a").append(step, {"x": rng.random(200_000)}, note=step * 2)
+    entries = index_arrays(tmp_path / "a")
+    assert [(e.step, e.meta["note"]) for e in entries] == [(n, 2 * n) for n in range(1, 6)]
+    with open(tmp_path / "a", "rb") as file:
+        record = array_log.read_record(file, entries[3])
+    assert record is not None and record.step == 4
+
+
+def test_a_whole_v3_record_is_small(tmp_path: Path) -> None:
+    """58 layers x 256 experts: counts of balanced experts take about a byte and a half each."""
+    tokens = np.random.default_rng(0).poisson(4096, (58, 256)).astype(np.uint32)
+    ArrayLog(tmp_path / "a").append(1, {"tokens": tokens})
+    assert (tmp_path / "a").stat().st_size < 0.5 * tokens.nbytes
+
+
+def test_twenty_kills_lose_nothing(tmp_path: Path) -> None:
+    """Every record a writer reported before it was killed is there, and holds what it must."""
+    path, last = tmp_path / "a.arrays", 0
+    rng = np.random.default_rng(7)
+    for kill in range(20):
+        process = subprocess.Popen(
+            [sys.executable, str(DRIVER), str(path)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        for _ in range(int(rng.integers(1, 40))):
+            last = int(process.stdout.readline())
+        process.send_signal(signal.SIGKILL)
+        last = int((process.stdout.read().split() or [last])[-1])
+        process.wait()
+        records = list(read_arrays(path))
+        assert records[-1].step in (last, last + 1), kill
+        assert [record.step for record in records] == list(range(1, records[-1].step + 1))
+        for record in records:
+            np.testing.assert_array_equal(record.arrays["values"], content(record.step))

@@ -1,0 +1,263 @@
+"""What the report reads from a run folder, and what it says of folders it cannot read."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_run import GAMMA, SyntheticRun, write_run
+
+from deepseek.commands.report import report
+from deepseek.config.errors import UserError
+from deepseek.monitoring.array_log import ArrayLog
+from deepseek.monitoring.report.expert_history import MOST_FRAMES
+from deepseek.monitoring.report.expert_panels import utilisation_codes, worst_layer
+from deepseek.monitoring.report.panel import binned, duration, quantity, smoothed, table, thin
+from deepseek.monitoring.report.rank_history import Traffic
+from deepseek.monitoring.report.rank_panels import folded, replica_counts
+from deepseek.monitoring.report.run_data import read_run
+from deepseek.monitoring.report.training_panels import step_parts
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a collapse, a dead expert, a straggler and a restart."""
+    run = SyntheticRun(
+        steps=150, layers=12, collapsed_layer=9, dead_expert=(2, 5), straggler=3, restart_at=80
+    )
+    return write_run(tmp_path_factory.mktemp("runs") / "planted", run)
+
+
+def test_a_run_is_read_whole(planted: Path) -> None:
+    run = read_run(planted)
+    assert run.label == "synthetic"
+    assert run.steps["step"].tolist() == list(range(1, 151))
+    assert run.lost_steps == 5
+    assert run.max_steps == 150
+    assert [event["kind"] for event in run.alarms()] == [
+        "straggler", "router_collapse", "loss_spike"]  # fmt: skip
+    assert run.experts is not None and run.ranks is not None and run.traffic is not None
+    assert run.experts.layers == [*(f"layers.{n}" for n in range(1, 12)), "mtp.0.block"]
+    assert run.experts.steps.tolist() == list(range(1, 151))
+    assert run.experts.frames.shape == (MOST_FRAMES, 12, 16)
+    assert run.experts.frame_steps[[0, -1]].tolist() == [1, 150]
+    assert run.experts.bias is not None
+    assert np.abs(run.experts.bias[0]).max() == pytest.approx(GAMMA)
+    assert run.ranks.ranks == 4 and run.traffic.bytes_per_step.shape == (4, 4)
+    assert run.notes == []
+
+
+def test_the_planted_are_found(planted: Path) -> None:
+    run = read_run(planted)
+    assert run.experts is not None and run.ranks is not None
+    assert run.experts.layers[worst_layer(run.experts)] == "layers.10"
+    found = {(d.layer, d.expert): d.since for d in run.experts.dead}
+    assert found.pop((2, 5)) == 51
+    assert found == {(9, expert): 76 for expert in range(4, 16)}
+    late = run.ranks.columns["compute_seconds"][-20:].mean(axis=0)
+    assert int(late.argmax()) == 3
+
+
+def test_goodput_is_the_time_of_kept_steps(planted: Path) -> None:
+    run = read_run(planted)
+    rows = [json.loads(line) for line in (planted / "metrics.jsonl").read_text().splitlines()]
+    kept = {row["step"]: row["seconds"] for row in rows if "loss" in row}
+    times = [row["time"] for row in rows if "time" in row]
+    assert run.goodput() == pytest.approx(sum(kept.values()) / (max(times) - min(times)))
+
+
+def test_a_pause_after_a_stop_is_no_wall_time(tmp_path: Path) -> None:
+    rows = [
+        {"event": "started", "step": 0, "time": 100.0},
+        {"step": 1, "loss": 2.0, "seconds": 8.0, "time": 110.0},
+        {"event": "stopped", "step": 1, "time": 110.0},
+        {"event": "resumed", "step": 1, "time": 1000.0},
+        {"step": 2, "loss": 2.0, "seconds": 8.0, "time": 1010.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = read_run(tmp_path)
+    assert run.wall_seconds() == 20.0
+    assert run.goodput() == 0.8
+
+
+def test_parts_of_a_step_add_up_to_the_step(planted: Path) -> None:
+    run = read_run(planted)
+    parts = step_parts(run)
+    assert set(parts) == {
+        "data", "compute", "wait", "transfer", "optimizer", "checkpoint", "monitor", "other",
+    }  # fmt: skip
+    assert all((values >= 0).all() for values in parts.values())
+    np.testing.assert_allclose(np.sum(list(parts.values()), axis=0), run.steps["seconds"])
+
+
+def test_rows_of_an_older_run_are_enough(tmp_path: Path) -> None:
+    row = {"step": 1, "loss": "nan", "mtp_loss": None, "grad_norm": 1.0, "lr": 0.1, "tokens": 8}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n" + '{"step": 2, "lo')
+    run = read_run(tmp_path)
+    assert run.steps["step"].tolist() == [1]
+    assert run.column("loss") is None and run.column("mfu") is None
+    assert run.label == tmp_path.name
+    assert step_parts(run) == {} and run.goodput() is None
+    report([tmp_path], tmp_path / "r.html")
+
+
+def test_reading_needs_no_torch(planted: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom deepseek.commands.report import report\n"
+        f"report([Path({str(planted)!r})], Path({str(planted / 'r.html')!r}))\n"
+        "assert 'torch' not in sys.modules and 'lightning' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run folder: it has no metrics.jsonl; give the fold"):
+        report([tmp_path / "nowhere"])
+
+
+def test_no_run_at_all_is_refused() -> None:
+    with pytest.raises(UserError, match="needs a run folder: deepseek report RUN"):
+        report([])
+
+
+@pytest.mark.parametrize("text", ["", '{"event": "started", "step": 0}\n', '{"step": 1, "loss":'])
+def test_a_log_without_a_step_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(UserError, match="holds no step yet; its first row is written after"):
+        report([tmp_path])
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1, 2]", '{"loss": 1.0}', "\x00\x00"])
+def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 1.0}}\n{line}\n')
+    with pytest.raises(UserError, match=r"line 2 is damaged.*take the line out \(sed -i 2d"):
+        report([tmp_path])
+
+
+def test_a_damaged_environment_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (tmp_path / "environment.json").write_text("{")
+    with pytest.raises(UserError, match="environment.json is damaged.*remove it"):
+        report([tmp_path])
+
+
+def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (tmp_path / "config.yaml").write_text("a: [1\n")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        report([tmp_path])
+
+
+def test_an_array_log_that_is_none_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, SyntheticRun(steps=3))
+    (tmp_path / "monitor" / "experts.arrays").write_bytes(b"no log at all" * 9)
+    with pytest.raises(UserError, match="117 bytes without one whole record; move it away"):
+        report([tmp_path])
+
+
+def test_a_damaged_record_is_noted_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path, SyntheticRun(steps=9))
+    path = tmp_path / "monitor" / "experts.arrays"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    run = read_run(tmp_path)
+    assert run.experts is not None and run.experts.steps.tolist() == list(range(1, 9))
+    assert run.notes == [
+        "experts.arrays: 1 of 9 records are damaged and left out (the first at step 9)"
+    ]
+    page = report([tmp_path]).read_text()
+    assert "1 of 9 records are damaged" in page
+    assert "note         synthetic: experts.arrays: 1 of 9" in capsys.readouterr().out
+
+
+def test_records_of_another_shape_are_noted(tmp_path: Path) -> None:
+    write_run(tmp_path, SyntheticRun(steps=4))
+    log = ArrayLog(tmp_path / "monitor" / "experts.arrays")
+    log.append(5, {"tokens": np.ones((2, 8), np.uint32)}, layers=["a", "b"], ep=1)
+    run = read_run(tmp_path)
+    assert run.experts is not None and run.experts.layers == ["a", "b"]
+    assert "4 records have another number of layers or experts" in run.notes[0]
+
+
+def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", SyntheticRun(steps=3))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*choose another file with --output"):
+        report([tmp_path / "run"], tmp_path / "file" / "report.html")
+
+
+def test_a_missing_plotly_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path, SyntheticRun(steps=3))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="plotly, which is not installed: pip install plotly"):
+        report([tmp_path])
+
+
+# -- helpers of the panels --
+
+
+def test_thinning_keeps_extremes_ends_and_gaps() -> None:
+    y = np.sin(np.arange(20_000) / 300)
+    y[7_777], y[12_000], y[500:900] = 9.0, -9.0, np.nan
+    x, thinned = thin(np.arange(20_000), y, 600)
+    assert len(x) <= 900 and x[0] == 0 and x[-1] == 19_999
+    assert np.nanmax(thinned) == 9.0 and np.nanmin(thinned) == -9.0
+    assert np.isnan(thinned).any() and (np.diff(x) > 0).all()
+
+
+def test_smoothing_weighs_both_sides() -> None:
+    values = np.random.default_rng(0).random(60)
+    values[10] = np.nan
+    for at, found in enumerate(smoothed(values, 4.0)):
+        pairs = [(v, 0.5 ** (abs(i - at) / 4)) for i, v in enumerate(values) if np.isfinite(v)]
+        pairs += [(values[at], 1.0)] if np.isfinite(values[at]) else []  # the middle is in both
+        expected = sum(v * w for v, w in pairs) / sum(w for _, w in pairs)
+        assert found == pytest.approx(expected)
+
+
+def test_bins_are_means_of_what_is_known() -> None:
+    values = np.array([1.0, 3.0, np.nan, 5.0, np.nan, np.nan])
+    np.testing.assert_array_equal(binned(values, 3), [2.0, 5.0, np.nan])
+    np.testing.assert_array_equal(binned(values[:2], 3), [1.0, 3.0])
+
+
+def test_codes_hold_the_utilisation() -> None:
+    tokens = np.array([[0, 10, 20, 40, 10], [0, 0, 0, 0, 0]], np.uint32)
+    codes = utilisation_codes(tokens)
+    assert codes[0, 0] == 0 and (codes[1] == 255).all()
+    decoded = 2 ** (-3 + 6 * (codes[0, 1:].astype(float) - 1) / 253)
+    np.testing.assert_allclose(decoded, tokens[0, 1:] / 16, rtol=0.009)
+
+
+def test_traffic_of_many_ranks_is_folded() -> None:
+    matrix = np.random.default_rng(0).random((512, 512))
+    by_node, unit = folded(Traffic(matrix, 1, [rank // 8 for rank in range(512)], None))
+    assert unit == "node" and by_node.shape == (64, 64)
+    assert by_node[1, 2] == pytest.approx(matrix[8:16, 16:24].sum())
+    blocks, unit = folded(Traffic(matrix, 1, None, None))
+    assert unit == "block of 2 ranks" and blocks.sum() == pytest.approx(matrix.sum())
+
+
+def test_replica_counts_are_multiples_of_the_ranks() -> None:
+    assert replica_counts(256, 64) == [0, 64, 128]
+    assert replica_counts(64, 8) == [0, 8, 16, 24, 32]
+    assert replica_counts(4, 4) == [0, 4]
+    assert len(replica_counts(256, 2)) == 9
+
+
+def test_numbers_are_written_for_people() -> None:
+    assert [quantity(v, "B") for v in (0, 999, 12_345, 6.2e10)] == [
+        "0 B", "999 B", "12.3 kB", "62.0 GB"]  # fmt: skip
+    assert [quantity(v, "s") for v in (4.18e-3, 2e-6, 1.5, None)] == [
+        "4.18 ms", "2.00 µs", "1.50 s", "not logged"]  # fmt: skip
+    assert [duration(s) for s in (7.31, 250, 7500, 100_000, None)] == [
+        "7.3 s", "4 min 10 s", "2 h 05 min", "1 d 3 h", "not logged"]  # fmt: skip
+
+
+def test_a_table_is_escaped() -> None:
+    assert "<script>" not in table(["a"], [["<script>alert(1)</script>"]])

@@ -1,0 +1,343 @@
+"""Experts on several ranks against all experts in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from deepseek.models.components.context import TokenContext
+from deepseek.models.components.dispatcher import LocalDispatcher, TokenDispatcher
+from deepseek.models.components.moe import GroupedExperts, MoE
+from deepseek.models.components.router import Router
+from deepseek.parallel.expert_dispatcher import AllToAllDispatcher
+
+DIM, HIDDEN, LENGTH = 16, 8, 3
+
+
+def group() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+# -- the whole layer --
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, and how many sequences each rank feeds it."""
+
+    experts_per_rank: int
+    top_k: int
+    sequences: list[int]
+    idle: frozenset[int] = frozenset()
+    """Experts that no token may choose."""
+
+    @property
+    def num_experts(self) -> int:
+        return self.experts_per_rank * len(self.sequences)
+
+    def layer(self, dtype: torch.dtype) -> MoE:
+        router = Router(
+            dim=DIM,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            num_groups=1,
+            top_k_groups=1,
+            scoring="sigmoid",
+            topk_method="noaux_tc",
+            normalise=self.top_k > 1,  # a single weight would be 1, its gradient all rounding
+            scaling_factor=2.5,
+        )
+        layer = MoE(
+            dim=DIM,
+            hidden_dim=HIDDEN,
+            num_shared_experts=1,
+            router=router,
+            balance_coeff=0.1,
+            z_coeff=0.1,
+        )
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.normal_(0.0, 0.4, generator=generator)
+            assert router.bias is not None
+            router.bias[list(self.idle)] = -10.0
+        return layer.to(dtype)
+
+    def inputs(self, dtype: torch.dtype) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        return [
+            torch.randn(count, LENGTH, DIM, generator=generator, dtype=torch.float64).to(dtype)
+            for count in self.sequences
+        ]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a layer computed."""
+
+    y_BSD: Tensor
+    grad_BSD: Tensor
+    gradients: dict[str, Tensor]
+    tokens_per_expert: Tensor
+    balance_loss: Tensor
+
+
+def see(layer: MoE, x_BSD: Tensor) -> Seen:
+    """Forward and backward; the loss bends, so that every row's gradient differs."""
+    nothing = torch.zeros(0)
+    context = TokenContext(nothing, nothing, balance_scale=torch.tensor(0.25))
+    x_BSD = x_BSD.clone().requires_grad_()
+    y_BSD = layer(x_BSD, context)
+    y_BSD.square().sum().backward()
+    assert x_BSD.grad is not None
+    gradients = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
+    assert len(gradients) == len(list(layer.parameters()))
+    gate = layer.gate
+    return Seen(y_BSD.detach(), x_BSD.grad, gradients, gate.tokens_per_expert, gate.balance_loss)
+
+
+def on_one_rank(rank: int, case: Case, dtype: torch.dtype) -> Seen:
+    layer = case.layer(dtype)
+    mine = slice(rank * case.experts_per_rank, (rank + 1) * case.experts_per_rank)
+    for name, weight in list(layer.experts.named_parameters()):
+        setattr(layer.experts, name, nn.Parameter(weight.detach()[mine].clone()))
+    layer.dispatcher = AllToAllDispatcher(case.num_experts, group())
+    return see(layer, case.inputs(dtype)[rank])
+
+
+def assert_near(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    assert got.dtype == wanted.dtype and got.shape == wanted.shape
+    error = (got - wanted).abs().max() if wanted.numel() else torch.zeros(())
+    assert error <= tolerance * max(wanted.abs().max().item() if wanted.numel() else 0.0, 1e-30)
+
+
+def assert_like_one_process(case: Case, dtype: torch.dtype) -> Seen:
+    whole = see(case.layer(dtype), torch.cat(case.inputs(dtype)))
+    ranks = run_ranks(len(case.sequences), on_one_rank, case, dtype)
+    assert_near(torch.cat([seen.y_BSD for seen in ranks]), whole.y_BSD, dtype)
+    assert_near(torch.cat([seen.grad_BSD for seen in ranks]), whole.grad_BSD, dtype)
+    for name, wanted in whole.gradients.items():
+        parts = torch.stack([seen.gradients[name] for seen in ranks])
+        got = parts.flatten(0, 1) if name.startswith("experts.") else parts.sum(dim=0)
+        assert_near(got, wanted, dtype)
+    counts = torch.stack([seen.tokens_per_expert for seen in ranks]).sum(dim=0)
+    assert torch.equal(counts, whole.tokens_per_expert)
+    balance = torch.stack([seen.balance_loss for seen in ranks]).sum(dim=0)
+    assert_near(balance, whole.balance_loss, torch.float32)  # kept in fp32
+    return whole
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    num_ranks = draw(st.sampled_from([2, 3, 4]))
+    experts_per_rank = draw(st.integers(1, 3))
+    num_experts = num_ranks * experts_per_rank
+    top_k = draw(st.integers(1, min(num_experts, 4)))
+    idle = draw(st.permutations(range(num_experts)))[: draw(st.integers(0, num_experts - top_k))]
+    sequences = draw(st.lists(st.integers(0, 3), min_size=num_ranks, max_size=num_ranks))
+    return Case(experts_per_rank, top_k, [sequences[0] + 1, *sequences[1:]], frozenset(idle))
+
+
+@settings(deadline=None, max_examples=25)
+@given(case=cases(), dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_any_case(case: Case, dtype: torch.dtype) -> None:
+    assert_like_one_process(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(4, 2, [2, 2]),
+        Case(2, 3, [2, 1, 3, 1]),
+        Case(2, 4, [1] * 8),
+        Case(1, 2, [1, 2, 1, 2]),
+        Case(1, 1, [2, 2, 2, 2]),
+        Case(2, 2, [2, 2], frozenset({0, 1})),
+        Case(2, 2, [2, 2, 1, 1], frozenset({0, 1, 2, 3, 6, 7})),
+        Case(2, 2, [0, 3]),
+        Case(2, 2, [0, 3], frozenset({2, 3})),
+    ],
+    ids=[
+        "2 ranks",
+        "4 ranks",
+        "8 ranks",
+        "one expert per rank",
+        "top-1",
+        "no token for rank 0",
+        "all tokens for rank 2",
+        "rank 0 has no tokens",
+        "rank 0 has no tokens and does all the work",
+    ],
+)
+def test_named_case(case: Case, dtype: torch.dtype) -> None:
+    whole = assert_like_one_process(case, dtype)
+    assert not whole.tokens_per_expert[list(case.idle)].any(), "the idle experts are not idle"
+
+
+# -- the seam --
+
+
+def rows(case_seed: int, tokens: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(case_seed)
+    return torch.randn(tokens, DIM, generator=generator).to(dtype)
+
+
+def choices(seed: int, tokens: int, num_experts: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """Experts of each token, and fp32 weights."""
+    generator = torch.Generator().manual_seed(seed)
+    scores_TE = torch.rand(tokens, num_experts, generator=generator)
+    weights_TK, ids_TK = scores_TE.topk(top_k, dim=-1, sorted=False)
+    return ids_TK, weights_TK
+
+
+def experts(first: int, count: int) -> GroupedExperts:
+    """Some of the same many."""
+    whole = GroupedExperts(8, DIM, HIDDEN)
+    part = GroupedExperts(count, DIM, HIDDEN)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, weight in whole.named_parameters():
+            weight.normal_(0.0, 0.4, generator=generator)
+            getattr(part, name).copy_(weight[first : first + count])
+    return part
+
+
+Pass = tuple[Tensor, Tensor, Tensor, list[Tensor]]
+
+
+def through(
+    dispatcher: TokenDispatcher,
+    part: GroupedExperts,
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    autocast: bool,
+) -> Pass:
+    """Result, gradients of tokens and weights, gradients of the experts."""
+    x_TD, weights_TK = x_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        sent = dispatcher.dispatch(x_TD, ids_TK)
+        y_TD = dispatcher.combine(part(sent.rows_RD, sent.counts_e), weights_TK, sent)
+    y_TD.float().square().sum().backward()
+    assert x_TD.grad is not None and weights_TK.grad is not None
+    return (
+        y_TD.detach(),
+        x_TD.grad,
+        weights_TK.grad,
+        [p.grad for p in part.parameters() if p.grad is not None],
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)],
+    ids=["fp32", "fp32 under autocast", "bf16"],
+)
+def test_bitwise_as_on_one_rank(dtype: torch.dtype, autocast: bool) -> None:
+    """Given the choices, every dtype and every bit is that of ``LocalDispatcher``."""
+    tokens = [5, 0, 9, 2]
+    x_TD = rows(0, sum(tokens), dtype)
+    ids_TK, weights_TK = choices(1, sum(tokens), 8, 3)
+
+    def work(rank: int) -> Pass:
+        mine = [part.split(tokens)[rank] for part in (x_TD, ids_TK, weights_TK)]
+        weights = experts(2 * rank, 2).to(dtype)
+        return through(AllToAllDispatcher(8, group()), weights, *mine, autocast=autocast)
+
+    whole = through(
+        LocalDispatcher(8), experts(0, 8).to(dtype), x_TD, ids_TK, weights_TK, autocast=autocast
+    )
+    ranks = run_ranks(4, work)
+    assert whole[0].dtype == (torch.bfloat16 if autocast else dtype)
+    for i in range(3):
+        parts = [seen[i] for seen in ranks]
+        assert {part.dtype for part in parts} == {whole[i].dtype}
+        assert torch.equal(torch.cat(parts), whole[i])
+    for i, wanted in enumerate(whole[3]):
+        assert torch.equal(torch.cat([seen[3][i] for seen in ranks]), wanted)
+
+
+def test_where_rows_arrive() -> None:
+    """Sorted by local expert, then by source rank, then as the tokens stood."""
+    ids_TK = [torch.tensor([[3, 0], [1, 3]]), torch.tensor([[0, 3], [3, 2], [3, 1]])]
+
+    def work(rank: int) -> tuple[Tensor, Tensor, Tensor, list[int], list[int]]:
+        x_TD = 10.0 * rank + torch.arange(len(ids_TK[rank])).unsqueeze(1)
+        dispatcher = AllToAllDispatcher(4, group())
+        sent = dispatcher.dispatch(x_TD, ids_TK[rank])
+        back_TD = dispatcher.combine(sent.rows_RD, torch.full(ids_TK[rank].shape, 0.5), sent)
+        assert torch.equal(back_TD, x_TD), "experts that do nothing give the tokens back"
+        last = dispatcher.last_sent, dispatcher.last_received
+        return sent.rows_RD.flatten(), sent.counts_e, x_TD, *last
+
+    first, second = run_ranks(2, work)
+    assert first[0].tolist() == [0, 10, 1, 12]  # expert 0, expert 1
+    assert first[1].tolist() == [2, 2]
+    assert second[0].tolist() == [11, 0, 1, 10, 11, 12]  # expert 2, expert 3
+    assert second[1].tolist() == [1, 5]
+    assert [first[3:], second[3:]] == [([2, 2], [2, 2]), ([2, 4], [2, 4])]
+    assert first[1].dtype == torch.int64
+
+
+def recorded(work: Callable[[], object]) -> list[tuple[torch.dtype, int]]:
+    """Data type and numbers sent by each all-to-all."""
+    calls = []
+    send = dist.all_to_all_single
+
+    def watched(out: Tensor, x: Tensor, *args: object, **kwargs: object) -> object:
+        calls.append((x.dtype, x.numel()))
+        return send(out, x, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", watched)
+        work()
+    return calls
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_is_sent(autocast: bool) -> None:
+    """Counts once, rows once each way and once each way back; in bf16 under autocast."""
+    ids_TK, weights_TK = choices(1, 6, 4, 2)
+
+    def work(rank: int) -> list[tuple[torch.dtype, int]]:
+        dispatcher, weights = AllToAllDispatcher(4, group()), experts(2 * rank, 2)
+        x_TD = rows(rank, 6, torch.float32)
+        return recorded(lambda: through(dispatcher, weights, x_TD, ids_TK, weights_TK, autocast))
+
+    dtype = torch.bfloat16 if autocast else torch.float32
+    numbers = [2 * int((ids_TK // 2 == rank).sum()) * DIM for rank in range(2)]  # both send alike
+    for rank, calls in enumerate(run_ranks(2, work)):
+        there, back = (dtype, 12 * DIM), (dtype, numbers[rank])
+        assert calls == [(torch.int64, 4), there, back, there, back]
+
+
+def test_the_same_dispatcher_twice_before_the_backward_pass() -> None:
+    """Pipelined micro-batches: each journey is kept in its own state."""
+
+    def work(rank: int) -> list[Tensor]:
+        dispatcher = AllToAllDispatcher(4, group())
+        inputs = [rows(10 * rank + i, 3 + i, torch.float32).requires_grad_() for i in range(2)]
+        ways = [choices(10 * rank + i, 3 + i, 4, 2) for i in range(2)]
+        sent = [dispatcher.dispatch(x, ids) for x, (ids, _) in zip(inputs, ways, strict=True)]
+        outputs = [
+            dispatcher.combine(s.rows_RD, w, s) for s, (_, w) in zip(sent, ways, strict=True)
+        ]
+        for x_TD, y_TD, (_, weights_TK) in zip(inputs, outputs, ways, strict=True):
+            factor_T1 = weights_TK.sum(dim=1, keepdim=True)
+            torch.testing.assert_close(y_TD, x_TD * factor_T1)
+            y_TD.sum().backward()
+            torch.testing.assert_close(x_TD.grad, factor_T1.expand_as(x_TD))
+        return outputs
+
+    run_ranks(2, work)

@@ -1,0 +1,350 @@
+"""Every layout computes what one process computes, and the comparison would notice if not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from draw import ADAM_EPS, draw_cases
+from layouts import Case, Driven, batches, compare, small_config, spread, worst
+from ranks import run_ranks
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from deepseek.config.schema import OptimConfig, SchedConfig
+from deepseek.models.components.router import Router, Routing
+from deepseek.models.deepseek_model import DeepSeekModel
+from deepseek.ops.linear_cross_entropy import IGNORE_INDEX
+from deepseek.parallel import gradients, tensor
+from deepseek.parallel.mesh import Alone
+
+FP64, FP32 = 1e-12, 1e-5
+
+SHORT = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "rep": "data_parallel_replicate_size",
+    "schedule": "pipeline_schedule",
+    "virtual": "virtual_pipeline_model_parallel_size",
+    "split": "pipeline_layers_per_stage",
+    "mtp": "num_nextn_predict_layers",
+    "recompute": "activations_checkpoint_granularity",
+}
+MUON = OptimConfig(name="muon", lr=1e-2, sched=SchedConfig(min_lr=1e-3))
+
+
+def case_of(world: int, dtype: torch.dtype = torch.float64, **changes: Any) -> Case:
+    """A layout of the small model."""
+    named = {SHORT.get(key, key): value for key, value in changes.items()}
+    optim = named.pop("optim", OptimConfig(lr=1e-2, sched=SchedConfig(min_lr=1e-3)))
+    case = Case(
+        small_config(optim=replace(optim, eps=ADAM_EPS[dtype]), **named), world, dtype, seed=1
+    )
+    assert case.problems() == []
+    return case
+
+
+def assert_exact(case: Case) -> dict[str, float]:
+    """Errors, all of them within what the dtype allows."""
+    errors = compare(case)
+    allowed = FP64 if case.dtype == torch.float64 else FP32
+    too_far = {name: error for name, error in errors.items() if not error <= allowed}
+    assert not too_far, too_far
+    return errors
+
+
+# -- layouts --
+
+
+@pytest.mark.parametrize("case", draw_cases(14, torch.float64, 11), ids=str)
+def test_drawn_layout_in_fp64(case: Case) -> None:
+    assert_exact(case)
+
+
+@pytest.mark.parametrize("case", draw_cases(5, torch.float32, 12), ids=str)
+def test_drawn_layout_in_fp32(case: Case) -> None:
+    assert_exact(case)
+
+
+CHOSEN = {
+    "EP over all ranks": case_of(4, ep=4),
+    "experts shared by two ranks each": case_of(4, ep=2, optim=MUON),
+    "HSDP": case_of(4, rep=2, ep=2),
+    "TP, EP across its ranks": case_of(4, tp=2, ep=4, mtp=2),
+    "GPipe": case_of(2, pp=2, schedule="GPipe", mtp=2),
+    "1F1B, uneven by hand": case_of(2, pp=2, split=[1, 3], recompute="full"),
+    "Interleaved1F1B": case_of(2, pp=2, schedule="Interleaved1F1B", virtual=2),
+    "InterleavedZeroBubble, two MTP depths": case_of(
+        2, pp=2, schedule="InterleavedZeroBubble", virtual=2, mtp=2
+    ),
+    "ZBVZeroBubble, recomputed": case_of(
+        2, pp=2, schedule="ZBVZeroBubble", mtp=2, recompute="full", micro_batch_size=2
+    ),
+    "DualPipeV with data parallelism": case_of(4, pp=2, schedule="DualPipeV", ep=2),
+    "all at once": case_of(8, pp=2, tp=2, ep=4, schedule="DualPipeV", optim=MUON, mtp=2),
+    "fp32, TP and PP": case_of(4, torch.float32, pp=2, tp=2, initializer_range=0.1),
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_chosen_layout(name: str) -> None:
+    assert_exact(CHOSEN[name])
+
+
+# -- extremes of the load --
+
+
+def send_all_to(*experts: int) -> Callable[[Driven], None]:
+    """Every token chooses these experts and no other."""
+
+    def prepare(driven: Driven) -> None:
+        for router in driven.module.model.routers().values():
+            router.bias.fill_(-100.0)
+            router.bias[list(experts)] = 100.0
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    ("experts", "changes"),
+    [
+        ((0, 1), dict(ep=4)),  # all rows to the first rank
+        ((6, 7), dict(ep=4, recompute="full")),  # all to the last
+        ((7,), dict(ep=4, num_experts_per_tok=1, norm_topk_prob=False)),  # to one expert
+        ((0, 3), dict(ep=2, tp=2)),  # all to one of two EP ranks, whose shards lie on two
+        ((2, 5), dict(ep=2, pp=2)),
+    ],
+)
+def test_ranks_without_tokens(experts: tuple[int, ...], changes: dict[str, Any]) -> None:
+    case = case_of(4, n_group=1, topk_group=1, **changes)
+    case.prepare = send_all_to(*experts)
+    assert_exact(case)
+    loads = run_ranks(4, loads_of_rank, case)
+    for load in loads:
+        assert {int(expert) for expert in load.nonzero()} == set(experts)
+
+
+def loads_of_rank(rank: int, case: Case) -> Tensor:
+    """Tokens that each expert of the first MoE layer here got in the last step."""
+    driven = spread(case)
+    driven.run(batches(case))
+    router: Router = next(iter(driven.module.model.routers().values()))
+    return router.tokens_per_expert
+
+
+# -- batches --
+
+
+def pad_first_half(batch: dict[str, Tensor]) -> None:
+    """The rows of half of the ranks hold nothing but padding."""
+    rows = slice(0, len(batch["tokens"]) // 2)
+    batch["labels"][rows] = IGNORE_INDEX
+    batch["documents"][rows] = -1
+
+
+def no_labels_at_all(batch: dict[str, Tensor]) -> None:
+    """Real tokens, but nothing to learn from."""
+    batch["labels"][:] = IGNORE_INDEX
+
+
+@pytest.mark.parametrize("edit", [pad_first_half, no_labels_at_all])
+@pytest.mark.parametrize(
+    "changes", [dict(ep=4), dict(tp=2, ep=2), dict(pp=2, schedule="ZBVZeroBubble")], ids=str
+)
+def test_ranks_with_only_padding_or_without_labels(
+    edit: Callable[[dict[str, Tensor]], None], changes: dict[str, Any]
+) -> None:
+    case = case_of(4, **changes)
+    case.edit = edit
+    assert_exact(case)
+
+
+@pytest.mark.parametrize("changes", [dict(ep=2), dict(tp=2), dict(pp=2, mtp=2)], ids=str)
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(
+    changes: dict[str, Any],
+) -> None:
+    """In the second step of three; the metrics, weights and moments agree afterwards."""
+
+    def prepare(driven: Driven) -> None:
+        train, calls = driven.module.micro_batches.train, []
+
+        def spoiled(*args: Any) -> Tensor:
+            sums = train(*args)
+            calls.append(1)
+            alone = isinstance(driven.meshes, Alone)
+            if len(calls) == 2 and (alone or torch.distributed.get_rank() == 3):
+                gradient = next(driven.module.model.parameters()).grad
+                gradients.local(gradient).view(-1)[0] = float("nan")
+            return sums
+
+        driven.module.micro_batches.train = spoiled
+
+    case = case_of(4, **changes)
+    case.prepare = prepare
+    errors = assert_exact(case)
+    assert errors["loss"] <= FP64
+    assert run_ranks(4, skipped_of_rank, case) == [[False, True, False]] * 4
+
+
+def skipped_of_rank(rank: int, case: Case) -> list[bool]:
+    """Which steps changed nothing."""
+    driven = spread(case)
+    driven.run(batches(case))
+    return [metrics.skipped for metrics in driven.metrics]
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05, 1e6])
+def test_clipping(clip: float) -> None:
+    """Off, active and inactive, with gradients on three kinds of meshes."""
+    case = case_of(4, tp=2, ep=2)
+    case.clip = clip
+    assert_exact(case)
+
+
+def test_the_active_clipping_above_is_active() -> None:
+    case = case_of(4, tp=2, ep=2)
+    free, clipped = (Driven(replace(case, clip=clip), Alone()) for clip in (0.0, 0.05))
+    for driven in (free, clipped):
+        driven.run(batches(case))
+    assert all(metrics.grad_norm > 0.05 for metrics in free.metrics)
+    name = "gradient.head.weight"
+    assert free.tensors()[name].norm() > 2 * clipped.tensors()[name].norm()
+
+
+# -- validation --
+
+
+def validated(driven: Driven, case: Case) -> list[float]:
+    """Validate, train, validate twice."""
+    steps = list(batches(case))
+    losses = [driven.validate(steps)]
+    driven.run(steps)
+    losses += [driven.validate(steps[:1]), driven.validate(steps[1:])]
+    assert isinstance(driven.meshes, Alone) or all(
+        isinstance(parameter, DTensor) for parameter in driven.module.model.parameters()
+    )
+    return losses + [metrics.grad_norm for metrics in driven.metrics]
+
+
+def validated_by_rank(rank: int, case: Case) -> list[float]:
+    return validated(spread(case), case)
+
+
+@pytest.mark.parametrize("edit", [lambda batch: None, pad_first_half], ids=["", "padded"])
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [
+        (4, dict(rep=2, ep=2)),
+        (4, dict(tp=2, ep=4, micro_batch_size=2)),
+        (4, dict(pp=2, tp=2, mtp=2)),
+        (2, dict(pp=2, schedule="Interleaved1F1B", virtual=2, split=[1, 1, 1, 1])),
+        (4, dict(pp=2, schedule="DualPipeV", ep=2)),
+    ],
+    ids=str,
+)
+def test_validation(
+    world: int, changes: dict[str, Any], edit: Callable[[dict[str, Tensor]], None]
+) -> None:
+    case = case_of(world, **changes)
+    case.edit = edit
+    wanted = validated(Driven(case, Alone()), case)
+    for found in run_ranks(world, validated_by_rank, case):
+        assert found == pytest.approx(wanted, rel=FP64)
+
+
+# -- bf16 --
+
+
+def test_mixed_precision() -> None:
+    """With the routing pinned, so that no rounded score turns a token to another expert."""
+    for changes in (dict(ep=2), dict(tp=2, ep=2), dict(pp=2)):
+        case = case_of(2, torch.float32, n_group=1, topk_group=1, initializer_range=0.1, **changes)
+        case.prepare, case.autocast = send_all_to(1, 6), True
+        errors = compare(case)
+        for key in ("loss", "mtp_loss", "balance_loss"):
+            assert errors[key] < 1e-2, (changes, key, errors[key])
+        assert errors["grad_norm"] < 5e-2, (changes, errors["grad_norm"])
+        gradients_off = {k: v for k, v in errors.items() if k.startswith("gradient.")}
+        assert worst(gradients_off)[1] < 0.2, (changes, worst(gradients_off))
+        assert worst(gradients_off)[1] > 1e-5, "nothing was rounded to bf16"
+        assert all(v == 0 for k, v in errors.items() if k.startswith(("load.", "buffer.")))
+
+
+def test_mixed_precision_keeps_router_bias_and_gradients_in_fp32() -> None:
+    case = case_of(2, torch.float32, tp=2, ep=2)
+    case.autocast = True
+    for dtypes in run_ranks(2, dtypes_of_rank, case):
+        assert dtypes == {torch.float32}
+
+
+def dtypes_of_rank(rank: int, case: Case) -> set[torch.dtype]:
+    """Of everything that must not be rounded to bf16."""
+    driven = spread(case)
+    seen: set[torch.dtype] = set()
+
+    def note(module: Router, args: Any, routing: Routing) -> None:
+        seen.update({routing.weights_TK.dtype, routing.scores_TE.dtype, routing.logits_TE.dtype})
+
+    for router in driven.module.model.routers().values():
+        router.register_forward_hook(note)
+        seen.add(router.bias.dtype)
+    driven.run(batches(case))
+    kinds = ("weight", "gradient", "exp_avg", "exp_avg_sq")
+    seen |= {t.dtype for name, t in driven.tensors().items() if name.startswith(kinds)}
+    return seen
+
+
+# -- the comparison notices --
+
+
+def keep_copies_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "_sum_copies_of_embedding", lambda *args: None)
+
+
+def keep_tensor_ranks_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "_sum_over_tensor_ranks", lambda *args: None)
+
+
+def average_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FSDPModule, "set_gradient_divide_factor", lambda *args: None)
+
+
+def balance_parts_of_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor, "sum_forward", lambda part, group: part)
+
+
+def count_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeepSeekModel, "_count_everywhere", lambda *args: None)
+
+
+def measure_copies_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "_holders", lambda *args: 1)
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "changes", "shows_in"),
+    [
+        (keep_copies_apart, dict(pp=2), "gradient.embed.weight"),
+        (keep_copies_apart, dict(pp=2, schedule="ZBVZeroBubble"), "gradient.embed.weight"),
+        (keep_tensor_ranks_apart, dict(tp=2), "gradient.layers.1.attn.wkv_a.weight"),
+        (average_gradients, dict(ep=2), "gradient.layers.0.attn.wo.weight"),
+        (balance_parts_of_sequences, dict(tp=2), "gradient.layers.1.ffn.gate.weight"),
+        (count_at_home, dict(ep=2), "buffer.layers.1.ffn.gate.bias"),
+        (measure_copies_twice, dict(tp=2), "grad_norm"),
+    ],
+)
+def test_the_comparison_notices(
+    monkeypatch: pytest.MonkeyPatch,
+    sabotage: Callable[[pytest.MonkeyPatch], None],
+    changes: dict[str, Any],
+    shows_in: str,
+) -> None:
+    case = case_of(2, **changes)
+    assert_exact(case)
+    sabotage(monkeypatch)
+    assert compare(case)[shows_in] > 1e-3

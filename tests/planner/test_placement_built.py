@@ -1,0 +1,76 @@
+"""What the planner says of a rank against what the parallel code builds there.
+
+The ranks beside the one that is looked at are not there: torch's ``fake`` backend stands in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from deepseek.config import RunConfig, load_config
+from deepseek.parallel.distribute import build
+from deepseek.parallel.mesh import Meshes
+from deepseek.parallel.shard import local_part
+from deepseek.planner.layout import Layout, split_layers, stages_of_rank
+from deepseek.planner.placement import kept_shape, rank_memory, stage_weights
+
+SMALL = [
+    "model.hidden_size=32",
+    "model.num_hidden_layers=4",
+    "model.vocab_size=512",
+    "model.tokenizer.vocab_size=512",
+    "model.data.seq_length=64",
+]
+
+
+@contextmanager
+def meshes_of(layout: Layout, rank: int) -> Iterator[Meshes]:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+    try:
+        yield Meshes(layout, "cpu", timedelta(minutes=1))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:Set timeout is now only supported")
+@pytest.mark.parametrize(
+    ("name", "ranks", "overrides"),
+    [
+        ("deepseek_v3_2gpu", [0], []),
+        ("deepseek_v3_8gpu", [0], []),
+        ("deepseek_v3_32gpu", [0, 16], []),
+        ("deepseek_v3_32gpu", [0], ["model.data_parallel_replicate_size=2"]),
+        ("deepseek_v3_32gpu", [0, 16], ["model.pipeline_schedule=DualPipeV"]),
+        ("deepseek_v3_tiny", [0], ["trainer.devices=3", "model.global_batch_size=12"]),
+    ],
+)
+def test_the_first_ranks_of_a_stage_keep_what_the_planner_says(
+    name: str, ranks: list[int], overrides: list[str]
+) -> None:
+    run = OmegaConf.to_object(load_config(name, [*SMALL, *overrides]))
+    assert isinstance(run, RunConfig)
+    layout, parts = Layout.of_run(run), split_layers(run.model)
+    for rank in ranks:
+        with meshes_of(layout, rank) as meshes:
+            model = build(run.model, meshes, torch.device("cpu"), seed=1).model
+            kept = {name: tuple(local_part(p)[0].shape) for name, p in model.named_parameters()}
+            numbers = sum(local_part(p)[0].numel() for p in model.parameters())
+            buffers = dict(model.named_buffers())  # beside the biases: the counters of a step
+            biases = sum(b.numel() for name, b in buffers.items() if name.endswith("gate.bias"))
+        pp = layout.place(rank).pp
+        planned = {
+            name: kept_shape(weight, layout)
+            for stage in stages_of_rank(run.model, pp)
+            for name, weight in stage_weights(run.model, parts[stage])
+        }
+        assert kept == planned
+        memory = rank_memory(run.model, layout, pp)
+        assert (memory.parameters, memory.weights) == (numbers, 4 * (numbers + biases))

@@ -1,0 +1,265 @@
+"""Runs in several processes, through the command line, against the same run in one process."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+from forked import FORK_WORKERS, Ran, children, environment_for_tests
+from launchers import (
+    by_itself,
+    by_srun,
+    by_torchrun,
+    ended,
+    layout,
+    log_distance,
+    relative,
+    tensor_distance,
+)
+from micro_runs import MicroRuns
+
+SAME = 1e-5
+"""Relative, in fp32: sums are taken in another order. Measured: 4e-7 for rows of the log, 2e-6 for
+weights and moments after 12 steps."""
+EP2 = layout(2, ep=2, micro=2)
+PP2 = layout(2, pp=2)
+EP2_PP2 = layout(4, ep=2, pp=2)
+TP2_EP2 = layout(4, tp=2, ep=2)
+TP2_PP2_EP2 = layout(8, tp=2, pp=2, ep=2)
+ONE = layout(1, micro=2)
+
+
+def assert_same_run(runs: MicroRuns, whole: str, name: str) -> None:
+    assert log_distance(runs, whole, name) <= SAME
+    distance, key = tensor_distance(runs, whole, name)
+    assert distance <= SAME, key
+
+
+def assert_one_error(ran: Ran, *parts: str) -> None:
+    """Exit code 2 and one message, however many processes have it."""
+    ran.assert_refused(*parts)
+    assert ran.err.count("error: ") == 1, ran.err
+    assert ran.err.count(parts[0]) == 1, ran.err
+
+
+# -- every launcher --
+
+
+@pytest.mark.parametrize("sizes", [EP2, TP2_EP2], ids=["2", "4"])
+def test_it_starts_its_processes_itself(micro: MicroRuns, whole: str, sizes: list[str]) -> None:
+    name = f"itself{sizes[0]}"
+    ran = by_itself(micro, name, *sizes).wait().assert_done()
+    assert ran.err == ""
+    assert_same_run(micro, whole, name)
+    # One voice: nothing is said twice, and it is what one process says, and what the layout is.
+    lines = ran.out.splitlines()
+    assert len([line for line in lines if line.startswith("step  ")]) == 1 + 12 + 3
+    assert lines[0] == f"processes    {sizes[0][-1]}, started and watched by this one"
+    assert len([line for line in lines if line.startswith("layout  ")]) == 1
+    assert lines[-1].startswith("sample it    deepseek generate")
+    again = by_itself(micro, name, *sizes).wait().assert_done()
+    assert "is complete: 12 of 12 steps" in again.out and "processes" not in again.out
+
+
+def test_torchrun_starts_4(micro: MicroRuns, whole: str) -> None:
+    ran = by_torchrun(micro, "torchrun", 4, *EP2_PP2).wait().assert_done()
+    assert "DP 2, PP 2 (1F1B, 2 stages), EP 2" in ran.out
+    assert_same_run(micro, whole, "torchrun")
+
+
+def test_srun_starts_8_on_2_nodes(micro: MicroRuns, whole: str) -> None:
+    sizes = [*TP2_PP2_EP2, "trainer.devices=4", "trainer.num_nodes=2"]
+    rans = ended(by_srun(micro, "srun", 8, *sizes, nodes=2))
+    for ran in rans:
+        ran.assert_done()
+        assert ran.err == ""
+    assert [bool(ran.out) for ran in rans] == [True] + 7 * [False]
+    assert_same_run(micro, whole, "srun")
+
+
+def test_real_interpreters_and_a_lost_rank(micro: MicroRuns, whole: str) -> None:
+    """Nothing forked: the program as a user starts it. Rank 1 is killed after 6 steps."""
+    name = "real"
+    log = micro.folder / name / "metrics.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deepseek", *map(str, micro.words(name, *EP2))],
+        cwd=micro.folder,
+        env=environment_for_tests(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") > 6)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "rank 1 was killed by SIGKILL; all start again, restart 1 of 3" in err
+    assert re.search(r"resumed from .* at step [48]\b", out) and "Traceback" not in err
+    assert_same_log_and_weights_after_a_loss(micro, whole, name)
+
+
+def assert_same_log_and_weights_after_a_loss(micro: MicroRuns, whole: str, name: str) -> None:
+    """Rows of repeated steps stand twice; the later one counts."""
+    rows = {(row["step"], "val_loss" in row): row for row in micro.rows(name)}
+    expected = {(row["step"], "val_loss" in row): row for row in micro.rows(whole)}
+    assert rows.keys() == expected.keys()
+    for place, row in rows.items():
+        assert all(relative(row[key], expected[place][key]) <= SAME for key in row), (row, place)
+    assert tensor_distance(micro, whole, name)[0] <= SAME
+
+
+def wait_until(met: Callable[[], bool], seconds: float = 250.0) -> None:
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+# -- from layout to layout --
+
+
+def test_a_run_goes_on_in_other_layouts(micro: MicroRuns, whole: str) -> None:
+    """1 process -> EP 2 -> PP 2 -> 1 process, three steps each."""
+    never = "exp_manager.checkpoint_callback_params.every_n_train_steps=0"
+    schedule = "model.optim.sched.max_steps=12"
+    for number, sizes in enumerate([ONE, EP2, PP2, ONE], 1):
+        steps = f"trainer.max_steps={3 * number}"
+        ran = by_itself(micro, "wander", *sizes, schedule, steps, never).wait().assert_done()
+        assert ("resumed from" in ran.out) == (number > 1)
+        assert micro.steps("wander")[-1] == 3 * number
+    assert "changed since the checkpoint: model.pipeline_model_parallel_size 2 -> 1" in ran.out
+    assert_same_run(micro, whole, "wander")
+
+
+# -- the run folder --
+
+
+def test_all_ranks_choose_one_version(micro: MicroRuns) -> None:
+    def version(*settings: str) -> str:
+        places = ["exp_manager.exp_dir=versions", "model.optim.sched.max_steps=12"]
+        rans = ended(by_srun(micro, None, 2, *EP2, *places, *settings))
+        folders = re.findall(r"^run folder   .*/(.*)$", rans[0].assert_done().out, re.MULTILINE)
+        assert len(set(folders)) == 1 and rans[1].assert_done().out == ""
+        return str(folders[0])
+
+    short, fresh = "trainer.max_steps=1", "exp_manager.resume_if_exists=false"
+    assert version(short) == "version_0"
+    assert version("trainer.max_steps=2") == "version_0"
+    assert version(short, fresh) == "version_1"
+    supervised = [*EP2, "exp_manager.exp_dir=versions", short, fresh]
+    ran = by_itself(micro, None, *supervised).wait().assert_done()
+    assert "versions/micro/version_2" in ran.out
+    names = sorted(path.name for path in (micro.folder / "versions" / "micro").iterdir())
+    assert names == ["version_0", "version_1", "version_2"]
+
+
+def test_two_runs_in_one_folder(micro: MicroRuns) -> None:
+    settings = [*EP2, "trainer.max_steps=100000"]
+    first = by_itself(micro, "both", *settings)
+    first.wait_for("step      1/")
+    second = by_itself(micro, "both", *settings).wait()
+    assert_one_error(second, "writes checkpoints here already; wait for it or stop it")
+    first.signal(signal.SIGTERM)
+    first.wait().assert_done()
+    assert micro.cli.orphans() == []
+
+
+# -- what does not fit --
+
+
+def test_a_layout_that_does_not_fit(micro: MicroRuns) -> None:
+    three = layout(3, tp=2)
+    parts = ["devices 3 x nodes 1 = 3 processes is not a multiple of tensor 2 x pipeline 1 = 2"]
+    parts += ["use trainer.devices=2"]
+    ran = by_itself(micro, "three", *three).wait()
+    assert_one_error(ran, *parts)
+    assert "processes  " not in ran.out
+    first, *others = by_srun(micro, "three", 3, *three)
+    assert_one_error(first.wait(), *parts)
+    for other in others:
+        other.signal(signal.SIGTERM)  # as srun --kill-on-bad-exit, and any other launcher
+        assert other.wait() == Ran(-signal.SIGTERM, "", "")
+
+
+def test_torchrun_with_another_number_of_processes(micro: MicroRuns) -> None:
+    ran = by_torchrun(micro, "other", 4, *EP2).wait()
+    message = "torchrun started 4 processes, trainer.devices=2 x trainer.num_nodes=1 = 2"
+    assert ran.code == 1  # torchrun's own, after its own report
+    assert ran.err.count(f"error: {message}: set trainer.devices=4, or") == 1
+    assert not (micro.folder / "other").exists()
+    assert micro.cli.orphans() == []
+
+
+def test_an_error_that_every_rank_finds_is_told_once(micro: MicroRuns) -> None:
+    by_itself(micro, "taken", *EP2, "trainer.max_steps=2").wait().assert_done()
+    fresh = "exp_manager.resume_if_exists=false"
+    for tasks in (
+        [by_itself(micro, "taken", *EP2, fresh)],
+        by_srun(micro, "taken", 2, *EP2, fresh),
+    ):
+        rans = ended(tasks)
+        assert {ran.code for ran in rans} == {2}
+        everything = "".join(ran.out + ran.err for ran in rans)
+        assert everything.count("already holds checkpoints") == 1, everything
+        assert "Traceback" not in everything and "start again" not in everything
+    assert micro.cli.orphans() == []
+
+
+# -- signals --
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_supervisor(micro: MicroRuns, whole: str, number: int) -> None:
+    """As in one process: a checkpoint after a whole step, exit code 0, and the run goes on."""
+    name = f"stopped{number}"
+    never = "exp_manager.checkpoint_callback_params.every_n_train_steps=0"
+    slow = "from deepseek.models.deepseek_model import DeepSeekModel as M; import time\n"
+    slow += "step = M.training_step\n"
+    slow += "def slowly(*args):\n    time.sleep(0.3)\n    return step(*args)\n"
+    slow += "M.training_step = slowly\n"
+    started = by_itself(micro, name, *PP2, never, before=slow)
+    started.wait_for("step      3/12")
+    started.signal(number)
+    ran = started.wait().assert_done()
+    kind = signal.Signals(number).name
+    assert ran.out.count(f"{kind}: saving a checkpoint after this step, then stopping") == 1
+    saved = micro.steps(name)
+    assert len(saved) == 1 and 3 <= saved[0] < 12
+    assert f"stopped at step {saved[0]} of 12; run the same command again to go on" in ran.out
+    assert "start again" not in ran.err and micro.cli.orphans() == []
+    again = by_itself(micro, name, *PP2, never).wait().assert_done()
+    assert f"at step {saved[0]}" in again.out
+    assert_same_run(micro, whole, name)
+
+
+# -- the end --
+
+
+def test_a_sample_after_a_run_in_several_processes(micro: MicroRuns) -> None:
+    words = [*micro.words("sampled", *EP2, "trainer.max_steps=2"), "--sample"]
+    ran = micro.cli.start(*words, before=FORK_WORKERS).wait().assert_done()
+    assert ran.out.count("sample:\n") == 1
+    assert ran.out.split("sample:\n")[1].strip()
+
+
+def test_only_rank_0_writes_the_log(micro: MicroRuns, whole: str) -> None:
+    """No rank but the first opens a file of the run folder, outside of its checkpoints."""
+    watch = """
+import sys
+def opened(event, args):
+    if event == "open" and "watched" in str(args[0]) and args[1] and set("wa+x") & set(args[1]):
+        if "checkpoints" not in str(args[0]):
+            print("WROTE", args[0], file=sys.stderr, flush=True)
+sys.addaudithook(opened)
+"""
+    rans = ended(by_srun(micro, "watched", 2, *EP2, before=watch))
+    assert "metrics.jsonl" in rans[0].assert_done().err
+    assert rans[1].assert_done().err == ""
+    lines = (micro.folder / "watched" / "metrics.jsonl").read_text().splitlines()
+    steps = [row["step"] for row in map(json.loads, lines) if "loss" in row and "event" not in row]
+    assert steps == list(range(1, 13))

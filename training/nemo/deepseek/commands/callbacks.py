@@ -1,0 +1,100 @@
+"""What accompanies the training of a run: checkpoints, records, and what people see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from deepseek.checkpoint.callback import Checkpointing
+from deepseek.commands.run_folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    METRICS_FILE,
+    MONITOR,
+    PROFILE,
+    TOKENIZER,
+)
+from deepseek.config import RunConfig, resolved_yaml
+from deepseek.console import say
+from deepseek.data.opened import OpenedData
+from deepseek.monitoring.environment import environment
+from deepseek.monitoring.expert_monitor import ExpertMonitor
+from deepseek.monitoring.metrics_log import MetricsLog
+from deepseek.monitoring.peak import Peak
+from deepseek.monitoring.profile import Profile
+from deepseek.monitoring.progress import Progress
+from deepseek.monitoring.rank_monitor import RankMonitor
+from deepseek.monitoring.run_record import RunRecord
+from deepseek.planner.counts import flops_per_token
+
+
+def callbacks(
+    cfg: DictConfig,
+    run: RunConfig,
+    folder: Path,
+    data: OpenedData,
+    *,
+    resume: bool,
+    leads: bool,
+    data_seconds: Callable[[], float],
+    peak: Peak,
+) -> list[Any]:
+    """In the order in which they act.
+
+    The checkpoint is first: its restoring decides whether and where the others start. Then those
+    that measure, on every rank; then those that write and show, on the one that speaks for all.
+
+    Args:
+        cfg: the resolved configuration.
+        run: the same, typed.
+        folder: of the run.
+        data: what it trains on.
+        resume: go on from the newest checkpoint.
+        leads: this is rank 0.
+        data_seconds: how long this rank waited for the step's data.
+        peak: of one device.
+    """
+    manager = run.exp_manager
+    found: list[Any] = []
+    if manager.create_checkpoint_callback:
+        found.append(
+            Checkpointing(
+                folder / CHECKPOINTS,
+                manager.checkpoint_callback_params,
+                OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+                data.fingerprint,
+                resume,
+                say,
+            )
+        )
+    if manager.profile.steps:
+        found.append(Profile(folder / PROFILE, manager.profile))
+    every = manager.monitor.every_n_steps
+    if every > 0:
+        found += [
+            RankMonitor(folder / MONITOR, every, leads, data_seconds),
+            ExpertMonitor(folder / MONITOR / "experts.arrays", every, leads),
+        ]
+    if not leads:
+        return found
+    model, world = run.model, run.trainer.devices * run.trainer.num_nodes
+    flops = flops_per_token(model, model.data.seq_length, model.num_nextn_predict_layers > 0)
+    facts = environment(world, run.trainer.num_nodes)
+    facts |= {"peak_flops_per_device": peak.flops, "peak_source": peak.source}
+    return [
+        *found,
+        RunRecord(
+            folder / CONFIG_FILE,
+            resolved_yaml(cfg),
+            folder / TOKENIZER,
+            data.tokenizer,
+            folder / ENVIRONMENT_FILE,
+            facts,
+        ),
+        MetricsLog(folder / METRICS_FILE, flops, peak.flops and peak.flops * world),
+        Progress(run.trainer.log_every_n_steps),
+    ]

@@ -1,0 +1,244 @@
+"""The trainer of one run, in each of its processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from deepseek.checkpoint.ranks import Ranks
+from deepseek.commands.callbacks import callbacks
+from deepseek.commands.run_folder import LOGS, chosen_folder, finished_steps
+from deepseek.config import RunConfig, UserError
+from deepseek.console import StageProgress, say
+from deepseek.data.opened import OpenedData, open_data
+from deepseek.data.sampler import build_train_loader, build_validation_loader
+from deepseek.data.timed import TimedLoader
+from deepseek.frameworks import USES_NEMO, Trainer, attach_loggers, framework_name
+from deepseek.models.deepseek_model import DeepSeekModel
+from deepseek.monitoring.peak import peak_of
+from deepseek.parallel.processes import Processes, join
+from deepseek.parallel.strategy import DeepSeekStrategy
+from deepseek.planner.counts import count_parameters
+from deepseek.planner.layout import Layout, num_stages
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Where the run lies and how far it came."""
+
+    folder: Path
+    finished_steps: int
+    val_loss: float | None = None
+    val_bits_per_byte: float | None = None
+    was_complete: bool = False
+    """There was nothing left to do."""
+
+
+def fit(cfg: DictConfig, run: RunConfig, run_dir: Path | None, processes: Processes) -> FitResult:
+    """Train in this process, together with the others of the run if there are any.
+
+    Raises:
+        UserError: what the user can mend, on every process.
+    """
+    together = processes.world_size > 1
+    on_gpu = _device_is_gpu(run)
+    timeout = timedelta(minutes=run.trainer.collective_timeout_minutes)
+    if together:
+        join(processes, "cuda" if on_gpu else "cpu", timeout)
+    resume = run.exp_manager.resume_if_exists or processes.attempt > 0
+    folder = Ranks().lead(lambda: chosen_folder(run, run_dir, resume))
+    done = Ranks().lead(lambda: finished_steps(folder))
+    if resume and done >= run.trainer.max_steps:
+        return FitResult(folder, done, was_complete=True)
+    if run.exp_manager.checkpoint_callback_params.save_nemo_on_train_end and not USES_NEMO:
+        raise UserError(
+            "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=true: .nemo files are "
+            "written by NeMo, which does not drive this run; pip install nemo_toolkit, or set it "
+            "to false"
+        )
+    if run.trainer.num_threads:
+        torch.set_num_threads(run.trainer.num_threads)
+    say(f"run folder   {folder}")
+    say(f"framework    {framework_name()}")
+    data = _open_data_in_turn(run, processes)
+    module = DeepSeekModel(
+        cfg.model,
+        seed=run.seed,
+        max_steps=run.trainer.max_steps,
+        gradient_clip_val=run.trainer.gradient_clip_val,
+        bytes_per_token=data.validation_bytes_per_token,
+        spread_later=together,
+    )
+    timed: list[TimedLoader] = []
+
+    def train_loader(step: int, rank: int, size: int) -> TimedLoader:
+        steps = run.trainer.max_steps
+        loader = build_train_loader(
+            data.train, run.model, max_steps=steps, start_step=step, dp_rank=rank, dp_size=size
+        )
+        timed[:] = [TimedLoader(loader)]
+        return timed[0]
+
+    module.train_loader = train_loader
+    validates = data.validation is not None and run.trainer.val_check_interval > 0
+    validation = data.validation
+    if validation is not None and validates:
+        module.validation_loader = lambda step, rank, size: build_validation_loader(
+            validation,
+            run.model,
+            limit_batches=run.trainer.limit_val_batches,
+            dp_rank=rank,
+            dp_size=size,
+        )
+    _say_size(run)
+    with _quiet():
+        trainer = Trainer(
+            accelerator=run.trainer.accelerator,
+            devices=run.trainer.devices,
+            num_nodes=run.trainer.num_nodes,
+            strategy=DeepSeekStrategy(
+                lambda size: Layout.of(run.model, size), timeout, processes=processes
+            )
+            if together
+            else "auto",
+            precision=_precision(run, on_gpu),  # type: ignore[arg-type]
+            max_steps=run.trainer.max_steps,
+            val_check_interval=run.trainer.val_check_interval if validates else None,
+            check_val_every_n_epoch=None if validates else 1,
+            limit_val_batches=1.0 if validates else 0,  # all of the loader, which is limited
+            num_sanity_val_steps=0,
+            callbacks=callbacks(
+                cfg,
+                run,
+                folder,
+                data,
+                resume=resume,
+                leads=processes.rank == 0,
+                data_seconds=lambda: timed[0].seconds,
+                peak=peak_of(_device(processes, on_gpu), run.exp_manager.monitor.peak_tflops),
+            ),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        if processes.rank == 0:
+            attach_loggers(trainer, folder / LOGS, _wants_tensorboard(run))
+        try:
+            trainer.fit(module)
+        except SystemExit as end:
+            if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's exit(1) for Ctrl-C
+                raise end.__context__ from None
+            raise
+    finished = module.finished_steps == run.trainer.max_steps
+    if run.exp_manager.checkpoint_callback_params.save_nemo_on_train_end and finished:
+        module.save_to(str(folder / f"{run.name}.nemo"))
+    metrics = module.validation_metrics
+    return FitResult(
+        folder,
+        module.finished_steps,
+        metrics.val_loss if metrics else None,
+        metrics.val_bits_per_byte if metrics else None,
+    )
+
+
+def _device_is_gpu(run: RunConfig) -> bool:
+    if run.trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError(
+            "trainer.accelerator=gpu: torch finds no GPU here; use trainer.accelerator=auto or cpu"
+        )
+    return torch.cuda.is_available() and run.trainer.accelerator != "cpu"
+
+
+def _device(processes: Processes, on_gpu: bool) -> torch.device:
+    return torch.device("cuda", processes.local_rank) if on_gpu else torch.device("cpu")
+
+
+def _precision(run: RunConfig, on_gpu: bool) -> str:
+    """As Lightning names it."""
+    precision = str(run.trainer.precision)
+    if precision == "auto":
+        precision = "bf16-mixed" if on_gpu else "32"
+    elif precision == "bf16-mixed" and not on_gpu:
+        say("note         trainer.precision=bf16-mixed is slow on most CPUs; 32 or auto is faster")
+    return "32-true" if precision == "32" else precision
+
+
+def _open_data_in_turn(run: RunConfig, processes: Processes) -> OpenedData:
+    """Data that are not there yet are prepared by one process, or by one of each node."""
+    my_turn = 0 if processes.rank == 0 else 1 if processes.local_rank == 0 else 2
+    opened: list[OpenedData] = []
+    for turn in range(3):
+        work: Callable[[], None] = lambda: None  # noqa: E731
+        if turn == my_turn:
+            work = lambda: opened.append(_open_data(run))  # noqa: E731
+        Ranks().together(work)
+    return opened[0]
+
+
+def _open_data(run: RunConfig) -> OpenedData:
+    with StageProgress() as shown:
+        return open_data(
+            run.model,
+            run.seed,
+            lambda now: shown.update(now.stage, now.done, now.total, f"{now.tokens:,} tokens"),
+        )
+
+
+def _wants_tensorboard(run: RunConfig) -> bool:
+    if not run.exp_manager.create_tensorboard_logger:
+        return False
+    if importlib.util.find_spec("tensorboard") is None:
+        say("tensorboard is not installed, so no event files are written: pip install tensorboard")
+        return False
+    return True
+
+
+def _say_size(run: RunConfig) -> None:
+    """Facts derived from the configuration, before the first step."""
+    model = run.model
+    counts = count_parameters(model)
+    tokens = model.global_batch_size * model.data.seq_length
+    layout = Layout.of_run(run)
+    micro_batches = model.global_batch_size // (model.micro_batch_size * layout.dp)
+    say(
+        f"model        {(counts.total + counts.mtp) / 1e6:,.1f} M parameters, "
+        f"{counts.active / 1e6:,.1f} M active per token"
+    )
+    say(
+        f"step         {model.global_batch_size} sequences x {model.data.seq_length} = "
+        f"{tokens:,} tokens in {micro_batches} x {model.micro_batch_size} per forward pass; "
+        f"{run.trainer.max_steps} steps = {tokens * run.trainer.max_steps:,} tokens"
+    )
+    if layout.world_size > 1:
+        pipeline = f"PP {layout.pp} ({model.pipeline_schedule}, {num_stages(model)} stages)"
+        sizes = {
+            f"DP {layout.dp}": layout.dp > 1,
+            f"{layout.dp_replicate} replicas": layout.dp_replicate > 1,
+            f"TP {layout.tp}": layout.tp > 1,
+            pipeline: layout.pp > 1,
+            f"EP {layout.ep}": layout.ep > 1,
+        }
+        used = ", ".join(text for text, shown in sizes.items() if shown)
+        say(f"layout       {layout.world_size} processes: {used}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's banners and tips are not about the user's run."""
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for message in (".*does not have many workers.*", ".*treespec.*", ".*logging interval.*"):
+            warnings.filterwarnings("ignore", message)
+        yield

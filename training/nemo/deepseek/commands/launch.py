@@ -1,0 +1,187 @@
+"""``deepseek launch``: a run on a cluster, as a job for Slurm or through NeMo-Run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from deepseek.config import RunConfig, UserError, load_config
+from deepseek.console import say
+
+SECONDS_TO_SAVE = 120
+"""How long before the time limit the processes are told to save and stop."""
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """What the configuration does not know of a cluster; None: the cluster's default."""
+
+    time: str | None = None
+    """Time limit as Slurm writes it, such as ``24:00:00`` or ``2-00:00:00``."""
+    partition: str | None = None
+    account: str | None = None
+    job_name: str | None = None
+    """None: the run's name."""
+
+
+def launch(
+    config: str,
+    overrides: Sequence[str] = (),
+    settings: JobSettings | None = None,
+    slurm: bool = False,
+    nemo_run: bool = False,
+    output: Path | None = None,
+) -> None:
+    """Write the job for Slurm, or submit the run through NeMo-Run.
+
+    Raises:
+        ConfigError: every problem of the configuration at once.
+        UserError: neither or both ways chosen, a setting Slurm would not take, a file that exists
+            or cannot be written, NeMo-Run not installed.
+    """
+    if slurm == nemo_run:
+        what = "both were given" if slurm else "neither was given"
+        raise UserError(f"choose --slurm (a job for sbatch) or --nemo-run: {what}")
+    run = OmegaConf.to_object(load_config(config, overrides))
+    assert isinstance(run, RunConfig)
+    settings = settings or JobSettings()
+    _check(settings)
+    if nemo_run:
+        _submit(run, config, overrides, settings)
+        return
+    script = slurm_script(run, config, overrides, settings)
+    if output is None:
+        say(script.rstrip())
+        return
+    if output.exists():
+        raise UserError(f"{output} exists; choose another name, or remove it first")
+    try:
+        output.write_text(script)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from error
+    say(f"wrote {output}; submit it with: sbatch {shlex.quote(str(output))}")
+
+
+def slurm_script(
+    run: RunConfig, config: str, overrides: Sequence[str], settings: JobSettings
+) -> str:
+    """The job: one task per process; the tasks find each other by Slurm's variables."""
+    trainer, model = run.trainer, run.model
+    cpus = max(1, trainer.num_threads) + model.data.num_workers
+    options = {
+        "job-name": _job_name(run, settings),
+        "nodes": trainer.num_nodes,
+        "ntasks-per-node": trainer.devices,
+        "gpus-per-node": None if trainer.accelerator == "cpu" else trainer.devices,
+        "cpus-per-task": cpus,
+        "time": settings.time,
+        "partition": settings.partition,
+        "account": settings.account,
+        "signal": f"TERM@{SECONDS_TO_SAVE}",
+        "output": "%x-%j.log",
+        "open-mode": "append",
+    }
+    lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            "# Written by: deepseek launch --slurm. Submit with sbatch where `deepseek` is on the",
+            f"# PATH. {SECONDS_TO_SAVE} seconds before the time limit the tasks get SIGTERM, save",
+            "# a checkpoint and end; submit the same file again to go on. A job whose node fails",
+            "# is queued again by Slurm.",
+            *lines,
+            "#SBATCH --requeue",
+            "",
+            "set -euo pipefail",
+            f"srun --kill-on-bad-exit=1 --cpus-per-task={cpus} {_train(config, overrides)}",
+            "",
+        ]
+    )
+
+
+def _train(config: str, overrides: Sequence[str]) -> str:
+    """The command of every process, quoted for a shell."""
+    return shlex.join(["deepseek", "train", "--config", config, *overrides])
+
+
+def _job_name(run: RunConfig, settings: JobSettings) -> str:
+    return settings.job_name or re.sub(r"[^\w.-]+", "_", run.name)
+
+
+_TIME = re.compile(
+    r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?\Z", re.ASCII
+)
+
+
+def _check(settings: JobSettings) -> None:
+    """No setting may break out of its line, or leave no time to train."""
+    for key in ("partition", "account", "job_name"):
+        value = getattr(settings, key)
+        if value is not None and not re.fullmatch(r"[\w.,:@+-]+", value):
+            option = key.replace("_", "-")
+            raise UserError(
+                f"--{option} {value!r}: a name of letters, digits and . , : @ + - _; use one word"
+            )
+    if settings.time is None:
+        return
+    match = _TIME.match(settings.time)
+    if match is None:
+        raise UserError(
+            f"--time {settings.time!r} is no time limit of Slurm; write HH:MM:SS, such as "
+            "24:00:00, or D-HH:MM:SS"
+        )
+    seconds = _seconds(match)
+    if seconds <= SECONDS_TO_SAVE:
+        raise UserError(
+            f"--time {settings.time} is {seconds} seconds, and the last {SECONDS_TO_SAVE} are kept "
+            "for saving a checkpoint; use 00:10:00 or more"
+        )
+
+
+def _seconds(match: re.Match[str]) -> int:
+    """Slurm reads M, M:S, H:M:S and, after days, H, H:M, H:M:S."""
+    parts = [int(part) for part in match.group("first", "second", "third") if part is not None]
+    if match["days"] is not None:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+        return int(match["days"]) * 86400 + hours * 3600 + minutes * 60 + seconds
+    if len(parts) == 3:
+        return parts[0] * 3600 + parts[1] * 60 + parts[2]
+    minutes, seconds = [*parts, 0][:2]
+    return minutes * 60 + seconds
+
+
+def _submit(run: RunConfig, config: str, overrides: Sequence[str], settings: JobSettings) -> None:
+    """Submit through NeMo-Run from a login node.
+
+    Written after the documentation of NeMo-Run 0.11; it has not been run against a real cluster.
+    """
+    try:
+        import nemo_run
+    except ImportError as error:
+        raise UserError(
+            f"--nemo-run needs NeMo-Run ({error}); pip install nemo_run, or use --slurm"
+        ) from error
+    if settings.account is None:
+        raise UserError("--nemo-run needs an account to charge; add --account NAME")
+    executor = nemo_run.SlurmExecutor(
+        account=settings.account,
+        partition=settings.partition,
+        time=settings.time or "01:00:00",
+        nodes=run.trainer.num_nodes,
+        ntasks_per_node=run.trainer.devices,
+        gpus_per_node=None if run.trainer.accelerator == "cpu" else run.trainer.devices,
+        signal=f"TERM@{SECONDS_TO_SAVE}",
+        additional_parameters={"requeue": True},
+        packager=nemo_run.Packager(),  # `deepseek` is on the PATH there; nothing to send
+    )
+    name = _job_name(run, settings)
+    with nemo_run.Experiment(name) as experiment:
+        experiment.add(
+            nemo_run.Script(inline=_train(config, overrides)), executor=executor, name=name
+        )
+        experiment.run(detach=True)

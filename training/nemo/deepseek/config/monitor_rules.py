@@ -1,0 +1,38 @@
+"""Rules of what is watched and recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from deepseek.config.errors import Problem
+from deepseek.config.fields import LEAVES
+from deepseek.config.schema import RunConfig
+
+_SECTION = "exp_manager.profile"
+
+
+def profile(cfg: RunConfig) -> Iterator[Problem]:
+    """The steps to profile are steps of the run; no setting is without effect."""
+    wanted, last = cfg.exp_manager.profile.steps, cfg.trainer.max_steps
+    if not wanted:
+        for key in ("with_stack", "record_shapes", "memory"):
+            if getattr(cfg.exp_manager.profile, key) != LEAVES[f"{_SECTION}.{key}"].default:
+                yield Problem(
+                    f"{_SECTION}.{key}",
+                    True,
+                    f"would be ignored, since {_SECTION}.steps names no step",
+                    f"use false, or {_SECTION}.steps=[{min(10, last)}]",
+                )
+        return
+    outside = [step for step in wanted if not 1 <= step <= last]
+    inside = sorted({step for step in wanted if 1 <= step <= last})
+    if outside:
+        yield Problem(
+            f"{_SECTION}.steps",
+            wanted,
+            f"names step {outside[0]}, and the run has steps 1 to trainer.max_steps={last}",
+            f"use {inside or [min(10, last)]}",
+        )
+    elif len(inside) < len(wanted):
+        twice = next(step for step in wanted if wanted.count(step) > 1)
+        yield Problem(f"{_SECTION}.steps", wanted, f"names step {twice} twice", f"use {inside}")

@@ -1,0 +1,231 @@
+"""Watches the experts: who is chosen how often, by what margin, and the state of the bias.
+
+L layers with experts, E experts per layer, T tokens, K chosen per token.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepseek.config.schema import ModelConfig
+from deepseek.console import complain
+from deepseek.frameworks import Callback
+from deepseek.models.components.moe import MoE
+from deepseek.models.components.router import Router, Routing
+from deepseek.monitoring import load_metrics
+from deepseek.monitoring.array_log import ArrayLog
+from deepseek.parallel.gradients import sum_over
+
+MARGIN_TOKENS = 256
+"""Tokens whose margins are measured, at most, by each rank in each layer of a recorded step."""
+
+
+@dataclass(frozen=True)
+class ExpertRecord:
+    """What was found in one step."""
+
+    step: int
+    layers: list[str]
+    """Names of the blocks, in order of depth."""
+    tokens_LE: np.ndarray
+    """int64: assignments of the real tokens of the whole global batch."""
+    bias_LE: np.ndarray
+    """fp32: correction bias, after its update by this step; zeros where there is none."""
+    margin_L: np.ndarray
+    """fp32: how far the last chosen expert lay above the next one, mean over a sample."""
+
+
+class ExpertMonitor(Callback):
+    """Writes ``experts.arrays`` and adds the worst load and the dead experts to the step's row.
+
+    Everything comes from one collective per recorded step. The counts are those the correction bias
+    is moved by: real tokens of the whole global batch.
+
+    Args:
+        path: the file; only rank 0 writes it.
+        every_n_steps: steps between records.
+        leads: whether this is rank 0.
+
+    Attributes:
+        latest: the newest record; on rank 0 alone.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int, leads: bool) -> None:
+        self.every_n_steps = every_n_steps
+        self.latest: ExpertRecord | None = None
+        self._leads = leads
+        self._log: ArrayLog | None = ArrayLog(path) if leads else None
+        self._margins: dict[str, Margin] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Listen to the routers that are here."""
+        self._forget()
+        owners = {id(m.gate): m for m in pl_module.model.modules() if isinstance(m, MoE)}
+        for name, router in pl_module.model.routers().items():
+            self._margins[name] = Margin(owners[id(router)])
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Measure margins only in steps that are recorded."""
+        if self._is_due(pl_module.finished_steps + 1):
+            for margin in self._margins.values():
+                margin.measure_next()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Collect, on every rank; write, on rank 0."""
+        step, config = pl_module.finished_steps, pl_module.config
+        layers = expert_layers(config)
+        if not layers or not self._is_due(step):
+            return
+        begin = time.perf_counter()
+        record = self._collect(pl_module, step, layers)
+        facts = pl_module.step_facts
+        if self._leads:
+            self.latest = record
+            if record.tokens_LE.any():
+                worst = load_metrics.max_violation(record.tokens_LE).max() + 1
+                facts["load_max_over_mean"] = round(float(worst), 4)
+                facts["dead_experts"] = int(load_metrics.dead(record.tokens_LE).sum())
+            self._write(record, config)
+        spent = sum(margin.take_seconds() for margin in self._margins.values())
+        spent += time.perf_counter() - begin
+        facts["monitor_seconds"] = facts.get("monitor_seconds", 0.0) + spent
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Stop listening."""
+        self._forget()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The same."""
+        self._forget()
+
+    def _forget(self) -> None:
+        for margin in self._margins.values():
+            margin.remove()
+        self._margins.clear()
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.every_n_steps == 0
+
+    def _collect(self, pl_module: Any, step: int, layers: list[str]) -> ExpertRecord:
+        """All layers, on every rank: one sum of a table with a row for each."""
+        num_experts = pl_module.config.n_routed_experts
+        place, routers = pl_module.meshes.place, pl_module.model.routers()
+        device = next(pl_module.model.parameters()).device
+        table = torch.zeros(
+            len(layers), 2 * num_experts + 2, dtype=torch.float64, device=device
+        )  # counts below 2^53 are exact
+        # Counts and bias are equal on all ranks of a stage: one of them tells.
+        tells = (place.dp_replicate, place.dp_shard, place.tp) == (0, 0, 0)
+        for row, name in enumerate(layers):
+            router = routers.get(name)
+            if router is None:
+                continue
+            if tells:
+                table[row, :num_experts] = router.tokens_per_expert
+                if router.bias is not None:
+                    table[row, num_experts : 2 * num_experts] = router.bias
+            if name in self._margins:
+                table[row, -2:] = self._margins[name].take()
+        found = sum_over(table, pl_module.meshes.world).cpu().numpy()
+        return ExpertRecord(
+            step,
+            layers,
+            found[:, :num_experts].round().astype(np.int64),
+            found[:, num_experts:-2].astype(np.float32),
+            (found[:, -2] / np.maximum(found[:, -1], 1)).astype(np.float32),
+        )
+
+    def _write(self, record: ExpertRecord, config: ModelConfig) -> None:
+        if self._log is None:
+            return
+        arrays = {"tokens": record.tokens_LE.astype(np.uint32), "margin": record.margin_L}
+        if config.topk_method == "noaux_tc":
+            arrays["bias"] = record.bias_LE
+        meta = {"ep": config.expert_model_parallel_size, "top_k": config.num_experts_per_tok}
+        try:
+            self._log.append(record.step, arrays, layers=record.layers, **meta)
+        except OSError as error:  # watching must not stop what is watched
+            complain(f"{self._log.path}: {error.strerror}; expert loads are no longer recorded")
+            self._log = None
+
+
+def expert_layers(config: ModelConfig) -> list[str]:
+    """Names of the blocks with experts, in order of depth, those of other ranks included."""
+    main = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
+    return [f"layers.{i}" for i in main] + [
+        f"mtp.{depth}.block" for depth in range(config.num_nextn_predict_layers)
+    ]
+
+
+class Margin:
+    """How far the last chosen expert lies above the next best one, by what they are chosen by.
+
+    Measured over real tokens of the first micro-batch of a step, evenly spaced: a mean of some
+    hundreds says enough, and measuring all would cost as much as the routing.
+
+    Args:
+        moe: whose router it is.
+    """
+
+    def __init__(self, moe: MoE) -> None:
+        self._router = moe.gate
+        self._sums = torch.zeros(2, dtype=torch.float64, device=moe.gate.weight.device)
+        self._real_T: Tensor | None = None
+        self._due = False
+        self._seconds = 0.0
+        self._handles: list[Any] = []
+        if moe.gate.top_k < moe.gate.num_experts:
+            self._handles = [
+                moe.register_forward_pre_hook(self._note_padding),
+                moe.gate.register_forward_hook(self._measure),
+            ]
+
+    def measure_next(self) -> None:
+        """Measure in the next forward pass."""
+        self._due = True
+        self._sums.zero_()
+
+    def take(self) -> Tensor:
+        """Sum of the margins and number of tokens, (2,)."""
+        self._due = False
+        return self._sums
+
+    def take_seconds(self) -> float:
+        """What measuring has cost since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _note_padding(self, module: MoE, args: Any) -> None:
+        if self._due:
+            real_BS = args[1].real_BS
+            self._real_T = None if real_BS is None else real_BS.flatten()
+
+    @torch.no_grad()
+    def _measure(self, module: Router, args: Any, routing: Routing) -> None:
+        if not self._due:
+            return
+        self._due = False
+        begin = time.perf_counter()
+        rows = slice(None, None, -(-len(routing.scores_TE) // MARGIN_TOKENS))
+        choice_TE = module.choice_scores(routing.scores_TE[rows])
+        best = choice_TE.topk(module.top_k + 1, dim=1).values
+        margin_T = (best[:, -2] - best[:, -1]).double()
+        counted_T = margin_T.isfinite()  # not where a token's groups have no further expert
+        if self._real_T is not None:
+            counted_T &= self._real_T[rows]
+        self._sums[0] = margin_T.where(counted_T, 0.0).sum()
+        self._sums[1] = counted_T.sum()
+        self._real_T = None
+        self._seconds += time.perf_counter() - begin

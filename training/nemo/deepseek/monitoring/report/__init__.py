@@ -1,0 +1,1 @@
+"""``deepseek report``: one self-contained HTML page about runs, from their logs alone."""

@@ -1,0 +1,268 @@
+"""Panels of the experts: who gets the tokens, layer by layer and step by step."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from deepseek.monitoring import load_metrics
+from deepseek.monitoring.report.expert_history import ExpertHistory
+from deepseek.monitoring.report.panel import (
+    Figure,
+    Panel,
+    binned,
+    figure,
+    line,
+    packed,
+    stretch_starts,
+    table,
+)
+
+MISSING = "The log has no monitor/experts.arrays: the experts were not monitored."
+OCTAVES = 3
+"""The colours of utilisation end at 2 ** -3 and 2 ** 3."""
+CODES = 253
+"""Steps between the codes 1 and 254 of a quantised picture."""
+MOST_DEAD_ROWS = 200
+BINS = 300
+"""Stretches of the lines per layer."""
+
+METRICS: dict[str, tuple[str, str, str]] = {
+    "variation": (
+        "Load CV",
+        "standard deviation / mean",
+        "Population deviation of the experts' loads over their mean; 0: balanced.",
+    ),
+    "max_violation": (
+        "MaxVio",
+        "max / mean - 1",
+        "How far the fullest expert lies above the mean; 0: balanced.",
+    ),
+    "entropy": (
+        "Normalised entropy",
+        "entropy / ln E",
+        "Of the shares of the experts; 1: balanced, 0: one takes all.",
+    ),
+    "dead": ("Dead experts", "experts without a token", "Counted at each logged step."),
+}
+
+
+def expert_panels(experts: ExpertHistory | None) -> list[Panel]:
+    """In the order of the page."""
+    if experts is None:
+        titles = {"utilisation": "Utilisation of the experts", "bias": "Correction bias"}
+        return [Panel(key, title, missing=MISSING) for key, title in titles.items()]
+    return [
+        _utilisation(experts),
+        *(_metric(experts, name) for name in METRICS),
+        _lorenz(experts),
+        _dead(experts),
+        _bias(experts),
+        _bias_range(experts),
+        _margin(experts),
+    ]
+
+
+def _utilisation(experts: ExpertHistory) -> Panel:
+    span = OCTAVES + 0.25  # below the coldest colour a band of its own for the dead
+    return Panel(
+        "utilisation", "Utilisation of the experts",
+        f"Tokens of each expert over its layer's mean, at {len(experts.frame_steps)} of "
+        f"{len(experts.steps)} logged steps, of the whole global batch. 1 is a fair share. Colours "
+        f"are log2, from 1/{2**OCTAVES} to {2**OCTAVES} in {CODES + 1} levels, so the values shown "
+        f"are exact to {100 * (2 ** (2 * OCTAVES / CODES / 2) - 1):.1f} %; beyond, the end's "
+        "colour. Experts without a token have a colour of their own.",
+        _frames_figure(
+            experts,
+            utilisation_codes(experts.frames),
+            {"kind": "log2", "low": -OCTAVES, "high": OCTAVES, "below": -span},
+            {"zmin": -span, "zmax": span, "colorscale": "@utilisation",
+             "hovertemplate": "%{y}, expert %{x}: %{customdata:.3g} of a fair share<extra></extra>",
+             "colorbar": {"title": {"text": "utilisation", "side": "right"},
+                          "tickvals": [-span, *range(1 - OCTAVES, OCTAVES + 1)],
+                          "ticktext": ["0", "1/4", "1/2", "1", "2", "4", "8"]}},
+        ),
+        wide=True,
+    )  # fmt: skip
+
+
+def utilisation_codes(tokens: np.ndarray) -> np.ndarray:
+    """uint8 like ``tokens``: 0 no token, 1..254 log2 of the utilisation, 255 an empty layer."""
+    share = load_metrics.utilisation(tokens)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        place = (np.log2(share) + OCTAVES) / (2 * OCTAVES)
+    codes = 1 + np.rint(CODES * np.clip(np.nan_to_num(place, neginf=0.0), 0, 1))
+    codes = np.where(share == 0, 0, codes)
+    return np.where(np.isnan(share), 255, codes).astype(np.uint8)
+
+
+def _frames_figure(
+    experts: ExpertHistory, codes: np.ndarray, scale: dict[str, Any], trace: Figure
+) -> Figure:
+    """A heat map of layers x experts whose step the reader chooses."""
+    layers, count = codes.shape[1:]
+    drawn = figure(
+        [{"type": "heatmap", "y": experts.layers, **trace}],
+        "expert", "layer", int(min(760, max(240, 110 + 12 * layers))),
+        {"autorange": "reversed", "type": "category", "showgrid": False},
+        xaxis={"showgrid": False, "range": [-0.5, count - 0.5]}, hovermode="closest",
+    )  # fmt: skip
+    drawn["frames"] = {
+        "steps": experts.frame_steps.tolist(),
+        "rows": layers,
+        "columns": count,
+        "codes": base64.b64encode(codes.tobytes()).decode(),
+        "scale": scale | {"codes": CODES},
+    }
+    return drawn
+
+
+def _metric(experts: ExpertHistory, name: str) -> Panel:
+    title, label, note = METRICS[name]
+    values = experts.metrics[name]
+    return Panel(name, title, note, _per_layer(experts, values, label))
+
+
+def _per_layer(
+    experts: ExpertHistory,
+    values: np.ndarray,
+    label: str,
+    steps: np.ndarray | None = None,
+) -> Figure:
+    """Median and 95th percentile over layers, and one layer, which the reader chooses."""
+    steps = experts.steps if steps is None else steps
+    starts = stretch_starts(len(values), BINS)
+    mean = binned(values, BINS)
+    at = steps[starts]
+    middle, high = (_percentile(mean, share) for share in (50, 95))
+    low = _percentile(mean, 5)
+    data = [
+        line(at, low, "p5", "@0/0", hoverinfo="skip", showlegend=False, line={"width": 0}),
+        line(at, high, "p5 to p95 of the layers", "@0/0.35", fill="tonexty", line={"width": 0.8},
+             fillcolor="@0/0.16", hovertemplate="p95 %{y:.3g}<extra></extra>"),
+        line(at, middle, "median layer", "@0", "median %{y:.3g}<extra></extra>"),
+        {"type": "scatter", "mode": "lines", "x": packed(at), "y": [], "name": "",
+         "line": {"color": "@1", "width": 1.6}, "hovertemplate": "%{y:.3g}"},
+    ]  # fmt: skip
+    data[0].pop("hovertemplate")
+    drawn = figure(data, "step", label, yaxis={"rangemode": "tozero"})
+    drawn["layers"] = {
+        "names": experts.layers,
+        "values": packed(mean.T),
+        "trace": 3,
+        "first": worst_layer(experts),
+    }
+    return drawn
+
+
+def worst_layer(experts: ExpertHistory) -> int:
+    """Index of the layer with the largest MaxVio over the last tenth of the run."""
+    last = experts.metrics["max_violation"][-max(1, len(experts.steps) // 10) :]
+    return int(np.argmax(np.nan_to_num(last).mean(axis=0)))
+
+
+def _percentile(values: np.ndarray, share: float) -> np.ndarray:
+    """Over layers, [bins]; NaN where no layer has a value."""
+    result = np.full(len(values), np.nan)
+    some = np.isfinite(values).any(axis=1)
+    if some.any():
+        result[some] = np.nanpercentile(values[some], share, axis=1)
+    return result
+
+
+def _lorenz(experts: ExpertHistory) -> Panel:
+    count = experts.frames.shape[-1]
+    share = np.linspace(0, 100, count + 1)
+    data = [
+        line(share, share, "balanced", "@muted", line={"dash": "dot", "width": 1}),
+    ]
+    moments = sorted({0, (len(experts.frames) - 1) // 2, len(experts.frames) - 1})
+    for index, color in zip(moments, ("@2", "@4", "@0"), strict=False):
+        curve = load_metrics.lorenz(experts.frames[index])
+        mean = 100 * curve[np.isfinite(curve).all(axis=1)].mean(axis=0)
+        data.append(line(share, mean, f"step {experts.frame_steps[index]}", color, "%{y:.1f} %"))
+    return Panel(
+        "lorenz", "Lorenz curve",
+        "Share of the tokens that the least loaded experts take, mean over layers. The further "
+        "below the diagonal, the more uneven.",
+        figure(data, "least loaded experts, %", "tokens, %", xaxis={"range": [0, 100]}),
+    )  # fmt: skip
+
+
+def _dead(experts: ExpertHistory) -> Panel:
+    title = "Dead experts, and since when"
+    if not experts.dead:
+        why = f"Every expert had a token at the last logged step, {experts.steps[-1]}."
+        return Panel("dead-since", title, body=f"<p>{why}</p>")
+    rows = [
+        [experts.layers[one.layer], str(one.expert), f"{one.since:,}", f"{one.steps:,}"]
+        for one in experts.dead[:MOST_DEAD_ROWS]
+    ]
+    more = len(experts.dead) - len(rows)
+    tail = f"<p>... and {more:,} more.</p>" if more else ""
+    return Panel(
+        "dead-since", title,
+        f"{len(experts.dead):,} experts had no token at the last logged step, "
+        f"{experts.steps[-1]:,}; the longest dead first.",
+        body=table(["layer", "expert", "since step", "logged steps"], rows, "l r r r") + tail,
+    )  # fmt: skip
+
+
+def _bias(experts: ExpertHistory) -> Panel:
+    title = "Correction bias"
+    if experts.bias is None:
+        why = "The log has no bias: the router balances without one."
+        return Panel("bias", title, missing=why, wide=True)
+    most = float(np.nanmax(np.abs(experts.bias), initial=0.0)) or 1e-6
+    place = np.nan_to_num(experts.bias / most)
+    codes = np.where(np.isnan(experts.bias), 255, 1 + np.rint(CODES * (place + 1) / 2))
+    return Panel(
+        "bias", title,
+        "What is added to an expert's score when experts are chosen (not when they are weighed). "
+        f"Colours are linear from -{most:.3g} to {most:.3g} in {CODES + 1} levels.",
+        _frames_figure(
+            experts,
+            codes.astype(np.uint8),
+            {"kind": "linear", "low": -most, "high": most},
+            {"zmin": -most, "zmax": most, "colorscale": "@bias",
+             "hovertemplate": "%{y}, expert %{x}: bias %{customdata:.3g}<extra></extra>",
+             "colorbar": {"title": {"text": "bias", "side": "right"}}},
+        ),
+        wide=True,
+    )  # fmt: skip
+
+
+def _bias_range(experts: ExpertHistory) -> Panel:
+    title = "Spread of the bias"
+    if experts.bias is None:
+        return Panel("bias-range", title, missing="The log has no bias.")
+    spread = _over_experts(np.nanmax, experts.bias) - _over_experts(np.nanmin, experts.bias)
+    return Panel(
+        "bias-range", title,
+        "Largest less smallest bias of a layer. Where it goes on growing, the bias does not reach "
+        "its aim.",
+        _per_layer(experts, spread, "max - min", experts.frame_steps),
+    )  # fmt: skip
+
+
+def _margin(experts: ExpertHistory) -> Panel:
+    title = "Router margin"
+    if experts.margin is None:
+        return Panel("margin", title, missing="The log has no router margin.")
+    return Panel(
+        "margin", title,
+        "Mean gap between the last score chosen and the first one not chosen: small gaps make "
+        "small changes of the bias reroute many tokens.",
+        _per_layer(experts, experts.margin, "score", experts.frame_steps),
+    )  # fmt: skip
+
+
+def _over_experts(reduce: Callable[..., np.ndarray], bias: np.ndarray) -> np.ndarray:
+    """A NaN-aware reduction over the last axis; NaN for layers without a bias."""
+    known = np.isfinite(bias).any(axis=-1)
+    result = np.full(bias.shape[:-1], np.nan)
+    result[known] = reduce(bias[known], axis=-1)
+    return result

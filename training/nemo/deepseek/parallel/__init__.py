@@ -1,0 +1,1 @@
+"""Meshes, collectives, and how a single-device model is spread over ranks."""

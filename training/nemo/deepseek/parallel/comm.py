@@ -1,0 +1,127 @@
+"""Collectives that autograd understands. All of them send contiguous tensors.
+
+Each is linear, and its backward pass is the transposed map over all ranks together: what one rank's
+gradient owes to another rank's loss is sent back to it.
+
+B batch, S sequence, s = S/n part of one of n ranks, D model, R rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_sequence(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(B, S/n, D) -> (B, S, D) on every rank; the backward pass sums and scatters."""
+    return _GatherSequence.apply(x_BsD, group)
+
+
+def scatter_sequence_sum(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Partial sums (B, S, D) -> this rank's part of their sum (B, S/n, D); n divides S."""
+    return _ScatterSequenceSum.apply(x_BSD, group)
+
+
+def sum_forward(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over the group; the gradient goes back to each rank's own part unchanged.
+
+    For a loss that every rank computes alike from the sum, and that counts once.
+    """
+    return _SumForward.apply(x, group)
+
+
+def all_to_all_rows(
+    x_RD: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    """Send consecutive blocks of rows to the ranks of the group; blocks may be empty.
+
+    Args:
+        x_RD: R = sum(send_counts).
+        send_counts: rows for each rank of the group.
+        receive_counts: rows from each rank; what they send to this one.
+
+    Returns:
+        (sum(receive_counts), D), by source rank.
+    """
+    return _AllToAllRows.apply(x_RD, send_counts, receive_counts, group)
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gather(x_BsD, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BSD: Tensor) -> tuple[Tensor, None]:
+        return _scatter_sum(grad_BSD, ctx.group), None
+
+
+class _ScatterSequenceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _scatter_sum(x_BSD, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BsD: Tensor) -> tuple[Tensor, None]:
+        return _gather(grad_BsD, ctx.group), None
+
+
+class _SumForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RD: Tensor,
+        send_counts: list[int],
+        receive_counts: list[int],
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        ctx.counts = (send_counts, receive_counts)
+        ctx.group = group
+        return _exchange(x_RD, send_counts, receive_counts, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
+        send_counts, receive_counts = ctx.counts
+        return _exchange(grad_RD, receive_counts, send_counts, ctx.group), None, None, None
+
+
+def _gather(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    parts_nBsD = x_BsD.new_empty(dist.get_world_size(group), *x_BsD.shape)
+    # Since torch 2.13 the old names warn. Looked up here: a recorder may stand in for them.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(parts_nBsD.flatten(0, 1), x_BsD.contiguous(), group=group)
+    return parts_nBsD.transpose(0, 1).flatten(1, 2).contiguous()
+
+
+def _scatter_sum(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    parts_BnsD = x_BSD.unflatten(1, (dist.get_world_size(group), -1))
+    parts_nBsD = parts_BnsD.transpose(0, 1).contiguous()
+    out_BsD = parts_nBsD.new_empty(parts_nBsD.shape[1:])
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    reduce_scatter(out_BsD, parts_nBsD.flatten(0, 1), group=group)
+    return out_BsD
+
+
+def _exchange(
+    x_RD: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    out_RD = x_RD.new_empty(sum(receive_counts), *x_RD.shape[1:])
+    dist.all_to_all_single(out_RD, x_RD.contiguous(), receive_counts, send_counts, group=group)
+    return out_RD

@@ -1,0 +1,118 @@
+"""Gradients after the backward pass: what several ranks hold is added up, measured and clipped."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from deepseek.models.transformer import Transformer
+from deepseek.parallel.mesh import Alone, Meshes
+
+
+def finish_gradients(model: Transformer, meshes: Meshes | Alone) -> None:
+    """Make every gradient the one of the whole step, once all micro-batches are done."""
+    if meshes.tp is not None and meshes.layout.tp > 1:
+        _sum_over_tensor_ranks(model, meshes.tp)
+    _sum_copies_of_embedding(model, meshes)
+
+
+class GradientNorms(NamedTuple):
+    """Global 2-norms, fp64 scalars, equal on every rank."""
+
+    total: Tensor
+    dense: Tensor
+    """Of what is neither a routed expert nor a router."""
+    expert: Tensor
+    """Of the routed experts."""
+    router: Tensor
+    """Of the routers."""
+
+
+def gradient_norms(model: Transformer, meshes: Meshes | Alone) -> GradientNorms:
+    """Norms of all gradients, and of each kind of weight.
+
+    ``torch.nn.utils.get_total_norm`` refuses gradients of several meshes. Each rank squares what
+    it holds and divides by the number of ranks that hold the same.
+    """
+    device = next(model.parameters()).device
+    squares = torch.zeros(3, dtype=torch.float64, device=device)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None or name == "mtp_embed.weight":  # a copy counts once
+            continue
+        kind = 1 if ".experts." in name else 2 if name.endswith("gate.weight") else 0
+        norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float64)
+        squares[kind] += norm.square() / _holders(parameter, meshes)
+    sum_over(squares, meshes.world)
+    return GradientNorms(squares.sum().sqrt(), *squares.sqrt())
+
+
+def clip_gradients(model: Transformer, largest: float, norm: Tensor) -> None:
+    """Scale all gradients so that their norm is at most ``largest``."""
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor.to(gradient.dtype))
+
+
+def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum over a group, in place; None: this rank alone."""
+    if group is not None:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What lies on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _axes(tensor: Tensor) -> tuple[str, ...]:
+    return tuple(tensor.device_mesh.mesh_dim_names or ()) if isinstance(tensor, DTensor) else ()
+
+
+def _holders(parameter: Tensor, meshes: Meshes | Alone) -> int:
+    """How many ranks of the stage hold the same part."""
+    if not isinstance(parameter, DTensor):
+        return meshes.layout.stage_ranks
+    # Not is_shard(): it is False for the strided shards of FSDP over TP.
+    parts = math.prod(
+        parameter.device_mesh.size(axis)
+        for axis, placement in enumerate(parameter.placements)
+        if placement != Replicate()
+    )
+    return meshes.layout.stage_ranks // parts
+
+
+def _sum_over_tensor_ranks(model: Transformer, group: dist.ProcessGroup) -> None:
+    """Weights that are whole on every TP rank have seen a part of the tokens or heads on each."""
+    gradients = [
+        local(parameter.grad)
+        for parameter in model.parameters()
+        if parameter.grad is not None and not {"tp", "ep", "edp"} & set(_axes(parameter))
+    ]
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat, group=group)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _sum_copies_of_embedding(model: Transformer, meshes: Meshes | Alone) -> None:
+    """First and last stage have each seen one use of the embedding."""
+    if meshes.layout.pp == 1 or model.config.num_nextn_predict_layers == 0:
+        return
+    copies = [embed.weight for embed in (model.embed, model.mtp_embed) if embed is not None]
+    gradients = [local(copy.grad) for copy in copies if copy.grad is not None]
+    if len(gradients) == 2:  # both stages are here
+        total = gradients[0] + gradients[1]
+        for gradient in gradients:
+            gradient.copy_(total)
+    elif gradients:
+        sum_over(gradients[0], meshes.ends)

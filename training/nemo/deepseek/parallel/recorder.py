@@ -1,0 +1,250 @@
+"""What passes between the ranks: every collective of this process, its bytes and its time.
+
+While it records, the recorder stands in for the collectives of ``torch.distributed``, so that it
+sees those of FSDP and of the pipeline as well as our own. It changes nothing of what they do.
+
+On a CPU a collective blocks, and its time is the time it keeps this rank from computing, waiting
+for the others included. On a GPU it is the time its stream is busy. A call that returns at once
+and is waited for later, as the pipeline's are, takes the time of the call and that of the waiting.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import schedules
+
+from deepseek.parallel.mesh import Meshes
+
+OPERATIONS = {
+    "all_to_all_single": "all_to_all",
+    "all_gather_into_tensor": "all_gather",
+    "all_gather_single": "all_gather",  # the same under torch's newer name
+    "reduce_scatter_tensor": "reduce_scatter",
+    "reduce_scatter_single": "reduce_scatter",
+    "all_reduce": "all_reduce",
+}
+"""Functions of ``torch.distributed`` and what they are called here."""
+SEND_RECV = "send_recv"
+"""What stages of a pipeline exchange."""
+_BATCH_P2P = (
+    (schedules, "_batch_p2p") if hasattr(schedules, "_batch_p2p") else (dist, "batch_isend_irecv")
+)
+"""Where torch's pipeline schedules send and receive."""
+NUMBERS = (
+    "count",
+    "bytes",
+    "p50",
+    "p95",
+    "max",
+    "seconds",
+    "transfer_seconds",
+    "exposed_seconds",
+    "ranks",
+)
+"""What ``Summary`` tells of each kind of call."""
+
+
+@dataclass
+class _Call:
+    bytes: int
+    exposed: bool
+    """On the stream of the computation, which stands still meanwhile."""
+    spans: list[tuple[Any, Any]]
+    """Begin and end, in seconds or as events of the GPU: of the call, of the waiting for it."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Calls of one operation in one kind of group."""
+
+    group: str
+    """An axis of a mesh, or ``data``, ``stage``, ``ends``, ``world``."""
+    operation: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The calls of one step on this rank."""
+
+    numbers: dict[Kind, np.ndarray]
+    """fp64 (``NUMBERS``): calls, bytes that this rank gave, percentiles of the seconds of a call,
+    their sum, that part of it in which all ranks of the group were there (the rest was waiting),
+    that part in which this rank could not compute, and the size of the group."""
+    expert_bytes: np.ndarray
+    """int64 (ranks): bytes of rows sent to each rank on their way to experts and back; rows that
+    stay here do not count."""
+    row_bytes: int
+    """Of one such row; 0 if there was none."""
+
+
+class CommunicationRecorder:
+    """Records the calls of this rank between ``start`` and ``stop``.
+
+    Args:
+        meshes: the groups and their names.
+
+    Attributes:
+        own_seconds: what recording itself has cost since ``start``.
+    """
+
+    def __init__(self, meshes: Meshes) -> None:
+        self._meshes = meshes
+        self._on_gpu = meshes.device_type == "cuda"
+        self._names = meshes.names()
+        self._groups = {name: group for group, name in self._names.items()}
+        self._calls: dict[Kind, list[_Call]] = defaultdict(list)
+        self._expert_bytes = np.zeros(meshes.layout.world_size, dtype=np.int64)
+        self._row_bytes = 0
+        self._originals: list[tuple[Any, str, Callable[..., Any]]] = []
+        self._stream: Any = None
+        self.own_seconds = 0.0
+
+    def kinds(self) -> list[Kind]:
+        """Every kind of call there may be; the same on all ranks."""
+        groups = sorted({*self._groups, "pp", "ends", "other"})
+        operations = sorted({*OPERATIONS.values(), SEND_RECV})
+        return [Kind(group, op) for group in groups for op in operations]
+
+    def start(self) -> None:
+        """Begin, with nothing recorded."""
+        self._calls.clear()
+        self._expert_bytes[:] = 0
+        self._row_bytes = 0
+        self.own_seconds = 0.0
+        self._stream = torch.cuda.current_stream() if self._on_gpu else None
+        if self._originals:
+            return
+        functions = [(dist, name, operation) for name, operation in OPERATIONS.items()]
+        for module, name, operation in [*functions, (*_BATCH_P2P, SEND_RECV)]:
+            original = getattr(module, name, None)
+            if original is not None:
+                self._originals.append((module, name, original))
+                setattr(module, name, self._recorded(original, operation))
+
+    def stop(self) -> None:
+        """Put torch's own functions back."""
+        for module, name, original in self._originals:
+            setattr(module, name, original)
+        self._originals.clear()
+
+    def summary(self) -> Summary:
+        """What was recorded; a collective, since only all ranks together know who waited."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        numbers = {}
+        for kind in sorted(self._calls, key=lambda kind: (kind.group, kind.operation)):
+            calls = self._calls[kind]
+            own = np.array([self._seconds(call) for call in calls])
+            together = self._together(kind, own)
+            p50, p95 = np.percentile(own, [50, 95])
+            sent = sum(call.bytes for call in calls)
+            exposed = own[[call.exposed for call in calls]].sum()
+            group = self._groups.get(kind.group)
+            ranks = dist.get_world_size(group) if group is not None else 2
+            numbers[kind] = np.array(
+                [len(own), sent, p50, p95, own.max(), own.sum(), together.sum(), exposed, ranks]
+            )
+        return Summary(numbers, self._expert_bytes.copy(), self._row_bytes)
+
+    def _together(self, kind: Kind, own: np.ndarray) -> np.ndarray:
+        """Of each call the seconds in which all ranks were there: who came last waited not.
+
+        They are the shortest time that a rank of the group spent in it. Ranks of a pipeline
+        exchange in pairs, call by call different ones: there this rank's shortest call of the same
+        size stands for all of them.
+        """
+        group = self._groups.get(kind.group)
+        if kind.operation == SEND_RECV or group is None:
+            sizes = np.array([call.bytes for call in self._calls[kind]])
+            shortest = {size: own[sizes == size].min() for size in np.unique(sizes)}
+            return np.array([shortest[size] for size in sizes])
+        shared = torch.from_numpy(own.copy()).to(self._meshes.device_type)
+        dist.all_reduce(shared, dist.ReduceOp.MIN, group=group)
+        return shared.cpu().numpy()
+
+    def _seconds(self, call: _Call) -> float:
+        if self._on_gpu:
+            return sum(begin.elapsed_time(end) / 1000 for begin, end in call.spans)
+        return sum(end - begin for begin, end in call.spans)
+
+    def _recorded(self, original: Callable[..., Any], operation: str) -> Callable[..., Any]:
+        """A function of torch, watched."""
+        names = list(inspect.signature(original).parameters)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            # Read now: the call may write over its input.
+            start = time.perf_counter()
+            group, sent = self._what(operation, dict(zip(names, args, strict=False)) | options)
+            begin = self._now()
+            entered = time.perf_counter()
+            result = original(*args, **options)
+            left = time.perf_counter()
+            span = (begin, self._now())
+            exposed = self._stream is None or torch.cuda.current_stream() == self._stream
+            call = _Call(sent, exposed, [span])
+            self._calls[Kind(group, operation)].append(call)
+            if operation == SEND_RECV:
+                result = [_Waited(work, call, self._now) for work in result]
+            self.own_seconds += entered - start + time.perf_counter() - left
+            return result
+
+        return watched
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _what(self, operation: str, given: dict[str, Any]) -> tuple[str, int]:
+        """Name of the group, and the bytes that this rank puts in."""
+        if operation == SEND_RECV:
+            sends = [op for op in given["p2p_op_list"] if op.op is dist.isend]
+            return "pp", sum(_size(op.tensor) for op in sends)
+        tensor = next(given[name] for name in ("input_tensor", "input", "tensor") if name in given)
+        group = given.get("group") or dist.group.WORLD
+        if operation == "all_to_all" and tensor.is_floating_point():
+            self._note_rows(tensor, given.get("input_split_sizes"), group)
+        return self._names.get(group, "other"), _size(tensor)
+
+    def _note_rows(
+        self, rows_RD: Tensor, splits: Sequence[int] | None, group: dist.ProcessGroup
+    ) -> None:
+        ranks = dist.get_process_group_ranks(group)
+        counts = splits if splits is not None else [len(rows_RD) // len(ranks)] * len(ranks)
+        self._row_bytes = math.prod(rows_RD.shape[1:]) * rows_RD.element_size()
+        for rank, count in zip(ranks, counts, strict=True):
+            if rank != self._meshes.rank:
+                self._expert_bytes[rank] += count * self._row_bytes
+
+
+class _Waited:
+    """A transfer under way, as torch returned it; the time it is waited for is the call's too."""
+
+    def __init__(self, work: Any, call: _Call, now: Callable[[], Any]) -> None:
+        self._work, self._call, self._now = work, call, now
+
+    def wait(self, *args: Any, **options: Any) -> Any:
+        begin = self._now()
+        result = self._work.wait(*args, **options)
+        self._call.spans.append((begin, self._now()))
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,163 @@
+"""Where the weights lie: experts over the EP ranks, everything over the data-parallel ranks.
+
+FSDP2 shards what a rank holds of the model over the ranks that hold the same. Experts have a mesh
+of their own for that, so they are a unit of their own inside their block.
+
+Gradients are summed, never averaged: the loss is already divided by the labels of the whole step,
+and an average over the dense mesh and one over the expert mesh would weigh the two differently.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from deepseek.config.errors import UserError
+from deepseek.models.components.block import DeepSeekBlock
+from deepseek.models.components.moe import GroupedExperts, MoE
+from deepseek.models.stage import Stage
+from deepseek.models.transformer import Transformer, initial_weight
+from deepseek.parallel.expert_dispatcher import build_dispatcher
+from deepseek.parallel.mesh import Meshes
+from deepseek.parallel.tensor import split
+
+
+class ShardedExperts(GroupedExperts):
+    """The experts of one EP rank; ``w1`` and the others are DTensors over the EP ranks."""
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's experts."""
+        w1, w2, w3 = (
+            w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.w2, self.w3)
+        )
+        return w1, w2, w3
+
+
+def shard_experts(model: Transformer, meshes: Meshes) -> None:
+    """Divide the experts of ``model`` (on the meta device) over the EP ranks, in place."""
+    if meshes.layout.ep == 1:
+        return
+    mesh = meshes.sparse["ep"]
+    for module in model.modules():
+        if not isinstance(module, MoE):
+            continue
+        num_experts, hidden_dim, dim = module.experts.w1.shape
+        with torch.device("meta"):
+            experts = ShardedExperts(num_experts, dim, hidden_dim)
+        for name in ("w1", "w2", "w3"):
+            setattr(experts, name, split(getattr(module.experts, name), 0, mesh))
+        module.experts = experts
+        module.dispatcher = build_dispatcher(num_experts, meshes.ep, meshes.device_type)
+
+
+def shard_data_parallel(model: Transformer, stages: Sequence[Stage], meshes: Meshes) -> None:
+    """FSDP2 over every block, MTP module and stage, in place; the stages become ``FSDPModule``s.
+
+    Raises:
+        UserError: a weight that TP or EP has divided cannot be divided further.
+    """
+    # With a pipeline, weights stay gathered between the micro-batches of a step.
+    reshard = meshes.layout.pp == 1
+    dense = _Sharding(meshes.dense_shards, reshard)
+    experts = _Sharding(meshes.expert_shards, reshard)
+    for module in model.modules():
+        if isinstance(module, DeepSeekBlock) and isinstance(module.ffn, MoE):
+            experts.apply(module.ffn.experts)
+    for module in [*model.layers.values(), *model.mtp]:
+        dense.apply(module)
+    for stage in stages:
+        dense.apply(stage)
+        assert isinstance(stage, FSDPModule)
+        for module in stage.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                # Else the divide factor is sent as PREMUL_SUM, which gloo does not have.
+                module.set_force_sum_reduction_for_comms(True)
+
+
+def fill(model: Transformer, seed: int) -> None:
+    """Give every weight that lies here its start value, the same in any layout."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            local, part = local_part(parameter)
+            local.copy_(initial_weight(name, parameter.shape, part, model.config, seed))
+        for buffer in model.buffers():
+            buffer.zero_()
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, list[slice]]:
+    """What lies here of a tensor, and which part of the whole it is, one slice per dim."""
+    if not isinstance(tensor, DTensor):
+        return tensor, [slice(0, size) for size in tensor.shape]
+    sizes, starts = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    part = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    return tensor.to_local(), part
+
+
+def whole_matrices(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``function`` of matrices (..., rows, columns), for tensors that may be spread over ranks.
+
+    Where a rank has whole matrices of a stack, it takes them as they are; else the tensor is
+    gathered, and each rank keeps its part of the result. Then a collective.
+    """
+
+    def apply(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return function(tensor)
+        local, part = local_part(tensor)
+        if local.shape[-2:] != tensor.shape[-2:]:
+            local = function(tensor.full_tensor())[tuple(part)].contiguous()
+        elif local.numel():
+            local = function(local)
+        return DTensor.from_local(
+            local,
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+
+    return apply
+
+
+class _Sharding:
+    """``fully_shard`` over one mesh."""
+
+    def __init__(self, mesh: torch.distributed.device_mesh.DeviceMesh, reshard: bool) -> None:
+        self.mesh = mesh
+        self.size = mesh.size(mesh.ndim - 1)
+        self.reshard = reshard
+
+    def apply(self, module: nn.Module) -> None:
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        choose: Callable[[nn.Parameter], Shard] = lambda p: self._placement(names[p], p)  # noqa: E731
+        fully_shard(
+            module,
+            mesh=self.mesh,
+            reshard_after_forward=self.reshard,
+            shard_placement_fn=choose,
+        )
+
+    def _placement(self, name: str, parameter: nn.Parameter) -> Shard:
+        """The dim to divide: the first, or for parts of a matrix the first that divides evenly."""
+        if not isinstance(parameter, DTensor):
+            return Shard(0)
+        shape = parameter.to_local().shape
+        for dim, size in enumerate(shape):
+            if size % self.size == 0:
+                return Shard(dim)
+        raise UserError(
+            f"{name}: the part {list(shape)} of {list(parameter.shape)} that TP or EP leaves to a "
+            f"rank cannot be divided over {self.size} data-parallel ranks along any dim; use a "
+            f"model.data_parallel_replicate_size that leaves a divisor of {math.gcd(*shape)}, or "
+            "another TP or EP size"
+        )
