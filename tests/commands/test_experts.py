@@ -19,6 +19,7 @@ from deepseek.checkpoint.folder import step_name
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.commands import experts as module
 from deepseek.commands.experts import experts
+from deepseek.commands.opened import open_checkpoint, with_config
 from deepseek.config.errors import UserError
 from deepseek.config.schema import RunConfig
 from deepseek.models.transformer import Transformer
@@ -62,7 +63,7 @@ def test_what_is_counted_is_what_the_model_routes(copy: Path, tmp_path: Path) ->
     word = "abc de fghij "
     (tmp_path / "t.txt").write_text(word * 4)
     found = analyse(copy, data=[f"t={tmp_path}/t.txt"], minimum=2)
-    opened = module._open(copy)
+    opened = open_checkpoint(copy)
     tokenizer = opened.tokenizer()
     assert tokenizer is not None
     ids = [*tokenizer.encode(word * 4), tokenizer.eos_id]
@@ -278,8 +279,8 @@ def test_a_damaged_checkpoint(copy: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_checkpoint_of_another_version(copy: Path, made: Any) -> None:
     run = made("new")
-    opened = module._open(run)
+    opened = open_checkpoint(run)
     state = opened.checkpoint.state()
     state["config"]["model"]["unheard_of"] = 1
     with pytest.raises(UserError, match="its configuration is not of this version"):
-        module._with_config(opened.checkpoint)
+        with_config(opened.checkpoint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def expected_type(path: str) -> str:
     field = FIELDS[path]
     word = "section" if field.is_section else field.kind.__name__
     if word == "list":
-        word = "list of ints" if field.item is int else "list of two floats"
+        word = {int: "list of ints", str: "list of names"}.get(field.item, "list of two floats")
     word = {"object": "str or list"}.get(word, word)
     if path == "trainer.precision":
         return "str"
@@ -94,17 +95,23 @@ def test_other_readers_of_yaml_read_the_same(name: str) -> None:
 
 def test_tiny_shows_every_key_of_the_schema() -> None:
     text = (CONFIGS / "deepseek_v3_tiny.yaml").read_text()
-    block = re.search(r"(?m)^  # rope_scaling:.*\n(  #   .*\n)+", text)
-    assert block, "the optional section is shown as a comment"
-    shown = re.sub(r"(?m)^  # ?", "  ", block[0])
     paths = {path for path, _ in key_lines(text)}
-    paths |= {path for path, _ in key_lines(f"model:\n{shown}")}
+    sections = {}
+    for name in ("rope_scaling", "peft"):
+        block = re.search(rf"(?m)^  # {name}:.*\n(  #   .*\n)+", text)
+        assert block, f"the optional section {name} is shown as a comment"
+        shown = re.sub(r"(?m)^  # ?", "  ", block[0])
+        lines = key_lines(f"model:\n{shown}")
+        paths |= {path for path, _ in lines}
+        for path, comment in lines[1:]:
+            assert comment.startswith(expected_type(path)), path
+        sections[name] = yaml.safe_load(shown)[name]
     assert paths == set(FIELDS)
-    for path, comment in key_lines(f"model:\n{shown}")[1:]:
-        assert comment.startswith(expected_type(path)), path
-    section = yaml.safe_load(shown)["rope_scaling"]
-    yarn = load_config("deepseek_v3_tiny", [f"model.rope_scaling={section}"]).model.rope_scaling
+    yarn = load_config(
+        "deepseek_v3_tiny", [f"model.rope_scaling={sections['rope_scaling']}"]
+    ).model.rope_scaling
     assert (yarn.factor, yarn.beta_fast, yarn.mscale_all_dim) == (40, 32, 1)
+    assert sections["peft"] == asdict(schema.PeftConfig())
 
 
 def test_every_field_of_the_schema_has_a_docstring() -> None:
@@ -135,7 +142,8 @@ def test_every_number_has_a_range_and_every_rule_a_field() -> None:
 
 def test_names_of_other_stacks_lead_to_keys_that_exist() -> None:
     for name, answer in OTHER_NAMES.items():
-        assert name not in {path.rpartition(".")[2] for path in FIELDS}
+        same = [path for path in FIELDS if path.rpartition(".")[2] == name]
+        assert all(path in answer for path in same), f"{name} is a key itself: {same}"
         for path in re.findall(r"\b(?:model|trainer|exp_manager)\.[a-z_.]+[a-z_](?!\*)", answer):
             assert path in FIELDS or path == "model", f"{name}: {answer}"
 

@@ -10,7 +10,8 @@ import pytest
 
 from deepseek.config.errors import UserError
 from deepseek.models.deepseek_model import StepMetrics, ValidationMetrics
-from deepseek.monitoring.metrics_log import MetricsLog, drop_partial_line, read_metrics
+from deepseek.monitoring import metrics_log
+from deepseek.monitoring.metrics_log import SCALARS, MetricsLog, drop_partial_line, read_metrics
 
 
 class Logger:
@@ -25,14 +26,41 @@ class Logger:
 
 def step(number: int, **changes: Any) -> StepMetrics:
     values: dict[str, Any] = {
-        "loss": 5.5, "mtp_loss": None, "balance_loss": 0.1, "grad_norm": 2.0, "lr": 0.1,
+        "loss": 5.5, "mtp_loss": None, "balance_loss": 0.1, "grad_norm": 2.0,
+        "grad_norm_dense": 1.5, "grad_norm_expert": 1.2, "grad_norm_router": 0.5, "lr": 0.1,
         "tokens": 8, "skipped": False}  # fmt: skip
     return StepMetrics(number, **(values | changes))
 
 
 def module(**changes: Any) -> Any:
-    values = {"finished_steps": 0, "step_metrics": None, "validation_metrics": None}
+    values = {
+        "finished_steps": 0, "max_steps": 9, "step_metrics": None, "validation_metrics": None,
+        "step_facts": {}}  # fmt: skip
     return SimpleNamespace(**(values | changes))
+
+
+class Clock:
+    """A clock that goes when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return 1.7e9 + self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    fake = Clock()
+    monkeypatch.setattr(metrics_log, "time", fake)
+    return fake
+
+
+def events(log: MetricsLog) -> list[dict[str, Any]]:
+    return [row for row in map(strict, log.path.read_text().splitlines()) if "event" in row]
 
 
 def trainer(logger: Logger | None = None) -> Any:
@@ -50,24 +78,63 @@ def strict(line: str) -> dict[str, Any]:
     return row
 
 
-def test_a_row_a_step_and_one_a_validation(tmp_path: Path) -> None:
-    log, logger = MetricsLog(tmp_path / "m.jsonl"), Logger()
-    log.on_train_batch_start(trainer(logger), module())
-    log.on_train_batch_end(trainer(logger), module(step_metrics=step(1)))
-    log.on_validation_end(
-        trainer(logger), module(validation_metrics=ValidationMetrics(1, 5.25, None))
-    )
-    first, second = (strict(line) for line in log.path.read_text().splitlines())
-    assert first.pop("seconds") >= 0
+def test_a_row_a_step_and_one_a_validation(tmp_path: Path, clock: Clock) -> None:
+    log, logger = MetricsLog(tmp_path / "m.jsonl", 1e3, 1e5), Logger()
+    run, here = trainer(logger), module(step_metrics=step(1))
+    log.on_train_start(run, here)
+    clock.now += 2.0
+    here.step_facts = {"data_seconds": 0.5, "per_layer": [1, 2], "monitor_seconds": 0.25}
+    log.on_train_batch_end(run, here)
+    log.on_validation_start(run, here)
+    clock.now += 50.0
+    log.on_validation_end(run, module(validation_metrics=ValidationMetrics(1, 5.25, None)))
+    clock.now += 4.0
+    log.on_train_batch_end(run, module(step_metrics=step(2)))
+    log.on_train_end(run, module(finished_steps=9))
+    first, second, third, _ = (strict(line) for line in log.path.read_text().splitlines())
     assert first == {
-        "step": 1, "loss": 5.5, "mtp_loss": None, "balance_loss": 0.1, "grad_norm": 2.0, "lr": 0.1,
-        "tokens": 8, "skipped": False}  # fmt: skip
+        "step": 1, "loss": 5.5, "mtp_loss": None, "balance_loss": 0.1, "grad_norm": 2.0,
+        "grad_norm_dense": 1.5, "grad_norm_expert": 1.2, "grad_norm_router": 0.5, "lr": 0.1,
+        "tokens": 8, "skipped": False, "data_seconds": 0.5, "per_layer": [1, 2],
+        "monitor_seconds": 0.25, "seconds": 2.0, "time": 1.7e9 + 102, "tokens_per_second": 4.0,
+        # 4 tokens a second of 1,000 operations each, of 100,000 that the devices could do.
+        "mfu": 0.04}  # fmt: skip
     assert second == {"step": 1, "val_loss": 5.25, "val_bits_per_byte": None}
-    # Loggers get the numbers that there are.
-    assert [number for number, _ in logger.told] == [1, 1]
-    assert logger.told[0][1].keys() == {
-        "loss", "balance_loss", "grad_norm", "lr", "tokens", "skipped", "seconds"}  # fmt: skip
+    assert (third["seconds"], third["tokens_per_second"]) == (4.0, 2.0)  # the validation is not in
+    # Loggers get the numbers that there are, and nothing that grows with the model.
+    assert [number for number, _ in logger.told] == [1, 1, 2]
+    assert logger.told[0][1].keys() == first.keys() - {"step", "time", "mtp_loss", "per_layer"}
     assert logger.told[1][1] == {"val_loss": 5.25}
+    assert len(SCALARS) <= 60
+
+
+def test_mfu_is_unknown_without_a_denominator(tmp_path: Path, clock: Clock) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl", 1e3, None)
+    log.on_train_start(trainer(), module())
+    clock.now += 1.0
+    log.on_train_batch_end(trainer(), module(step_metrics=step(1)))
+    assert strict(log.path.read_text())["mfu"] is None
+
+
+def test_its_own_cost_is_in_the_row_that_follows(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.on_train_start(trainer(), module())
+    write = log.write
+
+    def slow(row: dict[str, Any]) -> None:
+        write(row)
+        clock.now += 0.5
+
+    monkeypatch.setattr(log, "write", slow)
+    for number in (1, 2):
+        clock.now += 1.0
+        log.on_train_batch_end(trainer(), module(step_metrics=step(number)))
+        log.add_cost(0.125)
+    rows = [strict(line) for line in log.path.read_text().splitlines()]
+    assert [row["monitor_seconds"] for row in rows] == [0.0, 0.625]
+    assert [row["seconds"] for row in rows] == [1.0, 1.5]
 
 
 def test_what_is_not_finite_is_said_in_words(tmp_path: Path) -> None:
@@ -100,8 +167,69 @@ def test_a_resumed_run_drops_the_line_cut_short_and_says_so(tmp_path: Path) -> N
     log.path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
     log.on_fit_start(trainer(), module(finished_steps=2))
     lines = log.path.read_text().splitlines()
-    assert [strict(line) for line in lines] == [
-        {"step": 1}, {"step": 2}, {"event": "resumed", "step": 2}]  # fmt: skip
+    rows = [strict(line) for line in lines]
+    assert rows[2].pop("time") > 1.7e9
+    assert rows == [{"step": 1}, {"step": 2}, {"event": "resumed", "step": 2}]
+
+
+def test_each_start_says_of_what_kind_it_is(tmp_path: Path, clock: Clock) -> None:
+    path = tmp_path / "m.jsonl"
+    MetricsLog(path).on_fit_start(trainer(), module())
+    MetricsLog(path, attempt=2).on_fit_start(trainer(), module(finished_steps=7))
+    MetricsLog(path, attempt=1).on_fit_start(trainer(), module())  # lost before a checkpoint
+    now = {"time": 1.7e9 + 100}
+    restart = {"event": "restart", "step": 7, "attempt": 2, "reason": "restart 2"}
+    assert [strict(line) for line in path.read_text().splitlines()] == [
+        {"event": "started", "step": 0} | now,
+        restart | now,
+        {"event": "resumed", "step": 7} | now,
+        restart | {"step": 0, "attempt": 1, "reason": "restart 1"} | now,
+        {"event": "started", "step": 0} | now,
+    ]
+
+
+def test_checkpoints_are_events(tmp_path: Path, clock: Clock) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    saved = {"checkpoint_seconds": 0.75}
+    log.on_train_batch_start(trainer(), module(finished_steps=3))
+    log.on_train_batch_start(trainer(), module(finished_steps=4, step_facts=saved))
+    log.on_train_end(trainer(), module(finished_steps=9, step_facts=saved))
+    assert events(log) == [
+        {"event": "checkpoint", "step": 4, "time": 1.7e9 + 100, "seconds": 0.75},
+        {"event": "checkpoint", "step": 9, "time": 1.7e9 + 100, "seconds": 0.75},
+        {"event": "stopped", "step": 9, "time": 1.7e9 + 100, "reason": "complete"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("finished", "number", "reason"),
+    [(9, None, "complete"), (4, 15, "SIGTERM"), (4, None, "a signal to another rank")],
+)
+def test_the_end_has_a_reason(
+    tmp_path: Path, finished: int, number: int | None, reason: str
+) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl", signal_received=lambda: number)
+    log.on_train_end(trainer(), module(finished_steps=finished))
+    assert [(e["event"], e["step"], e["reason"]) for e in events(log)] == [
+        ("stopped", finished, reason)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (UserError("not finite\nmore"), "UserError: not finite"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+    ],
+)
+def test_an_end_by_an_error_has_one_too(tmp_path: Path, error: BaseException, reason: str) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.on_exception(trainer(), module(finished_steps=4), error)
+    assert [(e["event"], e["step"], e["reason"]) for e in events(log)] == [("stopped", 4, reason)]
+
+
+def test_an_error_is_not_hidden_by_a_log_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").mkdir()
+    MetricsLog(tmp_path / "m.jsonl").on_exception(trainer(), module(), ValueError("first"))
 
 
 @pytest.mark.parametrize(
@@ -113,6 +241,9 @@ def test_a_resumed_run_drops_the_line_cut_short_and_says_so(tmp_path: Path) -> N
         ('{}\n{"a": 1}\n', '{}\n{"a": 1}\n'),
         ('{}\n{"a": 1', "{}\n"),
         ("\n\n{", "\n\n"),
+        ("{}\n" + "x" * 200_000, "{}\n"),
+        ("x" * 200_000, ""),
+        ("{}\n" + "x" * (2**16 - 1) + "\n" + "y" * 2**16, "{}\n" + "x" * (2**16 - 1) + "\n"),
     ],
 )
 def test_only_what_follows_the_last_newline_is_dropped(
@@ -127,9 +258,6 @@ def test_only_what_follows_the_last_newline_is_dropped(
 def test_a_fresh_run_has_no_file_yet(tmp_path: Path) -> None:
     drop_partial_line(tmp_path / "m.jsonl")
     assert not (tmp_path / "m.jsonl").exists()
-    log = MetricsLog(tmp_path / "m.jsonl")
-    log.on_fit_start(trainer(), module())
-    assert not log.path.exists()
 
 
 def test_of_a_step_trained_twice_the_later_row_counts(tmp_path: Path) -> None:
@@ -153,9 +281,9 @@ def test_of_a_step_trained_twice_the_later_row_counts(tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").mkdir()
     log = MetricsLog(tmp_path / "m.jsonl")
-    log.on_fit_start(trainer(), module())
-    with pytest.raises(UserError, match="m.jsonl: Is a directory; make room or mend it"):
-        log.write({"step": 1})
+    for write in (lambda: log.on_fit_start(trainer(), module()), lambda: log.write({"step": 1})):
+        with pytest.raises(UserError, match="m.jsonl: Is a directory; make room or mend it"):
+            write()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a device of Linux")

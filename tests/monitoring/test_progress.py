@@ -12,7 +12,8 @@ from deepseek.monitoring.progress import Progress, clock, step_line
 
 def metrics(step: int, **changes: Any) -> StepMetrics:
     values: dict[str, Any] = {
-        "loss": 5.4321, "mtp_loss": 5.6, "balance_loss": 0.0, "grad_norm": 1.2, "lr": 2.2e-4,
+        "loss": 5.4321, "mtp_loss": 5.6, "balance_loss": 0.0, "grad_norm": 1.2,
+        "grad_norm_dense": 1.0, "grad_norm_expert": 0.6, "grad_norm_router": 0.2, "lr": 2.2e-4,
         "tokens": 1000, "skipped": False}  # fmt: skip
     return StepMetrics(step, **(values | changes))
 
@@ -23,6 +24,7 @@ def module(step: int, max_steps: int = 10, finished: int = 0) -> Any:
         validation_metrics=ValidationMetrics(step, 4.5, 2.25),
         max_steps=max_steps,
         finished_steps=finished,
+        step_facts={},
     )
 
 
@@ -65,7 +67,19 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_step_line() -> None:
     assert step_line(metrics(12), 400, 3210.4) == (
-        "step     12/400 loss 5.4321 mtp 5.6000 | 3,210 tok/s | grad 1.200 lr 2.20e-04"
+        "step     12/400 loss 5.4321 mtp 5.6000 3,210 tok/s grad 1.200 lr 2.20e-04"
+    )
+    facts = {
+        "mfu": 0.314, "memory_bytes": 3 * 2**29, "load_max_over_mean": 1.316, "dead_experts": 2,
+        "all_to_all_seconds": 0.25, "seconds": 2.0}  # fmt: skip
+    assert step_line(metrics(12, mtp_loss=None), 400, 3210.4, facts) == (
+        "step     12/400 loss 5.4321 3,210 tok/s mfu 31.4% grad 1.200 lr 2.20e-04 mem 1.5G "
+        "| load 1.32 dead 2 a2a 12%"
+    )
+    # Alone, on an unknown GPU, without experts.
+    facts = {"mfu": None, "memory_bytes": 2**30, "all_to_all_seconds": None, "seconds": 2.0}
+    assert step_line(metrics(12, mtp_loss=None), 400, 3210.4, facts) == (
+        "step     12/400 loss 5.4321 3,210 tok/s grad 1.200 lr 2.20e-04 mem 1.0G"
     )
     line = step_line(metrics(1, mtp_loss=None, skipped=True, grad_norm=float("nan")), 1, 0.0)
     assert "mtp" not in line

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from math import isnan
+from math import hypot, isnan
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class Case:
     seed: int = 0
     clip: float = 1.0
     """Largest gradient norm."""
+    steps: int = STEPS
     autocast: bool = False
     """Products in bf16, as with ``bf16-mixed``."""
     edit: Callable[[dict[str, Tensor]], None] = lambda batch: None
@@ -98,7 +99,7 @@ def batches(case: Case) -> Iterator[dict[str, Tensor]]:
     chance = torch.Generator().manual_seed(case.seed)
     config = case.config
     shape = (config.global_batch_size, config.data.seq_length)
-    for _ in range(STEPS):
+    for _ in range(case.steps):
         tokens = torch.randint(config.vocab_size, shape, generator=chance)
         labels = torch.randint(config.vocab_size, shape, generator=chance)
         documents = (torch.rand(shape, generator=chance) < 0.2).cumsum(1).to(torch.int32)
@@ -204,14 +205,23 @@ def work_of_rank(rank: int, case: Case) -> tuple[list[Any], list[Any]]:
     return driven.metrics, parts
 
 
-def compare(case: Case, timeout: float = 120.0) -> dict[str, float]:
-    """Relative error of each metric and of each tensor, 2-norm over 2-norm, every rank's copy."""
+def in_one_process(case: Case) -> Driven:
+    """After all steps."""
     alone = Driven(case, Alone())
     alone.run(batches(case))
+    return alone
+
+
+def compare(case: Case, timeout: float = 120.0) -> dict[str, float]:
+    """Relative error of each metric and of each tensor, 2-norm over 2-norm, every rank's copy.
+
+    ``all.weight`` and the like take all tensors of a kind as one.
+    """
+    alone = in_one_process(case)
     wanted = alone.tensors()
     errors: dict[str, float] = {}
     covered = {name: torch.zeros(tensor.shape, dtype=torch.bool) for name, tensor in wanted.items()}
-    squares: dict[str, float] = {}
+    differences: dict[str, float] = {}
     for metrics, parts in run_ranks(case.world, work_of_rank, case, timeout=timeout):
         for ours, theirs in zip(metrics, alone.metrics, strict=True):
             for key in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
@@ -233,13 +243,42 @@ def compare(case: Case, timeout: float = 120.0) -> dict[str, float]:
             assert here.shape == local.shape, (name, here.shape, local.shape)
             covered[name][tuple(part)] = True
             difference = (torch.from_numpy(local).double() - here.double()).norm().item()
-            squares[name] = max(squares.get(name, 0.0), difference)
-    for name, difference in squares.items():
-        norm = wanted[name].double().norm().item()
-        errors[name] = difference / norm if norm else difference
+            differences[name] = max(differences.get(name, 0.0), difference)
     missing = [name for name, seen in covered.items() if not seen.all()]
     assert not missing, f"no rank has all of {missing}"
-    return errors
+    return errors | _relative(differences, wanted)
+
+
+def rounding(case: Case) -> dict[str, float]:
+    """How far the tensors of one process are from the same in fp64, as ``compare`` measures.
+
+    The furthest of some runs, whose start weights differ in the last bit: each rounds differently.
+    """
+    exact = in_one_process(replace(case, dtype=torch.float64)).tensors()
+    differences = dict.fromkeys(exact, 0.0)
+    for number in range(4):
+
+        def nudge(driven: Driven, chance: int = number) -> None:
+            case.prepare(driven)
+            generator = torch.Generator().manual_seed(chance)
+            for weight in driven.module.model.parameters() if chance else ():
+                sign = torch.randint(-1, 2, weight.shape, generator=generator)
+                weight.data.mul_(1 + sign * torch.finfo(case.dtype).eps / 2)
+
+        for name, tensor in in_one_process(replace(case, prepare=nudge)).tensors().items():
+            difference = (tensor.double() - exact[name].double()).norm().item()
+            differences[name] = max(differences[name], difference)
+    return _relative(differences, exact)
+
+
+def _relative(differences: dict[str, float], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Norms of differences over norms, of each tensor and of each kind as a whole."""
+    norms = {name: wanted[name].double().norm().item() for name in differences}
+    for kind in {name.partition(".")[0] for name in norms}:
+        for values in (differences, norms):
+            own = [value for name, value in values.items() if name.startswith(f"{kind}.")]
+            values[f"all.{kind}"] = hypot(*own)
+    return {name: d / norms[name] if norms[name] else d for name, d in differences.items()}
 
 
 def worst(errors: dict[str, float]) -> tuple[str, float]:

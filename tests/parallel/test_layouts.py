@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from draw import ADAM_EPS, draw_cases
-from layouts import Case, Driven, batches, compare, small_config, spread, worst
+from layouts import Case, Driven, batches, compare, small_config, spread
 from ranks import run_ranks
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -61,12 +61,12 @@ def assert_exact(case: Case) -> dict[str, float]:
 # -- layouts --
 
 
-@pytest.mark.parametrize("case", draw_cases(14, torch.float64, 11), ids=str)
+@pytest.mark.parametrize("case", draw_cases(12, torch.float64, 11), ids=str)
 def test_drawn_layout_in_fp64(case: Case) -> None:
     assert_exact(case)
 
 
-@pytest.mark.parametrize("case", draw_cases(5, torch.float32, 12), ids=str)
+@pytest.mark.parametrize("case", draw_cases(4, torch.float32, 12), ids=str)
 def test_drawn_layout_in_fp32(case: Case) -> None:
     assert_exact(case)
 
@@ -260,19 +260,43 @@ def test_validation(
 # -- bf16 --
 
 
-def test_mixed_precision() -> None:
-    """With the routing pinned, so that no rounded score turns a token to another expert."""
-    for changes in (dict(ep=2), dict(tp=2, ep=2), dict(pp=2)):
-        case = case_of(2, torch.float32, n_group=1, topk_group=1, initializer_range=0.1, **changes)
-        case.prepare, case.autocast = send_all_to(1, 6), True
-        errors = compare(case)
-        for key in ("loss", "mtp_loss", "balance_loss"):
-            assert errors[key] < 1e-2, (changes, key, errors[key])
-        assert errors["grad_norm"] < 5e-2, (changes, errors["grad_norm"])
-        gradients_off = {k: v for k, v in errors.items() if k.startswith("gradient.")}
-        assert worst(gradients_off)[1] < 0.2, (changes, worst(gradients_off))
-        assert worst(gradients_off)[1] > 1e-5, "nothing was rounded to bf16"
-        assert all(v == 0 for k, v in errors.items() if k.startswith(("load.", "buffer.")))
+def mixed(world: int, **changes: Any) -> Case:
+    """One step in bf16, with the routing pinned, so that no rounded score turns a token to another
+    expert."""
+    small = dict(n_group=1, topk_group=1, initializer_range=0.1)
+    case = case_of(world, torch.float32, **small, **changes)
+    return replace(case, autocast=True, steps=1, prepare=send_all_to(1, 6))
+
+
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [
+        (2, dict(ep=2)),
+        (2, dict(tp=2, ep=2, recompute="full")),
+        (4, dict(pp=2, ep=2, schedule="ZBVZeroBubble", mtp=2)),
+    ],
+    ids=str,
+)
+def test_mixed_precision(world: int, changes: dict[str, Any]) -> None:
+    """With autocast's cache of cast weights on, as under Lightning 2.4."""
+    errors = compare(mixed(world, **changes))
+    far = {
+        name: error
+        for name, error in errors.items()
+        if not error <= (1e-2 if name.startswith(("loss", "mtp_", "balance", "grad_norm")) else 0.1)
+    }
+    assert not far
+    assert errors["all.gradient"] < 2e-2
+    assert errors["all.load"] == errors["all.buffer"] == 0.0
+
+
+def test_bf16_is_what_mixed_precision_computes_in() -> None:
+    case = mixed(1)
+    fp32, bf16 = (Driven(replace(case, autocast=on), Alone()) for on in (False, True))
+    for driven in (fp32, bf16):
+        driven.run(batches(case))
+    a, b = (driven.tensors()["gradient.layers.0.attn.wo.weight"] for driven in (fp32, bf16))
+    assert 1e-4 < (a - b).norm() / a.norm() < 1e-1
 
 
 def test_mixed_precision_keeps_router_bias_and_gradients_in_fp32() -> None:
@@ -322,6 +346,10 @@ def count_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DeepSeekModel, "_count_everywhere", lambda *args: None)
 
 
+def keep_cast_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: None)
+
+
 def measure_copies_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "_holders", lambda *args: 1)
 
@@ -345,6 +373,10 @@ def test_the_comparison_notices(
     shows_in: str,
 ) -> None:
     case = case_of(2, **changes)
-    assert_exact(case)
     sabotage(monkeypatch)
     assert compare(case)[shows_in] > 1e-3
+
+
+def test_the_comparison_notices_gradients_that_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_cast_weights(monkeypatch)
+    assert compare(mixed(2, ep=2))["all.gradient"] > 0.1

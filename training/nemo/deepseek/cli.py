@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deepseek.commands.doors import guarded, overrides_of
+from deepseek.commands.doors import guarded, overrides_of, refuse_idle
 
 app = typer.Typer(
     name="deepseek",
@@ -103,10 +103,28 @@ def prepare_data_command(
     json_key: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
     workers: Annotated[int, typer.Option(help="Processes; 0: one per core.")] = 0,
     append_eos: Annotated[bool, typer.Option(help="End each document with the end token.")] = True,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Read conversations, and mark their answers.")
+    ] = False,
+    answers: Annotated[
+        str | None, typer.Option(help="With --chat: all answers are learnt, or the last.")
+    ] = None,
 ) -> None:
     """Turn text into training data (Megatron .bin/.idx), training a tokenizer if none is given."""
-    from deepseek.commands.prepare_data import prepare_data
+    from deepseek.commands.prepare_data import prepare_chat_data, prepare_data
 
+    text_only = {
+        "--vocab-size": vocab_size != 4096,
+        "--json-key": json_key != "text",
+        "--workers": workers != 0,
+        "--no-append-eos": not append_eos,
+    }
+    if not chat:
+        refuse_idle({"--answers": answers is not None}, "without --chat")
+    if chat:
+        refuse_idle(text_only, "with --chat")
+        prepare_chat_data(inputs, output, tokenizer, answers or "all")
+        return
     prepare_data(inputs or None, output, tokenizer, vocab_size, json_key, workers, append_eos)
 
 
@@ -143,6 +161,22 @@ def report_command(
     report(runs, output)
 
 
+@app.command("monitor")
+def monitor_command(
+    run: Annotated[Path, typer.Argument(help="A run folder; the run may be going on.")],
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="Serve the report on this machine instead.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="With --web; 0: any free one.", min=0, max=65535)] = 0,
+    every: Annotated[float, typer.Option(help="Seconds between frames.")] = 2.0,
+) -> None:
+    """Watch a run: in the terminal, or as a report in a browser that renews itself."""
+    from deepseek.commands.monitor import monitor
+
+    monitor(run, once, web, port, every)
+
+
 @app.command("experts")
 def experts_command(
     run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint.")],
@@ -165,6 +199,125 @@ def experts_command(
     from deepseek.commands.experts import experts
 
     experts(run, data or [], against or [], tokens, output, minimum, json_key)
+
+
+hf = typer.Typer(help="Hugging Face files in and out.", no_args_is_help=True)
+app.add_typer(hf, name="hf")
+Mtp = Annotated[str, typer.Option(help="Multi-token-prediction modules: keep or drop.")]
+
+
+@hf.command("import")
+def hf_import_command(
+    source: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.")],
+    target: Annotated[Path, typer.Argument(help="New folder: checkpoint, config, tokenizer.")],
+    mtp: Mtp = "keep",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json or its folder; none: the source's.")
+    ] = None,
+    ignore_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Key of config.json that does not change the model; may be repeated."),
+    ] = None,
+) -> None:
+    """Turn Hugging Face weights into a folder that train, generate and experts read."""
+    from deepseek.commands.hf_import import import_hf
+
+    import_hf(source, target, mtp, tokenizer, ignore_key or [])
+
+
+@hf.command("export")
+def hf_export_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder.")],
+    target: Annotated[Path, typer.Argument(help="New folder.")],
+    dtype: Annotated[str, typer.Option(help="fp32, every bit kept, or bf16.")] = "fp32",
+    mtp: Mtp = "keep",
+    shard_gb: Annotated[float, typer.Option(help="Largest file, GB.")] = 5.0,
+) -> None:
+    """Write a checkpoint as Hugging Face files."""
+    from deepseek.commands.hf_export import export_hf
+
+    export_hf(checkpoint, target, dtype, mtp, shard_gb)
+
+
+lora = typer.Typer(help="Adapters of a run.", no_args_is_help=True)
+app.add_typer(lora, name="lora")
+Adapted = Annotated[Path, typer.Argument(help="A run folder with adapters, or its checkpoint.")]
+
+
+@lora.command("export")
+def lora_export_command(
+    run: Adapted,
+    target: Annotated[Path, typer.Argument(help="New folder.")],
+    base: Annotated[
+        str | None, typer.Option(help="Hugging Face name or folder of the model below.")
+    ] = None,
+) -> None:
+    """Write adapters as peft reads them."""
+    from deepseek.commands.lora import export_lora
+
+    export_lora(run, target, base)
+
+
+@lora.command("merge")
+def lora_merge_command(
+    run: Adapted,
+    target: Annotated[Path, typer.Argument(help="New folder: checkpoint, config, tokenizer.")],
+) -> None:
+    """Make one model of adapters and what is below them."""
+    from deepseek.commands.lora import merge_lora
+
+    merge_lora(run, target)
+
+
+migrate = typer.Typer(help="From PyTorch FSDP to here.", no_args_is_help=True)
+app.add_typer(migrate, name="migrate")
+
+
+@migrate.command("fsdp-checkpoint", context_settings=PASS_ON)
+def migrate_checkpoint_command(
+    source: Annotated[Path, typer.Argument(help="A .pt file, or a folder of DCP or accelerate.")],
+    target: Annotated[Path, typer.Argument(help="The new run folder.")],
+    config: Annotated[str, typer.Option(help="Configuration of the run that goes on.")],
+    overrides: Overrides = None,
+    names: Annotated[
+        Path | None, typer.Option(help="Table of names; none: those of Hugging Face.")
+    ] = None,
+    write_names: Annotated[
+        Path | None, typer.Option(help="Write that table here, to edit it, and stop.")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Optimiser steps done; none: as the source says.")
+    ] = None,
+    optimizer: Annotated[
+        Path | None, typer.Option(help="The optimiser's file or folder, if it lies apart.")
+    ] = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Start the optimiser anew.")
+    ] = False,
+) -> None:
+    """Turn a checkpoint of FSDP into a run that `deepseek train` continues."""
+    from deepseek.commands.migrate import migrate_checkpoint
+
+    words = overrides_of(overrides or [])
+    migrate_checkpoint(
+        source, target, config, words, names, write_names, step, optimizer, weights_only
+    )
+
+
+@migrate.command("fsdp-config")
+def migrate_config_command(
+    file: Annotated[
+        list[Path], typer.Argument(help="accelerate YAML, TrainingArguments as JSON or YAML.")
+    ],
+    output: Annotated[Path | None, typer.Option(help="File to write; none: print it.")] = None,
+    extends: Annotated[
+        str | None, typer.Option(help="Configuration that the result extends: the model's.")
+    ] = None,
+) -> None:
+    """Turn settings of accelerate and the Hugging Face Trainer into a configuration."""
+    from deepseek.commands.migrate_config import migrate_config
+
+    migrate_config(file, output, extends)
 
 
 @app.command("ls")

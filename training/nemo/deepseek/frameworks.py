@@ -15,10 +15,12 @@ import importlib.util
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepseek.config.errors import UserError
+from deepseek.config.schema import ExpManagerConfig
 
 VARIABLE = "DEEPSEEK_FRAMEWORK"
 NEMO_LIGHTNING = "lightning>2.2.1,<=2.4.0"
@@ -117,6 +119,63 @@ def framework_name() -> str:
         version = importlib.metadata.version("nemo_toolkit")
         return f"NeMo {version} (Lightning {pl.__version__})"
     return f"PyTorch Lightning {pl.__version__}"
+
+
+def remote_loggers(
+    folder: Path, name: str, manager: ExpManagerConfig, config: Any
+) -> dict[str, Callable[[], Any]]:
+    """What opens the loggers that may want a network, by name.
+
+    They are not the trainer's, which would wait for them and end with them.
+
+    Args:
+        folder: of the run; what they write lies here.
+        name: of the run.
+        manager: which ones, and where they write to.
+        config: of the run, shown beside its curves.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    found: dict[str, Callable[[], Any]] = {}
+    if manager.create_wandb_logger:
+        _need("wandb", "create_wandb_logger")
+        wandb = manager.wandb_logger_kwargs
+        found["WandbLogger"] = lambda: _opened(
+            "WandbLogger",
+            config,
+            project=wandb.project or name,
+            name=wandb.name or folder.name,
+            offline=wandb.offline,
+            save_dir=str(folder),
+        )
+    if manager.create_mlflow_logger:
+        _need("mlflow", "create_mlflow_logger")
+        mlflow = manager.mlflow_logger_kwargs
+        uri = mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        found["MLFlowLogger"] = lambda: _opened(
+            "MLFlowLogger",
+            config,
+            experiment_name=mlflow.experiment_name or name,
+            run_name=mlflow.run_name or folder.name,
+            tracking_uri=uri,
+            save_dir=str(folder / "mlruns"),
+        )
+    return found
+
+
+def _need(package: str, key: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"exp_manager.{key}=true, but {package} is not installed: pip install {package}, or "
+            "set it to false; metrics.jsonl in the run folder has all there is"
+        )
+
+
+def _opened(kind: str, config: Any, **settings: Any) -> Any:
+    logger = getattr(importlib.import_module(f"{pl.__name__}.loggers"), kind)(**settings)
+    logger.log_hyperparams(config)
+    return logger
 
 
 def attach_loggers(trainer: Any, folder: Path, tensorboard: bool) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.checkpoint.ranks import Ranks
-from deepseek.checkpoint.training_state import collect_tensors, restore, run_state
+from deepseek.checkpoint.training_state import Base, collect_tensors, restore, run_state
 from deepseek.config.errors import UserError
 from deepseek.config.schema import CheckpointConfig
 from deepseek.frameworks import Callback
@@ -42,6 +42,11 @@ FIXED = {
     "model.first_k_dense_replace",
     "model.num_nextn_predict_layers",
     "model.topk_method",
+    "model.peft",
+    "model.peft.peft_scheme",
+    "model.peft.dim",
+    "model.peft.alpha",
+    "model.peft.target_modules",
 }
 """Keys a run keeps for life: they decide the tensors, or which sample comes when."""
 
@@ -186,12 +191,18 @@ class Checkpointing(Callback):
         state = checkpoint.state()
         self._ranks.together(lambda: self._check_same_run(state, checkpoint.path))
         restore(checkpoint, pl_module.model, _optimizer(trainer))
+        pl_module.base = Base(**state["base"]) if "base" in state else None
         pl_module.finished_steps = self._saved_step = int(state["step"])
         continue_loops(trainer, pl_module.finished_steps)
         self.report(f"resumed from {checkpoint.path} at step {pl_module.finished_steps}")
 
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
         """What would change the model or the order of the data is refused, the rest reported."""
+        if "imported" in state:
+            raise UserError(
+                f"{path} holds imported weights and is no run to be continued; start from it with "
+                f"model.restore_from={path.parent.parent} and another run folder"
+            )
         before, now = flatten(state["config"]), flatten(self.config)
         changed = [
             key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)

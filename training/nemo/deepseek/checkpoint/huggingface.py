@@ -1,8 +1,8 @@
 """Hugging Face names and ours: the one table, and the functions that read it.
 
-``to_hf`` and ``from_hf`` turn a state dictionary into the other's names; ``hf_config`` and
-``model_config`` do the same for ``config.json``. Dictionaries in, dictionaries out: no file is read
-or written here.
+``to_hf`` and ``from_hf`` turn a state dictionary into the other's names, ``hf_tensors`` says the
+same without numbers, for those who go tensor by tensor; ``hf_config`` and ``model_config`` are for
+``config.json``. Dictionaries in, dictionaries out: no file is read or written here.
 
 Two layouts of the experts exist. ``released`` is that of the published checkpoints: three matrices
 per expert. ``stacked`` is that of transformers 5 in memory: ``gate_up_proj`` (E, 2F, D) and
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -99,12 +99,19 @@ _SAME_KEYS = (
     "rms_norm_eps",
     "initializer_range",
 )
+COMPUTED_KEYS = frozenset(_SAME_KEYS) - {
+    "initializer_range",
+    "max_position_embeddings",
+    "num_nextn_predict_layers",
+} | {"rope_theta", "rope_scaling"}
+"""Keys of ``ModelConfig`` on which the logits of given weights depend."""
 # Options of the Hugging Face classes that exist here at one value only.
 _FIXED: dict[str, Any] = {
     "attention_bias": False,
     "attention_dropout": 0.0,
     "hidden_act": "silu",
     "moe_layer_freq": 1,
+    "mlp_bias": False,
     "rope_interleave": True,
     "tie_word_embeddings": False,
 }
@@ -143,8 +150,28 @@ _CLASS_RULES: dict[str, dict[str, tuple[Any, ...]]] = {
         "num_nextn_predict_layers": (0,),
     },
 }
+# Keys that do not change what the model computes: about training, generation, files and versions.
+_IDLE_KEYS = frozenset(
+    """
+    _attn_implementation _name_or_path add_cross_attention architectures attn_implementation
+    auto_map aux_loss_alpha bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
+    early_stopping encoder_no_repeat_ngram_size eos_token_id ep_size
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    id2label is_decoder is_encoder_decoder
+    label2id length_penalty max_length min_length model_type no_repeat_ngram_size
+    num_beam_groups num_beams num_key_value_heads num_return_sequences output_attentions
+    output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp
+    problem_type pruned_heads quantization_config remove_invalid_values repetition_penalty
+    return_dict return_dict_in_generate rope_parameters rope_scaling rope_theta sep_token_id seq_aux
+    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+    tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p unsloth_fixed
+    use_bfloat16 use_cache
+    """.split()
+)
 # Architectures that look alike, and why they are not this one.
 _SPARSE = "its attention picks tokens with an indexer (sparse attention), which this model lacks"
+_HYPER = "it replaces the residual stream by hyper-connections, which this model lacks"
 _REFUSED = {
     "DeepseekV32ForCausalLM": _SPARSE,
     "GlmMoeDsaForCausalLM": _SPARSE,
@@ -156,6 +183,13 @@ _REFUSED = {
         "it joins a vision and a language model; pass its text_config, and the weights under "
         "language_model. without that prefix"
     ),
+}
+# Keys that tell such an architecture whatever its class is called.
+_REFUSED_KEYS = {
+    "index_topk": _SPARSE,
+    "index_n_heads": _SPARSE,
+    "index_head_dim": _SPARSE,
+    "hc_mult": _HYPER,
 }
 _YARN_KEYS = frozenset(RopeScaling.__dataclass_fields__) | {"rope_type", "rope_theta"}
 
@@ -179,13 +213,13 @@ def to_hf(
     Raises:
         UserError: ``state`` is not exactly what ``cfg`` describes; lists the names.
     """
-    expected = _our_shapes(cfg)
-    _account("the model's weights", state, expected)
+    expected = our_shapes(cfg)
+    account("the model's weights", _shapes(state), expected)
     out: dict[str, Tensor] = {}
     for name in expected:
         if name.startswith("mtp.") and not mtp:
             continue
-        tensor = state[name].float() if _is_bias(name) else state[name]
+        tensor = state[name].float() if is_bias(name) else state[name]
         theirs = _hf_name(name, cfg)
         if "{e}" not in theirs:
             out[theirs] = tensor
@@ -218,18 +252,18 @@ def from_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     quantised = [name for name in given if _QUANTISED.search(name)]
     if quantised:
         raise UserError(
-            f"the Hugging Face weights are quantised ({_listing(quantised)}); "
+            f"the Hugging Face weights are quantised ({listing(quantised)}); "
             "dequantise them to bf16 first"
         )
     stacked = any(name.endswith(".mlp.experts.gate_up_proj") for name in given)
-    ours = _our_shapes(cfg)
+    ours = our_shapes(cfg)
     blank = {name: torch.empty(shape, device="meta") for name, shape in ours.items()}
     theirs = to_hf(blank, cfg, "stacked" if stacked else "released")
     copies = _mtp_copies(cfg)
-    _account(
+    account(
         "the Hugging Face weights",
-        given,
-        {name: tuple(tensor.shape) for name, tensor in theirs.items()},
+        _shapes(given),
+        _shapes(theirs),
         optional=copies,
         way_out=lambda missing, unexpected: _mtp_way_out(missing, unexpected, cfg),
     )
@@ -237,7 +271,7 @@ def from_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     if differing:
         raise UserError(
             f"the MTP layers of the Hugging Face weights do not share the main model's embedding "
-            f"and head ({_listing(differing)} differ), as they must here; drop the MTP layers and "
+            f"and head ({listing(differing)} differ), as they must here; drop the MTP layers and "
             "set model.num_nextn_predict_layers=0"
         )
 
@@ -254,14 +288,65 @@ def from_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
                 tensor = tensor[:, : shape[1]]
             elif name.endswith(".w3"):
                 tensor = tensor[:, shape[1] :]
-        out[name] = tensor.float() if _is_bias(name) else tensor
+        out[name] = tensor.float() if is_bias(name) else tensor
+    return out
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A matrix or vector of ours, or one expert's of a stack, and where it lies in a tensor of
+    theirs."""
+
+    name: str
+    """Ours."""
+    expert: int | None
+    """Its place in our stack; None: ours is the whole tensor."""
+    row: int | None = None
+    """Its place in theirs where that is a stack too."""
+    rows: slice | None = None
+    """Which rows of theirs; None: all."""
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """A tensor of theirs without its numbers."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    """What it holds of ours; the pieces of one expert lie together."""
+    copy_of: str | None = None
+    """Their name of the tensor that it repeats (MTP); it may be absent from a file."""
+
+
+def hf_tensors(cfg: ModelConfig, layout: Layout = "released") -> dict[str, HfTensor]:
+    """The tensors that ``to_hf`` gives and ``from_hf`` takes, in the same order."""
+    out: dict[str, HfTensor] = {}
+    for name, shape in our_shapes(cfg).items():
+        theirs = _hf_name(name, cfg)
+        if "{e}" not in theirs:
+            out[theirs] = HfTensor(shape, (Piece(name, None),))
+            continue
+        experts = range(shape[0])
+        if layout == "released":
+            for e in experts:
+                out[theirs.format(e=e)] = HfTensor(shape[1:], (Piece(name, e),))
+        elif name.endswith(".w2"):
+            pieces = tuple(Piece(name, e, row=e) for e in experts)
+            out[_stacked_name(theirs)] = HfTensor(shape, pieces)
+        elif name.endswith(".w1"):
+            width, up = shape[1], name.removesuffix(".w1") + ".w3"
+            halves = ((name, slice(0, width)), (up, slice(width, 2 * width)))
+            pieces = tuple(Piece(ours, e, e, rows) for e in experts for ours, rows in halves)
+            out[_stacked_name(theirs)] = HfTensor((shape[0], 2 * width, shape[2]), pieces)
+    for copy, original in _mtp_copies(cfg).items():
+        out[copy] = HfTensor(out[original].shape, (), original)
     return out
 
 
 _QUANTISED = re.compile(r"\.weight_(scale|scale_inv|packed|shape)$")
 
 
-def _our_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+def our_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter and saved buffer of the model; nothing is allocated."""
     with torch.device("meta"):
         state = Transformer(cfg).state_dict()
@@ -295,7 +380,12 @@ def _mtp_copies(cfg: ModelConfig) -> dict[str, str]:
     }
 
 
-def _is_bias(name: str) -> bool:
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def is_bias(name: str) -> bool:
+    """Whether our name ``name`` is of a correction bias, which is fp32 everywhere."""
     return name.endswith(".ffn.gate.bias")
 
 
@@ -303,23 +393,31 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.is_meta or b.is_meta or torch.equal(a, b.to(a.dtype))
 
 
-def _account(
+def account(
     what: str,
-    given: Mapping[str, Tensor],
+    given: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
     optional: Collection[str] = (),
     way_out: Callable[[list[str], list[str]], str] = lambda missing, unexpected: "",
 ) -> None:
-    """Raise UserError unless names and shapes are exactly the expected ones."""
+    """Raise UserError, listing all that differ, unless names and shapes are the expected ones.
+
+    Args:
+        what: begins the message.
+        given: shapes by name.
+        expected: shapes by name.
+        optional: expected names that may be missing.
+        way_out: advice for (missing, unexpected) names, or "".
+    """
     missing = [name for name in expected if name not in given and name not in optional]
     unexpected = [name for name in given if name not in expected]
     misshapen = [
-        f"{name} {tuple(given[name].shape)} instead of {shape}"
+        f"{name} {given[name]} instead of {shape}"
         for name, shape in expected.items()
-        if name in given and tuple(given[name].shape) != shape
+        if name in given and given[name] != shape
     ]
     found = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    lines = [f"  {len(names)} {kind}: {_listing(names)}" for kind, names in found.items() if names]
+    lines = [f"  {len(names)} {kind}: {listing(names)}" for kind, names in found.items() if names]
     if lines:
         advice = (
             way_out(missing, unexpected) or "check that weights and configuration belong together"
@@ -331,10 +429,8 @@ def _account(
 
 def _mtp_way_out(missing: list[str], unexpected: list[str], cfg: ModelConfig) -> str:
     """Advice where MTP layers alone explain the difference, else nothing."""
-    layers = {
-        int(match[1]) if (match := re.match(r"model\.layers\.(\d+)\.", name)) else -1
-        for name in missing + unexpected
-    }
+    found = [layer_of(name) for name in missing + unexpected]
+    layers = [-1 if layer is None else layer for layer in found]
     if not layers or min(layers) < cfg.num_hidden_layers or (missing and unexpected):
         return ""
     if missing:
@@ -348,7 +444,13 @@ def _mtp_way_out(missing: list[str], unexpected: list[str], cfg: ModelConfig) ->
     )
 
 
-def _listing(names: Collection[str], limit: int = 12) -> str:
+def layer_of(name: str) -> int | None:
+    """The layer that their name ``name`` belongs to; None outside the layers."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def listing(names: Collection[str], limit: int = 12) -> str:
     first = ", ".join(sorted(names)[:limit])
     return first + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
@@ -390,11 +492,16 @@ def hf_config(cfg: ModelConfig, mtp: bool = True) -> dict[str, Any]:
     }
 
 
-def model_config(hf: Mapping[str, Any]) -> ModelConfig:
+def model_config(hf: Mapping[str, Any], ignore: Collection[str] = ()) -> ModelConfig:
     """The model that a ``config.json`` describes; what it does not say stays at our defaults.
 
     Takes DeepSeek-V3, R1, V3.1, Kimi-K2, Moonlight (``DeepseekV3ForCausalLM``), V2 and V2-Lite
-    (``DeepseekV2ForCausalLM``), written by hand or by transformers 4 or 5.
+    (``DeepseekV2ForCausalLM``), written by hand or by transformers 4 or 5. A key that is not known
+    is refused, since it may change the model; keys that begin with ``_`` are not, being notes.
+
+    Args:
+        hf: content of ``config.json``.
+        ignore: unknown keys that are known not to change the model.
 
     Raises:
         UserError: another architecture; says why it is not this one.
@@ -419,6 +526,7 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
             if given.get(key, value) != value
         ]
         problems += _class_problems(family, given, scaling, prefix="")
+    problems += _unknown_keys(given, ignore)
     if problems:
         raise ConfigError(problems, "config.json")
 
@@ -433,13 +541,40 @@ def _family(hf: Mapping[str, Any]) -> str:
     """The Hugging Face class; raises UserError if this model does not compute the same."""
     architectures = hf.get("architectures") or []
     name = architectures[0] if architectures else _CLASS_OF_TYPE.get(hf.get("model_type", ""))
-    if name in _TYPE_OF_CLASS and "index_topk" not in hf:
+    key = next((key for key in _REFUSED_KEYS if hf.get(key) is not None), None)
+    if name in _TYPE_OF_CLASS and key is None:
         return name
-    reason = _SPARSE if "index_topk" in hf else _REFUSED.get(name or "")
+    if key is not None:
+        reason: str | None = f"{_REFUSED_KEYS[key]} ({key}={shown(hf[key])})"
+    else:
+        reason = _REFUSED.get(name or "")
     if reason is None:
         known = ", ".join(_TYPE_OF_CLASS)
         reason = f"only {known} (DeepSeek-V2, V3, R1, V3.1, Kimi-K2, Moonlight) can be read"
     raise UserError(f"config.json describes {name or hf.get('model_type')}: {reason}")
+
+
+def _unknown_keys(given: Mapping[str, Any], ignore: Collection[str]) -> list[Problem]:
+    """Options that this model may lack; one that is off (null, false, empty) is none."""
+    known = {*_SAME_KEYS, *_FIXED, *_IDLE_KEYS, *ignore}
+    problems = []
+    nope, rope = given.get("qk_nope_head_dim"), given.get("qk_rope_head_dim")
+    if isinstance(nope, int) and isinstance(rope, int):
+        # transformers 5 writes these two beside what they follow from.
+        for key, fitting in (("qk_head_dim", (nope + rope,)), ("head_dim", (rope, nope + rope))):
+            if given.get(key) in fitting:
+                known.add(key)
+    for key, value in given.items():
+        if key not in known and not key.startswith("_") and value not in (None, False, [], {}, ""):
+            problems.append(
+                Problem(
+                    key,
+                    value,
+                    "this model has no such option, and it may change what is computed",
+                    f"if it does not, ignore it (--ignore-key {key})",
+                )
+            )
+    return problems
 
 
 def _rope(given: Mapping[str, Any]) -> tuple[float, RopeScaling | None, list[Problem]]:

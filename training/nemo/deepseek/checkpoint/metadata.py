@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import IO, Any, NoReturn, TypeGuard, TypeVar
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from deepseek.config.errors import UserError
 
 METADATA = ".metadata"
+_T = TypeVar("_T")
 
 
 def read_metadata(path: Path, sizes: Mapping[str, int]) -> Metadata:
@@ -40,11 +42,58 @@ def read_metadata(path: Path, sizes: Mapping[str, int]) -> Metadata:
         UserError: the file names anything but the classes DCP metadata is made of (nothing of it
             has run then), or describes tensors that are not there.
     """
-    where = path / METADATA
+    return _read(path / METADATA, _STAND_INS, lambda record: _metadata(record, sizes))
+
+
+@dataclass(frozen=True)
+class ForeignMetadata:
+    """What a DCP directory of another program holds."""
+
+    tensors: Metadata
+    objects: dict[str, tuple[str, int, int]]
+    """What is no tensor: by name, file, first byte and number of bytes. Pickles, unread."""
+
+
+def read_foreign_metadata(path: Path, sizes: Mapping[str, int]) -> ForeignMetadata:
+    """As ``read_metadata``, of a directory that another program wrote with DCP.
+
+    Such programs also keep what is no tensor, and where they wrote it. ``sizes``: of the files that
+    are there.
+    """
+
+    def built(record: object) -> ForeignMetadata:
+        fields = _fields(record, _MetadataRecord, "the file")
+        entries = _dict(fields.get("state_dict_metadata"), "the list of tensors")
+        places = _dict(fields.get("storage_data"), "the list of places")
+        others = {name for name, entry in entries.items() if isinstance(entry, _BytesRecord)}
+        lying: dict[str, tuple[str, int, int]] = {}
+        kept = {}
+        for index, info in places.items():
+            name = _string(_fields(index, _IndexRecord, "a place").get("fqn"))
+            if name in others:
+                lying[name] = _bytes_of(name, info, sizes)
+            else:
+                kept[index] = info
+        if others - lying.keys():
+            raise _Invalid(f"{min(others - lying.keys())}: is in no file")
+        record = _MetadataRecord()
+        record.fields = {
+            "state_dict_metadata": {n: e for n, e in entries.items() if n not in others},
+            "storage_data": kept,
+        }
+        return ForeignMetadata(_metadata(record, sizes), lying)
+
+    return _read(path / METADATA, _STAND_INS | _FOREIGN_STAND_INS, built)
+
+
+def _read(
+    where: Path, stand_ins: Mapping[tuple[str, str], type], build: Callable[[object], _T]
+) -> _T:
+    """Take the pickle ``where`` apart, and build the true objects from the records."""
     try:
         with open(where, "rb") as stream:
-            record = _Parser(stream).load()
-        return _metadata(record, sizes)
+            record = _Parser(stream, stand_ins).load()
+        return build(record)
     except _Forbidden as failure:
         raise UserError(
             f"{where}: refused: it asks to load {failure}, which no checkpoint needs; the file was "
@@ -96,6 +145,9 @@ class _IndexRecord(_Record): ...
 class _StorageRecord(_Record): ...
 
 
+class _BytesRecord(_Record): ...
+
+
 _DCP = "torch.distributed.checkpoint"
 _STAND_INS: dict[tuple[str, str], type] = {
     (f"{_DCP}.metadata", "Metadata"): _MetadataRecord,
@@ -104,19 +156,29 @@ _STAND_INS: dict[tuple[str, str], type] = {
     (f"{_DCP}.metadata", "ChunkStorageMetadata"): _ChunkRecord,
     (f"{_DCP}.metadata", "MetadataIndex"): _IndexRecord,
     (f"{_DCP}.filesystem", "_StorageInfo"): _StorageRecord,
-    (f"{_DCP}.metadata", "BytesStorageMetadata"): _Record,
+    (f"{_DCP}.metadata", "BytesStorageMetadata"): _BytesRecord,
     (f"{_DCP}.metadata", "StorageMeta"): _Record,
     (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"): _Record,
     ("torch.serialization", "_get_layout"): _Record,
     ("torch", "Size"): tuple,
 }
+_FOREIGN_STAND_INS: dict[tuple[str, str], type] = {
+    (module, name): _Record
+    for module in ("pathlib", "pathlib._local")
+    for name in ("PosixPath", "WindowsPath")
+}
+"""Where it was written stands in the file as a path."""
 
 
 class _Parser(pickle.Unpickler):
     """An unpickler that can make plain data, dtypes and records, and nothing else."""
 
+    def __init__(self, stream: IO[bytes], stand_ins: Mapping[tuple[str, str], type]) -> None:
+        super().__init__(stream)
+        self._stand_ins = stand_ins
+
     def find_class(self, module: str, name: str) -> Any:
-        stand_in = _STAND_INS.get((module, name))
+        stand_in = self._stand_ins.get((module, name))
         if stand_in is not None:
             return stand_in
         dtype = vars(torch).get(name) if module == "torch" else None
@@ -177,6 +239,14 @@ def _place(
 ) -> tuple[MetadataIndex, _StorageInfo]:
     where = _fields(index, _IndexRecord, "a place")
     name = _string(where.get("fqn"))
+    file, offset, length = _bytes_of(name, info, sizes)
+    hint = where.get("index")
+    key = MetadataIndex(name, _shape(where.get("offset"), name), hint if _is_count(hint) else None)
+    return key, _StorageInfo(file, offset, length)
+
+
+def _bytes_of(name: str, info: object, sizes: Mapping[str, int]) -> tuple[str, int, int]:
+    """File, first byte and number of bytes of what lies at ``info``."""
     fields = _fields(info, _StorageRecord, name)
     file, offset, length = fields.get("relative_path"), fields.get("offset"), fields.get("length")
     if not isinstance(file, str) or file not in sizes:
@@ -188,9 +258,7 @@ def _place(
         )
     if fields.get("transform_descriptors"):
         raise _Invalid(f"{name}: is stored by an extension of DCP, which is not supported")
-    hint = where.get("index")
-    key = MetadataIndex(name, _shape(where.get("offset"), name), hint if _is_count(hint) else None)
-    return key, _StorageInfo(file, offset, length)
+    return file, offset, length
 
 
 def _fields(record: object, kind: type[_Record], what: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +92,7 @@ class TensorFile:
     def _read(self, start: int, row: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
         numbers = torch.empty(size, dtype=torch.uint8)
-        place = memoryview(numbers.numpy())
+        place = numbers.numpy().data
         try:
             if self._stream is None:
                 self._stream = open(self.path, "rb", buffering=0)
@@ -198,7 +197,7 @@ class TensorFileWriter:
         assert name == expected and spec == self._left[name], (name, spec, expected)
         del self._left[name]
         numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._stream.write(memoryview(numbers))
+        self._stream.write(numbers.data)
 
     def __enter__(self) -> TensorFileWriter:
         return self
@@ -217,9 +216,3 @@ class TensorFileWriter:
 
     def _done(self, entry: FileEntry) -> None:
         self.entry = entry
-
-
-def layer_of(name: str) -> int | None:
-    """The layer of a Hugging Face tensor's name; None outside the layers."""
-    match = re.match(r"model\.layers\.(\d+)\.", name)
-    return int(match[1]) if match else None

@@ -5,17 +5,26 @@ state per parameter, never a flat bucket), under the names they have in the whol
 rank has them. Everything else is JSON: step, consumed samples, seed, configuration, fingerprints.
 The learning rate and the data order are functions of the step and are not stored, and neither is
 the layout: any one loads what any other wrote.
+
+With adapters (LoRA) the weights below them are left out, being frozen: ``base`` says which
+checkpoint has them.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deepseek.checkpoint.manager import Checkpoint
+from deepseek.checkpoint.manifest import MANIFEST
 from deepseek.config.errors import UserError
+from deepseek.models.components.lora import is_adapter
 from deepseek.models.transformer import global_name
 
 
@@ -29,7 +38,7 @@ def collect_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     tensors = {
         f"model.{name}": tensor
         for name, tensor in model.state_dict().items()
-        if name == global_name(name)
+        if name == global_name(name) and _is_kept(name, model)
     }
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     for parameter, state in optimizer.state.items():
@@ -47,7 +56,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
             and nothing has been changed then.
     """
     saved = checkpoint.tensor_shapes()
-    places = _weights(model)
+    places = _weights(model, lambda name: _is_kept(name, model))
     parameters: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         parameters.setdefault(global_name(name), []).append(parameter)
@@ -76,13 +85,20 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Fill the model alone, for inference; a collective."""
-    _load(checkpoint, _weights(model))
+    """Fill the model alone, all but its adapters; a collective."""
+    _load(checkpoint, _weights(model, lambda name: not is_adapter(name)))
+
+
+def load_adapters(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Fill the adapters alone; a collective."""
+    _load(checkpoint, _weights(model, is_adapter))
 
 
 def run_state(module: Any, config: dict[str, Any], fingerprint: str) -> dict[str, Any]:
     """The JSON part."""
+    base = {"base": asdict(module.base)} if module.base is not None else {}
     return {
+        **base,
         "step": module.finished_steps,
         "consumed_samples": module.finished_steps * module.config.global_batch_size,
         "seed": module.seed,
@@ -91,10 +107,31 @@ def run_state(module: Any, config: dict[str, Any], fingerprint: str) -> dict[str
     }
 
 
-def _weights(model: nn.Module) -> dict[str, list[Tensor]]:
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint whose weights lie below adapters."""
+
+    path: str
+    sha256: str
+    """Of its manifest, and so of all its files."""
+
+    @classmethod
+    def of(cls, path: Path) -> Base:
+        """The checkpoint in the folder ``path``."""
+        return cls(str(path.absolute()), hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest())
+
+
+def _is_kept(name: str, model: Any) -> bool:
+    """Whether a checkpoint holds the weight ``name``: with adapters, only these."""
+    return model.config.peft is None or is_adapter(name)
+
+
+def _weights(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, list[Tensor]]:
     """Weights and buffers by global name; two where a copy is here as well."""
     places: dict[str, list[Tensor]] = {}
     for name, tensor in model.state_dict().items():
+        if not wanted(name):
+            continue
         places.setdefault(f"model.{global_name(name)}", []).append(tensor)
     return places
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from deepseek.checkpoint.callback import Checkpointing
+from deepseek.checkpoint.start import StartingWeights
 from deepseek.commands.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -21,6 +23,7 @@ from deepseek.commands.run_folder import (
 from deepseek.config import RunConfig, resolved_yaml
 from deepseek.console import say
 from deepseek.data.opened import OpenedData
+from deepseek.monitoring.alarms import Alarms
 from deepseek.monitoring.environment import environment
 from deepseek.monitoring.expert_monitor import ExpertMonitor
 from deepseek.monitoring.metrics_log import MetricsLog
@@ -42,6 +45,8 @@ def callbacks(
     leads: bool,
     data_seconds: Callable[[], float],
     peak: Peak,
+    attempt: int,
+    loggers: Mapping[str, Callable[[], Any]],
 ) -> list[Any]:
     """In the order in which they act.
 
@@ -57,34 +62,46 @@ def callbacks(
         leads: this is rank 0.
         data_seconds: how long this rank waited for the step's data.
         peak: of one device.
+        attempt: how often a launcher has started the run anew.
+        loggers: by name, what opens loggers that the trainer does not know.
     """
     manager = run.exp_manager
     found: list[Any] = []
+    saving = None
     if manager.create_checkpoint_callback:
-        found.append(
-            Checkpointing(
-                folder / CHECKPOINTS,
-                manager.checkpoint_callback_params,
-                OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
-                data.fingerprint,
-                resume,
-                say,
-            )
+        saving = Checkpointing(
+            folder / CHECKPOINTS,
+            manager.checkpoint_callback_params,
+            OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+            data.fingerprint,
+            resume,
+            say,
         )
+        found.append(saving)
+    if run.model.restore_from is not None:
+        found.append(StartingWeights(Path(run.model.restore_from), asdict(run.model), say))
     if manager.profile.steps:
         found.append(Profile(folder / PROFILE, manager.profile))
     every = manager.monitor.every_n_steps
+    ranks = experts = None
     if every > 0:
-        found += [
-            RankMonitor(folder / MONITOR, every, leads, data_seconds),
-            ExpertMonitor(folder / MONITOR / "experts.arrays", every, leads),
-        ]
+        ranks = RankMonitor(folder / MONITOR, every, leads, data_seconds, run.trainer.devices)
+        experts = ExpertMonitor(folder / MONITOR / "experts.arrays", every, leads)
+        found += [ranks, experts]
     if not leads:
         return found
     model, world = run.model, run.trainer.devices * run.trainer.num_nodes
     flops = flops_per_token(model, model.data.seq_length, model.num_nextn_predict_layers > 0)
     facts = environment(world, run.trainer.num_nodes)
     facts |= {"peak_flops_per_device": peak.flops, "peak_source": peak.source}
+    log = MetricsLog(
+        folder / METRICS_FILE,
+        flops,
+        peak.flops and peak.flops * world,
+        attempt=attempt,
+        signal_received=lambda: saving.signal_received if saving else None,
+        loggers=loggers,
+    )
     return [
         *found,
         RunRecord(
@@ -95,6 +112,7 @@ def callbacks(
             folder / ENVIRONMENT_FILE,
             facts,
         ),
-        MetricsLog(folder / METRICS_FILE, flops, peak.flops and peak.flops * world),
+        log,
+        Alarms(log, experts, ranks),
         Progress(run.trainer.log_every_n_steps),
     ]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from deepseek.config.errors import UserError
@@ -44,6 +44,13 @@ def overrides_of(words: Sequence[str]) -> list[str]:
         if word.startswith("-") and "=" not in word:
             raise UserError(f"there is no option {word}; --help lists them, a setting is a.b=c")
     return list(words)
+
+
+def refuse_idle(given: Mapping[str, bool], why: str) -> None:
+    """Raise ``UserError`` for the first option that is given and would be ignored."""
+    for option, is_given in given.items():
+        if is_given:
+            raise UserError(f"{option} would be ignored {why}; leave it out")
 
 
 def train_door(argv: Sequence[str] | None = None) -> None:

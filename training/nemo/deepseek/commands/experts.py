@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from deepseek.commands.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
+from deepseek.commands.opened import OpenedCheckpoint, open_checkpoint, with_config
+from deepseek.commands.run_folder import CHECKPOINTS
 from deepseek.config import RunConfig
 from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, complain, say, table
@@ -20,7 +18,7 @@ from deepseek.data.blend import BlendedDataset
 from deepseek.data.domains import Domain, built_in_domains, open_domains, packed_domain
 from deepseek.data.files import atomic_open
 from deepseek.data.opened import open_data
-from deepseek.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek.data.tokenizer import Tokenizer
 from deepseek.monitoring.routing_analysis import (
     MEANING,
     Compared,
@@ -69,7 +67,7 @@ def experts(
     for name, value in (("--tokens", tokens), ("--minimum", minimum)):
         if value < 1:
             raise UserError(f"{name} {value}: give at least 1")
-    opened = _open(run)
+    opened = open_checkpoint(run)
     target = _target(opened, output)
     others = [other for path in against for other in _others(path, opened)]
     config = opened.config.model
@@ -132,79 +130,7 @@ def experts(
     return analysis
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """A checkpoint that was found sound, and what belongs to it."""
-
-    path: Path
-    checkpoint: Any
-    config: RunConfig
-    run: Path | None
-    """Its run folder, if it lies in one."""
-
-    @property
-    def step(self) -> int:
-        return int(self.checkpoint.step)
-
-    def model(self) -> Any:
-        """The model with its weights."""
-        import torch
-
-        from deepseek.checkpoint.training_state import load_weights
-        from deepseek.models.transformer import Transformer
-
-        with torch.device("meta"):
-            model = Transformer(self.config.model)
-        model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
-        load_weights(self.checkpoint, model)
-        return model.eval()
-
-    def tokenizer(self) -> Tokenizer | None:
-        """The one in its run folder."""
-        if self.run is None or not (self.run / TOKENIZER).is_dir():
-            return None
-        return load_tokenizer(self.run / TOKENIZER)
-
-
-def _open(path: Path) -> _Opened:
-    """The newest sound checkpoint of a run folder, or the checkpoint ``path`` itself."""
-    from deepseek.checkpoint.checkpoint import Checkpoint
-    from deepseek.checkpoint.folder import newest_sound
-
-    if (path / "manifest.json").is_file():
-        return _with_config(Checkpoint.open(path))
-    if not path.exists():
-        raise UserError(
-            f"{path} does not exist; give a run folder, or a checkpoint in its {CHECKPOINTS}/"
-        )
-    if not (path / CONFIG_FILE).is_file() and not (path / CHECKPOINTS).is_dir():
-        raise UserError(
-            f"{path} is neither a run folder (it has no {CONFIG_FILE}) nor a checkpoint (it has no "
-            "manifest.json); `deepseek train` prints the run folder at its start and end"
-        )
-    checkpoint = newest_sound(path / CHECKPOINTS, complain)
-    if checkpoint is None:
-        raise UserError(f"{path / CHECKPOINTS} holds no checkpoint yet; train first")
-    return _with_config(checkpoint)
-
-
-def _with_config(checkpoint: Any) -> _Opened:
-    """The configuration is the one the checkpoint was written with."""
-    try:
-        schema = OmegaConf.structured(RunConfig)
-        config = OmegaConf.to_object(OmegaConf.merge(schema, checkpoint.state()["config"]))
-    except (KeyError, OmegaConfBaseException) as error:
-        raise UserError(
-            f"{checkpoint.path}: its configuration is not of this version ({error}); use the "
-            "version that wrote it"
-        ) from error
-    assert isinstance(config, RunConfig)
-    folder = checkpoint.path.resolve().parent
-    run = folder.parent if folder.name == CHECKPOINTS else None
-    return _Opened(checkpoint.path, checkpoint, config, run)
-
-
-def _others(path: Path, mine: _Opened) -> list[_Opened]:
+def _others(path: Path, mine: OpenedCheckpoint) -> list[OpenedCheckpoint]:
     """The checkpoints to compare with; of a run folder all but the one that is analysed."""
     from deepseek.checkpoint.checkpoint import Checkpoint
     from deepseek.checkpoint.folder import describe
@@ -216,14 +142,14 @@ def _others(path: Path, mine: _Opened) -> list[_Opened]:
             if summary.problem is not None:
                 complain(f"{summary.problem}; left out")
             elif summary.path.resolve() != here:
-                found.append(_with_config(Checkpoint.open(summary.path)))
+                found.append(with_config(Checkpoint.open(summary.path)))
         if not found:
             raise UserError(
                 f"--against {path}: the run has no other sound checkpoint than {mine.path}; keep "
                 "more with exp_manager.checkpoint_callback_params.save_top_k"
             )
     else:
-        found = [_open(path)]
+        found = [open_checkpoint(path)]
         if found[0].path.resolve() == here:
             raise UserError(f"--against {path}: this is the checkpoint that is analysed")
     for other in found:
@@ -231,7 +157,7 @@ def _others(path: Path, mine: _Opened) -> list[_Opened]:
     return found
 
 
-def _check_comparable(mine: _Opened, other: _Opened) -> None:
+def _check_comparable(mine: OpenedCheckpoint, other: OpenedCheckpoint) -> None:
     """Both models have the same routers and read the same ids."""
     keys = (
         "num_hidden_layers",
@@ -257,7 +183,9 @@ def _check_comparable(mine: _Opened, other: _Opened) -> None:
             )
 
 
-def _own_domains(opened: _Opened, tokenizer: Tokenizer | None, tokens: int) -> list[Domain]:
+def _own_domains(
+    opened: OpenedCheckpoint, tokenizer: Tokenizer | None, tokens: int
+) -> list[Domain]:
     """The run's own data: what it validates on, by part of a blend, or the built-in corpus."""
     model = opened.config.model
     if model.data.data_prefix is None and model.data.validation_prefix is None:
@@ -331,7 +259,7 @@ def _read(
     read_routing(model, batches, observe)
 
 
-def _target(opened: _Opened, output: Path | None) -> Path:
+def _target(opened: OpenedCheckpoint, output: Path | None) -> Path:
     """Where the result goes, checked before the work."""
     target = output or (opened.run or Path()) / "routing.html"
     if target.suffix not in (".html", ".json"):

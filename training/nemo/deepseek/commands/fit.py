@@ -12,8 +12,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from deepseek.checkpoint.peft_adapter import number_of_adapters
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.commands.callbacks import callbacks
 from deepseek.commands.run_folder import LOGS, chosen_folder, finished_steps
@@ -22,7 +23,13 @@ from deepseek.console import StageProgress, say
 from deepseek.data.opened import OpenedData, open_data
 from deepseek.data.sampler import build_train_loader, build_validation_loader
 from deepseek.data.timed import TimedLoader
-from deepseek.frameworks import USES_NEMO, Trainer, attach_loggers, framework_name
+from deepseek.frameworks import (
+    USES_NEMO,
+    Trainer,
+    attach_loggers,
+    framework_name,
+    remote_loggers,
+)
 from deepseek.models.deepseek_model import DeepSeekModel
 from deepseek.monitoring.peak import peak_of
 from deepseek.parallel.processes import Processes, join
@@ -65,11 +72,16 @@ def fit(cfg: DictConfig, run: RunConfig, run_dir: Path | None, processes: Proces
             "written by NeMo, which does not drive this run; pip install nemo_toolkit, or set it "
             "to false"
         )
+    loggers = remote_loggers(
+        folder, run.name, run.exp_manager, OmegaConf.to_container(cfg, resolve=True)
+    )
     if run.trainer.num_threads:
         torch.set_num_threads(run.trainer.num_threads)
     say(f"run folder   {folder}")
     say(f"framework    {framework_name()}")
     data = _open_data_in_turn(run, processes)
+    for note in data.notes:
+        say(f"data         {note}")
     module = DeepSeekModel(
         cfg.model,
         seed=run.seed,
@@ -125,6 +137,8 @@ def fit(cfg: DictConfig, run: RunConfig, run_dir: Path | None, processes: Proces
                 leads=processes.rank == 0,
                 data_seconds=lambda: timed[0].seconds,
                 peak=peak_of(_device(processes, on_gpu), run.exp_manager.monitor.peak_tflops),
+                attempt=processes.attempt,
+                loggers=loggers,
             ),
             logger=False,
             enable_checkpointing=False,
@@ -215,6 +229,10 @@ def _say_size(run: RunConfig) -> None:
         f"model        {(counts.total + counts.mtp) / 1e6:,.1f} M parameters, "
         f"{counts.active / 1e6:,.1f} M active per token"
     )
+    if model.peft is not None:
+        trained = number_of_adapters(model)
+        share = trained / (counts.total + counts.mtp)
+        say(f"adapters     {trained:,} numbers are trained ({share:.2%} of the weights)")
     say(
         f"step         {model.global_batch_size} sequences x {model.data.seq_length} = "
         f"{tokens:,} tokens in {micro_batches} x {model.micro_batch_size} per forward pass; "

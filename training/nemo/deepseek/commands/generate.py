@@ -73,10 +73,9 @@ def load_run(run: Path) -> tuple[Any, Any]:
     """Model (with the weights of the newest sound checkpoint) and tokenizer of a run folder."""
     import torch
 
+    from deepseek.checkpoint.adapters import load_whole
     from deepseek.checkpoint.folder import newest_sound
-    from deepseek.checkpoint.training_state import load_weights
     from deepseek.data.tokenizer import load_tokenizer
-    from deepseek.models.transformer import Transformer
 
     if not (run / CONFIG_FILE).is_file():
         raise UserError(
@@ -88,10 +87,8 @@ def load_run(run: Path) -> tuple[Any, Any]:
     checkpoint = newest_sound(run / CHECKPOINTS, complain)
     if checkpoint is None:
         raise UserError(f"{run / CHECKPOINTS} holds no checkpoint yet; train first")
-    with torch.device("meta"):
-        model = Transformer(config.model)
-    model.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
-    load_weights(checkpoint, model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_whole(checkpoint, config.model, device)
     return model.eval(), load_tokenizer(run / TOKENIZER)
 
 

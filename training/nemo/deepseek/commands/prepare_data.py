@@ -6,8 +6,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, say
 from deepseek.data.prepare import PreparedData, Progress, prepare
+from deepseek.data.prepare_chat import prepare_chat
 
 
 def prepare_data(
@@ -48,4 +50,54 @@ def prepare_data(
         f"{data.text_bytes / data.tokens:.2f} bytes per token, vocabulary {data.vocab_size:,}"
     )
     say(f"train on it with: deepseek train model.data.data_prefix={data.prefix}")
+    return data
+
+
+def prepare_chat_data(
+    inputs: Sequence[Path] | None,
+    output: Path,
+    tokenizer: Path | None,
+    answers: str,
+    overwrite: bool = False,
+) -> PreparedData:
+    """Prepare conversations, with progress, and say what a run should know of them.
+
+    Args: as ``data.prepare_chat.prepare_chat``.
+
+    Raises:
+        UserError: no input or tokenizer, a line that is no conversation, a full disk.
+    """
+    if not inputs:
+        raise UserError("--chat needs .jsonl files of conversations; give files or folders")
+    if tokenizer is None:
+        raise UserError(
+            "--chat needs --tokenizer: that of the model to be fine-tuned, such as RUN/tokenizer"
+        )
+    with StageProgress() as shown:
+        data = prepare_chat(
+            inputs,
+            output,
+            tokenizer,
+            answers=answers,
+            overwrite=overwrite,
+            progress=lambda now: shown.update(
+                now.stage, now.done, now.total, f"{now.documents:,} conversations"
+            ),
+        )
+    assert data.chat is not None
+    say(
+        f"{data.note}: {data.prefix}.bin, {data.documents:,} conversations, "
+        f"{data.tokens:,} tokens, {data.chat['answer_tokens']:,} of them in answers"
+    )
+    longest = data.chat["longest"]
+    say(f"the longest has {longest:,} tokens: model.data.seq_length={longest - 1} cuts none")
+    if data.chat["without_end"]:
+        say(
+            f"note: in {data.chat['without_end']:,} conversations the chat template ends an answer "
+            "without a special token, so a model does not learn there to stop"
+        )
+    say(
+        f"train on it with: deepseek train model.data.data_prefix={data.prefix} "
+        "model.data.chat=true model.data.isolate_documents=true model.restore_from=..."
+    )
     return data

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ class Field:
     default: object
     """Plain value; None for a section that is null by default."""
     item: Any = None
-    """What a list holds: int or float."""
+    """What a list holds: int, float or str."""
 
     @property
     def is_section(self) -> bool:
@@ -144,7 +144,7 @@ def _misfit(field: Field, value: object) -> tuple[str, str] | None:
             return "must be text", f"the default is {_yaml(field.default)}"
         return f"must be text, not {_noun_of(value)}", f'quote it: "{_yaml(value)}"'
     assert field.kind is list
-    fits = _is_whole if field.item is int else _is_number
+    fits = _FITS[field.item]
     if isinstance(value, list) and all(fits(item) for item in value):
         return None
     or_null = " or null" if field.optional else ""
@@ -162,6 +162,13 @@ def _is_number(value: object) -> bool:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond the range of a float
         return False
+
+
+_FITS: dict[Any, Callable[[object], bool]] = {
+    int: _is_whole,
+    float: _is_number,
+    str: lambda value: isinstance(value, str),
+}
 
 
 def _number_way_out(value: object, kind: type[int] | type[float], default: object) -> str:
@@ -182,7 +189,8 @@ def _number_way_out(value: object, kind: type[int] | type[float], default: objec
 
 
 def _noun(field: Field) -> str:
-    return "a list of whole numbers" if field.item is int else _NOUN[field.kind]
+    lists = {int: "a list of whole numbers", str: "a list of names"}
+    return lists.get(field.item, _NOUN[field.kind])
 
 
 def _noun_of(value: object) -> str:

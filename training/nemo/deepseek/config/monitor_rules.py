@@ -9,6 +9,27 @@ from deepseek.config.fields import LEAVES
 from deepseek.config.schema import RunConfig
 
 _SECTION = "exp_manager.profile"
+_LOGGERS = ("wandb", "mlflow")
+
+
+def loggers(cfg: RunConfig) -> Iterator[Problem]:
+    """No setting of a logger that is not made."""
+    for name in _LOGGERS:
+        if getattr(cfg.exp_manager, f"create_{name}_logger"):
+            continue
+        section = f"exp_manager.{name}_logger_kwargs"
+        settings = getattr(cfg.exp_manager, f"{name}_logger_kwargs")
+        for path, leaf in LEAVES.items():
+            if not path.startswith(f"{section}."):
+                continue
+            value = getattr(settings, path.removeprefix(f"{section}."))
+            if value != leaf.default:
+                yield Problem(
+                    path,
+                    value,
+                    f"would be ignored, since exp_manager.create_{name}_logger=false",
+                    f"set exp_manager.create_{name}_logger=true, or take it out",
+                )
 
 
 def profile(cfg: RunConfig) -> Iterator[Problem]:

@@ -41,6 +41,25 @@ def tokenizer_file(cfg: RunConfig) -> Iterator[Problem]:
     )
 
 
+def starting_weights(cfg: RunConfig) -> Iterator[Problem]:
+    """Weights to start from are there: a checkpoint, or a folder with checkpoints."""
+    path = cfg.model.restore_from
+    if path is None:
+        return
+    folder = Path(path)
+    if (folder / "manifest.json").is_file() or any(folder.glob("checkpoints/step_*/manifest.json")):
+        return
+    way_out = "give a run folder, the result of `deepseek hf import`, a checkpoint, or null"
+    if not folder.exists():
+        fault = f"there is no folder {folder.absolute()}"
+    else:
+        fault = "holds no checkpoint (no manifest.json, and none in checkpoints/step_*)"
+        if (folder / "config.json").is_file():
+            fault = "holds Hugging Face files, which must be imported first"
+            way_out = f"run `deepseek hf import {path} NEW_FOLDER` and give NEW_FOLDER"
+    yield Problem("model.restore_from", path, fault, _home_way_out(path) or way_out)
+
+
 def folders(cfg: RunConfig) -> Iterator[Problem]:
     """Folders to write to can be made, and names of runs are names."""
     for key, folder in (

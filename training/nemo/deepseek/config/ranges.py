@@ -96,6 +96,8 @@ RANGES: dict[str, Range] = {
     "model.virtual_pipeline_model_parallel_size": _COUNT,
     "model.expert_model_parallel_size": _COUNT,
     "model.data_parallel_replicate_size": _COUNT,
+    "model.peft.dim": _COUNT,
+    "model.peft.alpha": _POSITIVE,
     "model.tokenizer.vocab_size": Range(262, _MOST),  # 256 bytes and 6 special tokens
     "model.data.validation_fraction": _DECAY,
     "model.data.seq_length": Range(2, _MOST),  # a label is the next token
@@ -147,6 +149,7 @@ NAMES: dict[str, tuple[object, ...]] = {
         "ZBVZeroBubble",
         "DualPipeV",
     ),
+    "model.peft.peft_scheme": ("lora",),
     "model.optim.name": ("adamw", "muon"),
     "model.optim.sched.name": ("CosineAnnealing", "WarmupConstantCosine"),
 }

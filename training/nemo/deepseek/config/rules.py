@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from deepseek.config.choices import divisors, listed
 from deepseek.config.errors import Problem
 from deepseek.config.fields import LEAVES, type_problems, value_at
-from deepseek.config.monitor_rules import profile
+from deepseek.config.monitor_rules import loggers, profile
 from deepseek.config.parallel_rules import (
     batch,
     data_parallel_shards,
@@ -29,7 +29,14 @@ from deepseek.config.parallel_rules import (
     processes,
     tensor_parallel,
 )
-from deepseek.config.paths import data_files, folders, run_names, tokenizer_file
+from deepseek.config.paths import (
+    data_files,
+    folders,
+    run_names,
+    starting_weights,
+    tokenizer_file,
+)
+from deepseek.config.peft_rules import adapters
 from deepseek.config.ranges import name_problem, range_problem
 from deepseek.config.schema import RunConfig
 
@@ -334,6 +341,35 @@ def validation(cfg: RunConfig) -> Iterator[Problem]:
         )
 
 
+def conversations(cfg: RunConfig) -> Iterator[Problem]:
+    """Settings of text under which conversations would not be what they are."""
+    data = cfg.model.data
+    if not data.chat:
+        return
+    if data.data_prefix is None:
+        yield Problem(
+            "model.data.chat",
+            True,
+            "the built-in corpus holds no conversations",
+            "make some with `deepseek prepare-data --chat` and set model.data.data_prefix",
+        )
+    if not data.isolate_documents:
+        yield Problem(
+            "model.data.isolate_documents",
+            False,
+            "with model.data.chat=true several conversations share a sequence, and none may see "
+            "another",
+            "use true",
+        )
+    if data.fim_rate:
+        yield Problem(
+            "model.data.fim_rate",
+            data.fim_rate,
+            "would be ignored, since model.data.chat=true keeps conversations in order",
+            "use 0",
+        )
+
+
 def checkpoints(cfg: RunConfig) -> Iterator[Problem]:
     """Checkpoints that are asked for can be written."""
     manager = cfg.exp_manager
@@ -378,11 +414,15 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     vocabulary,
     data_files,
     validation,
+    conversations,
+    adapters,
     tokenizer_file,
+    starting_weights,
     folders,
     run_names,
     checkpoints,
     profile,
+    loggers,
 )
 
 

@@ -65,11 +65,32 @@ class DataConfig:
     fim_rate: float = 0.0
     """Share of documents rearranged for fill-in-the-middle (prefix, suffix, middle), 0 to 1.
     DeepSeek-V3: 0.1."""
+    chat: bool = False
+    """true: ``data_prefix`` holds conversations (``prepare-data --chat``): each is whole in one
+    sequence, and the loss is on answers only; false: text."""
     num_workers: int = 0
     """Loader processes. Order does not depend on it."""
     cache_dir: str | None = None
     """Where the built-in corpus is prepared; null: ``$XDG_CACHE_HOME/deepseek`` or
     ``~/.cache/deepseek``."""
+
+
+@dataclass
+class PeftConfig:
+    """Adapters that are trained instead of the weights (LoRA, arXiv:2106.09685), names as in
+    NeMo."""
+
+    peft_scheme: str = "lora"
+    """Only ``lora``."""
+    dim: int = 16
+    """Rank of the adapters."""
+    alpha: float = 32.0
+    """An adapter's product is multiplied by alpha / dim."""
+    target_modules: list[str] = field(default_factory=lambda: ["attention", "feed_forward"])
+    """What gets adapters: ``attention``, ``feed_forward`` (dense layers and shared experts),
+    ``experts`` (each routed expert its own), or matrices by name: ``wq``, ``wq_a``, ``wq_b``,
+    ``wkv_a``, ``wkv_b``, ``wo``, ``w1``, ``w2``, ``w3``, ``experts.w1``, ``experts.w2``,
+    ``experts.w3``. MTP modules get none."""
 
 
 @dataclass
@@ -212,6 +233,11 @@ class ModelConfig:
     data_parallel_replicate_size: int = 1
     """Replicas of the sharded model (HSDP); 1: shard over all data-parallel ranks."""
 
+    restore_from: str | None = None
+    """Start from the weights in this run folder, imported folder or checkpoint, at step 0; null:
+    from random ones. A run that goes on from a checkpoint of its own ignores it."""
+    peft: PeftConfig | None = None
+    """Adapters on top of the frozen weights of ``restore_from``; null: all weights are trained."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Which tokenizer turns text into ids."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -308,6 +334,30 @@ class MonitorConfig:
 
 
 @dataclass
+class WandbConfig:
+    """A run on Weights & Biases."""
+
+    project: str | None = None
+    """Its project; null: the run's ``name``."""
+    name: str | None = None
+    """What it is called there; null: the name of the run folder."""
+    offline: bool = False
+    """Write into the run folder alone, for ``wandb sync`` later."""
+
+
+@dataclass
+class MLFlowConfig:
+    """A run on MLflow."""
+
+    experiment_name: str | None = None
+    """Its experiment; null: the run's ``name``."""
+    run_name: str | None = None
+    """What it is called there; null: the name of the run folder."""
+    tracking_uri: str | None = None
+    """Of the server; null: MLFLOW_TRACKING_URI, or files in the run folder."""
+
+
+@dataclass
 class ExpManagerConfig:
     """Where the run lives and how it resumes, keys as in NeMo's ``exp_manager``."""
 
@@ -322,6 +372,14 @@ class ExpManagerConfig:
     """Continue from the newest complete checkpoint of the same run folder."""
     create_tensorboard_logger: bool = True
     """Mirror the scalars to TensorBoard event files in the run folder."""
+    create_wandb_logger: bool = False
+    """Mirror the scalars to Weights & Biases."""
+    wandb_logger_kwargs: WandbConfig = field(default_factory=WandbConfig)
+    """Where to."""
+    create_mlflow_logger: bool = False
+    """Mirror the scalars to MLflow."""
+    mlflow_logger_kwargs: MLFlowConfig = field(default_factory=MLFlowConfig)
+    """Where to."""
     create_checkpoint_callback: bool = True
     """Write checkpoints."""
     checkpoint_callback_params: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from deepseek.config.errors import UserError
+from deepseek.data.chat_dataset import ChatDataset
 from deepseek.data.dataset import PackedDataset, Sample
 
 _FINEST = 1_000_000
@@ -85,7 +86,7 @@ class Blend:
 class BlendedDataset:
     """Several packed datasets read as one, in the proportions of their weights."""
 
-    def __init__(self, datasets: Sequence[PackedDataset], blend: Blend) -> None:
+    def __init__(self, datasets: Sequence[PackedDataset | ChatDataset], blend: Blend) -> None:
         self.datasets, self.blend = list(datasets), blend
         self.endless = all(dataset.endless for dataset in datasets)
         self.num_documents = sum(dataset.num_documents for dataset in datasets)

@@ -192,12 +192,7 @@ def pieces(
             yield from _jsonl_pieces(source, blocks, json_key)
         else:
             yield from _text_pieces(source, blocks)
-    now = source.path.stat()
-    if (now.st_size, now.st_mtime_ns) != (source.size, source.mtime_ns):
-        raise UserError(
-            f"{source.path} changed while it was read ({source.size} -> {now.st_size} bytes); "
-            "wait until it is complete and run again"
-        )
+    _refuse_change(source)
 
 
 def cut(text: str, final: bool, limit: int = PIECE) -> tuple[list[str], str]:
@@ -256,7 +251,30 @@ def _text_pieces(source: Source, blocks: Iterable[tuple[bytes, int]]) -> Iterato
         yield Piece(part, k == len(found) - 1, position)
 
 
-def _jsonl_pieces(source: Source, blocks: Iterable[tuple[bytes, int]], key: str) -> Iterator[Piece]:
+def json_lines(
+    source: Source, digest: hashlib._Hash | None = None
+) -> Iterator[tuple[str, Any, int]]:
+    """(file:line, value, bytes of the file consumed) of each line of a JSON lines file.
+
+    Raises:
+        UserError: as ``pieces``.
+    """
+    yield from _json_rows(source, _blocks(source, digest))
+    _refuse_change(source)
+
+
+def _refuse_change(source: Source) -> None:
+    now = source.path.stat()
+    if (now.st_size, now.st_mtime_ns) != (source.size, source.mtime_ns):
+        raise UserError(
+            f"{source.path} changed while it was read ({source.size} -> {now.st_size} bytes); "
+            "wait until it is complete and run again"
+        )
+
+
+def _json_rows(
+    source: Source, blocks: Iterable[tuple[bytes, int]]
+) -> Iterator[tuple[str, Any, int]]:
     for number, (line, offset, position) in enumerate(_lines(blocks), 1):
         if not line.strip():
             continue
@@ -275,6 +293,11 @@ def _jsonl_pieces(source: Source, blocks: Iterable[tuple[bytes, int]], key: str)
                 else "every line must be one JSON object"
             )
             raise UserError(f"{where}: not JSON ({error}); {hint}") from error
+        yield where, row, position
+
+
+def _jsonl_pieces(source: Source, blocks: Iterable[tuple[bytes, int]], key: str) -> Iterator[Piece]:
+    for where, row, position in _json_rows(source, blocks):
         if not isinstance(row, dict):
             raise UserError(
                 f"{where}: a JSON {_json_type(row)}, expected an object with the key {key!r}"

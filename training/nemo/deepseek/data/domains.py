@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from deepseek.config.errors import UserError
+from deepseek.data.chat_dataset import ChatDataset
 from deepseek.data.corpus import Corpus, Source, pieces
 from deepseek.data.dataset import PackedDataset, Sample
 from deepseek.data.files import add_suffix
@@ -148,7 +149,9 @@ def built_in_domains(tokenizer: Tokenizer, vocab_size: int, max_tokens: int) -> 
     ]
 
 
-def packed_domain(name: str, source: str, data: PackedDataset, max_tokens: int) -> Domain:
+def packed_domain(
+    name: str, source: str, data: PackedDataset | ChatDataset, max_tokens: int
+) -> Domain:
     """Whole samples of a dataset that is read once (validation), spread evenly over it."""
     wanted = min(len(data), -(-max_tokens // data.seq_length))
     documents: list[np.ndarray] = []

@@ -1,4 +1,5 @@
-"""From a configuration to datasets: the built-in corpus, a prefix, or a blend of them."""
+"""From a configuration to datasets: the built-in corpus, a prefix, or a blend of them; text, or
+conversations with ``model.data.chat``."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ import numpy as np
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
 from deepseek.data.blend import Blend, BlendedDataset, parse_blend
+from deepseek.data.chat_dataset import ChatDataset
 from deepseek.data.dataset import PackedDataset, split_documents
 from deepseek.data.files import add_suffix, atomic_open
 from deepseek.data.indexed import IndexedDataset
 from deepseek.data.prepare import PreparedData, Progress, prepare
+from deepseek.data.prepare_chat import ANSWERS, answers_of
 from deepseek.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_installed
 
 log = logging.getLogger("deepseek.data")
@@ -29,12 +32,15 @@ _COUNTED = 1 << 20
 """Ids looked at to find bytes per id where they are not recorded."""
 
 
+Dataset = PackedDataset | ChatDataset | BlendedDataset
+
+
 @dataclass(frozen=True)
 class OpenedData:
     """What a run reads."""
 
-    train: PackedDataset | BlendedDataset
-    validation: PackedDataset | BlendedDataset | None
+    train: Dataset
+    validation: Dataset | None
     """None if ``validation_fraction`` is 0 and there is no ``validation_prefix``."""
     tokenizer: Tokenizer | None
     """None for files without a record when ``model.tokenizer.path`` is not set."""
@@ -45,6 +51,8 @@ class OpenedData:
     """UTF-8 bytes per id of the training data: bits per byte = nats per id / ln 2 / this."""
     validation_bytes_per_token: float | None
     """The same of the validation data."""
+    notes: tuple[str, ...] = ()
+    """What people should know of conversations: how many there are, and how many were cut."""
 
 
 def open_data(
@@ -74,6 +82,8 @@ def open_data(
     files = [file for mixture in mixtures for file in mixture.files]
     tokenizer = _common_tokenizer(files, given)
     _check_vocabulary(cfg, files, tokenizer)
+    for file in files:
+        _check_kind(cfg, file)
 
     splits = [
         split_documents(
@@ -89,17 +99,23 @@ def open_data(
         validation = mixtures[1]
         kept = [np.arange(file.indexed.num_documents) for file in validation.files]
     has_validation = all(len(documents) for documents in kept)
+    train_data = train.dataset(cfg, seed, trained, tokenizer, endless=True)
+    validation_data = None
+    if has_validation:
+        validation_data = validation.dataset(cfg, seed, kept, tokenizer, endless=False)
     return OpenedData(
-        train=train.dataset(cfg, seed, trained, tokenizer, endless=True),
-        validation=validation.dataset(cfg, seed, kept, tokenizer, endless=False)
-        if has_validation
-        else None,
+        train=train_data,
+        validation=validation_data,
         tokenizer=tokenizer,
         fingerprint=_fingerprint(cfg, seed, mixtures),
-        bytes_per_token=train.bytes_per_token(trained, tokenizer, recorded_first=True),
+        # Of all text, which is not that of the answers alone.
+        bytes_per_token=None
+        if cfg.data.chat
+        else train.bytes_per_token(trained, tokenizer, recorded_first=True),
         validation_bytes_per_token=validation.bytes_per_token(kept, tokenizer, recorded_first=False)
-        if has_validation
+        if has_validation and not cfg.data.chat
         else None,
+        notes=(*_chat_notes(train_data, "train"), *_chat_notes(validation_data, "val")),
     )
 
 
@@ -114,6 +130,21 @@ class _File:
     @property
     def tokenizer_file(self) -> Path:
         return add_suffix(self.prefix, ".tokenizer") / "tokenizer.json"
+
+    def answers(self) -> np.ndarray:
+        """Which ids are answers.
+
+        Raises:
+            UserError: that file is gone.
+        """
+        assert self.record is not None
+        found = answers_of(self.record)
+        if found is None:
+            raise UserError(
+                f"{add_suffix(self.prefix, ANSWERS)}: missing, or not of {self.record.tokens} "
+                "bytes, one for each id; run prepare-data --chat again"
+            )
+        return found
 
     def id_range(self) -> tuple[int, int]:
         """Smallest and largest id: recorded, or found by reading the file once."""
@@ -155,10 +186,21 @@ class _Mixture:
         documents: list[np.ndarray],
         tokenizer: Tokenizer | None,
         endless: bool,
-    ) -> PackedDataset | BlendedDataset:
+    ) -> Dataset:
         """Training data (endless, rearranged) or validation data (in order, as it is)."""
-        packed = [
-            PackedDataset(
+        pad_id = 0 if tokenizer is None else tokenizer.pad_id or tokenizer.eos_id
+        packed: list[PackedDataset | ChatDataset] = [
+            ChatDataset(
+                file.indexed,
+                file.answers(),
+                chosen,
+                seq_length=cfg.data.seq_length,
+                seed=seed,
+                pad_id=pad_id,
+                endless=endless,
+            )
+            if cfg.data.chat
+            else PackedDataset(
                 file.indexed,
                 chosen,
                 seq_length=cfg.data.seq_length,
@@ -167,7 +209,7 @@ class _Mixture:
                 fim_rate=cfg.data.fim_rate if endless else 0.0,
                 fim=None if tokenizer is None else tokenizer.fim,
                 eos_id=None if tokenizer is None else tokenizer.eos_id,
-                pad_id=0 if tokenizer is None else tokenizer.pad_id or tokenizer.eos_id,
+                pad_id=pad_id,
                 endless=endless,
             )
             for file, chosen in zip(self.files, documents, strict=True)
@@ -305,6 +347,43 @@ def _check_vocabulary(cfg: ModelConfig, files: list[_File], tokenizer: Tokenizer
             )
 
 
+def _check_kind(cfg: ModelConfig, file: _File) -> None:
+    """Conversations are read as such, and nothing else is."""
+    is_chat = file.record is not None and file.record.chat is not None
+    if cfg.data.chat and not is_chat:
+        raise UserError(
+            f"{file.prefix} does not say which ids are answers, as model.data.chat=true needs; "
+            "prepare conversations with `deepseek prepare-data --chat`, or set "
+            "model.data.chat=false"
+        )
+    if is_chat and not cfg.data.chat:
+        raise UserError(
+            f"{file.prefix} holds conversations, whose answers model.data.chat=false would ignore; "
+            "set model.data.chat=true, or prepare the text without --chat"
+        )
+
+
+def _chat_notes(data: Dataset | None, name: str) -> list[str]:
+    """How many conversations there are, and what was cut."""
+    parts = data.datasets if isinstance(data, BlendedDataset) else [data]
+    notes = []
+    for part in parts:
+        if not isinstance(part, ChatDataset):
+            continue
+        share = (part.num_tokens - part.num_documents) / (len(part) * part.seq_length)
+        notes.append(
+            f"{name}: {part.num_documents:,} conversations in {len(part):,} sequences "
+            f"({share:.0%} full), {part.answer_tokens:,} answer tokens"
+        )
+        if part.cut:
+            notes.append(
+                f"{name}: {part.cut:,} conversations of {part.indexed.prefix} are longer than "
+                f"model.data.seq_length={part.seq_length} and lose the end of an answer; "
+                f"{part.left_out:,} of them lose every answer and are left out"
+            )
+    return notes
+
+
 def _round_up(count: int) -> int:
     """To a multiple of 128, which matrix kernels like."""
     return -(-count // 128) * 128
@@ -325,4 +404,11 @@ def _fingerprint(cfg: ModelConfig, seed: int, mixtures: list[_Mixture]) -> str:
             for mixture in mixtures
         ],
     }
+    if cfg.data.chat:
+        content["answers"] = [
+            file.record.chat["answers_sha256"]
+            for mixture in mixtures
+            for file in mixture.files
+            if file.record is not None and file.record.chat is not None
+        ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

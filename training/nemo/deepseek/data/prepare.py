@@ -97,6 +97,9 @@ class PreparedData:
     """Digest of names, sizes and times of the input files."""
     input_sha256: str
     """Digest of names and contents of the input files."""
+    chat: dict[str, Any] | None = None
+    """Of conversations: what ``prepare_chat`` counted; then ``P.answers`` tells which ids are
+    answers. None: text."""
     note: str = field(default="", compare=False)
     """What happened, for people: prepared, continued, or already there. Not stored."""
 
@@ -135,6 +138,8 @@ class PreparedData:
         """Write ``P.json`` atomically."""
         content = {"format": FORMAT, **asdict(self)}
         del content["prefix"], content["note"]
+        if self.chat is None:
+            del content["chat"]
         with atomic_open(add_suffix(self.prefix, ".json")) as stream:
             stream.write((json.dumps(content, indent=2) + "\n").encode())
 
@@ -175,7 +180,7 @@ def prepare(
         if inputs is None:
             corpus = Corpus.stdlib()
         else:
-            corpus = Corpus.from_paths(inputs, exclude=lambda path: _is_output(path, prefix))
+            corpus = Corpus.from_paths(inputs, exclude=lambda path: is_output(path, prefix))
         if corpus.skipped:
             log.warning(
                 "left out %d binary files, the first is %s", len(corpus.skipped), corpus.skipped[0]
@@ -190,7 +195,7 @@ def prepare(
             add_suffix(prefix, ".lock"),
             on_wait=lambda holder: log.warning("%s: waiting for %s", prefix, holder),
         ):
-            done = _already_there(prefix, corpus, settings, overwrite)
+            done = already_there(prefix, corpus, settings, overwrite)
             if done is not None:
                 # Left over if the run that made it was killed while it tidied up.
                 shutil.rmtree(add_suffix(prefix, ".partial"), ignore_errors=True)
@@ -510,7 +515,7 @@ class _Work:
             bin_sha256=bin_sha256,
             settings=self.settings,
             input_stat=self.corpus.stat_digest(),
-            input_sha256=_input_sha256(self.corpus, self.digests),
+            input_sha256=input_sha256(self.corpus, self.digests),
             note="continued an interrupted run" if self.resumed else "prepared",
         )
         idx.unlink(missing_ok=True)
@@ -530,7 +535,7 @@ class _Work:
         return Progress(stage, done, total, self.mark.documents, self.mark.tokens)
 
 
-def _already_there(
+def already_there(
     prefix: Path, corpus: Corpus, settings: dict[str, Any], overwrite: bool
 ) -> PreparedData | None:
     """The record if the same data is there; None if there is none or it may be replaced.
@@ -558,7 +563,7 @@ def _already_there(
         for source in corpus.sources:
             with open(source.path, "rb") as stream:
                 digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-        if _input_sha256(corpus, digests) != record.input_sha256:
+        if input_sha256(corpus, digests) != record.input_sha256:
             changes = ["the input files have changed"]
     if changes:
         if overwrite:
@@ -576,7 +581,7 @@ def _already_there(
     return replace(record, note="already prepared, nothing to do")
 
 
-def _input_sha256(corpus: Corpus, digests: Sequence[str]) -> str:
+def input_sha256(corpus: Corpus, digests: Sequence[str]) -> str:
     """Digest of names and contents, from the sha256 of each file."""
     names = (source.name for source in corpus.sources)
     return digest_lines(map("\0".join, zip(names, digests, strict=True)))
@@ -588,7 +593,7 @@ def _tokenizer_setting(given: Tokenizer | None, vocab_size: int) -> str:
     return f"BPE of {vocab_size} trained on the text" if tokenizers_installed() else "bytes"
 
 
-def _is_output(path: Path, prefix: Path) -> bool:
+def is_output(path: Path, prefix: Path) -> bool:
     """True for what prepare writes itself, should the output lie inside an input folder."""
     own = {".bin", ".idx", ".json", ".lock"}
     if path.parent.resolve() == prefix.parent.resolve():

@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, Sampler
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
 from deepseek.data.blend import BlendedDataset
+from deepseek.data.chat_dataset import ChatDataset
 from deepseek.data.dataset import PackedDataset, Sample
 
 Batch = dict[str, torch.Tensor]
-Packed = PackedDataset | BlendedDataset
+Packed = PackedDataset | ChatDataset | BlendedDataset
 
 
 class StepBatches(Sampler[list[int]]):

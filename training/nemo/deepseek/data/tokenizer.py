@@ -154,6 +154,41 @@ class Tokenizer:
         return token in self._special
 
     @property
+    def origin(self) -> str:
+        """What to call it in errors."""
+        return self._origin
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja text that turns conversations into text; None if it has none.
+
+        Raises:
+            UserError: there are several, and none is called ``default``.
+        """
+        given = self._config.get("chat_template")
+        if not isinstance(given, list):
+            return given if isinstance(given, str) else None
+        named = {entry.get("name"): entry.get("template") for entry in given}
+        if "default" not in named:
+            raise UserError(
+                f"{self._origin}: tokenizer_config.json has the chat templates "
+                f"{', '.join(map(str, named))} and none is called default; rename one"
+            )
+        return named["default"]
+
+    @property
+    def special_names(self) -> list[str]:
+        """Texts of all tokens that stand for no text."""
+        return [name for name, token in self._added.items() if token in self._special]
+
+    @cached_property
+    def special_texts(self) -> dict[str, str]:
+        """Texts of the tokens that chat templates call by name: ``eos_token`` and the like."""
+        names = {token: name for name, token in self._vocab.items()}
+        tokens = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        return {key: names[token] for key, token in tokens.items() if token is not None}
+
+    @property
     def byte_level(self) -> bool:
         """True if every id stands for fixed bytes, so that text and ids map exactly."""
         return self._bytes is not None
@@ -300,6 +335,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         beside = file.with_name(name)
         if beside.is_file():
             config.update(_parse_json(_read_text(beside), str(beside)))
+    template = file.with_name("chat_template.jinja")
+    if template.is_file():
+        config["chat_template"] = _read_text(template)
     return Tokenizer(_read_text(file), config, str(file))
 
 

@@ -114,6 +114,8 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         self.max_steps = max_steps
         self.gradient_clip_val = gradient_clip_val
         self.bytes_per_token = bytes_per_token
+        self.base: Any = None
+        """Which checkpoint the frozen weights are of, with adapters."""
         self.meshes: Meshes | Alone = Alone()
         if not spread_later:
             self.spread(self.meshes, torch.device("cpu"))

@@ -86,6 +86,10 @@ class Parts(nn.Module):
             caches: one per block, when decoding.
         """
         h_BSD = self.embed(inputs) if self.embed is not None else inputs
+        if torch.is_grad_enabled() and not h_BSD.requires_grad:
+            # Frozen below, as with adapters: loads are counted in the backward pass, which must
+            # come to every block.
+            h_BSD.requires_grad_()
         for i, block in enumerate(self.layers.values()):
             h_BSD = self._run(block, h_BSD, context, *([caches[i]] if caches else []))
         return self.norm(h_BSD) if self.norm is not None else h_BSD

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from deepseek.config.peft_rules import targeted
 from deepseek.config.schema import ModelConfig
 from deepseek.models.components.attention import LatentStore, MultiHeadLatentAttention
 from deepseek.models.components.block import DeepSeekBlock
 from deepseek.models.components.context import TokenContext
 from deepseek.models.components.head import Head
+from deepseek.models.components.lora import add_adapters, freeze_all_but_adapters
 from deepseek.models.components.moe import MoE
 from deepseek.models.components.mtp import MultiTokenPredictor
 from deepseek.models.components.norm import RMSNorm
@@ -53,6 +55,11 @@ class Transformer(Parts):
         copied = depths and not any(s.first and s.last for s in stages)
         self.mtp_embed = nn.Embedding(config.vocab_size, config.hidden_size) if copied else None
         self.recompute = config.activations_checkpoint_granularity == "full"
+        if config.peft is not None:
+            matrices = targeted(config.peft.target_modules)
+            scale = config.peft.alpha / config.peft.dim
+            add_adapters(self.layers.values(), matrices, config.peft.dim, scale)
+            freeze_all_but_adapters(self)
 
     def forward(
         self,
@@ -113,9 +120,12 @@ class Transformer(Parts):
         | ------------------- | ----------------------------------- |
         | RMSNorm             | 1                                   |
         | correction bias     | 0                                   |
+        | ``lora_a``          | normal, std 1 / sqrt(3 I)           |
+        | ``lora_b``          | 0                                   |
         | all other weights   | normal, std ``initializer_range``   |
 
-        (arXiv:2412.19437 section 4.2: all learnable parameters, std 0.006.) Each matrix, and each
+        (arXiv:2412.19437 section 4.2: all learnable parameters, std 0.006. Adapters start as peft's
+        do, I inputs; it draws them from a uniform distribution.) Each matrix, and each
         expert of a stack, has a generator of its own, so that a shard can be filled without the
         rest and any layout starts from the same model.
         """
@@ -141,6 +151,10 @@ def initial_weight(
     name, std = global_name(name), config.initializer_range
     if len(shape) == 1:
         return torch.ones(shape)[tuple(part)]
+    if name.endswith("lora_b"):
+        return torch.zeros(shape)[tuple(part)]
+    if name.endswith("lora_a"):
+        std = (3 * shape[-1]) ** -0.5
     if len(shape) == 3:
         experts = range(shape[0])[part[0]]
         drawn = [_normal(shape[1:], std, seed, f"{name}.{e}")[tuple(part[1:])] for e in experts]

@@ -151,6 +151,33 @@ def read_record(
     return Record(entry.step, arrays, entry.meta)
 
 
+def last_record(path: Path, names: Collection[str] | None = None) -> Record | None:
+    """The sound record that was written last, found from the end of the file, however long it is.
+
+    Args:
+        path: the file; one that does not exist has no records.
+        names: decode these arrays alone; None: all.
+    """
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        size = 1 << 20
+        while True:
+            start = max(0, length - size)
+            file.seek(start)
+            window = file.read(length - start)
+            at = len(window)
+            while (at := window.rfind(MAGIC, 0, at)) >= 0:
+                entry = _entry_at(file, start + at, length)
+                record = None if entry is None else read_record(file, entry, names)
+                if record is not None:
+                    return record
+            if start == 0:
+                return None
+            size *= 4
+
+
 def cut_torn_record(path: Path) -> None:
     """Truncate the file after its last sound record."""
     if not path.is_file():

@@ -34,6 +34,8 @@ class ExpertRecord:
     step: int
     layers: list[str]
     """Names of the blocks, in order of depth."""
+    top_k: int
+    """Experts chosen for each token."""
     tokens_LE: np.ndarray
     """int64: assignments of the real tokens of the whole global batch."""
     bias_LE: np.ndarray
@@ -137,6 +139,7 @@ class ExpertMonitor(Callback):
         return ExpertRecord(
             step,
             layers,
+            pl_module.config.num_experts_per_tok,
             found[:, :num_experts].round().astype(np.int64),
             found[:, num_experts:-2].astype(np.float32),
             (found[:, -2] / np.maximum(found[:, -1], 1)).astype(np.float32),
@@ -148,7 +151,7 @@ class ExpertMonitor(Callback):
         arrays = {"tokens": record.tokens_LE.astype(np.uint32), "margin": record.margin_L}
         if config.topk_method == "noaux_tc":
             arrays["bias"] = record.bias_LE
-        meta = {"ep": config.expert_model_parallel_size, "top_k": config.num_experts_per_tok}
+        meta = {"ep": config.expert_model_parallel_size, "top_k": record.top_k}
         try:
             self._log.append(record.step, arrays, layers=record.layers, **meta)
         except OSError as error:  # watching must not stop what is watched

@@ -97,6 +97,10 @@ class MetricsLog(Callback):
         """Append an event; ``more`` are keys of its row."""
         self.write({"event": name, "step": step, "time": round(time.time(), 3)} | more)
 
+    def add_cost(self, seconds: float) -> None:
+        """Count what another callback spent on watching after this one had written its row."""
+        self._own_seconds += seconds
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Remove a line cut short by a kill; note the start and what kind of start it is.
 
@@ -107,7 +111,7 @@ class MetricsLog(Callback):
             drop_partial_line(self.path)
         step = pl_module.finished_steps
         if self.attempt:
-            self.event("restart", step, attempt=self.attempt)
+            self.event("restart", step, attempt=self.attempt, reason=f"restart {self.attempt}")
         self.event("resumed" if step else "started", step)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -115,6 +119,10 @@ class MetricsLog(Callback):
         known = [_opener(logger) for logger in trainer.loggers]
         self._mirrors += [Mirror(name, make, self.path) for name, make in known]
         self._last_end = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Note the checkpoint of the step before, if there was one."""
+        self._note_checkpoint(pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """The step's row. Its seconds begin where those of the step before end, so that waiting for
@@ -133,8 +141,6 @@ class MetricsLog(Callback):
             "mfu": round(speed * self.flops_per_token / peak, 6) if peak else None,
             "monitor_seconds": round(monitor_seconds, 6),
         }
-        if "checkpoint_seconds" in facts:
-            self.event("checkpoint", row["step"] - 1, seconds=facts["checkpoint_seconds"])
         row |= facts
         self.write(row)
         self._mirror(row)
@@ -155,9 +161,8 @@ class MetricsLog(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Note the last checkpoint, and the end and its reason."""
-        step, facts = pl_module.finished_steps, pl_module.step_facts
-        if "checkpoint_seconds" in facts:
-            self.event("checkpoint", step, seconds=facts["checkpoint_seconds"])
+        step = pl_module.finished_steps
+        self._note_checkpoint(pl_module)
         number = self._signal_received()
         name = signal.Signals(number).name if number is not None else None
         complete = step >= pl_module.max_steps
@@ -168,10 +173,16 @@ class MetricsLog(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """The same, as far as the file can still be written."""
         with suppress(UserError):
-            lines = str(exception).splitlines()
-            reason = f"{type(exception).__name__}: {lines[0]}" if lines else type(exception).__name__
+            first_line = (str(exception).splitlines() or [""])[0]
+            reason = f"{type(exception).__name__}: {first_line}".removesuffix(": ")
             self.event("stopped", pl_module.finished_steps, reason=reason)
         self._close()
+
+    def _note_checkpoint(self, pl_module: Any) -> None:
+        facts = pl_module.step_facts
+        if "checkpoint_seconds" in facts:
+            seconds = facts["checkpoint_seconds"]
+            self.event("checkpoint", pl_module.finished_steps, seconds=seconds)
 
     def _close(self) -> None:
         mirrors, self._mirrors = self._mirrors, []

@@ -27,9 +27,7 @@ class Mirror:
         everything_is_in: where the reader of a message finds what the logger did not get.
     """
 
-    def __init__(
-        self, name: str, open_logger: Callable[[], Any], everything_is_in: object
-    ) -> None:
+    def __init__(self, name: str, open_logger: Callable[[], Any], everything_is_in: object) -> None:
         self.name = name
         self._open_logger = open_logger
         self._elsewhere = f"everything is in {everything_is_in}"

@@ -1,8 +1,8 @@
-"""Weights stored in FP8 with one scale per block, as the released DeepSeek-V3 checkpoints store them.
+"""Weights stored in FP8 with one scale per block, as in the released DeepSeek-V3 checkpoints.
 
-A weight is its 8-bit number times the scale of the block it lies in (arXiv:2412.19437 section 3.3.2;
-the scales are called ``weight_scale_inv`` although they are factors). Blocks at the lower and the
-right edge may be smaller.
+A weight is its 8-bit number times the scale of its block (arXiv:2412.19437 section 3.3.2; the
+scales are called ``weight_scale_inv`` although they are factors). Blocks at the lower and the right
+edge may be smaller.
 
 I rows, J columns, P blocks down, Q blocks across.
 """

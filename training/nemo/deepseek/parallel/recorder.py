@@ -103,8 +103,11 @@ class CommunicationRecorder:
         self._on_gpu = meshes.device_type == "cuda"
         self._names = meshes.names()
         self._groups = {name: group for group, name in self._names.items()}
+        self._members = {
+            name: dist.get_process_group_ranks(group) for name, group in self._groups.items()
+        }
         self._calls: dict[Kind, list[_Call]] = defaultdict(list)
-        self._expert_bytes = np.zeros(meshes.layout.world_size, dtype=np.int64)
+        self._expert_bytes = [0] * meshes.layout.world_size
         self._row_bytes = 0
         self._originals: list[tuple[Any, str, Callable[..., Any]]] = []
         self._stream: Any = None
@@ -119,7 +122,7 @@ class CommunicationRecorder:
     def start(self) -> None:
         """Begin, with nothing recorded."""
         self._calls.clear()
-        self._expert_bytes[:] = 0
+        self._expert_bytes = [0] * self._meshes.layout.world_size
         self._row_bytes = 0
         self.own_seconds = 0.0
         self._stream = torch.cuda.current_stream() if self._on_gpu else None
@@ -142,36 +145,51 @@ class CommunicationRecorder:
         """What was recorded; a collective, since only all ranks together know who waited."""
         if self._on_gpu:
             torch.cuda.synchronize()
+        seconds = {
+            kind: np.array([self._seconds(call) for call in self._calls[kind]])
+            for kind in sorted(self._calls, key=lambda kind: (kind.group, kind.operation))
+        }
+        together = self._together(seconds)
         numbers = {}
-        for kind in sorted(self._calls, key=lambda kind: (kind.group, kind.operation)):
+        for kind, own in seconds.items():
             calls = self._calls[kind]
-            own = np.array([self._seconds(call) for call in calls])
-            together = self._together(kind, own)
             p50, p95 = np.percentile(own, [50, 95])
             sent = sum(call.bytes for call in calls)
             exposed = own[[call.exposed for call in calls]].sum()
             group = self._groups.get(kind.group)
             ranks = dist.get_world_size(group) if group is not None else 2
+            shared = together[kind].sum()
             numbers[kind] = np.array(
-                [len(own), sent, p50, p95, own.max(), own.sum(), together.sum(), exposed, ranks]
+                [len(own), sent, p50, p95, own.max(), own.sum(), shared, exposed, ranks]
             )
-        return Summary(numbers, self._expert_bytes.copy(), self._row_bytes)
+        expert_bytes = np.array(self._expert_bytes, dtype=np.int64)
+        return Summary(numbers, expert_bytes, self._row_bytes)
 
-    def _together(self, kind: Kind, own: np.ndarray) -> np.ndarray:
+    def _together(self, seconds: dict[Kind, np.ndarray]) -> dict[Kind, np.ndarray]:
         """Of each call the seconds in which all ranks were there: who came last waited not.
 
         They are the shortest time that a rank of the group spent in it. Ranks of a pipeline
         exchange in pairs, call by call different ones: there this rank's shortest call of the same
         size stands for all of them.
         """
-        group = self._groups.get(kind.group)
-        if kind.operation == SEND_RECV or group is None:
+        found = {}
+        # Groups of the same ranks have one collective, in the same order on all of them.
+        alike: dict[tuple[int, ...], list[Kind]] = defaultdict(list)
+        for kind, own in seconds.items():
+            members = self._members.get(kind.group)
+            if members and kind.operation != SEND_RECV:
+                alike[tuple(members)].append(kind)
+                continue
             sizes = np.array([call.bytes for call in self._calls[kind]])
             shortest = {size: own[sizes == size].min() for size in np.unique(sizes)}
-            return np.array([shortest[size] for size in sizes])
-        shared = torch.from_numpy(own.copy()).to(self._meshes.device_type)
-        dist.all_reduce(shared, dist.ReduceOp.MIN, group=group)
-        return shared.cpu().numpy()
+            found[kind] = np.array([shortest[size] for size in sizes])
+        for kinds in alike.values():
+            everything = np.concatenate([seconds[kind] for kind in kinds])
+            shared = torch.from_numpy(everything).to(self._meshes.device_type)
+            dist.all_reduce(shared, dist.ReduceOp.MIN, group=self._groups[kinds[0].group])
+            ends = np.cumsum([len(seconds[kind]) for kind in kinds])[:-1]
+            found |= dict(zip(kinds, np.split(shared.cpu().numpy(), ends), strict=True))
+        return found
 
     def _seconds(self, call: _Call) -> float:
         if self._on_gpu:
@@ -211,18 +229,18 @@ class CommunicationRecorder:
     def _what(self, operation: str, given: dict[str, Any]) -> tuple[str, int]:
         """Name of the group, and the bytes that this rank puts in."""
         if operation == SEND_RECV:
-            sends = [op for op in given["p2p_op_list"] if op.op is dist.isend]
+            operations = next(iter(given.values()))  # the argument has had two names
+            sends = [op for op in operations if op.op is dist.isend]
             return "pp", sum(_size(op.tensor) for op in sends)
         tensor = next(given[name] for name in ("input_tensor", "input", "tensor") if name in given)
         group = given.get("group") or dist.group.WORLD
-        if operation == "all_to_all" and tensor.is_floating_point():
-            self._note_rows(tensor, given.get("input_split_sizes"), group)
-        return self._names.get(group, "other"), _size(tensor)
+        assert group is not None
+        name = self._names.get(group, "other")
+        if operation == "all_to_all" and name in self._members and tensor.is_floating_point():
+            self._note_rows(tensor, given.get("input_split_sizes"), self._members[name])
+        return name, _size(tensor)
 
-    def _note_rows(
-        self, rows_RD: Tensor, splits: Sequence[int] | None, group: dist.ProcessGroup
-    ) -> None:
-        ranks = dist.get_process_group_ranks(group)
+    def _note_rows(self, rows_RD: Tensor, splits: Sequence[int] | None, ranks: list[int]) -> None:
         counts = splits if splits is not None else [len(rows_RD) // len(ranks)] * len(ranks)
         self._row_bytes = math.prod(rows_RD.shape[1:]) * rows_RD.element_size()
         for rank, count in zip(ranks, counts, strict=True):

@@ -20,23 +20,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from deepseek.config.errors import UserError
 from deepseek.models.components.block import DeepSeekBlock
-from deepseek.models.components.moe import GroupedExperts, MoE
+from deepseek.models.components.moe import MoE
 from deepseek.models.stage import Stage
 from deepseek.models.transformer import Transformer, initial_weight
 from deepseek.parallel.expert_dispatcher import build_dispatcher
+from deepseek.parallel.gradients import local
 from deepseek.parallel.mesh import Meshes
 from deepseek.parallel.tensor import split
-
-
-class ShardedExperts(GroupedExperts):
-    """The experts of one EP rank; ``w1`` and the others are DTensors over the EP ranks."""
-
-    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's experts."""
-        w1, w2, w3 = (
-            w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.w2, self.w3)
-        )
-        return w1, w2, w3
 
 
 def shard_experts(model: Transformer, meshes: Meshes) -> None:
@@ -47,12 +37,10 @@ def shard_experts(model: Transformer, meshes: Meshes) -> None:
     for module in model.modules():
         if not isinstance(module, MoE):
             continue
-        num_experts, hidden_dim, dim = module.experts.w1.shape
-        with torch.device("meta"):
-            experts = ShardedExperts(num_experts, dim, hidden_dim)
-        for name in ("w1", "w2", "w3"):
-            setattr(experts, name, split(getattr(module.experts, name), 0, mesh))
-        module.experts = experts
+        experts, num_experts = module.experts, len(module.experts.w1)
+        for name, stack in list(experts.named_parameters()):
+            setattr(experts, name, split(stack, 0, mesh))
+        experts.local = local
         module.dispatcher = build_dispatcher(num_experts, meshes.ep, meshes.device_type)
 
 

@@ -30,9 +30,11 @@ from torch.distributed.tensor import DTensor, Shard
 from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.block import DeepSeekBlock
 from deepseek.models.components.feed_forward import FeedForward
+from deepseek.models.components.lora import LoraLinear, lora_linear
 from deepseek.models.components.moe import MoE
 from deepseek.models.transformer import Transformer
 from deepseek.parallel.comm import gather_sequence, scatter_sequence_sum, sum_forward
+from deepseek.parallel.gradients import local
 from deepseek.parallel.mesh import Meshes
 from deepseek.parallel.vocabulary import VocabularyEmbedding, VocabularyHead
 
@@ -42,8 +44,16 @@ class ShardedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """With a part of the outputs, or a partial sum of all of them."""
-        weight = self.weight
-        return F.linear(x, weight.to_local() if isinstance(weight, DTensor) else weight)
+        return F.linear(x, local(self.weight))
+
+
+class ShardedLoraLinear(LoraLinear):
+    """The same with an adapter, of which one of the two matrices is divided as the weight is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """With a part of the outputs, or a partial sum of all of them."""
+        weight, a, b = map(local, (self.weight, self.lora_a, self.lora_b))
+        return lora_linear(x, weight, a, b, self.scale)
 
 
 def shard_tensors(model: Transformer, meshes: Meshes) -> None:
@@ -81,7 +91,7 @@ def split(weight: Tensor, dim: int, mesh: DeviceMesh) -> nn.Parameter:
     whole = DTensor.from_local(
         part, mesh, [Shard(dim)], run_check=False, shape=weight.shape, stride=weight.stride()
     )
-    return nn.Parameter(whole)
+    return nn.Parameter(whole, requires_grad=weight.requires_grad)
 
 
 def _shard_attention(
@@ -122,8 +132,20 @@ def _share_sequences(moe: MoE, group: dist.ProcessGroup) -> None:
     moe.sum_over_sequence = lambda part: sum_forward(part, group)
 
 
-def _sharded(linear: nn.Linear, dim: int, mesh: DeviceMesh) -> ShardedLinear:
-    made = ShardedLinear(linear.in_features, linear.out_features, bias=False, device="meta")
+def _sharded(linear: nn.Linear, dim: int, mesh: DeviceMesh) -> nn.Linear:
+    """``dim`` 0: a part of the outputs; 1: a part of the inputs."""
+    sizes = linear.in_features, linear.out_features
+    with torch.device("meta"):
+        if isinstance(linear, LoraLinear):
+            made: nn.Linear = ShardedLoraLinear(*sizes, linear.rank, linear.scale)
+            assert isinstance(made, LoraLinear)
+            made.lora_a, made.lora_b = linear.lora_a, linear.lora_b
+            if dim == 0:
+                made.lora_b = split(linear.lora_b, 0, mesh)
+            else:
+                made.lora_a = split(linear.lora_a, 1, mesh)
+        else:
+            made = ShardedLinear(*sizes, bias=False)
     made.weight = split(linear.weight, dim, mesh)
     return made
 

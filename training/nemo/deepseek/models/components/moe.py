@@ -6,6 +6,8 @@ P the same with padding, F expert hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,30 +104,37 @@ class MoE(nn.Module):
 
 
 class GroupedExperts(nn.Module):
-    """All experts' SwiGLU weights stacked; computes what ``Expert`` computes, for all at once."""
+    """All experts' SwiGLU weights stacked; computes what ``Expert`` computes, for all at once.
+
+    Attributes:
+        local: the part of a stack that is here; replaced where experts lie on several ranks.
+    """
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.w1 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))  # gate
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))  # down
         self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))  # up
+        self.local: Callable[[Tensor], Tensor] = lambda stack: stack
 
     def forward(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
         """Rows sorted by expert (R, D), rows per expert (e,) -> (R, D)."""
-        w1, w2, w3 = self.weights()
         device = rows_RD.device.type
         if torch.is_autocast_enabled(device):  # grouped products are not on autocast's list
-            dtype = torch.get_autocast_dtype(device)
-            rows_RD, w1, w2, w3 = (t.to(dtype) for t in (rows_RD, w1, w2, w3))
+            rows_RD = rows_RD.to(torch.get_autocast_dtype(device))
         padded_e, slots_R = aligned_slots(counts_e)
         x_PD = spread_rows(rows_RD, slots_R, int(padded_e.sum()))
-        hidden_PF = F.silu(grouped_linear(x_PD, w1, padded_e))
-        hidden_PF = hidden_PF * grouped_linear(x_PD, w3, padded_e)
-        return gather_rows(grouped_linear(hidden_PF, w2, padded_e), slots_R)
+        hidden_PF = F.silu(self.product("w1", x_PD, padded_e))
+        hidden_PF = hidden_PF * self.product("w3", x_PD, padded_e)
+        return gather_rows(self.product("w2", hidden_PF, padded_e), slots_R)
 
-    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The weights of the experts that are here: w1, w2, w3."""
-        return self.w1, self.w2, self.w3
+    def product(self, name: str, x_PI: Tensor, padded_e: Tensor) -> Tensor:
+        """Rows sorted by expert (P, I), with the stack ``name`` -> (P, O)."""
+        return grouped_linear(x_PI, self.matrix(name, x_PI.dtype), padded_e)
+
+    def matrix(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The stack ``name`` of the experts that are here."""
+        return self.local(getattr(self, name)).to(dtype)
 
     @torch.no_grad()
     def expert(self, index: int) -> Expert:

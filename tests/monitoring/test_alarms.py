@@ -1,0 +1,101 @@
+"""What the detectors find stands in the log and is shown, at once and once."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deepseek.monitoring.alarms import MOST_SHOWN, Alarms, shown
+from deepseek.monitoring.detectors import COLLAPSED_RECORDS, STRAGGLER_RECORDS, Alarm
+from deepseek.monitoring.expert_monitor import ExpertRecord
+from deepseek.monitoring.metrics_log import MetricsLog
+from deepseek.monitoring.rank_monitor import COLUMNS, RankRecord
+from deepseek.monitoring.report.run_data import read_rows
+
+
+def module(step: int) -> Any:
+    metrics = SimpleNamespace(step=step, loss=2.0, grad_norm=1.0, skipped=False)
+    return SimpleNamespace(step_metrics=metrics)
+
+
+def test_planted_troubles_are_in_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    experts, ranks = SimpleNamespace(latest=None), SimpleNamespace(latest=None)
+    alarms: Any = Alarms(log, experts, ranks)  # type: ignore[arg-type]
+    tokens_LE = np.full((3, 32), 64)
+    tokens_LE[2] = 0
+    tokens_LE[2, :2] = 1024
+    layers = ["layers.1", "layers.2", "mtp.0.block"]
+    nothing = np.zeros(3, np.float32)
+    table = np.ones((4, len(COLUMNS)))
+    table[1, COLUMNS.index("compute_seconds")] = 2.0
+    for step in range(1, 61):
+        experts.latest = ExpertRecord(step, layers, 2, tokens_LE, nothing, nothing)
+        ranks.latest = RankRecord(step, [0, 0, 0, 0], table)
+        alarms.on_train_batch_end(None, module(step))
+    rows = read_rows(log.path)
+    assert {(row["event"], row["kind"], row["step"]) for row in rows} == {
+        ("alarm", "router_collapse", COLLAPSED_RECORDS),
+        ("alarm", "straggler", STRAGGLER_RECORDS),
+        ("alarm", "dead_experts", 20),
+    }
+    found = {row["kind"]: row for row in rows}
+    assert found["router_collapse"]["layer"] == "mtp.0.block"
+    assert found["straggler"]["rank"] == 1
+    assert found["dead_experts"]["experts"] == list(range(2, 32))
+    for row in rows:
+        assert row["message"] and row["remedy"] and row["time"] > 1e9
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * len(rows)
+    assert lines[0].startswith("ALARM        step 5, router_collapse: mtp.0.block uses 2.0 of 32")
+
+
+def test_a_record_of_an_earlier_step_counts_once(tmp_path: Path) -> None:
+    """With records every tenth step a collapse takes five of them, not five steps."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    tokens_LE = np.zeros((1, 32), np.int64)
+    tokens_LE[0, :2] = 1024
+    nothing = np.zeros(1, np.float32)
+    experts: Any = SimpleNamespace(latest=None)
+    alarms: Any = Alarms(log, experts, None)
+    for step in range(1, 61):
+        if step % 10 == 0:
+            experts.latest = ExpertRecord(step, ["layers.1"], 2, tokens_LE, nothing, nothing)
+        alarms.on_train_batch_end(None, module(step))
+    steps = [row["step"] for row in read_rows(log.path) if row["kind"] == "router_collapse"]
+    assert steps == [10 * COLLAPSED_RECORDS]
+
+
+def test_numbers_can_be_written_as_json() -> None:
+    """numpy's integers cannot: an alarm must not end a run by a TypeError."""
+    from test_detectors import DeadExperts, Straggler, experts, ranks, seen
+
+    tokens_LE = np.full((1, 8), 64)
+    tokens_LE[0, 0] = 0
+    dead, slow = DeadExperts(), Straggler()
+    found: list[Alarm] = []
+    for step in range(30):
+        found += dead.look(seen(step, experts=experts(step, tokens_LE)))
+        found += slow.look(seen(step, ranks=ranks(step, compute_seconds=np.array([1.0, 3, 1]))))
+    assert len(found) == 2
+    json.dumps([alarm.numbers for alarm in found])
+
+
+def test_of_many_alarms_a_few_are_shown() -> None:
+    alarms = [Alarm("router_collapse", f"layer {i}", "do this") for i in range(9)]
+    lines = shown(7, [*alarms, Alarm("straggler", "rank 1", "look")])
+    assert lines == [
+        *(
+            line
+            for i in range(MOST_SHOWN)
+            for line in (f"ALARM        step 7, router_collapse: layer {i}", "             do this")
+        ),
+        "ALARM        step 7, straggler: rank 1",
+        "             look",
+        "ALARM        step 7, router_collapse: 6 more in the log",
+    ]

@@ -1,0 +1,131 @@
+"""Adapters in any layout compute what one process computes, and nothing else moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from layouts import Case, Driven, batches, compare, small_config
+from ranks import run_ranks
+from torch import Tensor
+
+from deepseek.config.schema import OptimConfig, PeftConfig, SchedConfig
+from deepseek.models.components.lora import is_adapter
+from deepseek.parallel import gradients
+from deepseek.parallel.mesh import Alone
+
+FP64 = 1e-12
+ALL = ["attention", "feed_forward", "experts"]
+
+
+def lora_case(world: int, targets: list[str], optim: str = "adamw", **changes: Any) -> Case:
+    peft = PeftConfig(dim=4, alpha=6.0, target_modules=targets)
+    config = small_config(
+        peft=peft,
+        moe_router_bias_update_rate=0.0,
+        # fp64 AdamW turns rounding into steps where a gradient is nearly zero
+        optim=OptimConfig(name=optim, lr=1e-2, eps=1e-3, sched=SchedConfig(min_lr=1e-3)),
+        **changes,
+    )
+    case = Case(config, world, torch.float64, seed=1)
+    case.prepare = start_b
+    assert {p.field for p in case.problems()} == {"model.restore_from"}
+    return case
+
+
+def start_b(driven: Driven) -> None:
+    """With B at zero the gradient of A is zero in the first step, and hides mistakes."""
+    from deepseek.models.transformer import initial_weight
+    from deepseek.parallel.shard import local_part
+
+    with torch.no_grad():
+        for name, parameter in driven.module.model.named_parameters():
+            if name.endswith("lora_b"):
+                local, part = local_part(parameter)
+                as_a = name.replace("lora_b", "lora_start_a")
+                local.copy_(initial_weight(as_a, parameter.shape, part, driven.case.config, 5))
+
+
+LAYOUTS = {
+    "TP and EP": lora_case(4, ALL, tensor_model_parallel_size=2, expert_model_parallel_size=2),
+    "EP over TP ranks, direct queries": lora_case(
+        4, ALL, tensor_model_parallel_size=2, expert_model_parallel_size=4, q_lora_rank=None
+    ),
+    "HSDP, Muon": lora_case(
+        4, ["wo", "w2", "experts.w1"], "muon", data_parallel_replicate_size=2,
+        expert_model_parallel_size=2,
+    ),
+    "PP, recomputed": lora_case(
+        2, ALL, pipeline_model_parallel_size=2, activations_checkpoint_granularity="full"
+    ),
+    "zero bubble, a stage without adapters": lora_case(
+        2, ["experts"], pipeline_model_parallel_size=2, pipeline_schedule="ZBVZeroBubble",
+        first_k_dense_replace=2,
+    ),
+    "all at once": lora_case(
+        8, ALL, pipeline_model_parallel_size=2, tensor_model_parallel_size=2,
+        expert_model_parallel_size=2, pipeline_schedule="Interleaved1F1B",
+        virtual_pipeline_model_parallel_size=2, num_nextn_predict_layers=0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout(name: str) -> None:
+    errors = compare(LAYOUTS[name])
+    too_far = {key: error for key, error in errors.items() if not error <= FP64}
+    assert not too_far, too_far
+    learnt = {key.removeprefix("gradient.") for key in errors if key.startswith("gradient.")}
+    assert learnt and all(map(is_adapter, learnt))
+
+
+def frozen_of(driven: Driven) -> dict[str, Tensor]:
+    state = driven.module.model.state_dict()
+    return {name: t.clone() for name, t in state.items() if not is_adapter(name)}
+
+
+def test_only_adapters_move_and_have_optimiser_state() -> None:
+    driven = Driven(LAYOUTS["TP and EP"], Alone())
+    before, adapters = frozen_of(driven), dict(driven.module.model.named_parameters())
+    start = {name: p.detach().clone() for name, p in adapters.items() if is_adapter(name)}
+    driven.run(batches(driven.case))
+    for name, tensor in frozen_of(driven).items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(not torch.equal(adapters[name], tensor) for name, tensor in start.items())
+    held = {id(p) for group in driven.optimizer.param_groups for p in group["params"]}
+    assert held == {id(adapters[name]) for name in start}
+    mtp = [name for name in start if name.startswith("mtp.")]
+    assert not mtp and len(start) == 2 * (4 * 5 + 4 * 3 + 3 * 3)
+
+
+def keep_tensor_ranks_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "_sum_over_tensor_ranks", lambda *args: None)
+
+
+def test_the_comparison_notices(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_tensor_ranks_apart(monkeypatch)
+    errors = compare(LAYOUTS["TP and EP"])
+    for name in ("attn.wo.lora_b", "attn.wq_b.lora_a", "attn.wkv_a.lora_a"):
+        assert errors[f"gradient.layers.1.{name}"] > 1e-3, name
+
+
+def test_checkpoints_hold_adapters_only() -> None:
+    from deepseek.checkpoint.training_state import collect_tensors
+
+    driven = Driven(LAYOUTS["TP and EP"], Alone())
+    driven.run(batches(driven.case))
+    whole = collect_tensors(driven.module.model, driven.optimizer)
+    assert all("lora_" in name for name in whole)
+    for names in run_ranks(2, kept_names, lora_case(2, ALL, tensor_model_parallel_size=2)):
+        assert set(names) == set(whole)
+
+
+def kept_names(rank: int, case: Case) -> list[str]:
+    from layouts import spread
+
+    from deepseek.checkpoint.training_state import collect_tensors
+
+    driven = spread(case)
+    driven.run(batches(case))
+    return list(collect_tensors(driven.module.model, driven.optimizer))

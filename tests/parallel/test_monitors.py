@@ -1,0 +1,350 @@
+"""The monitors in every layout: counts of the whole batch, whoever holds the layers, and what each
+rank did; written by rank 0 alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from layouts import Case, Driven, batches, small_config, spread
+from ranks import run_ranks
+
+from deepseek.models.components.moe import MoE
+from deepseek.monitoring.array_log import Record, read_arrays
+from deepseek.monitoring.expert_monitor import MARGIN_TOKENS, ExpertMonitor, expert_layers
+from deepseek.monitoring.rank_monitor import COLUMNS, RankMonitor
+from deepseek.parallel.mesh import Alone
+
+TRAINER = SimpleNamespace(loggers=[])
+
+
+def watched(driven: Driven, callbacks: list[Any]) -> list[dict[str, Any]]:
+    """Steps as a trainer takes them; the facts of each."""
+    module, found = driven.module, []
+    for callback in callbacks:
+        callback.on_train_start(TRAINER, module)
+    for index, batch in enumerate(batches(driven.case)):
+        for callback in callbacks:
+            callback.on_train_batch_start(TRAINER, module, batch, index)
+        driven.run([batch])
+        for callback in callbacks:
+            callback.on_train_batch_end(TRAINER, module, None, batch, index)
+        found.append(dict(module.step_facts))
+        module.on_train_batch_end(None, batch, index)
+    for callback in callbacks:
+        callback.on_train_end(TRAINER, module)
+    return found
+
+
+def monitors(folder: Path, leads: bool, every: int = 1) -> list[Any]:
+    return [
+        RankMonitor(folder, every, leads, lambda: 0.125, ranks_per_node=2),
+        ExpertMonitor(folder / "experts.arrays", every, leads),
+    ]
+
+
+# -- experts --
+
+
+def brute_force(case: Case) -> Iterator[tuple[list[np.ndarray], list[float]]]:
+    """Of each step: per layer, how often the real tokens of one process choose each expert, and the
+    mean margin by sorting; nothing of the model's own counting is used."""
+    config = replace(case.config, activations_checkpoint_granularity=None)
+    driven = Driven(Case(config, 1), Alone())
+    chosen: dict[int, list[tuple[Any, Any, Any]]] = {}
+    layers = [m for m in driven.module.model.modules() if isinstance(m, MoE)]
+    for row, moe in enumerate(layers):
+
+        def hear(moe: MoE, args: Any, _: Any, row: int = row) -> None:
+            with torch.no_grad():
+                routing = moe.gate(args[0].flatten(0, 1))
+            bias = 0 if moe.gate.bias is None else moe.gate.bias
+            real = args[1].real_BS.flatten()
+            chosen.setdefault(row, []).append(
+                (routing.expert_ids_TK[real], (routing.scores_TE + bias)[real], routing.scores_TE)
+            )
+
+        moe.register_forward_hook(hear)
+    for batch in batches(case):
+        chosen.clear()
+        driven.run([batch])
+        counts, margins = [], []
+        for row in range(len(layers)):
+            ids = np.concatenate([ids.numpy().ravel() for ids, _, _ in chosen[row]])
+            counts.append(np.bincount(ids, minlength=config.n_routed_experts))
+            margins.append(_margin(config, np.concatenate([s.numpy() for _, s, _ in chosen[row]])))
+        yield counts, margins
+
+
+def _margin(config: Any, scores_TE: np.ndarray) -> float:
+    """By hand: of each token's two best groups, the K-th best score less the next one."""
+    found = []
+    for scores_E in scores_TE:
+        groups = np.split(scores_E, config.n_group)
+        sums = [np.sort(group)[-2:].sum() for group in groups]
+        kept = np.argsort(sums)[::-1][: config.topk_group]
+        best = np.sort(np.concatenate([groups[group] for group in kept]))[::-1]
+        found.append(best[config.num_experts_per_tok - 1] - best[config.num_experts_per_tok])
+    return float(np.mean(found))
+
+
+def experts_of_rank(rank: int, case: Case, folder: Path) -> list[int]:
+    """Collectives of each record."""
+    driven = spread(case)
+    monitor = ExpertMonitor(folder / "experts.arrays", 1, leads=rank == 0)
+    counted: list[int] = []
+    original, end = dist.all_reduce, monitor.on_train_batch_end
+
+    def counting(trainer: Any, module: Any, *args: Any) -> None:
+        counted.append(0)
+
+        def one(*args: Any, **options: Any) -> Any:
+            counted[-1] += 1
+            return original(*args, **options)
+
+        dist.all_reduce = one
+        end(trainer, module, *args)
+        dist.all_reduce = original
+
+    monitor.on_train_batch_end = counting  # type: ignore[method-assign]
+    watched(driven, [monitor])
+    return counted
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2 ep2": (2, {"expert_model_parallel_size": 2, "micro_batch_size": 4}),
+    "tp2 ep2": (
+        2,
+        {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "micro_batch_size": 8},
+    ),
+    "pp2": (2, {"pipeline_model_parallel_size": 2, "micro_batch_size": 2}),
+    "pp2 in a V": (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "DualPipeV"}),
+    "recomputation, accumulation": (
+        2,
+        {"expert_model_parallel_size": 2, "activations_checkpoint_granularity": "full"},
+    ),
+    "pp2 dp2 ep2, dense start": (
+        4,
+        {
+            "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2,
+            "num_hidden_layers": 5, "first_k_dense_replace": 2, "num_nextn_predict_layers": 2,
+        },
+    ),
+    "replicas": (4, {"data_parallel_replicate_size": 2, "expert_model_parallel_size": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_counts_are_those_of_the_whole_batch(name: str, tmp_path: Path) -> None:
+    world, changes = LAYOUTS[name]
+    config = small_config(**changes)
+    case = Case(config, world)
+    assert not case.problems()
+    counted = run_ranks(world, experts_of_rank, case, tmp_path)
+    assert counted == [[1, 1, 1]] * world
+    records = list(read_arrays(tmp_path / "experts.arrays"))
+    assert [record.step for record in records] == [1, 2, 3]
+    first_batch_is_all = config.micro_batch_size * case.layout.dp == config.global_batch_size
+    for record, (counts, margins) in zip(records, brute_force(case), strict=True):
+        assert record.meta["layers"] == expert_layers(config)
+        assert record.meta["ep"] == config.expert_model_parallel_size
+        assert record.arrays["tokens"].tolist() == np.array(counts).tolist()
+        assert (record.arrays["margin"] > 0).all()
+        if first_batch_is_all:
+            np.testing.assert_allclose(record.arrays["margin"], margins, rtol=1e-5)
+
+
+def test_layers_keep_their_numbers() -> None:
+    config = small_config(num_hidden_layers=12, first_k_dense_replace=3, num_nextn_predict_layers=2)
+    assert expert_layers(config) == [
+        *(f"layers.{i}" for i in range(3, 12)), "mtp.0.block", "mtp.1.block"]  # fmt: skip
+    assert expert_layers(small_config(first_k_dense_replace=4, num_nextn_predict_layers=0)) == []
+
+
+def alone(config: Any, folder: Path, every: int = 1) -> tuple[Driven, list[dict[str, Any]]]:
+    driven = Driven(Case(config, 1), Alone())
+    return driven, watched(driven, monitors(folder, True, every))
+
+
+def test_one_process_and_the_facts_of_its_rows(tmp_path: Path) -> None:
+    config = small_config(micro_batch_size=8)
+    driven, facts = alone(config, tmp_path)
+    records = list(read_arrays(tmp_path / "experts.arrays"))
+    for record, fact, (counts, margins) in zip(
+        records, facts, brute_force(driven.case), strict=True
+    ):
+        tokens_LE = np.array(counts)
+        assert record.arrays["tokens"].tolist() == tokens_LE.tolist()
+        np.testing.assert_allclose(record.arrays["margin"], margins, rtol=1e-5)
+        worst = (tokens_LE.max(axis=1) / tokens_LE.mean(axis=1)).max()
+        assert fact["load_max_over_mean"] == pytest.approx(worst, abs=1e-4)
+        assert fact["dead_experts"] == (tokens_LE == 0).sum()
+        assert fact["monitor_seconds"] > 0
+    bias_LE = np.array([r.bias.tolist() for r in driven.module.model.routers().values()])
+    assert np.abs(bias_LE).max() > 0
+    np.testing.assert_array_equal(records[-1].arrays["bias"], bias_LE.astype(np.float32))
+
+
+def test_margins_are_a_sample_of_long_batches(tmp_path: Path) -> None:
+    config = small_config(micro_batch_size=8, n_group=1, topk_group=1)
+    config.data.seq_length = 100
+    driven, _ = alone(config, tmp_path)
+    spaced = -(-800 // MARGIN_TOKENS)
+    assert spaced == 4
+    seen: list[float] = []
+    driven = Driven(Case(config, 1), Alone())
+    router = next(iter(driven.module.model.routers().values()))
+
+    def hear(module: Any, args: Any, routing: Any) -> None:
+        scores_TE = (routing.scores_TE + module.bias)[::spaced].detach().numpy()
+        best_TE = np.sort(scores_TE, axis=1)[:, ::-1]
+        real = (batch["documents"].flatten() >= 0).numpy()[::spaced]
+        seen.append(float((best_TE[:, 1] - best_TE[:, 2])[real].mean()))
+
+    router.register_forward_hook(hear)
+    for batch in batches(driven.case):
+        driven.run([batch])
+    records = list(read_arrays(tmp_path / "experts.arrays"))
+    np.testing.assert_allclose([r.arrays["margin"][0] for r in records], seen, rtol=1e-5)
+
+
+def test_without_bias_without_experts_without_choice(tmp_path: Path) -> None:
+    alone(small_config(topk_method="greedy", n_group=1, topk_group=1), tmp_path / "greedy")
+    record = next(read_arrays(tmp_path / "greedy" / "experts.arrays"))
+    assert record.arrays.keys() == {"tokens", "margin"}
+    _, facts = alone(
+        small_config(first_k_dense_replace=4, num_nextn_predict_layers=0), tmp_path / "dense"
+    )
+    assert not (tmp_path / "dense" / "experts.arrays").exists()
+    assert "dead_experts" not in facts[0]
+    every = small_config(n_routed_experts=2, n_group=1, topk_group=1)
+    _, facts = alone(every, tmp_path / "both")
+    record = next(read_arrays(tmp_path / "both" / "experts.arrays"))
+    assert not record.arrays["margin"].any() and facts[0]["load_max_over_mean"] == 1.0
+
+
+def test_every_second_step_and_hooks_that_go(tmp_path: Path) -> None:
+    driven, facts = alone(small_config(), tmp_path, every=2)
+    assert [record.step for record in read_arrays(tmp_path / "experts.arrays")] == [2]
+    assert [record.step for record in read_arrays(tmp_path / "ranks.arrays")] == [2]
+    assert ["dead_experts" in fact for fact in facts] == [False, True, False]
+    assert all("data_seconds" in fact and "memory_bytes" in fact for fact in facts)
+    for module in driven.module.model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_watching_changes_no_bit(tmp_path: Path) -> None:
+    watched_one, _ = alone(small_config(), tmp_path)
+    plain = Driven(watched_one.case, Alone())
+    plain.run(batches(plain.case))
+    a, b = watched_one.tensors(), plain.tensors()
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_file_that_cannot_be_written_ends_the_records_and_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("experts.arrays", "ranks.arrays"):
+        (tmp_path / name).mkdir(parents=True)
+    _, facts = alone(small_config(), tmp_path)
+    assert len(facts) == 3 and all("dead_experts" in fact for fact in facts)
+    told = capsys.readouterr().err
+    assert told.count("expert loads are no longer recorded") == 1
+    assert told.count("ranks are no longer recorded") == 1
+
+
+# -- ranks --
+
+
+def ranks_of_rank(rank: int, case: Case, folder: Path, slow: int | None) -> list[dict[str, Any]]:
+    driven = spread(case)
+    if rank == slow:
+        for module in driven.module.model.modules():
+            if isinstance(module, MoE):
+                module.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    return watched(driven, monitors(folder, rank == 0))
+
+
+def column(record: Record, name: str) -> np.ndarray:
+    return record.arrays["ranks"][:, record.meta["columns"].index(name)]
+
+
+def test_a_slow_rank_computes_and_the_others_wait(tmp_path: Path) -> None:
+    case = Case(small_config(expert_model_parallel_size=2), 2)
+    facts = run_ranks(2, ranks_of_rank, case, tmp_path, 1)
+    records = list(read_arrays(tmp_path / "ranks.arrays"))
+    assert [record.step for record in records] == [1, 2, 3]
+    for record in records[1:]:  # the first step warms up
+        assert record.meta["columns"] == list(COLUMNS)
+        compute, wait = column(record, "compute_seconds"), column(record, "wait_seconds")
+        assert compute[1] > compute[0] + 0.2  # 4 layers, 4 micro-batches: 0.32 s
+        assert wait[0] > 0.2 > wait[1]
+        parts = compute + wait + column(record, "transfer_seconds")
+        np.testing.assert_allclose(parts, column(record, "step_seconds"), rtol=1e-4)
+        np.testing.assert_array_equal(column(record, "data_seconds"), 0.125)
+        assert (column(record, "memory_bytes") > 1e6).all()
+    for fact, record in zip(facts[0], records, strict=True):
+        assert fact["all_to_all_seconds"] > 0
+        assert fact["memory_bytes"] == pytest.approx(column(record, "peak_memory_bytes").max())
+    assert not any("all_to_all_seconds" in fact for fact in facts[1])  # rank 0 speaks for all
+
+
+def test_traffic_and_collectives_are_written(tmp_path: Path) -> None:
+    config = small_config(expert_model_parallel_size=2, micro_batch_size=2)
+    case = Case(config, 4)
+    run_ranks(4, ranks_of_rank, case, tmp_path, None)
+    record = next(read_arrays(tmp_path / "traffic.arrays"))
+    matrix = record.arrays["bytes"].astype(np.int64)
+    assert record.meta == {"row_bytes": config.hidden_size * 8, "node_of_rank": [0, 0, 1, 1]}
+    # What goes out comes back, and nothing leaves the EP groups (0, 1) and (2, 3).
+    assert (matrix == matrix.T).all() and matrix[0, 1] > 0 and matrix[2, 3] > 0
+    assert not matrix[:2, 2:].any() and not np.diag(matrix).any()
+    rows = [json.loads(line) for line in (tmp_path / "collectives.jsonl").read_text().splitlines()]
+    found = {(row["group"], row["op"]): row for row in rows if row["step"] == 2}
+    dispatch = found["ep", "all_to_all"]
+    tokens = config.global_batch_size * config.data.seq_length
+    counts = 4 * 4 * config.n_routed_experts * 8  # layers, ranks
+    whole = 4 * tokens * config.num_experts_per_tok * 4 * config.hidden_size * 8 + counts
+    assert (dispatch["bytes"], dispatch["count"]) == (whole, 20)
+    assert 0 < dispatch["p50"] <= dispatch["p95"] <= dispatch["max"]
+    assert dispatch["busbw"] == pytest.approx(dispatch["algbw"] / 2)  # half stays at home
+    assert 0 < dispatch["exposed_share"] < 1
+
+
+def test_torch_is_as_before_after_an_error(tmp_path: Path) -> None:
+    case = Case(small_config(expert_model_parallel_size=2), 2)
+
+    def work(rank: int) -> bool:
+        before = dist.all_reduce
+        driven = spread(case)
+        watching = monitors(tmp_path, rank == 0)
+        for callback in watching:
+            callback.on_train_start(TRAINER, driven.module)
+            callback.on_train_batch_start(TRAINER, driven.module)
+        assert dist.all_reduce is not before
+        for callback in watching:
+            callback.on_exception(TRAINER, driven.module, ValueError())
+        hooks = [m._forward_hooks for m in driven.module.model.routers().values()]
+        return dist.all_reduce is before and not any(hooks)
+
+    assert run_ranks(2, work) == [True, True]
+
+
+def test_one_process_has_ranks_and_no_collectives(tmp_path: Path) -> None:
+    _, facts = alone(small_config(), tmp_path)
+    record = next(read_arrays(tmp_path / "ranks.arrays"))
+    assert record.arrays["ranks"].shape == (1, len(COLUMNS))
+    assert column(record, "wait_seconds")[0] == column(record, "transfer_seconds")[0] == 0
+    assert not (tmp_path / "traffic.arrays").exists()
+    assert not (tmp_path / "collectives.jsonl").exists()
+    assert facts[0]["forward_backward_seconds"] > facts[0]["optimizer_seconds"] > 0
+    assert "all_to_all_seconds" not in facts[0]

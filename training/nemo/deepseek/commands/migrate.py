@@ -1,0 +1,228 @@
+"""``deepseek migrate fsdp-checkpoint``: a checkpoint of PyTorch FSDP to a run that goes on."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from deepseek.commands.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
+from deepseek.config import RunConfig, load_config, resolved_yaml
+from deepseek.config.errors import UserError
+from deepseek.console import StageProgress, say
+from deepseek.data.files import require_room
+from deepseek.data.opened import open_data
+
+
+def migrate_checkpoint(
+    source: Path,
+    target: Path,
+    config: str,
+    overrides: Sequence[str] = (),
+    names: Path | None = None,
+    write_names: Path | None = None,
+    step: int | None = None,
+    optimizer: Path | None = None,
+    weights_only: bool = False,
+) -> None:
+    """Write a run folder whose newest checkpoint is that of the FSDP run.
+
+    Work that was cut short goes on with the same command.
+
+    Args:
+        source: a ``.pt`` file with whole tensors, or a folder of DCP or accelerate.
+        target: the run folder, which does not exist.
+        config: of the run that goes on, with its data.
+        overrides: ``a.b=c``.
+        names: a table of names; None: Hugging Face's.
+        write_names: write that table here, say how much of the source it names, and stop.
+        step: optimiser steps done; None: what the source says.
+        optimizer: file or folder of the optimiser's state, if it lies apart.
+        weights_only: start the optimiser anew.
+
+    Raises:
+        ConfigError: the configuration is broken.
+        UserError: the source is none, tensors are not accounted for, no room.
+    """
+    from deepseek.checkpoint.files import write_durably
+    from deepseek.checkpoint.folder import step_name
+    from deepseek.checkpoint.fsdp import Migration
+    from deepseek.checkpoint.fsdp_names import NameTable
+    from deepseek.checkpoint.fsdp_source import open_source
+    from deepseek.checkpoint.staging import Staging, disk_errors, refuse_existing
+
+    if step is not None and step < 0:
+        raise UserError(f"--step {step}: give the optimiser steps done, 0 or more")
+    cfg = load_config(config, overrides)
+    run = OmegaConf.to_object(cfg)
+    assert isinstance(run, RunConfig)
+    default = NameTable.hugging_face(run.model)
+    table = default if names is None else NameTable.read(names)
+    if write_names is None:
+        refuse_existing(target)
+    opened = open_source(source, optimizer)
+    say(
+        f"source       {opened.path}: {opened.form}, {len(opened.tensors):,} tensors, "
+        f"{sum(spec.nbytes for spec in opened.tensors.values()) / 1e9:,.2f} GB"
+    )
+    if write_names is not None:
+        _write_table(write_names, default, opened)
+        return
+    migration = Migration(opened, run.model, table, weights_only)
+    found = migration.step()
+    if step is None and found is None:
+        raise UserError(f"{source} does not say how many steps were done; give --step N")
+    steps, origin = (step, "--step") if step is not None else (found or (0, ""))
+    notes = [*migration.notes, *_notes(opened.objects, migration, run, steps)]
+    with StageProgress() as shown:
+        data = open_data(
+            run.model,
+            run.seed,
+            lambda now: shown.update(now.stage, now.done, now.total, f"{now.tokens:,} tokens"),
+        )
+    state = {
+        "step": steps,
+        "consumed_samples": steps * run.model.global_batch_size,
+        "seed": run.seed,
+        "config": OmegaConf.to_container(cfg, resolve=True),
+        "data": data.fingerprint,
+        "migrated": {"from": str(source), "dropped": dict(migration.dropped)},
+    }
+    stats = [(str(file.resolve()), file.stat()) for file in opened.files()]
+    plan = {
+        "migration": 1,
+        "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        "config": asdict(run),
+        "names": table.to_yaml(),
+        "step": steps,
+        "weights_only": weights_only,
+    }
+    with Staging(target, plan) as staging, disk_errors(f"migrating to {target}", staging.folder):
+        written = sum(p.stat().st_size for p in staging.folder.rglob("*") if p.is_file())
+        require_room(staging.folder, max(0, migration.result_bytes - written), "the migration")
+        with StageProgress() as shown:
+            migration.write(
+                staging,
+                staging.folder / CHECKPOINTS / step_name(steps),
+                steps,
+                state,
+                lambda done: shown.update(
+                    "migrating", done, migration.source_bytes, f"{done / 1e9:,.2f} GB"
+                ),
+            )
+        (staging.folder / CONFIG_FILE).unlink(missing_ok=True)
+        write_durably(staging.folder / CONFIG_FILE, resolved_yaml(cfg).encode())
+        if data.tokenizer is not None:
+            data.tokenizer.save(staging.folder / TOKENIZER)
+        staging.finish()
+    _say_result(migration, target, steps, origin, notes, [config, *overrides])
+
+
+def _write_table(file: Path, table: Any, source: Any) -> None:
+    """Write the table to edit, and say what of the source it does not name."""
+    from deepseek.checkpoint.fsdp import weight_names
+
+    try:
+        with open(file, "x") as stream:
+            stream.write(table.to_yaml())
+    except OSError as failure:
+        raise UserError(f"{file}: cannot be written: {failure.strerror}") from failure
+    names = weight_names(source)
+    prefix = ""
+    try:
+        prefix = table.find_prefix(names)
+    except UserError:
+        pass
+    unknown = sorted(n for n in names if table.parts(n.removeprefix(prefix)) is None)
+    say(f"table        {file}: {len(table.names)} entries; edit it and give it with --names")
+    say(f"it names     {len(names) - len(unknown)} of {len(names)} weights of the source")
+    for name in unknown[:20]:
+        say(f"not named    {name} {list(source.tensors[names[name]].shape)}")
+    if unknown[20:]:
+        say(f"             and {len(unknown) - 20} more")
+
+
+def _notes(objects: dict[str, Any], migration: Any, run: RunConfig, step: int) -> list[str]:
+    """Settings under which the run would go on otherwise than it went so far."""
+    from deepseek.checkpoint.fsdp import param_groups
+    from deepseek.optim.schedule import learning_rate
+
+    optim = run.model.optim
+    notes: list[str] = []
+    if not migration.steps:
+        notes.append("there is no optimiser state: AdamW starts anew, so warm it up again")
+    elif optim.name != "adamw":
+        raise UserError(
+            f"model.optim.name={optim.name}: the checkpoint holds the state of AdamW; set "
+            "model.optim.name=adamw, or migrate with --weights-only"
+        )
+    ours = {"betas": list(optim.betas), "eps": optim.eps}
+    decayed: list[str] = []
+    decays: set[float] = set()
+    rates: set[float] = set()
+    for name, group in param_groups(objects).items():
+        given = {"betas": list(group.get("betas", ours["betas"])), "eps": group.get("eps")}
+        for key, value in given.items():
+            if value is not None and value != ours[key]:
+                notes.append(f"{key} were {value}, model.optim.{key} is {ours[key]}")
+        if group.get("weight_decay") is not None:
+            decays.add(float(group["weight_decay"]))
+        if group.get("lr") is not None:
+            rates.add(float(group["lr"]))
+        if group.get("weight_decay"):
+            members = [str(member) for member in group.get("params", [name])]
+            decayed += [member for member in members if member.endswith("norm.weight")]
+    if decayed:
+        notes.append(
+            f"{len(decayed)} norms were decayed, such as {decayed[0]}; here they never are"
+        )
+    wrong = sorted(decays - {0.0, optim.weight_decay})
+    if wrong:
+        notes.append(
+            f"weight_decay was {wrong[0]:g}, model.optim.weight_decay is {optim.weight_decay:g}"
+        )
+    now = learning_rate(step, optim.lr, optim.sched, run.trainer.max_steps)
+    if rates and not any(abs(rate - now) <= 1e-6 * max(rate, now) for rate in rates):
+        notes.append(
+            f"the learning rate was {max(rates):g}, that of step {step} is {now:g} here "
+            "(model.optim.lr, model.optim.sched)"
+        )
+    narrow = sum(migration.source.tensors[m.key].dtype.itemsize < 4 for m in migration.weights)
+    if narrow:
+        notes.append(f"{narrow} weights were 16 bits wide; here the trained weights are fp32")
+    if step >= run.trainer.max_steps:
+        notes.append(
+            f"trainer.max_steps={run.trainer.max_steps}: raise it, to go on at step {step}"
+        )
+    return list(dict.fromkeys(notes))
+
+
+def _say_result(
+    migration: Any,
+    target: Path,
+    step: int,
+    origin: str,
+    notes: list[str],
+    config: list[str],
+) -> None:
+    states = sum(map(len, migration.moments.values())) + (
+        len(migration.moments["exp_avg"]) if migration.steps else 0
+    )
+    say(f"step         {step} ({origin})")
+    say(
+        f"used         {len(migration.weights):,} weights -> {len(migration.shapes):,} of ours, "
+        f"{states:,} optimiser states -> {3 * len(migration.steps):,}"
+    )
+    dropped = {reason: keys for reason, keys in migration.dropped.items() if keys}
+    for reason, keys in dropped.items():
+        listed = ", ".join(keys[:3]) + (", ..." if keys[3:] else "")
+        say(f"dropped      {len(keys):,}, {reason}: {listed}")
+    say("missing      0; every tensor is accounted for")
+    for note in notes:
+        say(f"note         {note}")
+    command = ["deepseek", "train", "--config", *config, "--run-dir", str(target)]
+    say(f"go on        {shlex.join(command)}")
