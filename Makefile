@@ -1,14 +1,15 @@
 # Two commands do everything on a fresh machine:
 #   make train    environment, corpus, tokenizer, a real training run of a few minutes, a sample
 #   make test     environments, style, types, layers, and the whole suite with and without NeMo
-# and a third measures: make bench    training and decoding against Hugging Face transformers
+# and others measure: make bench    training and decoding against Hugging Face transformers
+#                     make sweep    400 random parallel layouts against one process
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 PIP_FLAGS := --quiet --disable-pip-version-check
 VENV := .venv
 NEMO := .venv-nemo
 TEST_FLAGS ?= -n 2
 
-.PHONY: train test test-lightning test-nemo lint browser bench format clean
+.PHONY: train test test-lightning test-nemo lint browser bench sweep format clean
 
 train: $(VENV)/.ready
 	$(VENV)/bin/deepseek train --config deepseek_v3_tiny --sample
@@ -38,6 +39,10 @@ browser:
 
 bench: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/train_step.py
+
+sweep: $(VENV)/.ready
+	$(VENV)/bin/python tests/parallel/sweep.py --cases 200 --dtype float64
+	$(VENV)/bin/python tests/parallel/sweep.py --cases 200 --dtype float32
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff format .

@@ -1,5 +1,4 @@
-"""A process of its own that imports and exports, and says on standard error how far its memory grew
-each time, in bytes.
+"""A process of its own that imports and exports and says how far its memory grew, in bytes.
 
 Argument: a folder with ``hf``, and ``tiny`` to load all code with. Linux: ``ru_maxrss`` begins with
 the size of the process that started this one, so the kernel is told to forget the peak so far.

@@ -85,7 +85,7 @@ def test_a_reader_that_goes_away(cli: Forked) -> None:
         (["trainer.max_steps"], ["written section.key=value"]),
         (["trainer.max_steps=many"], ["trainer.max_steps=many"]),
         (["trainer.max_step=5"], ["did you mean", "trainer.max_steps"]),
-        (["trainer.devices=2"], ["trains in one process"]),
+        (["trainer.devices=3"], ["does not divide model.global_batch_size=4"]),
         (["model.data.data_prefix=nowhere"], ["nowhere.bin", "deepseek prepare-data"]),
         (["trainer.accelerator=gpu"], ["torch finds no GPU here"]),
         (["--run-dir", "/proc/run"], ["cannot make the run folder /proc/run", "--run-dir"]),
@@ -142,7 +142,8 @@ import os, sys
 os.environ["DEEPSEEK_FRAMEWORK"] = "{choice}"
 real = metadata.version
 metadata.version = lambda name: {versions}.get(name) or real(name)
-del sys.modules["deepseek.frameworks"]
+for name in ("deepseek.frameworks", "deepseek.commands.fit"):
+    del sys.modules[name]
 """
 
 

@@ -21,6 +21,15 @@ from deepseek.parallel.shard import local_part
 from deepseek.planner.layout import Layout
 
 STEPS = 3
+METRICS = (
+    "loss",
+    "mtp_loss",
+    "balance_loss",
+    "grad_norm",
+    "grad_norm_dense",
+    "grad_norm_expert",
+    "grad_norm_router",
+)
 
 
 def small_config(**changes: Any) -> ModelConfig:
@@ -224,7 +233,7 @@ def compare(case: Case, timeout: float = 120.0) -> dict[str, float]:
     differences: dict[str, float] = {}
     for metrics, parts in run_ranks(case.world, work_of_rank, case, timeout=timeout):
         for ours, theirs in zip(metrics, alone.metrics, strict=True):
-            for key in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
+            for key in METRICS:
                 a, b = getattr(ours, key), getattr(theirs, key)
                 if b is None:
                     assert a is None

@@ -18,7 +18,7 @@ PEFT = ["model.peft.dim=4", "model.peft.alpha=8", TARGETS, "model.moe_router_bia
 @pytest.fixture(scope="module")
 def base(micro: MicroRuns) -> str:
     """A pretrained run, and conversations to fine-tune it on."""
-    micro.train("base", f"trainer.max_steps={STEPS}").assert_done()
+    micro.train("tuned_base", f"trainer.max_steps={STEPS}").assert_done()
     colours = ["red", "blue", "green", "grey"]
     rows = [
         {"prompt": f"colour of {k % 7}?", "response": f"it is {colours[k % 7 % 4]}"}
@@ -27,10 +27,10 @@ def base(micro: MicroRuns) -> str:
     rows.append({"prompt": "?" * 60, "response": "never seen"})
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (micro.folder / "chat.jsonl").write_text(text)
-    words = ["--tokenizer", "base/tokenizer", "--output", "chat"]
+    words = ["--tokenizer", "tuned_base/tokenizer", "--output", "chat"]
     ran = micro.cli("prepare-data", "--chat", "chat.jsonl", *words).assert_done()
     assert "61 conversations" in ran.out and "cuts none" in ran.out
-    return "base"
+    return "tuned_base"
 
 
 def settings(micro: MicroRuns, *more: str) -> list[str]:
@@ -40,7 +40,7 @@ def settings(micro: MicroRuns, *more: str) -> list[str]:
         "model.data.isolate_documents=true",
         "model.data.seq_length=48",
         "model.data.validation_fraction=0.1",
-        "model.restore_from=base",
+        "model.restore_from=tuned_base",
         f"trainer.max_steps={STEPS}",
         "model.optim.sched.max_steps=20",
         *more,
@@ -54,18 +54,18 @@ def losses(micro: MicroRuns, run: str) -> list[float]:
 @pytest.fixture(scope="module")
 def adapted(micro: MicroRuns, base: str) -> str:
     ran = micro.train("adapted", *settings(micro, *PEFT, "model.optim.lr=2e-2")).assert_done()
-    assert "numbers are trained" in ran.out and "adapters on the weights of base" in ran.out
+    assert "numbers are trained" in ran.out and "adapters on the weights of tuned_base" in ran.out
     return "adapted"
 
 
 def test_full_fine_tuning_lowers_the_loss_of_answers(micro: MicroRuns, base: str) -> None:
-    ran = micro.train("full", *settings(micro)).assert_done()
+    ran = micro.train("tuned_full", *settings(micro)).assert_done()
     assert "lose the end of an answer; 1 of them lose every answer and are left out" in ran.out
-    found = losses(micro, "full")
+    found = losses(micro, "tuned_full")
     assert found[-1] < 0.7 * found[0]
-    validated = [row["val_loss"] for row in micro.rows("full") if "val_loss" in row]
+    validated = [row["val_loss"] for row in micro.rows("tuned_full") if "val_loss" in row]
     assert validated[-1] < 0.8 * validated[0]
-    assert all(row.get("val_bits_per_byte") is None for row in micro.rows("full"))
+    assert all(row.get("val_bits_per_byte") is None for row in micro.rows("tuned_full"))
     micro.train("scratch", *settings(micro, "model.restore_from=null")).assert_done()
     assert losses(micro, "scratch")[0] > found[0]
 
@@ -73,7 +73,7 @@ def test_full_fine_tuning_lowers_the_loss_of_answers(micro: MicroRuns, base: str
 def test_adapters_lower_the_loss_of_answers(micro: MicroRuns, adapted: str) -> None:
     found = losses(micro, adapted)
     assert found[-1] < 0.9 * found[0]
-    tensors, weights = micro.tensors(adapted), micro.tensors("base")
+    tensors, weights = micro.tensors(adapted), micro.tensors("tuned_base")
     assert all("lora_" in name for name in tensors)
     size = lambda found: sum(t.numel() for t in found.values())  # noqa: E731
     assert size(tensors) < size(weights)
@@ -83,7 +83,7 @@ def test_adapters_lower_the_loss_of_answers(micro: MicroRuns, adapted: str) -> N
 
 def test_merging_changes_nothing_but_what_has_adapters(micro: MicroRuns, adapted: str) -> None:
     micro.cli("lora", "merge", adapted, "merged").assert_done()
-    merged, weights, adapters = (micro.tensors(name) for name in ("merged", "base", adapted))
+    merged, weights, adapters = (micro.tensors(name) for name in ("merged", "tuned_base", adapted))
     touched = {
         name.replace(".lora_a", ".weight").replace("_lora_a", "")
         for name in adapters
@@ -98,7 +98,7 @@ def test_merging_changes_nothing_but_what_has_adapters(micro: MicroRuns, adapted
     assert ran[0] == ran[1]
     micro.cli("lora", "merge", adapted, "merged").assert_refused("exists already")
     micro.cli("hf", "export", adapted, "other").assert_refused("lora merge", "lora export")
-    micro.cli("lora", "merge", "base", "other").assert_refused("holds no adapters")
+    micro.cli("lora", "merge", "tuned_base", "other").assert_refused("holds no adapters")
     micro.train("again", *settings(micro, "model.restore_from=merged")).assert_done()
     assert losses(micro, "again")[0] < losses(micro, adapted)[0]
 
@@ -155,7 +155,7 @@ def test_peft_reads_the_adapters(micro: MicroRuns, adapted: str) -> None:
 
     from deepseek.commands.opened import open_checkpoint
 
-    micro.cli("hf", "export", "base", "hf", "--mtp", "drop").assert_done()
+    micro.cli("hf", "export", "tuned_base", "hf", "--mtp", "drop").assert_done()
     for run, targets in (
         (adapted, TARGETS),
         ("some", "model.peft.target_modules=[wo, w2, experts.w1]"),
@@ -208,7 +208,7 @@ def test_settings_of_adapters_that_are_refused(
         (["--chat", "chat.jsonl", "--json-key", "x"], "--json-key would be ignored with --chat"),
         (["chat.jsonl", "--answers", "last"], "--answers would be ignored without --chat"),
         (
-            ["--chat", "chat.jsonl", "--tokenizer", "base/tokenizer", "--answers", "some"],
+            ["--chat", "chat.jsonl", "--tokenizer", "tuned_base/tokenizer", "--answers", "some"],
             "must be all or last",
         ),
     ],

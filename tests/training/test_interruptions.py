@@ -37,8 +37,9 @@ def training_step(self, batch, batch_idx):
     return step(self, batch, batch_idx)
 DeepSeekModel.training_step = training_step
 """
-ORDER = ["write", "validation_step", "validation_step", "write", "save", "write"]
-"""The row of step 4, its validation, the validation's row, the checkpoint, the row of step 5."""
+ORDER = ["write", "validation_step", "validation_step", "write", "save", "write", "write"]
+"""The row of step 4, its validation, the validation's row, the checkpoint, its event, the row of
+step 5."""
 
 SIGNAL_AT = """
 import os, signal
@@ -74,7 +75,7 @@ def test_a_kill_between_log_validation_and_checkpoint_loses_nothing(
 def test_the_moments_of_the_kills_are_those_named(micro: MicroRuns) -> None:
     log = KILL_AT.format(n=0) + "import atexit; atexit._clear()\n"
     watch = "import os; _exit = os._exit\n"
-    watch += "def leave(code): print('CALLS', *calls[:6], flush=True); _exit(code)\n"
+    watch += "def leave(code): print('CALLS', *calls[:7], flush=True); _exit(code)\n"
     ran = micro.train("watched", before=log + watch + "os._exit = leave\n").assert_done()
     assert ran.out.splitlines()[-1].split() == ["CALLS", *ORDER]
 

@@ -252,14 +252,14 @@ def test_only_rank_0_writes_the_log(micro: MicroRuns, whole: str) -> None:
     watch = """
 import sys
 def opened(event, args):
-    if event == "open" and "watched" in str(args[0]) and args[1] and set("wa+x") & set(args[1]):
+    if event == "open" and "watched_" in str(args[0]) and args[1] and set("wa+x") & set(args[1]):
         if "checkpoints" not in str(args[0]):
             print("WROTE", args[0], file=sys.stderr, flush=True)
 sys.addaudithook(opened)
 """
-    rans = ended(by_srun(micro, "watched", 2, *EP2, before=watch))
+    rans = ended(by_srun(micro, "watched_ranks", 2, *EP2, before=watch))
     assert "metrics.jsonl" in rans[0].assert_done().err
     assert rans[1].assert_done().err == ""
-    lines = (micro.folder / "watched" / "metrics.jsonl").read_text().splitlines()
+    lines = (micro.folder / "watched_ranks" / "metrics.jsonl").read_text().splitlines()
     steps = [row["step"] for row in map(json.loads, lines) if "loss" in row and "event" not in row]
     assert steps == list(range(1, 13))

@@ -380,14 +380,14 @@ class Migration:
         if not lines:
             return
         missing = self._problems["missing"]
-        if missing and all("mtp." in name for name in missing):
+        kinds = {kind for kind, names in self._problems.items() if names}
+        states = {f"missing optimiser states ({kind})" for kind in (*_MOMENTS, "step")}
+        if kinds <= {"missing", *states} and missing and all("mtp." in n for n in missing):
             advice = (
                 "the checkpoint has no MTP modules; add model.num_nextn_predict_layers=0 to the "
                 "command"
             )
-        elif set(k for k, names in self._problems.items() if names) <= {
-            f"missing optimiser states ({kind})" for kind in (*_MOMENTS, "step")
-        }:
+        elif kinds <= states:
             advice = (
                 "frozen parameters have none; to start the optimiser anew, migrate with "
                 "--weights-only"

@@ -32,7 +32,8 @@ from deepseek.config.schema import ModelConfig
 from deepseek.config.strict_yaml import dump_yaml, read_yaml
 
 _HELP = """\
-# Names of an FSDP checkpoint (left) and of deepseek (right). The first entry that fits counts.
+# Names of an FSDP checkpoint (left) and of deepseek (right). Of the entries that fit, the one with
+# the fewest {} counts, the first of these.
 #   {i}, {e}   any number, the same on both sides
 #   a[{e}]     one expert of the stack a
 #   [a, b]     a and b, joined along the rows (the last but one dim)
@@ -75,7 +76,9 @@ class NameTable:
     ) -> None:
         self.names, self.copies, self.drop, self.prefix = names, copies, drop, prefix
         self._exact = {name: ours for name, ours in names.items() if "{" not in name}
-        self._patterns = [(_pattern(n), ours) for n, ours in names.items() if "{" in n]
+        # An MTP module is a layer of theirs as well: what names the layer comes first.
+        patterns = sorted((n for n in names if "{" in n), key=lambda name: name.count("{"))
+        self._patterns = [(_pattern(name), names[name]) for name in patterns]
 
     @classmethod
     def hugging_face(cls, cfg: ModelConfig) -> NameTable:
@@ -141,7 +144,7 @@ class NameTable:
             problems.append("prefix: must be a text or null")
         if problems:
             lines = "\n".join(f"  {problem}" for problem in problems)
-            raise UserError(f"the table {path} has {len(problems)} problems:\n{lines}")
+            raise UserError(f"the table {path} is broken:\n{lines}")
         return cls(read, copies, tuple(drop), prefix)
 
     def to_yaml(self) -> str:

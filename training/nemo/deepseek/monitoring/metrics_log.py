@@ -71,6 +71,7 @@ class MetricsLog(Callback):
         signal_received: Callable[[], int | None] = lambda: None,
         loggers: Mapping[str, Callable[[], Any]] | None = None,
     ) -> None:
+        self._begun = False
         self.path = path
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
@@ -107,6 +108,7 @@ class MetricsLog(Callback):
         Raises:
             UserError: the file cannot be written: better now than after the first step.
         """
+        self._begun = True
         with _reported(self.path):
             drop_partial_line(self.path)
         step = pl_module.finished_steps
@@ -171,7 +173,9 @@ class MetricsLog(Callback):
         self._close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """The same, as far as the file can still be written."""
+        """The same, as far as the file can still be written; a refused start leaves no trace."""
+        if not self._begun:
+            return
         with suppress(UserError):
             first_line = (str(exception).splitlines() or [""])[0]
             reason = f"{type(exception).__name__}: {first_line}".removesuffix(": ")

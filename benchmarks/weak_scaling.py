@@ -1,0 +1,162 @@
+"""Weak scaling: training steps of two processes with twice the batch of one, a thread each.
+
+    OMP_NUM_THREADS=1 python benchmarks/weak_scaling.py
+
+Each round takes one step of each, one after the other, a barrier between them: of one process with
+no parallel code, while the other waits, then of each layout of two. A time is that of the slowest
+rank. ``scaling`` is the tokens per second of two processes over twice those of one: 1 would be no
+cost at all. The median of the rounds' own ratios counts, so that a machine whose speed drifts slows
+both sides alike; the rounds' fastest times give a second figure, which what else runs on the
+machine disturbs least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist  # noqa: TID251
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from deepseek.config.schema import DataConfig, ModelConfig
+from deepseek.models.deepseek_model import DeepSeekModel
+from deepseek.parallel.mesh import Alone, Meshes
+from deepseek.planner.layout import Layout
+
+RANKS = 2
+LAYOUTS: dict[str, dict[str, int]] = {
+    "fsdp2": {},
+    "fsdp2_ep2": {"expert_model_parallel_size": 2},
+}
+
+MODEL = ModelConfig(
+    vocab_size=8192,
+    hidden_size=512,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    q_lora_rank=192,
+    kv_lora_rank=128,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=32,
+    v_head_dim=64,
+    intermediate_size=1408,
+    moe_intermediate_size=256,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    initializer_range=0.02,
+    micro_batch_size=4,
+    global_batch_size=4,
+    data=DataConfig(seq_length=256),
+)
+
+
+def main() -> None:
+    """Print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=4, help="sequences of one process")
+    asked = parser.parse_args()
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(one_rank, args=(folder, asked.rounds, asked.batch), nprocs=RANKS)
+        with open(os.path.join(folder, "result")) as file:
+            times: dict[str, list[float]] = json.load(file)
+    one = times.pop("one_process")
+    result = {
+        "what": f"{MODEL.num_hidden_layers} layers, {MODEL.hidden_size} wide, "
+        f"{MODEL.n_routed_experts} experts top-{MODEL.num_experts_per_tok}, fp32, AdamW, "
+        f"{asked.batch} x {MODEL.data.seq_length} tokens a process, 1 thread each",
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "rounds": asked.rounds,
+        "load": load,
+        "seconds": {
+            name: round(statistics.median(values), 4)
+            for name, values in {"one_process": one, **times}.items()
+        },
+        "scaling": {name: scaling(one, two) for name, two in times.items()},
+        "load_after": os.getloadavg()[0],
+    }
+    print(json.dumps(result, indent=1))
+
+
+def scaling(one: list[float], two: list[float]) -> dict[str, float]:
+    """Twice the work in what part of the time; median of the rounds and of the fastest."""
+    pairs = [a / b for a, b in zip(one, two, strict=True)]
+    return {"median": round(statistics.median(pairs), 3), "fastest": round(min(one) / min(two), 3)}
+
+
+def one_rank(rank: int, folder: str, rounds: int, batch: int) -> None:
+    """Rank 0 leaves the seconds of every round in a file."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    alone = replace(MODEL, micro_batch_size=batch, global_batch_size=batch)
+    runs: dict[str, Callable[[], None]] = {
+        "one_process": steps(alone, Alone(), batch) if rank == 0 else lambda: None
+    }
+    for name, sizes in LAYOUTS.items():
+        config = replace(alone, global_batch_size=RANKS * batch, **sizes)
+        meshes = Meshes(Layout.of(config, RANKS), "cpu", timedelta(minutes=5))
+        runs[name] = steps(config, meshes, batch)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_number in range(rounds + 1):
+        for name, run in runs.items():
+            seconds = timed(run)
+            if round_number:  # the first warms up
+                times[name].append(seconds)
+    if rank == 0:
+        with open(os.path.join(folder, "result"), "w") as file:
+            json.dump(times, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def steps(config: ModelConfig, meshes: Meshes | Alone, batch: int) -> Callable[[], None]:
+    """One optimiser step of a model of its own, each on other tokens."""
+    module: Any = DeepSeekModel(config, max_steps=1000, spread_later=True)
+    module.spread(meshes, torch.device("cpu"))
+    optimizer = module.configure_optimizers()
+    module.optimizers = lambda: optimizer
+    chance = torch.Generator().manual_seed(meshes.data_rank)
+    shape = (batch, config.data.seq_length)
+
+    def step() -> None:
+        tokens_BS = torch.randint(config.vocab_size, shape, generator=chance)
+        module.training_step(whole_batch(tokens_BS), 0)
+
+    return step
+
+
+def whole_batch(tokens_BS: Tensor) -> dict[str, Tensor]:
+    """One document in each row, no padding."""
+    return {
+        "tokens": tokens_BS,
+        "labels": tokens_BS.roll(-1, 1),
+        "positions": torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS).contiguous(),
+        "documents": torch.zeros_like(tokens_BS, dtype=torch.int32),
+    }
+
+
+def timed(run: Callable[[], None]) -> float:
+    """Seconds of the slowest rank."""
+    dist.barrier()
+    start = time.perf_counter()
+    run()
+    seconds = torch.tensor(time.perf_counter() - start)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return seconds.item()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""``deepseek monitor``: frames and pages from the log alone, also while the run goes on."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from deepseek.cli import app
+from deepseek.commands import monitor as monitor_module
+from deepseek.commands.monitor import ReportServer, monitor
+from deepseek.config.errors import UserError
+from deepseek.monitoring.array_log import ArrayLog
+from deepseek.monitoring.followed_run import MOST_STEPS, FollowedRun
+from deepseek.monitoring.live_frame import frame, plain, sparkline, state, strip
+from deepseek.monitoring.metrics_log import MetricsLog
+
+NOW = 1_700_000_000.0
+COLUMNS = ["compute_seconds", "wait_seconds", "transfer_seconds", "memory_bytes"]
+
+
+def row(step: int, **changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "step": step, "loss": 10 - step / 10, "mtp_loss": None, "grad_norm": 1.25,
+        "grad_norm_dense": 1.0, "grad_norm_expert": 0.7, "grad_norm_router": 0.1, "lr": 3e-4,
+        "seconds": 2.0, "time": NOW + 2 * step, "tokens_per_second": 4096.0, "mfu": 0.41,
+        "forward_backward_seconds": 1.5, "optimizer_seconds": 0.2, "data_seconds": 0.02,
+        "monitor_seconds": 0.01, "memory_bytes": 3 * 2**30, "all_to_all_seconds": 0.3}  # fmt: skip
+    return values | changes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run of 40 of 100 steps, 12 layers, 2 EP ranks; layers.5 uses two experts alone."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("name: tiny\ntrainer:\n  max_steps: 100\n")
+    log = MetricsLog(run / "metrics.jsonl")
+    log.write({"event": "started", "step": 0, "time": NOW})
+    for step in range(1, 41):
+        log.write(row(step))
+    log.write({"step": 40, "val_loss": 6.125, "val_bits_per_byte": 1.5})
+    tokens_LE = np.full((12, 16), 32, np.uint32)
+    tokens_LE[4] = 0
+    tokens_LE[4, :2] = 256
+    experts = ArrayLog(run / "monitor" / "experts.arrays")
+    layers = [f"layers.{i}" for i in range(1, 13)]
+    for step in (39, 40):
+        experts.append(step, {"tokens": tokens_LE * (step - 38)}, layers=layers, ep=2, top_k=2)
+    ranks = np.array([[1.0, 0.5, 0.25, 2**30], [1.5, 0.0, 0.25, 2**31]], np.float32)
+    ArrayLog(run / "monitor" / "ranks.arrays").append(40, {"ranks": ranks}, columns=COLUMNS)
+    call = {
+        "group": "ep", "op": "all_to_all", "count": 60, "bytes": 2**20, "p50": 0.001, "p95": 0.002,
+        "max": 0.00325, "algbw": 4e9, "busbw": 2e9, "wait_seconds": 0.125,
+        "transfer_seconds": 0.06, "exposed_share": 0.15}  # fmt: skip
+    with open(run / "monitor" / "collectives.jsonl", "w") as file:
+        for step in (39, 40):
+            file.write(json.dumps({"step": step} | call) + "\n")
+    return run
+
+
+def words(text: str) -> str:
+    return " ".join(text.replace("│", " ").split())
+
+
+def drawn(run: FollowedRun, now: float = NOW + 81) -> str:
+    return plain(frame(run, now, 100), 100)
+
+
+def test_a_frame_has_what_the_log_says(folder: Path) -> None:
+    text = drawn(FollowedRun(folder))
+    assert all(len(line) <= 100 for line in text.splitlines())
+    found = words(text)
+    for part in (
+        "tiny step 40 / 100 running about 2:00 left",
+        "loss 6.0000 █",
+        "grad norm 1.250",
+        "of it dense 1.000, expert 0.700, router 0.100",
+        "tokens/s 4,096",
+        "mfu 41.0%",
+        "lr 3.00e-04",
+        "memory 3 GiB",
+        "val loss 6.125 at step 40, 1.5000 bits per byte",
+        "a step: 2.0000 s, mean of 40",
+        "forward, backward 1.5000 s 75.0%",
+        "of it all-to-all 0.3000 s 15.0%",
+        "experts at step 40: 12 layers, 14 dead experts; the 8 most uneven",
+        "layers.5 8.00 14 12% ██··············",
+        "load of the 2 EP ranks: max/mean 1.08",
+        "1 1.5000 0.0000 0.2500 2 GiB",
+        "collectives at step 40",
+        "ep all_to_all 60 1 MiB 1.00 2.00 3.25 2 0.1250 15.0%",
+        "no alarms",
+    ):
+        assert part in found, (part, text)
+    assert "mtp loss" not in found
+
+
+def test_alarms_stand_below(folder: Path) -> None:
+    log = MetricsLog(folder / "metrics.jsonl")
+    for step in range(30, 40):
+        log.event("alarm", step, kind="straggler", message=f"rank {step}", remedy="look at it")
+    text = drawn(FollowedRun(folder))
+    assert "alarms: 10, the last" in text
+    assert "step 39 straggler: rank 39" in text and "rank 35" not in text
+    assert "look at it" in text
+
+
+def test_a_run_that_goes_on_is_read_on(folder: Path) -> None:
+    run = FollowedRun(folder)
+    assert not run.update()
+    log = MetricsLog(folder / "metrics.jsonl")
+    with open(log.path, "a") as file:
+        file.write('{"step": 41, "lo')
+    assert not run.update() and run.step == 40
+    with open(log.path, "a") as file:
+        file.write(f'ss": 3.5, "time": {NOW + 82}, "seconds": 2.0}}\n')
+    assert run.update() and run.step == 41
+    assert "loss 3.5000" in words(drawn(run))
+
+
+def test_a_restart_repeats_steps_and_cuts_a_torn_line(folder: Path) -> None:
+    run = FollowedRun(folder)
+    log = MetricsLog(folder / "metrics.jsonl")
+    with open(log.path, "a") as file:
+        file.write('{"step": 41, "loss": 1')
+    run.update()
+    from types import SimpleNamespace
+
+    log.on_fit_start(None, SimpleNamespace(finished_steps=36))
+    log.write(row(37, loss=1.5))
+    assert run.update()
+    assert [r["step"] for r in run.steps][-2:] == [36, 37]
+    assert run.latest("loss") == 1.5 and run.events[-1]["event"] == "resumed"
+
+
+def test_memory_of_a_long_run_is_bounded(folder: Path) -> None:
+    log = MetricsLog(folder / "metrics.jsonl")
+    for step in range(41, 1000):
+        log.write(row(step))
+    run = FollowedRun(folder)
+    assert len(run.steps) == MOST_STEPS and run.step == 999
+
+
+@pytest.mark.parametrize(
+    ("event", "now", "text"),
+    [
+        (None, NOW + 100, "running"),
+        (None, NOW + 80 + 59, "running"),
+        (None, NOW + 80 + 3661, "silent for 1:01:01: it validates, hangs, or was killed"),
+        ({"reason": "SIGTERM"}, NOW + 9999, "ended: SIGTERM"),
+    ],
+)
+def test_states(folder: Path, event: dict[str, Any] | None, now: float, text: str) -> None:
+    if event:
+        MetricsLog(folder / "metrics.jsonl").write({"event": "stopped", "step": 40} | event)
+    assert state(FollowedRun(folder), now) == text
+
+
+def test_a_log_of_the_fewest_things(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    run = FollowedRun(tmp_path)
+    assert words(drawn(run)) == f"{tmp_path.name} step 0 running no alarms"
+    MetricsLog(tmp_path / "metrics.jsonl").write({"step": 1, "loss": float("nan"), "seconds": 0.5})
+    run.update()
+    assert "loss nan" in words(drawn(run))
+
+
+def test_sparklines_and_strips() -> None:
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 20) == "▁▂▃▄▅▆▇█"
+    assert sparkline([0, 0, 7, 7], 2) == "▁█"
+    assert sparkline([3.0, 3.0], 5) == "▁▁" and sparkline([], 5) == ""
+    assert strip(np.array([10, 10, 10, 10]), 8) == "▄▄▄▄"
+    assert strip(np.array([40, 0, 0, 0]), 8) == "█···"
+    assert strip(np.array([8, 8, 16, 0]), 2) == "▄▄"
+    assert strip(np.array([0, 0]), 2) == "··"
+
+
+def test_the_command_prints_a_frame_into_a_pipe(folder: Path) -> None:
+    for options in ([], ["--once"]):
+        ran = CliRunner().invoke(app, ["monitor", str(folder), *options])
+        assert ran.exit_code == 0, ran.output
+        assert ran.output.startswith("tiny   step 40 / 100   silent for")
+        assert "\x1b" not in ran.output
+
+
+def test_live_until_the_run_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsLog(folder / "metrics.jsonl")
+    left = iter([41, 42, None])
+
+    def sleep(seconds: float) -> None:
+        assert seconds == 0.25
+        step = next(left)
+        log.write(row(step) if step else {"event": "stopped", "step": 42, "reason": "complete"})
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(monitor_module.time, "sleep", sleep)
+    monkeypatch.setenv("TERM", "xterm")
+    out = Terminal()
+    monkeypatch.setattr(monitor_module.sys, "stdout", out)
+    monitor(folder, every=0.25)
+    text = out.getvalue()
+    assert "step 41 / 100" in text and "step 42 / 100" in text
+    assert "ended: complete" in text
+
+
+@pytest.mark.parametrize("options", [{}, {"once": True}, {"web": True}])
+def test_what_is_no_run_folder(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="is no run folder: it has no metrics.jsonl; give the"):
+        monitor(tmp_path, **options)
+    with pytest.raises(UserError, match="is no run folder"):
+        monitor(tmp_path / "nowhere", **options)
+
+
+def test_other_mistakes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--every=0.01: must be at least 0.1 seconds"):
+        monitor(folder, every=0.01)
+    monkeypatch.setattr(monitor_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install rich"):
+        monitor(folder, once=True)
+
+
+# -- in a browser --
+
+
+@pytest.fixture
+def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ReportServer]:
+    made: list[int] = []
+
+    def report(run: Path) -> bytes:
+        made.append(1)
+        return f"page {len(made)} of {run.name}".encode()
+
+    monkeypatch.setattr(monitor_module, "_report", report)
+    server = ReportServer(folder, 0, seconds=0.0)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def get(server: ReportServer, path: str = "/", host: str | None = None) -> tuple[int, str, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    connection.request("GET", path, headers={"Host": host} if host else {})
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer.status, text, answer.headers
+
+
+def test_the_page_is_made_anew_when_the_log_has_grown(folder: Path, server: ReportServer) -> None:
+    assert server.server_address[0] == "127.0.0.1"
+    status, text, headers = get(server)
+    assert (status, text) == (200, "page 1 of run")
+    assert headers["Content-Type"] == "text/html; charset=utf-8" and headers["Refresh"] == "1"
+    assert get(server)[1] == "page 1 of run"
+    MetricsLog(folder / "metrics.jsonl").write(row(41))
+    assert get(server, host="localhost")[1] == "page 2 of run"
+    server.seconds = 3600.0  # too soon for another
+    MetricsLog(folder / "metrics.jsonl").write(row(42))
+    assert get(server)[1] == "page 2 of run"
+
+
+def test_nothing_else_is_served(server: ReportServer) -> None:
+    assert get(server, "/metrics.jsonl")[0] == 404
+    assert get(server, "/../../etc/passwd")[0] == 404
+    # A foreign page whose name was made to lead here (DNS rebinding).
+    assert get(server, host=f"evil.example:{server.server_port}")[0] == 403
+
+
+def test_the_page_is_the_report(folder: Path) -> None:
+    pytest.importorskip("plotly")
+    page = monitor_module._report(folder).decode()
+    assert "tiny" in page and "</html>" in page
+    (folder / "metrics.jsonl").write_text("")
+    assert "holds no step yet" in monitor_module._report(folder).decode()
+
+
+def test_a_port_that_is_taken(folder: Path, server: ReportServer) -> None:
+    with pytest.raises(
+        UserError, match=rf"cannot listen on 127.0.0.1:{server.server_port}: .*--port"
+    ):
+        monitor(folder, web=True, port=server.server_port)

@@ -1,0 +1,107 @@
+"""What a run leaves in its log besides losses: events with their reasons, records, its own cost."""
+
+import json
+
+from micro_runs import MicroRuns
+from test_interruptions import terminate_at
+
+from deepseek.monitoring.array_log import read_arrays
+from deepseek.monitoring.report.run_data import read_rows, read_run
+
+
+def events(micro: MicroRuns, name: str) -> list[tuple[str, int, object]]:
+    rows = read_rows(micro.folder / name / "metrics.jsonl")
+    return [(row["event"], row["step"], row.get("reason")) for row in rows if "event" in row]
+
+
+def test_an_undisturbed_run(micro: MicroRuns, whole: str) -> None:
+    assert events(micro, whole) == [
+        ("started", 0, None),
+        *(("checkpoint", step, None) for step in (4, 8, 12)),
+        ("stopped", 12, "complete"),
+    ]
+    rows = read_rows(micro.folder / whole / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    # The checkpoint of a step is made before the next one, and its time is in that one's.
+    assert [row["step"] for row in steps if "checkpoint_seconds" in row] == [5, 9]
+    for row in steps:
+        parts = ("forward_backward", "optimizer", "data", "checkpoint", "monitor")
+        known = sum(row.get(f"{part}_seconds", 0.0) for part in parts)
+        # Margins are measured inside the forward pass: that little is in two of the parts.
+        assert 0.4 * row["seconds"] < known < 1.5 * row["seconds"]
+        assert row["memory_bytes"] > 2**26 and 0 < row["mfu"] < 1
+    folder = micro.folder / whole
+    experts = list(read_arrays(folder / "monitor" / "experts.arrays"))
+    assert [record.step for record in experts] == list(range(1, 13))
+    for record, row in zip(experts, steps, strict=True):
+        tokens_LE = record.arrays["tokens"].astype(int)
+        assert record.meta["layers"] == ["layers.1", "mtp.0.block"]
+        assert (tokens_LE.sum(axis=1) == row["tokens"] * record.meta["top_k"]).all()
+        assert row["dead_experts"] == (tokens_LE == 0).sum()
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["processes"] == 1 and environment["peak_flops_per_device"] > 0
+    data = read_run(folder)
+    goodput = data.goodput()
+    assert data.experts is not None and data.ranks is not None
+    assert goodput is not None and 0.2 < goodput <= 1
+
+
+def test_a_stopped_and_resumed_run(micro: MicroRuns) -> None:
+    micro.train("terminated", before=terminate_at("training_step", 5)).assert_done()
+    micro.train("terminated").assert_done()
+    assert events(micro, "terminated") == [
+        ("started", 0, None),
+        ("checkpoint", 4, None),
+        ("checkpoint", 6, None),
+        ("stopped", 6, "SIGTERM"),
+        ("resumed", 6, None),
+        *(("checkpoint", step, None) for step in (8, 12)),
+        ("stopped", 12, "complete"),
+    ]
+
+
+def test_a_run_that_ends_by_an_error(micro: MicroRuns) -> None:
+    before = (
+        "from deepseek.models.deepseek_model import DeepSeekModel\n"
+        "step = DeepSeekModel.training_step\n"
+        "def failing(self, *args):\n"
+        "    if self.finished_steps == 2: raise ValueError('out of luck')\n"
+        "    return step(self, *args)\n"
+        "DeepSeekModel.training_step = failing\n"
+    )
+    assert micro.train("failed", before=before).code == 1
+    assert events(micro, "failed") == [
+        ("started", 0, None), ("stopped", 2, "ValueError: out of luck")]  # fmt: skip
+
+
+def test_a_start_after_a_lost_rank(micro: MicroRuns) -> None:
+    """As the supervisor starts it again: the environment tells the attempt."""
+    before = (
+        "import os\n"
+        "os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', LOCAL_WORLD_SIZE='1',\n"
+        "    MASTER_ADDR='127.0.0.1', MASTER_PORT='29599', TORCHELASTIC_RESTART_COUNT='2')\n"
+    )
+    micro.train("seen_again", "trainer.max_steps=2", before=before).assert_done()
+    assert events(micro, "seen_again")[:2] == [("restart", 0, "restart 2"), ("started", 0, None)]
+
+
+def test_without_monitoring_there_are_no_records(micro: MicroRuns, whole: str) -> None:
+    micro.train("seen_plain", "exp_manager.monitor.every_n_steps=0").assert_done()
+    assert not (micro.folder / "seen_plain" / "monitor").exists()
+    rows = read_rows(micro.folder / "seen_plain" / "metrics.jsonl")
+    assert not any("dead_experts" in row or "forward_backward_seconds" in row for row in rows)
+    wrong = micro.differences(whole, "seen_plain")
+    assert all(isinstance(key, str) and key.startswith("(") for key in wrong)  # rows, no tensors
+
+
+def test_tensorboard_has_the_scalars(micro: MicroRuns) -> None:
+    micro.train("seen_board", "exp_manager.create_tensorboard_logger=true").assert_done()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = {path.parent for path in (micro.folder / "seen_board" / "logs").rglob("events.*")}
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    tags = set(board.Tags()["scalars"])
+    assert {"loss", "mfu", "grad_norm_router", "load_max_over_mean", "val_loss"} <= tags
+    assert len(tags) <= 60
+    assert [scalar.step for scalar in board.Scalars("loss")] == list(range(1, 13))
