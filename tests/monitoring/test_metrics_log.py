@@ -223,8 +223,10 @@ def test_the_end_has_a_reason(
 )
 def test_an_end_by_an_error_has_one_too(tmp_path: Path, error: BaseException, reason: str) -> None:
     log = MetricsLog(tmp_path / "m.jsonl")
+    log.on_fit_start(trainer(), module(finished_steps=4))
     log.on_exception(trainer(), module(finished_steps=4), error)
-    assert [(e["event"], e["step"], e["reason"]) for e in events(log)] == [("stopped", 4, reason)]
+    last = events(log)[-1]
+    assert (last["event"], last["step"], last["reason"]) == ("stopped", 4, reason)
 
 
 def test_an_error_is_not_hidden_by_a_log_that_cannot_be_written(tmp_path: Path) -> None:
