@@ -21,7 +21,7 @@ MOST_STAGES = 8
 WEIGHTS = {torch.float64: 0.2, torch.float32: 0.1}
 """Their standard deviation: large, so that every part counts, but not so large that eight layers
 of this width blow up what is rounded differently."""
-ADAM_EPS = {torch.float64: 1e-8, torch.float32: 1e-4}
+ADAM_EPS = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Adam's first step is the sign of the gradient. Where a gradient is itself a rounding error, no
 two ways of adding it up agree on the sign, unless eps is above such errors."""
 

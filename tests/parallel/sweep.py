@@ -19,6 +19,8 @@ from draw import draw_cases
 from layouts import Case, compare, rounding, worst
 from ranks import RankFailed
 
+MOST_SHOWN = 12
+"""Of the tensors of one case that are too far off."""
 ALLOWED = {"float64": 1e-12, "float32": 1e-5}
 
 
@@ -57,7 +59,7 @@ def main() -> int:
         name, error = worst(errors)
         took = time.perf_counter() - began
         print(f"{number:4d} {word} {took:5.1f} s {error:.1e} {name}  {case}", flush=True)
-        for name, value in far.items():
+        for name, value in sorted(far.items(), key=lambda item: -item[1])[:MOST_SHOWN]:
             line = f"case {number}: {value:.1e} {name}"
             if name in ill:
                 rounded.append(f"{line}; one process is {ill[name]:.1e} from fp64")

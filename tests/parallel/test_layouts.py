@@ -74,6 +74,9 @@ def test_drawn_layout_in_fp32(case: Case) -> None:
 CHOSEN = {
     "EP over all ranks": case_of(4, ep=4),
     "experts shared by two ranks each": case_of(4, ep=2, optim=MUON),
+    "Muon, matrices of one row": case_of(
+        3, moe_intermediate_size=1, global_batch_size=6, optim=MUON
+    ),
     "HSDP": case_of(4, rep=2, ep=2),
     "TP, EP across its ranks": case_of(4, tp=2, ep=4, mtp=2),
     "GPipe": case_of(2, pp=2, schedule="GPipe", mtp=2),

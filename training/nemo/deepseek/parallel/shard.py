@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from deepseek.config.errors import UserError
@@ -101,7 +102,7 @@ def whole_matrices(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
         if not isinstance(tensor, DTensor):
             return function(tensor)
         local, part = local_part(tensor)
-        if local.shape[-2:] != tensor.shape[-2:]:
+        if _cuts_matrices(tensor):
             local = function(tensor.full_tensor())[tuple(part)].contiguous()
         elif local.numel():
             local = function(local)
@@ -115,6 +116,19 @@ def whole_matrices(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
         )
 
     return apply
+
+
+def _cuts_matrices(tensor: DTensor) -> bool:
+    """True if some rank has only a part of a matrix; the same on every rank.
+
+    Not told from what is here: of a matrix of one row, one rank has everything.
+    """
+    placed = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    # Not is_shard(): it is False for the strided shards of FSDP over TP.
+    return any(
+        size > 1 and placement != Replicate() and cast(Shard, placement).dim >= tensor.dim() - 2
+        for placement, size in placed
+    )
 
 
 class _Sharding:
