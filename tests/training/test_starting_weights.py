@@ -121,4 +121,4 @@ def test_commands(micro: MicroRuns, model: Path) -> None:
     assert found["step"] == 0
     micro.cli("ls", "model").assert_done()
     micro.cli("hf", "import", "files", "model").assert_refused("model exists already")
-    micro.cli("hf", "export", "nowhere", "x").assert_refused("nowhere does not exist")
+    micro.cli("hf", "export", "nowhere", "never").assert_refused("nowhere does not exist")
