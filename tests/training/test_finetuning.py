@@ -99,8 +99,8 @@ def test_merging_changes_nothing_but_what_has_adapters(micro: MicroRuns, adapted
     micro.cli("lora", "merge", adapted, "merged").assert_refused("exists already")
     micro.cli("hf", "export", adapted, "other").assert_refused("lora merge", "lora export")
     micro.cli("lora", "merge", "tuned_base", "other").assert_refused("holds no adapters")
-    micro.train("again", *settings(micro, "model.restore_from=merged")).assert_done()
-    assert losses(micro, "again")[0] < losses(micro, adapted)[0]
+    micro.train("tuned_again", *settings(micro, "model.restore_from=merged")).assert_done()
+    assert losses(micro, "tuned_again")[0] < losses(micro, adapted)[0]
 
 
 def test_adapters_go_on_where_they_were(micro: MicroRuns, adapted: str) -> None:

@@ -300,7 +300,9 @@ def test_a_run_with_nemo_writes_a_nemo_file_of_its_last_weights(micro: MicroRuns
     # At a second start exp_manager moves what it finds: only its own files.
     micro.train("nemo", nemo, board, "trainer.max_steps=6").assert_done()
     folder = micro.folder / "nemo"
-    names = "checkpoints config.yaml logs metrics.jsonl micro.nemo tokenizer"
+    names = (
+        "checkpoints config.yaml environment.json logs metrics.jsonl micro.nemo monitor tokenizer"
+    )
     assert {path.name for path in folder.iterdir()} == set(names.split())
     for log in (folder / "logs").rglob("nemo_error_log.txt"):
         assert log.read_text() == ""

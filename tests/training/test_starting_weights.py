@@ -109,7 +109,7 @@ def test_a_source_that_was_damaged(micro: MicroRuns, model: Path, tmp_path: Path
     shutil.copytree(model, tmp_path / "model")
     place = tmp_path / "model" / "checkpoints" / step_name(0)
     (place / "__0_0.distcp").write_bytes(b"")
-    ran = micro.train("damaged", *ONE_STEP, f"model.restore_from={tmp_path / 'model'}")
+    ran = micro.train("damaged_import", *ONE_STEP, f"model.restore_from={tmp_path / 'model'}")
     ran.assert_refused("no checkpoint in", "is sound")
 
 
