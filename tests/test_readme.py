@@ -68,7 +68,7 @@ def test_every_command_runs(tmp_path: Path) -> None:
             assert words[0] == "deepseek", line
             words[:1] = [sys.executable, "-m", "deepseek"]
         if "train" in words or words[1].endswith("train_deepseek.py"):
-            words += [word for word in SMALL]
+            words += SMALL
             if "--run-dir" not in words:
                 words += ["exp_manager.exp_dir=runs"]
         if "prepare-data" in words and "--chat" not in words:

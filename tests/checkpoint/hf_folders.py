@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepseek.checkpoint.huggingface import Layout, hf_config, to_hf
+from deepseek.checkpoint.hf_config import hf_config
+from deepseek.checkpoint.huggingface import Layout, to_hf
 from deepseek.config.schema import ModelConfig, RopeScaling
 from deepseek.data.tokenizer import byte_tokenizer
 from deepseek.models.transformer import Transformer

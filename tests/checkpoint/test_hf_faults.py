@@ -20,7 +20,8 @@ from hf_folders import small, weights, write_folder, write_tensors
 from deepseek.checkpoint import hf_export as exporting
 from deepseek.checkpoint import hf_import as importing
 from deepseek.checkpoint.folder import step_name
-from deepseek.checkpoint.huggingface import hf_config, to_hf
+from deepseek.checkpoint.hf_config import hf_config
+from deepseek.checkpoint.huggingface import to_hf
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.checkpoint.safetensors_file import TensorFile, TensorFileWriter, TensorSpec
 from deepseek.commands.hf_export import export_hf

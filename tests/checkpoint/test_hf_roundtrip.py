@@ -17,16 +17,10 @@ from torch import Tensor
 
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.folder import step_name
+from deepseek.checkpoint.hf_config import hf_config, model_config
 from deepseek.checkpoint.hf_folder import HfFolder
 from deepseek.checkpoint.hf_import import WeightImport
-from deepseek.checkpoint.huggingface import (
-    Layout,
-    from_hf,
-    hf_config,
-    hf_tensors,
-    model_config,
-    to_hf,
-)
+from deepseek.checkpoint.huggingface import Layout, from_hf, hf_tensors, to_hf
 from deepseek.commands.generate import generate_text
 from deepseek.commands.hf_export import export_hf
 from deepseek.commands.hf_import import import_hf

@@ -13,7 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepseek.checkpoint.huggingface import Layout, from_hf, hf_config, model_config, to_hf
+from deepseek.checkpoint.hf_config import hf_config, model_config
+from deepseek.checkpoint.huggingface import Layout, from_hf, to_hf
 from deepseek.config.errors import ConfigError, UserError
 from deepseek.config.schema import ModelConfig, RopeScaling
 from deepseek.models.transformer import Transformer

@@ -18,8 +18,8 @@ from deepseek.data.chat import PLAIN_TEMPLATE, ChatError, ChatTemplate, conversa
 from deepseek.data.chat_dataset import ChatDataset
 from deepseek.data.indexed import IndexedDataset, IndexedWriter
 from deepseek.data.opened import open_data
-from deepseek.data.prepare import PreparedData
 from deepseek.data.prepare_chat import answers_of, prepare_chat
+from deepseek.data.prepared import PreparedData
 from deepseek.data.tokenizer import EOS, Tokenizer, byte_tokenizer, load_tokenizer
 
 IGNORED = -100

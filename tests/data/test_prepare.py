@@ -22,8 +22,9 @@ from deepseek.config.errors import UserError
 from deepseek.data import corpus as corpus_module
 from deepseek.data import files, prepare
 from deepseek.data.indexed import IndexedDataset
-from deepseek.data.prepare import PreparedData, Progress
+from deepseek.data.prepare import Progress
 from deepseek.data.prepare import prepare as run
+from deepseek.data.prepared import PreparedData
 from deepseek.data.tokenizer import Tokenizer, load_tokenizer
 
 # A file with a zero byte counts as binary.

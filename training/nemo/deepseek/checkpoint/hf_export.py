@@ -17,11 +17,11 @@ from torch import Tensor
 
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.files import FileEntry, write_durably
+from deepseek.checkpoint.hf_config import hf_config
 from deepseek.checkpoint.hf_folder import CONFIG, INDEX, SINGLE
 from deepseek.checkpoint.huggingface import (
     HfTensor,
     account,
-    hf_config,
     hf_tensors,
     is_bias,
     listing,

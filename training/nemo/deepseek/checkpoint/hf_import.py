@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deepseek.checkpoint.hf_config import model_config
 from deepseek.checkpoint.hf_folder import HfFolder
 from deepseek.checkpoint.huggingface import (
     HfTensor,
@@ -23,7 +24,6 @@ from deepseek.checkpoint.huggingface import (
     hf_tensors,
     layer_of,
     listing,
-    model_config,
     our_shapes,
 )
 from deepseek.checkpoint.safetensors_file import TensorFile, TensorSpec

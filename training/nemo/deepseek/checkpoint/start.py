@@ -9,7 +9,7 @@ from typing import Any
 from deepseek.checkpoint.adapters import open_base
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.folder import newest_sound
-from deepseek.checkpoint.huggingface import COMPUTED_KEYS
+from deepseek.checkpoint.hf_config import COMPUTED_KEYS
 from deepseek.checkpoint.manifest import MANIFEST
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.training_state import Base, load_weights

@@ -29,7 +29,7 @@ def export_lora(run: Path, target: Path, base: str | None = None) -> None:
         UserError: no adapters, their base is gone or has changed, ``target`` exists.
     """
     from deepseek.checkpoint.adapters import load_adapted
-    from deepseek.checkpoint.huggingface import hf_config
+    from deepseek.checkpoint.hf_config import hf_config
     from deepseek.checkpoint.peft_adapter import peft_adapter
     from deepseek.checkpoint.safetensors_file import TensorFileWriter, TensorSpec
     from deepseek.checkpoint.staging import refuse_existing

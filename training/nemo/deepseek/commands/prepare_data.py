@@ -8,8 +8,9 @@ from pathlib import Path
 
 from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, say
-from deepseek.data.prepare import PreparedData, Progress, prepare
+from deepseek.data.prepare import Progress, prepare
 from deepseek.data.prepare_chat import prepare_chat
+from deepseek.data.prepared import PreparedData
 
 
 def prepare_data(

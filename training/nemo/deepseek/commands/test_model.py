@@ -279,7 +279,8 @@ def against_transformers(config: ModelConfig) -> Iterator[Check]:
         return
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    from deepseek.checkpoint.huggingface import from_hf, hf_config, to_hf
+    from deepseek.checkpoint.hf_config import hf_config
+    from deepseek.checkpoint.huggingface import from_hf, to_hf
 
     config = replace(config, num_nextn_predict_layers=0, moe_aux_loss_coeff=0.0)
     ours = build(config).float()

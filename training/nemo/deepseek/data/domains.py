@@ -21,7 +21,7 @@ from deepseek.data.corpus import Corpus, Source, pieces
 from deepseek.data.dataset import PackedDataset, Sample
 from deepseek.data.files import add_suffix
 from deepseek.data.indexed import IndexedDataset
-from deepseek.data.prepare import PreparedData
+from deepseek.data.prepared import PreparedData
 from deepseek.data.tokenizer import Tokenizer
 
 _SPREAD = 16

@@ -22,8 +22,9 @@ from deepseek.data.chat_dataset import ChatDataset
 from deepseek.data.dataset import PackedDataset, split_documents
 from deepseek.data.files import add_suffix, atomic_open
 from deepseek.data.indexed import IndexedDataset
-from deepseek.data.prepare import PreparedData, Progress, prepare
+from deepseek.data.prepare import Progress, prepare
 from deepseek.data.prepare_chat import ANSWERS, answers_of
+from deepseek.data.prepared import PreparedData
 from deepseek.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_installed
 
 log = logging.getLogger("deepseek.data")
