@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepseek.parallel import exchange
+
 
 def gather_sequence(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(B, S/n, D) -> (B, S, D) on every rank; the backward pass sums and scatters."""
@@ -104,9 +106,7 @@ class _AllToAllRows(torch.autograd.Function):
 
 def _gather(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts_nBsD = x_BsD.new_empty(dist.get_world_size(group), *x_BsD.shape)
-    # Since torch 2.13 the old names warn. Looked up here: a recorder may stand in for them.
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    all_gather(parts_nBsD.flatten(0, 1), x_BsD.contiguous(), group=group)
+    exchange.all_gather(parts_nBsD, x_BsD.contiguous(), group)
     return parts_nBsD.transpose(0, 1).flatten(1, 2).contiguous()
 
 
@@ -114,8 +114,7 @@ def _scatter_sum(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts_BnsD = x_BSD.unflatten(1, (dist.get_world_size(group), -1))
     parts_nBsD = parts_BnsD.transpose(0, 1).contiguous()
     out_BsD = parts_nBsD.new_empty(parts_nBsD.shape[1:])
-    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    reduce_scatter(out_BsD, parts_nBsD.flatten(0, 1), group=group)
+    exchange.reduce_scatter(out_BsD, parts_nBsD, group)
     return out_BsD
 
 

@@ -66,6 +66,13 @@ def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return tensor
 
 
+def sum_over_all(tensor: Tensor) -> Tensor:
+    """Sum over every rank, in place; without a process group, this one alone."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def local(tensor: Tensor) -> Tensor:
     """What lies on this rank."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,7 +1,8 @@
 """What passes between the ranks: every collective of this process, its bytes and its time.
 
-While it records, the recorder stands in for the collectives of ``torch.distributed``, so that it
-sees those of FSDP and of the pipeline as well as our own. It changes nothing of what they do.
+While it records, the recorder stands in for the collectives of ``torch.distributed`` and for those
+of ``exchange``, so that it sees FSDP's and the pipeline's as well as our own. It changes nothing of
+what they do.
 
 On a CPU a collective blocks, and its time is the time it keeps this rank from computing, waiting
 for the others included. On a GPU it is the time its stream is busy. A call that returns at once
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import schedules
 
+from deepseek.parallel import exchange
 from deepseek.parallel.mesh import Meshes
 
 OPERATIONS = {
@@ -41,6 +43,13 @@ _BATCH_P2P = (
     (schedules, "_batch_p2p") if hasattr(schedules, "_batch_p2p") else (dist, "batch_isend_irecv")
 )
 """Where torch's pipeline schedules send and receive."""
+WATCHED = (
+    *((dist, name, operation) for name, operation in OPERATIONS.items()),
+    (exchange, "all_gather", "all_gather"),
+    (exchange, "reduce_scatter", "reduce_scatter"),
+    (*_BATCH_P2P, SEND_RECV),
+)
+"""Where the functions are, their names, and the operations."""
 NUMBERS = (
     "count",
     "bytes",
@@ -111,6 +120,7 @@ class CommunicationRecorder:
         self._row_bytes = 0
         self._originals: list[tuple[Any, str, Callable[..., Any]]] = []
         self._stream: Any = None
+        self._within = False
         self.own_seconds = 0.0
 
     def kinds(self) -> list[Kind]:
@@ -128,8 +138,7 @@ class CommunicationRecorder:
         self._stream = torch.cuda.current_stream() if self._on_gpu else None
         if self._originals:
             return
-        functions = [(dist, name, operation) for name, operation in OPERATIONS.items()]
-        for module, name, operation in [*functions, (*_BATCH_P2P, SEND_RECV)]:
+        for module, name, operation in WATCHED:
             original = getattr(module, name, None)
             if original is not None:
                 self._originals.append((module, name, original))
@@ -201,12 +210,18 @@ class CommunicationRecorder:
         names = list(inspect.signature(original).parameters)
 
         def watched(*args: Any, **options: Any) -> Any:
+            if self._within:  # one collective by means of another is one call
+                return original(*args, **options)
             # Read now: the call may write over its input.
             start = time.perf_counter()
             group, sent = self._what(operation, dict(zip(names, args, strict=False)) | options)
             begin = self._now()
             entered = time.perf_counter()
-            result = original(*args, **options)
+            self._within = True
+            try:
+                result = original(*args, **options)
+            finally:
+                self._within = False
             left = time.perf_counter()
             span = (begin, self._now())
             exposed = self._stream is None or torch.cuda.current_stream() == self._stream

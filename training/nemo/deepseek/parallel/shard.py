@@ -1,7 +1,7 @@
 """Where the weights lie: experts over the EP ranks, everything over the data-parallel ranks.
 
-FSDP2 shards what a rank holds of the model over the ranks that hold the same. Experts have a mesh
-of their own for that, so they are a unit of their own inside their block.
+FSDP2 shards what a rank holds of the model over the ranks that hold the same. Where experts have a
+mesh of their own for that, they are a unit of their own inside their block.
 
 Gradients are summed, never averaged: the loss is already divided by the labels of the whole step,
 and an average over the dense mesh and one over the expert mesh would weigh the two differently.
@@ -25,6 +25,7 @@ from deepseek.models.components.moe import MoE
 from deepseek.models.stage import Stage
 from deepseek.models.transformer import Transformer, initial_weight
 from deepseek.parallel.expert_dispatcher import build_dispatcher
+from deepseek.parallel.fsdp_exchange import use_exchange
 from deepseek.parallel.gradients import local
 from deepseek.parallel.mesh import Meshes
 from deepseek.parallel.tensor import split
@@ -51,12 +52,16 @@ def shard_data_parallel(model: Transformer, stages: Sequence[Stage], meshes: Mes
     Raises:
         UserError: a weight that TP or EP has divided cannot be divided further.
     """
-    # With a pipeline, weights stay gathered between the micro-batches of a step.
-    reshard = meshes.layout.pp == 1
+    # With a pipeline, weights stay gathered between the micro-batches of a step. Without, each unit
+    # gives its own back after its forward pass, but for the outermost (torch's None), which the
+    # backward pass begins with.
+    reshard = None if meshes.layout.pp == 1 else False
     dense = _Sharding(meshes.dense_shards, reshard)
     experts = _Sharding(meshes.expert_shards, reshard)
+    # Spread over the ranks of their block, experts are gathered with it: fewer waits for others.
+    apart = meshes.layout.ep > 1 or meshes.layout.tp > 1
     for module in model.modules():
-        if isinstance(module, DeepSeekBlock) and isinstance(module.ffn, MoE):
+        if apart and isinstance(module, DeepSeekBlock) and isinstance(module.ffn, MoE):
             experts.apply(module.ffn.experts)
     for module in [*model.layers.values(), *model.mtp]:
         dense.apply(module)
@@ -68,6 +73,8 @@ def shard_data_parallel(model: Transformer, stages: Sequence[Stage], meshes: Mes
                 module.set_gradient_divide_factor(1.0)
                 # Else the divide factor is sent as PREMUL_SUM, which gloo does not have.
                 module.set_force_sum_reduction_for_comms(True)
+                if meshes.device_type == "cpu":
+                    use_exchange(module)
 
 
 def fill(model: Transformer, seed: int) -> None:
@@ -134,7 +141,9 @@ def _cuts_matrices(tensor: DTensor) -> bool:
 class _Sharding:
     """``fully_shard`` over one mesh."""
 
-    def __init__(self, mesh: torch.distributed.device_mesh.DeviceMesh, reshard: bool) -> None:
+    def __init__(
+        self, mesh: torch.distributed.device_mesh.DeviceMesh, reshard: bool | None
+    ) -> None:
         self.mesh = mesh
         self.size = mesh.size(mesh.ndim - 1)
         self.reshard = reshard
