@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepseek import phases as phases_module
-from deepseek.phases import Phases, resident_bytes
+from deepseek.phases import Memory, Phases, resident_bytes
 
 
 def test_seconds_of_a_phase_that_comes_twice_add_up() -> None:
@@ -24,19 +24,33 @@ def test_seconds_of_a_phase_that_comes_twice_add_up() -> None:
 
 
 def test_memory_is_the_most_of_a_phase(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = iter([5, 9, 7, 3])
+    sizes, peaks = iter([5, 9, 7, 3]), iter([8, 9, 11, 0])
     monkeypatch.setattr(phases_module, "resident_bytes", lambda: next(sizes))
+    monkeypatch.setattr(phases_module, "resident_peak_bytes", lambda: next(peaks))
     phases = Phases()
     phases.start_step(torch.device("cpu"))
     for name in ("forward", "optimizer", "forward"):
         with phases(name):
             pass
-    assert phases.peak_bytes == {"forward": 7, "optimizer": 9}
+    assert phases.memory == {"forward": Memory(7, 0, 11), "optimizer": Memory(9, 0, 9)}
     phases.start_step(torch.device("cpu"))
-    assert phases.peak_bytes == {} and phases.seconds() == {}
+    assert phases.memory == {} and phases.seconds() == {}
     with phases("forward"):
         pass
-    assert phases.peak_bytes == {"forward": 3}
+    assert phases.memory == {"forward": Memory(3, 0, 3)}  # a peak the system does not tell
+
+
+def test_a_peak_is_that_of_its_phase() -> None:
+    """64 MiB that come and go within a phase are seen in it, and not in the next one."""
+    phases = Phases()
+    phases.start_step(torch.device("cpu"))
+    with phases("forward"):
+        torch.ones(2**24)
+    with phases("optimizer"):
+        pass
+    forward, optimizer = phases.memory["forward"], phases.memory["optimizer"]
+    assert forward.peak - forward.allocated > 48 * 2**20
+    assert optimizer.peak - optimizer.allocated < 16 * 2**20
 
 
 def test_an_error_inside_goes_through() -> None:

@@ -32,6 +32,12 @@ COLUMNS = (
     "peak_memory_bytes",
     "reserved_bytes",
     "received_rows",
+    "largest_received_rows",
+    *(
+        f"{phase}_{kind}_bytes"
+        for phase in ("forward_backward", "optimizer", "checkpoint")
+        for kind in ("allocated", "reserved", "peak")
+    ),
 )
 GAMMA = 1e-3
 
@@ -232,6 +238,11 @@ def _rank_values(run: SyntheticRun, done: float, rng: np.random.Generator) -> np
         "reserved_bytes": np.full(run.ranks, 66e9),
         "received_rows": run.tokens * run.top_k / run.ranks * (1 + 0.1 * rng.random(run.ranks)),
     }
+    columns["largest_received_rows"] = columns["received_rows"] / 40
+    for phase, share in (("forward_backward", 1.0), ("optimizer", 0.9), ("checkpoint", 0.8)):
+        columns[f"{phase}_allocated_bytes"] = share * columns["memory_bytes"]
+        columns[f"{phase}_reserved_bytes"] = columns["reserved_bytes"]
+        columns[f"{phase}_peak_bytes"] = share * columns["peak_memory_bytes"]
     for column, name in enumerate(COLUMNS):
         values[:, column] = columns[name]
     return values
@@ -287,7 +298,9 @@ model:
         "python": "3.11.7", "torch": "2.13.0", "framework": "pytorch-lightning 2.6",
         "devices": ["NVIDIA H100 80GB HBM3"] * min(run.ranks, 2), "world_size": run.ranks,
         "hosts": run.ranks // run.ranks_per_node or 1, "git_commit": "0123abc",
-        "command": "deepseek train --config deepseek_v3_base",
+        "command": "deepseek train --config deepseek_v3_base", "processes": run.ranks,
+        "flops_per_token": 1.2e9, "peak_flops_per_device": 9.89e14,
+        "peak_source": "data sheet of H100, dense bf16",
     }  # fmt: skip
     (folder / "environment.json").write_text(json.dumps(environment))
 

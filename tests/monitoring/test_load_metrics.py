@@ -8,6 +8,7 @@ import pytest
 from workloads import NAMES, Workload, workload
 
 from deepseek.monitoring import load_metrics as lm
+from deepseek.monitoring.expert_monitor import ExpertRecord, scalars
 
 
 def counts(load: Workload, step: int, layer: int) -> list[int]:
@@ -154,3 +155,91 @@ def test_dead_experts_are_dated_from_their_last_token() -> None:
         (0, 1, 10, 3), (0, 2, 20, 2), (0, 3, 30, 1)]  # fmt: skip
     watch.add(40, np.ones((1, 4)))
     assert watch.experts() == []
+
+
+def test_the_longest_stretches_are_kept_after_they_have_ended() -> None:
+    watch = lm.DeadSince()
+    assert watch.longest(5) == []
+    history = [[0, 0, 3], [0, 1, 3], [4, 0, 3], [4, 0, 3], [4, 0, 3], [4, 1, 3], [0, 1, 3]]
+    for step, tokens in enumerate(history):
+        watch.add(10 * step, np.array([tokens]))
+    assert [(d.expert, d.since, d.steps) for d in watch.longest(5)] == [(1, 20, 3), (0, 0, 2)]
+    assert [(d.expert, d.since, d.steps) for d in watch.longest(1)] == [(1, 20, 3)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dead_stretches_equal_their_oracle(name: str) -> None:
+    load, watch = workload(name, steps=9, tokens=20), lm.DeadSince()
+    for step, tokens in enumerate(load.tokens):
+        watch.add(step, tokens)
+    now, ever = {}, {}
+    for layer in range(len(load.chosen[0])):
+        for expert in range(load.experts):
+            stretches, start = [], None
+            for step in range(len(load.chosen)):
+                used = expert in load.chosen[step][layer]
+                if used:
+                    start = None
+                elif start is None:
+                    start = step
+                if start is not None:
+                    stretches.append((step - start + 1, start))
+            if start is not None:
+                now[layer, expert] = (start, len(load.chosen) - start)
+            if stretches:
+                count = max(count for count, _ in stretches)
+                ever[layer, expert] = (min(s for c, s in stretches if c == count), count)
+    assert {(d.layer, d.expert): (d.since, d.steps) for d in watch.experts()} == now
+    assert {(d.layer, d.expert): (d.since, d.steps) for d in watch.longest(10**6)} == ever
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bias_and_its_turns_equal_a_bias_moved_expert_by_expert(name: str) -> None:
+    load, rate = workload(name, steps=7), 1e-3
+    for layer in range(len(load.chosen[0])):
+        bias, moved = [0.0] * load.experts, [0.0] * load.experts
+        for step in range(len(load.chosen)):
+            n = counts(load, step, layer)
+            before, moved = moved, [0.0] * load.experts
+            for e in range(load.experts):
+                mean = sum(n) / len(n)
+                moved[e] = rate if n[e] < mean else -rate if n[e] > mean else 0.0
+                bias[e] += moved[e]
+            assert lm.bias_range(np.array(bias)) == pytest.approx(max(bias) - min(bias))
+            if step:
+                turned = sum(1 for a, b in zip(before, moved, strict=True) if a * b < 0)
+                found = lm.turns(load.tokens[step - 1], load.tokens[step])[layer]
+                assert found == turned / load.experts
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_numbers_of_a_row_equal_their_oracles(name: str, ranks: int) -> None:
+    load, chance = workload(name), np.random.default_rng(1)
+    layers = [f"layers.{i}" for i in range(len(load.chosen[0]))] + ["unused"]
+    for step, tokens_LE in enumerate(load.tokens):
+        bias_LE = chance.normal(size=(len(layers), load.experts)).astype(np.float32)
+        margin_L = chance.random(len(layers)).astype(np.float32)
+        nothing = np.zeros((1, load.experts), np.uint32)  # a layer that no token reached
+        record = ExpertRecord(
+            step, layers, load.top_k, np.concatenate([tokens_LE, nothing]), bias_LE, margin_L
+        )
+        found = scalars(record, ranks)
+        n_LE = [counts(load, step, layer) for layer in range(len(layers) - 1)]
+        n_LR = [
+            [sum(n[r * len(n) // ranks : (r + 1) * len(n) // ranks]) for r in range(ranks)]
+            for n in n_LE
+        ]
+        mean = [sum(n) / len(n) for n in n_LE]
+        used = len(n_LE)
+        expected = {
+            "load_max_over_mean": max(max(n) / m for n, m in zip(n_LE, mean, strict=True)),
+            "load_cv": sum(map(slow_variation, n_LE)) / used,
+            "load_entropy": sum(slow_entropy(n) / math.log(len(n)) for n in n_LE) / used,
+            "rank_load_max_over_mean": max(max(n) / (sum(n) / ranks) for n in n_LR),
+            "bias_range": max(max(bias) - min(bias) for bias in bias_LE.tolist()),
+            "router_margin": sum(margin_L.tolist()[:used]) / used,
+            "dead_experts": sum(x == 0 for n in n_LE for x in n),
+            "starved_experts": sum(x < 0.1 * m for n, m in zip(n_LE, mean, strict=True) for x in n),
+        }
+        assert found == pytest.approx(expected, abs=1e-6)

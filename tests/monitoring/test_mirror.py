@@ -1,5 +1,6 @@
 """Loggers of others: they get the rows, and whatever they do, training goes on at its pace."""
 
+import os
 import sys
 import threading
 import time
@@ -129,6 +130,8 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     loggers.MLFlowLogger = kind("mlflow")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, f"{pl.__name__}.loggers", loggers)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")  # and whatever the test sets is forgotten
     return made
 
 
@@ -147,6 +150,7 @@ def test_both_with_their_defaults(tmp_path: Path, packages: dict[str, Any]) -> N
     assert packages["wandb"].settings == {
         "project": "tiny", "name": "version_3", "offline": False,
         "save_dir": str(tmp_path / "version_3")}  # fmt: skip
+    assert os.environ["MLFLOW_ALLOW_FILE_STORE"] == "true"
     assert packages["mlflow"].settings == {
         "experiment_name": "tiny", "run_name": "version_3", "tracking_uri": None,
         "save_dir": str(tmp_path / "version_3" / "mlruns")}  # fmt: skip

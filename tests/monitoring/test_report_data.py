@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_run import GAMMA, SyntheticRun, write_run
+from synthetic_run import GAMMA, START, SyntheticRun, write_run
 
 from deepseek.commands.report import report
 from deepseek.config.errors import UserError
 from deepseek.monitoring.array_log import ArrayLog
+from deepseek.monitoring.followed_run import FollowedRun
 from deepseek.monitoring.report.expert_history import MOST_FRAMES
 from deepseek.monitoring.report.expert_panels import utilisation_codes, worst_layer
 from deepseek.monitoring.report.panel import binned, duration, quantity, smoothed, table, thin
@@ -66,6 +67,18 @@ def test_goodput_is_the_time_of_kept_steps(planted: Path) -> None:
     kept = {row["step"]: row["seconds"] for row in rows if "loss" in row}
     times = [row["time"] for row in rows if "time" in row]
     assert run.goodput() == pytest.approx(sum(kept.values()) / (max(times) - min(times)))
+
+
+def test_the_live_view_has_the_same_goodput(tmp_path: Path) -> None:
+    """A killed run repeats five steps; the pause after its end is no wall time."""
+    run = write_run(tmp_path / "run", SyntheticRun(steps=60, restart_at=40, with_monitor=False))
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"event": "resumed", "step": 60, "time": START + 10_000}) + "\n")
+        more = {"step": 61, "loss": 2.0, "seconds": 1.0, "time": START + 10_004}
+        file.write(json.dumps(more) + "\n")
+    found, reported = FollowedRun(run).goodput(), read_run(run).goodput()
+    assert found is not None
+    assert found == pytest.approx(reported) and 0.5 < found < 0.9
 
 
 def test_a_pause_after_a_stop_is_no_wall_time(tmp_path: Path) -> None:

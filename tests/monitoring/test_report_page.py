@@ -27,8 +27,9 @@ browser_only = pytest.mark.skipif(
 
 PANELS = {
     "alarms", "events", "loss", "bits", "norms", "lr", "speed", "mfu", "balance", "step-time",
-    "utilisation", "variation", "max_violation", "entropy", "dead", "lorenz", "dead-since", "bias",
-    "bias-range", "margin", "rank-load", "imbalance", "what-if", "compute", "waiting", "traffic",
+    "utilisation", "variation", "max_violation", "entropy", "dead", "starved", "lorenz",
+    "dead-since", "bias", "bias-range", "bias-extremes", "bias-turns", "margin", "rows",
+    "memory-phases", "rank-load", "imbalance", "what-if", "compute", "waiting", "traffic",
     "memory", "collectives", "environment", "config",
 }  # fmt: skip
 EVIL = """</script><script>window.evil = 1</script><img src=x onerror="window.evil = 2">"""

@@ -23,6 +23,7 @@ from deepseek.monitoring.array_log import Record, read_arrays
 from deepseek.monitoring.expert_monitor import MARGIN_TOKENS, ExpertMonitor, expert_layers
 from deepseek.monitoring.rank_monitor import COLUMNS, RankMonitor
 from deepseek.parallel.mesh import Alone
+from deepseek.phases import Memory
 
 TRAINER = SimpleNamespace(loggers=[])
 
@@ -276,6 +277,86 @@ def ranks_of_rank(rank: int, case: Case, folder: Path, slow: int | None) -> list
 
 def column(record: Record, name: str) -> np.ndarray:
     return record.arrays["ranks"][:, record.meta["columns"].index(name)]
+
+
+def chosen_of_rank(rank: int, case: Case, folder: Path) -> list[list[int]]:
+    """Of each step and EP rank: choices of this rank's tokens that go there, padding included."""
+    driven, per_rank = spread(case), case.config.n_routed_experts // case.layout.ep
+    found: list[list[int]] = []
+    recomputed = torch._C._current_graph_task_id
+
+    def hear(module: Any, args: Any, routing: Any) -> None:
+        if recomputed() == -1:
+            ids = routing.expert_ids_TK.flatten() // per_rank
+            found[-1] = (
+                np.array(found[-1]) + torch.bincount(ids, minlength=case.layout.ep).numpy()
+            ).tolist()
+
+    for router in driven.module.model.routers().values():
+        router.register_forward_hook(hear)
+    start = driven.module.on_train_batch_end
+    found.append([0] * case.layout.ep)
+    driven.module.on_train_batch_end = lambda *a: (start(*a), found.append([0] * case.layout.ep))
+    watched(driven, monitors(folder, rank == 0))
+    return found[:-1]
+
+
+@pytest.mark.parametrize("granularity", [None, "full"])
+def test_rows_that_come_to_a_rank_are_counted_exactly(
+    tmp_path: Path, granularity: str | None
+) -> None:
+    config = small_config(
+        expert_model_parallel_size=2, micro_batch_size=2,
+        activations_checkpoint_granularity=granularity,
+    )  # fmt: skip
+    case = Case(config, 4)
+    chosen_R = run_ranks(4, chosen_of_rank, case, tmp_path)
+    records = list(read_arrays(tmp_path / "ranks.arrays"))
+    micro_batches = config.global_batch_size // (4 * config.micro_batch_size)
+    for step, record in enumerate(records):
+        # EP groups are (0, 1) and (2, 3): a rank gets what both of its group send it.
+        wanted = [
+            sum(chosen_R[source][step][rank % 2] for source in (rank // 2 * 2, rank // 2 * 2 + 1))
+            for rank in range(4)
+        ]
+        assert column(record, "received_rows").tolist() == wanted
+        largest = column(record, "largest_received_rows")
+        layers = 4
+        assert (largest * layers * micro_batches >= wanted).all() and (largest <= wanted).all()
+    tokens = config.global_batch_size * config.data.seq_length
+    assert column(records[0], "received_rows").sum() == tokens * config.num_experts_per_tok * 4
+
+
+def test_memory_of_each_phase_and_rank(tmp_path: Path) -> None:
+    """What one rank holds for a moment in its optimiser is in that phase's peak, and only there."""
+    case = Case(small_config(expert_model_parallel_size=2), 2)
+    run_ranks(2, hungry_of_rank, case, tmp_path)
+    for record in list(read_arrays(tmp_path / "ranks.arrays"))[1:]:
+        found = {name: column(record, name) for name in COLUMNS}
+        more = found["optimizer_peak_bytes"] - found["optimizer_allocated_bytes"]
+        assert more[1] > 48 * 2**20 > 24 * 2**20 > more[0]
+        for phase in ("forward_backward", "optimizer"):
+            assert (found[f"{phase}_peak_bytes"] >= found[f"{phase}_allocated_bytes"]).all()
+        assert (found["peak_memory_bytes"] >= found["optimizer_peak_bytes"]).all()
+        assert found["checkpoint_peak_bytes"].tolist() == [7e6, 7e6]
+        assert found["checkpoint_reserved_bytes"].tolist() == [6e6, 6e6]
+        assert found["checkpoint_allocated_bytes"].tolist() == [5e6, 5e6]
+
+
+def hungry_of_rank(rank: int, case: Case, folder: Path) -> None:
+    driven = spread(case)
+    optimizer = driven.module.optimizers()
+    step = optimizer.step
+
+    def hungry(*args: Any, **options: Any) -> Any:
+        if rank == 1:
+            torch.ones(2**24)  # 64 MiB, for a moment
+        return step(*args, **options)
+
+    optimizer.step = hungry
+    saved = Memory(5_000_000, 6_000_000, 7_000_000)
+    watching = RankMonitor(folder, 1, rank == 0, lambda: 0.0, checkpoint_memory=lambda: saved)
+    watched(driven, [watching])
 
 
 def test_a_slow_rank_computes_and_the_others_wait(tmp_path: Path) -> None:

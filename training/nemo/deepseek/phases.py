@@ -5,12 +5,35 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 _STATM = Path("/proc/self/statm")
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of this process on its device: of the GPU, or resident in RAM."""
+
+    allocated: int
+    """At the end of the phase."""
+    reserved: int
+    """The same, with what torch's allocator keeps for later; 0 on a CPU."""
+    peak: int
+    """Most that was allocated within the phase."""
+
+    def most(self, other: Memory) -> Memory:
+        """The larger of each."""
+        return Memory(
+            max(self.allocated, other.allocated),
+            max(self.reserved, other.reserved),
+            max(self.peak, other.peak),
+        )
 
 
 class Phases:
@@ -18,6 +41,9 @@ class Phases:
 
     On a GPU a phase is timed by events, so nothing waits for it; ``seconds`` does, after the step.
     A phase that comes several times in a step counts as one.
+
+    Attributes:
+        memory: of each phase of this step.
     """
 
     def __init__(self) -> None:
@@ -25,34 +51,31 @@ class Phases:
         self._on_gpu = False
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self.peak_bytes: dict[str, int] = {}
-        """Most memory of each phase of this step: allocated on the GPU; on a CPU the resident size
-        at the end of the phase."""
+        self.memory: dict[str, Memory] = {}
 
     def start_step(self, device: torch.device) -> None:
         """Forget the step before; measure the time and memory of ``device``."""
         self._device, self._on_gpu = device, device.type == "cuda"
         self._seconds.clear()
         self._events.clear()
-        self.peak_bytes.clear()
+        self.memory.clear()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Measure what is inside."""
-        if self._on_gpu:
-            torch.cuda.reset_peak_memory_stats(self._device)
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            yield
-            end.record()
-            self._events.append((name, begin, end))
-            peak = torch.cuda.max_memory_allocated(self._device)
-        else:
-            begin_time = time.perf_counter()
-            yield
-            self._add(name, time.perf_counter() - begin_time)
-            peak = resident_bytes()
-        self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak)
+        with measured_memory(self._device) as found:
+            if self._on_gpu:
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                yield
+                end.record()
+                self._events.append((name, begin, end))
+            else:
+                begin_time = time.perf_counter()
+                yield
+                self._add(name, time.perf_counter() - begin_time)
+        (memory,) = found
+        self.memory[name] = memory.most(self.memory.get(name, memory))
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase of this step."""
@@ -65,6 +88,42 @@ class Phases:
 
     def _add(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+
+@contextmanager
+def measured_memory(device: torch.device) -> Iterator[list[Memory]]:
+    """Measure what is inside; the list holds the result afterwards."""
+    found: list[Memory] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield found
+        found.append(
+            Memory(
+                torch.cuda.memory_allocated(device),
+                torch.cuda.memory_reserved(device),
+                torch.cuda.max_memory_allocated(device),
+            )
+        )
+    else:
+        restart_resident_peak()
+        yield found
+        resident = resident_bytes()
+        found.append(Memory(resident, 0, max(resident, resident_peak_bytes())))
+
+
+def restart_resident_peak() -> None:
+    """Let the system look for the largest resident size anew, where it can."""
+    with suppress(OSError):
+        _CLEAR_REFS.write_text("5")
+
+
+def resident_peak_bytes() -> int:
+    """Largest resident size since ``restart_resident_peak``; 0 where the system does not say."""
+    with suppress(OSError, ValueError):
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def resident_bytes() -> int:

@@ -32,8 +32,13 @@ def environment(world_size: int, num_nodes: int) -> dict[str, Any]:
         "processes": world_size,
         "nodes": num_nodes,
         "commit": _commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
     }
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "deepseek" if name == "__main__.py" else name  # python -m deepseek
 
 
 def _cpu() -> str:

@@ -91,9 +91,7 @@ class ExpertMonitor(Callback):
         if self._leads:
             self.latest = record
             if record.tokens_LE.any():
-                worst = load_metrics.max_violation(record.tokens_LE).max() + 1
-                facts["load_max_over_mean"] = round(float(worst), 4)
-                facts["dead_experts"] = int(load_metrics.dead(record.tokens_LE).sum())
+                facts |= scalars(record, config.expert_model_parallel_size)
             self._write(record, config)
         spent = sum(margin.take_seconds() for margin in self._margins.values())
         spent += time.perf_counter() - begin
@@ -157,6 +155,30 @@ class ExpertMonitor(Callback):
         except OSError as error:  # watching must not stop what is watched
             complain(f"{self._log.path}: {error.strerror}; expert loads are no longer recorded")
             self._log = None
+
+
+def scalars(record: ExpertRecord, ranks: int) -> dict[str, float]:
+    """A record in the few numbers that stand in the row of a step; layers without tokens are left
+    out. See ``load_metrics`` for the formulas.
+
+    Args:
+        ranks: that the experts are divided over.
+    """
+    used = record.tokens_LE.sum(axis=1) > 0
+    tokens_LE = record.tokens_LE[used]
+    load = load_metrics.rank_load(tokens_LE, ranks)
+    found = {
+        "load_max_over_mean": load_metrics.max_violation(tokens_LE).max() + 1,
+        "load_cv": load_metrics.variation(tokens_LE).mean(),
+        "load_entropy": load_metrics.entropy(tokens_LE).mean(),
+        "rank_load_max_over_mean": load_metrics.imbalance(load).max(),
+        "bias_range": load_metrics.bias_range(record.bias_LE).max(),
+        "router_margin": record.margin_L[used].mean(),
+    }
+    return {name: round(float(value), 6) for name, value in found.items()} | {
+        "dead_experts": int(load_metrics.dead(tokens_LE).sum()),
+        "starved_experts": int(load_metrics.starved(tokens_LE).sum()),
+    }
 
 
 def expert_layers(config: ModelConfig) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,11 @@ class FollowedRun:
     ranks: Record | None = None
     collectives: list[dict[str, Any]] = field(default_factory=list)
     _offset: int = 0
+    _kept_steps: array[int] = field(default_factory=lambda: array("q"))
+    _kept_seconds: array[float] = field(default_factory=lambda: array("d"))
+    _kept_sum: float = 0.0
+    _wall_seconds: float = 0.0
+    _last: tuple[float, bool] | None = None
 
     def __post_init__(self) -> None:
         if not (self.folder / "metrics.jsonl").is_file():
@@ -89,6 +95,13 @@ class FollowedRun:
             return str(self.events[-1].get("reason", "stopped"))
         return None
 
+    def goodput(self) -> float | None:
+        """Seconds in the steps that the run kept, over all since its first start but the pauses
+        after an orderly stop; None before there is a step."""
+        if not self._kept_sum or not self._wall_seconds:
+            return None
+        return min(1.0, self._kept_sum / self._wall_seconds)
+
     def latest(self, key: str) -> float | None:
         """Number in the newest step row; None if there is none."""
         return number(self.steps[-1].get(key)) if self.steps else None
@@ -108,6 +121,10 @@ class FollowedRun:
             step = row["step"]
         except (ValueError, KeyError, TypeError):
             return  # the report names damaged lines; here the next frame comes
+        if (now := number(row.get("time"))) is not None:
+            if self._last is not None and not self._last[1]:
+                self._wall_seconds += now - self._last[0]
+            self._last = now, row.get("event") == "stopped"
         if "event" in row:
             self.events.append(row)
         elif "val_loss" in row:
@@ -116,6 +133,12 @@ class FollowedRun:
             while self.steps and self.steps[-1]["step"] >= step:
                 self.steps.pop()
             self.steps.append(row)
+            while self._kept_steps and self._kept_steps[-1] >= step:
+                self._kept_steps.pop()
+                self._kept_sum -= self._kept_seconds.pop()
+            self._kept_steps.append(step)
+            self._kept_seconds.append(number(row.get("seconds")) or 0.0)
+            self._kept_sum += self._kept_seconds[-1]
 
 
 def number(value: Any) -> float | None:

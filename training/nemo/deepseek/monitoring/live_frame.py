@@ -92,6 +92,9 @@ def _headline(run: FollowedRun, now: float) -> RenderableType:
     steps = f"{run.step:,}" + (f" / {run.max_steps:,}" if run.max_steps else "")
     text = Text(f"{run.name}", style="bold")
     text.append(f"   step {steps}   {state(run, now)}", style="default")
+    goodput = run.goodput()
+    if goodput is not None:
+        text.append(f"   goodput {goodput:.1%}", style="default")
     seconds = run.series("seconds")[-50:]
     if run.max_steps and seconds and run.ended is None:
         left = float(np.median(seconds)) * (run.max_steps - run.step)

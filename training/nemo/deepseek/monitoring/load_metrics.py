@@ -53,6 +53,22 @@ def starved(tokens: np.ndarray) -> np.ndarray:
     return np.count_nonzero(tokens < STARVED_BELOW * _mean(tokens)[..., None], axis=-1)
 
 
+def turns(before: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Share of experts whose correction bias turns around between two steps, [...].
+
+    The bias rises where the load lies below the mean and falls where it lies above, so it turns
+    where the load has crossed the mean. Near 1: it only trembles, and its rate is what limits the
+    balance; 0: it is still on its way.
+    """
+    signs = [np.sign(_mean(counts)[..., None] - counts) for counts in (before, tokens)]
+    return np.count_nonzero(signs[0] * signs[1] < 0, axis=-1) / tokens.shape[-1]
+
+
+def bias_range(bias: np.ndarray) -> np.ndarray:
+    """Largest less smallest correction bias of a layer, [...]."""
+    return bias.max(axis=-1) - bias.min(axis=-1)
+
+
 def gini(tokens: np.ndarray) -> np.ndarray:
     """Gini coefficient 1 - 2 (area under the Lorenz curve), [...], 0: balanced, 1 - 1/E: worst."""
     experts = tokens.shape[-1]
@@ -117,7 +133,7 @@ def replicated_imbalance(tokens: np.ndarray, ranks: int, replicas: int) -> np.nd
 
 @dataclass(frozen=True)
 class DeadExpert:
-    """An expert without a token at the last logged step."""
+    """An expert in a stretch of logged steps without a token."""
 
     layer: int
     """Index on the layers' axis."""
@@ -134,30 +150,43 @@ class DeadSince:
     def __init__(self) -> None:
         self._since: np.ndarray | None = None
         self._count = np.zeros(0, np.int64)
+        self._longest_since = np.zeros(0, np.int64)
+        self._longest_count = np.zeros(0, np.int64)
 
     def add(self, step: int, tokens: np.ndarray) -> None:
         """One logged step, [L, E]; steps ascend."""
         if self._since is None or self._since.shape != tokens.shape:
             self._since = np.full(tokens.shape, -1, np.int64)
             self._count = np.zeros(tokens.shape, np.int64)
+            self._longest_since = np.full(tokens.shape, -1, np.int64)
+            self._longest_count = np.zeros(tokens.shape, np.int64)
         without = tokens == 0
         self._since = np.where(without, np.where(self._since < 0, step, self._since), -1)
         self._count = np.where(without, self._count + 1, 0)
+        longer = self._count > self._longest_count
+        self._longest_since = np.where(longer, self._since, self._longest_since)
+        self._longest_count = np.where(longer, self._count, self._longest_count)
 
     def experts(self) -> list[DeadExpert]:
         """Those dead now, the longest dead first."""
         if self._since is None:
             return []
-        found = [
-            DeadExpert(
-                int(layer),
-                int(expert),
-                int(self._since[layer, expert]),
-                int(self._count[layer, expert]),
-            )
-            for layer, expert in np.argwhere(self._since >= 0)
-        ]
+        found = _dead_experts(np.argwhere(self._since >= 0), self._since, self._count)
         return sorted(found, key=lambda one: (one.since, one.layer, one.expert))
+
+    def longest(self, most: int) -> list[DeadExpert]:
+        """The longest stretches without a token, one for each expert, ended ones included."""
+        count = self._longest_count
+        order = np.argsort(-count, axis=None, kind="stable")[:most]
+        places = np.array(np.unravel_index(order[count.flat[order] > 0], count.shape)).T
+        return _dead_experts(places, self._longest_since, count)
+
+
+def _dead_experts(places: np.ndarray, since: np.ndarray, count: np.ndarray) -> list[DeadExpert]:
+    return [
+        DeadExpert(int(layer), int(expert), int(since[layer, expert]), int(count[layer, expert]))
+        for layer, expert in places
+    ]
 
 
 def _slots(load: np.ndarray, copies: np.ndarray, count: int) -> np.ndarray:

@@ -11,6 +11,8 @@ from deepseek.console import complain
 
 MOST_WAITING = 1000
 """Rows that a slow logger may lag behind; further ones are left out."""
+MOST_WORDS = 200
+"""Characters of a logger's own message that are shown."""
 PATIENCE_SECONDS = 20.0
 """At the end of training, for what is still waiting."""
 
@@ -77,7 +79,9 @@ class Mirror:
                 logger.log_metrics(scalars, step=step)
         except BaseException as error:  # also SystemExit, which some raise where they cannot log in
             self._broken = True
+            words = " ".join(str(error).split())
+            words = words if len(words) <= MOST_WORDS else f"{words[:MOST_WORDS]} ..."
             complain(
-                f"{self.name} failed ({type(error).__name__}: {error}) and gets no more; "
+                f"{self.name} failed ({type(error).__name__}: {words}) and gets no more; "
                 f"{self._elsewhere}"
             )

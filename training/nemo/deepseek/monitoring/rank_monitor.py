@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ import torch
 from deepseek.console import complain
 from deepseek.frameworks import Callback
 from deepseek.monitoring.array_log import ArrayLog
+from deepseek.monitoring.received_rows import ReceivedRows
 from deepseek.parallel.gradients import sum_over
 from deepseek.parallel.mesh import Meshes
 from deepseek.parallel.recorder import NUMBERS, SEND_RECV, CommunicationRecorder, Kind, Summary
-from deepseek.phases import resident_bytes
+from deepseek.phases import Memory, resident_bytes
 
+MEASURED_PHASES = ("forward_backward", "optimizer", "checkpoint")
+"""Whose memory is recorded."""
 COLUMNS = (
     "step_seconds",
     "data_seconds",
@@ -33,8 +36,16 @@ COLUMNS = (
     "memory_bytes",
     "peak_memory_bytes",
     "reserved_bytes",
+    "received_rows",
+    "largest_received_rows",
+    *(
+        f"{phase}_{kind}_bytes"
+        for phase in MEASURED_PHASES
+        for kind in ("allocated", "reserved", "peak")
+    ),
 )
-"""What is measured on each rank; seconds of the step, bytes after it."""
+"""What is measured on each rank: seconds of the step, bytes after it and in each phase, rows that
+came to its experts. The phase ``checkpoint`` is the newest one, of whatever step."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,7 @@ class RankMonitor(Callback):
         leads: whether this is rank 0.
         data_seconds: gives the seconds this rank waited for the step's data.
         ranks_per_node: tells which rank is where.
+        checkpoint_memory: of the newest checkpoint, None before there is one.
 
     Attributes:
         latest: the newest record; on rank 0 alone.
@@ -73,24 +85,30 @@ class RankMonitor(Callback):
         leads: bool,
         data_seconds: Callable[[], float],
         ranks_per_node: int = 1,
+        checkpoint_memory: Callable[[], Memory | None] = lambda: None,
     ) -> None:
         self.every_n_steps = every_n_steps
         self.latest: RankRecord | None = None
         self._leads = leads
         self._files = _Files(folder, ranks_per_node) if leads else None
         self._data_seconds = data_seconds
+        self._checkpoint_memory = checkpoint_memory
         self._recorder: CommunicationRecorder | None = None
+        self._rows: ReceivedRows | None = None
         self._clock = 0.0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Get ready to record, where there is something to record."""
         if isinstance(pl_module.meshes, Meshes):
             self._recorder = CommunicationRecorder(pl_module.meshes)
+        self._rows = ReceivedRows(pl_module.model)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         """Start the clock, and the recorder if this step is recorded."""
         if self._recorder is not None and self._is_due(pl_module.finished_steps + 1):
             self._recorder.start()
+        if self._rows is not None:
+            self._rows.start()
         self._clock = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
@@ -103,7 +121,7 @@ class RankMonitor(Callback):
         facts["data_seconds"] = round(self._data_seconds(), 6)
         facts["forward_backward_seconds"] = round(phases["forward_backward"], 6)
         facts["optimizer_seconds"] = round(phases["optimizer"], 6)
-        facts["memory_bytes"] = max(pl_module.phases.peak_bytes.values())
+        facts["memory_bytes"] = max(m.peak for m in pl_module.phases.memory.values())
         if self._is_due(step):
             summary = None
             if self._recorder is not None:
@@ -113,10 +131,17 @@ class RankMonitor(Callback):
             self._record(pl_module, step, step_seconds, summary)
         facts["monitor_seconds"] = facts.get("monitor_seconds", 0.0) + time.perf_counter() - begin
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the model as it was."""
+        if self._rows is not None:
+            self._rows.remove()
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave torch's functions as they were."""
+        """Leave torch's functions and the model as they were."""
         if self._recorder is not None:
             self._recorder.stop()
+        if self._rows is not None:
+            self._rows.remove()
 
     def _is_due(self, step: int) -> bool:
         return step % self.every_n_steps == 0
@@ -124,7 +149,8 @@ class RankMonitor(Callback):
     def _record(
         self, pl_module: Any, step: int, step_seconds: float, summary: Summary | None
     ) -> None:
-        own = _measurements(pl_module, step_seconds, summary)
+        memory = pl_module.phases.memory | {"checkpoint": self._checkpoint_memory()}
+        own = _measurements(pl_module, step_seconds, summary, memory, self._rows)
         kinds = self._recorder.kinds() if self._recorder is not None else []
         rank, size = pl_module.meshes.rank, pl_module.meshes.layout.world_size
         # One collective: each rank fills its row of one table; at its end what it sent to whom.
@@ -164,7 +190,13 @@ class RankMonitor(Callback):
             self._files = None
 
 
-def _measurements(pl_module: Any, step_seconds: float, summary: Summary | None) -> np.ndarray:
+def _measurements(
+    pl_module: Any,
+    step_seconds: float,
+    summary: Summary | None,
+    memory: Mapping[str, Memory | None],
+    rows: ReceivedRows | None,
+) -> np.ndarray:
     """One rank's ``COLUMNS``, fp64."""
     facts = pl_module.step_facts
     seconds = transfer = exposed = 0.0
@@ -174,25 +206,28 @@ def _measurements(pl_module: Any, step_seconds: float, summary: Summary | None) 
             numbers[:, NUMBERS.index(name)].sum()
             for name in ("seconds", "transfer_seconds", "exposed_seconds")
         )
-    memory, reserved = resident_bytes(), 0
-    peak = max(pl_module.phases.peak_bytes.values())
+    now, reserved = resident_bytes(), 0
     device = next(pl_module.model.parameters()).device
     if device.type == "cuda":
-        memory = torch.cuda.memory_allocated(device)
+        now = torch.cuda.memory_allocated(device)
         reserved = torch.cuda.memory_reserved(device)
-    return np.array(
-        [
-            step_seconds,
-            facts["data_seconds"],
-            max(0.0, step_seconds - exposed),
-            seconds - transfer,
-            transfer,
-            facts["optimizer_seconds"],
-            memory,
-            max(peak, memory),
-            reserved,
-        ]
-    )
+    values = {
+        "step_seconds": step_seconds,
+        "data_seconds": facts["data_seconds"],
+        "compute_seconds": max(0.0, step_seconds - exposed),
+        "wait_seconds": seconds - transfer,
+        "transfer_seconds": transfer,
+        "optimizer_seconds": facts["optimizer_seconds"],
+        "memory_bytes": now,
+        "peak_memory_bytes": max(now, facts["memory_bytes"]),
+        "reserved_bytes": reserved,
+        "received_rows": rows.total if rows else 0,
+        "largest_received_rows": rows.largest if rows else 0,
+    }
+    for phase, used in memory.items():
+        for kind in ("allocated", "reserved", "peak"):
+            values[f"{phase}_{kind}_bytes"] = getattr(used, kind) if used else 0
+    return np.array([values[name] for name in COLUMNS])
 
 
 class _Files:

@@ -135,7 +135,9 @@ def _favourite_lines(analysis: RoutingAnalysis) -> Panel:
     if all(layer.top_share is None for layer in analysis.layers):
         return Panel("favourite-lines", title, missing=_too_rare(analysis))
     drawn = _over_layers(
-        analysis, {"favourite": [_percent(layer.top_share) for layer in analysis.layers]}, "%"
+        analysis,
+        {"favourite": [_percent(layer.top_share) for layer in analysis.layers]},
+        "% of the occurrences",
     )
     _level(drawn, 100 * analysis.chance)
     return Panel(
@@ -203,7 +205,7 @@ def _co_activation(analysis: RoutingAnalysis, layer: LayerRoutes) -> Panel:
         "x": names,
         "y": names,
         "colorscale": "@sequential",
-        "colorbar": {"title": {"text": "%", "side": "right"}},
+        "colorbar": {"title": {"text": "% of the row's tokens", "side": "right"}},
         "zmin": 0,
     }
     precision = ""
@@ -231,8 +233,8 @@ def _co_activation(analysis: RoutingAnalysis, layer: LayerRoutes) -> Panel:
         f"column, over all pairs; {chance:.1f} % if experts were chosen independently and evenly. "
         "Experts are ordered by clustering, so that those chosen together stand together. The "
         f"diagonal and experts never chosen are left empty.{precision}",
-        figure([trace], "", "", 520, hidden | {"autorange": "reversed"}, xaxis=dict(hidden),
-               hovermode="closest"),
+        figure([trace], "also chosen", "chosen", 520, hidden | {"autorange": "reversed"},
+               xaxis=dict(hidden), hovermode="closest"),
         wide=True,
     )  # fmt: skip
 
@@ -313,7 +315,7 @@ def _histogram(
     if not drawn:
         return Panel(key, title, missing="Every eligible expert is chosen, so nothing is left out.")
     note += f" Mean {values.mean:.3g}, median {_number(values.quantile(0.5))}."
-    more = figure(drawn, label, "%", 260, barmode="overlay", showlegend=best is not None)
+    more = figure(drawn, label, "% of all", 260, barmode="overlay", showlegend=best is not None)
     return Panel(key, title, note, more)
 
 

@@ -9,7 +9,7 @@ B batch, S sequence, D model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -94,7 +94,9 @@ class Sequential:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
         """See ``MicroBatches``."""
-        return self.stage(batch["tokens"], **_arguments(batch))
+        sums = self.stage(batch["tokens"], **_arguments(batch))
+        _reshard([self.stage])
+        return sums
 
 
 class Pipeline:
@@ -150,15 +152,8 @@ class Pipeline:
                 dist.send(h_BSD.contiguous(), group=pp, group_dst=after)
             elif index == total - 1:
                 result = h_BSD
-        self._reshard()
+        _reshard(self.stages.values())
         return result
-
-    def _reshard(self) -> None:
-        """Only the end of a schedule does so by itself; until then parameters are no DTensors."""
-        for stage in self.stages.values():
-            for module in stage.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
 
     def _make_schedule(self) -> Any:
         rows, total = self.config.micro_batch_size, num_stages(self.config)
@@ -219,6 +214,14 @@ def check_schedule(name: str, version: str) -> None:
             "ones give wrong gradients or stop; use 1F1B, GPipe or Interleaved1F1B, or "
             'pip install "torch>=2.13"'
         )
+
+
+def _reshard(stages: Iterable[Stage]) -> None:
+    """Only a backward pass does so by itself; until then parameters are no DTensors."""
+    for stage in stages:
+        for module in stage.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _nothing_left() -> Callable[[], None]:

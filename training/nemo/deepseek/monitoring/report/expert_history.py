@@ -14,6 +14,7 @@ from deepseek.monitoring import load_metrics
 from deepseek.monitoring.array_log import Record
 from deepseek.monitoring.report.array_history import entries_of, evenly, records_of
 
+MOST_STRETCHES = 12
 MOST_FRAMES = 100
 """Steps whose whole [layers, experts] picture is kept."""
 
@@ -22,6 +23,7 @@ FORMULAS = {
     "max_violation": load_metrics.max_violation,
     "entropy": load_metrics.entropy,
     "dead": load_metrics.dead,
+    "starved": load_metrics.starved,
 }
 
 
@@ -35,7 +37,7 @@ class ExpertHistory:
     steps: np.ndarray
     """int64 [S]."""
     metrics: dict[str, np.ndarray]
-    """By the names in ``FORMULAS``: float32 [S, L]."""
+    """By the names in ``FORMULAS``, and ``turns``: float32 [S, L]."""
     rank_load: np.ndarray
     """Share of the mean rank's assignments over all layers, float32 [S, R]."""
     rank_imbalance: np.ndarray
@@ -50,6 +52,8 @@ class ExpertHistory:
     """Mean router margin at the frames, float32 [F, L]."""
     dead: list[load_metrics.DeadExpert]
     """Experts without tokens at the last logged step."""
+    longest_dead: list[load_metrics.DeadExpert]
+    """The longest stretches without tokens, whenever they were."""
 
 
 def read_experts(path: Path, notes: list[str]) -> ExpertHistory | None:
@@ -68,14 +72,17 @@ def read_experts(path: Path, notes: list[str]) -> ExpertHistory | None:
     ranks = int(meta.get("ep") or 1)
     wanted = {alike[index].step for index in evenly(len(alike), MOST_FRAMES)}
     steps: list[int] = []
-    metrics: dict[str, list[np.ndarray]] = {name: [] for name in FORMULAS}
+    metrics: dict[str, list[np.ndarray]] = {name: [] for name in (*FORMULAS, "turns")}
     rank_load, rank_imbalance = [], []
-    watch = load_metrics.DeadSince()
+    watch, before = load_metrics.DeadSince(), None
     for record in records_of(path, alike, notes, {"tokens"}):
         tokens = record.arrays["tokens"]
         steps.append(record.step)
         for name, formula in FORMULAS.items():
             metrics[name].append(formula(tokens).astype(np.float32))
+        turned = load_metrics.turns(tokens if before is None else before, tokens)
+        metrics["turns"].append(turned.astype(np.float32))
+        before = tokens
         load = load_metrics.rank_load(tokens, ranks)
         rank_load.append(load_metrics.utilisation(load.sum(axis=0)).astype(np.float32))
         rank_imbalance.append(load_metrics.imbalance(load).astype(np.float32))
@@ -96,6 +103,7 @@ def read_experts(path: Path, notes: list[str]) -> ExpertHistory | None:
         bias=_stacked(frames, "bias", shape),
         margin=_stacked(frames, "margin", shape[:1]),
         dead=watch.experts(),
+        longest_dead=watch.longest(MOST_STRETCHES),
     )
 
 

@@ -47,6 +47,11 @@ METRICS: dict[str, tuple[str, str, str]] = {
         "Of the shares of the experts; 1: balanced, 0: one takes all.",
     ),
     "dead": ("Dead experts", "experts without a token", "Counted at each logged step."),
+    "starved": (
+        "Starved experts",
+        "experts below a tenth",
+        "Experts with less than a tenth of the mean load, dead ones included.",
+    ),
 }
 
 
@@ -62,6 +67,8 @@ def expert_panels(experts: ExpertHistory | None) -> list[Panel]:
         _dead(experts),
         _bias(experts),
         _bias_range(experts),
+        _bias_extremes(experts),
+        _bias_turns(experts),
         _margin(experts),
     ]
 
@@ -194,21 +201,33 @@ def _lorenz(experts: ExpertHistory) -> Panel:
 
 def _dead(experts: ExpertHistory) -> Panel:
     title = "Dead experts, and since when"
+    columns, kinds = ["layer", "expert", "since step", "logged steps"], "l r r r"
     if not experts.dead:
-        why = f"Every expert had a token at the last logged step, {experts.steps[-1]}."
-        return Panel("dead-since", title, body=f"<p>{why}</p>")
-    rows = [
-        [experts.layers[one.layer], str(one.expert), f"{one.since:,}", f"{one.steps:,}"]
-        for one in experts.dead[:MOST_DEAD_ROWS]
-    ]
+        note = f"Every expert had a token at the last logged step, {experts.steps[-1]:,}."
+        if not experts.longest_dead:
+            return Panel(
+                "dead-since", title, body=f"<p>{note[:-1]}, and at every other.</p>", wide=True
+            )
+        note += " The longest stretches without one:"
+        body = table(columns, _dead_rows(experts, experts.longest_dead), kinds)
+        return Panel("dead-since", title, note, body=body, wide=True)
+    rows = _dead_rows(experts, experts.dead[:MOST_DEAD_ROWS])
     more = len(experts.dead) - len(rows)
     tail = f"<p>... and {more:,} more.</p>" if more else ""
     return Panel(
         "dead-since", title,
         f"{len(experts.dead):,} experts had no token at the last logged step, "
         f"{experts.steps[-1]:,}; the longest dead first.",
-        body=table(["layer", "expert", "since step", "logged steps"], rows, "l r r r") + tail,
+        body=table(columns, rows, kinds) + tail,
+        wide=True,
     )  # fmt: skip
+
+
+def _dead_rows(experts: ExpertHistory, dead: list[load_metrics.DeadExpert]) -> list[list[str]]:
+    return [
+        [experts.layers[one.layer], str(one.expert), f"{one.since:,}", f"{one.steps:,}"]
+        for one in dead
+    ]
 
 
 def _bias(experts: ExpertHistory) -> Panel:
@@ -245,6 +264,36 @@ def _bias_range(experts: ExpertHistory) -> Panel:
         "Largest less smallest bias of a layer. Where it goes on growing, the bias does not reach "
         "its aim.",
         _per_layer(experts, spread, "max - min", experts.frame_steps),
+    )  # fmt: skip
+
+
+def _bias_extremes(experts: ExpertHistory) -> Panel:
+    title = "Smallest and largest bias"
+    if experts.bias is None:
+        return Panel("bias-extremes", title, missing="The log has no bias.")
+    flat = experts.bias.reshape(len(experts.bias), 1, -1)
+    data = [
+        line(experts.frame_steps, _over_experts(reduce, values)[:, 0], name, color)
+        for reduce, values, name, color in (
+            (np.nanmax, flat, "largest", "@1"),
+            (np.nanmean, np.abs(flat), "mean size", "@2"),
+            (np.nanmin, flat, "smallest", "@0"),
+        )
+    ]
+    return Panel(
+        "bias-extremes", title,
+        "Of all layers. Scores lie between 0 and 1: a bias that nears the scores' own size decides "
+        "more than they do.",
+        figure(data, "step", "bias, in units of the score"),
+    )  # fmt: skip
+
+
+def _bias_turns(experts: ExpertHistory) -> Panel:
+    return Panel(
+        "bias-turns", "Turns of the bias",
+        "Share of a layer's experts whose load crossed the mean between two logged steps, where "
+        "the bias turns around. High: it trembles about its aim; low: it is still on its way.",
+        _per_layer(experts, experts.metrics["turns"], "share of experts"),
     )  # fmt: skip
 
 

@@ -124,18 +124,18 @@
     const named = figure.data.filter((trace) => trace.showlegend !== false).length;
     const inColumns = narrow && !heat && named > 2;
     // The legend above takes nothing from the plot.
-    const above = !narrow ? 0 : heat ? 16 : inColumns ? 17 * Math.ceil(named / 2) : 0;
+    const above = heat ? 16 : !narrow ? 0 : inColumns ? 17 * Math.ceil(named / 2) : 0;
     return {
       font: { family: "system-ui, sans-serif", size: 12, color: theme.text },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      margin: { l: 48, r: 8, t: narrow && heat ? 24 : 8, b: heat ? 48 : 40 },
+      margin: { l: 48, r: 8, t: heat ? 24 : 8, b: heat ? 48 : 40 },
       hovermode: "x unified",
       hoverlabel: { bgcolor: theme.panel, bordercolor: theme.muted, font: { color: theme.text } },
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
       showlegend: !heat,
       ...layout,
-      // Beside a narrow map there is no room for the title of the colour bar: it goes above.
-      annotations: narrow && scale ? [{
+      // Beside the colour bar its title runs into the numbers, or has no room: it goes above.
+      annotations: scale ? [{
         text: `colour: ${scale}`, showarrow: false, xref: "paper",
         yref: "paper", x: 1, xanchor: "right", y: 1, yanchor: "bottom", yshift: 2,
       }] : [],
@@ -157,9 +157,7 @@
         thickness: 10, outlinewidth: 0, tickfont: { size: 10 }, tickangle: 0, len: 1,
         ...trace.colorbar,
       };
-      if (narrow) {
-        Object.assign(trace.colorbar, { thickness: 8, xpad: 4, title: undefined });
-      }
+      Object.assign(trace.colorbar, { title: undefined, ...(narrow ? { thickness: 8, xpad: 4 } : {}) });
     }
     if (state.figure.frames) Object.assign(traces[0], frame(state, state.index));
     if (state.figure.layers) {

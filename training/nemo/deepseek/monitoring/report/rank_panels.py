@@ -27,6 +27,7 @@ TIME_BINS = 240
 MOST_MATRIX = 256
 """Ranks of a traffic map; more are summed by node or in blocks."""
 MOST_LINES = 8
+MOST_BARS = 48
 WHAT_IF_RANKS = 8
 """Ranks assumed where the experts lie on one."""
 COLORS = tuple(f"@{index}" for index in range(MOST_LINES))
@@ -43,6 +44,8 @@ def rank_panels(run: RunData) -> list[Panel]:
         _compute(run.ranks),
         _waiting(run.ranks),
         _traffic(run.traffic),
+        _rows(run.ranks),
+        _memory_phases(run.ranks),
         _memory(run),
         _collectives(run.collectives),
     ]
@@ -69,8 +72,9 @@ def _rank_map(steps: np.ndarray, values: np.ndarray, words: str, label: str) -> 
     """A heat map of ranks x time of values around 1, [S, R]."""
     starts = stretch_starts(len(values), TIME_BINS)
     mean = binned(values, TIME_BINS)
-    far = float(np.nanmax(np.abs(mean - 1), initial=0.0))
-    far = max(0.05, far)
+    away = np.abs(mean[np.isfinite(mean)] - 1)
+    # A single odd step must not pale all others.
+    far = max(0.05, float(np.percentile(away, 98)) if away.size else 0.0)
     return figure(
         [{"type": "heatmap", "x": packed(steps[starts]), "z": packed(mean.T),
           "zmin": 1 - far, "zmax": 1 + far, "colorscale": "@diverging",
@@ -132,9 +136,9 @@ def _what_if(experts: ExpertHistory | None) -> Panel:
     data = [
         line(at, curves.max(axis=1), "worst layer", "@1", "%{y:.3f}", **marks),
         line(at, curves.mean(axis=1), "mean layer", "@0", "%{y:.3f}", **marks),
-        line(at, np.full(len(at), placed.max()), "worst layer as placed", "@1/0.6", "%{y:.3f}",
+        line(at, np.full(len(at), placed.max()), "worst, as placed", "@1/0.6", "%{y:.3f}",
              line={"dash": "dot"}),
-        line(at, np.full(len(at), placed.mean()), "mean layer as placed", "@0/0.6", "%{y:.3f}",
+        line(at, np.full(len(at), placed.mean()), "mean, as placed", "@0/0.6", "%{y:.3f}",
              line={"dash": "dot"}),
     ]  # fmt: skip
     return Panel(
@@ -239,6 +243,73 @@ def folded(traffic: Traffic) -> tuple[np.ndarray, str]:
         owner, unit = np.arange(ranks) // size, f"block of {size} ranks"
     member = np.eye(owner.max() + 1)[owner]
     return member.T @ matrix @ member, unit
+
+
+def _rows(ranks: RankHistory | None) -> Panel:
+    title = "Rows that come to the experts of a rank"
+    rows = None if ranks is None else ranks.columns.get("received_rows")
+    if ranks is None or rows is None or not np.isfinite(rows).any():
+        return Panel("rows", title, missing="The ranks' log has no received rows.")
+    data = [
+        line(ranks.steps, np.nanmax(rows, axis=1), "fullest rank", "@1", "%{y:,.0f}"),
+        line(ranks.steps, np.nanmean(rows, axis=1), "mean rank", "@0", "%{y:,.0f}"),
+    ]
+    largest = ranks.columns.get("largest_received_rows")
+    if largest is not None and np.isfinite(largest).any():
+        data.append(
+            line(ranks.steps, np.nanmax(largest, axis=1), "largest at once", "@2", "%{y:,.0f}",
+                 line={"dash": "dot"})
+        )  # fmt: skip
+    return Panel(
+        "rows", title,
+        "Choices of tokens in a step, over layers and micro-batches. Largest at once: of one layer "
+        "and micro-batch, what memory has to hold.",
+        figure(data, "step", "rows per step", 400, {"rangemode": "tozero", "exponentformat": "SI"}),
+    )  # fmt: skip
+
+
+def _memory_phases(ranks: RankHistory | None) -> Panel:
+    title = "Peak memory of each phase and rank"
+    phases = {
+        key: (name, color)
+        for key, name, color in (
+            ("forward_backward", "forward, backward", "@0"),
+            ("optimizer", "optimiser", "@2"),
+            ("checkpoint", "checkpoint", "@4"),
+        )
+        if ranks is not None and np.nansum(ranks.columns.get(f"{key}_peak_bytes", 0.0)) > 0
+    }
+    if ranks is None or not phases:
+        return Panel("memory-phases", title, missing="The ranks' log has no memory of phases.")
+    most = {key: np.nanmax(ranks.columns[f"{key}_peak_bytes"], axis=0) for key in phases}
+    shown, note = np.arange(ranks.ranks), ""
+    if ranks.ranks > MOST_BARS:
+        shown = np.sort(np.argsort(-np.max(list(most.values()), axis=0))[:MOST_BARS])
+        note = f" The {MOST_BARS} ranks of the highest peaks."
+    data = [
+        {"type": "bar", "name": name, "x": [str(rank) for rank in shown],
+         "y": packed(most[key][shown] / 1e9), "marker": {"color": color, "line": {"width": 0}},
+         "hovertemplate": "%{y:.2f} GB"}
+        for key, (name, color) in phases.items()
+    ]  # fmt: skip
+    rows = []
+    for key, (name, _) in phases.items():
+        rank = int(np.argmax(most[key]))
+        cells = [quantity(float(most[key][rank]), "B")]
+        for kind in ("allocated", "reserved"):
+            values = ranks.columns.get(f"{key}_{kind}_bytes")
+            known = values is not None and np.nanmax(values, initial=0.0) > 0
+            cells.append(quantity(float(np.nanmax(values)), "B") if known else "none")  # type: ignore[arg-type]
+        rows.append([name, str(rank), *cells])
+    columns = ["phase", "rank", "peak", "allocated after", "reserved after"]
+    return Panel(
+        "memory-phases", title,
+        "The most of the logged steps. On GPUs allocated bytes, on CPUs the resident size; "
+        "reserved is what torch's GPU allocator holds, in use or not. Below, the highest of any "
+        "rank." + note,
+        figure(data, "rank", "peak memory, GB", 260, barmode="group", xaxis={"type": "category"}),
+        table(columns, rows, "l r r r r"),
+    )  # fmt: skip
 
 
 def _memory(run: RunData) -> Panel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from deepseek.monitoring.report.panel import (
     figure,
     line,
     quantity,
+    smoothed,
     table,
 )
 from deepseek.monitoring.report.run_data import RunData
@@ -24,6 +26,8 @@ from deepseek.monitoring.report.training_panels import loss_curve
 MOST_ALARMS = 200
 MOST_EVENTS = 100
 COLORS = ("@0", "@1", "@2", "@4", "@3", "@5", "@6", "@7")
+WITH_MORE = {"validation loss", "tokens per second", "load max / mean"}
+"""Cards whose small line is a number too."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 
@@ -80,7 +84,7 @@ def headline(run: RunData) -> list[tuple[str, str, str]]:
     alarms = run.alarms()
     cards.append(("alarms", f"{len(alarms):,}", _kinds(alarms)))
     skipped = run.steps.get("skipped")
-    if skipped is not None and np.nansum(skipped):
+    if skipped is not None:
         cards.append(("steps skipped", f"{int(np.nansum(skipped)):,}", "gradient not finite"))
     return cards
 
@@ -165,7 +169,7 @@ def _flat(value: Any) -> str:
         return ", ".join(f"{n} x {text}" if n > 1 else text for text, n in counts.items())
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_flat(inner)}" for key, inner in value.items())
-    return "" if value is None else str(value)
+    return "none" if value is None else str(value)
 
 
 def config_panel(run: RunData) -> Panel:
@@ -183,9 +187,52 @@ def comparison_panels(runs: list[RunData]) -> list[Panel]:
     return [
         _losses(runs, "compare-training", "Training loss, smoothed", False),
         _losses(runs, "compare-validation", "Validation loss", True),
+        _curves(runs, "compare-speed", "Speed, smoothed", "tokens per second", _speed_curve),
+        _curves(
+            runs,
+            "compare-load",
+            "Load of the experts, mean of the layers",
+            "MaxVio, max / mean - 1",
+            _load_curve,
+        ),
         _numbers(runs),
         _differences(runs),
     ]
+
+
+def _speed_curve(run: RunData) -> tuple[np.ndarray, np.ndarray] | None:
+    values = run.column("tokens_per_second")
+    if values is None:
+        return None
+    return run.steps["step"], smoothed(values, max(1.0, len(values) / 100))
+
+
+def _load_curve(run: RunData) -> tuple[np.ndarray, np.ndarray] | None:
+    if run.experts is None:
+        return None
+    values = run.experts.metrics["max_violation"]
+    known = np.isfinite(values)
+    mean = np.where(known, values, 0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)
+    return run.experts.steps, mean
+
+
+def _curves(
+    runs: list[RunData],
+    key: str,
+    title: str,
+    label: str,
+    curve: Callable[[RunData], tuple[np.ndarray, np.ndarray] | None],
+) -> Panel:
+    """One line of every run that has it."""
+    data = []
+    for index, run in enumerate(runs):
+        if (found := curve(run)) is not None:
+            look = {"dash": DASHES[index // len(COLORS) % len(DASHES)]}
+            color = COLORS[index % len(COLORS)]
+            data.append(line(*found, html.escape(run.label), color, line=look))
+    if not data:
+        return Panel(key, title, missing="No run has logged it.")
+    return Panel(key, title, figure=figure(data, "step", label, yaxis={"rangemode": "tozero"}))
 
 
 def _losses(runs: list[RunData], key: str, title: str, validation: bool) -> Panel:
@@ -207,12 +254,18 @@ def _losses(runs: list[RunData], key: str, title: str, validation: bool) -> Pane
 
 
 def _numbers(runs: list[RunData]) -> Panel:
-    cards = [{label: value for label, value, _ in headline(run)} for run in runs]
+    cards = [
+        {
+            label: f"{value} ({below})" if below and label in WITH_MORE else value
+            for label, value, below in headline(run)
+        }
+        for run in runs
+    ]
     labels = list(dict.fromkeys(label for card in cards for label in card))
     rows = [[label, *(card.get(label, "") for card in cards)] for label in labels]
     columns = ["", *(run.label for run in runs)]
     body = table(columns, rows, "l" + " r" * len(runs))
-    return Panel("compare-numbers", "Side by side", body=body, wide=len(runs) > 2)
+    return Panel("compare-numbers", "Side by side", body=body, wide=True)
 
 
 def _differences(runs: list[RunData]) -> Panel:
@@ -227,7 +280,7 @@ def _differences(runs: list[RunData]) -> Panel:
     if not rows:
         return Panel("compare-settings", title, body="<p>None: the configurations are equal.</p>")
     body = table(["key", *(run.label for run in runs)], rows)
-    return Panel("compare-settings", title, body=body, wide=len(runs) > 2)
+    return Panel("compare-settings", title, body=body, wide=True)
 
 
 def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -14,6 +14,7 @@ from deepseek.monitoring.report.panel import (
     figure,
     line,
     packed,
+    quantity,
     smoothed,
     stretch_starts,
     table,
@@ -225,13 +226,26 @@ def _mfu(run: RunData) -> Panel:
         line(run.steps["step"], 100 * values, "each step", "@4/0.35", line={"width": 1}),
         line(run.steps["step"], 100 * smoothed(values, len(values) / 100), "smoothed", "@4"),
     ]
-    peak = {k: v for k, v in (run.environment or {}).items() if "peak" in k or "mfu" in k}
-    stated = "".join(f" {key}: {value}." for key, value in peak.items())
     return Panel(
         "mfu", title,
-        "FLOPs the model needs (recomputation not counted), over the devices' peak." + stated,
+        "FLOPs the model needs (recomputation not counted), over what the devices could do at "
+        "best." + _denominator(run.environment or {}),
         figure(data, STEP, "MFU, %", yaxis={"rangemode": "tozero"}),
     )  # fmt: skip
+
+
+def _denominator(environment: dict[str, Any]) -> str:
+    """Both sides of the fraction, as far as they were recorded."""
+    peak, devices = environment.get("peak_flops_per_device"), environment.get("processes")
+    words = ""
+    if isinstance(peak, int | float) and isinstance(devices, int):
+        source = environment.get("peak_source")
+        words += f" Peak: {devices} x {quantity(peak, 'FLOP/s')}" + (
+            f" ({source})." if source else "."
+        )
+    if isinstance(flops := environment.get("flops_per_token"), int | float):
+        words += f" A token takes {quantity(flops, 'FLOP')}."
+    return words
 
 
 def _step_time(run: RunData) -> Panel:
@@ -262,12 +276,20 @@ def _step_time(run: RunData) -> Panel:
         "step-time", title,
         f"Means over {len(starts)} stretches of the run and over ranks. Communication that "
         "computation covers is inside computation; waiting and transfer are what it does not "
-        "cover.",
-        figure(data, STEP, "seconds per step", 360, {"rangemode": "tozero"},
+        "cover. Where a step takes far longer than the others, its top is cut off.",
+        figure(data, STEP, "seconds per step", 360, _time_range(binned(seconds, bins)),
                legend={"traceorder": "normal"}),
         share,
         wide=True,
     )  # fmt: skip
+
+
+def _time_range(seconds: np.ndarray) -> Figure:
+    """From 0 to the longest, or to three times the usual: one step of a minute must not flatten a
+    thousand of a second."""
+    usual = 3 * float(np.nanpercentile(seconds, 90))
+    longest = float(np.nanmax(seconds))
+    return {"range": [0, 1.05 * min(longest, usual)]} if usual > 0 else {"rangemode": "tozero"}
 
 
 def step_parts(run: RunData) -> dict[str, np.ndarray]:
