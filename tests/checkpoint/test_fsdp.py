@@ -412,6 +412,20 @@ def test_missing_mtp_modules_have_a_way_out(tmp_path: Path) -> None:
         migrate(path, cfg)
 
 
+def test_states_of_missing_weights_are_not_listed_once_more(tmp_path: Path) -> None:
+    cfg = ModelConfig(**{**vars(CFG), "num_hidden_layers": 3})
+    path = save(run(), tmp_path / "full.pt")
+    with pytest.raises(UserError, match=r"16 missing optimiser states \(step\): of the same\n"):
+        migrate(path, cfg)
+
+
+def test_a_stack_of_another_shape_is_not_missing_too(tmp_path: Path) -> None:
+    path = save({"model": with_shape(3, 16, 17)["model"]}, tmp_path / "full.pt")
+    with pytest.raises(UserError) as error:
+        migrate(path)
+    assert "missing" not in str(error.value)
+
+
 def test_an_expert_alone_is_missing(tmp_path: Path) -> None:
     content = run("released")
     del content["model"]["model.layers.1.mlp.experts.2.up_proj.weight"]
@@ -491,6 +505,12 @@ def cut_off(folder: Path) -> Path:
     return path
 
 
+def cut_in_half(folder: Path) -> Path:
+    path = save(run(), folder / "full.pt")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
 def not_a_dictionary(folder: Path) -> Path:
     torch.save(torch.zeros(3), folder / "one.pt")
     return folder / "one.pt"
@@ -530,6 +550,19 @@ def lost_file(folder: Path) -> Path:
     return path
 
 
+def cut_shard(folder: Path) -> Path:
+    path = save(run(), folder / "sharded")
+    with open(path / "__0_0.distcp", "r+b") as stream:
+        stream.truncate(1000)
+    return path
+
+
+def empty_metadata(folder: Path) -> Path:
+    path = save(run(), folder / "sharded")
+    (path / ".metadata").write_bytes(b"")
+    return path
+
+
 def aliased(folder: Path) -> Path:
     content = run()
     state = content["optimizer"]["state"][GATE]
@@ -547,6 +580,7 @@ def aliased(folder: Path) -> Path:
         (nothing, ["does not exist"]),
         (other_file, ["no file of torch.save, or damaged"]),
         (cut_off, ["no file of torch.save, or damaged"]),
+        (cut_in_half, ["full.pt", "copy it again"]),
         (not_a_dictionary, ["holds a Tensor, expected a dictionary"]),
         (no_tensors, ["holds no tensor"]),
         (safetensors, ["Hugging Face weights", "deepseek hf import"]),
@@ -554,7 +588,12 @@ def aliased(folder: Path) -> Path:
         (parent, ["is no checkpoint", "give one of those inside: step_7"]),
         (part_of_dcp, ["part of a DCP checkpoint; give its folder"]),
         (of_ours, ["of this program already", "model.restore_from"]),
-        (lost_file, ["__0_0.distcp"]),
+        (
+            lost_file,
+            ["1 of its 1 files are missing, such as __0_0.distcp", "copy the folder again"],
+        ),
+        (cut_shard, ["__0_0.distcp is cut short: it has 1,000 bytes and needs", "copy it again"]),
+        (empty_metadata, [".metadata: not the metadata of a checkpoint"]),
         (aliased, [f"{GATE}.exp_avg_sq are the same numbers", "SHARDED_STATE_DICT"]),
     ],
 )

@@ -247,7 +247,12 @@ def test_no_such_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "file is a file; give the folder")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "has no config.json")
+    refused(tmp_path / "empty", "has no config.json; give the folder of a Hugging Face model")
+    (tmp_path / "empty" / "adapter_config.json").write_text("{}")
+    refused(tmp_path / "empty", "it holds an adapter; merge it into its model first")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("")
+    refused(tmp_path / "run", "is a folder of this program already: model.restore_from")
 
 
 def test_missing_file(source: Path) -> None:
@@ -411,6 +416,9 @@ def test_a_key_that_is_known_to_be_idle(source: Path) -> None:
     extra = {"my_note": 7, "_note": 8, "sliding_window": None, "use_qk_norm": False}
     (source / "config.json").write_text(json.dumps(hf_config(CFG) | extra))
     refused(source, "my_note=7")
+    refused(
+        source, "--ignore-key my_notes: config.json has no.*; my_note", ignore_keys=["my_notes"]
+    )
     import_hf(source, source.with_name("run"), ignore_keys=["my_note"])
 
 

@@ -132,6 +132,16 @@ def test_bf16_export_rounds_once_and_says_so(
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_bf16_comes_out_as_it_came_in(tmp_path: Path) -> None:
+    """As the released files are: bf16, correction biases in fp32."""
+    cfg = small(num_nextn_predict_layers=1)
+    state = {n: t if n.endswith("gate.bias") else t.bfloat16() for n, t in weights(cfg).items()}
+    theirs = write_folder(tmp_path / "hf", cfg, state)
+    import_hf(tmp_path / "hf", tmp_path / "run")
+    export_hf(tmp_path / "run", tmp_path / "out", dtype="bf16")
+    assert_equal(exported(tmp_path / "out"), theirs)
+
+
 # -- MTP --
 
 
@@ -235,6 +245,10 @@ def test_logits_of_a_model_that_transformers_wrote(tmp_path: Path) -> None:
     theirs = transformers.DeepseekV3ForCausalLM(
         transformers.DeepseekV3Config(**hf_config(cfg), attn_implementation="eager")
     ).eval()
+    with torch.no_grad():  # logits of the size that trained models have, not of fresh ones
+        for parameter in theirs.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
     theirs.save_pretrained(tmp_path / "hf", max_shard_size="50KB")
     import_hf(tmp_path / "hf", tmp_path / "run")
     model = open_checkpoint(tmp_path / "run").model()
@@ -245,7 +259,7 @@ def test_logits_of_a_model_that_transformers_wrote(tmp_path: Path) -> None:
         mask_BS = torch.ones_like(tokens_BS)
         wanted = theirs(tokens_BS, position_ids=positions_BS, attention_mask=mask_BS).logits
         ours = model.cpu()(tokens_BS, positions_BS)
-    assert wanted.abs().max() > 0.1
+    assert wanted.abs().max() > 2
     for i, position in enumerate(positions):
         assert (ours[:, i] - wanted[:, i]).abs().max() <= 1e-5, position
 

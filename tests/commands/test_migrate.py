@@ -91,6 +91,37 @@ def test_migrated_run_is_the_run(micro: MicroRuns, source: Path, tmp_path: Path)
     micro.cli("generate", tmp_path / "new", "--max-new-tokens", 2).assert_done()
 
 
+def test_the_way_back(micro: MicroRuns, source: Path, tmp_path: Path) -> None:
+    """The file that came, its numbers bitwise; later steps and other runs in the same form."""
+    run, file = tmp_path / "run", tmp_path / "back.pt"
+    migrate(micro, source, run).assert_done()
+    out = micro.cli("migrate", "to-fsdp", run, file).assert_done().out
+    assert f"wrote        {file}: FULL state dict" in out and "step         12" in out
+    theirs, mine = (torch.load(path, weights_only=True) for path in (source, file))
+    assert mine["step"] == 12 and mine["model"].keys() == theirs["model"].keys()
+    assert mine["optimizer"]["param_groups"] == theirs["optimizer"]["param_groups"]
+    for name, tensor in theirs["model"].items():
+        assert torch.equal(mine["model"][name], tensor), name
+    for name, state in theirs["optimizer"]["state"].items():
+        for kind, tensor in state.items():
+            assert torch.equal(mine["optimizer"]["state"][name][kind], tensor), (name, kind)
+    micro.train(str(run), "trainer.max_steps=14", "trainer.val_check_interval=0").assert_done()
+    micro.cli("migrate", "to-fsdp", run, tmp_path / "later.pt").assert_done()
+    later = torch.load(tmp_path / "later.pt", weights_only=True)
+    assert later["step"] == 14 and later["model"].keys() == theirs["model"].keys()
+    again = tmp_path / "again"
+    migrate(micro, tmp_path / "later.pt", again).assert_done()
+    ours, once_more = micro.tensors(str(run)), micro.tensors(str(again))
+    assert [name for name in ours if not torch.equal(ours[name], once_more[name])] == []
+    back = ["migrate", "to-fsdp"]
+    micro.cli(*back, "run", tmp_path / "like.pt", "--like", run).assert_done()
+    micro.cli(*back, run, file).assert_refused("exists already")
+    micro.cli(*back, run, tmp_path / "back").assert_refused("came from one file: give a name such")
+    micro.cli(*back, "run", tmp_path / "x.pt").assert_refused("did not come from FSDP", "--like")
+    micro.cli(*back, "nowhere", tmp_path / "x.pt").assert_refused("does not exist")
+    assert not list(tmp_path.glob("x.pt")) and not list(tmp_path.glob(".*"))
+
+
 def test_weights_alone(micro: MicroRuns, source: Path, tmp_path: Path) -> None:
     place = source.with_name("weights.pt")
     migrate(micro, place, tmp_path / "a").assert_refused("weights.pt does not say how many steps")

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from deepseek.config import RunConfig, load_config
+from deepseek.config.schema import PeftConfig
 from deepseek.parallel.distribute import build
 from deepseek.parallel.mesh import Meshes
 from deepseek.parallel.shard import local_part
@@ -57,6 +58,25 @@ def test_the_first_ranks_of_a_stage_keep_what_the_planner_says(
 ) -> None:
     run = OmegaConf.to_object(load_config(name, [*SMALL, *overrides]))
     assert isinstance(run, RunConfig)
+    assert_as_planned(run, ranks)
+
+
+@pytest.mark.filterwarnings("ignore:Set timeout is now only supported")
+@pytest.mark.parametrize(
+    ("name", "ranks", "targets"),
+    [
+        ("deepseek_v3_32gpu", [0, 16], ["attention", "feed_forward", "experts"]),
+        ("deepseek_v3_2gpu", [0], ["wkv_a", "w2", "experts.w3"]),
+    ],
+)
+def test_with_adapters(name: str, ranks: list[int], targets: list[str]) -> None:
+    run = OmegaConf.to_object(load_config(name, SMALL))
+    assert isinstance(run, RunConfig)
+    run.model.peft = PeftConfig(dim=4, target_modules=targets)
+    assert_as_planned(run, ranks)
+
+
+def assert_as_planned(run: RunConfig, ranks: list[int]) -> None:
     layout, parts = Layout.of_run(run), split_layers(run.model)
     for rank in ranks:
         with meshes_of(layout, rank) as meshes:
@@ -65,6 +85,7 @@ def test_the_first_ranks_of_a_stage_keep_what_the_planner_says(
             numbers = sum(local_part(p)[0].numel() for p in model.parameters())
             buffers = dict(model.named_buffers())  # beside the biases: the counters of a step
             biases = sum(b.numel() for name, b in buffers.items() if name.endswith("gate.bias"))
+            trained = sum(local_part(p)[0].numel() for p in model.parameters() if p.requires_grad)
         pp = layout.place(rank).pp
         planned = {
             name: kept_shape(weight, layout)
@@ -74,3 +95,4 @@ def test_the_first_ranks_of_a_stage_keep_what_the_planner_says(
         assert kept == planned
         memory = rank_memory(run.model, layout, pp)
         assert (memory.parameters, memory.weights) == (numbers, 4 * (numbers + biases))
+        assert (memory.gradients, memory.optimizer) == (4 * trained, 8 * trained)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from deepseek.config import RunConfig, load_config, shipped_configs
+from deepseek.config.schema import PeftConfig
+from deepseek.models.transformer import Transformer
+from deepseek.planner.counts import flops_per_token, state_memory
 from deepseek.planner.report import validate_report
 
 
@@ -50,6 +55,42 @@ def test_one_process_and_no_mtp() -> None:
 def test_two_modules() -> None:
     rows = dict(report("deepseek_v3_tiny", ["model.num_nextn_predict_layers=2"]))
     assert "2 MTP modules" in rows
+
+
+def test_adapters_alone_are_trained() -> None:
+    """Counted from the built model; frozen weights have no gradient and no optimiser state."""
+    whole = report("deepseek_v3_tiny")
+    run = OmegaConf.to_object(load_config("deepseek_v3_tiny"))
+    assert isinstance(run, RunConfig)
+    run.model.peft = PeftConfig(dim=4, target_modules=["wq_a", "w2", "experts.w1"])
+    rows = dict(validate_report(run))
+    with torch.device("meta"):
+        parameters = dict(Transformer(run.model).named_parameters())
+    trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
+    frozen = sum(p.numel() for p in parameters.values()) - trained
+    assert rows["trained by LoRA"].split(", ")[0].endswith(f"({trained:,})")
+    assert f"{trained / frozen:.2%} of the weights" in rows["trained by LoRA"]
+    memory = state_memory(run.model)
+    assert (memory.gradients, memory.optimizer) == (4 * trained, 8 * trained)
+    biases = run.model.n_routed_experts * (run.model.num_moe_layers + 1)
+    assert memory.weights == 4 * (frozen + trained + biases)
+    assert state_memory(run.model, "muon").optimizer == 4 * trained
+    assert rows["parameters"] == dict(whole)["parameters"]
+    assert "trained by LoRA" not in dict(whole)
+
+
+def test_frozen_matrices_cost_two_passes() -> None:
+    run = OmegaConf.to_object(load_config("deepseek_v3_tiny"))
+    assert isinstance(run, RunConfig)
+    full, scores = (flops_per_token(run.model, length, False) for length in (1, 513))
+    scores = (scores - full) // 512  # of one more token to look at
+    cfg = replace(run.model, peft=PeftConfig(dim=4, target_modules=["wkv_a", "experts.w2"]))
+    latents, hidden = cfg.kv_lora_rank + cfg.qk_rope_head_dim, cfg.moe_intermediate_size
+    adapters = cfg.num_hidden_layers * 4 * (cfg.hidden_size + latents)
+    chosen = cfg.num_moe_layers * cfg.num_experts_per_tok
+    adapters += chosen * 4 * (cfg.hidden_size + hidden)
+    expected = (full - scores) * 2 // 3 + scores + 6 * adapters
+    assert flops_per_token(cfg, 1, False) == expected
 
 
 def test_flops_of_the_run_are_tokens_times_flops() -> None:

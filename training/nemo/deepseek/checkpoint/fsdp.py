@@ -72,7 +72,13 @@ class Migration:
         self.moments: dict[str, list[Move]] = {kind: [] for kind in _MOMENTS}
         self.steps: dict[str, float] = {}
         """Updates of each parameter of ours; empty without optimiser state."""
+        self.counts: dict[str, tuple[Part, ...]] = {}
+        """Counters of updates of theirs, and what they are of."""
+        self.copied_states: dict[str, tuple[str, tuple[Part, ...]]] = {}
+        """Optimiser states of weights that repeat another: which state of what."""
         self._zeros: list[Part] = []
+        self._refused: set[str] = set()
+        """Of ours: what is there, but in another shape or of another kind."""
         self._problems: dict[str, list[str]] = defaultdict(list)
         states = {name: match for name in source.tensors if (match := _STATE.fullmatch(name))}
         plain_steps = {
@@ -106,23 +112,33 @@ class Migration:
 
     def step(self) -> tuple[int, str] | None:
         """Optimiser steps done, and where that stands; None if nothing tells."""
-        for name, value in sorted(self.source.objects.items(), key=lambda item: len(item[0])):
-            last = name.rsplit(".", 1)[-1]
-            if last in _STEP_NAMES and type(value) is int and value >= 0:
-                if not _STATE.fullmatch(name):
-                    return value, f"stored as `{name}`"
-        counters = [
-            name
-            for name, spec in self.source.tensors.items()
-            if name.rsplit(".", 1)[-1] in _STEP_NAMES and spec.shape in ((), (1,))
-        ]
-        counters = sorted((n for n in counters if not _STATE.fullmatch(n)), key=len)
-        if counters:
-            value = self.source.read(counters[:1])[counters[0]]
-            return int(value.item()), f"stored as `{counters[0]}`"
+        counter = self.counter()
+        if counter is not None:
+            value = self.source.objects.get(counter)
+            if value is None:
+                value = self.source.read([counter])[counter].item()
+            return int(value), f"stored as `{counter}`"
         if self.steps:
             return int(max(self.steps.values())), "updates the optimiser made"
         return None
+
+    def counter(self) -> str | None:
+        """The name under which the steps of the run are stored."""
+        numbers = [
+            n for n, value in self.source.objects.items() if type(value) is int and value >= 0
+        ]
+        tensors = [n for n, spec in self.source.tensors.items() if spec.shape in ((), (1,))]
+        for names in (numbers, tensors):
+            named = [n for n in names if n.rsplit(".", 1)[-1] in _STEP_NAMES]
+            found = sorted((n for n in named if not _STATE.fullmatch(n)), key=len)
+            if found:
+                return found[0]
+        return None
+
+    @property
+    def copies(self) -> dict[str, str]:
+        """Weights of theirs that repeat another one of theirs."""
+        return {key: original for key, original in self._originals.values()}
 
     def write(
         self,
@@ -214,13 +230,18 @@ class Migration:
             short = name.removeprefix(prefix)  # before optimiser states it stands rarely
             parts = self.names.parts(name) or self.names.parts(short)
             if parts is None:
-                if name in self.names.copies or short in self.names.copies:
+                original = self.names.copies.get(name) or self.names.copies.get(short)
+                if original is not None:
                     self.dropped["copies of other tensors"].append(key)
+                    of = self.names.parts(original)
+                    if of is not None:
+                        self.copied_states[key] = (match["leaf"], of)
                 elif self.names.drops(name) or self.names.drops(short):
                     self.dropped["not needed, by the table"].append(key)
                 else:
                     self._problems["unexpected"].append(key)
             elif match["leaf"] == "step":
+                self.counts[key] = parts
                 for part in parts:
                     steps[part.name][part] = key
             elif self._fits(key, parts, self._problems):
@@ -274,6 +295,8 @@ class Migration:
                 return False
             shapes.append(whole if part.expert is None else whole[1:])
         wanted = _joined(shapes)
+        if spec.shape != wanted or spec.dtype not in _PLAIN:
+            self._refused |= {part.name for part in parts}
         if spec.shape != wanted:
             problems["of another shape"].append(f"{key} {spec.shape} instead of {wanted}")
             return False
@@ -294,14 +317,12 @@ class Migration:
     def _missing(
         self, taken: dict[str, set[int | None]], wanted: Mapping[str, Shape], kind: str
     ) -> None:
-        refused = {text.split(" (")[0] for text in self._problems["of another shape"]}
         for name, shape in wanted.items():
             mine = taken.get(name, set())
             if None in mine or (mine and mine == set(range(shape[0]))):
                 continue
-            theirs = self.names.theirs(name)
-            if not mine and theirs is not None and any(key.endswith(theirs) for key in refused):
-                continue  # it is there, in another shape
+            if not mine and name in self._refused:
+                continue
             experts = (
                 ""
                 if not mine
@@ -373,7 +394,8 @@ class Migration:
 
     def _refuse(self, cfg: ModelConfig) -> None:
         lines = [
-            f"  {len(names)} {kind}: {listing(names)}"
+            f"  {len(names)} {kind}: "
+            + ("of the same" if names == self._stateful_missing(kind) else listing(names))
             for kind, names in self._problems.items()
             if names
         ]
@@ -402,6 +424,14 @@ class Migration:
                 [f"{self.source.path} does not fit the model configuration:", *lines, f"  {advice}"]
             )
         )
+
+    def _stateful_missing(self, kind: str) -> list[str] | None:
+        """For missing optimiser states: the missing weights, of which each has a state."""
+        if not kind.startswith("missing optimiser"):
+            return None
+        return [
+            name for name in self._problems.get("missing", []) if not name.endswith("gate.bias)")
+        ]
 
     # -- writing --
 

@@ -56,6 +56,12 @@ class Part:
     def __str__(self) -> str:
         return self.name if self.expert is None else f"{self.name}[{self.expert}]"
 
+    @classmethod
+    def read(cls, text: str) -> Part:
+        """The inverse of ``str``."""
+        match = re.fullmatch(r"(.*)\[(\d+)\]", text)
+        return cls(match[1], int(match[2])) if match else cls(text)
+
 
 class NameTable:
     """The table.
@@ -161,11 +167,11 @@ class NameTable:
     def parts(self, name: str) -> tuple[Part, ...] | None:
         """What the tensor ``name`` of theirs holds of ours; None: not in the table."""
         if name in self._exact:
-            return tuple(_part(ours) for ours in self._exact[name])
+            return tuple(Part.read(ours) for ours in self._exact[name])
         for pattern, ours in self._patterns:
             match = pattern.fullmatch(name)
             if match:
-                return tuple(_part(value.format(**match.groupdict())) for value in ours)
+                return tuple(Part.read(value.format(**match.groupdict())) for value in ours)
         return None
 
     def theirs(self, name: str) -> str | None:
@@ -249,8 +255,3 @@ def _pattern(template: str) -> re.Pattern[str]:
             seen.add(piece)
             text += rf"(?P<{piece}>\d+)"
     return re.compile(text)
-
-
-def _part(target: str) -> Part:
-    match = re.fullmatch(r"(.*)\[(\d+)\]", target)
-    return Part(match[1], int(match[2])) if match else Part(target)

@@ -9,6 +9,7 @@ dictionaries become dotted names. Nothing in a file can run: ``.pt`` files are l
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -39,6 +40,10 @@ _RANK_FILE = re.compile(r"rank[_-]?\d+.*\.(pt|pth|bin|ckpt)$")
 _LOCAL = re.compile(r"(^|\.)(_?flat_param)(\.|_|$)")
 
 
+Keys = tuple[Any, ...]
+"""Of nested dictionaries (text, or numbers in a tuple of one) and lists (numbers)."""
+
+
 class Source(Protocol):
     """Tensors and objects by dotted name."""
 
@@ -50,6 +55,11 @@ class Source(Protocol):
     """What is no tensor, as far as it is plain data."""
     unread: list[str]
     """Names of what is no tensor and no plain data either: never unpickled."""
+    paths: dict[str, Keys]
+    """The keys under which each tensor and object was saved."""
+
+    def pieces(self) -> list[tuple[str, Source]]:
+        """What it is made of, each with its name in the folder; "": it is one piece."""
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The whole tensors ``names``, in CPU memory."""
@@ -87,7 +97,10 @@ class FullFile:
         self._values: dict[str, Tensor] = {}
         self.objects: dict[str, Any] = {}
         self.unread: list[str] = []
-        for name, value in _flat(_load(path), ""):
+        self.paths: dict[str, Keys] = {}
+        for keys, value in _flat(_load(path), ()):
+            name = ".".join(str(key[0] if isinstance(key, tuple) else key) for key in keys)
+            self.paths[name] = keys
             if isinstance(value, DTensor):
                 raise _local(path, f"{name} is one rank's shard")
             if isinstance(value, Tensor):
@@ -106,6 +119,9 @@ class FullFile:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors lie in the mapped file until they are used."""
         return {name: self._values[name].detach() for name in names}
+
+    def pieces(self) -> list[tuple[str, Source]]:
+        return [("", self)]
 
     def files(self) -> list[Path]:
         return [self.path]
@@ -141,6 +157,11 @@ class DcpFolder:
         self.unread: list[str] = []
         for name, (file, start, length) in found.objects.items():
             self._read_object(name, path / file, start, length)
+        names = [*self.tensors, *self.objects]
+        self.paths = {name: found.paths.get(name, (name,)) for name in names}
+
+    def pieces(self) -> list[tuple[str, Source]]:
+        return [("", self)]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Put together from the shards."""
@@ -188,7 +209,16 @@ class _Joined:
             self.objects |= part.objects
             self.unread += part.unread
             self._owner |= dict.fromkeys(part.tensors, part)
+        self.paths = {name: keys for part in parts for name, keys in part.paths.items()}
         self._parts = parts
+
+    def pieces(self) -> list[tuple[str, Source]]:
+        names = [part.path.name for part in self._parts]
+        twice = len(set(names)) < len(names)
+        return [
+            (f"{number}_{part.path.name}" if twice else part.path.name, part)
+            for number, part in enumerate(self._parts)
+        ]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         wanted = list(names)
@@ -262,7 +292,9 @@ def _load(path: Path) -> object:
         # Mapped, the numbers stay on the disk until they are used; old files cannot be.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError as failure:
-        raise UserError(f"{path}: cannot be read: {failure.strerror}") from failure
+        if failure.errno != errno.EINVAL:  # of a part that lies beyond the end
+            raise UserError(f"{path}: cannot be read: {failure.strerror}") from failure
+        raise UserError(f"{path} is cut short; copy it again, or use another step") from None
     except Exception as failure:  # a broken file may bring about anything
         text = str(failure)
         if re.search(r"ShardedTensor|_shard\.|DeviceMesh|DTensor|process group", text):
@@ -274,8 +306,10 @@ def _load(path: Path) -> object:
                 "tensors and plain data are loaded. Save the state dicts alone: "
                 "torch.save({'model': ..., 'optimizer': ..., 'step': ...}, path)"
             ) from None
-        first = text.strip().splitlines()[0][:200] if text.strip() else type(failure).__name__
-        raise UserError(f"{path}: no file of torch.save, or damaged: {first}") from None
+        raise UserError(
+            f"{path}: no file of torch.save, or damaged ({type(failure).__name__}); give a .pt "
+            "file of state dicts, or copy it again from where it was written"
+        ) from None
     if not isinstance(content, Mapping):
         raise UserError(
             f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors"
@@ -283,16 +317,16 @@ def _load(path: Path) -> object:
     return content
 
 
-def _flat(value: object, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Dictionaries, and lists of dictionaries, as dotted names: as DCP does it."""
+def _flat(value: object, keys: Keys) -> Iterator[tuple[Keys, Any]]:
+    """What lies in dictionaries, and in lists of dictionaries, as DCP looks into them."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+            yield from _flat(inner, (*keys, key if isinstance(key, str) else (key,)))
     elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
         for index, inner in enumerate(value):
-            yield from _flat(inner, f"{prefix}.{index}" if prefix else str(index))
+            yield from _flat(inner, (*keys, index))
     else:
-        yield prefix, value
+        yield keys, value
 
 
 def _refuse_flat(path: Path, names: Iterable[str]) -> None:

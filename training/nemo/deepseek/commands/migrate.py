@@ -1,4 +1,4 @@
-"""``deepseek migrate fsdp-checkpoint``: a checkpoint of PyTorch FSDP to a run that goes on."""
+"""``deepseek migrate``: a checkpoint of PyTorch FSDP to a run that goes on, and back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from deepseek.commands.opened import open_checkpoint
 from deepseek.commands.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
 from deepseek.config import RunConfig, load_config, resolved_yaml
 from deepseek.config.errors import UserError
@@ -51,6 +52,7 @@ def migrate_checkpoint(
     from deepseek.checkpoint.files import write_durably
     from deepseek.checkpoint.folder import step_name
     from deepseek.checkpoint.fsdp import Migration
+    from deepseek.checkpoint.fsdp_export import ORIGIN, Origin
     from deepseek.checkpoint.fsdp_names import NameTable
     from deepseek.checkpoint.fsdp_source import open_source
     from deepseek.checkpoint.staging import Staging, disk_errors, refuse_existing
@@ -114,12 +116,66 @@ def migrate_checkpoint(
                     "migrating", done, migration.source_bytes, f"{done / 1e9:,.2f} GB"
                 ),
             )
-        (staging.folder / CONFIG_FILE).unlink(missing_ok=True)
-        write_durably(staging.folder / CONFIG_FILE, resolved_yaml(cfg).encode())
+        notes_of_origin = Origin.of(migration).to_json()
+        for name, content in {
+            CONFIG_FILE: resolved_yaml(cfg).encode(),
+            ORIGIN: notes_of_origin,
+        }.items():
+            (staging.folder / name).unlink(missing_ok=True)
+            write_durably(staging.folder / name, content)
         if data.tokenizer is not None:
             data.tokenizer.save(staging.folder / TOKENIZER)
         staging.finish()
     _say_result(migration, target, steps, origin, notes, [config, *overrides])
+
+
+def export_to_fsdp(run: Path, target: Path, like: Path | None = None) -> None:
+    """Write a checkpoint of a migrated run as it once came: form, names, dtypes.
+
+    Args:
+        run: a run folder (its newest checkpoint), or a checkpoint.
+        target: a file or folder that does not exist.
+        like: a migrated run folder whose origin gives form and names; None: ``run``.
+
+    Raises:
+        UserError: nothing migrated, ``target`` exists, no room, or the checkpoint lacks tensors.
+    """
+    from deepseek.checkpoint.fsdp_export import FsdpExport, Origin, export_fsdp
+    from deepseek.checkpoint.staging import refuse_existing
+
+    refuse_existing(target)
+    opened = open_checkpoint(run)
+    origin = Origin.read(like or opened.run or run)
+    if origin.is_file and not target.suffix:
+        raise UserError(f"{run} came from one file: give a name such as {target}.pt")
+    total = FsdpExport(opened.checkpoint, origin).total_bytes
+    try:
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        require_room(target.absolute().parent, total, "the export")
+        with StageProgress() as shown:
+            export_fsdp(
+                opened.checkpoint,
+                origin,
+                target,
+                lambda done: shown.update("writing", done, total, f"{done / 1e9:,.2f} GB"),
+            )
+    except OSError as failure:
+        raise UserError(
+            f"writing {target} failed: {failure.strerror}; nothing has that name, mend it and give "
+            "the same command again"
+        ) from failure
+    entries = [saved for piece in origin.pieces for saved in piece.content.values()]
+    tensors = sum(saved.dtype is not None for saved in entries)
+    form = "SHARDED state dict (DCP)" if origin.pieces[0].sharded else "FULL state dict"
+    say(f"wrote        {target}: {form}, {tensors:,} tensors, {total / 1e9:,.2f} GB")
+    say(f"step         {opened.step}")
+    if not any(saved.kind == "exp_avg" for saved in entries):
+        say("note         without optimiser state, as the source was read without it")
+    elif any(saved.keys[-1] == "lr" for saved in entries):
+        say("note         the learning rates in param_groups are those of the source")
+    if origin.lost:
+        listed = ", ".join(origin.lost[:3]) + (", ..." if origin.lost[3:] else "")
+        say(f"not written  {len(origin.lost):,} that were not carried over: {listed}")
 
 
 def _write_table(file: Path, table: Any, source: Any) -> None:

@@ -9,18 +9,22 @@ feed-forward and of one expert, E experts of which a token takes K, V ids:
     expert      3 D F
     MoE layer   (E + shared) experts + router E D
     MTP module  2 D D + norms + a MoE layer with its attention
+    adapter     r (I + O) beside a matrix (O, I), in every routed expert
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from deepseek.config.schema import ModelConfig
+from deepseek.config.weights import Weight, block_weights
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of trainable parameters. The correction biases are no parameters and stand apart."""
+    """Numbers of parameters. The correction biases are no parameters and stand apart."""
 
     embedding: int
     """V x D."""
@@ -54,6 +58,8 @@ class ParameterCounts:
     """fp32 numbers of the routers of the main model, moved by the load and not by a gradient."""
     mtp_correction_biases: int
     """The same of the MTP modules."""
+    adapters: int | None
+    """Numbers of all adapters, in no other count; None without ``model.peft``."""
 
     @property
     def active_without_embedding(self) -> int:
@@ -62,13 +68,18 @@ class ParameterCounts:
 
     @property
     def trained(self) -> int:
-        """What the optimiser updates: the model and its MTP modules."""
+        """What the optimiser updates: the model and its MTP modules, or the adapters alone."""
+        return self.stored if self.adapters is None else self.adapters
+
+    @property
+    def stored(self) -> int:
+        """The model and its MTP modules, adapters not counted."""
         return self.total + self.mtp
 
     @property
     def released(self) -> int:
         """Parameters of a checkpoint in the released form."""
-        return self.trained + self.mtp_copies
+        return self.stored + self.mtp_copies
 
 
 @dataclass(frozen=True)
@@ -76,9 +87,9 @@ class StateMemory:
     """Bytes of the training states over all ranks, activations not included."""
 
     weights: int
-    """fp32 weights and correction biases."""
+    """fp32 weights, adapters and correction biases."""
     gradients: int
-    """fp32 gradients."""
+    """fp32 gradients of what is trained."""
     optimizer: int
     """fp32 moments or momentum."""
 
@@ -122,6 +133,9 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
         mtp_copies=depth * 2 * table,
         correction_biases=moe_layers * biases,
         mtp_correction_biases=depth * biases,
+        adapters=None
+        if model.peft is None
+        else sum(math.prod(weight.shape) for weight in _adapters(model)),
     )
 
 
@@ -129,6 +143,9 @@ def flops_per_token(
     model: ModelConfig, seq_length: int, with_mtp: bool, causal: bool = True
 ) -> int:
     """Training FLOPs of one token: three times the forward pass, 2 FLOPs to a multiplication.
+
+    With adapters (``model.peft``), frozen matrices are passed through twice, since they need no
+    gradient of their own, and adapters three times.
 
     Counted: every matrix product, the head, and attention's two products over the sequence, which a
     causal mask halves. Not counted: embedding, router, norms, recomputation. This is the convention
@@ -155,7 +172,14 @@ def flops_per_token(
         layers += depth
         products += depth * (counts.head + 2 * model.hidden_size**2 + attention + active_moe)
     scores = seq_length * model.num_attention_heads * (model.qk_head_dim + model.v_head_dim)
-    return 3 * (2 * products + layers * scores * (1 if causal else 2))
+    passes, adapted = 3, 0
+    if model.peft is not None:
+        chosen = model.num_experts_per_tok / model.n_routed_experts
+        passes, adapted = (
+            2,
+            sum(round(math.prod(w.shape) * (chosen if w.routed else 1)) for w in _adapters(model)),
+        )
+    return 2 * passes * products + 6 * adapted + 3 * layers * scores * (1 if causal else 2)
 
 
 def state_memory(model: ModelConfig, optimizer: str = "adamw") -> StateMemory:
@@ -164,15 +188,18 @@ def state_memory(model: ModelConfig, optimizer: str = "adamw") -> StateMemory:
     Everything is fp32, under ``bf16-mixed`` too: that precision casts inside matrix products and
     keeps fp32 weights, the master weights, as the only ones. AdamW holds two moments (16 bytes per
     parameter in all); Muon holds one momentum for hidden matrices (12 bytes) and AdamW's moments
-    for embedding, head and norms.
+    for embedding, head and norms. With adapters, they alone have gradients and moments.
     """
     counts = count_parameters(model)
     trained = counts.trained
     biases = counts.correction_biases + counts.mtp_correction_biases
+    numbers = counts.stored + (counts.adapters or 0) + biases
     moments = 2 * trained
     if optimizer == "muon":
-        moments -= trained - counts.embedding - counts.head - _norms(model)
-    return StateMemory(weights=4 * (trained + biases), gradients=4 * trained, optimizer=4 * moments)
+        frozen = counts.adapters is not None
+        others = 0 if frozen else counts.embedding + counts.head + _norms(model)
+        moments -= trained - others
+    return StateMemory(weights=4 * numbers, gradients=4 * trained, optimizer=4 * moments)
 
 
 def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_number: int = 2) -> int:
@@ -182,6 +209,13 @@ def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_number: int = 2) -> i
     """
     numbers = model.kv_lora_rank + model.qk_rope_head_dim
     return numbers * model.num_hidden_layers * bytes_per_number
+
+
+def _adapters(model: ModelConfig) -> Iterator[Weight]:
+    """Both halves of every adapter."""
+    for layer in range(model.num_hidden_layers):
+        weights = block_weights(model, model.is_moe_layer(layer))
+        yield from (weight for weight in weights if weight.adapter)
 
 
 def _attention(model: ModelConfig) -> int:

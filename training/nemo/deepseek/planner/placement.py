@@ -142,17 +142,19 @@ def rank_memory(
 ) -> RankMemory:
     """States of a rank of this pipeline rank, activations and gathered blocks not included."""
     parts = split_layers(model)
-    parameters = numbers = biases = 0
+    parameters = trained = numbers = biases = 0
     for stage in stages_of_rank(model, pp_rank):
         for name, weight in stage_weights(model, parts[stage]):
             count = math.prod(kept_shape(weight, layout))
             muon = optimizer == "muon" and len(weight.shape) > 1
             hidden = name.split(".")[-2] not in ("embed", "mtp_embed", "head")
             parameters += count
-            numbers += count if muon and hidden else 2 * count
+            if model.peft is None or weight.adapter:
+                trained += count
+                numbers += count if muon and hidden else 2 * count
             if weight.name.endswith("gate.weight") and model.topk_method == "noaux_tc":
                 biases += model.n_routed_experts
-    return RankMemory(parameters, 4 * (parameters + biases), 4 * parameters, 4 * numbers)
+    return RankMemory(parameters, 4 * (parameters + biases), 4 * trained, 4 * numbers)
 
 
 # -- tables --

@@ -39,6 +39,14 @@ def validate_report(cfg: RunConfig) -> list[tuple[str, str]]:
         modules = model.num_nextn_predict_layers
         noun = "MTP module" if modules == 1 else "MTP modules"
         rows.append((f"{modules} {noun}", f"{_short(counts.mtp)} ({counts.mtp:,})"))
+    if counts.adapters is not None:
+        rows.append(
+            (
+                "trained by LoRA",
+                f"{_short(counts.adapters)} ({counts.adapters:,}), "
+                f"{counts.adapters / counts.stored:.2%} of the weights, which are frozen",
+            )
+        )
     rows += [
         (
             "FLOPs per token",
