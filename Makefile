@@ -8,6 +8,8 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 VENV := .venv
 NEMO := .venv-nemo
 TEST_FLAGS ?= -n 2
+# What NVIDIA's AutoModel and Megatron-Core need to be built on a CPU, without what needs a GPU.
+PEERS := nemo-automodel megatron-core torchao torchdata flashoptim
 
 .PHONY: train test test-lightning test-nemo lint browser bench sweep format clean
 
@@ -61,6 +63,7 @@ $(NEMO)/.ready: pyproject.toml constraints-nemo.txt
 	$(PYTHON) -m venv --clear $(NEMO)
 	$(NEMO)/bin/pip install $(PIP_FLAGS) -c constraints-nemo.txt torch
 	$(NEMO)/bin/pip install $(PIP_FLAGS) -c constraints-nemo.txt -e ".[nemo,dev]"
+	$(NEMO)/bin/pip install $(PIP_FLAGS) -c constraints-nemo.txt --no-deps $(PEERS)
 	@touch $@
 
 clean:

@@ -224,6 +224,8 @@ def test_generate_refuses(cli: Forked, words: list[str], parts: list[str]) -> No
 def test_generate_from_what_is_no_run(cli: Forked, tmp_path: Path) -> None:
     for folder in ("nowhere", str(tmp_path), "micro.yaml"):
         cli("generate", folder).assert_refused("is no run folder", "deepseek train")
+    (tmp_path / "config.json").write_text("{}")
+    cli("generate", str(tmp_path)).assert_refused("holds Hugging Face files; `deepseek hf import")
 
 
 def remove_checkpoints(run: Path) -> None:

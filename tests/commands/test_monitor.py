@@ -80,7 +80,7 @@ def test_a_frame_has_what_the_log_says(folder: Path) -> None:
     assert all(len(line) <= 100 for line in text.splitlines())
     found = words(text)
     for part in (
-        "tiny step 40 / 100 running about 2:00 left",
+        "tiny step 40 / 100 running goodput 100.0% about 2:00 left",
         "loss 6.0000 █",
         "grad norm 1.250",
         "of it dense 1.000, expert 0.700, router 0.100",

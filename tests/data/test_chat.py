@@ -142,6 +142,7 @@ def test_ids_and_answers_equal_those_found_character_by_character(
 ) -> None:
     """The oracle writes the conversation down itself, without Jinja."""
     texts = [text.encode("utf-8", "ignore").decode() for text in texts]
+    texts = [text if k % 2 == 0 or text.strip() else f"{text}." for k, text in enumerate(texts)]
     tokenizer = with_template(source)
     expected: list[tuple[int, bool]] = []
 
@@ -211,6 +212,21 @@ def test_templates_that_cannot_be_used(template: Any, message: str) -> None:
         ChatTemplate(with_template(template))
 
 
+def test_where_an_answer_ends() -> None:
+    assert ChatTemplate(byte_tokenizer()).end_id() == byte_tokenizer().eos_id
+    turns = "{% for m in messages %}{{ m.content + '<｜fim▁end｜>' }}{% endfor %}"
+    template = ChatTemplate(with_template(turns))
+    assert template.tokenizer.decode([template.end_id()]) == "<｜fim▁end｜>"
+    bare = ChatTemplate(with_template("{% for m in messages %}{{ m.content }}{% endfor %}"))
+    assert bare.end_id() == bare.tokenizer.eos_id
+
+
+def test_an_answer_that_only_calls_a_tool_may_be_empty() -> None:
+    row = said("a", "")
+    row["messages"][1]["tool_calls"] = [{"name": "f"}]
+    assert conversation_of(row).messages[1]["content"] == ""
+
+
 # -- files --
 
 BAD_LINES = {
@@ -228,6 +244,7 @@ BAD_LINES = {
         "the roles are system, user and assistant"
     ),
     '{"prompt": "x", "response": "y", "tools": 1}': "tools is a JSON number",
+    '{"prompt": "x", "response": " "}': "message 1: the answer is empty",
 }
 
 

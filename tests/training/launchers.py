@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from forked import FORK_WORKERS, Ran, Started
-from micro_runs import MicroRuns, by_step
+from micro_runs import OF_THE_LAYOUT, MicroRuns, by_step
 
 
 def layout(devices: int, *, tp: int = 1, pp: int = 1, ep: int = 1, micro: int = 1) -> list[str]:
@@ -102,6 +102,7 @@ def log_distance(runs: MicroRuns, one: str, other: str) -> float:
         relative(value, row_b[key])
         for row_a, row_b in zip(a, b, strict=True)
         for key, value in row_a.items()
+        if key not in OF_THE_LAYOUT
     )
 
 

@@ -56,6 +56,8 @@ CONFIG: dict[str, Any] = {
 
 MEASURED = re.compile(r"seconds$|^time$|per_second$|^mfu$|^memory")
 """Keys of the log that differ from run to run."""
+OF_THE_LAYOUT = {"rank_load_max_over_mean", "router_margin"}
+"""Keys that differ from layout to layout: experts lie elsewhere, other tokens are the sample."""
 
 
 class MicroRuns:

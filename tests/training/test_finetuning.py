@@ -81,6 +81,21 @@ def test_adapters_lower_the_loss_of_answers(micro: MicroRuns, adapted: str) -> N
     assert ran.out.startswith("User: x")
 
 
+def test_questions_are_answered_as_they_were_taught(micro: MicroRuns, adapted: str) -> None:
+    """--chat puts the template around a prompt; the answer alone is printed."""
+    words = ["--temperature", 0, "--max-new-tokens", 12]
+    ask = ["generate", adapted, "--chat", "--prompt", "colour of 1?", *words]
+    answer = micro.cli(*ask).assert_done().out.rstrip("\n")
+    by_hand = "User: colour of 1?\n\nAssistant:"
+    ran = micro.cli("generate", adapted, "--prompt", by_hand, *words).assert_done()
+    assert answer and ran.out.removeprefix(by_hand).startswith(answer)
+    both = micro.cli(*ask, "--prompt", "colour of 2?").assert_done().out
+    assert both.startswith(f"colour of 1?\n{answer}\n") and "\ncolour of 2?\n" in both
+    micro.cli("generate", adapted, "--chat").assert_refused("--chat answers a question")
+    ask[1] = "tuned_base"
+    micro.cli(*ask).assert_refused("tuned_base/tokenizer has no chat template", "leave out --chat")
+
+
 def test_merging_changes_nothing_but_what_has_adapters(micro: MicroRuns, adapted: str) -> None:
     micro.cli("lora", "merge", adapted, "merged").assert_done()
     merged, weights, adapters = (micro.tensors(name) for name in ("merged", "tuned_base", adapted))
@@ -131,7 +146,8 @@ def test_adapters_are_not_put_on_other_weights(micro: MicroRuns, adapted: str) -
     checkpoint.rename(micro.folder / "moved")
     micro.cli("lora", "export", "above", "z").assert_refused("there is no checkpoint there; put")
     full = settings(micro, f"model.restore_from={adapted}", "model.data.seq_length=48")
-    micro.train("x", *full).assert_refused("holds adapters; `deepseek lora merge")
+    for more in ([], PEFT):
+        micro.train("x", *full, *more).assert_refused("holds adapters; `deepseek lora merge")
 
 
 def test_adapters_on_two_processes(micro: MicroRuns, adapted: str) -> None:
@@ -172,10 +188,10 @@ def test_peft_reads_the_adapters(micro: MicroRuns, adapted: str) -> None:
         loaded = with_adapters(tokens).logits
         ours = open_checkpoint(Path(micro.folder / run))
         wanted = ours.model().cpu()(tokens)
-        assert (loaded - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        assert (loaded - wanted).abs().max() < 1e-5 * wanted.abs().max()
         assert (plain - wanted).abs().max() > 1e-2 * wanted.abs().max()
         merged = with_adapters.merge_and_unload()(tokens).logits
-        assert (merged - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        assert (merged - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -185,6 +201,7 @@ def test_peft_reads_the_adapters(micro: MicroRuns, adapted: str) -> None:
         ("model.moe_router_bias_update_rate=1e-3", "would change the router, which is frozen"),
         ("model.peft.target_modules=[q_a_proj]", "there is no matrix q_a_proj; use wq_a"),
         ("model.peft.target_modules=[wq]", "this model has no wq"),
+        ("model.peft.target_modules=[mtp]", "MTP modules get no adapters, since peft and"),
         ("model.peft.target_modules=[]", "would train nothing"),
         ("model.peft.dim=0", "must be at least 1"),
         ("model.peft.peft_scheme=dora", "must be lora"),

@@ -100,7 +100,7 @@ def test_loggers_make_no_error_and_leave_the_run_folder_alone(tmp_path: Path) ->
     assert bool(errors) == USES_NEMO
 
 
-@pytest.mark.skipif(not USES_NEMO, reason=".nemo files are NeMo's")
+@pytest.mark.skipif(not USES_NEMO, reason="restored by NeMo")
 def test_nemo_file_round_trip(tmp_path: Path) -> None:
     model = DeepSeekModel(SMALL, seed=5)
     assert model.cfg.target == NEMO_TARGET
@@ -109,20 +109,6 @@ def test_nemo_file_round_trip(tmp_path: Path) -> None:
     assert type(again) is DeepSeekModel
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
-
-
-def test_a_nemo_file_without_nemo_is_refused_before_training(tmp_path: Path) -> None:
-    setting = "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=true"
-    ran = subprocess.run(
-        [sys.executable, "-m", "deepseek", "train", "--run-dir", "run", setting],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(SOURCE), "DEEPSEEK_FRAMEWORK": "lightning"},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 2
-    assert "pip install nemo_toolkit, or set it to false" in ran.stderr
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:

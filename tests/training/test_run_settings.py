@@ -290,7 +290,7 @@ def test_nemo_and_lightning_give_the_same_numbers(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.skipif(not USES_NEMO, reason=".nemo files are NeMo's")
+@pytest.mark.skipif(not USES_NEMO, reason="restored by NeMo")
 def test_a_run_with_nemo_writes_a_nemo_file_of_its_last_weights(micro: MicroRuns) -> None:
     from deepseek.models.deepseek_model import DeepSeekModel
 

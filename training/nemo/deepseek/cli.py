@@ -141,11 +141,15 @@ def generate_command(
         float, typer.Option(help="Keep the smallest set reaching this probability.")
     ] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are questions: the chat template goes around.")
+    ] = False,
 ) -> None:
-    """Continue prompts with a run's newest checkpoint."""
+    """Continue prompts, or with --chat answer them, with a run's newest checkpoint."""
     from deepseek.commands.generate import generate_text
 
-    generate_text(run, prompt or [""], max_new_tokens, temperature, top_k, top_p, seed)
+    drawn = (max_new_tokens, temperature, top_k, top_p, seed)
+    generate_text(run, prompt or [""], *drawn, chat)
 
 
 @app.command("report")
@@ -239,6 +243,52 @@ def hf_export_command(
     export_hf(checkpoint, target, dtype, mtp, shard_gb)
 
 
+nemo = typer.Typer(help="NVIDIA NeMo's files.", no_args_is_help=True)
+app.add_typer(nemo, name="nemo")
+
+
+@nemo.command("export")
+def nemo_export_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder.")],
+    target: Annotated[Path, typer.Argument(help="New file, NAME.nemo.")],
+) -> None:
+    """Write a checkpoint of any layout as one .nemo file."""
+    from deepseek.commands.nemo_export import export_nemo
+
+    export_nemo(checkpoint, target)
+
+
+emitting = typer.Typer(
+    help="A configuration in the words of NVIDIA's other programs.", no_args_is_help=True
+)
+app.add_typer(emitting, name="emit")
+Emitted = Annotated[Path, typer.Argument(help="New file.")]
+
+
+@emitting.command("automodel", context_settings=PASS_ON)
+def emit_automodel_command(
+    config: Annotated[str, typer.Argument(help="Name or YAML file.")],
+    output: Emitted,
+    overrides: Overrides = None,
+) -> None:
+    """Write a recipe of NeMo AutoModel, or say what it lacks."""
+    from deepseek.commands.emit import emit
+
+    emit("automodel", config, output, overrides_of(overrides or []))
+
+
+@emitting.command("megatron", context_settings=PASS_ON)
+def emit_megatron_command(
+    config: Annotated[str, typer.Argument(help="Name or YAML file.")],
+    output: Emitted,
+    overrides: Overrides = None,
+) -> None:
+    """Write the arguments of Megatron-Core's classes, or say what it lacks."""
+    from deepseek.commands.emit import emit
+
+    emit("megatron", config, output, overrides_of(overrides or []))
+
+
 lora = typer.Typer(help="Adapters of a run.", no_args_is_help=True)
 app.add_typer(lora, name="lora")
 Adapted = Annotated[Path, typer.Argument(help="A run folder with adapters, or its checkpoint.")]
@@ -269,7 +319,7 @@ def lora_merge_command(
     merge_lora(run, target)
 
 
-migrate = typer.Typer(help="From PyTorch FSDP to here.", no_args_is_help=True)
+migrate = typer.Typer(help="From PyTorch FSDP to here, and back.", no_args_is_help=True)
 app.add_typer(migrate, name="migrate")
 
 
@@ -302,6 +352,20 @@ def migrate_checkpoint_command(
     migrate_checkpoint(
         source, target, config, words, names, write_names, step, optimizer, weights_only
     )
+
+
+@migrate.command("to-fsdp")
+def migrate_back_command(
+    run: Annotated[Path, typer.Argument(help="A migrated run folder, or its checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="New file or folder.")],
+    like: Annotated[
+        Path | None, typer.Option(help="Migrated run folder whose form and names are taken.")
+    ] = None,
+) -> None:
+    """Write a migrated run as the FSDP checkpoint that it came from: form, names, dtypes."""
+    from deepseek.commands.migrate import export_to_fsdp
+
+    export_to_fsdp(run, target, like)
 
 
 @migrate.command("fsdp-config")

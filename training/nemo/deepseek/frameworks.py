@@ -153,6 +153,8 @@ def remote_loggers(
         _need("mlflow", "create_mlflow_logger")
         mlflow = manager.mlflow_logger_kwargs
         uri = mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if uri is None:  # since 3.17 MLflow writes plain files only if told so
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         found["MLFlowLogger"] = lambda: _opened(
             "MLFlowLogger",
             config,

@@ -10,6 +10,7 @@ import torch
 
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.manifest import MANIFEST
+from deepseek.checkpoint.nemo_file import open_weights
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.training_state import Base, load_adapters, load_weights
 from deepseek.config.errors import UserError
@@ -66,22 +67,22 @@ def open_base(base: Base, ranks: Ranks, given: str | None) -> Checkpoint:
     Raises:
         UserError: it is gone, or has changed.
     """
-    return Checkpoint.open(ranks.lead(lambda: _found(base, given)), ranks)
+    return open_weights(ranks.lead(lambda: _found(base, given)), ranks)
 
 
 def _found(base: Base, given: str | None) -> Path:
     places = [Path(base.path)]
     if given is not None:
         places += [Path(given), *sorted(Path(given).glob("checkpoints/step_*"))]
-    there = [place for place in places if (place / MANIFEST).is_file()]
+    there = [place for place in places if place.is_file() or (place / MANIFEST).is_file()]
     for place in there:
         if Base.of(place).sha256 == base.sha256:
             return place
     if there:
         raise UserError(
-            f"{there[0]} is not the checkpoint that the adapters were trained on: its manifest is "
-            f"{Base.of(there[0]).sha256[:12]} instead of {base.sha256[:12]}; give them the one "
-            "they were trained on"
+            f"{there[0]} is not the checkpoint that the adapters were trained on: its digest is "
+            f"{Base.of(there[0]).sha256[:12]} instead of {base.sha256[:12]}; put the one of "
+            f"{base.path} back, or set model.restore_from to where it is"
         )
     raise UserError(
         f"the adapters were trained on top of the weights in {base.path}, and there is no "

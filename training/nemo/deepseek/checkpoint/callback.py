@@ -17,6 +17,7 @@ from deepseek.config.errors import UserError
 from deepseek.config.schema import CheckpointConfig
 from deepseek.frameworks import Callback
 from deepseek.parallel.gradients import sum_over
+from deepseek.phases import Memory, measured_memory
 
 FIXED = {
     "seed",
@@ -63,6 +64,9 @@ class Checkpointing(Callback):
         fingerprint: what identifies the data and the tokenizer; a resumed run must have the same.
         resume: continue from the newest sound checkpoint, if there is one.
         report: where messages go; called on rank 0 only.
+
+    Attributes:
+        memory: of the newest save.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class Checkpointing(Callback):
         self._stopping = False
         self._handlers: dict[int, Any] = {}
         self._saved_step = -1
+        self.memory: Memory | None = None
 
     @property
     def manager(self) -> CheckpointManager:
@@ -173,16 +178,19 @@ class Checkpointing(Callback):
         """Make sure that this step is saved, or, in the background, that it is being saved."""
         begin, step = time.perf_counter(), pl_module.finished_steps
         saves = self._saved_step != step
-        if saves:
-            tensors = collect_tensors(pl_module.model, _optimizer(trainer))
-            state = run_state(pl_module, self.config, self.fingerprint)
-            save = self.manager.save_in_background if in_background else self.manager.save
-            save(step, tensors, state)
-            self._saved_step = step
-        if not in_background:
-            self.manager.wait()
+        device = next(pl_module.model.parameters()).device
+        with measured_memory(device) as memory:
+            if saves:
+                tensors = collect_tensors(pl_module.model, _optimizer(trainer))
+                state = run_state(pl_module, self.config, self.fingerprint)
+                save = self.manager.save_in_background if in_background else self.manager.save
+                save(step, tensors, state)
+                self._saved_step = step
+            if not in_background:
+                self.manager.wait()
         if saves:  # a repeated call must not shorten the time of the first
             pl_module.step_facts["checkpoint_seconds"] = round(time.perf_counter() - begin, 6)
+            self.memory = memory[0]
 
     def _resume(self, trainer: Any, pl_module: Any) -> None:
         checkpoint = self.manager.newest_sound(self.report)

@@ -86,7 +86,10 @@ class Checkpoint:
                 nothing has been changed then.
         """
         self.ranks.together(lambda: self._check(tensors))
-        self.ranks.together(lambda: read_shards(self.path, self._metadata, tensors, self.ranks))
+        self.ranks.together(lambda: self._fill(tensors))
+
+    def _fill(self, tensors: dict[str, Tensor]) -> None:
+        read_shards(self.path, self._metadata, tensors, self.ranks)
 
     def _tensor(self, name: str) -> TensorStorageMetadata:
         return cast(TensorStorageMetadata, self._metadata.state_dict_metadata[name])

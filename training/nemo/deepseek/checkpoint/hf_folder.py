@@ -34,7 +34,7 @@ class HfFolder:
             reason = "is a file" if path.exists() else "does not exist"
             raise UserError(f"{path} {reason}; give the folder with config.json and the weights")
         if not (path / CONFIG).is_file():
-            raise UserError(f"{path} has no {CONFIG}; give the folder of a Hugging Face model")
+            raise UserError(f"{path} has no {CONFIG}; {self._what_else()}")
         self.config = read_json(path / CONFIG)
         """Content of ``config.json``."""
         self.files: list[TensorFile] = self._files()
@@ -52,6 +52,20 @@ class HfFolder:
         """Name, bytes and time of each file with weights: other ones are other work."""
         stats = [(file.path.name, file.path.stat()) for file in self.files]
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+    def _what_else(self) -> str:
+        """What to do with a folder that holds no model of Hugging Face."""
+        if (self.path / "adapter_config.json").is_file():
+            return (
+                "it holds an adapter; merge it into its model first: PeftModel.from_pretrained("
+                "BASE, ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
+            )
+        if (self.path / "config.yaml").is_file() and (self.path / "checkpoints").is_dir():
+            return (
+                "it is a folder of this program already: model.restore_from starts a run from it, "
+                "`deepseek generate` samples it, `deepseek hf export` writes Hugging Face files"
+            )
+        return "give the folder of a Hugging Face model"
 
     def _files(self) -> list[TensorFile]:
         if not (self.path / INDEX).is_file():

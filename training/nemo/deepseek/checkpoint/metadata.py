@@ -52,6 +52,8 @@ class ForeignMetadata:
     tensors: Metadata
     objects: dict[str, tuple[str, int, int]]
     """What is no tensor: by name, file, first byte and number of bytes. Pickles, unread."""
+    paths: dict[str, tuple[str | int, ...]]
+    """The keys under which a name was saved, where they stand in the file."""
 
 
 def read_foreign_metadata(path: Path, sizes: Mapping[str, int]) -> ForeignMetadata:
@@ -65,6 +67,7 @@ def read_foreign_metadata(path: Path, sizes: Mapping[str, int]) -> ForeignMetada
         fields = _fields(record, _MetadataRecord, "the file")
         entries = _dict(fields.get("state_dict_metadata"), "the list of tensors")
         places = _dict(fields.get("storage_data"), "the list of places")
+        _require_files(path, places, sizes)
         others = {name for name, entry in entries.items() if isinstance(entry, _BytesRecord)}
         lying: dict[str, tuple[str, int, int]] = {}
         kept = {}
@@ -81,7 +84,7 @@ def read_foreign_metadata(path: Path, sizes: Mapping[str, int]) -> ForeignMetada
             "state_dict_metadata": {n: e for n, e in entries.items() if n not in others},
             "storage_data": kept,
         }
-        return ForeignMetadata(_metadata(record, sizes), lying)
+        return ForeignMetadata(_metadata(record, sizes), lying, _paths(fields.get("planner_data")))
 
     return _read(path / METADATA, _STAND_INS | _FOREIGN_STAND_INS, built)
 
@@ -99,11 +102,48 @@ def _read(
             f"{where}: refused: it asks to load {failure}, which no checkpoint needs; the file was "
             "damaged or made to run code, do not use this checkpoint"
         ) from None
+    except UserError:
+        raise
     except OSError as failure:
         raise UserError(f"{where}: cannot be read: {failure.strerror}") from failure
     # Whatever else a broken pickle brings about (the module lists no complete set) is damage.
     except Exception as failure:
         raise UserError(f"{where}: not the metadata of a checkpoint: {failure}") from failure
+
+
+def _paths(planner_data: object) -> dict[str, tuple[str | int, ...]]:
+    """Keys of nested dictionaries and lists by name; of what is malformed, none."""
+    if not isinstance(planner_data, dict):
+        return {}
+    return {
+        name: keys
+        for name, keys in planner_data.items()
+        if isinstance(name, str)
+        and isinstance(keys, tuple)
+        and all(isinstance(key, str) or _is_count(key) for key in keys)
+    }
+
+
+def _require_files(path: Path, places: Mapping[Any, Any], sizes: Mapping[str, int]) -> None:
+    """Raise ``UserError`` for a file that is missing or shorter than what is said to lie in it."""
+    ends: dict[str, int] = {}
+    for info in places.values():
+        fields = _fields(info, _StorageRecord, "a place")
+        file, offset, length = (fields.get(k) for k in ("relative_path", "offset", "length"))
+        if isinstance(file, str) and _is_count(offset) and _is_count(length):
+            ends[file] = max(ends.get(file, 0), offset + length)
+    missing = sorted(ends.keys() - sizes.keys())
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} of its {len(ends)} files are missing, such as {missing[0]}; "
+            "copy the folder again (every rank wrote some), or use another step"
+        )
+    for file, end in sorted(ends.items()):
+        if end > sizes[file]:
+            raise UserError(
+                f"{path / file} is cut short: it has {sizes[file]:,} bytes and needs {end:,}; copy "
+                "it again, or use another step"
+            )
 
 
 class _Forbidden(Exception):

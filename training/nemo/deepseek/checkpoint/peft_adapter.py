@@ -95,13 +95,6 @@ def peft_adapter(model: Transformer, config: ModelConfig, base: str | None = Non
     )
 
 
-def number_of_adapters(config: ModelConfig) -> int:
-    """Numbers that are trained."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def _stacks(experts: LoraExperts) -> dict[str, tuple[Tensor, Tensor]]:
     """A (E, r, in) and B (E, out, r) of their stacks, in the order in which peft wraps them."""
     found: dict[str, tuple[Tensor, Tensor]] = {}

@@ -47,12 +47,19 @@ def read_shards(path: Path, metadata: Metadata, tensors: dict[str, Tensor], rank
     Names, shapes and dtypes must have been checked against ``metadata``, the files against their
     digests. Raises ``UserError`` if a file cannot be read.
     """
+    read_tensors(_Reader(path, metadata), path, tensors, ranks)
+
+
+def read_tensors(
+    reader: dcp.StorageReader, path: Path, tensors: dict[str, Tensor], ranks: Ranks
+) -> None:
+    """Fill ``tensors`` in place with what ``reader`` finds in ``path``; a collective."""
     # Names are global and flat: the planner has nothing to flatten.
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _explained(f"reading from {path}"):
         dcp.load(
             dict(tensors),
-            storage_reader=_Reader(path, metadata),
+            storage_reader=reader,
             planner=planner,
             process_group=ranks.group,
             no_dist=not ranks.active,

@@ -11,6 +11,7 @@ from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.folder import newest_sound
 from deepseek.checkpoint.hf_config import COMPUTED_KEYS
 from deepseek.checkpoint.manifest import MANIFEST
+from deepseek.checkpoint.nemo_file import open_weights
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.training_state import Base, load_weights
 from deepseek.config.errors import UserError
@@ -28,7 +29,8 @@ class StartingWeights(Callback):
     the same ones as before. Steps, data and optimiser start anew.
 
     Args:
-        source: ``model.restore_from``: a checkpoint, or a folder with ``checkpoints/``.
+        source: ``model.restore_from``: a checkpoint, a folder with ``checkpoints/``, or a ``.nemo``
+            file.
         model: the ``model`` section of this run.
         report: where messages go; called on rank 0 only.
     """
@@ -74,8 +76,9 @@ class StartingWeights(Callback):
         return open_base(pl_module.base, self._ranks, str(self.source))
 
     def _open(self) -> Checkpoint:
-        if self._ranks.lead((self.source / MANIFEST).is_file):
-            return Checkpoint.open(self.source, self._ranks)
+        source = self.source
+        if self._ranks.lead(lambda: source.is_file() or (source / MANIFEST).is_file()):
+            return open_weights(source, self._ranks)
         checkpoint = newest_sound(self.source / _CHECKPOINTS, self._report, self._ranks)
         if checkpoint is None:
             raise UserError(
@@ -105,7 +108,7 @@ def _unused(checkpoint: Checkpoint, known: set[str]) -> int:
         for name in checkpoint.tensor_names()
         if name.startswith("model.") and name not in known
     ]
-    if any(map(is_adapter, left)):
+    if any(is_adapter(name) for name in checkpoint.tensor_names()):
         raise UserError(
             f"{checkpoint.path} holds adapters; `deepseek lora merge RUN DIR` makes one model of "
             "them and the weights below, to start from"

@@ -12,7 +12,6 @@ checkpoint has them.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepseek.checkpoint.files import sha256_of
 from deepseek.checkpoint.manager import Checkpoint
 from deepseek.checkpoint.manifest import MANIFEST
 from deepseek.config.errors import UserError
@@ -113,12 +113,12 @@ class Base:
 
     path: str
     sha256: str
-    """Of its manifest, and so of all its files."""
+    """Of its manifest, and so of all its files; of a ``.nemo`` file, its own."""
 
     @classmethod
     def of(cls, path: Path) -> Base:
-        """The checkpoint in the folder ``path``."""
-        return cls(str(path.absolute()), hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest())
+        """The checkpoint in the folder ``path``, or the ``.nemo`` file ``path``."""
+        return cls(str(path.absolute()), sha256_of(path if path.is_file() else path / MANIFEST))
 
 
 def _is_kept(name: str, model: Any) -> bool:

@@ -85,7 +85,14 @@ def callbacks(
     every = manager.monitor.every_n_steps
     ranks = experts = None
     if every > 0:
-        ranks = RankMonitor(folder / MONITOR, every, leads, data_seconds, run.trainer.devices)
+        ranks = RankMonitor(
+            folder / MONITOR,
+            every,
+            leads,
+            data_seconds,
+            run.trainer.devices,
+            lambda: saving.memory if saving else None,
+        )
         experts = ExpertMonitor(folder / MONITOR / "experts.arrays", every, leads)
         found += [ranks, experts]
     if not leads:
@@ -93,7 +100,11 @@ def callbacks(
     model, world = run.model, run.trainer.devices * run.trainer.num_nodes
     flops = flops_per_token(model, model.data.seq_length, model.num_nextn_predict_layers > 0)
     facts = environment(world, run.trainer.num_nodes)
-    facts |= {"peak_flops_per_device": peak.flops, "peak_source": peak.source}
+    facts |= {
+        "flops_per_token": flops,
+        "peak_flops_per_device": peak.flops,
+        "peak_source": peak.source,
+    }
     log = MetricsLog(
         folder / METRICS_FILE,
         flops,

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from deepseek.checkpoint.peft_adapter import number_of_adapters
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.commands.callbacks import callbacks
 from deepseek.commands.run_folder import LOGS, chosen_folder, finished_steps
@@ -24,12 +23,12 @@ from deepseek.data.opened import OpenedData, open_data
 from deepseek.data.sampler import build_train_loader, build_validation_loader
 from deepseek.data.timed import TimedLoader
 from deepseek.frameworks import (
-    USES_NEMO,
     Trainer,
     attach_loggers,
     framework_name,
     remote_loggers,
 )
+from deepseek.heap import keep_freed_memory
 from deepseek.models.deepseek_model import DeepSeekModel
 from deepseek.monitoring.peak import peak_of
 from deepseek.parallel.processes import Processes, join
@@ -66,17 +65,13 @@ def fit(cfg: DictConfig, run: RunConfig, run_dir: Path | None, processes: Proces
     done = Ranks().lead(lambda: finished_steps(folder))
     if resume and done >= run.trainer.max_steps:
         return FitResult(folder, done, was_complete=True)
-    if run.exp_manager.checkpoint_callback_params.save_nemo_on_train_end and not USES_NEMO:
-        raise UserError(
-            "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=true: .nemo files are "
-            "written by NeMo, which does not drive this run; pip install nemo_toolkit, or set it "
-            "to false"
-        )
     loggers = remote_loggers(
         folder, run.name, run.exp_manager, OmegaConf.to_container(cfg, resolve=True)
     )
     if run.trainer.num_threads:
         torch.set_num_threads(run.trainer.num_threads)
+    if not on_gpu:
+        keep_freed_memory()
     say(f"run folder   {folder}")
     say(f"framework    {framework_name()}")
     data = _open_data_in_turn(run, processes)
@@ -154,9 +149,6 @@ def fit(cfg: DictConfig, run: RunConfig, run_dir: Path | None, processes: Proces
             if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's exit(1) for Ctrl-C
                 raise end.__context__ from None
             raise
-    finished = module.finished_steps == run.trainer.max_steps
-    if run.exp_manager.checkpoint_callback_params.save_nemo_on_train_end and finished:
-        module.save_to(str(folder / f"{run.name}.nemo"))
     metrics = module.validation_metrics
     return FitResult(
         folder,
@@ -229,10 +221,9 @@ def _say_size(run: RunConfig) -> None:
         f"model        {(counts.total + counts.mtp) / 1e6:,.1f} M parameters, "
         f"{counts.active / 1e6:,.1f} M active per token"
     )
-    if model.peft is not None:
-        trained = number_of_adapters(model)
-        share = trained / (counts.total + counts.mtp)
-        say(f"adapters     {trained:,} numbers are trained ({share:.2%} of the weights)")
+    if counts.adapters is not None:
+        share = counts.adapters / counts.stored
+        say(f"adapters     {counts.adapters:,} numbers are trained ({share:.2%} of the weights)")
     say(
         f"step         {model.global_batch_size} sequences x {model.data.seq_length} = "
         f"{tokens:,} tokens in {micro_batches} x {model.micro_batch_size} per forward pass; "

@@ -36,8 +36,8 @@ def export_hf(
     """
     from deepseek.checkpoint.files import write_durably
     from deepseek.checkpoint.hf_export import WeightExport
-    from deepseek.checkpoint.manifest import MANIFEST
     from deepseek.checkpoint.staging import Staging, disk_errors, refuse_existing
+    from deepseek.checkpoint.training_state import Base
 
     chosen = "bf16" if one_of("--dtype", dtype, ("fp32", "bf16")) == "bf16" else "fp32"
     keep = one_of("--mtp", mtp, ("keep", "drop")) == "keep"
@@ -61,7 +61,7 @@ def export_hf(
     ids = _token_ids(tokenizer)
     plan = {
         "export": 1,
-        "checkpoint": (opened.path / MANIFEST).read_text(),
+        "checkpoint": Base.of(opened.path).sha256,
         "dtype": chosen,
         "mtp": mtp,
         "files": weights.file_names,

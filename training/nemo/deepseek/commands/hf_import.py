@@ -12,6 +12,7 @@ from typing import Any
 from deepseek.commands.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
 from deepseek.config import RunConfig, check, resolved_yaml
 from deepseek.config.errors import ConfigError, UserError
+from deepseek.config.hints import nearest
 from deepseek.config.schema import ModelConfig
 from deepseek.console import StageProgress, say
 from deepseek.data.files import require_room
@@ -52,6 +53,11 @@ def import_hf(
     kept = one_of("--mtp", mtp, ("keep", "drop"))
     refuse_existing(target)
     folder = HfFolder(source)
+    for key in ignore_keys:
+        if key not in folder.config:
+            close = nearest(key, list(folder.config))
+            hint = f"; {close}?" if close else "; leave the option out"
+            raise UserError(f"--ignore-key {key}: config.json has no such key{hint}")
     weights = WeightImport(folder, "drop" if kept == "drop" else "keep", tuple(ignore_keys))
     read = _tokenizer(source, tokenizer, weights.config)
     run = _run_config(target, weights.config)

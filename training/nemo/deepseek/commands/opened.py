@@ -47,12 +47,13 @@ class OpenedCheckpoint:
 
 
 def open_checkpoint(path: Path) -> OpenedCheckpoint:
-    """The newest sound checkpoint of a run folder, or the checkpoint ``path`` itself."""
-    from deepseek.checkpoint.checkpoint import Checkpoint
+    """The newest sound checkpoint of a run folder, the checkpoint ``path`` itself, or a ``.nemo``
+    file."""
     from deepseek.checkpoint.folder import newest_sound
+    from deepseek.checkpoint.nemo_file import open_weights
 
-    if (path / "manifest.json").is_file():
-        return with_config(Checkpoint.open(path))
+    if path.is_file() or (path / "manifest.json").is_file():
+        return with_config(open_weights(path))
     if not path.exists():
         raise UserError(
             f"{path} does not exist; give a run folder, or a checkpoint in its {CHECKPOINTS}/"

@@ -55,7 +55,8 @@ def train(
     result = fit(cfg, run, run_dir, processes)
     folder, steps = result.folder, run.trainer.max_steps
     if result.was_complete:
-        _say_complete(folder, steps, run)
+        leave()
+        _say_complete(folder, steps, run, leads=processes.rank == 0)
         return
     if result.val_loss is not None:
         bits = result.val_bits_per_byte
@@ -63,6 +64,8 @@ def train(
         say(f"validation   loss {result.val_loss:.4f}{per_byte}")
     say(f"run folder   {folder}")
     leave()  # what follows is for one process
+    if processes.rank == 0 and result.finished_steps == steps:
+        _keep_nemo(folder, run)
     if result.finished_steps < steps:
         say(
             f"stopped at step {result.finished_steps} of {steps}; "
@@ -81,7 +84,7 @@ def _train_in_others(run: RunConfig, run_dir: Path | None) -> None:
     """Be the supervisor of the processes that train."""
     folder, trainer = run_folder(run, run_dir), run.trainer
     if run.exp_manager.resume_if_exists and finished_steps(folder) >= trainer.max_steps:
-        _say_complete(folder, finished_steps(folder), run)
+        _say_complete(folder, finished_steps(folder), run, leads=True)
         return
     say(f"processes    {trainer.devices}, started and watched by this one")
     os.environ[RUN_FOLDER] = str(folder)
@@ -96,7 +99,16 @@ def _train_in_others(run: RunConfig, run_dir: Path | None) -> None:
         sys.exit(code)
 
 
-def _say_complete(folder: Path, steps: int, run: RunConfig) -> None:
+def _keep_nemo(folder: Path, run: RunConfig) -> None:
+    if run.exp_manager.checkpoint_callback_params.save_nemo_on_train_end:
+        from deepseek.commands.nemo_export import keep_nemo
+
+        keep_nemo(folder, run.name)
+
+
+def _say_complete(folder: Path, steps: int, run: RunConfig, leads: bool) -> None:
+    if leads:
+        _keep_nemo(folder, run)  # if it was killed while it wrote that
     say(
         f"{folder} is complete: {steps} of {run.trainer.max_steps} steps. "
         "To go on, raise trainer.max_steps; to start again, use another --run-dir"

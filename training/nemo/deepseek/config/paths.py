@@ -42,16 +42,22 @@ def tokenizer_file(cfg: RunConfig) -> Iterator[Problem]:
 
 
 def starting_weights(cfg: RunConfig) -> Iterator[Problem]:
-    """Weights to start from are there: a checkpoint, or a folder with checkpoints."""
+    """Weights to start from are there: a checkpoint, a folder with checkpoints, a .nemo file."""
     path = cfg.model.restore_from
     if path is None:
         return
     folder = Path(path)
     if (folder / "manifest.json").is_file() or any(folder.glob("checkpoints/step_*/manifest.json")):
         return
-    way_out = "give a run folder, the result of `deepseek hf import`, a checkpoint, or null"
+    if folder.is_file() and folder.suffix == ".nemo":
+        return
+    way_out = (
+        "give a run folder, the result of `deepseek hf import`, a checkpoint, a .nemo file, or null"
+    )
     if not folder.exists():
         fault = f"there is no folder {folder.absolute()}"
+    elif folder.is_file():
+        fault = "is a file, but no .nemo file"
     else:
         fault = "holds no checkpoint (no manifest.json, and none in checkpoints/step_*)"
         if (folder / "config.json").is_file():

@@ -37,6 +37,8 @@ _OTHER_NAMES = {
     "linear_fc1": "w1 and w3",
     "linear_fc2": "w2",
     "all-linear": "attention, feed_forward and experts",
+    "mtp": "attention, feed_forward or experts: MTP modules get no adapters, since peft and "
+    "transformers have no place for them",
 }
 
 
@@ -85,6 +87,13 @@ def adapters(cfg: RunConfig) -> Iterator[Problem]:
             rate,
             "would change the router, which is frozen with model.peft",
             "use 0",
+        )
+    if cfg.exp_manager.checkpoint_callback_params.save_nemo_on_train_end:
+        yield Problem(
+            "exp_manager.checkpoint_callback_params.save_nemo_on_train_end",
+            True,
+            "a .nemo file holds whole models, and model.peft trains adapters",
+            "use false; after the run `deepseek lora merge` and `deepseek nemo export` write one",
         )
     has = matrices_of(cfg.model)
     for name in names:

@@ -234,8 +234,8 @@ class ModelConfig:
     """Replicas of the sharded model (HSDP); 1: shard over all data-parallel ranks."""
 
     restore_from: str | None = None
-    """Start from the weights in this run folder, imported folder or checkpoint, at step 0; null:
-    from random ones. A run that goes on from a checkpoint of its own ignores it."""
+    """Start from the weights in this run folder, imported folder, checkpoint or ``.nemo`` file, at
+    step 0; null: from random ones. A run that goes on from a checkpoint of its own ignores it."""
     peft: PeftConfig | None = None
     """Adapters on top of the frozen weights of ``restore_from``; null: all weights are trained."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -304,7 +304,7 @@ class CheckpointConfig:
     async_save: bool = False
     """Write the checkpoints on the way in the background, from a copy in CPU memory."""
     save_nemo_on_train_end: bool = False
-    """Also write a ``.nemo`` file at the end (needs NeMo)."""
+    """Also write the whole model as ``NAME.nemo`` at the end, in any layout."""
 
 
 @dataclass

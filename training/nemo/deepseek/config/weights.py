@@ -1,13 +1,14 @@
 """Every weight of the model by its name: its shape, and how a layout divides it.
 
 Dims: D model, N heads, Rq and C latents of query and key-value, I and F hidden widths of a dense
-feed-forward and of one expert, E experts, V vocabulary.
+feed-forward and of one expert, E experts, V vocabulary, r rank of adapters.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deepseek.config.peft_rules import targeted
 from deepseek.config.schema import ModelConfig
 
 
@@ -23,6 +24,11 @@ class Weight:
     """The dim that TP divides; None: every TP rank has all of it."""
     routed: bool = False
     """Holds the routed experts, whose first dim EP divides."""
+
+    @property
+    def adapter(self) -> bool:
+        """Is half of an adapter, so trained while all else is frozen."""
+        return "lora_" in self.name.rpartition(".")[2]
 
     def divided(self, tp: int, ep: int) -> tuple[int, ...]:
         """The shape that TP and EP leave to a rank; they must divide."""
@@ -47,6 +53,37 @@ class Weight:
 
 def block_weights(model: ModelConfig, moe: bool) -> list[Weight]:
     """One block with a MoE or a dense feed-forward; names begin with ``attn`` and ``ffn``."""
+    plain = _block_weights(model, moe)
+    return [*plain, *(half for weight in plain for half in adapter_of(model, weight))]
+
+
+def adapter_of(model: ModelConfig, weight: Weight) -> list[Weight]:
+    """The two halves of the adapter beside a block's matrix: A (r, I) and B (O, r), of each routed
+    expert its own; none without ``model.peft`` or if it does not name the matrix."""
+    if model.peft is None:
+        return []
+    name = weight.name.removesuffix(".weight")
+    owner, _, matrix = name.rpartition(".")
+    if (f"experts.{matrix}" if weight.routed else matrix) not in targeted(
+        model.peft.target_modules
+    ):
+        return []
+    rank, (*experts, rows, columns) = model.peft.dim, weight.shape
+    halves = {"a": (*experts, rank, columns), "b": (*experts, rows, rank)}
+    prefix = f"{owner}.{matrix}_" if weight.routed else f"{name}."
+    cut = {"a": 1, "b": 0}  # the half that has the dim which TP divides
+    return [
+        Weight(
+            f"{prefix}lora_{half}",
+            shape,
+            weight.tp_dim if weight.tp_dim == cut[half] else None,
+            weight.routed,
+        )
+        for half, shape in halves.items()
+    ]
+
+
+def _block_weights(model: ModelConfig, moe: bool) -> list[Weight]:
     dim, heads, latent = model.hidden_size, model.num_attention_heads, model.kv_lora_rank
     queries, rank = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim), model.q_lora_rank
     expanded = heads * (model.qk_nope_head_dim + model.v_head_dim)
@@ -81,11 +118,11 @@ def block_weights(model: ModelConfig, moe: bool) -> list[Weight]:
 
 
 def mtp_weights(model: ModelConfig) -> list[Weight]:
-    """One MTP module; its embedding and head are the model's."""
+    """One MTP module; its embedding and head are the model's, and it has no adapters."""
     dim = model.hidden_size
     block = [
         Weight(f"block.{w.name}", w.shape, w.tp_dim, w.routed)
-        for w in block_weights(model, moe=True)
+        for w in _block_weights(model, moe=True)
     ]
     joined = Weight("eh_proj.weight", (dim, 2 * dim))
     norms = [Weight(f"{name}.weight", (dim,)) for name in ("enorm", "hnorm", "norm")]

@@ -121,9 +121,16 @@ class ChatTemplate:
         return re.sub(f"[{''.join(_MARKS)}]", "", text) if self._has_marks else text
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The ids that a model is asked to go on from."""
+        """The ids that a model is asked to go on from. Raises ``ChatError`` as ``render``."""
         (guarded, _), guard = self._guarded((list(messages), None))
         return self._ids(self.render(guarded, True), guard)
+
+    def end_id(self) -> int:
+        """The token after an answer: what the template writes there, else the end of a document."""
+        asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        encoded = self.encode(Conversation(asked, None))
+        last = int(encoded.ids[encoded.is_answer][-1])
+        return last if self.tokenizer.is_special(last) else self.tokenizer.eos_id
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Ids and answers.
@@ -318,6 +325,12 @@ def conversation_of(row: Any) -> Conversation:
                 found = f"a JSON {_kind(message[key])}" if key in message else "missing"
                 raise ChatError(f"message {k}: {key} is {found}, expected text")
     answers = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    for k in answers:
+        if not messages[k]["content"].strip() and not messages[k].get("tool_calls"):
+            raise ChatError(
+                f"message {k}: the answer is empty, so a model would learn to say nothing; write "
+                "the answer or leave the line out"
+            )
     if not answers:
         raise ChatError("no message has the role assistant, so there is nothing to learn")
     if answers[0] == 0:

@@ -314,6 +314,9 @@ def _common_tokenizer(files: list[_File], given: Tokenizer | None) -> Tokenizer 
                 f"{file.record.tokenizer_fingerprint[:12]}) than {source} "
                 f"({chosen.fingerprint[:12]}); {way_out}"
             )
+        if file.record.chat and chosen.chat_template is None:
+            recorded = load_tokenizer(file.tokenizer_file).chat_template
+            chosen = chosen.with_chat_template(recorded) if recorded else chosen
     if chosen is None:
         log.warning(
             "%s has no record of its tokenizer and model.tokenizer.path is not set: no text can be "

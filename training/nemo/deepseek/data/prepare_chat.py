@@ -157,6 +157,8 @@ def _write(
             "answers_sha256": answers_digest.hexdigest(),
         },
     )
+    if template.is_plain:  # runs on these data are asked as they were taught
+        tokenizer = tokenizer.with_chat_template(template.source)
     tokenizer.save(prepared.tokenizer_folder)
     IndexedDataset(prefix)
     prepared.save()

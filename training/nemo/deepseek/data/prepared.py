@@ -103,7 +103,7 @@ def already_there(
         if foreign and not overwrite:
             raise UserError(
                 f"{prefix}: {', '.join(foreign)} exists and was not made by prepare-data; choose "
-                "another output, or overwrite it"
+                "another output, or delete them"
             )
         return None
     changes = [
@@ -123,7 +123,7 @@ def already_there(
             return None
         raise UserError(
             f"{prefix} holds data prepared differently ({'; '.join(changes)}); choose another "
-            "output, or overwrite it"
+            f"output, or delete {prefix}.*"
         )
     try:
         there = IndexedDataset(prefix)

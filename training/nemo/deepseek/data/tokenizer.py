@@ -176,6 +176,11 @@ class Tokenizer:
             )
         return named["default"]
 
+    def with_chat_template(self, source: str) -> Tokenizer:
+        """The same tokenizer with another chat template, a Jinja text."""
+        named = self._config or self._default_config()
+        return Tokenizer(self._source, {**named, "chat_template": source}, self._origin)
+
     @property
     def special_names(self) -> list[str]:
         """Texts of all tokens that stand for no text."""
@@ -222,24 +227,19 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, readable by ``transformers``."""
         folder.mkdir(parents=True, exist_ok=True)
-        names = {token: name for name, token in self._vocab.items()}
-        config = self._config or {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            **{
-                key: names[token]
-                for key, token in (
-                    ("bos_token", self.bos_id),
-                    ("eos_token", self.eos_id),
-                    ("pad_token", self.pad_id),
-                )
-                if token is not None
-            },
-        }
+        config = self._config or self._default_config()
         with atomic_open(folder / "tokenizer_config.json") as stream:
             stream.write((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
         with atomic_open(folder / "tokenizer.json") as stream:
             stream.write(self._source.encode())
+
+    def _default_config(self) -> dict[str, Any]:
+        """``tokenizer_config.json`` of a tokenizer that came without one."""
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **self.special_texts,
+        }
 
     @cached_property
     def _vocab(self) -> dict[str, int]:

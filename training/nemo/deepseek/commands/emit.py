@@ -1,0 +1,50 @@
+"""``deepseek emit``: a configuration in the words of NVIDIA's other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from deepseek.commands import automodel_recipe, megatron_config
+from deepseek.config import RunConfig, load_config
+from deepseek.config.errors import UserError
+from deepseek.config.strict_yaml import dump_yaml
+from deepseek.console import say
+
+KINDS = {
+    "automodel": (automodel_recipe.automodel_recipe, automodel_recipe),
+    "megatron": (megatron_config.megatron_config, megatron_config),
+}
+
+
+def emit(kind: str, config: str, output: Path, overrides: Sequence[str] = ()) -> None:
+    """Write ``output``.
+
+    Args:
+        kind: ``automodel`` or ``megatron``.
+        config: name of a shipped configuration, or a YAML file.
+        output: a file that does not exist.
+        overrides: ``a.b=c``.
+
+    Raises:
+        ConfigError: of the configuration, or what the target lacks; every problem at once.
+        UserError: the file exists or cannot be written.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists already and nothing is overwritten; give another name")
+    run = OmegaConf.to_object(load_config(config, overrides))
+    assert isinstance(run, RunConfig)
+    translate, module = KINDS[kind]
+    tree = translate(run)
+    words = " ".join(["deepseek emit", kind, config, *overrides])
+    lines = [f"For {module.TARGET}, by `{words}`.", *module.NOTES]
+    text = "".join(f"# {line}\n" for line in lines) + dump_yaml(tree)
+    try:
+        output.write_text(text)
+    except OSError as failure:
+        raise UserError(f"{output}: cannot be written: {failure.strerror}") from failure
+    say(f"written      {output}, for {module.TARGET}")
+    for note in module.NOTES:
+        say(f"note         {note}")
