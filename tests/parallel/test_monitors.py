@@ -18,6 +18,7 @@ import torch.distributed as dist
 from layouts import Case, Driven, batches, small_config, spread
 from ranks import run_ranks
 
+from deepseek.frameworks import Callback
 from deepseek.models.components.moe import MoE
 from deepseek.monitoring.array_log import Record, read_arrays
 from deepseek.monitoring.expert_monitor import MARGIN_TOKENS, ExpertMonitor, expert_layers
@@ -429,3 +430,25 @@ def test_one_process_has_ranks_and_no_collectives(tmp_path: Path) -> None:
     assert not (tmp_path / "collectives.jsonl").exists()
     assert facts[0]["forward_backward_seconds"] > facts[0]["optimizer_seconds"] > 0
     assert "all_to_all_seconds" not in facts[0]
+
+
+LATE = 0.4
+
+
+class _Late(Callback):
+    """One rank is busy with its step for longer."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if pl_module.meshes.rank == 1:
+            time.sleep(LATE)
+
+
+def costs_of_rank(rank: int, case: Case, folder: Path) -> list[float]:
+    facts = watched(spread(case), [_Late(), *monitors(folder, rank == 0)])
+    return [fact["monitor_seconds"] for fact in facts]
+
+
+def test_waiting_for_a_rank_that_is_busy_is_not_a_cost_of_watching(tmp_path: Path) -> None:
+    case = Case(small_config(expert_model_parallel_size=2, micro_batch_size=4), 2)
+    for costs in run_ranks(2, costs_of_rank, case, tmp_path):
+        assert all(0 < cost < LATE / 2 for cost in costs), costs

@@ -115,6 +115,8 @@ class RankMonitor(Callback):
         """Collect, on every rank; write, on rank 0."""
         step_seconds = time.perf_counter() - self._clock
         step = pl_module.finished_steps
+        if self._is_due(step):
+            _meet(pl_module)
         begin = time.perf_counter()
         phases = pl_module.phases.seconds()
         facts = pl_module.step_facts
@@ -188,6 +190,16 @@ class RankMonitor(Callback):
         except OSError as error:  # watching must not stop what is watched
             complain(f"{error.filename}: {error.strerror}; ranks are no longer recorded")
             self._files = None
+
+
+def _meet(pl_module: Any) -> None:
+    """Wait for the ranks that are still busy with the step.
+
+    Not a cost of watching: who is early waits now instead of at the next step's first collective.
+    What the monitors' own collectives take afterwards is their cost.
+    """
+    device = next(pl_module.model.parameters()).device
+    sum_over(torch.zeros(1, device=device), pl_module.meshes.world).item()
 
 
 def _measurements(
