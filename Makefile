@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine:
-#   make train    environment, corpus, tokenizer, a real training run of a few minutes, a sample
+#   make train    environment, corpus, tokenizer, a real training run of a few minutes, a sample, a report
 #   make test     environments, style, types, layers, and the whole suite with and without NeMo
 # and others measure: make bench    training and decoding against Hugging Face transformers
 #                     make sweep    400 random parallel layouts against one process
@@ -14,7 +14,7 @@ PEERS := nemo-automodel megatron-core torchao torchdata flashoptim
 .PHONY: train test test-lightning test-nemo lint browser bench sweep format clean
 
 train: $(VENV)/.ready
-	$(VENV)/bin/deepseek train --config deepseek_v3_tiny --sample
+	$(VENV)/bin/deepseek train --config deepseek_v3_tiny --sample --report
 
 test: lint browser test-lightning test-nemo
 

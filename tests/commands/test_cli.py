@@ -6,6 +6,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,6 +131,34 @@ def test_a_sample_at_the_end(micro: MicroRuns) -> None:
     data = f"model.data.data_prefix={micro.folder / 'data'}"
     ran = micro.cli(*words, data, "trainer.max_steps=1").assert_done()
     assert ran.out.split("sample:\n")[1].strip()
+
+
+def test_a_report_at_the_end_and_of_a_run_that_is_complete(micro: MicroRuns) -> None:
+    words = ["train", "--config", micro.config, "--run-dir", "reported", "--report"]
+    data = f"model.data.data_prefix={micro.folder / 'data'}"
+    ran = micro.cli(*words, data, "trainer.max_steps=1").assert_done()
+    page = micro.folder / "reported" / "report.html"
+    last = ran.out.splitlines()[-1]
+    assert last.startswith(f"report       {page}")
+    page.unlink()
+    again = micro.cli(*words, data, "trainer.max_steps=1").assert_done()
+    assert "is complete" in again.out and page.stat().st_size > 1e6
+
+
+def test_a_report_that_nothing_can_draw_is_refused_before_the_run(micro: MicroRuns) -> None:
+    hide = "import importlib.util as u\nreal = u.find_spec\n"
+    hide += "u.find_spec = lambda name, *rest: None if name == 'plotly' else real(name, *rest)"
+    words = ["train", "--config", micro.config, "--run-dir", "undrawn", "--report"]
+    data = f"model.data.data_prefix={micro.folder / 'data'}"
+    micro.cli(*words, data, before=hide).assert_refused("plotly", "pip install plotly")
+    assert not (micro.folder / "undrawn").exists()
+
+
+@pytest.mark.parametrize("module", ["deepseek", "deepseek.cli"])
+def test_the_command_as_a_module(module: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", module, "cat", "missing"]
+    ran = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 2 and "missing" in ran.stderr
 
 
 def test_dashes_before_a_setting_are_tolerated(micro: MicroRuns) -> None:

@@ -241,10 +241,10 @@ def test_a_signal_to_the_supervisor(micro: MicroRuns, whole: str, number: int) -
 # -- the end --
 
 
-def test_a_sample_after_a_run_in_several_processes(micro: MicroRuns) -> None:
-    words = [*micro.words("sampled", *EP2, "trainer.max_steps=2"), "--sample"]
+def test_a_sample_and_a_report_after_a_run_in_several_processes(micro: MicroRuns) -> None:
+    words = [*micro.words("sampled", *EP2, "trainer.max_steps=2"), "--sample", "--report"]
     ran = micro.cli.start(*words, before=FORK_WORKERS).wait().assert_done()
-    assert ran.out.count("sample:\n") == 1
+    assert ran.out.count("sample:\n") == 1 and ran.out.count("report   ") == 1
     assert ran.out.split("sample:\n")[1].strip()
 
 

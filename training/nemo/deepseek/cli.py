@@ -31,11 +31,12 @@ def train_command(
     config: Config = "deepseek_v3_tiny",
     run_dir: Annotated[Path | None, typer.Option(help="The run folder itself.")] = None,
     sample: Annotated[bool, typer.Option(help="Print a generated sample at the end.")] = False,
+    report: Annotated[bool, typer.Option(help="Write the run's report at the end.")] = False,
 ) -> None:
     """Train, or continue, a run."""
     from deepseek.commands.train import train
 
-    train(config, overrides_of(overrides or []), run_dir, sample)
+    train(config, overrides_of(overrides or []), run_dir, sample, report)
 
 
 @app.command("test")
@@ -419,3 +420,7 @@ def cat_command(
 def main() -> None:
     """Entry point of the ``deepseek`` command."""
     guarded(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from deepseek.commands.generate import generate_text
+from deepseek.commands.report import report as write_report
 from deepseek.commands.run_folder import RUN_FOLDER, TOKENIZER, finished_steps, run_folder
 from deepseek.config import RunConfig, load_config
 from deepseek.console import complain, say
@@ -24,6 +25,7 @@ def train(
     overrides: Sequence[str] = (),
     run_dir: Path | None = None,
     sample: bool = False,
+    report: bool = False,
 ) -> None:
     """Train, or continue, one run.
 
@@ -35,6 +37,7 @@ def train(
         overrides: ``a.b=c``.
         run_dir: the run folder, instead of one under ``exp_manager.exp_dir``.
         sample: print a generated sample at the end.
+        report: write the run's report at the end.
 
     Raises:
         ConfigError: every problem of the configuration at once.
@@ -45,8 +48,12 @@ def train(
     cfg = load_config(config, overrides)
     run = OmegaConf.to_object(cfg)
     assert isinstance(run, RunConfig)
+    if report:  # what it needs is missed now, not when the run is over
+        from deepseek.monitoring.report.page import plotly_script
+
+        plotly_script()
     if processes.started_by == "none" and run.trainer.devices > 1 and run.trainer.num_nodes == 1:
-        _train_in_others(run, run_dir)
+        _train_in_others(run, run_dir, report)
         return
     check_world(processes, run.trainer.devices, run.trainer.num_nodes)
     # Imported here: a configuration error should not wait seconds for a training framework.
@@ -56,7 +63,7 @@ def train(
     folder, steps = result.folder, run.trainer.max_steps
     if result.was_complete:
         leave()
-        _say_complete(folder, steps, run, leads=processes.rank == 0)
+        _say_complete(folder, steps, run, report, leads=processes.rank == 0)
         return
     if result.val_loss is not None:
         bits = result.val_bits_per_byte
@@ -71,20 +78,27 @@ def train(
             f"stopped at step {result.finished_steps} of {steps}; "
             "run the same command again to go on"
         )
-    elif processes.rank > 0 or not (folder / TOKENIZER).is_dir() or not finished_steps(folder):
-        pass  # nothing to sample from, or another process does it
-    elif sample:
-        say("sample:")
-        generate_text(folder, [""], max_new_tokens=SAMPLE_TOKENS)
-    else:
-        say(f"sample it    deepseek generate {folder}")
+    elif processes.rank == 0:
+        _show(folder, sample, report)
 
 
-def _train_in_others(run: RunConfig, run_dir: Path | None) -> None:
+def _show(folder: Path, sample: bool, report: bool) -> None:
+    """What a complete run has come to: of its model and of its log."""
+    if (folder / TOKENIZER).is_dir() and finished_steps(folder):  # else nothing to sample from
+        if sample:
+            say("sample:")
+            generate_text(folder, [""], max_new_tokens=SAMPLE_TOKENS)
+        else:
+            say(f"sample it    deepseek generate {folder}")
+    if report:
+        write_report([folder])
+
+
+def _train_in_others(run: RunConfig, run_dir: Path | None, report: bool) -> None:
     """Be the supervisor of the processes that train."""
     folder, trainer = run_folder(run, run_dir), run.trainer
     if run.exp_manager.resume_if_exists and finished_steps(folder) >= trainer.max_steps:
-        _say_complete(folder, finished_steps(folder), run, leads=True)
+        _say_complete(folder, finished_steps(folder), run, report, leads=True)
         return
     say(f"processes    {trainer.devices}, started and watched by this one")
     os.environ[RUN_FOLDER] = str(folder)
@@ -106,9 +120,11 @@ def _keep_nemo(folder: Path, run: RunConfig) -> None:
         keep_nemo(folder, run.name)
 
 
-def _say_complete(folder: Path, steps: int, run: RunConfig, leads: bool) -> None:
-    if leads:
-        _keep_nemo(folder, run)  # if it was killed while it wrote that
+def _say_complete(folder: Path, steps: int, run: RunConfig, report: bool, leads: bool) -> None:
+    if leads:  # if it was killed while it wrote these
+        _keep_nemo(folder, run)
+        if report:
+            write_report([folder])
     say(
         f"{folder} is complete: {steps} of {run.trainer.max_steps} steps. "
         "To go on, raise trainer.max_steps; to start again, use another --run-dir"

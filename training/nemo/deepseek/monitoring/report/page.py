@@ -192,9 +192,17 @@ def _json(figures: dict[str, Figure]) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _plotly() -> str:
+def plotly_script() -> Path:
+    """The file of the library that draws.
+
+    Raises:
+        UserError: plotly is not installed.
+    """
     spec = importlib.util.find_spec("plotly")
     if spec is None or spec.origin is None:
         raise UserError("a report is drawn by plotly, which is not installed: pip install plotly")
-    path = Path(spec.origin).with_name("package_data") / "plotly.min.js"
-    return path.read_text(encoding="utf-8").replace("</script", "<\\/script")
+    return Path(spec.origin).with_name("package_data") / "plotly.min.js"
+
+
+def _plotly() -> str:
+    return plotly_script().read_text(encoding="utf-8").replace("</script", "<\\/script")
