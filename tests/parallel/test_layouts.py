@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from deepseek.config.schema import OptimConfig, SchedConfig
+from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.router import Router, Routing
 from deepseek.models.deepseek_model import DeepSeekModel
 from deepseek.ops.linear_cross_entropy import IGNORE_INDEX
@@ -97,6 +98,52 @@ CHOSEN = {
 @pytest.mark.parametrize("name", CHOSEN)
 def test_chosen_layout(name: str) -> None:
     assert_exact(CHOSEN[name])
+
+
+# -- compiled attention --
+
+
+def compiled(backend: Any) -> Callable[[Driven], None]:
+    """Compile the attention of the layout; the one process it is compared with stays eager."""
+
+    def prepare(driven: Driven) -> None:
+        if driven.case.world > 1 and driven.meshes.layout.world_size > 1:
+            for module in driven.module.model.modules():
+                if isinstance(module, MultiHeadLatentAttention):
+                    module.compile(backend=backend)
+
+    return prepare
+
+
+COMPILED: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP 2": (2, dict(tp=2)),
+    "PP 2": (2, dict(pp=2)),
+    "EP 2": (2, dict(ep=2)),
+    "TP 2, PP 2, recomputed": (4, dict(tp=2, pp=2, recompute="full")),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_attention(name: str) -> None:
+    world, changes = COMPILED[name]
+    case = case_of(world, **changes)
+    case.prepare = compiled("aot_eager")
+    assert_exact(case)
+
+
+def twice_as_much(graph: Any, inputs: Any) -> Callable[..., Any]:
+    """A compiler with an error."""
+
+    def call(*args: Any) -> Any:
+        return tuple(2 * out if out.is_floating_point() else out for out in graph.forward(*args))
+
+    return call
+
+
+def test_the_attention_of_these_layouts_is_compiled() -> None:
+    case = case_of(2, tp=2)
+    case.prepare = compiled(twice_as_much)
+    assert compare(case)["all.weight"] > FP64
 
 
 # -- extremes of the load --

@@ -66,6 +66,7 @@ class HostMemory:
 _opened: WeakKeyDictionary[dist.ProcessGroup, HostMemory | None] = WeakKeyDictionary()
 
 
+@torch.compiler.disable  # a compiler follows neither the files nor the messages of finding it
 def host_memory(group: dist.ProcessGroup) -> HostMemory | None:
     """The memory of a group; None if its ranks do not share a machine. A collective at first."""
     if group not in _opened:
