@@ -174,3 +174,27 @@ def test_a_longer_schedule_is_continued_as_if_never_stopped(micro: MicroRuns, wh
     rates = [row["lr"] for row in micro.rows("stretched") if "lr" in row]
     assert rates[5:] == [row["lr"] for row in micro.rows(whole) if "lr" in row][5:]
     assert rates[4] < rates[5]
+
+
+DEAD_LOADER = """
+import multiprocessing, os, signal
+from deepseek.models.deepseek_model import DeepSeekModel
+def step(self, *args, call=DeepSeekModel.training_step):
+    if self.finished_steps == {finished} and not os.path.exists("{once}"):
+        open("{once}", "w").close()
+        child = multiprocessing.active_children()[0]
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    return call(self, *args)
+DeepSeekModel.training_step = step
+"""
+
+
+def test_a_loader_of_data_that_is_killed(micro: MicroRuns, whole: str) -> None:
+    once = micro.folder / "loader_killed"
+    code = DEAD_LOADER.format(finished=7, once=once)
+    ran = micro.train("dead_loader", "model.data.num_workers=1", before=code)
+    assert ran.code == 1 and "Traceback" not in ran.out + ran.err, ran.err
+    assert "a process that loads data died" in ran.err and "model.data.num_workers=0" in ran.err
+    micro.train("dead_loader", "model.data.num_workers=1").assert_done()
+    assert micro.differences(whole, "dead_loader") == []

@@ -5,6 +5,7 @@ OmegaConf are enough to test and to train. The full command line is ``cli.py``.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 from deepseek.config.errors import UserError
 from deepseek.console import complain
 from deepseek.parallel.processes import LOST_PEER_EXIT_CODE, is_lost_peer
+
+_DEAD_LOADER = re.compile(r"DataLoader worker \(pid.*?\)[^.]*")
+"""What torch says of it."""
 
 
 def guarded(call: Callable[[], object]) -> None:
@@ -25,6 +29,14 @@ def guarded(call: Callable[[], object]) -> None:
         complain("interrupted")
         sys.exit(130)
     except RuntimeError as error:
+        if died := _DEAD_LOADER.search(str(error)):
+            # Not the user's error as such: a supervisor starts all again.
+            complain(
+                f"error: a process that loads data died ({died[0]}); mostly memory ran out: watch "
+                "it, or do without (model.data.num_workers=0). The same command goes on from the "
+                "newest checkpoint"
+            )
+            sys.exit(1)
         if not is_lost_peer(error):
             raise
         complain("error: contact lost with another rank, which ended or cannot be reached")
