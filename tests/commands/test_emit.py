@@ -187,6 +187,7 @@ BOTH: list[tuple[str, Any]] = [
     ("model.data.data_prefix", None),
     ("model.restore_from", "somewhere"),
     ("model.torch_compile", True),
+    ("model.reshard_after_forward", False),
 ]
 AUTOMODEL: list[tuple[str, Any]] = [
     *BOTH,

@@ -171,7 +171,7 @@ ACCELERATE: dict[str, Any] = {
     "mixed_precision": "bf16",
     "fsdp_config": {
         "fsdp_version": 1,
-        "fsdp_sharding_strategy": "HYBRID_SHARD",
+        "fsdp_sharding_strategy": "HYBRID_SHARD_ZERO2",
         "fsdp_offload_params": True,
         "fsdp_activation_checkpointing": True,
         "fsdp_state_dict_type": "SHARDED_STATE_DICT",
@@ -221,6 +221,7 @@ def test_settings(cli: Forked, settings: tuple[Path, Path], tmp_path: Path) -> N
         "sched": (run.model.optim.sched.warmup_steps, run.model.optim.sched.min_lr),
         "more": (run.trainer.gradient_clip_val, run.trainer.val_check_interval),
         "shards": run.model.data_parallel_replicate_size,
+        "reshards": run.model.reshard_after_forward,
         "recompute": run.model.activations_checkpoint_granularity,
         "every": run.exp_manager.checkpoint_callback_params.every_n_train_steps,
     }
@@ -231,6 +232,7 @@ def test_settings(cli: Forked, settings: tuple[Path, Path], tmp_path: Path) -> N
         "sched": (10, 1e-5),
         "more": (0.5, 0),
         "shards": 2,
+        "reshards": False,
         "recompute": "full",
         "every": 20,
     }
@@ -249,7 +251,28 @@ def test_settings(cli: Forked, settings: tuple[Path, Path], tmp_path: Path) -> N
     both = ACCELERATE["fsdp_config"] | ARGUMENTS["fsdp_config"]
     keys = {f"fsdp_config.{key.removeprefix('fsdp_')}" for key in both}
     keys |= (ACCELERATE.keys() | ARGUMENTS.keys()) - {"fsdp_config"}
-    assert listed + off == len(keys) + 1  # report_to is in two
+    assert listed + off == len(keys) + 2  # report_to and sharding_strategy are in two
+
+
+@pytest.mark.parametrize(
+    ("setting", "processes", "reshards"),
+    [
+        ("fsdp_reshard_after_forward: true", 4, True),
+        ("fsdp_reshard_after_forward: false", 4, False),
+        ("fsdp_reshard_after_forward: SHARD_GRAD_OP", 4, False),  # as accelerate writes version 1
+        ("fsdp_sharding_strategy: FULL_SHARD", 4, True),
+        ("fsdp_sharding_strategy: FULL_SHARD", 1, None),
+        ("fsdp_reshard_after_forward: true", 1, None),
+    ],
+)
+def test_gathering_anew(
+    cli: Forked, tmp_path: Path, setting: str, processes: int, reshards: bool | None
+) -> None:
+    file, output = tmp_path / "accelerate.yaml", tmp_path / "mine.yaml"
+    text = f"distributed_type: FSDP\nnum_processes: {processes}\nfsdp_config:\n  {setting}\n"
+    file.write_text(text)
+    cli("migrate", "fsdp-config", str(file), "--output", str(output)).assert_done()
+    assert load_config(output).model.reshard_after_forward is reshards
 
 
 def test_settings_are_printed_without_output(cli: Forked, settings: tuple[Path, Path]) -> None:

@@ -256,6 +256,27 @@ ONE_PROBLEM = [
         ["does not divide the data-parallel size", "use one of 1, 2"],
     ),
     (
+        "model.reshard_after_forward=true",
+        "model.reshard_after_forward",
+        ["would be ignored", "no two ranks share", "use null, or more trainer.devices"],
+    ),
+    (
+        "trainer.devices=2 & model.tensor_model_parallel_size=2 & "
+        "model.expert_model_parallel_size=2 & model.reshard_after_forward=false",
+        "model.reshard_after_forward",
+        ["would be ignored", "use null"],
+    ),
+    (
+        f"{PP2} & model.reshard_after_forward=true",
+        "model.reshard_after_forward",
+        ["model.pipeline_model_parallel_size=2 keeps weights gathered", "use null or false"],
+    ),
+    (
+        "trainer.devices=2 & model.reshard_after_forward=sometimes",
+        "model.reshard_after_forward",
+        ["true or false"],
+    ),
+    (
         f"{TP4} & model.num_attention_heads=6",
         "model.tensor_model_parallel_size",
         ["does not divide model.num_attention_heads=6;", "use one of 1, 2"],

@@ -147,6 +147,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
         pipeline_layers_per_stage=split,
         expert_model_parallel_size=ep,
         data_parallel_replicate_size=replicate,
+        reshard_after_forward=among((True, False)) if pp == 1 and (shards > 1 or tp > ep) else None,
         data=DataConfig(
             seq_length=tp * number(max(1, 6 // tp), max(1, 12 // tp)),
             isolate_documents=draw(st.booleans()),

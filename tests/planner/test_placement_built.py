@@ -1,11 +1,15 @@
 """What the planner says of a rank against what the parallel code builds there.
 
-The ranks beside the one that is looked at are not there: torch's ``fake`` backend stands in.
+The ranks beside the one that is looked at are not there: torch's ``fake`` backend stands in. Each
+rank has a process of its own: torch remembers by mesh what a rank holds, and tests that fork later
+would inherit it.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -79,13 +83,9 @@ def test_with_adapters(name: str, ranks: list[int], targets: list[str]) -> None:
 def assert_as_planned(run: RunConfig, ranks: list[int]) -> None:
     layout, parts = Layout.of_run(run), split_layers(run.model)
     for rank in ranks:
-        with meshes_of(layout, rank) as meshes:
-            model = build(run.model, meshes, torch.device("cpu"), seed=1).model
-            kept = {name: tuple(local_part(p)[0].shape) for name, p in model.named_parameters()}
-            numbers = sum(local_part(p)[0].numel() for p in model.parameters())
-            buffers = dict(model.named_buffers())  # beside the biases: the counters of a step
-            biases = sum(b.numel() for name, b in buffers.items() if name.endswith("gate.bias"))
-            trained = sum(local_part(p)[0].numel() for p in model.parameters() if p.requires_grad)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:
+            found = process.submit(built, run, layout, rank).result()
+        kept, numbers, biases, trained = found
         pp = layout.place(rank).pp
         planned = {
             name: kept_shape(weight, layout)
@@ -96,3 +96,17 @@ def assert_as_planned(run: RunConfig, ranks: list[int]) -> None:
         memory = rank_memory(run.model, layout, pp)
         assert (memory.parameters, memory.weights) == (numbers, 4 * (numbers + biases))
         assert (memory.gradients, memory.optimizer) == (4 * trained, 8 * trained)
+
+
+def built(
+    run: RunConfig, layout: Layout, rank: int
+) -> tuple[dict[str, tuple[int, ...]], int, int, int]:
+    """Shapes that are kept, and how many numbers: of weights, of biases, trained."""
+    with meshes_of(layout, rank) as meshes:
+        model = build(run.model, meshes, torch.device("cpu"), seed=1).model
+        kept = {name: tuple(local_part(p)[0].shape) for name, p in model.named_parameters()}
+        numbers = sum(local_part(p)[0].numel() for p in model.parameters())
+        buffers = dict(model.named_buffers())  # beside the biases: the counters of a step
+        biases = sum(b.numel() for name, b in buffers.items() if name.endswith("gate.bias"))
+        trained = sum(local_part(p)[0].numel() for p in model.parameters() if p.requires_grad)
+    return kept, numbers, biases, trained

@@ -237,6 +237,12 @@ def _problems(run: RunConfig) -> list[Problem]:
                 "use false, and its own section `compile`",
             ),
             (
+                "model.reshard_after_forward",
+                model.reshard_after_forward is not None,
+                "it decides that by itself",
+                "use null",
+            ),
+            (
                 "model.data.isolate_documents",
                 model.data.isolate_documents,
                 "its Megatron data are packed as one stream",

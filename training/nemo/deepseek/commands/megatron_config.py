@@ -246,6 +246,12 @@ def _problems(run: RunConfig) -> list[Problem]:
                 "use false",
             ),
             (
+                "model.reshard_after_forward",
+                model.reshard_after_forward is not None,
+                "its ranks keep all weights and share the optimiser's states only",
+                "use null",
+            ),
+            (
                 "model.pipeline_schedule",
                 model.pipeline_model_parallel_size > 1
                 and model.pipeline_schedule not in ("1F1B", "Interleaved1F1B"),

@@ -207,14 +207,28 @@ def _strategy(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None
     kind = names[int(value) - 1] if number else str(value).upper()
     shown_as = f"{key}={shown(value)}"
     world, nodes = int(flat.get("num_processes") or 1), int(flat.get("num_machines") or 1)
-    if kind in ("FULL_SHARD", "SHARD_GRAD_OP"):
-        found.same(shown_as, "data-parallel ranks always shard parameters, gradients and optimiser")
+    if kind.startswith("HYBRID"):
+        found.set(shown_as, "model.data_parallel_replicate_size", nodes, "one replica per node")
+    gathers = world > (nodes if kind.startswith("HYBRID") else 1)
+    if kind in ("FULL_SHARD", "HYBRID_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2"):
+        if gathers:
+            again = kind in ("FULL_SHARD", "HYBRID_SHARD")
+            found.set(shown_as, "model.reshard_after_forward", again)
+        else:
+            found.same(shown_as, "data-parallel ranks share parameters, gradients and optimiser")
     elif kind == "NO_SHARD":
         found.set(shown_as, "model.data_parallel_replicate_size", world)
-    elif kind.startswith("HYBRID"):
-        found.set(shown_as, "model.data_parallel_replicate_size", nodes, "one replica per node")
     else:
         found.leave(shown_as, f"no sharding strategy of FSDP: {', '.join(names)}")
+
+
+def _reshard(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
+    if not isinstance(value, bool):  # accelerate: with version 1, the sharding strategy
+        _strategy(found, key, value, flat)
+    elif int(flat.get("num_processes") or 1) > 1:
+        found.set(f"{key}={shown(value)}", "model.reshard_after_forward", value)
+    else:
+        found.same(f"{key}={shown(value)}", "one process gathers nothing")
 
 
 def _recompute(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
@@ -373,8 +387,7 @@ _ACCELERATE: dict[str, Rule | str | _Meant] = {
 _FSDP: dict[str, Rule | str | _Meant] = {
     "version": _same("FSDP2 always"),
     "sharding_strategy": _strategy,
-    "reshard_after_forward": "parameters are gathered again in the backward pass where that saves "
-    "memory; there is no switch",
+    "reshard_after_forward": _reshard,
     "auto_wrap_policy": _WRAPS,
     "transformer_layer_cls_to_wrap": _WRAPS,
     "min_num_params": _WRAPS,

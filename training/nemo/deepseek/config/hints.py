@@ -108,6 +108,7 @@ OTHER_NAMES: dict[str, str] = {
     "decoder_first_pipeline_num_layers": "model.pipeline_layers_per_stage",
     "decoder_last_pipeline_num_layers": "model.pipeline_layers_per_stage",
     "hsdp": "model.data_parallel_replicate_size",
+    "fsdp_reshard_after_forward": "model.reshard_after_forward",
     "context_parallel_size": "there is no context parallelism",
     "sequence_parallel": "it follows from model.tensor_model_parallel_size",
     "strategy": "it follows from model.*_model_parallel_size",

@@ -256,6 +256,30 @@ def data_parallel_shards(cfg: RunConfig) -> Iterator[Problem]:
         )
 
 
+def resharding(cfg: RunConfig) -> Iterator[Problem]:
+    """Weights that are gathered can be kept or not, where there are any and no pipeline."""
+    model, key = cfg.model, "model.reshard_after_forward"
+    chosen, pp = model.reshard_after_forward, model.pipeline_model_parallel_size
+    shards = _shards(cfg, model.tensor_model_parallel_size)
+    if chosen is None or shards is None:
+        return
+    if chosen and pp > 1:
+        yield Problem(
+            key,
+            True,
+            f"model.pipeline_model_parallel_size={pp} keeps weights gathered from one micro-batch "
+            "to the next, or it would gather them for each",
+            "use null or false",
+        )
+    elif shards == 1 and model.tensor_model_parallel_size == model.expert_model_parallel_size:
+        yield Problem(
+            key,
+            chosen,
+            "would be ignored: no two ranks share the memory of a weight, so none is gathered",
+            "use null, or more trainer.devices",
+        )
+
+
 def batch(cfg: RunConfig) -> Iterator[Problem]:
     """Every rank runs the same whole number of micro-batches in a step."""
     micro, whole = cfg.model.micro_batch_size, cfg.model.global_batch_size

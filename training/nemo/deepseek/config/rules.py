@@ -27,6 +27,7 @@ from deepseek.config.parallel_rules import (
     pipeline_settings,
     pipeline_stages,
     processes,
+    resharding,
     tensor_parallel,
 )
 from deepseek.config.paths import (
@@ -410,6 +411,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     pipeline_micro_batches,
     expert_parallel,
     data_parallel_shards,
+    resharding,
     batch,
     vocabulary,
     data_files,

@@ -232,6 +232,10 @@ class ModelConfig:
     """Ranks the routed experts are divided over (EP)."""
     data_parallel_replicate_size: int = 1
     """Replicas of the sharded model (HSDP); 1: shard over all data-parallel ranks."""
+    reshard_after_forward: bool | None = None
+    """Gathered weights go after each forward pass and are gathered again for the backward pass
+    (true), or stay until the gradients of the step are there (false): more memory, less traffic.
+    null: they stay under a pipeline, or if all of them take less than 1 GiB of a rank."""
 
     restore_from: str | None = None
     """Start from the weights in this run folder, imported folder, checkpoint or ``.nemo`` file, at

@@ -14,6 +14,7 @@ from deepseek.parallel.micro_batches import MicroBatches, Sequential, micro_batc
 from deepseek.parallel.shard import fill, shard_data_parallel, shard_experts
 from deepseek.parallel.tensor import shard_tensors
 from deepseek.planner.layout import StageParts, split_layers, stages_of_rank
+from deepseek.planner.placement import reshards
 
 
 class Distributed(NamedTuple):
@@ -58,7 +59,8 @@ def build(
     shard_tensors(model, meshes)
     shard_experts(model, meshes)
     stages = {index: Stage(model, parts[index]) for index in here}
-    shard_data_parallel(model, list(stages.values()), meshes)
+    resharded = reshards(config, meshes.layout)
+    shard_data_parallel(model, list(stages.values()), meshes, resharded)
     model.to_empty(device=device)
     fill(model, seed)
-    return Distributed(model, micro_batches_of(stages, config, meshes))
+    return Distributed(model, micro_batches_of(stages, config, meshes, resharded))

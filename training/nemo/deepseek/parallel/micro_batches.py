@@ -69,11 +69,13 @@ class Sequential:
     Args:
         stage: the whole model.
         micro_batch_size: sequences per forward pass.
+        reshards: weights are gathered anew for each forward and backward pass; else once a step.
     """
 
-    def __init__(self, stage: Stage, micro_batch_size: int) -> None:
+    def __init__(self, stage: Stage, micro_batch_size: int, reshards: bool = True) -> None:
         self.stage = stage
         self.size = micro_batch_size
+        self.reshards = reshards
 
     def train(self, batch: Batch, loss: Loss, balance_scale: Tensor) -> Tensor:
         """See ``MicroBatches``."""
@@ -81,7 +83,9 @@ class Sequential:
         rows = batch["tokens"].shape[0]
         for start in range(0, rows, self.size):
             if isinstance(self.stage, FSDPModule):  # the gradients travel once, with the last one
-                self.stage.set_requires_gradient_sync(start + self.size >= rows)
+                last = start + self.size >= rows
+                self.stage.set_requires_gradient_sync(last)
+                self.stage.set_reshard_after_backward(last or self.reshards)
                 # A weight that autocast has cast for an earlier micro-batch would get its gradient
                 # late, when FSDP has sent what there was. (Lightning 2.4 has the cache on.)
                 torch.clear_autocast_cache()
@@ -199,10 +203,12 @@ class Pipeline:
         return torch.empty(shape, dtype=self._dtype, device=device or self._device)
 
 
-def micro_batches_of(stages: dict[int, Stage], config: ModelConfig, meshes: Meshes) -> MicroBatches:
+def micro_batches_of(
+    stages: dict[int, Stage], config: ModelConfig, meshes: Meshes, reshards: bool
+) -> MicroBatches:
     """The right one for the layout."""
     if meshes.layout.pp == 1:
-        return Sequential(stages[0], config.micro_batch_size)
+        return Sequential(stages[0], config.micro_batch_size, reshards)
     return Pipeline(stages, config, meshes)
 
 

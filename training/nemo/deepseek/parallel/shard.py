@@ -46,16 +46,22 @@ def shard_experts(model: Transformer, meshes: Meshes) -> None:
         module.dispatcher = build_dispatcher(num_experts, meshes.ep, meshes.device_type)
 
 
-def shard_data_parallel(model: Transformer, stages: Sequence[Stage], meshes: Meshes) -> None:
+def shard_data_parallel(
+    model: Transformer, stages: Sequence[Stage], meshes: Meshes, reshards: bool
+) -> None:
     """FSDP2 over every block, MTP module and stage, in place; the stages become ``FSDPModule``s.
+
+    Args:
+        model: what this rank holds.
+        stages: the same, as it is run.
+        meshes: where this rank stands.
+        reshards: each unit gives gathered weights back after its forward pass.
 
     Raises:
         UserError: a weight that TP or EP has divided cannot be divided further.
     """
-    # With a pipeline, weights stay gathered between the micro-batches of a step. Without, each unit
-    # gives its own back after its forward pass, but for the outermost (torch's None), which the
-    # backward pass begins with.
-    reshard = None if meshes.layout.pp == 1 else False
+    # torch's None: all but the outermost unit, which the backward pass begins with.
+    reshard = None if reshards else False
     dense = _Sharding(meshes.dense_shards, reshard)
     experts = _Sharding(meshes.expert_shards, reshard)
     # Spread over the ranks of their block, experts are gathered with it: fewer waits for others.

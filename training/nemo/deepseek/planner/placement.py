@@ -22,6 +22,8 @@ from deepseek.planner.report import size_text
 
 MOST_ROWS = 16
 """Longer tables are cut in the middle."""
+KEPT_BYTES = 1 << 30
+"""Weights of less are kept gathered for a step, if nobody says otherwise."""
 
 
 class Table(NamedTuple):
@@ -157,6 +159,27 @@ def rank_memory(
     return RankMemory(parameters, 4 * (parameters + biases), 4 * trained, 4 * numbers)
 
 
+def gathered_bytes(model: ModelConfig, layout: Layout) -> int:
+    """All weights of the fullest rank as it computes with them, fp32."""
+    parts = split_layers(model)
+    return max(
+        4
+        * sum(
+            math.prod(weight.divided(layout.tp, layout.ep))
+            for stage in stages_of_rank(model, pp)
+            for _, weight in stage_weights(model, parts[stage])
+        )
+        for pp in range(layout.pp)
+    )
+
+
+def reshards(model: ModelConfig, layout: Layout) -> bool:
+    """Whether gathered weights go after the forward pass; see ``model.reshard_after_forward``."""
+    if model.reshard_after_forward is not None:
+        return model.reshard_after_forward
+    return layout.pp == 1 and gathered_bytes(model, layout) > KEPT_BYTES
+
+
 # -- tables --
 
 
@@ -259,6 +282,8 @@ def _memory(model: ModelConfig, layout: Layout, optimizer: str) -> Table:
     most = max(ranks, key=lambda memory: memory.total)
     size = size_text(most.total)
     title = f"states of one rank, at most {size}, without activations and gathered weights"
+    if (layout.dp_shard > 1 or layout.edp > 1) and not reshards(model, layout):
+        title += f" (kept in a step: {size_text(gathered_bytes(model, layout))})"
     columns = ("ranks", "parameters", "weights", "gradients", "optimiser", "together")
     return Table(title, columns, _shortened(rows))
 
