@@ -19,14 +19,14 @@ def step():
 for _ in range(3):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
+for _ in range(20):
     step()
 print(taken, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 def faults(how: str) -> tuple[bool, int]:
-    """Whether it was taken, and pages that the system cleared in five steps of 48 MB."""
+    """Whether it was taken, and pages that the system cleared in 20 steps of 48 MB."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True
     )
@@ -37,8 +37,8 @@ def faults(how: str) -> tuple[bool, int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="settings of the GNU C library")
 def test_freed_memory_is_used_again() -> None:
     kept, left = faults("kept"), faults("left")
-    assert kept[0] and kept[1] < 100
-    assert left[1] > 10_000
+    assert kept[0] and kept[1] < left[1] / 10
+    assert left[1] > 40_000
 
 
 def test_elsewhere_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

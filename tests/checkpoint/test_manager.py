@@ -121,7 +121,7 @@ shapes = st.lists(st.integers(0, 4), max_size=3)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int64])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.dictionaries(names, st.tuples(shapes, dtypes), min_size=1, max_size=6))
 def test_any_names_and_shapes(
     tmp_path_factory: pytest.TempPathFactory, kinds: dict[str, tuple[list[int], torch.dtype]]

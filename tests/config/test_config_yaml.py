@@ -144,7 +144,7 @@ PLAIN = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(PLAIN)
 def test_what_is_written_is_read_back(value: object) -> None:
     document = read_yaml(dump_yaml(value), "x")

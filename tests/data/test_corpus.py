@@ -143,7 +143,7 @@ OTHERS = [
 ]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text("ab1 \n\t,東", max_size=80), st.integers(1, 10))
 def test_pieces_join_to_the_text_and_to_its_ids(bpe: Tokenizer, text: str, limit: int) -> None:
     found, rest = cut(text, final=True, limit=limit)

@@ -64,7 +64,7 @@ lengths_lists = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     lengths_lists, st.integers(1, 7), st.integers(0, 99), st.booleans(), st.sampled_from([0.0, 0.5])
 )
@@ -208,7 +208,7 @@ def test_the_order_is_frozen(write: Write) -> None:
     # fmt: on
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 15), min_size=3, max_size=10), st.integers(0, 99), st.booleans())
 def test_rearranged_documents_can_be_put_back(lengths: list[int], seed: int, ended: bool) -> None:
     documents = [[*ids, EOS] if ended else ids for ids in numbered(lengths)]
@@ -283,7 +283,7 @@ def test_documents_of_several_sequences_are_whole(tmp_path: Path) -> None:
         assert data[i]["labels"][2] == IGNORED
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(2, 500), st.floats(0.001, 0.999))
 def test_a_split_is_exact_and_spread(count: int, fraction: float) -> None:
     train, validation = split_documents(count, fraction)

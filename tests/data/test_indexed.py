@@ -86,7 +86,7 @@ def test_modes_of_multimodal_files_are_passed_over(tmp_path: Path) -> None:
     assert data.document(1).tolist() == [5, 6]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.lists(st.lists(st.integers(0, 65535), max_size=5), max_size=3), min_size=1, max_size=8

@@ -33,7 +33,7 @@ def test_numbers_per_token_of_deepseek_v3() -> None:
     assert numbers / 10 * 2 * 61 == 70_272
 
 
-@settings(deadline=None, max_examples=50, derandomize=True)
+@settings(max_examples=50)
 @given(
     chunks=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     padding=st.lists(st.integers(0, 9), min_size=1, max_size=3),

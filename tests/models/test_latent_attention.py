@@ -74,7 +74,7 @@ def cached(
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-@settings(deadline=None, max_examples=12, derandomize=True)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_absorbed_equals_expanded(case: str, data: st.DataObject) -> None:
     config = tiny_config(**CONFIGS[case])

@@ -89,7 +89,7 @@ def test_sums_and_not_means() -> None:
     torch.testing.assert_close(once, wanted)
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(max_examples=25)
 @given(
     cuts=st.lists(st.integers(1, 3), min_size=1, max_size=5),
     labelled=st.lists(st.integers(0, 5), min_size=15, max_size=15),

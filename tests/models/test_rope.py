@@ -39,7 +39,7 @@ def plain_frequencies(dim: int, theta: float) -> list[float]:
 # -- plain --
 
 
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(max_examples=30)
 @given(
     dim=st.sampled_from([2, 4, 16]),
     theta=st.sampled_from([10.0, 10000.0]),

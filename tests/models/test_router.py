@@ -98,7 +98,7 @@ def by_hand(gate: Router, x_D: Tensor) -> dict[int, float]:
     return {i: w * gate.scaling_factor for i, w in weights.items()}
 
 
-@settings(deadline=None, max_examples=80, derandomize=True)
+@settings(max_examples=80)
 @given(
     data=st.data(),
     groups=st.integers(1, 4),

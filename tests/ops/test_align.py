@@ -27,7 +27,7 @@ def slots_by_hand(counts: list[int]) -> tuple[list[int], list[int]]:
     return padded, slots
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60)
 @given(counts=counts_lists)
 def test_there_and_back(counts: list[int]) -> None:
     padded_e, slots_R = aligned_slots(torch.tensor(counts))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from deepseek.ops.fp8 import block_counts, dequantise_blocks, dequantise_blocks_plainly
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 40),

@@ -124,7 +124,7 @@ def rows(counts: list[list[int]], dtype: torch.dtype) -> list[Tensor]:
     return [whole_numbers(sum(c), 3, seed=r, dtype=dtype) for r, c in enumerate(counts)]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     counts=st.integers(1, 4).flatmap(
         lambda n: st.lists(

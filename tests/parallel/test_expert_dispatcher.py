@@ -148,7 +148,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(experts_per_rank, top_k, [sequences[0] + 1, *sequences[1:]], frozenset(idle))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(case=cases(), dtype=st.sampled_from([torch.float64, torch.float32]))
 def test_any_case(case: Case, dtype: torch.dtype) -> None:
     assert_like_one_process(case, dtype)

@@ -109,7 +109,7 @@ def assert_like_one_process(
     return whole
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     world_size=st.sampled_from([1, 2, 4]),
     tokens=st.integers(0, 9),

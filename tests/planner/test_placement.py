@@ -17,11 +17,13 @@ from deepseek.planner.layout import Layout, split_layers, stages_of_rank
 from deepseek.planner.placement import (
     Table,
     axes,
+    gathered_bytes,
     kept_shape,
     placement_notes,
     placement_tables,
     rank_memory,
     ranks_text,
+    reshards,
     stage_weights,
 )
 
@@ -244,3 +246,24 @@ def test_v3_on_2048_ranks_in_less_than_a_second() -> None:
 )
 def test_ranks_as_text(numbers: range, text: str) -> None:
     assert ranks_text(numbers) == text
+
+
+def test_weights_gathered_from_data_parallel_ranks() -> None:
+    run = small(4, ep=2)
+    layout, counts = Layout.of_run(run), count_parameters(run.model)
+    moe_layers = run.model.num_moe_layers + run.model.num_nextn_predict_layers
+    routed = moe_layers * run.model.n_routed_experts * counts.expert
+    assert gathered_bytes(run.model, layout) == 4 * (counts.stored - routed // 2)
+    assert not reshards(run.model, layout)
+    titles = [table.title for table in placement_tables(run)]
+    assert any("(kept in a step: " in title for title in titles)
+
+
+def test_larger_models_gather_anew_unless_there_is_a_pipeline() -> None:
+    large = ["model.hidden_size=4096", "model.vocab_size=65536"]  # 2 x 1 GiB of embedding and head
+    one, stages = small(2, 1, 1, 1, 1, *large), small(4, 1, 1, 2, 1, *large)
+    assert reshards(one.model, Layout.of_run(one))
+    assert not reshards(stages.model, Layout.of_run(stages))
+    assert not any("kept in a step" in table.title for table in placement_tables(one))
+    one.model.reshard_after_forward = False
+    assert not reshards(one.model, Layout.of_run(one))
