@@ -2,12 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/weak_scaling.py
 
-Each round takes a few steps of each, one after the other: of one process with no parallel code,
-while the other waits, then of each layout of two. The first step of a block is not counted: it
-finds the caches full of another model. A time is that of the slowest rank. ``scaling`` is the
-tokens per second of two processes over twice those of one: 1 would be no cost at all. The median of
-the rounds' own ratios counts, so that a machine whose speed drifts slows both sides alike; the
-rounds' fastest times give a second figure, which what else runs on the machine disturbs least.
+Each layout has processes of its own. A round takes a few steps of one process with no parallel
+code, while the other waits, then of the layout. The first step of a block is not counted: it finds
+the caches full of another model. A time is that of the slowest rank. ``scaling`` is the tokens per
+second of two processes over twice those of one: 1 would be no cost at all. The median of the
+rounds' own ratios counts, so that a machine whose speed drifts slows both sides alike; the rounds'
+fastest times give a second figure, which what else runs on the machine disturbs least.
 """
 
 from __future__ import annotations
@@ -89,45 +89,46 @@ def main() -> None:
 
 
 def measured(rounds: int, batch: int) -> dict[str, Any]:
-    """Seconds of a step and scaling, with so many sequences a process."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(one_rank, args=(folder, rounds, batch), nprocs=RANKS)
-        with open(os.path.join(folder, "result")) as file:
-            times: dict[str, list[float]] = json.load(file)
-    one = times.pop("one_process")
-    seconds = {"one_process": one, **times}
-    return {
-        "seconds": {name: round(statistics.median(all_), 4) for name, all_ in seconds.items()},
-        "scaling": {name: scaling(one, two) for name, two in times.items()},
-    }
+    """Of each layout, with so many sequences a process."""
+    found = {}
+    for name in LAYOUTS:
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(one_rank, args=(folder, rounds, batch, name), nprocs=RANKS)
+            with open(os.path.join(folder, "result")) as file:
+                found[name] = scaling(*json.load(file))
+    return found
 
 
 def scaling(one: list[float], two: list[float]) -> dict[str, float]:
     """Twice the work in what part of the time; median of the rounds and of the fastest."""
     pairs = [a / b for a, b in zip(one, two, strict=True)]
-    return {"median": round(statistics.median(pairs), 3), "fastest": round(min(one) / min(two), 3)}
+    return {
+        "scaling": round(statistics.median(pairs), 3),
+        "scaling_of_fastest": round(min(one) / min(two), 3),
+        "seconds_of_one": round(statistics.median(one), 4),
+        "seconds_of_two": round(statistics.median(two), 4),
+    }
 
 
-def one_rank(rank: int, folder: str, rounds: int, batch: int) -> None:
-    """Rank 0 leaves the seconds of every round in a file."""
+def one_rank(rank: int, folder: str, rounds: int, batch: int, layout: str) -> None:
+    """Rank 0 leaves the seconds of every round in a file, of one process and of two."""
     torch.set_num_threads(1)
     keep_freed_memory()  # as ``deepseek train`` does
     store = dist.FileStore(os.path.join(folder, "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     alone = replace(MODEL, micro_batch_size=batch, global_batch_size=batch)
-    runs: dict[str, Callable[[], None]] = {
-        "one_process": steps(alone, Alone(), batch) if rank == 0 else lambda: None
-    }
-    for name, sizes in LAYOUTS.items():
-        config = replace(alone, global_batch_size=RANKS * batch, **sizes)
-        meshes = Meshes(Layout.of(config, RANKS), "cpu", timedelta(minutes=5))
-        runs[name] = steps(config, meshes, batch)
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    together = replace(alone, global_batch_size=RANKS * batch, **LAYOUTS[layout])
+    meshes = Meshes(Layout.of(together, RANKS), "cpu", timedelta(minutes=5))
+    runs: list[Callable[[], None]] = [
+        steps(alone, Alone(), batch) if rank == 0 else lambda: None,
+        steps(together, meshes, batch),
+    ]
+    times: list[list[float]] = [[], []]
     for round_number in range(rounds + 1):
-        for name, run in runs.items():
+        for found, run in zip(times, runs, strict=True):
             seconds = timed(run)
             if round_number:  # the first warms up
-                times[name].append(seconds)
+                found.append(seconds)
     if rank == 0:
         with open(os.path.join(folder, "result"), "w") as file:
             json.dump(times, file)

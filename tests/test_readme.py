@@ -38,6 +38,7 @@ def test_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
+@pytest.mark.timeout(1200)  # dozens of commands, each a process that imports torch
 def test_every_command_runs(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     text = "\n".join(path.read_text() for path in PACKAGE.glob("models/components/*.py"))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -269,6 +271,17 @@ def against_reference(config: ModelConfig) -> Iterator[Check]:
     yield small("reference: gradients", worst(grads, wanted), 1e-10)
 
 
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """What the libraries that transformers loads on the way log is not about the model."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def against_transformers(config: ModelConfig) -> Iterator[Check]:
     """Logits and gradients against Hugging Face's model of the same weights, in fp32."""
     if importlib.util.find_spec("transformers") is None:
@@ -277,7 +290,8 @@ def against_transformers(config: ModelConfig) -> Iterator[Check]:
     if config.scoring_func != "sigmoid" or config.topk_method != "noaux_tc":
         yield Check("transformers", "no V3 class for this routing: not compared", "-", True)
         return
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    with _hushed():
+        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     from deepseek.checkpoint.hf_config import hf_config
     from deepseek.checkpoint.huggingface import from_hf, to_hf
