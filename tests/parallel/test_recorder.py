@@ -22,6 +22,7 @@ from deepseek.parallel.recorder import (
     CommunicationRecorder,
     Kind,
     Summary,
+    _percentiles,
 )
 from deepseek.planner.layout import Layout
 
@@ -267,3 +268,10 @@ def test_kinds_hold_whatever_is_found() -> None:
 
     kinds = run_ranks(4, work)
     assert all(kinds[0] == other for other in kinds)  # one table for all ranks
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 20, 21, 153])
+def test_percentiles_are_those_of_numpy(number: int) -> None:
+    values = np.random.default_rng(number).random(number)
+    wanted = np.percentile(values, [0, 50, 95, 100])
+    np.testing.assert_allclose(_percentiles(values, (0, 50, 95, 100)), wanted, rtol=1e-12)

@@ -121,6 +121,7 @@ class ExpertMonitor(Callback):
         table = torch.zeros(
             len(layers), 2 * num_experts + 2, dtype=torch.float64, device=device
         )  # counts below 2^53 are exact
+        measured = dict(zip(self._margins, sums_of(list(self._margins.values())), strict=True))
         # Counts and bias are equal on all ranks of a stage: one of them tells.
         tells = (place.dp_replicate, place.dp_shard, place.tp) == (0, 0, 0)
         for row, name in enumerate(layers):
@@ -131,8 +132,8 @@ class ExpertMonitor(Callback):
                 table[row, :num_experts] = router.tokens_per_expert
                 if router.bias is not None:
                     table[row, num_experts : 2 * num_experts] = router.bias
-            if name in self._margins:
-                table[row, -2:] = self._margins[name].take()
+            if name in measured:
+                table[row, -2:] = measured[name]
         found = sum_over(table, pl_module.meshes.world).cpu().numpy()
         return ExpertRecord(
             step,
@@ -201,7 +202,8 @@ class Margin:
 
     def __init__(self, moe: MoE) -> None:
         self._router = moe.gate
-        self._sums = torch.zeros(2, dtype=torch.float64, device=moe.gate.weight.device)
+        self._choice_TE: Tensor | None = None
+        self._sampled_T: Tensor | None = None
         self._real_T: Tensor | None = None
         self._due = False
         self._seconds = 0.0
@@ -215,12 +217,15 @@ class Margin:
     def measure_next(self) -> None:
         """Measure in the next forward pass."""
         self._due = True
-        self._sums.zero_()
+        self._choice_TE = self._sampled_T = None
 
-    def take(self) -> Tensor:
-        """Sum of the margins and number of tokens, (2,)."""
+    def take(self) -> tuple[Tensor, Tensor, int] | None:
+        """What some tokens were chosen by (T, E), which of them are real (T,), and the number of
+        experts chosen; None if nothing was measured."""
         self._due = False
-        return self._sums
+        if self._choice_TE is None or self._sampled_T is None:
+            return None
+        return self._choice_TE, self._sampled_T, self._router.top_k
 
     def take_seconds(self) -> float:
         """What measuring has cost since the last call."""
@@ -244,13 +249,32 @@ class Margin:
         self._due = False
         begin = time.perf_counter()
         rows = slice(None, None, -(-len(routing.scores_TE) // MARGIN_TOKENS))
-        choice_TE = module.choice_scores(routing.scores_TE[rows])
-        best = choice_TE.topk(module.top_k + 1, dim=1).values
-        margin_T = (best[:, -2] - best[:, -1]).double()
-        counted_T = margin_T.isfinite()  # not where a token's groups have no further expert
-        if self._real_T is not None:
-            counted_T &= self._real_T[rows]
-        self._sums[0] = margin_T.where(counted_T, 0.0).sum()
-        self._sums[1] = counted_T.sum()
+        self._choice_TE = module.choice_scores(routing.scores_TE[rows])  # by the bias of this step
+        real_T = self._real_T
+        self._sampled_T = (
+            self._choice_TE.new_ones(len(self._choice_TE), dtype=torch.bool)
+            if real_T is None
+            else real_T[rows].clone()
+        )
         self._real_T = None
         self._seconds += time.perf_counter() - begin
+
+
+@torch.no_grad()
+def sums_of(margins: list[Margin]) -> Tensor:
+    """Sum of the margins and number of tokens of each, fp64 (n, 2); all layers at once, since small
+    operations cost by their number."""
+    found = [margin.take() for margin in margins]
+    taken = [(n, *measured) for n, measured in enumerate(found) if measured is not None]
+    sums = torch.zeros(len(margins), 2, dtype=torch.float64)
+    if not taken:
+        return sums
+    which, choices, reals, top_ks = zip(*taken, strict=True)
+    choice_TE, real_T = torch.cat(choices), torch.cat(reals)
+    best = choice_TE.topk(top_ks[0] + 1, dim=1).values
+    margin_T = (best[:, -2] - best[:, -1]).double()
+    counted_T = margin_T.isfinite() & real_T  # not where a token's groups have no further expert
+    values = torch.stack([margin_T.where(counted_T, 0.0), counted_T.double()], dim=1)
+    lengths = torch.tensor([len(choice) for choice in choices])
+    layer_T = torch.tensor(which).repeat_interleave(lengths).to(values.device)
+    return sums.to(values.device).index_add_(0, layer_T, values)

@@ -162,7 +162,7 @@ class CommunicationRecorder:
         numbers = {}
         for kind, own in seconds.items():
             calls = self._calls[kind]
-            p50, p95 = np.percentile(own, [50, 95])
+            p50, p95 = _percentiles(own, (50, 95))
             sent = sum(call.bytes for call in calls)
             exposed = own[[call.exposed for call in calls]].sum()
             group = self._groups.get(kind.group)
@@ -207,14 +207,14 @@ class CommunicationRecorder:
 
     def _recorded(self, original: Callable[..., Any], operation: str) -> Callable[..., Any]:
         """A function of torch, watched."""
-        names = list(inspect.signature(original).parameters)
+        look = self._sight(operation, list(inspect.signature(original).parameters))
 
         def watched(*args: Any, **options: Any) -> Any:
             if self._within:  # one collective by means of another is one call
                 return original(*args, **options)
             # Read now: the call may write over its input.
             start = time.perf_counter()
-            group, sent = self._what(operation, dict(zip(names, args, strict=False)) | options)
+            kind, sent = look(args, options)
             begin = self._now()
             entered = time.perf_counter()
             self._within = True
@@ -226,7 +226,7 @@ class CommunicationRecorder:
             span = (begin, self._now())
             exposed = self._stream is None or torch.cuda.current_stream() == self._stream
             call = _Call(sent, exposed, [span])
-            self._calls[Kind(group, operation)].append(call)
+            self._calls[kind].append(call)
             if operation == SEND_RECV:
                 result = [_Waited(work, call, self._now) for work in result]
             self.own_seconds += entered - start + time.perf_counter() - left
@@ -241,19 +241,40 @@ class CommunicationRecorder:
         event.record()
         return event
 
-    def _what(self, operation: str, given: dict[str, Any]) -> tuple[str, int]:
-        """Name of the group, and the bytes that this rank puts in."""
+    def _sight(
+        self, operation: str, names: list[str]
+    ) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Kind, int]]:
+        """What tells a call's kind, and the bytes that this rank puts in, from its arguments.
+
+        It runs at every call, between two computations: what can be known before is known here.
+        """
+
+        def argument(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+            place = names.index(name) if name in names else len(names)
+            return lambda args, options: args[place] if place < len(args) else options.get(name)
+
         if operation == SEND_RECV:
-            operations = next(iter(given.values()))  # the argument has had two names
-            sends = [op for op in operations if op.op is dist.isend]
-            return "pp", sum(_size(op.tensor) for op in sends)
-        tensor = next(given[name] for name in ("input_tensor", "input", "tensor") if name in given)
-        group = given.get("group") or dist.group.WORLD
-        assert group is not None
-        name = self._names.get(group, "other")
-        if operation == "all_to_all" and name in self._members and tensor.is_floating_point():
-            self._note_rows(tensor, given.get("input_split_sizes"), self._members[name])
-        return name, _size(tensor)
+            operations = argument(names[0])  # the argument has had two names
+            pipeline = Kind("pp", operation)
+
+            def sends(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Kind, int]:
+                given = operations(args, options)
+                return pipeline, sum(_size(op.tensor) for op in given if op.op is dist.isend)
+
+            return sends
+        input_of = argument(next(n for n in ("input_tensor", "input", "tensor") if n in names))
+        group_of, splits_of = argument("group"), argument("input_split_sizes")
+        kinds = {group: Kind(name, operation) for group, name in self._names.items()}
+        other = Kind("other", operation)
+
+        def tensors(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Kind, int]:
+            tensor, group = input_of(args, options), group_of(args, options) or dist.group.WORLD
+            kind = kinds.get(group, other) if group is not None else other
+            if operation == "all_to_all" and kind is not other and tensor.is_floating_point():
+                self._note_rows(tensor, splits_of(args, options), self._members[kind.group])
+            return kind, _size(tensor)
+
+        return tensors
 
     def _note_rows(self, rows_RD: Tensor, splits: Sequence[int] | None, ranks: list[int]) -> None:
         counts = splits if splits is not None else [len(rows_RD) // len(ranks)] * len(ranks)
@@ -277,6 +298,17 @@ class _Waited:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
+
+
+def _percentiles(values: np.ndarray, percents: Sequence[int]) -> list[float]:
+    """As ``np.percentile`` tells them, in a tenth of the time for the few values of a step."""
+    ordered = sorted(values.tolist())
+    found = []
+    for percent in percents:
+        below, part = divmod(percent / 100 * (len(ordered) - 1), 1)
+        low, high = ordered[int(below)], ordered[min(int(below) + 1, len(ordered) - 1)]
+        found.append(low + part * (high - low))
+    return found
 
 
 def _size(tensor: Tensor) -> int:
