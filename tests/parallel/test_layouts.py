@@ -419,4 +419,5 @@ def test_the_comparison_notices(
 
 def test_the_comparison_notices_gradients_that_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
     keep_cast_weights(monkeypatch)
-    assert compare(mixed(2, ep=2))["all.gradient"] > 0.1
+    blocks_apart = mixed(2, ep=2, reshard_after_forward=True)
+    assert compare(blocks_apart)["all.gradient"] > 0.1

@@ -1,7 +1,7 @@
 """Where the weights lie: experts over the EP ranks, everything over the data-parallel ranks.
 
 FSDP2 shards what a rank holds of the model over the ranks that hold the same. Where experts have a
-mesh of their own for that, they are a unit of their own inside their block.
+mesh of their own for that, they are a unit of their own.
 
 Gradients are summed, never averaged: the loss is already divided by the labels of the whole step,
 and an average over the dense mesh and one over the expert mesh would weigh the two differently.
@@ -49,7 +49,7 @@ def shard_experts(model: Transformer, meshes: Meshes) -> None:
 def shard_data_parallel(
     model: Transformer, stages: Sequence[Stage], meshes: Meshes, reshards: bool
 ) -> None:
-    """FSDP2 over every block, MTP module and stage, in place; the stages become ``FSDPModule``s.
+    """FSDP2 over blocks, MTP modules and stages, in place; the stages become ``FSDPModule``s.
 
     Args:
         model: what this rank holds.
@@ -69,8 +69,12 @@ def shard_data_parallel(
     for module in model.modules():
         if apart and isinstance(module, DeepSeekBlock) and isinstance(module.ffn, MoE):
             experts.apply(module.ffn.experts)
-    for module in [*model.layers.values(), *model.mtp]:
-        dense.apply(module)
+    # A block is a unit so that it can give its weights back, and so that the next one's come while
+    # it computes. Where they stay and nothing runs beside the computation, one unit is enough: the
+    # ranks wait for each other twice a step instead of twice a block.
+    if reshards or meshes.layout.pp > 1 or meshes.device_type != "cpu":
+        for module in [*model.layers.values(), *model.mtp]:
+            dense.apply(module)
     for stage in stages:
         dense.apply(stage)
         assert isinstance(stage, FSDPModule)
