@@ -201,7 +201,7 @@ def test_margins_are_a_sample_of_long_batches(tmp_path: Path) -> None:
     config.data.seq_length = 100
     driven, _ = alone(config, tmp_path)
     spaced = -(-800 // MARGIN_TOKENS)
-    assert spaced == 4
+    assert spaced == 7
     seen: list[float] = []
     driven = Driven(Case(config, 1), Alone())
     router = next(iter(driven.module.model.routers().values()))

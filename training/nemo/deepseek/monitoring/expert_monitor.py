@@ -23,7 +23,7 @@ from deepseek.monitoring import load_metrics
 from deepseek.monitoring.array_log import ArrayLog
 from deepseek.parallel.gradients import sum_over
 
-MARGIN_TOKENS = 256
+MARGIN_TOKENS = 128
 """Tokens whose margins are measured, at most, by each rank in each layer of a recorded step."""
 
 
@@ -193,17 +193,15 @@ def expert_layers(config: ModelConfig) -> list[str]:
 class Margin:
     """How far the last chosen expert lies above the next best one, by what they are chosen by.
 
-    Measured over real tokens of the first micro-batch of a step, evenly spaced: a mean of some
-    hundreds says enough, and measuring all would cost as much as the routing.
+    Measured over real tokens of the first micro-batch of a step, evenly spaced: a mean of a
+    hundred says enough, and measuring all would cost as much as the routing.
 
     Args:
         moe: whose router it is.
     """
 
     def __init__(self, moe: MoE) -> None:
-        self._router = moe.gate
-        self._choice_TE: Tensor | None = None
-        self._sampled_T: Tensor | None = None
+        self._sample: tuple[Tensor, Tensor, Tensor] | None = None
         self._real_T: Tensor | None = None
         self._due = False
         self._seconds = 0.0
@@ -217,15 +215,13 @@ class Margin:
     def measure_next(self) -> None:
         """Measure in the next forward pass."""
         self._due = True
-        self._choice_TE = self._sampled_T = None
+        self._sample = None
 
-    def take(self) -> tuple[Tensor, Tensor, int] | None:
-        """What some tokens were chosen by (T, E), which of them are real (T,), and the number of
-        experts chosen; None if nothing was measured."""
+    def take(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Of some tokens: what they are chosen by (T, E), the experts chosen (T, K), and which of
+        them are real (T,); None if nothing was measured."""
         self._due = False
-        if self._choice_TE is None or self._sampled_T is None:
-            return None
-        return self._choice_TE, self._sampled_T, self._router.top_k
+        return self._sample
 
     def take_seconds(self) -> float:
         """What measuring has cost since the last call."""
@@ -249,13 +245,11 @@ class Margin:
         self._due = False
         begin = time.perf_counter()
         rows = slice(None, None, -(-len(routing.scores_TE) // MARGIN_TOKENS))
-        self._choice_TE = module.choice_scores(routing.scores_TE[rows])  # by the bias of this step
-        real_T = self._real_T
-        self._sampled_T = (
-            self._choice_TE.new_ones(len(self._choice_TE), dtype=torch.bool)
-            if real_T is None
-            else real_T[rows].clone()
-        )
+        choice_TE = module.choice_scores(routing.scores_TE[rows])  # with the bias of this step
+        real_T = choice_TE.new_ones(len(choice_TE), dtype=torch.bool)
+        if self._real_T is not None:
+            real_T = self._real_T[rows].clone()
+        self._sample = choice_TE, routing.expert_ids_TK[rows].clone(), real_T
         self._real_T = None
         self._seconds += time.perf_counter() - begin
 
@@ -269,10 +263,11 @@ def sums_of(margins: list[Margin]) -> Tensor:
     sums = torch.zeros(len(margins), 2, dtype=torch.float64)
     if not taken:
         return sums
-    which, choices, reals, top_ks = zip(*taken, strict=True)
-    choice_TE, real_T = torch.cat(choices), torch.cat(reals)
-    best = choice_TE.topk(top_ks[0] + 1, dim=1).values
-    margin_T = (best[:, -2] - best[:, -1]).double()
+    which, choices, ids, reals = zip(*taken, strict=True)
+    choice_TE, ids_TK, real_T = torch.cat(choices), torch.cat(ids), torch.cat(reals)
+    last_T = choice_TE.gather(1, ids_TK).amin(dim=1)
+    next_T = choice_TE.scatter(1, ids_TK, -torch.inf).amax(dim=1)  # sorting takes longer
+    margin_T = (last_T - next_T).double()
     counted_T = margin_T.isfinite() & real_T  # not where a token's groups have no further expert
     values = torch.stack([margin_T.where(counted_T, 0.0), counted_T.double()], dim=1)
     lengths = torch.tensor([len(choice) for choice in choices])
