@@ -263,6 +263,7 @@ def test_settings(cli: Forked, settings: tuple[Path, Path], tmp_path: Path) -> N
         ("fsdp_sharding_strategy: FULL_SHARD", 4, True),
         ("fsdp_sharding_strategy: FULL_SHARD", 1, None),
         ("fsdp_reshard_after_forward: true", 1, None),
+        ("fsdp_reshard_after_forward: null", 4, None),
     ],
 )
 def test_gathering_anew(

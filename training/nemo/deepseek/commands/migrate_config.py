@@ -223,7 +223,9 @@ def _strategy(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None
 
 
 def _reshard(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    if not isinstance(value, bool):  # accelerate: with version 1, the sharding strategy
+    if value is None or value == "":
+        found.off += 1
+    elif not isinstance(value, bool):  # accelerate: with version 1, the sharding strategy
         _strategy(found, key, value, flat)
     elif int(flat.get("num_processes") or 1) > 1:
         found.set(f"{key}={shown(value)}", "model.reshard_after_forward", value)
@@ -362,7 +364,7 @@ def _tree(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 _LAUNCH = "the launcher's: torchrun, or deepseek launch --slurm"
-_WRAPS = "nothing to choose: every block is sharded on its own, its experts apart"
+_WRAPS = "nothing to choose: every block is sharded on its own"
 _SEEN_BY_BATCH: Rule = lambda found, key, value, flat: None  # noqa: E731  (see _batch)
 
 _ACCELERATE: dict[str, Rule | str | _Meant] = {
@@ -387,7 +389,7 @@ _ACCELERATE: dict[str, Rule | str | _Meant] = {
 _FSDP: dict[str, Rule | str | _Meant] = {
     "version": _same("FSDP2 always"),
     "sharding_strategy": _strategy,
-    "reshard_after_forward": _reshard,
+    "reshard_after_forward": _Meant(_reshard),
     "auto_wrap_policy": _WRAPS,
     "transformer_layer_cls_to_wrap": _WRAPS,
     "min_num_params": _WRAPS,
