@@ -233,14 +233,7 @@ def compare(case: Case, timeout: float = 120.0) -> dict[str, float]:
     differences: dict[str, float] = {}
     for metrics, parts in run_ranks(case.world, work_of_rank, case, timeout=timeout):
         for ours, theirs in zip(metrics, alone.metrics, strict=True):
-            for key in METRICS:
-                a, b = getattr(ours, key), getattr(theirs, key)
-                if b is None:
-                    assert a is None
-                    continue
-                same = a == b or (isnan(a) and isnan(b))
-                error = 0.0 if same else abs(a - b) / max(abs(b), 1e-30)
-                errors[key] = max(errors.get(key, 0.0), error)
+            _note_metrics(errors, ours, theirs)
             assert (ours.tokens, ours.lr, ours.skipped) == (
                 theirs.tokens,
                 theirs.lr,
@@ -263,7 +256,8 @@ def rounding(case: Case) -> dict[str, float]:
 
     The furthest of some runs, whose start weights differ in the last bit: each rounds differently.
     """
-    exact = in_one_process(replace(case, dtype=torch.float64)).tensors()
+    exactly = in_one_process(replace(case, dtype=torch.float64))
+    exact, errors = exactly.tensors(), dict[str, float]()
     differences = dict.fromkeys(exact, 0.0)
     for number in range(4):
 
@@ -271,13 +265,28 @@ def rounding(case: Case) -> dict[str, float]:
             case.prepare(driven)
             generator = torch.Generator().manual_seed(chance)
             for weight in driven.module.model.parameters() if chance else ():
-                sign = torch.randint(-1, 2, weight.shape, generator=generator)
+                sign = torch.randint(-1, 2, weight.shape, generator=generator).to(case.dtype)
                 weight.data.mul_(1 + sign * torch.finfo(case.dtype).eps / 2)
 
-        for name, tensor in in_one_process(replace(case, prepare=nudge)).tensors().items():
+        nudged = in_one_process(replace(case, prepare=nudge))
+        for ours, theirs in zip(nudged.metrics, exactly.metrics, strict=True):
+            _note_metrics(errors, ours, theirs)
+        for name, tensor in nudged.tensors().items():
             difference = (tensor.double() - exact[name].double()).norm().item()
             differences[name] = max(differences[name], difference)
-    return _relative(differences, exact)
+    return errors | _relative(differences, exact)
+
+
+def _note_metrics(errors: dict[str, float], ours: Any, theirs: Any) -> None:
+    """Keep the largest relative error of each metric of a step."""
+    for key in METRICS:
+        a, b = getattr(ours, key), getattr(theirs, key)
+        if b is None:
+            assert a is None
+            continue
+        same = a == b or (isnan(a) and isnan(b))
+        error = 0.0 if same else abs(a - b) / max(abs(b), 1e-30)
+        errors[key] = max(errors.get(key, 0.0), error)
 
 
 def _relative(differences: dict[str, float], wanted: dict[str, Tensor]) -> dict[str, float]:

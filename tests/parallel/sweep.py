@@ -3,7 +3,8 @@
     python tests/parallel/sweep.py --cases 200 --dtype float64 --seed 0
 
 A line per case, then the worst errors. Ends with 1 if a case fails or is further off than allowed.
-In fp32 a single tensor may be: if one process misses its fp64 value by as much.
+A tensor may be, and is listed as ``rounded``: if one process, its start weights changed in
+the last bit, moves by as much.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import time
 
 import torch
 from draw import draw_cases
-from layouts import Case, compare, rounding, worst
+from layouts import METRICS, Case, compare, rounding, worst
 from ranks import RankFailed
 
 MOST_SHOWN = 12
 """Of the tensors of one case that are too far off."""
 ALLOWED = {"float64": 1e-12, "float32": 1e-5}
+ROUNDED_MOST = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""A tensor that one process computes worse than that is no matter of rounding."""
 
 
 def main() -> int:
@@ -62,7 +65,7 @@ def main() -> int:
         for name, value in sorted(far.items(), key=lambda item: -item[1])[:MOST_SHOWN]:
             line = f"case {number}: {value:.1e} {name}"
             if name in ill:
-                rounded.append(f"{line}; one process is {ill[name]:.1e} from fp64")
+                rounded.append(f"{line}; one process itself moves by {ill[name]:.1e}")
             print(f"       {line}", flush=True)
         for name, value in errors.items():
             by_kind.setdefault(kind_of(name), []).append(value)
@@ -83,15 +86,22 @@ def too_far(errors: dict[str, float], allowed: float) -> dict[str, float]:
 
 
 def ill_conditioned(case: Case, far: dict[str, float]) -> dict[str, float]:
-    """Which single tensors of these are as inexact in one process, against fp64, within a factor
-    of 3: small sums of large terms, which fp32 cannot add up better in any order."""
-    if not far or case.dtype == torch.float64:
+    """Which of these are as inexact in one process, within a factor of 3, if its start weights
+    differ in the last bit: small sums of large terms, which no order adds up better. A sum of
+    nothing but rounding errors, as the gradient of a query that sees one key, has no digit that
+    holds. In fp32 metrics, and all tensors of a kind together, have no such excuse.
+    """
+    if not far:
         return {}
     own = rounding(case)
+    most = ROUNDED_MOST[case.dtype]
     return {
         name: own[name]
         for name, error in far.items()
-        if name in own and not name.startswith("all.") and error <= 3 * own[name] <= 1e-4
+        if name in own
+        and (case.dtype == torch.float64 or (name not in METRICS and not name.startswith("all.")))
+        and error <= 3 * own[name]
+        and (3 * own[name] <= most or own[name] > 1)
     }
 
 
