@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.folder import step_name
 from deepseek.checkpoint.fsdp import Migration
-from deepseek.checkpoint.fsdp_export import ORIGIN, FsdpExport, Origin, export_fsdp
+from deepseek.checkpoint.fsdp_export import FsdpExport, export_fsdp
+from deepseek.checkpoint.fsdp_origin import ORIGIN, Origin
 from deepseek.checkpoint.huggingface import to_hf
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.config.errors import UserError

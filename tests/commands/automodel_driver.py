@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parallel"))
+from peer_schedule import learning_rates  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 
 logging.disable(logging.WARNING)
@@ -85,7 +86,9 @@ def main(recipe: Path, run: Path, files: Path) -> dict[str, Any]:
             float((part[name] - whole[name]).abs().max()) for part in parts for name in whole
         )
     found["sections"] = sections(cfg)
-    found["lr"] = learning_rates(cfg.lr_scheduler.to_dict(), cfg.step_scheduler.max_steps)
+    wd = {"start_wd": 0.0, "end_wd": 0.0, "wd_incr_steps": 1, "wd_incr_style": "constant"}
+    schedule = cfg.lr_scheduler.to_dict() | wd
+    found["lr"] = learning_rates(OptimizerParamScheduler, schedule, cfg.step_scheduler.max_steps)
     return found
 
 
@@ -149,17 +152,6 @@ def sections(cfg: Any) -> dict[str, str]:
         "distributed": str({k: parsed[k] for k in ("tp_size", "pp_size", "ep_size")}),
         "dataloader": type(typed.dataloader).__name__,
     }
-
-
-def learning_rates(given: dict[str, Any], steps: int) -> list[float]:
-    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=given["max_lr"])
-    wd = {"start_wd": 0.0, "end_wd": 0.0, "wd_incr_steps": 1, "wd_incr_style": "constant"}
-    scheduler = OptimizerParamScheduler(optimizer, **given, **wd)
-    found = []
-    for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        scheduler.step(1)
-    return found
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from megatron.core.transformer import (  # noqa: E402
     multi_latent_attention,
 )
 from megatron.core.transformer.moe import moe_utils  # noqa: E402
+from peer_schedule import learning_rates  # noqa: E402
 
 from deepseek.commands.opened import open_checkpoint  # noqa: E402
 
@@ -44,7 +45,11 @@ def main(path: Path, run: Path | None = None) -> dict[str, Any]:
     OptimizerConfig(**arguments(given, "OptimizerConfig"))
     known = inspect.signature(parallel_state.initialize_model_parallel).parameters
     found: dict[str, Any] = {
-        "lr": learning_rates(given["OptimizerParamScheduler"], given["training"]["train_iters"]),
+        "lr": learning_rates(
+            OptimizerParamScheduler,
+            given["OptimizerParamScheduler"],
+            given["training"]["train_iters"],
+        ),
         "unknown sizes": sorted(given["initialize_model_parallel"].keys() - known.keys()),
         "stages": given["MLATransformerConfig"]["pipeline_model_parallel_layout"],
         "sequence_parallel": config.sequence_parallel,
@@ -160,12 +165,7 @@ def named(state: dict[str, Tensor]) -> dict[str, Tensor]:
         elif parts[0] == "mtp":
             prefix, rest = f"mtp.layers.{parts[1]}.", ".".join(parts[2:])
             if not rest.startswith("block."):
-                rest = (
-                    rest.replace("norm.weight", "final_layernorm.weight")
-                    if (rest == "norm.weight")
-                    else rest
-                )
-                found[prefix + rest] = tensor
+                found[prefix + {"norm.weight": "final_layernorm.weight"}.get(rest, rest)] = tensor
                 continue
             prefix, rest = prefix + "transformer_layer.", rest.removeprefix("block.")
         else:
@@ -188,16 +188,6 @@ def named(state: dict[str, Tensor]) -> dict[str, Tensor]:
         elif stem == "ffn.experts.w2":
             for e in range(tensor.shape[0]):
                 found[f"{prefix}mlp.experts.local_experts.{e}.linear_fc2.weight"] = tensor[e]
-    return found
-
-
-def learning_rates(given: dict[str, Any], steps: int) -> list[float]:
-    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=given["max_lr"])
-    scheduler = OptimizerParamScheduler(optimizer, **given)
-    found = []
-    for _ in range(steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        scheduler.step(1)
     return found
 
 

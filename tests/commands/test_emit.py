@@ -207,23 +207,17 @@ MEGATRON: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value"), AUTOMODEL)
-def test_automodel_lacks(field: str, value: Any) -> None:
+@pytest.mark.parametrize(
+    ("emit", "field", "value"),
+    [(automodel_recipe, *lacked) for lacked in AUTOMODEL]
+    + [(megatron_config, *lacked) for lacked in MEGATRON],
+)
+def test_what_they_lack(emit: Any, field: str, value: Any) -> None:
     run = _accepted_by_both()
-    automodel_recipe(run)
+    emit(run)
     _set(run, field, value)
     with pytest.raises(ConfigError) as caught:
-        automodel_recipe(run)
-    assert field in [problem.field for problem in caught.value.problems]
-
-
-@pytest.mark.parametrize(("field", "value"), MEGATRON)
-def test_megatron_lacks(field: str, value: Any) -> None:
-    run = _accepted_by_both()
-    megatron_config(run)
-    _set(run, field, value)
-    with pytest.raises(ConfigError) as caught:
-        megatron_config(run)
+        emit(run)
     assert field in [problem.field for problem in caught.value.problems]
 
 

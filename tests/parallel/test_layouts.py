@@ -111,7 +111,7 @@ def compiled(backend: Any) -> Callable[[Driven], None]:
     """Compile the attention of the layout; the one process it is compared with stays eager."""
 
     def prepare(driven: Driven) -> None:
-        if driven.case.world > 1 and driven.meshes.layout.world_size > 1:
+        if driven.meshes.layout.world_size > 1:
             for module in driven.module.model.modules():
                 if isinstance(module, MultiHeadLatentAttention):
                     module.compile(backend=backend)

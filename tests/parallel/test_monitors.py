@@ -21,8 +21,9 @@ from ranks import run_ranks
 from deepseek.frameworks import Callback
 from deepseek.models.components.moe import MoE
 from deepseek.monitoring.array_log import Record, read_arrays
-from deepseek.monitoring.expert_monitor import MARGIN_TOKENS, ExpertMonitor, expert_layers
+from deepseek.monitoring.expert_monitor import ExpertMonitor, expert_layers
 from deepseek.monitoring.rank_monitor import COLUMNS, RankMonitor
+from deepseek.monitoring.router_margin import MARGIN_TOKENS
 from deepseek.parallel.mesh import Alone
 from deepseek.phases import Memory
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from micro_runs import MicroRuns
 
 import deepseek
-from deepseek.monitoring import detectors, expert_monitor
+from deepseek.monitoring import detectors, router_margin
 from deepseek.monitoring.array_log import read_arrays
 from deepseek.monitoring.detectors import detectors as all_detectors
 from deepseek.monitoring.metrics_log import SCALARS
@@ -67,4 +67,4 @@ def test_alarms_and_their_thresholds() -> None:
     for kind, wanted in numbers.items():
         found = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", rows[kind])]
         assert found == list(wanted), kind
-    assert f"over {expert_monitor.MARGIN_TOKENS} tokens" in GUIDE
+    assert f"over {router_margin.MARGIN_TOKENS} tokens" in GUIDE

@@ -20,7 +20,7 @@ from deepseek.checkpoint.fsdp_names import NameTable, Part, clean
 from deepseek.checkpoint.fsdp_source import Source
 from deepseek.checkpoint.huggingface import is_bias, listing, our_shapes
 from deepseek.checkpoint.staging import Staging, has_size
-from deepseek.checkpoint.streamed import ChunkFile, write_checkpoint, write_chunks
+from deepseek.checkpoint.streamed import ChunkFile, files_of, write_checkpoint, write_chunks
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
 
@@ -31,8 +31,6 @@ _STATE = re.compile(
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 _STEP_NAMES = ("step", "global_step", "steps", "iteration", "train_step", "num_steps")
-_PART_BYTES = 4 * 10**9
-"""Of one file of the result, about."""
 
 Shape = tuple[int, ...]
 
@@ -160,7 +158,7 @@ class Migration:
         for kind in _MOMENTS:
             jobs += [("optim.", f".{kind}", move) for move in self.moments[kind]]
         files, done = [], 0
-        for number, part in enumerate(self._cut(jobs)):
+        for number, part in enumerate(files_of(jobs, self._nbytes)):
             note = staging.note(f"{number:05d}")
             file = None if note is None else ChunkFile.from_json(note)
             if file is None or not has_size(path / file.name, file.entry):
@@ -445,17 +443,9 @@ class Migration:
                     "the names of their layers under drop: in the table"
                 )
 
-    def _cut(self, jobs: list[tuple[str, str, Move]]) -> Iterator[list[tuple[str, str, Move]]]:
-        part: list[tuple[str, str, Move]] = []
-        size = 0
-        for job in jobs:
-            part.append(job)
-            size += 4 * torch.Size(self.source.tensors[job[2].key].shape).numel()
-            if size >= _PART_BYTES:
-                yield part
-                part, size = [], 0
-        if part:
-            yield part
+    def _nbytes(self, job: tuple[str, str, Move]) -> int:
+        """As fp32."""
+        return 4 * torch.Size(self.source.tensors[job[2].key].shape).numel()
 
     def _pieces(
         self, jobs: list[tuple[str, str, Move]], first: bool

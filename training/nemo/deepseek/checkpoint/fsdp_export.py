@@ -1,164 +1,37 @@
 """The way back: a run that came from FSDP, written as the checkpoint that it came from.
 
-``Origin`` is what a migration notes of the source beside the run (``migrated.json``): the name,
-keys, dtype and shape of every tensor and where its numbers went, and what is no tensor.
-``export_fsdp`` reads a checkpoint of the run by these notes and writes the same names in the same
-form. Numbers that were not trained since are bitwise the same.
+``export_fsdp`` reads a checkpoint of the run by what its migration noted of the source
+(``fsdp_origin.py``) and writes the same names in the same form. Numbers that were not trained since
+are bitwise the same.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.files import HashingWriter, sync_folder, write_durably
-from deepseek.checkpoint.fsdp import Migration
 from deepseek.checkpoint.fsdp_names import Part
-from deepseek.checkpoint.fsdp_source import DcpFolder, Keys
+from deepseek.checkpoint.fsdp_origin import Origin, Piece, Saved, unplain
+from deepseek.checkpoint.fsdp_source import Keys
 from deepseek.checkpoint.huggingface import listing
 from deepseek.checkpoint.metadata import METADATA
-from deepseek.checkpoint.streamed import Chunk, write_chunks
+from deepseek.checkpoint.streamed import described, files_of, write_chunks
 from deepseek.config.errors import UserError
 
-ORIGIN = "migrated.json"
-"""In the run folder."""
-_PART_BYTES = 4 * 10**9
 _CACHED = 3
 """Tensors of ours that are kept: the stacks of a layer's experts, of which theirs come in turn."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A tensor or object of theirs."""
-
-    keys: Keys
-    kind: str
-    """``weight``, ``exp_avg``, ``exp_avg_sq``, ``count`` (updates of a parameter), ``step`` (of the
-    run), or ``object``."""
-    parts: tuple[str, ...] = ()
-    """Of ours, one after the other along the rows."""
-    dtype: str | None = None
-    """None: it is no tensor."""
-    shape: tuple[int, ...] = ()
-    value: Any = None
-    """Of an object."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A file, or a folder of DCP."""
-
-    place: str
-    """In the folder; "": there is nothing beside it."""
-    sharded: bool
-    content: dict[str, Saved]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The checkpoint that a run came from."""
-
-    pieces: tuple[Piece, ...]
-    lost: tuple[str, ...]
-    """Names of what cannot be given back."""
-
-    @classmethod
-    def of(cls, migration: Migration) -> Origin:
-        """What is to be noted of a migration."""
-        source, counter = migration.source, migration.counter()
-        roles = {move.key: ("weight", move.parts) for move in migration.weights}
-        for kind, moves in migration.moments.items():
-            roles |= {move.key: (kind, move.parts) for move in moves}
-        roles |= {key: ("count", parts) for key, parts in migration.counts.items()}
-        roles |= {key: roles[original] for key, original in migration.copies.items()}
-        for key, (leaf, parts) in migration.copied_states.items():
-            roles[key] = ("count" if leaf == "step" else leaf, parts)
-        if counter is not None:
-            roles[counter] = ("step", ())
-        pieces, lost = [], list(source.unread)
-        for place, piece in source.pieces():
-            content = {}
-            for name, spec in piece.tensors.items():
-                if name not in roles:
-                    lost.append(name)
-                    continue
-                kind, parts = roles[name]
-                dtype = str(spec.dtype).removeprefix("torch.")
-                keys = piece.paths[name]
-                content[name] = Saved(keys, kind, tuple(map(str, parts)), dtype, tuple(spec.shape))
-            for name, value in piece.objects.items():
-                kind, parts = roles.get(name, ("object", ()))
-                try:
-                    noted = _plain(value)
-                except TypeError:
-                    lost.append(name)
-                    continue
-                content[name] = Saved(piece.paths[name], kind, tuple(map(str, parts)), value=noted)
-            pieces.append(Piece(place, isinstance(piece, DcpFolder), content))
-        return cls(tuple(pieces), tuple(lost))
-
-    def to_json(self) -> bytes:
-        """For ``read``."""
-        return json.dumps({"version": 1, **asdict(self)}).encode()
-
-    @classmethod
-    def read(cls, folder: Path) -> Origin:
-        """What lies in a run folder.
-
-        Raises:
-            UserError: nothing does, or it is damaged.
-        """
-        path = folder / ORIGIN
-        try:
-            data = json.loads(path.read_bytes())
-            pieces = [
-                Piece(
-                    piece["place"],
-                    piece["sharded"],
-                    {name: _saved(entry) for name, entry in piece["content"].items()},
-                )
-                for piece in data["pieces"]
-            ]
-            return cls(tuple(pieces), tuple(data["lost"]))
-        except FileNotFoundError:
-            raise UserError(
-                f"{folder} did not come from FSDP: it has no {ORIGIN}, which `deepseek migrate "
-                "fsdp-checkpoint` writes; give the folder that has it with --like, or write "
-                f"Hugging Face files: deepseek hf export {folder} DIR"
-            ) from None
-        except OSError as failure:
-            raise UserError(f"{path}: cannot be read: {failure.strerror}") from failure
-        except (ValueError, KeyError, TypeError, AttributeError) as failure:
-            raise UserError(
-                f"{path} is damaged ({failure!r}); migrate the FSDP checkpoint again into another "
-                "folder and give that with --like"
-            ) from failure
-
-    @property
-    def is_file(self) -> bool:
-        """One file, not a folder."""
-        return len(self.pieces) == 1 and not self.pieces[0].place and not self.pieces[0].sharded
 
 
 class FsdpExport:
@@ -196,7 +69,7 @@ class FsdpExport:
     def total_bytes(self) -> int:
         """Of all tensors that are written."""
         entries = [saved for piece in self.origin.pieces for saved in piece.content.values()]
-        return sum(_nbytes(saved) for saved in entries)
+        return sum(saved.nbytes for saved in entries)
 
     def write(self, target: Path, progress: Callable[[int], None]) -> None:
         """Write the file ``target``, or fill the folder.
@@ -207,7 +80,7 @@ class FsdpExport:
 
         def step(saved: Saved) -> None:
             nonlocal done
-            done += _nbytes(saved)
+            done += saved.nbytes
             progress(done)
 
         for piece in self.origin.pieces:
@@ -237,27 +110,25 @@ class FsdpExport:
             stream.raw.close()
 
     def _write_dcp(self, path: Path, piece: Piece, step: Callable[[Saved], None]) -> None:
-        tensors = {name: saved for name, saved in piece.content.items() if saved.dtype is not None}
-        objects = {name: saved for name, saved in piece.content.items() if saved.dtype is None}
-        places: dict[MetadataIndex, _StorageInfo] = {}
-        entries: dict[str, Any] = {}
-        for number, names in enumerate(_cut(tensors)):
+        specs = {name: saved.spec for name, saved in piece.content.items() if saved.spec}
+        tensors = {name: piece.content[name] for name in specs}
+        objects = {name: saved for name, saved in piece.content.items() if name not in specs}
+        files = []
+        for number, names in enumerate(files_of(specs, lambda name: tensors[name].nbytes)):
             file = path / f"__0_{number}.distcp"
             file.unlink(missing_ok=True)
-            for chunk in write_chunks(file, self._chunks(tensors, names, step)).chunks:
-                entry, info = _tensor_entry(chunk, tensors[chunk.name], file.name)
-                entries[chunk.name] = entry
-                places[MetadataIndex(chunk.name, torch.Size(chunk.offsets), 0)] = info
-        file = path / f"__0_{number + 1 if tensors else 0}.distcp"
+            files.append(write_chunks(file, self._chunks(tensors, names, step)))
+        metadata = described(files, specs)
+        file = path / f"__0_{len(files)}.distcp"
         file.unlink(missing_ok=True)
         with HashingWriter(file, lambda entry: None) as stream:
             for name, saved in objects.items():
                 start = stream.tell()
                 torch.save(self._value(saved), stream)
-                entries[name] = BytesStorageMetadata()
-                places[MetadataIndex(name)] = _StorageInfo(file.name, start, stream.tell() - start)
-        keys = {name: saved.keys for name, saved in piece.content.items()}
-        metadata = Metadata(entries, keys, places, StorageMeta())
+                place = _StorageInfo(file.name, start, stream.tell() - start)
+                metadata.state_dict_metadata[name] = BytesStorageMetadata()
+                metadata.storage_data[MetadataIndex(name)] = place
+        metadata.planner_data = {name: saved.keys for name, saved in piece.content.items()}
         (path / METADATA).unlink(missing_ok=True)
         write_durably(path / METADATA, pickle.dumps(metadata))
         sync_folder(path)
@@ -280,7 +151,7 @@ class FsdpExport:
 
     def _value(self, saved: Saved) -> Any:
         if saved.kind == "object":
-            return _unplain(saved.value)
+            return unplain(saved.value)
         if saved.kind == "step":
             numbers = torch.tensor(float(self.checkpoint.step), dtype=torch.float64)
         else:
@@ -334,45 +205,6 @@ def export_fsdp(
     sync_folder(new.parent)
 
 
-def _saved(entry: dict[str, Any]) -> Saved:
-    keys = tuple(tuple(key) if isinstance(key, list) else key for key in entry["keys"])
-    shape, parts = tuple(entry["shape"]), tuple(entry["parts"])
-    if entry["dtype"] is not None and not isinstance(vars(torch).get(entry["dtype"]), torch.dtype):
-        raise ValueError(f"{entry['dtype']} is no dtype")
-    return Saved(keys, entry["kind"], parts, entry["dtype"], shape, entry["value"])
-
-
-def _nbytes(saved: Saved) -> int:
-    if saved.dtype is None:
-        return 0
-    dtype: torch.dtype = getattr(torch, saved.dtype)
-    return torch.Size(saved.shape).numel() * dtype.itemsize
-
-
-def _cut(tensors: dict[str, Saved]) -> Iterator[list[str]]:
-    """Names for each file."""
-    names: list[str] = []
-    size = 0
-    for name, saved in tensors.items():
-        names.append(name)
-        size += _nbytes(saved)
-        if size >= _PART_BYTES:
-            yield names
-            names, size = [], 0
-    if names:
-        yield names
-
-
-def _tensor_entry(
-    chunk: Chunk, saved: Saved, file: str
-) -> tuple[TensorStorageMetadata, _StorageInfo]:
-    size = torch.Size(saved.shape)
-    properties = TensorProperties(dtype=getattr(torch, saved.dtype or "float32"))
-    chunks = [ChunkStorageMetadata(torch.Size(chunk.offsets), size)]
-    info = _StorageInfo(file, chunk.start, chunk.length)
-    return TensorStorageMetadata(properties, size, chunks), info
-
-
 class _List(dict[int, Any]):
     """A list that is being filled."""
 
@@ -392,26 +224,3 @@ def _lists(value: Any) -> Any:
     if isinstance(value, _List):
         return [_lists(value[index]) for index in sorted(value)]
     return {key: _lists(inner) for key, inner in value.items()} if type(value) is dict else value
-
-
-def _plain(value: Any) -> Any:
-    """Plain data as JSON that keeps what is a tuple. Raises ``TypeError`` for anything else."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_plain(item) for item in value]}
-    if isinstance(value, dict):
-        return {"dict": [[_plain(key), _plain(inner)] for key, inner in value.items()]}
-    raise TypeError(type(value).__name__)
-
-
-def _unplain(value: Any) -> Any:
-    """The inverse of ``_plain``."""
-    if not isinstance(value, dict):
-        return value
-    ((kind, inner),) = value.items()
-    if kind == "dict":
-        return {_unplain(key): _unplain(item) for key, item in inner}
-    items = [_unplain(item) for item in inner]
-    return tuple(items) if kind == "tuple" else items

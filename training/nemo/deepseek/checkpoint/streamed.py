@@ -7,10 +7,10 @@ own writer keeps every tensor of a file until the file is closed.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,13 @@ from torch.distributed.checkpoint.metadata import (
 from deepseek.checkpoint.files import FileEntry, HashingWriter, sync_folder, write_durably
 from deepseek.checkpoint.manifest import MANIFEST, Manifest
 from deepseek.checkpoint.metadata import METADATA
+from deepseek.checkpoint.safetensors_file import TensorSpec
 from deepseek.checkpoint.state import STATE, state_to_json
+
+FILE_BYTES = 4 * 10**9
+"""A file has no more than one tensor beyond this."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,20 @@ class ChunkFile:
             for c in data["chunks"]
         ]
         return cls(data["name"], FileEntry(**data["entry"]), tuple(chunks))
+
+
+def files_of(items: Iterable[T], nbytes: Callable[[T], int]) -> Iterator[list[T]]:
+    """The items of each file, in their order."""
+    file: list[T] = []
+    size = 0
+    for item in items:
+        file.append(item)
+        size += nbytes(item)
+        if size >= FILE_BYTES:
+            yield file
+            file, size = [], 0
+    if file:
+        yield file
 
 
 def write_chunks(path: Path, pieces: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> ChunkFile:
@@ -110,21 +130,10 @@ def write_checkpoint(
 
     Raises ``OSError``, and ``UserError`` if ``state`` cannot be kept.
     """
-    entries: dict[str, FileEntry] = {}
-    chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in shapes}
-    places: dict[MetadataIndex, _StorageInfo] = {}
-    for file in files:
-        entries[file.name] = file.entry
-        for chunk in file.chunks:
-            offsets, known = torch.Size(chunk.offsets), chunks[chunk.name]
-            index = MetadataIndex(chunk.name, offsets, len(known))
-            places[index] = _StorageInfo(file.name, chunk.start, chunk.length)
-            known.append(ChunkStorageMetadata(offsets, torch.Size(chunk.sizes)))
-    tensors = {
-        name: TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), chunks[name])
-        for name, shape in shapes.items()
-    }
-    metadata = Metadata(dict(tensors), storage_data=places, storage_meta=StorageMeta())
+    written = list(files)
+    entries = {file.name: file.entry for file in written}
+    specs = {name: TensorSpec(dtype, shape) for name, shape in shapes.items()}
+    metadata = described(written, specs)
     content = {METADATA: pickle.dumps(metadata), STATE: state_to_json(state)}
     for name, data in content.items():
         (path / name).unlink(missing_ok=True)
@@ -132,3 +141,22 @@ def write_checkpoint(
     (path / MANIFEST).unlink(missing_ok=True)
     write_durably(path / MANIFEST, Manifest(step, entries).to_json())
     sync_folder(path)
+
+
+def described(files: Iterable[ChunkFile], specs: Mapping[str, TensorSpec]) -> Metadata:
+    """The tensors ``specs``, whose chunks are in ``files``, as DCP describes them."""
+    chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in specs}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for file in files:
+        for chunk in file.chunks:
+            offsets, known = torch.Size(chunk.offsets), chunks[chunk.name]
+            index = MetadataIndex(chunk.name, offsets, len(known))
+            places[index] = _StorageInfo(file.name, chunk.start, chunk.length)
+            known.append(ChunkStorageMetadata(offsets, torch.Size(chunk.sizes)))
+    tensors = {
+        name: TensorStorageMetadata(
+            TensorProperties(dtype=spec.dtype), torch.Size(spec.shape), chunks[name]
+        )
+        for name, spec in specs.items()
+    }
+    return Metadata(dict(tensors), storage_data=places, storage_meta=StorageMeta())

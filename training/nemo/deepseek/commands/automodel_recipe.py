@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepseek.commands.megatron_words import in_bf16, lacking, local_batch, schedule
+from deepseek.commands.peer_settings import in_bf16, lacking, local_batch, schedule
 from deepseek.config import RunConfig
 from deepseek.config.errors import ConfigError, Problem
 from deepseek.planner.layout import split_layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deepseek.commands.megatron_words import in_bf16, lacking, schedule
+from deepseek.commands.peer_settings import in_bf16, lacking, schedule
 from deepseek.config import RunConfig
 from deepseek.config.errors import ConfigError, Problem
 from deepseek.planner.layout import split_layers

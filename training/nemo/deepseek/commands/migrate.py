@@ -52,8 +52,8 @@ def migrate_checkpoint(
     from deepseek.checkpoint.files import write_durably
     from deepseek.checkpoint.folder import step_name
     from deepseek.checkpoint.fsdp import Migration
-    from deepseek.checkpoint.fsdp_export import ORIGIN, Origin
     from deepseek.checkpoint.fsdp_names import NameTable
+    from deepseek.checkpoint.fsdp_origin import ORIGIN, Origin
     from deepseek.checkpoint.fsdp_source import open_source
     from deepseek.checkpoint.staging import Staging, disk_errors, refuse_existing
 
@@ -116,10 +116,9 @@ def migrate_checkpoint(
                     "migrating", done, migration.source_bytes, f"{done / 1e9:,.2f} GB"
                 ),
             )
-        notes_of_origin = Origin.of(migration).to_json()
         for name, content in {
             CONFIG_FILE: resolved_yaml(cfg).encode(),
-            ORIGIN: notes_of_origin,
+            ORIGIN: Origin.of(migration).to_json(),
         }.items():
             (staging.folder / name).unlink(missing_ok=True)
             write_durably(staging.folder / name, content)
@@ -140,7 +139,8 @@ def export_to_fsdp(run: Path, target: Path, like: Path | None = None) -> None:
     Raises:
         UserError: nothing migrated, ``target`` exists, no room, or the checkpoint lacks tensors.
     """
-    from deepseek.checkpoint.fsdp_export import FsdpExport, Origin, export_fsdp
+    from deepseek.checkpoint.fsdp_export import FsdpExport, export_fsdp
+    from deepseek.checkpoint.fsdp_origin import Origin
     from deepseek.checkpoint.staging import refuse_existing
 
     refuse_existing(target)

@@ -7,6 +7,8 @@ rank throws most away. Its all-to-all is as fast as this would be, and stays.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,8 +27,7 @@ def all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
     """
     memory = _memory(input, group)
     if memory is None:
-        # Since torch 2.13 the old names warn.
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather = _torchs("all_gather_single", "all_gather_into_tensor")
         gather(output.flatten(), input.flatten(), group=group)
         return
     own_b = _bytes(input)
@@ -55,7 +56,7 @@ def reduce_scatter(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> N
     """
     memory = _memory(input, group)
     if memory is None:
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter = _torchs("reduce_scatter_single", "reduce_scatter_tensor")
         scatter(output.flatten(), input.flatten(), group=group)
         return
     total, parts_nr = output.view(-1), input.view(memory.size, -1)
@@ -77,6 +78,12 @@ def reduce_scatter(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> N
             else:
                 total[piece].add_(theirs)
         memory.turn()
+
+
+def _torchs(name: str, old_name: str) -> Callable[..., object]:
+    """A function of ``torch.distributed``; since 2.13 the old names warn. Looked up at each call:
+    a recorder may stand in for it."""
+    return getattr(dist, name, None) or getattr(dist, old_name)
 
 
 def _memory(tensor: Tensor, group: dist.ProcessGroup) -> HostMemory | None:

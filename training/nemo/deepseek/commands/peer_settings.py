@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from deepseek.config import RunConfig
 from deepseek.config.errors import Problem
+from deepseek.config.fields import value_at
 
 
 def schedule(run: RunConfig) -> dict[str, Any]:
@@ -89,9 +91,11 @@ def lacking(
         ),
         *extra,
     ]
-    flat = _values(run)
+    tree = asdict(run)
     return [
-        Problem(field, flat[field], why, way_out) for field, wrong, why, way_out in common if wrong
+        Problem(field, value_at(tree, field), why, way_out)
+        for field, wrong, why, way_out in common
+        if wrong
     ]
 
 
@@ -106,19 +110,3 @@ def local_batch(run: RunConfig) -> int:
 def in_bf16(run: RunConfig) -> bool:
     """Whether products are in bf16; ``auto`` is for a GPU here."""
     return str(run.trainer.precision) != "32"
-
-
-def _values(run: RunConfig) -> dict[str, Any]:
-    from dataclasses import fields, is_dataclass
-
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, prefix: str) -> None:
-        for field in fields(value):
-            inner, name = getattr(value, field.name), prefix + field.name
-            flat[name] = inner
-            if is_dataclass(inner):
-                walk(inner, f"{name}.")
-
-    walk(run, "")
-    return flat
