@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_fsdp import CFG, GATE, migrate, run, save, written
+from fsdp_checkpoints import CFG, GATE, migrate, run, save, written
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 

@@ -1,4 +1,4 @@
-"""The checkpoint store: what goes in comes out, damage is found, the right ones are kept."""
+"""The checkpoint store: what goes in comes out, damage is found, a writer starts cleanly."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored import bits, flip, flip_number, save, shard_of, value_of
 from torch import Tensor
 
 from deepseek.checkpoint.checkpoint import Checkpoint
@@ -24,47 +25,6 @@ from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.config.errors import UserError
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-@pytest.fixture
-def manager(tmp_path: Path) -> CheckpointManager:
-    return CheckpointManager(tmp_path / "checkpoints")
-
-
-def save(manager: CheckpointManager, step: int, value: float | None = None) -> Path:
-    numbers = torch.full((3, 4), float(step) if value is None else value)
-    return manager.save(step, {"layer.weight": numbers}, {"step": step, "value": value})
-
-
-def value_of(checkpoint: Checkpoint | None) -> float:
-    assert checkpoint is not None
-    numbers = torch.zeros(3, 4)
-    checkpoint.load({"layer.weight": numbers})
-    assert (numbers == numbers[0, 0]).all()
-    return float(numbers[0, 0])
-
-
-def flip(file: Path, position: int, bit: int = 0) -> None:
-    content = bytearray(file.read_bytes())
-    content[position] ^= 1 << bit
-    file.write_bytes(content)
-
-
-def shard_of(path: Path) -> Path:
-    return path / "__0_0.distcp"
-
-
-def flip_number(path: Path) -> None:
-    """Damage that keeps every size: a bit of a number."""
-    flip(shard_of(path), shard_of(path).read_bytes().index(np.float32(path_step(path)).tobytes()))
-
-
-def path_step(path: Path) -> int:
-    return int(path.name[5:])
-
-
-def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 # -- what goes in comes out ------------------------------------------------------------------------
@@ -423,123 +383,6 @@ def test_retired_while_being_read(
     monkeypatch.setattr(Checkpoint, "open", open_late)
     checkpoint = newest_sound(manager.folder, pytest.fail)
     assert checkpoint is not None and checkpoint.step == 1
-
-
-# -- what is kept ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("keep", "expected"), [(1, [5]), (2, [4, 5]), (3, [3, 4, 5]), (-1, [1, 2, 3, 4, 5])]
-)
-def test_retention(tmp_path: Path, keep: int, expected: list[int]) -> None:
-    manager = CheckpointManager(tmp_path, keep=keep)
-    for step in range(1, 6):
-        assert save(manager, step) == tmp_path / f"step_0000000{step}"
-    assert manager.steps() == expected
-    checkpoint = manager.newest_sound(pytest.fail)
-    assert checkpoint is not None and checkpoint.step == 5 and value_of(checkpoint) == 5
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == [".lock", *(f"step_0000000{step}" for step in expected)]
-
-
-@pytest.mark.parametrize("keep", [0, -2])
-def test_keep_that_makes_no_sense(tmp_path: Path, keep: int) -> None:
-    with pytest.raises(UserError, match=f"^{keep} checkpoints cannot be kept: use 1 or more"):
-        CheckpointManager(tmp_path, keep=keep)
-
-
-def test_nothing_is_deleted_before_the_new_one_is_whole(tmp_path: Path) -> None:
-    manager = CheckpointManager(tmp_path, keep=1)
-    save(manager, 1)
-    with pytest.raises(UserError):
-        manager.save(2, {"a": torch.zeros(1)}, {"loss": float("nan")})
-    assert manager.steps() == [1]
-
-
-def test_damaged_ones_keep_no_place(manager: CheckpointManager) -> None:
-    """Two that look whole and are not must not push the sound one out."""
-    manager.keep = -1
-    for step in (1, 2, 3):
-        save(manager, step)
-    manager.keep = 2
-    for step in (2, 3):
-        flip_number(manager.folder / f"step_0000000{step}")
-    assert manager.steps() == [1, 2, 3]
-    checkpoint = manager.newest_sound(lambda text: None)
-    assert checkpoint is not None and checkpoint.step == 1
-    save(manager, 2, 22.0)  # the run comes past step 2 again
-    assert manager.steps() == [1, 2]
-    assert value_of(manager.newest_sound(pytest.fail)) == 22
-
-
-def test_known_damage_below_the_new_one_keeps_no_place(manager: CheckpointManager) -> None:
-    save(manager, 1)
-    flip_number(save(manager, 2))
-    manager.newest_sound(lambda text: None)
-    save(manager, 3)
-    assert manager.steps() == [1, 3]
-
-
-def test_later_damaged_one_is_found_by_the_writer_itself(manager: CheckpointManager) -> None:
-    save(manager, 1)
-    flip_number(save(manager, 3))
-    save(manager, 2)
-    assert manager.steps() == [1, 2]
-
-
-def test_incomplete_directory_goes_with_the_next_save(manager: CheckpointManager) -> None:
-    (manager.folder / "step_00000004").mkdir()
-    save(manager, 1)
-    assert sorted(path.name for path in manager.folder.iterdir()) == [".lock", "step_00000001"]
-
-
-def test_keeping_all_deletes_nothing(tmp_path: Path) -> None:
-    manager = CheckpointManager(tmp_path, keep=-1)
-    save(manager, 1)
-    flip_number(save(manager, 2))
-    (tmp_path / "step_00000009").mkdir()
-    manager.newest_sound(lambda text: None)
-    save(manager, 2, 5.0)
-    save(manager, 3)
-    assert manager.steps() == [1, 2, 3] and (tmp_path / "step_00000009").exists()
-
-
-def test_later_sound_one_is_another_run(manager: CheckpointManager) -> None:
-    save(manager, 5)
-    with pytest.raises(UserError, match="a checkpoint of step 5, later than step 2") as caught:
-        save(manager, 2)
-    assert "use another run folder, or move step_00000005 away" in str(caught.value)
-    assert manager.steps() == [5]
-
-
-def test_same_step_is_replaced(tmp_path: Path) -> None:
-    manager = CheckpointManager(tmp_path, keep=1)
-    save(manager, 1, 10.0)
-    save(manager, 1, 11.0)
-    assert manager.steps() == [1] and value_of(manager.newest_sound(pytest.fail)) == 11
-    flip(shard_of(tmp_path / "step_00000001"), 0)
-    save(manager, 1, 12.0)
-    assert manager.steps() == [1] and value_of(manager.newest_sound(pytest.fail)) == 12
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "step_00000001"]
-
-
-def test_other_names_are_left_alone(manager: CheckpointManager) -> None:
-    others = ["step_7", "step_000000001", "step_0000000x", "best", "step_00000003.bak"]
-    for name in others:
-        (manager.folder / name).mkdir()
-    (manager.folder / "step_00000002").write_text("a file")
-    for step in (1, 3, 4):
-        save(manager, step)
-    assert manager.steps() == [3, 4]
-    assert all((manager.folder / name).exists() for name in [*others, "step_00000002"])
-
-
-def test_steps_beyond_eight_digits(manager: CheckpointManager) -> None:
-    for step in (99_999_999, 100_000_000):
-        save(manager, step)
-    assert manager.steps() == [99_999_999, 100_000_000]
-    checkpoint = manager.newest_sound(pytest.fail)
-    assert checkpoint is not None and checkpoint.step == 100_000_000
 
 
 # -- the start of a writer -------------------------------------------------------------------------

@@ -370,7 +370,7 @@ def test_a_slow_rank_computes_and_the_others_wait(tmp_path: Path) -> None:
         assert record.meta["columns"] == list(COLUMNS)
         compute, wait = column(record, "compute_seconds"), column(record, "wait_seconds")
         assert compute[1] > compute[0] + 0.2  # 4 layers, 4 micro-batches: 0.32 s
-        assert wait[0] > 0.2 and wait[0] > wait[1]  # who is busy waits too, on a busy machine
+        assert wait[0] > 0.2 > wait[1]
         parts = compute + wait + column(record, "transfer_seconds")
         np.testing.assert_allclose(parts, column(record, "step_seconds"), rtol=1e-4)
         np.testing.assert_array_equal(column(record, "data_seconds"), 0.125)
