@@ -21,14 +21,13 @@ from deepseek.data.tokenizer import (
     FIM_END,
     FIM_HOLE,
     PAD,
-    ByteBackend,
     FimIds,
-    HuggingFaceBackend,
     Tokenizer,
     byte_tokenizer,
     load_tokenizer,
     train_bpe,
 )
+from deepseek.data.tokenizer_backend import ByteBackend, HuggingFaceBackend
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 BPE, BYTE = train_bpe(TEXTS * 3, 400), byte_tokenizer()

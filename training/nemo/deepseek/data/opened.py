@@ -25,7 +25,8 @@ from deepseek.data.indexed import IndexedDataset
 from deepseek.data.prepare import Progress, prepare
 from deepseek.data.prepare_chat import ANSWERS, answers_of
 from deepseek.data.prepared import PreparedData
-from deepseek.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_installed
+from deepseek.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek.data.tokenizer_backend import tokenizers_installed
 
 log = logging.getLogger("deepseek.data")
 

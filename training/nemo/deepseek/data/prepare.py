@@ -47,9 +47,9 @@ from deepseek.data.prepared import FORMAT, PreparedData, already_there, input_sh
 from deepseek.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
-    tokenizers_installed,
     train_bpe,
 )
+from deepseek.data.tokenizer_backend import tokenizers_installed
 
 log = logging.getLogger("deepseek.data")
 

@@ -12,16 +12,23 @@ import codecs
 import hashlib
 import json
 import logging
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 
 from deepseek.config.errors import UserError
 from deepseek.data.files import atomic_open
+from deepseek.data.tokenizer_backend import (
+    Backend,
+    ByteBackend,
+    HuggingFaceBackend,
+    byte_characters,
+    is_bytes_only,
+    tokenizers_installed,
+)
 
 log = logging.getLogger("deepseek.data")
 
@@ -60,14 +67,6 @@ class FimIds(NamedTuple):
     end: int
 
 
-class Backend(Protocol):
-    """Who turns text into ids."""
-
-    def encode(self, texts: Sequence[str], parse_special: bool) -> list[list[int]]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-
 @final
 class Tokenizer:
     """Text to ids and back; make one with ``load_tokenizer``, ``train_bpe`` or ``byte_tokenizer``.
@@ -93,7 +92,7 @@ class Tokenizer:
         self._added: dict[str, int] = {token["content"]: token["id"] for token in added}
         self._special = {token["id"] for token in added if token.get("special")}
         self._backend: Backend
-        if _is_bytes_only(self._parsed):
+        if is_bytes_only(self._parsed):
             self._backend = ByteBackend(model["vocab"], self._added)
         else:
             self._backend = HuggingFaceBackend(source, origin)
@@ -254,7 +253,7 @@ class Tokenizer:
         kinds = {part.get("type") for part in decoder.get("decoders", [decoder])} - {"Fuse"}
         if kinds != {"ByteLevel"} or not isinstance(vocab, dict):
             return None
-        table = {character: bytes([value]) for value, character in enumerate(_byte_characters())}
+        table = {character: bytes([value]) for value, character in enumerate(byte_characters())}
         result = {
             token: b"".join(table.get(c) or c.encode() for c in name)
             for name, token in vocab.items()
@@ -410,97 +409,11 @@ def byte_tokenizer() -> Tokenizer:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {character: value for value, character in enumerate(_byte_characters())},
+            "vocab": {character: value for value, character in enumerate(byte_characters())},
             "merges": [],
         },
     }
     return Tokenizer(json.dumps(content, indent=2, ensure_ascii=False), {}, "the byte tokenizer")
-
-
-def tokenizers_installed() -> bool:
-    """Whether the ``tokenizers`` library can be imported."""
-    try:
-        import tokenizers  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-class HuggingFaceBackend:
-    """Encodes with the ``tokenizers`` library."""
-
-    def __init__(self, source: str, origin: str) -> None:
-        try:
-            from tokenizers import Tokenizer as Loaded
-        except ImportError as error:
-            raise UserError(
-                f"{origin} needs the tokenizers library; pip install tokenizers"
-            ) from error
-        try:
-            self._loaded = Loaded.from_str(source)
-        except Exception as error:
-            raise UserError(
-                f"{origin} cannot be read by this version of tokenizers ({error}); "
-                "pip install -U tokenizers, or give a tokenizer.json of a known model"
-            ) from error
-        self._loaded.no_truncation()
-        self._loaded.no_padding()
-
-    def encode(self, texts: Sequence[str], parse_special: bool) -> list[list[int]]:
-        self._loaded.encode_special_tokens = not parse_special
-        encoded = self._loaded.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encoded]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._loaded.decode(list(ids), skip_special_tokens=False)
-
-
-class ByteBackend:
-    """Encodes bytes one by one; the twin of ``HuggingFaceBackend`` for a vocabulary of bytes."""
-
-    def __init__(self, vocab: dict[str, int], added: dict[str, int]) -> None:
-        self._ids = [vocab[character] for character in _byte_characters()]
-        self._added = added
-        longest_first = sorted(map(re.escape, added), key=len, reverse=True)
-        self._pattern = re.compile(f"({'|'.join(longest_first)})") if added else None
-
-    def encode(self, texts: Sequence[str], parse_special: bool) -> list[list[int]]:
-        return [list(self._encode(text, parse_special)) for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        raise AssertionError("a byte vocabulary is decoded by its table")
-
-    def _encode(self, text: str, parse_special: bool) -> Iterator[int]:
-        parts = self._pattern.split(text) if parse_special and self._pattern else [text]
-        for part in parts:
-            if parse_special and part in self._added:
-                yield self._added[part]
-            else:
-                yield from map(self._ids.__getitem__, part.encode())
-
-
-def _is_bytes_only(parsed: dict[str, Any]) -> bool:
-    """True if the vocabulary is the 256 bytes, so that nothing is left for a library to do."""
-    model = parsed["model"]
-    return (
-        model.get("type") == "BPE"
-        and not model.get("merges")
-        and not parsed.get("normalizer")
-        and set(model["vocab"]) == set(_byte_characters())
-    )
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that byte-level vocabularies write for each byte, [256] (GPT-2)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    characters, others = [], 0
-    for value in range(256):
-        if value in printable:
-            characters.append(chr(value))
-        else:
-            characters.append(chr(256 + others))
-            others += 1
-    return characters
 
 
 def _read_text(path: Path) -> str:
