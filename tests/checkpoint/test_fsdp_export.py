@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from fsdp_checkpoints import CFG, GATE, migrate, run, save, written
+from fsdp_checkpoints import CFG, GATE, migrate, ours, run, save, written
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -205,14 +205,8 @@ def test_notes_that_are_none(tmp_path: Path) -> None:
 
 
 def test_the_comparison_notices() -> None:
-    content = {"model": to_hf({n: t.clone() for n, t in _weights().items()}, CFG)}
+    content = {"model": to_hf({n: t.clone() for n, t in ours().items()}, CFG)}
     other = {"model": {n: t.clone() for n, t in content["model"].items()}}
     other["model"][GATE][0, 0] += 1
     with pytest.raises(AssertionError):
         assert_equal(other, content)
-
-
-def _weights() -> dict[str, Tensor]:
-    from test_fsdp import ours
-
-    return ours()
