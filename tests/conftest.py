@@ -5,6 +5,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the forks of the tests
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
@@ -14,3 +15,13 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that may take longest begin first, so that no worker ends alone with one of them."""
+    items.sort(key=lambda item: -_most_seconds(item))
+
+
+def _most_seconds(item: pytest.Item) -> float:
+    marker = item.get_closest_marker("timeout")
+    return marker.args[0] if marker else 0

@@ -126,11 +126,13 @@ def test_training_prints_where_and_what_next(micro: MicroRuns) -> None:
     assert ran.err == "" and ESCAPE not in ran.out
 
 
-def test_a_sample_at_the_end(micro: MicroRuns) -> None:
+def test_a_sample_at_the_end_and_of_a_run_that_is_complete(micro: MicroRuns) -> None:
     words = ["train", "--config", micro.config, "--run-dir", "sampled", "--sample"]
     data = f"model.data.data_prefix={micro.folder / 'data'}"
-    ran = micro.cli(*words, data, "trainer.max_steps=1").assert_done()
-    assert ran.out.split("sample:\n")[1].strip()
+    for told in ("run folder", "is complete"):
+        ran = micro.cli(*words, data, "trainer.max_steps=1").assert_done()
+        assert told in ran.out
+        assert ran.out.split("sample:\n")[1].strip()
 
 
 def test_a_report_at_the_end_and_of_a_run_that_is_complete(micro: MicroRuns) -> None:

@@ -23,6 +23,8 @@ from deepseek.ops.linear_cross_entropy import IGNORE_INDEX
 from deepseek.parallel import gradients, tensor
 from deepseek.parallel.mesh import Alone
 
+pytestmark = pytest.mark.torch_alone
+
 FP64, FP32 = 1e-12, 1e-5
 
 SHORT = {
@@ -120,8 +122,6 @@ def compiled(backend: Any) -> Callable[[Driven], None]:
 
 
 COMPILED: dict[str, tuple[int, dict[str, Any]]] = {
-    "TP 2": (2, dict(tp=2)),
-    "PP 2": (2, dict(pp=2)),
     "EP 2": (2, dict(ep=2)),
     "TP 2, PP 2, recomputed": (4, dict(tp=2, pp=2, recompute="full")),
 }

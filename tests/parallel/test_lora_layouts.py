@@ -15,6 +15,8 @@ from deepseek.models.components.lora import is_adapter
 from deepseek.parallel import gradients
 from deepseek.parallel.mesh import Alone
 
+pytestmark = pytest.mark.torch_alone
+
 FP64 = 1e-12
 ALL = ["attention", "feed_forward", "experts"]
 

@@ -255,6 +255,9 @@ def test_weights_gathered_from_data_parallel_ranks() -> None:
     routed = moe_layers * run.model.n_routed_experts * counts.expert
     assert gathered_bytes(run.model, layout) == 4 * (counts.stored - routed // 2)
     assert not reshards(run.model, layout)
+    apart = small(4, ep=4)  # a rank has its experts in whole, and gathers the rest
+    gathered = gathered_bytes(apart.model, Layout.of_run(apart))
+    assert gathered == 4 * (counts.stored - routed)
     titles = [table.title for table in placement_tables(run)]
     assert any("(kept in a step: " in title for title in titles)
 

@@ -53,7 +53,7 @@ def train(
 
         plotly_script()
     if processes.started_by == "none" and run.trainer.devices > 1 and run.trainer.num_nodes == 1:
-        _train_in_others(run, run_dir, report)
+        _train_in_others(run, run_dir, sample, report)
         return
     check_world(processes, run.trainer.devices, run.trainer.num_nodes)
     # Imported here: a configuration error should not wait seconds for a training framework.
@@ -63,7 +63,7 @@ def train(
     folder, steps = result.folder, run.trainer.max_steps
     if result.was_complete:
         leave()
-        _say_complete(folder, steps, run, report, leads=processes.rank == 0)
+        _say_complete(folder, steps, run, sample, report, leads=processes.rank == 0)
         return
     if result.val_loss is not None:
         bits = result.val_bits_per_byte
@@ -94,11 +94,11 @@ def _show(folder: Path, sample: bool, report: bool) -> None:
         write_report([folder])
 
 
-def _train_in_others(run: RunConfig, run_dir: Path | None, report: bool) -> None:
+def _train_in_others(run: RunConfig, run_dir: Path | None, sample: bool, report: bool) -> None:
     """Be the supervisor of the processes that train."""
     folder, trainer = run_folder(run, run_dir), run.trainer
     if run.exp_manager.resume_if_exists and finished_steps(folder) >= trainer.max_steps:
-        _say_complete(folder, finished_steps(folder), run, report, leads=True)
+        _say_complete(folder, finished_steps(folder), run, sample, report, leads=True)
         return
     say(f"processes    {trainer.devices}, started and watched by this one")
     os.environ[RUN_FOLDER] = str(folder)
@@ -120,12 +120,13 @@ def _keep_nemo(folder: Path, run: RunConfig) -> None:
         keep_nemo(folder, run.name)
 
 
-def _say_complete(folder: Path, steps: int, run: RunConfig, report: bool, leads: bool) -> None:
-    if leads:  # if it was killed while it wrote these
-        _keep_nemo(folder, run)
-        if report:
-            write_report([folder])
+def _say_complete(
+    folder: Path, steps: int, run: RunConfig, sample: bool, report: bool, leads: bool
+) -> None:
     say(
         f"{folder} is complete: {steps} of {run.trainer.max_steps} steps. "
         "To go on, raise trainer.max_steps; to start again, use another --run-dir"
     )
+    if leads:  # what was asked for, also if the run was killed while it wrote these
+        _keep_nemo(folder, run)
+        _show(folder, sample, report)

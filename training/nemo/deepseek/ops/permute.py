@@ -44,12 +44,12 @@ class _PermuteRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_R)
-        return x_RD[order_R]
+        return x_RD.index_select(0, order_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
         (inverse_R,) = ctx.saved_tensors
-        return grad_RD[inverse_R], None, None
+        return grad_RD.index_select(0, inverse_R), None, None
 
 
 class _ExpandRows(torch.autograd.Function):
@@ -58,10 +58,12 @@ class _ExpandRows(torch.autograd.Function):
         ctx.save_for_backward(inverse_R)
         ctx.num_tokens = x_TD.shape[0]
         ctx.num_choices = order_R.numel() // max(x_TD.shape[0], 1)  # there may be no token
-        return x_TD[torch.div(order_R, ctx.num_choices, rounding_mode="floor")]
+        tokens_R = torch.div(order_R, ctx.num_choices, rounding_mode="floor")
+        return x_TD.index_select(0, tokens_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
         (inverse_R,) = ctx.saved_tensors
-        grad_TKD = grad_RD[inverse_R].view(ctx.num_tokens, ctx.num_choices, grad_RD.shape[1])
+        rows_RD = grad_RD.index_select(0, inverse_R)
+        grad_TKD = rows_RD.view(ctx.num_tokens, ctx.num_choices, grad_RD.shape[1])
         return grad_TKD.sum(dim=1), None, None

@@ -10,7 +10,7 @@ and an average over the dense mesh and one over the expert mesh would weigh the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import cast
 
 import torch
@@ -29,6 +29,7 @@ from deepseek.parallel.fsdp_exchange import use_exchange
 from deepseek.parallel.gradients import local
 from deepseek.parallel.mesh import Meshes
 from deepseek.parallel.tensor import split
+from deepseek.planner.placement import keeps_experts
 
 
 def shard_experts(model: Transformer, meshes: Meshes) -> None:
@@ -62,13 +63,19 @@ def shard_data_parallel(
     """
     # torch's None: all but the outermost unit, which the backward pass begins with.
     reshard = None if reshards else False
-    dense = _Sharding(meshes.dense_shards, reshard)
     experts = _Sharding(meshes.expert_shards, reshard)
     # Spread over the ranks of their block, experts are gathered with it: fewer waits for others.
     apart = meshes.layout.ep > 1 or meshes.layout.tp > 1
+    # Experts that no other rank has a part of stay as they are: FSDP over one rank would copy them
+    # for each step, and their gradients three times.
+    kept: set[nn.Parameter] = set()
     for module in model.modules():
         if apart and isinstance(module, DeepSeekBlock) and isinstance(module.ffn, MoE):
-            experts.apply(module.ffn.experts)
+            if keeps_experts(meshes.layout):
+                kept.update(module.ffn.experts.parameters())
+            else:
+                experts.apply(module.ffn.experts)
+    dense = _Sharding(meshes.dense_shards, reshard, kept)
     # A block is a unit so that it can give its weights back, and so that the next one's come while
     # it computes. Where they stay and nothing runs beside the computation, one unit is enough: the
     # ranks wait for each other twice a step instead of twice a block.
@@ -149,14 +156,18 @@ def _cuts_matrices(tensor: DTensor) -> bool:
 
 
 class _Sharding:
-    """``fully_shard`` over one mesh."""
+    """``fully_shard`` over one mesh, of all but the parameters that stay as they are."""
 
     def __init__(
-        self, mesh: torch.distributed.device_mesh.DeviceMesh, reshard: bool | None
+        self,
+        mesh: torch.distributed.device_mesh.DeviceMesh,
+        reshard: bool | None,
+        kept: Collection[nn.Parameter] = (),
     ) -> None:
         self.mesh = mesh
         self.size = mesh.size(mesh.ndim - 1)
         self.reshard = reshard
+        self.kept = set(kept)
 
     def apply(self, module: nn.Module) -> None:
         names = {parameter: name for name, parameter in module.named_parameters()}
@@ -166,6 +177,7 @@ class _Sharding:
             mesh=self.mesh,
             reshard_after_forward=self.reshard,
             shard_placement_fn=choose,
+            ignored_params=self.kept,
         )
 
     def _placement(self, name: str, parameter: nn.Parameter) -> Shard:

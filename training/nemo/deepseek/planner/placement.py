@@ -160,7 +160,10 @@ def rank_memory(
 
 
 def gathered_bytes(model: ModelConfig, layout: Layout) -> int:
-    """All weights of the fullest rank as it computes with them, fp32."""
+    """Copies of weights that the fullest rank has while it computes, fp32.
+
+    Of experts that no other rank has a part of, there is none: it computes with what it keeps.
+    """
     parts = split_layers(model)
     return max(
         4
@@ -168,9 +171,15 @@ def gathered_bytes(model: ModelConfig, layout: Layout) -> int:
             math.prod(weight.divided(layout.tp, layout.ep))
             for stage in stages_of_rank(model, pp)
             for _, weight in stage_weights(model, parts[stage])
+            if not (weight.routed and keeps_experts(layout))
         )
         for pp in range(layout.pp)
     )
+
+
+def keeps_experts(layout: Layout) -> bool:
+    """Whether every expert of a stage lies on one rank, in whole."""
+    return layout.ep > 1 and layout.edp * layout.dp_replicate == 1
 
 
 def reshards(model: ModelConfig, layout: Layout) -> bool:
