@@ -422,6 +422,18 @@ def test_a_key_that_is_known_to_be_idle(source: Path) -> None:
     import_hf(source, source.with_name("run"), ignore_keys=["my_note"])
 
 
+def test_fp8_of_what_is_not_finite(tmp_path: Path) -> None:
+    cfg = small()
+    state = weights(cfg)
+    state["layers.1.attn.wo.weight"][0, 0] = torch.inf
+    write_folder(tmp_path / "hf", cfg, state)
+    import_hf(tmp_path / "hf", tmp_path / "run")
+    wanted = r"model\.layers\.1\.attn\.wo\.weight holds numbers that are not finite.*or as bf16"
+    with pytest.raises(UserError, match=wanted):
+        export_hf(tmp_path / "run", tmp_path / "new", dtype="fp8")
+    assert not (tmp_path / "new").exists()
+
+
 def test_options_and_targets(source: Path) -> None:
     refused(source, "--mtp maybe: use keep or drop", mtp="maybe")
     run = source.with_name("run")
@@ -431,8 +443,8 @@ def test_options_and_targets(source: Path) -> None:
     with pytest.raises(UserError, match="hf exists already and nothing is overwritten"):
         export_hf(run, source)
     new = source.with_name("new")
-    with pytest.raises(UserError, match="--dtype fp8: use fp32 or bf16"):
-        export_hf(run, new, dtype="fp8")
+    with pytest.raises(UserError, match="--dtype int8: use fp32 or bf16 or fp8"):
+        export_hf(run, new, dtype="int8")
     with pytest.raises(UserError, match="--shard-gb 0: give a size above 0"):
         export_hf(run, new, shard_gb=0)
     with pytest.raises(UserError, match="hf is neither a run folder"):

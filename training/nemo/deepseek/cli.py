@@ -234,7 +234,7 @@ def hf_import_command(
 def hf_export_command(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder.")],
     target: Annotated[Path, typer.Argument(help="New folder.")],
-    dtype: Annotated[str, typer.Option(help="fp32, every bit kept, or bf16.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32, every bit kept, bf16, or fp8.")] = "fp32",
     mtp: Mtp = "keep",
     shard_gb: Annotated[float, typer.Option(help="Largest file, GB.")] = 5.0,
 ) -> None:

@@ -20,10 +20,12 @@ from deepseek.checkpoint.files import FileEntry, write_durably
 from deepseek.checkpoint.hf_config import hf_config
 from deepseek.checkpoint.hf_folder import CONFIG, INDEX, SINGLE
 from deepseek.checkpoint.huggingface import (
+    SCALE,
     HfTensor,
     account,
     hf_tensors,
     is_bias,
+    is_projection,
     listing,
     our_shapes,
 )
@@ -31,9 +33,19 @@ from deepseek.checkpoint.safetensors_file import TensorFile, TensorFileWriter, T
 from deepseek.checkpoint.staging import Staging, has_size
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
+from deepseek.ops.fp8 import NUMBERS, block_counts, quantise_blocks
 
-Dtype = Literal["fp32", "bf16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Dtype = Literal["fp32", "bf16", "fp8"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Of what is no projection."""
+BLOCK = (128, 128)
+QUANTISATION = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": list(BLOCK),
+}
+"""What ``config.json`` says of FP8 weights, as that of DeepSeek-V3 does."""
 _WEIGHTS, _STATES = "model.", "optim."
 
 
@@ -43,7 +55,8 @@ class WeightExport:
     Args:
         checkpoint: whole, of any layout; its optimiser state is not read.
         config: of the model in it.
-        dtype: of the files; correction biases are fp32 always.
+        dtype: of the files; correction biases are fp32 always. ``fp8``: as released, projections in
+            FP8 with a scale per block, the rest in bf16.
         mtp: False leaves the MTP modules out.
         shard_bytes: size that no file exceeds, unless a single tensor does.
 
@@ -81,10 +94,12 @@ class WeightExport:
         """Of the model that is written."""
         self.hf_config: dict[str, Any] = {
             **hf_config(self.config),
-            "torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
+            "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),
         }
+        if dtype == "fp8":
+            self.hf_config["quantization_config"] = QUANTISATION
         """Content of ``config.json``; token ids are null."""
-        self._dtype = DTYPES[dtype]
+        self._dtype, self._quantises = DTYPES[dtype], dtype == "fp8"
         self._targets = hf_tensors(self.config)
         self._shards = self._plan(shard_bytes)
         self._last: tuple[str, Tensor] | None = None
@@ -97,7 +112,7 @@ class WeightExport:
 
     @property
     def num_tensors(self) -> int:
-        return len(self._targets)
+        return sum(map(len, self._shards))
 
     @property
     def file_names(self) -> list[str]:
@@ -164,24 +179,44 @@ class WeightExport:
         shards: list[dict[str, TensorSpec]] = [{}]
         size = 0
         for name, target in self._targets.items():
-            fp32 = any(is_bias(piece.name) for piece in target.pieces)
-            spec = TensorSpec(torch.float32 if fp32 else self._dtype, target.shape)
-            if shards[-1] and size + spec.nbytes > limit:
+            specs = self._specs(name, target)
+            more = sum(spec.nbytes for spec in specs.values())
+            if shards[-1] and size + more > limit:
                 shards.append({})
                 size = 0
-            shards[-1][name] = spec
-            size += spec.nbytes
+            shards[-1] |= specs
+            size += more
         # Larger dtypes first, so that every tensor lies at a multiple of its numbers' size.
         return [
             dict(sorted(shard.items(), key=lambda item: -item[1].dtype.itemsize))
             for shard in shards
         ]
 
+    def _specs(self, name: str, target: HfTensor) -> dict[str, TensorSpec]:
+        """How a tensor is stored: a projection in FP8 is two tensors."""
+        if self._quantises and is_projection(name):
+            rows, columns = target.shape
+            scales = TensorSpec(torch.float32, block_counts((rows, columns), BLOCK))
+            return {name + SCALE: scales, name: TensorSpec(NUMBERS, target.shape)}
+        fp32 = any(is_bias(piece.name) for piece in target.pieces)
+        return {name: TensorSpec(torch.float32 if fp32 else self._dtype, target.shape)}
+
     def _numbers(self, name: str) -> Tensor:
-        target: HfTensor = self._targets[name]
+        """Quantised twice, for numbers and for scales: in a file they do not lie side by side, and
+        all scales of a file need not be in memory."""
+        target: HfTensor = self._targets[name.removesuffix(SCALE)]
         (piece,) = (self._targets[target.copy_of] if target.copy_of else target).pieces
         tensor = self._loaded(piece.name)
         part = tensor if piece.expert is None else tensor[piece.expert]
+        if self._quantises and is_projection(name.removesuffix(SCALE)):
+            part = part.float()
+            if not part.isfinite().all():
+                raise UserError(
+                    f"{self.checkpoint.path}: model.{piece.name} holds numbers that are not "
+                    "finite, for which FP8 has no scale; export an earlier checkpoint, or as bf16"
+                )
+            numbers, scales = quantise_blocks(part, BLOCK)
+            return scales if name.endswith(SCALE) else numbers
         return part.to(torch.float32 if is_bias(piece.name) else self._dtype)
 
     def _loaded(self, name: str) -> Tensor:

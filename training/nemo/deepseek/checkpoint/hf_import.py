@@ -18,6 +18,7 @@ from torch import Tensor
 from deepseek.checkpoint.hf_config import model_config
 from deepseek.checkpoint.hf_folder import HfFolder
 from deepseek.checkpoint.huggingface import (
+    SCALE,
     HfTensor,
     Layout,
     account,
@@ -36,7 +37,6 @@ from deepseek.ops.fp8 import block_counts, dequantise_blocks
 Mtp = Literal["keep", "drop"]
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_SCALE = "_scale_inv"
 _COMPARED = 1 << 25
 """Bytes compared at once."""
 
@@ -61,7 +61,7 @@ class WeightImport:
         self.block = _block(folder.config)
         cfg = model_config(folder.config, ignore_keys)
         tensors = folder.tensors
-        scales = {name for name in tensors if name.endswith(_SCALE)}
+        scales = {name for name in tensors if name.endswith(SCALE)}
         tables = {name for name in tensors if "rotary_emb.inv_freq" in name}
         beyond = {name for name in tensors if (layer_of(name) or 0) >= cfg.num_hidden_layers}
         if mtp == "drop" or not beyond:
@@ -176,7 +176,7 @@ class WeightImport:
         numbers = file.read(name, row)
         if numbers.dtype not in _FP8:
             return numbers.float()
-        scale = name + _SCALE
+        scale = name + SCALE
         owner = self.folder.owner[scale]
         scales = owner.read(scale, row)
         if owner is not file:
@@ -202,7 +202,7 @@ class WeightImport:
     def _check_dtypes(self, given: dict[str, TensorSpec], scales: set[str]) -> None:
         problems = []
         for name, spec in given.items():
-            scale = name + _SCALE
+            scale = name + SCALE
             if spec.dtype in _FP8 and self.targets[name].copy_of is None:
                 if len(spec.shape) < 2:
                     problems.append(f"{name}: is FP8, and only matrices have scales per block")
@@ -218,9 +218,9 @@ class WeightImport:
             elif scale in scales:
                 problems.append(f"{scale}: {name} is {spec.dtype} and needs no scales")
         problems += [
-            f"{scale}: there is no {scale.removesuffix(_SCALE)}"
+            f"{scale}: there is no {scale.removesuffix(SCALE)}"
             for scale in scales
-            if scale.removesuffix(_SCALE) not in given
+            if scale.removesuffix(SCALE) not in given
         ]
         if problems:
             raise UserError(

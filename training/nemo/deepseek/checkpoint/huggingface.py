@@ -216,7 +216,16 @@ def hf_tensors(cfg: ModelConfig, layout: Layout = "released") -> dict[str, HfTen
     return out
 
 
+SCALE = "_scale_inv"
+"""What the name of an FP8 weight's scales ends with."""
 _QUANTISED = re.compile(r"\.weight_(scale|scale_inv|packed|shape)$")
+_PROJECTION = re.compile(r"\.(self_attn|mlp)\.(.+\.)?\w+_proj(_with_mqa)?\.weight$")
+
+
+def is_projection(name: str) -> bool:
+    """Whether ``name``, theirs, is of a matrix that released FP8 files hold in FP8: those of
+    attention and feed-forward; not embedding, head, router, or ``eh_proj`` of the MTP modules."""
+    return _PROJECTION.search(name) is not None
 
 
 def our_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast, get_args
 
 from deepseek.commands.hf_import import copy_template, one_of
 from deepseek.commands.opened import open_checkpoint
@@ -26,7 +27,8 @@ def export_hf(
     Args:
         checkpoint: a checkpoint, or a run or imported folder, of which the newest is taken.
         target: a folder that does not exist.
-        dtype: ``fp32``, every bit as in the checkpoint, or ``bf16``, rounded.
+        dtype: ``fp32``, every bit as in the checkpoint, ``bf16``, rounded, or ``fp8``, projections
+            with a scale per block.
         mtp: ``keep`` or ``drop`` the multi-token-prediction modules.
         shard_gb: largest file, 10^9 bytes, unless one tensor is larger.
 
@@ -35,11 +37,11 @@ def export_hf(
         UserError: no sound checkpoint, tensors are not accounted for, no room.
     """
     from deepseek.checkpoint.files import write_durably
-    from deepseek.checkpoint.hf_export import WeightExport
+    from deepseek.checkpoint.hf_export import Dtype, WeightExport
     from deepseek.checkpoint.staging import Staging, disk_errors, refuse_existing
     from deepseek.checkpoint.training_state import Base
 
-    chosen = "bf16" if one_of("--dtype", dtype, ("fp32", "bf16")) == "bf16" else "fp32"
+    chosen = cast(Dtype, one_of("--dtype", dtype, get_args(Dtype)))
     keep = one_of("--mtp", mtp, ("keep", "drop")) == "keep"
     if not shard_gb > 0:
         raise UserError(f"--shard-gb {shard_gb:g}: give a size above 0")
@@ -54,7 +56,7 @@ def export_hf(
     weights = WeightExport(
         opened.checkpoint,
         opened.config.model,
-        "bf16" if chosen == "bf16" else "fp32",
+        chosen,
         keep,
         int(shard_gb * 1e9),
     )
@@ -89,7 +91,7 @@ def export_hf(
         f"{files} file{'s' * (files > 1)}, as {weights.hf_config['architectures'][0]}: {target}"
     )
     if weights.narrows:
-        say("note         rounded from fp32 to bf16; --dtype fp32 keeps every bit")
+        say(f"note         rounded from fp32 to {chosen}; --dtype fp32 keeps every bit")
     if weights.dropped:
         say(f"dropped      {len(weights.dropped):,} tensors of the MTP modules")
     if tokenizer is None:

@@ -4,13 +4,23 @@ A weight is its 8-bit number times the scale of its block (arXiv:2412.19437 sect
 scales are called ``weight_scale_inv`` although they are factors). Blocks at the lower and the right
 edge may be smaller.
 
-I rows, J columns, P blocks down, Q blocks across.
+I rows, J columns, P blocks down, Q blocks across, N numbers of a block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+NUMBERS = torch.float8_e4m3fn
+"""Of a quantised weight."""
+_TOPS = (448, 416, 384, 352, 320, 288, 256, 240)
+"""Largest numbers that a block can be given, by doubling all of it while FP8 has room."""
+_SAMPLE = 256
+"""Numbers of a block that rule out most scales."""
 
 
 def dequantise_blocks(
@@ -51,6 +61,88 @@ def dequantise_blocks_plainly(
             )
             out_IJ[place] = weight_IJ[place].to(torch.float32) * scale_PQ[p, q].to(torch.float32)
     return out_IJ
+
+
+def quantise_blocks(
+    weight_IJ: Tensor, block: tuple[int, int] = (128, 128)
+) -> tuple[Tensor, Tensor]:
+    """FP8 numbers (I, J) and fp32 scales (P, Q), of which ``dequantise_blocks`` makes the weights.
+
+    The largest number of a block becomes 448, the largest of e4m3, and the others are rounded to
+    nearest. A block that came from e4m3 numbers, whatever their scale was, is told by a scale that
+    loses nothing, and gets it: its weights come back bit by bit.
+
+    Args:
+        weight_IJ: finite fp32.
+        block: rows and columns that share a scale.
+    """
+    rows, columns = block
+    numbers, scales = [], []
+    for rows_BJ in weight_IJ.split(rows):
+        padded_BJ = F.pad(rows_BJ, (0, -rows_BJ.shape[1] % columns))
+        blocks_QN = padded_BJ.unflatten(1, (-1, columns)).transpose(0, 1).flatten(1)
+        scale_Q = _scales(blocks_QN)
+        numbers_QN = (blocks_QN / scale_Q.unsqueeze(1)).to(NUMBERS)
+        numbers_BQC = numbers_QN.unflatten(1, (-1, columns)).transpose(0, 1)
+        numbers.append(numbers_BQC.flatten(1)[:, : weight_IJ.shape[1]])
+        scales.append(scale_Q)
+    return torch.cat(numbers), torch.stack(scales)
+
+
+def quantise_blocks_plainly(
+    weight_IJ: Tensor, block: tuple[int, int] = (128, 128)
+) -> tuple[Tensor, Tensor]:
+    """The slow twin of ``quantise_blocks``: block by block, every scale tried on all of it."""
+    rows, columns = block
+    numbers_IJ = torch.empty(weight_IJ.shape, dtype=NUMBERS)
+    scale_PQ = torch.empty(block_counts((weight_IJ.shape[0], weight_IJ.shape[1]), block))
+    for p in range(scale_PQ.shape[0]):
+        for q in range(scale_PQ.shape[1]):
+            place = (
+                slice(p * rows, (p + 1) * rows),
+                slice(q * columns, (q + 1) * columns),
+            )
+            part = weight_IJ[place]
+            largest = part.abs().max()
+            tried = [scale for scale in _candidates(largest) if _keeps(part[None], scale[None])]
+            scale_PQ[p, q] = tried[0] if largest > 0 and tried else _usual(largest)
+            numbers_IJ[place] = (part / scale_PQ[p, q]).to(NUMBERS)
+    return numbers_IJ, scale_PQ
+
+
+def _scales(blocks_QN: Tensor) -> Tensor:
+    """One for each block."""
+    largest_Q = blocks_QN.abs().amax(dim=1)
+    scale_Q = _usual(largest_Q)
+    left = largest_Q.nonzero().flatten()  # blocks that no scale has been found to keep
+    for candidate_Q in _candidates(largest_Q):
+        some = left[_keeps(blocks_QN[left, :_SAMPLE], candidate_Q[left])]
+        kept = some[_keeps(blocks_QN[some], candidate_Q[some])]
+        scale_Q[kept] = candidate_Q[kept]
+        left = left[~torch.isin(left, kept)]
+    return scale_Q
+
+
+def _usual(largest: Tensor) -> Tensor:
+    """Scales of blocks with these largest numbers; 1 for zeros alone."""
+    scale = (largest / _TOPS[0]).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(largest > 0, scale, torch.ones_like(scale))
+
+
+def _candidates(largest: Tensor) -> Iterator[Tensor]:
+    """Every scale of which a product with an e4m3 number may have been rounded to ``largest``."""
+    for top in _TOPS:
+        scale = largest / top
+        yield scale
+        for end in (torch.inf, 0.0):
+            yield torch.nextafter(scale, torch.full_like(scale, end))
+
+
+def _keeps(blocks: Tensor, scale_Q: Tensor) -> Tensor:
+    """Which blocks (Q, ...) a scale each brings back bit by bit."""
+    scale = scale_Q.reshape(-1, *[1] * (blocks.dim() - 1))
+    back = (blocks / scale).to(NUMBERS).float() * scale
+    return (back == blocks).flatten(1).all(dim=1)
 
 
 def block_counts(shape: tuple[int, int], block: tuple[int, int] = (128, 128)) -> tuple[int, int]:
