@@ -67,7 +67,8 @@ def test_any_length_gives_the_same(
     """Lengths below, at and above what fits into the memory at once, and none at all."""
     monkeypatch.setattr(host_memory, "REGION_BYTES", SMALL_REGION)
     fits = SMALL_REGION // dtype.itemsize
-    lengths = [1, 0, 7, fits // size, fits // size + 1, fits, 5 * fits + 3, 2, 3 * fits, 1]
+    others = size - 1  # among whom a region is divided
+    lengths = [1, 0, 7, fits // others, fits // others + 1, fits, 5 * fits + 3, 2, 3 * fits, 1]
     shared = run_ranks(size, exchanges, size, lengths, dtype)
     assert shared == [True] * size
 

@@ -60,19 +60,19 @@ def reduce_scatter(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> N
         scatter(output.flatten(), input.flatten(), group=group)
         return
     total, parts_nr = output.view(-1), input.view(memory.size, -1)
-    room = memory.region_bytes // memory.size // input.element_size()  # elements for each rank
+    room = memory.region_bytes // (memory.size - 1) // input.element_size()  # for each other rank
     for start in range(0, len(total), room):
         piece = slice(start, min(start + room, len(total)))
-        own_nr = _slots(memory, memory.rank, room, input.dtype)
         for rank in _others(memory):
-            own_nr[rank, : piece.stop - start].copy_(parts_nr[rank, piece])
+            slot = _slot(memory, memory.rank, rank, room, input.dtype)
+            slot[: piece.stop - start].copy_(parts_nr[rank, piece])
         memory.meet()
         # In the order of the ranks, whichever this one is: the sum of a part is one number.
         for rank in range(memory.size):
             theirs = parts_nr[rank, piece]
             if rank != memory.rank:
-                slots_nr = _slots(memory, rank, room, input.dtype)
-                theirs = slots_nr[memory.rank, : piece.stop - start]
+                slot = _slot(memory, rank, memory.rank, room, input.dtype)
+                theirs = slot[: piece.stop - start]
             if rank == 0:
                 total[piece].copy_(theirs)
             else:
@@ -96,10 +96,11 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def _slots(memory: HostMemory, rank: int, room: int, dtype: torch.dtype) -> Tensor:
-    """A rank's region, divided among those it writes to: (n, room)."""
-    region = memory.region(rank)
-    return region[: memory.size * room * dtype.itemsize].view(dtype).view(memory.size, room)
+def _slot(memory: HostMemory, writer: int, reader: int, room: int, dtype: torch.dtype) -> Tensor:
+    """Of a rank's region, divided among those it writes to, the part for one of them: (room,)."""
+    numbers = room * dtype.itemsize
+    start = numbers * (reader - (reader > writer))
+    return memory.region(writer)[start : start + numbers].view(dtype)
 
 
 def _others(memory: HostMemory) -> list[int]:

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-REGION_BYTES = 4 << 20
-"""What a rank can write before the others read it, at most: it should stay in the cache."""
-GROUP_BYTES = 32 << 20
+REGION_BYTES = 16 << 20
+"""What a rank can write before the others read it, at most. Each time all wait for the slowest."""
+GROUP_BYTES = 64 << 20
 """What all regions of a group take, about, however many ranks it has."""
 ALIGNMENT = 4096
 """Regions begin on pages."""
