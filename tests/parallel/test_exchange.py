@@ -16,6 +16,8 @@ from torch import Tensor
 
 from deepseek.parallel import exchange, host_memory
 
+pytestmark = pytest.mark.torch_alone
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64]
 SMALL_REGION = 4096
 

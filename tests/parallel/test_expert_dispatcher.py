@@ -19,6 +19,8 @@ from deepseek.models.components.moe import GroupedExperts, MoE
 from deepseek.models.components.router import Router
 from deepseek.parallel.expert_dispatcher import AllToAllDispatcher
 
+pytestmark = pytest.mark.torch_alone
+
 DIM, HIDDEN, LENGTH = 16, 8, 3
 
 

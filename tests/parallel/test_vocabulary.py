@@ -28,6 +28,8 @@ from deepseek.parallel.vocabulary import (
     vocabulary_cross_entropy,
 )
 
+pytestmark = pytest.mark.torch_alone
+
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """Relative to the largest number, by the dtype of the products."""
 
