@@ -1,4 +1,5 @@
-"""Folders of Hugging Face files for tests: in shards, in FP8, of either layout."""
+"""Folders of Hugging Face files for tests: in shards, in FP8, of either layout; and reading what
+became of them."""
 
 from __future__ import annotations
 
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deepseek.checkpoint.checkpoint import Checkpoint
+from deepseek.checkpoint.folder import step_name
 from deepseek.checkpoint.hf_config import hf_config
 from deepseek.checkpoint.huggingface import Layout, to_hf
 from deepseek.config.schema import ModelConfig, RopeScaling
@@ -140,3 +144,30 @@ def quantised(
         stored[name] = numbers.reshape(tensor.shape)
         stored[name + "_scale_inv"] = scales.reshape(*tensor.shape[:-2], *shape)
     return stored, meant
+
+
+def imported(folder: Path) -> dict[str, Tensor]:
+    """The weights of an imported folder, by our names."""
+    checkpoint = Checkpoint.open(folder / "checkpoints" / step_name(0))
+    shapes = checkpoint.tensor_shapes()
+    tensors = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+    checkpoint.load(tensors)
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def exported(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, read by the safetensors library."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def assert_equal(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert ours.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+
+
+# -- bit by bit --

@@ -10,8 +10,6 @@ from ranks import run_ranks
 
 from deepseek.models.components.moe import GroupedExperts
 from deepseek.parallel.gradients import local
-from deepseek.planner.layout import Layout
-from deepseek.planner.placement import keeps_experts
 
 
 def addresses(rank: int, case: Case) -> tuple[set[int], set[int]]:
@@ -39,7 +37,7 @@ def test_experts_of_one_rank_are_not_copied(
     world: int, sizes: dict[str, Any], as_kept: bool
 ) -> None:
     case = Case(small_config(**sizes), world, seed=1, steps=1)
-    assert keeps_experts(Layout.of(case.config, world)) is as_kept
+    assert case.layout.keeps_experts is as_kept
     for kept, used in run_ranks(world, addresses, case):
         assert len(kept) == len(used)
         assert kept == used if as_kept else not kept & used

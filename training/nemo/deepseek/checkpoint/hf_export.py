@@ -33,11 +33,11 @@ from deepseek.checkpoint.safetensors_file import TensorFile, TensorFileWriter, T
 from deepseek.checkpoint.staging import Staging, has_size
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
-from deepseek.ops.fp8 import NUMBERS, block_counts, quantise_blocks
+from deepseek.ops.fp8 import E4M3, block_counts, quantise_blocks
 
 Dtype = Literal["fp32", "bf16", "fp8"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-"""Of what is no projection."""
+"""Of what is not quantised."""
 BLOCK = (128, 128)
 QUANTISATION = {
     "activation_scheme": "dynamic",
@@ -197,18 +197,19 @@ class WeightExport:
         if self._quantises and is_projection(name):
             rows, columns = target.shape
             scales = TensorSpec(torch.float32, block_counts((rows, columns), BLOCK))
-            return {name + SCALE: scales, name: TensorSpec(NUMBERS, target.shape)}
+            return {name + SCALE: scales, name: TensorSpec(E4M3, target.shape)}
         fp32 = any(is_bias(piece.name) for piece in target.pieces)
         return {name: TensorSpec(torch.float32 if fp32 else self._dtype, target.shape)}
 
     def _numbers(self, name: str) -> Tensor:
         """Quantised twice, for numbers and for scales: in a file they do not lie side by side, and
         all scales of a file need not be in memory."""
-        target: HfTensor = self._targets[name.removesuffix(SCALE)]
+        weight = name.removesuffix(SCALE)
+        target: HfTensor = self._targets[weight]
         (piece,) = (self._targets[target.copy_of] if target.copy_of else target).pieces
         tensor = self._loaded(piece.name)
         part = tensor if piece.expert is None else tensor[piece.expert]
-        if self._quantises and is_projection(name.removesuffix(SCALE)):
+        if self._quantises and is_projection(weight):
             part = part.float()
             if not part.isfinite().all():
                 raise UserError(
@@ -216,7 +217,7 @@ class WeightExport:
                     "finite, for which FP8 has no scale; export an earlier checkpoint, or as bf16"
                 )
             numbers, scales = quantise_blocks(part, BLOCK)
-            return scales if name.endswith(SCALE) else numbers
+            return numbers if name == weight else scales
         return part.to(torch.float32 if is_bias(piece.name) else self._dtype)
 
     def _loaded(self, name: str) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NUMBERS = torch.float8_e4m3fn
-"""Of a quantised weight."""
+E4M3 = torch.float8_e4m3fn
+"""Numbers of a quantised weight: 4 bits of exponent, 3 of mantissa."""
 _TOPS = (448, 416, 384, 352, 320, 288, 256, 240)
 """Largest numbers that a block can be given, by doubling all of it while FP8 has room."""
 _SAMPLE = 256
@@ -82,7 +82,7 @@ def quantise_blocks(
         padded_BJ = F.pad(rows_BJ, (0, -rows_BJ.shape[1] % columns))
         blocks_QN = padded_BJ.unflatten(1, (-1, columns)).transpose(0, 1).flatten(1)
         scale_Q = _scales(blocks_QN)
-        numbers_QN = (blocks_QN / scale_Q.unsqueeze(1)).to(NUMBERS)
+        numbers_QN = (blocks_QN / scale_Q.unsqueeze(1)).to(E4M3)
         numbers_BQC = numbers_QN.unflatten(1, (-1, columns)).transpose(0, 1)
         numbers.append(numbers_BQC.flatten(1)[:, : weight_IJ.shape[1]])
         scales.append(scale_Q)
@@ -94,7 +94,7 @@ def quantise_blocks_plainly(
 ) -> tuple[Tensor, Tensor]:
     """The slow twin of ``quantise_blocks``: block by block, every scale tried on all of it."""
     rows, columns = block
-    numbers_IJ = torch.empty(weight_IJ.shape, dtype=NUMBERS)
+    numbers_IJ = torch.empty(weight_IJ.shape, dtype=E4M3)
     scale_PQ = torch.empty(block_counts((weight_IJ.shape[0], weight_IJ.shape[1]), block))
     for p in range(scale_PQ.shape[0]):
         for q in range(scale_PQ.shape[1]):
@@ -106,7 +106,7 @@ def quantise_blocks_plainly(
             largest = part.abs().max()
             tried = [scale for scale in _candidates(largest) if _keeps(part[None], scale[None])]
             scale_PQ[p, q] = tried[0] if largest > 0 and tried else _usual(largest)
-            numbers_IJ[place] = (part / scale_PQ[p, q]).to(NUMBERS)
+            numbers_IJ[place] = (part / scale_PQ[p, q]).to(E4M3)
     return numbers_IJ, scale_PQ
 
 
@@ -141,7 +141,7 @@ def _candidates(largest: Tensor) -> Iterator[Tensor]:
 def _keeps(blocks: Tensor, scale_Q: Tensor) -> Tensor:
     """Which blocks (Q, ...) a scale each brings back bit by bit."""
     scale = scale_Q.reshape(-1, *[1] * (blocks.dim() - 1))
-    back = (blocks / scale).to(NUMBERS).float() * scale
+    back = (blocks / scale).to(E4M3).float() * scale
     return (back == blocks).flatten(1).all(dim=1)
 
 

@@ -29,7 +29,6 @@ from deepseek.parallel.fsdp_exchange import use_exchange
 from deepseek.parallel.gradients import local
 from deepseek.parallel.mesh import Meshes
 from deepseek.parallel.tensor import split
-from deepseek.planner.placement import keeps_experts
 
 
 def shard_experts(model: Transformer, meshes: Meshes) -> None:
@@ -71,7 +70,7 @@ def shard_data_parallel(
     kept: set[nn.Parameter] = set()
     for module in model.modules():
         if apart and isinstance(module, DeepSeekBlock) and isinstance(module.ffn, MoE):
-            if keeps_experts(meshes.layout):
+            if meshes.layout.keeps_experts:
                 kept.update(module.ffn.experts.parameters())
             else:
                 experts.apply(module.ffn.experts)

@@ -74,6 +74,11 @@ class Layout:
         return self.dp_shard * self.tp // self.ep
 
     @property
+    def keeps_experts(self) -> bool:
+        """Whether EP leaves every expert of a stage on one rank, in whole."""
+        return self.ep > 1 and self.edp * self.dp_replicate == 1
+
+    @property
     def dp(self) -> int:
         """Ranks with batches of their own."""
         return self.dp_replicate * self.dp_shard

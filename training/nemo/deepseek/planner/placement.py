@@ -171,15 +171,10 @@ def gathered_bytes(model: ModelConfig, layout: Layout) -> int:
             math.prod(weight.divided(layout.tp, layout.ep))
             for stage in stages_of_rank(model, pp)
             for _, weight in stage_weights(model, parts[stage])
-            if not (weight.routed and keeps_experts(layout))
+            if not (weight.routed and layout.keeps_experts)
         )
         for pp in range(layout.pp)
     )
-
-
-def keeps_experts(layout: Layout) -> bool:
-    """Whether every expert of a stage lies on one rank, in whole."""
-    return layout.ep > 1 and layout.edp * layout.dp_replicate == 1
 
 
 def reshards(model: ModelConfig, layout: Layout) -> bool:
