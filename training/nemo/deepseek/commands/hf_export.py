@@ -91,7 +91,8 @@ def export_hf(
         f"{files} file{'s' * (files > 1)}, as {weights.hf_config['architectures'][0]}: {target}"
     )
     if weights.narrows:
-        say(f"note         rounded from fp32 to {chosen}; --dtype fp32 keeps every bit")
+        kept = ", but for blocks that came from it" if chosen == "fp8" else ""
+        say(f"note         rounded from fp32 to {chosen}{kept}; --dtype fp32 keeps every bit")
     if weights.dropped:
         say(f"dropped      {len(weights.dropped):,} tensors of the MTP modules")
     if tokenizer is None:
