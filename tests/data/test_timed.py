@@ -1,49 +1,60 @@
 """A loader that knows how long its batches were waited for."""
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 
+from deepseek.data import timed
 from deepseek.data.timed import TimedLoader
 from deepseek.frameworks import LightningModule, Trainer
 
-WAITS = (0.0, 0.08, 0.0, 0.04)
+WAITS = (0.0, 8.0, 0.0, 4.0)
+
+
+class Clock:
+    """A clock that goes when told."""
+
+    now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    fake = Clock()
+    monkeypatch.setattr(timed, "time", fake)
+    return fake
 
 
 class Slow:
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
     def __len__(self) -> int:
         return len(WAITS)
 
     def __iter__(self) -> Iterator[int]:
         for index, wait in enumerate(WAITS):
-            time.sleep(wait)
+            self.clock.now += wait
             yield index
 
 
-def fits(seconds: list[float]) -> bool:
-    return all(wait <= s < wait + 0.035 for wait, s in zip(WAITS, seconds, strict=True))
-
-
-def test_the_wait_for_each_batch() -> None:
-    for attempt in range(3):  # a busy machine may sleep longer
-        loader = TimedLoader(Slow())
-        assert len(loader) == 4
-        found = [(batch, loader.seconds) for batch in loader]
-        assert [batch for batch, _ in found] == [0, 1, 2, 3]
-        if fits([seconds for _, seconds in found]) or attempt == 2:
-            break
-    assert fits([seconds for _, seconds in found])
+def test_the_wait_for_each_batch(clock: Clock) -> None:
+    loader = TimedLoader(Slow(clock))
+    assert len(loader) == 4
+    assert [(batch, loader.seconds) for batch in loader] == list(enumerate(WAITS))
 
 
 class Module(LightningModule):
     """Notes how long the batch that it gets was waited for."""
 
-    def __init__(self, loader: TimedLoader) -> None:
+    def __init__(self, loader: TimedLoader, clock: Clock) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.loader = loader
+        self.loader, self.clock = loader, clock
         self.seconds: list[float] = []
 
     def train_dataloader(self) -> Any:
@@ -51,21 +62,18 @@ class Module(LightningModule):
 
     def training_step(self, batch: Any, index: int) -> None:
         self.seconds.append(self.loader.seconds)
-        time.sleep(0.01)
+        self.clock.now += 1  # the step itself is no wait
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
 
 
-def test_in_a_trainer_the_wait_is_that_of_the_batch_at_hand() -> None:
+def test_in_a_trainer_the_wait_is_that_of_the_batch_at_hand(clock: Clock) -> None:
     """It must not fetch ahead: the wait would be put down to the wrong step."""
-    for attempt in range(3):
-        module = Module(TimedLoader(Slow()))
-        trainer = Trainer(
-            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
-        trainer.fit(module)
-        if fits(module.seconds) or attempt == 2:
-            break
-    assert fits(module.seconds)
+    module = Module(TimedLoader(Slow(clock)), clock)
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module)
+    assert module.seconds == list(WAITS)

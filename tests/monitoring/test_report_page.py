@@ -5,7 +5,6 @@ Without a browser these tests are skipped, and the summary says so.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -227,8 +226,7 @@ def test_the_largest_report_is_small_and_opens_fast(
 ) -> None:
     """Under 15 MB; every figure drawn in 3 s of the browser's own time.
 
-    The clock on the wall is asked only where the machine has nothing else to do: it measures the
-    neighbours as well.
+    The clock on the wall is noted and not asked: it measures the neighbours as well.
     """
     megabytes = big_page.stat().st_size / 1e6
     assert megabytes < 15
@@ -246,8 +244,6 @@ def test_the_largest_report_is_small_and_opens_fast(
     record_property("own_seconds", min(own))
     print(f"{megabytes:.1f} MB, {min(walls):.2f} s on the wall, {min(own):.2f} s of its own")
     assert min(own) < 3, (own, walls)
-    if os.getloadavg()[0] < (os.cpu_count() or 1):
-        assert min(walls) < 3, walls
 
 
 def _task_seconds(browser: Chromium) -> float:

@@ -222,10 +222,10 @@ def test_groups_wider_than_a_node_are_noted() -> None:
 
 def test_v3_on_2048_ranks_in_less_than_a_second() -> None:
     run = run_of("deepseek_v3_671b")
-    start = time.perf_counter()
+    start = time.process_time()  # this process's own: a neighbour takes none of it
     tables = tables_of(run)
     notes = placement_notes(run)
-    assert time.perf_counter() - start < 3  # a loaded machine is slower
+    assert time.process_time() - start < 3  # one second where nothing else runs
     assert "2,048 ranks on 256 nodes of 8" in tables
     assert notes == ["EP 64 is wider than a node of 8: tokens of every layer travel between nodes"]
     experts = tables["experts of the MoE layers, on the ranks that hold the layer"].rows

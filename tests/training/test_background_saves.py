@@ -8,16 +8,20 @@ from micro_runs import MicroRuns
 ASYNC = "exp_manager.checkpoint_callback_params.async_save=true"
 EVERY_TWO = "exp_manager.checkpoint_callback_params.every_n_train_steps=2"
 
-# The thread takes half a second to write; training goes on meanwhile, as the lines said show.
+# The thread writes when training has gone on for a step, as the lines said show.
 SLOW_WRITES = """
 import threading, time
 from deepseek.checkpoint import manager
 from deepseek.models.deepseek_model import DeepSeekModel
 write, step = manager.write_shards, DeepSeekModel.training_step
+trained = threading.Event()
 def slow_write(*args):
     in_thread = threading.current_thread() is not threading.main_thread()
+    trained.clear()
     print("writing", "in a thread" if in_thread else "at once", flush=True)
-    time.sleep(0.5 if in_thread else 0)
+    if in_thread:
+        trained.wait(60)
+        time.sleep(0.1)
     written = write(*args)
     print("written", flush=True)
     return written
@@ -25,6 +29,7 @@ manager.write_shards = slow_write
 def told_step(self, batch, batch_idx):
     step(self, batch, batch_idx)
     print("trained", self.finished_steps, flush=True)
+    trained.set()
 DeepSeekModel.training_step = told_step
 """
 
