@@ -256,22 +256,42 @@ def rounding(case: Case) -> dict[str, float]:
 
     The furthest of some runs, whose start weights differ in the last bit: each rounds differently.
     """
+    return _furthest(case, [replace(case, prepare=_nudge(case, number)) for number in range(4)])
+
+
+def conditioning(case: Case) -> dict[str, float]:
+    """How far exact tensors move when start weights change in the last bit of the case's dtype.
+
+    All in fp64: a property of the function that is computed, whoever computes it. What moves by
+    more than some error cannot be computed to within that error in the case's dtype, which cannot
+    even hold the start weights so exactly. The furthest of some runs.
+    """
+    nudged = [_nudge(case, number) for number in range(1, 9)]
+    return _furthest(case, [replace(case, dtype=torch.float64, prepare=n) for n in nudged])
+
+
+def _nudge(case: Case, number: int) -> Callable[[Driven], None]:
+    """Changes start weights in the last bit of the case's dtype, at random; number 0 does not."""
+
+    def nudge(driven: Driven) -> None:
+        case.prepare(driven)
+        generator = torch.Generator().manual_seed(number)
+        for weight in driven.module.model.parameters() if number else ():
+            sign = torch.randint(-1, 2, weight.shape, generator=generator).to(weight.dtype)
+            weight.data.mul_(1 + sign * torch.finfo(case.dtype).eps / 2)
+
+    return nudge
+
+
+def _furthest(case: Case, others: list[Case]) -> dict[str, float]:
+    """The largest error of these runs in one process, each against ``case`` in fp64."""
     exactly = in_one_process(replace(case, dtype=torch.float64))
     exact, errors = exactly.tensors(), dict[str, float]()
     differences = dict.fromkeys(exact, 0.0)
-    for number in range(4):
-
-        def nudge(driven: Driven, chance: int = number) -> None:
-            case.prepare(driven)
-            generator = torch.Generator().manual_seed(chance)
-            for weight in driven.module.model.parameters() if chance else ():
-                sign = torch.randint(-1, 2, weight.shape, generator=generator).to(case.dtype)
-                weight.data.mul_(1 + sign * torch.finfo(case.dtype).eps / 2)
-
-        nudged = in_one_process(replace(case, prepare=nudge))
-        for ours, theirs in zip(nudged.metrics, exactly.metrics, strict=True):
+    for other in map(in_one_process, others):
+        for ours, theirs in zip(other.metrics, exactly.metrics, strict=True):
             _note_metrics(errors, ours, theirs)
-        for name, tensor in nudged.tensors().items():
+        for name, tensor in other.tensors().items():
             difference = (tensor.double() - exact[name].double()).norm().item()
             differences[name] = max(differences[name], difference)
     return errors | _relative(differences, exact)

@@ -17,7 +17,7 @@ import time
 
 import torch
 from draw import draw_cases
-from layouts import METRICS, Case, compare, rounding, worst
+from layouts import METRICS, Case, compare, conditioning, rounding, worst
 from ranks import RankFailed
 
 MOST_SHOWN = 12
@@ -53,7 +53,7 @@ def main() -> int:
             print(f"{number:4d} FAILED  {case}\n{error}", flush=True)
             continue
         far = too_far(errors, allowed)
-        ill = ill_conditioned(case, far)
+        ill = ill_conditioned(case, far, allowed)
         word = "ok"
         if far:
             word = "rounded" if set(far) <= set(ill) else "TOO FAR"
@@ -85,24 +85,31 @@ def too_far(errors: dict[str, float], allowed: float) -> dict[str, float]:
     return {name: error for name, error in errors.items() if not error <= allowed}
 
 
-def ill_conditioned(case: Case, far: dict[str, float]) -> dict[str, float]:
+def ill_conditioned(case: Case, far: dict[str, float], allowed: float) -> dict[str, float]:
     """Which of these are as inexact in one process, within a factor of 3, if its start weights
     differ in the last bit: small sums of large terms, which no order adds up better. A sum of
     nothing but rounding errors, as the gradient of a query that sees one key, has no digit that
-    holds. In fp32 metrics, and all tensors of a kind together, have no such excuse.
+    holds.
+
+    In fp32 metrics, and all tensors of a kind together, have a stricter rule: such a change of the
+    start weights must move them, in exact arithmetic, by more than ``allowed``, and by half of
+    their error at least.
     """
     if not far:
         return {}
-    own = rounding(case)
+    own, found = rounding(case), dict[str, float]()
+    exact = conditioning(case) if case.dtype == torch.float32 else {}
     most = ROUNDED_MOST[case.dtype]
-    return {
-        name: own[name]
-        for name, error in far.items()
-        if name in own
-        and (case.dtype == torch.float64 or (name not in METRICS and not name.startswith("all.")))
-        and error <= 3 * own[name]
-        and (3 * own[name] <= most or own[name] > 1)
-    }
+    for name in far.keys() & own.keys():
+        if exact and (name in METRICS or name.startswith("all.")):
+            moved, factor = exact[name], 2
+            excused = allowed < moved <= most / 2
+        else:
+            moved, factor = max(own[name], exact.get(name, 0.0)), 3
+            excused = 3 * moved <= most or moved > 1
+        if excused and far[name] <= factor * moved:
+            found[name] = moved
+    return found
 
 
 def kind_of(name: str) -> str:
