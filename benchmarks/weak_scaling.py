@@ -3,11 +3,19 @@
     OMP_NUM_THREADS=1 python benchmarks/weak_scaling.py
 
 Each layout has processes of its own. A round takes a few steps of one process with no parallel
-code, while the other waits, then of the layout. The first step of a block is not counted: it finds
-the caches full of another model. A time is that of the slowest rank. ``scaling`` is the tokens per
-second of two processes over twice those of one: 1 would be no cost at all. The median of the
-rounds' own ratios counts, so that a machine whose speed drifts slows both sides alike; the rounds'
-fastest times give a second figure, which what else runs on the machine disturbs least.
+code, while the other waits; then of both like that, side by side; then of the layout. The first
+step of a block is not counted: it finds the caches full of another model. A time is that of the
+slowest rank.
+
+``scaling`` is the tokens per second of two processes over twice those of one: 1 would be no cost at
+all. ``machine`` is the same of two processes that know nothing of each other: what cores, caches
+and memory leave of it before any parallel code does anything. The median of the rounds' own ratios
+counts, so that a machine whose speed drifts slows both sides alike; the rounds' fastest times give
+a second figure, which what else runs on the machine disturbs least.
+
+Routers that nothing has trained send one rank more rows than the other, which then waits:
+``busiest_rank`` is its rows over their mean. In a layout named ``balanced`` tokens go to all
+experts in turn, in one process too, so that what is left is the cost of the code.
 """
 
 from __future__ import annotations
@@ -42,6 +50,7 @@ BATCHES = (4, 12)
 LAYOUTS: dict[str, dict[str, int]] = {
     "fsdp2": {},
     "fsdp2_ep2": {"expert_model_parallel_size": 2},
+    "fsdp2_ep2_balanced": {"expert_model_parallel_size": 2},
 }
 
 MODEL = ModelConfig(
@@ -95,23 +104,31 @@ def measured(rounds: int, batch: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(one_rank, args=(folder, rounds, batch, name), nprocs=RANKS)
             with open(os.path.join(folder, "result")) as file:
-                found[name] = scaling(*json.load(file))
+                one, beside, two, busiest = json.load(file)
+            found[name] = scaling(one, beside, two) | {"busiest_rank": round(busiest, 3)}
     return found
 
 
-def scaling(one: list[float], two: list[float]) -> dict[str, float]:
+def scaling(one: list[float], beside: list[float], two: list[float]) -> dict[str, float]:
     """Twice the work in what part of the time; median of the rounds and of the fastest."""
-    pairs = [a / b for a, b in zip(one, two, strict=True)]
     return {
-        "scaling": round(statistics.median(pairs), 3),
+        "scaling": round(ratio(one, two), 3),
         "scaling_of_fastest": round(min(one) / min(two), 3),
+        "machine": round(ratio(one, beside), 3),
+        "machine_of_fastest": round(min(one) / min(beside), 3),
         "seconds_of_one": round(statistics.median(one), 4),
         "seconds_of_two": round(statistics.median(two), 4),
     }
 
 
+def ratio(one: list[float], other: list[float]) -> float:
+    """Median of the rounds' own ratios."""
+    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+
+
 def one_rank(rank: int, folder: str, rounds: int, batch: int, layout: str) -> None:
-    """Rank 0 leaves the seconds of every round in a file, of one process and of two."""
+    """Rank 0 leaves the seconds of every round in a file: of one process, of two of them, of two
+    that work together. And how many rows the busiest EP rank has."""
     torch.set_num_threads(1)
     keep_freed_memory()  # as ``deepseek train`` does
     store = dist.FileStore(os.path.join(folder, "store"), RANKS)
@@ -119,11 +136,11 @@ def one_rank(rank: int, folder: str, rounds: int, batch: int, layout: str) -> No
     alone = replace(MODEL, micro_batch_size=batch, global_batch_size=batch)
     together = replace(alone, global_batch_size=RANKS * batch, **LAYOUTS[layout])
     meshes = Meshes(Layout.of(together, RANKS), "cpu", timedelta(minutes=5))
-    runs: list[Callable[[], None]] = [
-        steps(alone, Alone(), batch) if rank == 0 else lambda: None,
-        steps(together, meshes, batch),
-    ]
-    times: list[list[float]] = [[], []]
+    balanced = layout.endswith("balanced")
+    module = model(together, meshes, balanced)
+    one = steps(model(alone, Alone(), balanced), batch)
+    runs = [one if rank == 0 else lambda: None, one, steps(module, batch)]
+    times: list[list[float]] = [[] for _ in runs]
     for round_number in range(rounds + 1):
         for found, run in zip(times, runs, strict=True):
             seconds = timed(run)
@@ -131,25 +148,48 @@ def one_rank(rank: int, folder: str, rounds: int, batch: int, layout: str) -> No
                 found.append(seconds)
     if rank == 0:
         with open(os.path.join(folder, "result"), "w") as file:
-            json.dump(times, file)
+            json.dump([*times, busiest_rank(module)], file)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def steps(config: ModelConfig, meshes: Meshes | Alone, batch: int) -> Callable[[], None]:
-    """One optimiser step of a model of its own, each on other tokens."""
+def model(config: ModelConfig, meshes: Meshes | Alone, balanced: bool) -> Any:
+    """A module with its optimiser, that takes steps without a trainer."""
     module: Any = DeepSeekModel(config, max_steps=1000, spread_later=True)
     module.spread(meshes, torch.device("cpu"))
     optimizer = module.configure_optimizers()
     module.optimizers = lambda: optimizer
-    chance = torch.Generator().manual_seed(meshes.data_rank)
-    shape = (batch, config.data.seq_length)
+    for router in module.model.routers().values() if balanced else ():
+        router._choose = all_in_turn
+    return module
+
+
+def all_in_turn(scores_TE: Tensor) -> Tensor:
+    """(T, K) experts, of which each gets as many tokens as any other."""
+    number, num_experts = scores_TE.shape
+    top_k = MODEL.num_experts_per_tok
+    return torch.arange(number * top_k).remainder(num_experts).view(number, top_k)
+
+
+def steps(module: Any, batch: int) -> Callable[[], None]:
+    """Takes one optimiser step, each on other tokens."""
+    chance = torch.Generator().manual_seed(module.meshes.data_rank)
+    shape = (batch, MODEL.data.seq_length)
 
     def step() -> None:
-        tokens_BS = torch.randint(config.vocab_size, shape, generator=chance)
+        tokens_BS = torch.randint(MODEL.vocab_size, shape, generator=chance)
         module.training_step(whole_batch(tokens_BS), 0)
 
     return step
+
+
+def busiest_rank(module: Any) -> float:
+    """Rows of the EP rank that has most over the mean, of the last step, mean of the layers."""
+    ratios = []
+    for router in module.model.routers().values():
+        rows_n = router.tokens_per_expert.view(module.meshes.layout.ep, -1).sum(dim=1).double()
+        ratios.append((rows_n.max() / rows_n.mean()).item())
+    return statistics.mean(ratios)
 
 
 def whole_batch(tokens_BS: Tensor) -> dict[str, Tensor]:
