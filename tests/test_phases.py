@@ -1,17 +1,16 @@
 """Phases of a step: seconds add up, memory is the most of each, a new step begins empty."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from deepseek import phases as phases_module
 from deepseek.phases import Memory, Phases, resident_bytes
+from fake_clock import FakeClock
 
 
 def test_seconds_of_a_phase_that_comes_twice_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(phases_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    clock = FakeClock()
+    monkeypatch.setattr(phases_module, "time", clock)
     phases = Phases()
     phases.start_step(torch.device("cpu"))
     for _ in range(2):

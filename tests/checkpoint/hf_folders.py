@@ -168,6 +168,3 @@ def assert_equal(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert ours.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
-
-
-# -- bit by bit --

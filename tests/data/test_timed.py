@@ -9,28 +9,20 @@ import torch
 from deepseek.data import timed
 from deepseek.data.timed import TimedLoader
 from deepseek.frameworks import LightningModule, Trainer
+from fake_clock import FakeClock
 
 WAITS = (0.0, 8.0, 0.0, 4.0)
 
 
-class Clock:
-    """A clock that goes when told."""
-
-    now = 100.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    fake = Clock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    fake = FakeClock()
     monkeypatch.setattr(timed, "time", fake)
     return fake
 
 
 class Slow:
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: FakeClock) -> None:
         self.clock = clock
 
     def __len__(self) -> int:
@@ -42,7 +34,7 @@ class Slow:
             yield index
 
 
-def test_the_wait_for_each_batch(clock: Clock) -> None:
+def test_the_wait_for_each_batch(clock: FakeClock) -> None:
     loader = TimedLoader(Slow(clock))
     assert len(loader) == 4
     assert [(batch, loader.seconds) for batch in loader] == list(enumerate(WAITS))
@@ -51,7 +43,7 @@ def test_the_wait_for_each_batch(clock: Clock) -> None:
 class Module(LightningModule):
     """Notes how long the batch that it gets was waited for."""
 
-    def __init__(self, loader: TimedLoader, clock: Clock) -> None:
+    def __init__(self, loader: TimedLoader, clock: FakeClock) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.loader, self.clock = loader, clock
@@ -68,7 +60,7 @@ class Module(LightningModule):
         return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
 
 
-def test_in_a_trainer_the_wait_is_that_of_the_batch_at_hand(clock: Clock) -> None:
+def test_in_a_trainer_the_wait_is_that_of_the_batch_at_hand(clock: FakeClock) -> None:
     """It must not fetch ahead: the wait would be put down to the wrong step."""
     module = Module(TimedLoader(Slow(clock)), clock)
     trainer = Trainer(

@@ -12,6 +12,7 @@ from deepseek.config.errors import UserError
 from deepseek.models.deepseek_model import StepMetrics, ValidationMetrics
 from deepseek.monitoring import metrics_log
 from deepseek.monitoring.metrics_log import SCALARS, MetricsLog, drop_partial_line, read_metrics
+from fake_clock import FakeClock
 
 
 class Logger:
@@ -39,22 +40,9 @@ def module(**changes: Any) -> Any:
     return SimpleNamespace(**(values | changes))
 
 
-class Clock:
-    """A clock that goes when told."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    def time(self) -> float:
-        return 1.7e9 + self.now
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    fake = Clock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    fake = FakeClock()
     monkeypatch.setattr(metrics_log, "time", fake)
     return fake
 
@@ -78,7 +66,7 @@ def strict(line: str) -> dict[str, Any]:
     return row
 
 
-def test_a_row_a_step_and_one_a_validation(tmp_path: Path, clock: Clock) -> None:
+def test_a_row_a_step_and_one_a_validation(tmp_path: Path, clock: FakeClock) -> None:
     log, logger = MetricsLog(tmp_path / "m.jsonl", 1e3, 1e5), Logger()
     run, here = trainer(logger), module(step_metrics=step(1))
     log.on_train_start(run, here)
@@ -108,7 +96,7 @@ def test_a_row_a_step_and_one_a_validation(tmp_path: Path, clock: Clock) -> None
     assert len(SCALARS) <= 60
 
 
-def test_mfu_is_unknown_without_a_denominator(tmp_path: Path, clock: Clock) -> None:
+def test_mfu_is_unknown_without_a_denominator(tmp_path: Path, clock: FakeClock) -> None:
     log = MetricsLog(tmp_path / "m.jsonl", 1e3, None)
     log.on_train_start(trainer(), module())
     clock.now += 1.0
@@ -117,7 +105,7 @@ def test_mfu_is_unknown_without_a_denominator(tmp_path: Path, clock: Clock) -> N
 
 
 def test_its_own_cost_is_in_the_row_that_follows(
-    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = MetricsLog(tmp_path / "m.jsonl")
     log.on_train_start(trainer(), module())
@@ -172,7 +160,7 @@ def test_a_resumed_run_drops_the_line_cut_short_and_says_so(tmp_path: Path) -> N
     assert rows == [{"step": 1}, {"step": 2}, {"event": "resumed", "step": 2}]
 
 
-def test_each_start_says_of_what_kind_it_is(tmp_path: Path, clock: Clock) -> None:
+def test_each_start_says_of_what_kind_it_is(tmp_path: Path, clock: FakeClock) -> None:
     path = tmp_path / "m.jsonl"
     MetricsLog(path).on_fit_start(trainer(), module())
     MetricsLog(path, attempt=2).on_fit_start(trainer(), module(finished_steps=7))
@@ -188,7 +176,7 @@ def test_each_start_says_of_what_kind_it_is(tmp_path: Path, clock: Clock) -> Non
     ]
 
 
-def test_checkpoints_are_events(tmp_path: Path, clock: Clock) -> None:
+def test_checkpoints_are_events(tmp_path: Path, clock: FakeClock) -> None:
     log = MetricsLog(tmp_path / "m.jsonl")
     saved = {"checkpoint_seconds": 0.75}
     log.on_train_batch_start(trainer(), module(finished_steps=3))

@@ -8,6 +8,7 @@ import pytest
 from deepseek.models.deepseek_model import StepMetrics, ValidationMetrics
 from deepseek.monitoring import progress
 from deepseek.monitoring.progress import Progress, clock, step_line
+from fake_clock import FakeClock
 
 
 def metrics(step: int, **changes: Any) -> StepMetrics:
@@ -48,19 +49,9 @@ class Bar:
         self.calls.append(("update", (completed, description)))
 
 
-class Clock:
-    """A monotonic clock that goes when told."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def time(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    fake = Clock()
+def time(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    fake = FakeClock()
     monkeypatch.setattr(progress, "time", fake)
     return fake
 
@@ -95,7 +86,7 @@ def test_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text
 
 
-def test_lines_speed_and_time_left(capsys: pytest.CaptureFixture[str], time: Clock) -> None:
+def test_lines_speed_and_time_left(capsys: pytest.CaptureFixture[str], time: FakeClock) -> None:
     shown = Progress(every_n_steps=2)
     shown.on_train_start(None, module(0))
     for step in range(1, 4):
@@ -109,7 +100,7 @@ def test_lines_speed_and_time_left(capsys: pytest.CaptureFixture[str], time: Clo
 
 
 def test_a_resumed_run_counts_its_own_steps_for_the_time_left(
-    capsys: pytest.CaptureFixture[str], time: Clock
+    capsys: pytest.CaptureFixture[str], time: FakeClock
 ) -> None:
     shown = Progress(every_n_steps=1)
     shown.on_train_start(None, module(0, max_steps=10, finished=6))
@@ -131,7 +122,7 @@ def test_validation_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("end", ["on_train_end", "on_exception"])
 def test_a_bar_on_a_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, time: Clock, end: str
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, time: FakeClock, end: str
 ) -> None:
     bar = Bar()
     monkeypatch.setattr(progress, "progress_bar", lambda: bar)

@@ -4,7 +4,8 @@
 
 A line per case, then the worst errors. Ends with 1 if a case fails or is further off than allowed.
 A tensor may be, and is listed as ``rounded``: if one process, its start weights changed in
-the last bit, moves by as much.
+the last bit, moves by as much. So may in fp32 a metric or a sum over tensors, by a stricter rule
+(``ill_conditioned``).
 """
 
 from __future__ import annotations
