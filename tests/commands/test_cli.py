@@ -63,6 +63,8 @@ def test_no_command_shows_the_help(cli: Forked) -> None:
         (["train", "--confg", "x"], ["there is no option --confg; --help lists them"]),
         (["train", "--resume"], ["there is no option --resume"]),
         (["validate", "deepseek_v3_tiny", "-x"], ["there is no option -x"]),
+        (["validate", "--config", "deepseek_v3_tiny"], ["there is no option --config"]),
+        (["launch", "--config", "deepseek_v3_tiny"], ["there is no option --config"]),
     ],
 )
 def test_words_that_are_not_understood(cli: Forked, words: list[str], parts: list[str]) -> None:

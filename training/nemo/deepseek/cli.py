@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deepseek.commands.doors import guarded, overrides_of, refuse_idle
+from deepseek.commands.doors import guarded, no_option, overrides_of, refuse_idle
 
 app = typer.Typer(
     name="deepseek",
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 
 Config = Annotated[str, typer.Option(help="Name of a shipped configuration, or a YAML file.")]
+ConfigFirst = Annotated[str, typer.Argument(help="Name or YAML file.", callback=no_option)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings that override the file.")
 ]
@@ -53,7 +54,7 @@ def test_command(
 
 @app.command("validate", context_settings=PASS_ON)
 def validate_command(
-    config: Annotated[str, typer.Argument(help="Name or YAML file.")] = "deepseek_v3_tiny",
+    config: ConfigFirst = "deepseek_v3_tiny",
     overrides: Overrides = None,
     world: Annotated[
         int | None, typer.Option(help="Processes of a cluster that need not be there.")
@@ -67,7 +68,7 @@ def validate_command(
 
 @app.command("launch", context_settings=PASS_ON)
 def launch_command(
-    config: Annotated[str, typer.Argument(help="Name or YAML file.")],
+    config: ConfigFirst,
     overrides: Overrides = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Write a job for sbatch.")] = False,
     nemo_run: Annotated[
@@ -268,7 +269,7 @@ Emitted = Annotated[Path, typer.Argument(help="New file.")]
 
 @emitting.command("automodel", context_settings=PASS_ON)
 def emit_automodel_command(
-    config: Annotated[str, typer.Argument(help="Name or YAML file.")],
+    config: ConfigFirst,
     output: Emitted,
     overrides: Overrides = None,
 ) -> None:
@@ -280,7 +281,7 @@ def emit_automodel_command(
 
 @emitting.command("megatron", context_settings=PASS_ON)
 def emit_megatron_command(
-    config: Annotated[str, typer.Argument(help="Name or YAML file.")],
+    config: ConfigFirst,
     output: Emitted,
     overrides: Overrides = None,
 ) -> None:

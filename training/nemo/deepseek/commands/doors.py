@@ -52,10 +52,18 @@ def overrides_of(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: an option that does not exist.
     """
-    for word in words:
-        if word.startswith("-") and "=" not in word:
-            raise UserError(f"there is no option {word}; --help lists them, a setting is a.b=c")
-    return list(words)
+    return [no_option(word) for word in words]
+
+
+def no_option(word: str) -> str:
+    """``word``, unless it is an option: one that exists would not have been left over.
+
+    Raises:
+        UserError: an option that does not exist.
+    """
+    if word.startswith("-") and "=" not in word:
+        raise UserError(f"there is no option {word}; --help lists them, a setting is a.b=c")
+    return word
 
 
 def refuse_idle(given: Mapping[str, bool], why: str) -> None:
