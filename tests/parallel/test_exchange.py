@@ -75,6 +75,38 @@ def test_any_length_gives_the_same(
     assert shared == [True] * size
 
 
+def placed(rank: int, size: int, kinds: str, dtype: torch.dtype) -> None:
+    """Gathers (g) and sums (s) of what was written into the memory in the first place."""
+    length = 1000
+    shared = host_memory.open_memory(group(), size * length * dtype.itemsize)
+    assert shared is not None
+    for number, kind in enumerate(kinds):
+        parts = [numbers(length, dtype, 100 * number + r) for r in range(size)]
+        wholes = [numbers(size * length, dtype, 9000 + 100 * number + r) for r in range(size)]
+        whole_bytes = size * length * dtype.itemsize
+        mine = slice(rank * length, (rank + 1) * length)
+        if kind == "g":
+            gathered = shared.region(0)[:whole_bytes].view(dtype)
+            exchange.all_gather(gathered, gathered[mine].copy_(parts[rank]), group(), shared)
+            if number % size == rank:
+                time.sleep(0.01)  # others are about to write what comes next
+            assert torch.equal(gathered, torch.cat(parts))
+        else:
+            written = shared.region(rank)[:whole_bytes].view(dtype).copy_(wholes[rank])
+            part = torch.empty(length, dtype=dtype)
+            exchange.reduce_scatter(part, written, group(), shared)
+            assert torch.equal(part, in_order(wholes)[mine])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_what_lies_in_the_memory_is_not_overwritten_before_all_have_read_it(
+    size: int, dtype: torch.dtype
+) -> None:
+    """In any order of gathers and sums, whoever is the slowest to read."""
+    run_ranks(size, placed, size, "gsgsggggssssgsggss", dtype)
+
+
 def test_all_of_a_group_take_a_bounded_piece_of_memory() -> None:
     """However many ranks."""
 

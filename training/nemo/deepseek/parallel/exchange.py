@@ -1,8 +1,9 @@
 """All-gather and reduce-scatter by the fastest way there is.
 
 Between CPU ranks of one machine through memory that they share, in rounds of as much as fits into
-it; else through the group's backend. gloo's own reduce-scatter is a whole all-reduce of which each
-rank throws most away. Its all-to-all is as fast as this would be, and stays.
+it; what was written there in the first place is not copied once more. Else through the group's
+backend. gloo's own reduce-scatter is a whole all-reduce of which each rank throws most away. Its
+all-to-all is as fast as this would be, and stays.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import Tensor
 from deepseek.parallel.host_memory import HostMemory, host_memory
 
 
-def all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
+def all_gather(
+    output: Tensor, input: Tensor, group: dist.ProcessGroup, shared: HostMemory | None = None
+) -> None:
     """Every rank's input, one after the other, on every rank.
 
     Args:
@@ -24,7 +27,14 @@ def all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
             input at its place.
         input: contiguous, of the same shape and dtype on every rank.
         group: the ranks.
+        shared: memory of these ranks in which ``output`` may lie, on every rank or on none; at the
+            begin of the first region, and with the input at its place. Then it is to be read before
+            ``shared`` is used again.
     """
+    if shared is not None and shared.holds(output):
+        shared.meet()
+        shared.turn()
+        return
     memory = _memory(input, group)
     if memory is None:
         gather = _torchs("all_gather_single", "all_gather_into_tensor")
@@ -45,7 +55,9 @@ def all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
         memory.turn()
 
 
-def reduce_scatter(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
+def reduce_scatter(
+    output: Tensor, input: Tensor, group: dist.ProcessGroup, shared: HostMemory | None = None
+) -> None:
     """This rank's part of the sum of all inputs.
 
     Args:
@@ -53,7 +65,16 @@ def reduce_scatter(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> N
         input: contiguous, of the same shape and dtype on every rank; first the part of the first
             rank.
         group: n ranks.
+        shared: memory of these ranks in which ``input`` may lie, on every rank or on none; at the
+            begin of this rank's region.
     """
+    if shared is not None and shared.holds(input):
+        shared.meet()
+        own = slice(shared.rank * output.numel(), (shared.rank + 1) * output.numel())
+        inputs = [shared.region(rank).view(input.dtype) for rank in range(shared.size)]
+        _sum_in_order(output.view(-1), [theirs[own] for theirs in inputs])
+        shared.turn()
+        return
     memory = _memory(input, group)
     if memory is None:
         scatter = _torchs("reduce_scatter_single", "reduce_scatter_tensor")
@@ -67,17 +88,22 @@ def reduce_scatter(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> N
             slot = _slot(memory, memory.rank, rank, room, input.dtype)
             slot[: piece.stop - start].copy_(parts_nr[rank, piece])
         memory.meet()
-        # In the order of the ranks, whichever this one is: the sum of a part is one number.
+        parts = []
         for rank in range(memory.size):
-            theirs = parts_nr[rank, piece]
-            if rank != memory.rank:
-                slot = _slot(memory, rank, memory.rank, room, input.dtype)
-                theirs = slot[: piece.stop - start]
-            if rank == 0:
-                total[piece].copy_(theirs)
+            if rank == memory.rank:
+                parts.append(parts_nr[rank, piece])
             else:
-                total[piece].add_(theirs)
+                slot = _slot(memory, rank, memory.rank, room, input.dtype)
+                parts.append(slot[: piece.stop - start])
+        _sum_in_order(total[piece], parts)
         memory.turn()
+
+
+def _sum_in_order(total: Tensor, parts: list[Tensor]) -> None:
+    """In the order of the ranks, whichever this one is: the sum of a part is one number."""
+    torch.add(parts[0], parts[1], out=total)
+    for part in parts[2:]:
+        total.add_(part)
 
 
 def _torchs(name: str, old_name: str) -> Callable[..., object]:

@@ -50,6 +50,10 @@ class HostMemory:
         """uint8 (``region_bytes``): this rank's, to write before ``meet``; any rank's after it."""
         return self._regions[self._half, rank]
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is written where others can read it without a copy."""
+        return tensor.untyped_storage().data_ptr() == self._regions.untyped_storage().data_ptr()
+
     def meet(self) -> None:
         """Wait until every rank has written; then all may read what all have written."""
         dist.barrier(group=self._group)
@@ -70,15 +74,19 @@ _opened: WeakKeyDictionary[dist.ProcessGroup, HostMemory | None] = WeakKeyDictio
 def host_memory(group: dist.ProcessGroup) -> HostMemory | None:
     """The memory of a group; None if its ranks do not share a machine. A collective at first."""
     if group not in _opened:
-        _opened[group] = _open(group)
+        most = GROUP_BYTES // (HALVES * dist.get_world_size(group)) // ALIGNMENT * ALIGNMENT
+        _opened[group] = open_memory(group, min(REGION_BYTES, most))
     return _opened[group]
 
 
-def _open(group: dist.ProcessGroup) -> HostMemory | None:
-    """The first rank makes it, the others find it among the open files of that process."""
+def open_memory(group: dist.ProcessGroup, region_bytes: int) -> HostMemory | None:
+    """New memory with regions of at least ``region_bytes``, the same on all ranks; a collective.
+
+    None if the ranks do not share a machine, or it has not so much.
+    """
+    # The first rank makes it, the others find it among the open files of that process.
     ranks = dist.get_process_group_ranks(group)
-    region = min(REGION_BYTES, GROUP_BYTES // (HALVES * len(ranks)) // ALIGNMENT * ALIGNMENT)
-    size = HALVES * len(ranks) * region
+    size = HALVES * len(ranks) * -(-region_bytes // ALIGNMENT) * ALIGNMENT
     offer: list[Any] = [None]
     descriptor = -1
     if dist.get_rank() == ranks[0]:

@@ -65,6 +65,7 @@ def shard_data_parallel(
     experts = _Sharding(meshes.expert_shards, reshard)
     # Spread over the ranks of their block, experts are gathered with it: fewer waits for others.
     apart = meshes.layout.ep > 1 or meshes.layout.tp > 1
+    size_of = {parameter: local(parameter).nbytes for parameter in model.parameters()}
     # Experts that no other rank has a part of stay as they are: FSDP over one rank would copy them
     # for each step, and their gradients three times.
     kept: set[nn.Parameter] = set()
@@ -83,14 +84,14 @@ def shard_data_parallel(
             dense.apply(module)
     for stage in stages:
         dense.apply(stage)
-        assert isinstance(stage, FSDPModule)
-        for module in stage.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)
-                # Else the divide factor is sent as PREMUL_SUM, which gloo does not have.
-                module.set_force_sum_reduction_for_comms(True)
-                if meshes.device_type == "cpu":
-                    use_exchange(module)
+    units = [m for stage in stages for m in stage.modules() if isinstance(m, FSDPModule)]
+    for unit in units:
+        unit.set_gradient_divide_factor(1.0)
+        # Else the divide factor is sent as PREMUL_SUM, which gloo does not have.
+        unit.set_force_sum_reduction_for_comms(True)
+    if meshes.device_type == "cpu":
+        gathered = sum(size for parameter, size in size_of.items() if parameter not in kept)
+        use_exchange(units, None if reshards else gathered * max(experts.size, dense.size))
 
 
 def fill(model: Transformer, seed: int) -> None:
