@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from deepseek.parallel import exchange
-from deepseek.parallel.host_memory import HALVES, HostMemory, open_memory
+from deepseek.parallel.host_memory import HALVES, HostMemory, host_memory, open_memory
 
 PLACED_BYTES = 2 << 30
 """What such memory of all units and ranks may take. More is exchanged piece by piece."""
@@ -49,8 +49,10 @@ class _UnitMemory:
         self.memory: HostMemory | None = None
 
     def fit(self, length: int, group: dist.ProcessGroup) -> None:
-        """Make it as large as that, in bytes; a collective if it is not."""
-        if self.memory is None or self.memory.region_bytes < length:
+        """Make it as large as that, in bytes; a collective if it is not. None stays None where the
+        ranks share no machine."""
+        large = self.memory is not None and self.memory.region_bytes >= length
+        if not large and host_memory(group) is not None:
             self.memory = open_memory(group, length)
 
 
