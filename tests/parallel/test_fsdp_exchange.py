@@ -90,7 +90,7 @@ def test_a_gradient_as_large_as_the_gathered_weights_has_memory_of_its_own() -> 
     def work(rank: int) -> list[bool]:
         world = dist.group.WORLD
         assert world is not None
-        unit = _UnitMemory()
+        unit = _UnitMemory(wanted=True)
         gather, scatter = _AllGather(unit), _ReduceScatter(unit)
         found = []
         for _ in range(2):

@@ -28,7 +28,7 @@ def all_gather(
         input: contiguous, of the same shape and dtype on every rank.
         group: the ranks.
         shared: memory of these ranks in which ``output`` may lie, on every rank or on none; at the
-            begin of the first region, and with the input at its place. Then it is to be read before
+            start of the first region, and with the input at its place. Then it is to be read before
             ``shared`` is used again.
     """
     if shared is not None and shared.holds(output):
@@ -66,7 +66,7 @@ def reduce_scatter(
             rank.
         group: n ranks.
         shared: memory of these ranks in which ``input`` may lie, on every rank or on none; at the
-            begin of this rank's region.
+            start of this rank's region.
     """
     if shared is not None and shared.holds(input):
         shared.meet()

@@ -32,7 +32,7 @@ def use_exchange(units: Collection[FSDPModule], kept_bytes: int | None) -> None:
     """
     placed = kept_bytes is not None and HALVES * kept_bytes <= PLACED_BYTES
     for unit in units:
-        memory = _UnitMemory() if placed else None
+        memory = _UnitMemory(placed)
         # torch declares base classes for these, in a private file, and asks for their methods only.
         unit.set_custom_all_gather(_AllGather(memory))  # type: ignore[arg-type]
         unit.set_custom_reduce_scatter(_ReduceScatter(memory))  # type: ignore[arg-type]
@@ -43,16 +43,22 @@ class _UnitMemory:
 
     Not shared by several units: FSDP gathers the next one's weights before it has read these. What
     one unit exchanges is read before it exchanges anything else.
+
+    Args:
+        wanted: else there never is any.
+
+    Attributes:
+        memory: None before the first exchange, and where the ranks share no machine.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: bool) -> None:
         self.memory: HostMemory | None = None
+        self._wanted = wanted
 
     def fit(self, length: int, group: dist.ProcessGroup) -> None:
-        """Make it as large as that, in bytes; a collective if it is not. None stays None where the
-        ranks share no machine."""
+        """Make it as large as that, in bytes; a collective if it is not."""
         large = self.memory is not None and self.memory.region_bytes >= length
-        if not large and host_memory(group) is not None:
+        if self._wanted and not large and host_memory(group) is not None:
             self.memory = open_memory(group, length)
 
 
@@ -62,28 +68,23 @@ class _Flat:
     Told by their size, in bytes, from what FSDP keeps: the weights' gradients are an n-th of it.
     """
 
-    def __init__(self, unit: _UnitMemory | None) -> None:
+    def __init__(self, unit: _UnitMemory) -> None:
         self._unit = unit
         self._length = -1
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        length = math.prod(size) * dtype.itemsize
-        if self._memory is None or length != self._length:
+        memory, length = self._unit.memory, math.prod(size) * dtype.itemsize
+        if memory is None or length != self._length:
             return torch.empty(*size, dtype=dtype, device=device)
-        return self._place(self._memory)[:length].view(dtype)
-
-    @property
-    def _memory(self) -> HostMemory | None:
-        return self._unit.memory if self._unit is not None else None
+        return self._place(memory)[:length].view(dtype)
 
     def _place(self, memory: HostMemory) -> Tensor:
         raise NotImplementedError
 
     def _seen(self, flat: Tensor, group: dist.ProcessGroup) -> None:
-        length = flat.numel() * flat.element_size()
-        if self._unit is not None and length != self._length:
-            self._unit.fit(length, group)
-            self._length = length
+        if flat.nbytes != self._length:
+            self._unit.fit(flat.nbytes, group)
+            self._length = flat.nbytes
 
 
 class _AllGather(_Flat):
@@ -99,7 +100,7 @@ class _AllGather(_Flat):
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> None:
-        exchange.all_gather(output_tensor, input_tensor, group, self._memory)
+        exchange.all_gather(output_tensor, input_tensor, group, self._unit.memory)
         self._seen(output_tensor, group)
 
 
@@ -116,5 +117,5 @@ class _ReduceScatter(_Flat):
         async_op: bool = False,
     ) -> None:
         assert op == dist.ReduceOp.SUM, op
-        exchange.reduce_scatter(output_tensor, input_tensor, group, self._memory)
+        exchange.reduce_scatter(output_tensor, input_tensor, group, self._unit.memory)
         self._seen(input_tensor, group)
