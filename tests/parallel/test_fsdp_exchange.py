@@ -13,7 +13,7 @@ from ranks import run_ranks
 from torch import Tensor
 
 from deepseek.parallel import exchange, fsdp_exchange
-from deepseek.parallel.fsdp_exchange import _AllGather, _ReduceScatter, _UnitMemory
+from deepseek.parallel.fsdp_exchange import _AllGather, _ReduceScatter, _UnitMemory, use_exchange
 from deepseek.parallel.gradients import local
 from deepseek.parallel.host_memory import HostMemory
 
@@ -108,3 +108,43 @@ def test_a_gradient_as_large_as_the_gathered_weights_has_memory_of_its_own() -> 
         return found
 
     assert run_ranks(2, work) == [[False] * 3 + [True, True, False]] * 2
+
+
+class Unit:
+    """What ``use_exchange`` sees of an FSDP unit, used as FSDP uses it."""
+
+    def set_custom_all_gather(self, comm: Any) -> None:
+        self.all_gather = comm
+
+    def set_custom_reduce_scatter(self, comm: Any) -> None:
+        self.reduce_scatter = comm
+
+    def gather(self, rank: int, number: float) -> Tensor:
+        world = dist.group.WORLD
+        output: Tensor = self.all_gather.allocate((64,), dtype=torch.float32, device=CPU)
+        self.all_gather(output, output[32 * rank :][:32].fill_(number + rank), world)
+        return output
+
+    def sum(self, number: float) -> Tensor:
+        whole = self.reduce_scatter.allocate((64,), dtype=torch.float32, device=CPU).fill_(number)
+        part: Tensor = self.reduce_scatter.allocate((32,), dtype=torch.float32, device=CPU)
+        self.reduce_scatter(part, whole, dist.group.WORLD, dist.ReduceOp.SUM)
+        return part
+
+
+def test_what_a_unit_has_gathered_stays_while_others_exchange() -> None:
+    """FSDP gathers a unit's weights while another computes, whose gradients are then summed."""
+
+    def work(rank: int) -> None:
+        early, other = Unit(), Unit()
+        use_exchange([early, other], 1000)  # type: ignore[list-item]
+        for unit in (early, other):  # tells how much there is
+            unit.gather(rank, 0.0)
+            unit.sum(0.0)
+        gathered = early.gather(rank, 10.0)
+        for number in (20.0, 30.0, 40.0):
+            assert other.gather(rank, number)[::32].tolist() == [number, number + 1]
+            assert other.sum(number).tolist() == [2 * number] * 32
+        assert gathered[::32].tolist() == [10.0, 11.0]
+
+    run_ranks(2, work)
