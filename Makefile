@@ -43,8 +43,8 @@ bench: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/train_step.py
 
 sweep: $(VENV)/.ready
-	$(VENV)/bin/python tests/parallel/sweep.py --cases 200 --dtype float64
-	$(VENV)/bin/python tests/parallel/sweep.py --cases 200 --dtype float32
+	cd tests && ../$(VENV)/bin/python -m support.sweep --cases 200 --dtype float64
+	cd tests && ../$(VENV)/bin/python -m support.sweep --cases 200 --dtype float32
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff format .

@@ -33,7 +33,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from deepseek.models.components.dispatcher import LocalDispatcher
-from deepseek.parallel.comm import all_to_all_rows
+from deepseek.parallel.collectives import all_to_all_rows
 from deepseek.parallel.expert_dispatcher import AllToAllDispatcher
 
 RANKS = 4

@@ -29,14 +29,14 @@ import torch.distributed as dist  # noqa: TID251
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from deepseek.config.layout import Layout
 from deepseek.config.schema import ModelConfig
-from deepseek.models.deepseek_model import DeepSeekModel
-from deepseek.monitoring.alarms import Alarms
-from deepseek.monitoring.expert_monitor import ExpertMonitor
-from deepseek.monitoring.metrics_log import MetricsLog
-from deepseek.monitoring.rank_monitor import RankMonitor
+from deepseek.monitoring.record.alarms import Alarms
+from deepseek.monitoring.record.expert_monitor import ExpertMonitor
+from deepseek.monitoring.record.metrics_log import MetricsLog
+from deepseek.monitoring.record.rank_monitor import RankMonitor
 from deepseek.parallel.mesh import Alone, Meshes
-from deepseek.planner.layout import Layout
+from deepseek.training.step import DeepSeekModel
 
 BLOCKS, STEPS = 12, 3
 """Blocks of each kind, and steps in a block."""

@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from deepseek.checkpoint.hf_config import hf_config
-from deepseek.checkpoint.huggingface import to_hf
 from deepseek.config.schema import ModelConfig
 from deepseek.inference.cache import LatentCache
+from deepseek.interop.hf_config import hf_config
+from deepseek.interop.huggingface import to_hf
 from deepseek.models.transformer import Transformer
 
 PAIRS = 5

@@ -36,11 +36,11 @@ import torch.distributed as dist  # noqa: TID251
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from deepseek.config.layout import Layout
 from deepseek.config.schema import DataConfig, ModelConfig
-from deepseek.heap import keep_freed_memory
-from deepseek.models.deepseek_model import DeepSeekModel
+from deepseek.parallel.heap import keep_freed_memory
 from deepseek.parallel.mesh import Alone, Meshes
-from deepseek.planner.layout import Layout
+from deepseek.training.step import DeepSeekModel
 
 RANKS = 2
 BLOCK = 2

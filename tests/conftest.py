@@ -1,8 +1,15 @@
 """One thread per process: tests run side by side, and threads that wait for each other crawl."""
 
 import os
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+# They find `support` too, and this checkout's package.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(TESTS), str(TESTS.parent / "training" / "nemo"), os.environ.get("PYTHONPATH", "")]
+).rstrip(os.pathsep)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the forks of the tests
 
 import pytest  # noqa: E402

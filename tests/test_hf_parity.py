@@ -17,9 +17,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from deepseek.checkpoint.hf_config import hf_config
-from deepseek.checkpoint.huggingface import Layout, from_hf, to_hf
 from deepseek.config.schema import ModelConfig, RopeScaling
+from deepseek.interop.hf_config import hf_config
+from deepseek.interop.huggingface import Layout, from_hf, to_hf
 from deepseek.models.components.router import Router
 from deepseek.models.losses import loss_sums
 from deepseek.models.transformer import Transformer

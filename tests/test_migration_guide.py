@@ -32,6 +32,7 @@ ARGUMENTS = {
     "group_by_length": True,
     "fp16": False,
 }
+DRIVER = Path(__file__).parent / "support" / "migration_guide_driver.py"
 
 
 def blocks(kind: str) -> list[str]:
@@ -90,7 +91,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, list[st
         "PYTHONWARNINGS": "ignore",
     }
     ran = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("migration_guide_driver.py")), str(folder)],
+        [
+            sys.executable,
+            str(Path(__file__).parent / "support" / "migration_guide_driver.py"),
+            str(folder),
+        ],
         input=json.dumps([command for command, _ in listed]),
         env=env,
         capture_output=True,

@@ -5,8 +5,8 @@ import torch
 from omegaconf import OmegaConf
 
 from deepseek.config import load_config, shipped_configs
+from deepseek.config.cost import count_parameters
 from deepseek.models.transformer import Transformer
-from deepseek.planner.counts import count_parameters
 
 
 @pytest.mark.parametrize("name", shipped_configs())

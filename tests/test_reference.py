@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import reference
 from deepseek.config.schema import ModelConfig, RopeScaling
 from deepseek.models.losses import loss_sums
 from deepseek.models.transformer import Transformer
+from support import reference
 
 TOLERANCE = 1e-10
 

@@ -16,13 +16,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stored import bits, flip, flip_number, save, shard_of, value_of
 from torch import Tensor
 
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.folder import complete_steps, damage_of, describe, newest_sound
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.config.errors import UserError
+from support.stored import bits, flip, flip_number, save, shard_of, value_of
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

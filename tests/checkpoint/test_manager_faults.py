@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import deepseek
-from deepseek.checkpoint import files
+from deepseek import durable as files
 from deepseek.checkpoint.folder import newest_sound
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.config.errors import UserError
@@ -28,7 +28,7 @@ def driver() -> Iterator[Driver]:
     source = str(Path(deepseek.__file__).parents[1])
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("crash_driver.py")],
+        [sys.executable, Path(__file__).parents[1] / "support" / "crash_driver.py"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

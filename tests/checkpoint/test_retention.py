@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from stored import flip, flip_number, save, shard_of, value_of
 
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.config.errors import UserError
+from support.stored import flip, flip_number, save, shard_of, value_of
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,10 @@
 """The forked runs of ``tests/training``, for the tests of the commands."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-
-from micro_runs import MicroRuns  # noqa: E402
+from support.micro_runs import MicroRuns
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import Forked
-from micro_runs import MicroRuns
 
 from deepseek.config.sources import shipped_configs
+from support.forked import Forked
+from support.micro_runs import MicroRuns
 
 ESCAPE = "\x1b"
 
@@ -405,7 +405,7 @@ def test_prepare_data_refuses(micro: MicroRuns, words: list[str], parts: list[st
 
 
 ONE_CHECK = """
-import deepseek.commands.test_model as t
+import deepseek.commands.check as t
 t.CHECKS[:] = [lambda config: iter([t.Check("arithmetic", "{measured}", "4", {passed})])]
 """
 

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked import SOURCE, Ran
-from micro_runs import MicroRuns
 
 from deepseek.commands.doors import guarded, overrides_of, train_door
 from deepseek.config.errors import UserError
 from deepseek.frameworks import USES_NEMO
+from support.forked import SOURCE, Ran
+from support.micro_runs import MicroRuns
 
 PACKAGE = SOURCE / "deepseek"
 # Standard error of a normal run: NeMo and Lightning have nothing to say to the user.

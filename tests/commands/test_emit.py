@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import yaml
-from micro_runs import MicroRuns
 from omegaconf import OmegaConf
 
-from deepseek.commands.automodel_recipe import automodel_recipe
-from deepseek.commands.megatron_config import megatron_config
 from deepseek.config import RunConfig, load_config
 from deepseek.config.errors import ConfigError
 from deepseek.config.schema import RopeScaling, SchedConfig
 from deepseek.frameworks import USES_NEMO
-from deepseek.optim.schedule import learning_rate
+from deepseek.interop.automodel_recipe import automodel_recipe
+from deepseek.interop.megatron_config import megatron_config
+from deepseek.training.schedule import learning_rate
+from support.micro_runs import MicroRuns
 
 HERE = Path(__file__).resolve().parent
 needs_peers = pytest.mark.skipif(
@@ -91,7 +91,7 @@ def test_automodel_builds_and_trains_what_is_emitted(micro: MicroRuns) -> None:
     recipe = emitted(micro, "automodel", "recipe.yaml", *PLAIN, warm)
     micro.cli("hf", "export", "run", "emit_files").assert_done()
     found = driven("automodel_driver.py", micro, recipe, "run", "emit_files")
-    assert found["class"] == "deepseek.automodel.DeepseekTrainingForCausalLM"
+    assert found["class"] == "deepseek.interop.automodel.DeepseekTrainingForCausalLM"
     assert found["not loaded"] == [] and found["files come back"]
     assert found["theirs differ by"] < 1e-6 and found["ours differ by"] < 1e-6
     theirs, ours = found["steps"]["theirs"], found["steps"]["ours"]

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from micro_runs import CONFIG, MicroRuns
 from omegaconf import OmegaConf
 
 from deepseek.checkpoint.folder import step_name
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.commands import experts as module
 from deepseek.commands.experts import experts
-from deepseek.commands.opened import open_checkpoint, with_config
 from deepseek.config.errors import UserError
 from deepseek.config.schema import RunConfig
+from deepseek.experts.analysis import RoutingAnalysis
+from deepseek.interop.open_weights import open_checkpoint, with_config
 from deepseek.models.transformer import Transformer
-from deepseek.monitoring.routing_analysis import RoutingAnalysis
+from support.micro_runs import CONFIG, MicroRuns
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Forked, Ran
-from micro_runs import CONFIG, MicroRuns
 
-from deepseek.checkpoint.huggingface import to_hf
 from deepseek.config import load_config
 from deepseek.config.schema import ModelConfig
 from deepseek.config.strict_yaml import dump_yaml
+from deepseek.interop.huggingface import to_hf
+from support.forked import Forked, Ran
+from support.micro_runs import CONFIG, MicroRuns
 
 NAMES = {field for field in ModelConfig.__dataclass_fields__} - {"tokenizer", "data", "optim"}
 MODEL = ModelConfig(**{key: value for key, value in CONFIG["model"].items() if key in NAMES})

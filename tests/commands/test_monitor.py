@@ -20,8 +20,8 @@ from deepseek.commands.monitor import ReportServer, monitor
 from deepseek.config.errors import UserError
 from deepseek.monitoring.array_log import ArrayLog
 from deepseek.monitoring.followed_run import MOST_STEPS, FollowedRun
-from deepseek.monitoring.live_frame import frame, plain, sparkline, state, strip
-from deepseek.monitoring.metrics_log import MetricsLog
+from deepseek.monitoring.live import frame, plain, sparkline, state, strip
+from deepseek.monitoring.record.metrics_log import MetricsLog
 
 NOW = 1_700_000_000.0
 COLUMNS = ["compute_seconds", "wait_seconds", "transfer_seconds", "memory_bytes"]

@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 
 from deepseek.config import ConfigError, RunConfig, check, load_config, resolved_yaml
 from deepseek.config.fields import FIELDS
+from deepseek.config.layout import Layout, split_layers, stages_of_rank
+from deepseek.config.placement import kept_shape, stage_weights
 from deepseek.config.strict_yaml import read_yaml
-from deepseek.planner.layout import Layout, split_layers, stages_of_rank
-from deepseek.planner.placement import kept_shape, stage_weights
 
 SCHEDULES = [
     "GPipe",

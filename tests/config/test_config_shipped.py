@@ -13,7 +13,7 @@ import yaml
 
 from deepseek.config import check, load_config, schema, shipped_configs
 from deepseek.config.fields import FIELDS, LEAVES
-from deepseek.config.hints import OTHER_NAMES
+from deepseek.config.foreign_names import OTHER_NAMES
 from deepseek.config.ranges import NAMES, RANGES
 from deepseek.config.sources import CONFIGS
 

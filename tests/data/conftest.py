@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sample_texts import TEXTS
 
 from deepseek.data.indexed import IndexedDataset, IndexedWriter
 from deepseek.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from support.sample_texts import TEXTS
 
 
 @pytest.fixture(scope="session")

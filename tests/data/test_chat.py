@@ -17,7 +17,7 @@ from deepseek.config.schema import DataConfig, ModelConfig
 from deepseek.data.chat import PLAIN_TEMPLATE, ChatError, ChatTemplate, conversation_of
 from deepseek.data.chat_dataset import ChatDataset
 from deepseek.data.indexed import IndexedDataset, IndexedWriter
-from deepseek.data.opened import open_data
+from deepseek.data.open_data import open_data
 from deepseek.data.prepare_chat import answers_of, prepare_chat
 from deepseek.data.prepared import PreparedData
 from deepseek.data.tokenizer import EOS, Tokenizer, byte_tokenizer, load_tokenizer

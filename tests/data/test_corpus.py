@@ -18,12 +18,12 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sample_texts import TEXTS
 
 from deepseek.config.errors import UserError
 from deepseek.data import corpus
 from deepseek.data.corpus import Corpus, cut, documents, pieces
 from deepseek.data.tokenizer import Tokenizer
+from support.sample_texts import TEXTS
 
 
 def read(path: Path, key: str = "text") -> list[str]:

@@ -11,15 +11,15 @@ import pytest
 
 from deepseek.config.errors import UserError
 from deepseek.data.dataset import PackedDataset
-from deepseek.data.domains import (
+from deepseek.data.indexed import IndexedDataset
+from deepseek.data.prepare import prepare
+from deepseek.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from deepseek.experts.domains import (
     Domain,
     built_in_domains,
     open_domains,
     packed_domain,
 )
-from deepseek.data.indexed import IndexedDataset
-from deepseek.data.prepare import prepare
-from deepseek.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 
 TOKENIZER: Tokenizer = byte_tokenizer()
 VOCAB = TOKENIZER.vocab_size

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.config.errors import UserError
-from deepseek.data.files import atomic_open, exclusive, require_room
+from deepseek.files import atomic_open, exclusive, require_room
 
 
 def hold(path: Path, log: Path, name: str, seconds: float) -> None:

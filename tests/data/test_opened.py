@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sample_texts import TEXTS
 
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
@@ -21,9 +20,10 @@ from deepseek.data import corpus as corpus_module
 from deepseek.data.blend import BlendedDataset
 from deepseek.data.dataset import PackedDataset
 from deepseek.data.indexed import IndexedDataset
-from deepseek.data.opened import OpenedData, open_data
+from deepseek.data.open_data import OpenedData, open_data
 from deepseek.data.prepare import Progress, prepare
 from deepseek.data.tokenizer import Tokenizer
+from support.sample_texts import TEXTS
 
 
 @pytest.fixture
@@ -283,7 +283,7 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("deepseek.data.opened.atomic_open", refuse)
+    monkeypatch.setattr("deepseek.data.open_data.atomic_open", refuse)
     assert open_foreign(cfg, write, 300).train.num_documents == 18
     assert "cannot be written; the ids will be read again next time" in caplog.text
 

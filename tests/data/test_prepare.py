@@ -16,16 +16,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sample_texts import TEXTS as ALL_TEXTS
 
+from deepseek import files
 from deepseek.config.errors import UserError
 from deepseek.data import corpus as corpus_module
-from deepseek.data import files, prepare
+from deepseek.data import prepare
 from deepseek.data.indexed import IndexedDataset
 from deepseek.data.prepare import Progress
 from deepseek.data.prepare import prepare as run
 from deepseek.data.prepared import PreparedData
 from deepseek.data.tokenizer import Tokenizer, load_tokenizer
+from support.sample_texts import TEXTS as ALL_TEXTS
 
 # A file with a zero byte counts as binary.
 TEXTS = [text.replace("\0", "") for text in ALL_TEXTS]

@@ -9,7 +9,7 @@ import torch
 from deepseek.data import timed
 from deepseek.data.timed import TimedLoader
 from deepseek.frameworks import LightningModule, Trainer
-from fake_clock import FakeClock
+from support.fake_clock import FakeClock
 
 WAITS = (0.0, 8.0, 0.0, 4.0)
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sample_texts import TEXTS
 
 from deepseek.config.errors import UserError
 from deepseek.data.tokenizer import (
@@ -28,6 +27,7 @@ from deepseek.data.tokenizer import (
     train_bpe,
 )
 from deepseek.data.tokenizer_backend import ByteBackend, HuggingFaceBackend
+from support.sample_texts import TEXTS
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 BPE, BYTE = train_bpe(TEXTS * 3, 400), byte_tokenizer()

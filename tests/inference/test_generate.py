@@ -10,9 +10,9 @@ from torch import Tensor
 
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig, RopeScaling
-from deepseek.inference import generate as module
+from deepseek.inference import generation as module
 from deepseek.inference.cache import LatentCache
-from deepseek.inference.generate import generate, stream_tokens
+from deepseek.inference.generation import generate, stream_tokens
 from deepseek.inference.sampling import Sampling
 from deepseek.models.transformer import Transformer
 

@@ -6,10 +6,10 @@ import random
 
 import pytest
 import torch
-from tiny_models import tiny_config, tiny_model
 from torch import Tensor
 
 from deepseek.models.transformer import Transformer
+from support.tiny_models import tiny_config, tiny_model
 
 CASES = [
     {},

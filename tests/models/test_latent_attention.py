@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_config
 from torch import Tensor
 
 from deepseek.config.schema import ModelConfig, RopeScaling
@@ -15,6 +14,7 @@ from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.block import build_attention
 from deepseek.models.components.context import TokenContext
 from deepseek.models.components.rope import rotation
+from support.tiny_models import tiny_config
 
 YARN = RopeScaling(factor=8.0, original_max_position_embeddings=16, mscale_all_dim=1.0)
 CONFIGS = {

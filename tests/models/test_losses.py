@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepseek.models.components.head import Head
 from deepseek.models.losses import loss_sums, shift
-from deepseek.ops.linear_cross_entropy import IGNORE_INDEX
+from deepseek.ops.cross_entropy import IGNORE_INDEX
 
 DIM, VOCAB = 6, 9
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import (
+from torch import Tensor
+
+from deepseek.models.components.balance import router_z, sequence_balance
+from deepseek.models.components.block import build_moe
+from deepseek.models.components.context import TokenContext
+from deepseek.models.components.moe import MoE
+from deepseek.models.transformer import Transformer
+from deepseek.ops.cross_entropy import IGNORE_INDEX
+from support.tiny_models import (
     Batch,
     assert_same,
     backward,
@@ -15,14 +23,6 @@ from tiny_models import (
     tiny_config,
     tiny_model,
 )
-from torch import Tensor
-
-from deepseek.models.components.balance import router_z, sequence_balance
-from deepseek.models.components.block import build_moe
-from deepseek.models.components.context import TokenContext
-from deepseek.models.components.moe import MoE
-from deepseek.models.transformer import Transformer
-from deepseek.ops.linear_cross_entropy import IGNORE_INDEX
 
 
 def moe(dtype: torch.dtype = torch.float64, **changes: object) -> MoE:

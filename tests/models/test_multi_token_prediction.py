@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_config, tiny_model
 from torch import Tensor
 
 from deepseek.models.components.mtp import MultiTokenPredictor
 from deepseek.models.transformer import Transformer
+from support.tiny_models import tiny_config, tiny_model
 
 
 def model_of(depths: int, **changes: object) -> Transformer:

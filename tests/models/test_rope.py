@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_config
 from torch import Tensor
 
 from deepseek.config.schema import RopeScaling
 from deepseek.models.components.block import build_attention
 from deepseek.models.components.rope import rotate, rotation, softmax_scale, yarn_mscale
+from support.tiny_models import tiny_config
 
 V3_YARN = RopeScaling(
     factor=40.0,

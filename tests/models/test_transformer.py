@@ -9,7 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny_models import (
+from torch import Tensor
+
+from deepseek.config import load_config
+from deepseek.models.components.router import Router
+from deepseek.models.transformer import Transformer
+from support.tiny_models import (
     assert_same,
     backward,
     gradients,
@@ -18,11 +23,6 @@ from tiny_models import (
     tiny_config,
     tiny_model,
 )
-from torch import Tensor
-
-from deepseek.config import load_config
-from deepseek.models.components.router import Router
-from deepseek.models.transformer import Transformer
 
 # -- names and shapes --
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepseek.monitoring.alarms import MOST_SHOWN, Alarms, shown
-from deepseek.monitoring.detectors import COLLAPSED_RECORDS, STRAGGLER_RECORDS, Alarm
-from deepseek.monitoring.expert_monitor import ExpertRecord
-from deepseek.monitoring.metrics_log import MetricsLog
-from deepseek.monitoring.rank_monitor import COLUMNS, RankRecord
-from deepseek.monitoring.report.run_data import read_rows
+from deepseek.monitoring.record.alarms import MOST_SHOWN, Alarms, shown
+from deepseek.monitoring.record.detectors import COLLAPSED_RECORDS, STRAGGLER_RECORDS, Alarm
+from deepseek.monitoring.record.expert_monitor import ExpertRecord
+from deepseek.monitoring.record.metrics_log import MetricsLog
+from deepseek.monitoring.record.rank_monitor import COLUMNS, RankRecord
+from deepseek.monitoring.run_log import read_rows
 
 
 def module(step: int) -> Any:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from array_log_driver import content
 from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
 from deepseek.monitoring import array_log
 from deepseek.monitoring.array_log import ArrayLog, cut_torn_record, index_arrays, read_arrays
+from support.array_log_driver import content
 
-DRIVER = Path(__file__).with_name("array_log_driver.py")
+DRIVER = Path(__file__).parents[1] / "support" / "array_log_driver.py"
 
 
 def steps(path: Path) -> list[int]:

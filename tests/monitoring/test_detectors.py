@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from workloads import NAMES, workload
 
-from deepseek.monitoring.detectors import (
+from deepseek.monitoring.record.detectors import (
     COLLAPSED_RECORDS,
     DEAD_RECORDS,
     STRAGGLER_RECORDS,
@@ -23,8 +22,9 @@ from deepseek.monitoring.detectors import (
     Straggler,
     detectors,
 )
-from deepseek.monitoring.expert_monitor import ExpertRecord
-from deepseek.monitoring.rank_monitor import COLUMNS, RankRecord
+from deepseek.monitoring.record.expert_monitor import ExpertRecord
+from deepseek.monitoring.record.rank_monitor import COLUMNS, RankRecord
+from support.workloads import NAMES, workload
 
 GIB = 2**30
 

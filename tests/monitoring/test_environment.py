@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek.monitoring import environment as environment_module
-from deepseek.monitoring.environment import environment
+from deepseek.monitoring.record import environment as environment_module
+from deepseek.monitoring.record.environment import environment
 
 
 def test_versions_devices_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from workloads import NAMES, Workload, workload
 
 from deepseek.monitoring import load_metrics as lm
-from deepseek.monitoring.expert_monitor import ExpertRecord, scalars
+from deepseek.monitoring.record.expert_monitor import ExpertRecord, scalars
+from support.workloads import NAMES, Workload, workload
 
 
 def counts(load: Workload, step: int, layer: int) -> list[int]:

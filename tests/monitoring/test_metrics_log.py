@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 
 from deepseek.config.errors import UserError
-from deepseek.models.deepseek_model import StepMetrics, ValidationMetrics
-from deepseek.monitoring import metrics_log
-from deepseek.monitoring.metrics_log import SCALARS, MetricsLog, drop_partial_line, read_metrics
-from fake_clock import FakeClock
+from deepseek.monitoring.record import metrics_log
+from deepseek.monitoring.record.metrics_log import (
+    SCALARS,
+    MetricsLog,
+    drop_partial_line,
+    read_metrics,
+)
+from deepseek.training.step import StepMetrics, ValidationMetrics
+from support.fake_clock import FakeClock
 
 
 class Logger:

@@ -14,8 +14,8 @@ from deepseek import frameworks
 from deepseek.config import ConfigError, UserError, load_config
 from deepseek.config.schema import ExpManagerConfig, MLFlowConfig, WandbConfig
 from deepseek.frameworks import pl, remote_loggers
-from deepseek.monitoring import mirror as mirror_module
-from deepseek.monitoring.mirror import Mirror
+from deepseek.monitoring.record import mirror as mirror_module
+from deepseek.monitoring.record.mirror import Mirror
 
 
 class Logger:

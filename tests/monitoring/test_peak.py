@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from deepseek.monitoring import peak as peak_module
-from deepseek.monitoring.peak import DENSE_BF16_TFLOPS, ROUNDS, SIDE, peak_of
+from deepseek.monitoring.record import peak as peak_module
+from deepseek.monitoring.record.peak import DENSE_BF16_TFLOPS, ROUNDS, SIDE, peak_of
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 

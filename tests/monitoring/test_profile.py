@@ -14,8 +14,8 @@ from torch import Tensor
 
 from deepseek.config import ConfigError, load_config
 from deepseek.config.schema import ModelConfig, ProfileConfig
-from deepseek.models.deepseek_model import DeepSeekModel
-from deepseek.monitoring.profile import REGIONS, Profile, Regions
+from deepseek.monitoring.record.profile import REGIONS, Profile, Regions
+from deepseek.training.step import DeepSeekModel
 
 CONFIG = ModelConfig(
     vocab_size=64,

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from deepseek.models.deepseek_model import StepMetrics, ValidationMetrics
-from deepseek.monitoring import progress
-from deepseek.monitoring.progress import Progress, clock, step_line
-from fake_clock import FakeClock
+from deepseek.monitoring.record import progress
+from deepseek.monitoring.record.progress import Progress, clock, step_line
+from deepseek.training.step import StepMetrics, ValidationMetrics
+from support.fake_clock import FakeClock
 
 
 def metrics(step: int, **changes: Any) -> StepMetrics:

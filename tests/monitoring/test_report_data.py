@@ -7,19 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_run import GAMMA, START, SyntheticRun, write_run
 
 from deepseek.commands.report import report
 from deepseek.config.errors import UserError
 from deepseek.monitoring.array_log import ArrayLog
+from deepseek.monitoring.expert_history import MOST_FRAMES
 from deepseek.monitoring.followed_run import FollowedRun
-from deepseek.monitoring.report.expert_history import MOST_FRAMES
+from deepseek.monitoring.rank_history import Traffic
 from deepseek.monitoring.report.expert_panels import utilisation_codes, worst_layer
 from deepseek.monitoring.report.panel import binned, duration, quantity, smoothed, table, thin
-from deepseek.monitoring.report.rank_history import Traffic
 from deepseek.monitoring.report.rank_panels import folded, replica_counts
-from deepseek.monitoring.report.run_data import read_run
 from deepseek.monitoring.report.training_panels import step_parts
+from deepseek.monitoring.run_log import read_run
+from support.synthetic_run import GAMMA, START, SyntheticRun, write_run
 
 
 @pytest.fixture(scope="module")

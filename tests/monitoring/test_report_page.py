@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chromium import Chromium, find_chromium
-from synthetic_run import SyntheticRun, write_run
 
 from deepseek.commands.report import report
+from support.chromium import Chromium, find_chromium
+from support.synthetic_run import SyntheticRun, write_run
 
 DRAWN = "document.documentElement?.dataset.state === 'drawn'"
 PLOTS = "[...document.querySelectorAll('.tab:not([hidden]) .plot')]"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek.ops.attention import causal_attention, causal_attention_slow, document_mask
+from deepseek.ops.causal_attention import causal_attention, causal_attention_slow, document_mask
 
 TOLERANCE = {
     torch.float64: dict(rtol=1e-11, atol=1e-11),

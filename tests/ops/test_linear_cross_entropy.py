@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek.ops import linear_cross_entropy as module
-from deepseek.ops.linear_cross_entropy import (
+from deepseek.ops import cross_entropy as module
+from deepseek.ops.cross_entropy import (
     IGNORE_INDEX,
     linear_cross_entropy,
     linear_cross_entropy_slow,

@@ -16,9 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from chains import LAYOUTS, Chain, draw_chains, drive, fail, parts_of, train, worst_of_chain
-from layouts import Case, Driven, batches
-from ranks import run_ranks
 from torch import Tensor
 
 from deepseek.checkpoint import manager as manager_module
@@ -31,6 +28,9 @@ from deepseek.checkpoint.training_state import collect_tensors, load_weights, re
 from deepseek.config.errors import UserError
 from deepseek.config.schema import CheckpointConfig
 from deepseek.models.transformer import Transformer
+from support.chains import LAYOUTS, Chain, draw_chains, drive, fail, parts_of, train, worst_of_chain
+from support.layouts import Case, Driven, batches
+from support.ranks import run_ranks
 
 PAIRS = draw_chains(6, 2, seed=0, largest_world=4)
 BY_HAND = [

@@ -9,12 +9,12 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
-from ranks import run_ranks
 
-from deepseek.monitoring.rank_monitor import _row
+from deepseek.config.layout import Layout
+from deepseek.monitoring.record.rank_monitor import _row
+from deepseek.monitoring.record.recorder import NUMBERS, CommunicationRecorder, Kind, _Call
 from deepseek.parallel.mesh import Meshes
-from deepseek.parallel.recorder import NUMBERS, CommunicationRecorder, Kind, _Call
-from deepseek.planner.layout import Layout
+from support.ranks import run_ranks
 
 RANKS, STEP_SECONDS = 4, 2.0
 OPERATIONS = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")

@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
 from torch import Tensor
 
-from deepseek.parallel.comm import (
+from deepseek.parallel.collectives import (
     all_to_all_rows,
     gather_sequence,
     scatter_sequence_sum,
     sum_forward,
 )
+from support.ranks import run_ranks
 
 Operation = Callable[[Tensor, int], Tensor]
 """What a rank computes from its own tensor."""

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import Tensor
 
 from deepseek.models.components.dispatcher import TokenDispatcher
 from deepseek.parallel.deep_ep_dispatcher import DeepEPDispatcher
 from deepseek.parallel.expert_dispatcher import AllToAllDispatcher, build_dispatcher
+from support.ranks import run_ranks
 
 EXPERTS, TOP_K, DIM = 8, 3, 16
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankFailed, run_ranks
 from torch import Tensor
 
 from deepseek.parallel import exchange, host_memory
+from support.ranks import RankFailed, run_ranks
 
 pytestmark = pytest.mark.torch_alone
 

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
 from torch import Tensor, nn
 
 from deepseek.models.components.context import TokenContext
@@ -18,6 +17,7 @@ from deepseek.models.components.dispatcher import LocalDispatcher, TokenDispatch
 from deepseek.models.components.moe import GroupedExperts, MoE
 from deepseek.models.components.router import Router
 from deepseek.parallel.expert_dispatcher import AllToAllDispatcher
+from support.ranks import run_ranks
 
 pytestmark = pytest.mark.torch_alone
 

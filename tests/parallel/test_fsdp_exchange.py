@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import Case, batches, small_config, spread
-from ranks import run_ranks
 from torch import Tensor
 
 from deepseek.parallel import exchange, fsdp_exchange
 from deepseek.parallel.fsdp_exchange import _AllGather, _ReduceScatter, _UnitMemory, use_exchange
 from deepseek.parallel.gradients import local
 from deepseek.parallel.host_memory import HostMemory
+from support.layouts import Case, batches, small_config, spread
+from support.ranks import run_ranks
 
 CPU = torch.device("cpu")
 

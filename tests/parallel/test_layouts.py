@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from draw import ADAM_EPS, WEIGHTS, draw_cases
-from layouts import Case, Driven, batches, compare, in_one_process, small_config, spread
-from ranks import run_ranks
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -18,10 +15,13 @@ from torch.distributed.tensor import DTensor
 from deepseek.config.schema import OptimConfig, SchedConfig
 from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.router import Router, Routing
-from deepseek.models.deepseek_model import DeepSeekModel
-from deepseek.ops.linear_cross_entropy import IGNORE_INDEX
+from deepseek.ops.cross_entropy import IGNORE_INDEX
 from deepseek.parallel import gradients, tensor
 from deepseek.parallel.mesh import Alone
+from deepseek.training.step import DeepSeekModel
+from support.draw import ADAM_EPS, WEIGHTS, draw_cases
+from support.layouts import Case, Driven, batches, compare, in_one_process, small_config, spread
+from support.ranks import run_ranks
 
 pytestmark = pytest.mark.torch_alone
 

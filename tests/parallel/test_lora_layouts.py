@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import Case, Driven, batches, compare, small_config
-from ranks import run_ranks
 from torch import Tensor
 
 from deepseek.config.schema import OptimConfig, PeftConfig, SchedConfig
 from deepseek.models.components.lora import is_adapter
 from deepseek.parallel import gradients
 from deepseek.parallel.mesh import Alone
+from support.layouts import Case, Driven, batches, compare, small_config
+from support.ranks import run_ranks
 
 pytestmark = pytest.mark.torch_alone
 
@@ -124,9 +124,8 @@ def test_checkpoints_hold_adapters_only() -> None:
 
 
 def kept_names(rank: int, case: Case) -> list[str]:
-    from layouts import spread
-
     from deepseek.checkpoint.training_state import collect_tensors
+    from support.layouts import spread
 
     driven = spread(case)
     driven.run(batches(case))

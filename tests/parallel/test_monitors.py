@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import Case, Driven, batches, small_config, spread
-from ranks import run_ranks
 
 from deepseek.frameworks import Callback
 from deepseek.models.components.moe import MoE
 from deepseek.monitoring.array_log import Record, read_arrays
-from deepseek.monitoring.expert_monitor import ExpertMonitor, expert_layers
-from deepseek.monitoring.rank_monitor import COLUMNS, RankMonitor
-from deepseek.monitoring.router_margin import MARGIN_TOKENS
+from deepseek.monitoring.record.expert_monitor import ExpertMonitor, expert_layers
+from deepseek.monitoring.record.rank_monitor import COLUMNS, RankMonitor
+from deepseek.monitoring.record.router_margin import MARGIN_TOKENS
 from deepseek.parallel.mesh import Alone
-from deepseek.phases import Memory
+from deepseek.training.phases import Memory
+from support.layouts import Case, Driven, batches, small_config, spread
+from support.ranks import run_ranks
 
 TRAINER = SimpleNamespace(loggers=[])
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankFailed, run_ranks
+
+from support.ranks import RankFailed, run_ranks
 
 
 def backward_pass() -> float:

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import Case, batches, small_config, spread
-from ranks import run_ranks
 from torch.distributed.pipelining import schedules
 
+from deepseek.config.layout import Layout
 from deepseek.models.components.router import Router
-from deepseek.parallel.mesh import Meshes
-from deepseek.parallel.recorder import (
+from deepseek.monitoring.record.recorder import (
     NUMBERS,
     OPERATIONS,
     SEND_RECV,
@@ -24,7 +22,9 @@ from deepseek.parallel.recorder import (
     Summary,
     _percentiles,
 )
-from deepseek.planner.layout import Layout
+from deepseek.parallel.mesh import Meshes
+from support.layouts import Case, batches, small_config, spread
+from support.ranks import run_ranks
 
 BYTES, COUNT = NUMBERS.index("bytes"), NUMBERS.index("count")
 SECONDS, TRANSFER = NUMBERS.index("seconds"), NUMBERS.index("transfer_seconds")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from layouts import Case, batches, small_config, spread
-from ranks import run_ranks
 
 from deepseek.models.components.moe import GroupedExperts
 from deepseek.parallel.gradients import local
+from support.layouts import Case, batches, small_config, spread
+from support.ranks import run_ranks
 
 
 def addresses(rank: int, case: Case) -> tuple[set[int], set[int]]:

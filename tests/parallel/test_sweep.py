@@ -1,9 +1,10 @@
 """What the sweep calls rounding: only what no order of summing computes better."""
 
 import pytest
-import sweep
 import torch
-from layouts import Case, conditioning, small_config
+
+from support import sweep
+from support.layouts import Case, conditioning, small_config
 
 FP32 = Case(small_config(), 1, dtype=torch.float32, steps=1)
 FP64 = Case(small_config(), 1, steps=1)

@@ -11,14 +11,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from deepseek.models.components.head import Head
-from deepseek.ops.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from deepseek.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from deepseek.parallel import vocabulary as module
 from deepseek.parallel.vocabulary import (
     VocabularyEmbedding,
@@ -27,6 +26,7 @@ from deepseek.parallel.vocabulary import (
     local_embedding,
     vocabulary_cross_entropy,
 )
+from support.ranks import run_ranks
 
 pytestmark = pytest.mark.torch_alone
 

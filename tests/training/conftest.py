@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from micro_runs import MicroRuns
+
+from support.micro_runs import MicroRuns
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,8 @@
 import signal
 
 import pytest
-from micro_runs import MicroRuns
+
+from support.micro_runs import MicroRuns
 
 ASYNC = "exp_manager.checkpoint_callback_params.async_save=true"
 EVERY_TWO = "exp_manager.checkpoint_callback_params.every_n_train_steps=2"
@@ -12,7 +13,7 @@ EVERY_TWO = "exp_manager.checkpoint_callback_params.every_n_train_steps=2"
 SLOW_WRITES = """
 import threading, time
 from deepseek.checkpoint import manager
-from deepseek.models.deepseek_model import DeepSeekModel
+from deepseek.training.step import DeepSeekModel
 write, step = manager.write_shards, DeepSeekModel.training_step
 trained = threading.Event()
 def slow_write(*args):
@@ -50,7 +51,7 @@ manager.write_shards = deadly
 
 SIGNAL_IN_STEP = """
 import os
-from deepseek.models.deepseek_model import DeepSeekModel
+from deepseek.training.step import DeepSeekModel
 inner = DeepSeekModel.training_step
 def signalled(self, batch, batch_idx):
     if self.finished_steps == 2:
@@ -62,7 +63,7 @@ DeepSeekModel.training_step = signalled
 FULL_DISK = """
 import shutil
 usage = shutil.disk_usage
-from deepseek.models.deepseek_model import DeepSeekModel
+from deepseek.training.step import DeepSeekModel
 step = DeepSeekModel.training_step
 def filling(self, batch, batch_idx):
     if self.finished_steps == 3:

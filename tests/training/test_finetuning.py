@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import FORK_WORKERS
-from micro_runs import MicroRuns
+
+from support.forked import FORK_WORKERS
+from support.micro_runs import MicroRuns
 
 STEPS = 20
 TARGETS = "model.peft.target_modules=[attention, feed_forward, experts]"
@@ -169,7 +170,7 @@ def test_peft_reads_the_adapters(micro: MicroRuns, adapted: str) -> None:
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    from deepseek.commands.opened import open_checkpoint
+    from deepseek.interop.open_weights import open_checkpoint
 
     micro.cli("hf", "export", "tuned_base", "hf", "--mtp", "drop").assert_done()
     for run, targets in (

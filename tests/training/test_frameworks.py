@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from deepseek.config.schema import ModelConfig, SchedConfig
 from deepseek.data.sampler import StepBatches
 from deepseek.frameworks import NEMO_TARGET, USES_NEMO, ModelBase, Trainer, attach_loggers, pl
-from deepseek.models.deepseek_model import DeepSeekModel
-from deepseek.optim.schedule import learning_rate
+from deepseek.training.schedule import learning_rate
+from deepseek.training.step import DeepSeekModel
 
 SOURCE = Path(__file__).resolve().parents[2] / "training" / "nemo"
 SMALL = ModelConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, kv_lora_rank=8)

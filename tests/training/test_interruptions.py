@@ -4,15 +4,16 @@ import json
 import signal
 
 import pytest
-from micro_runs import MicroRuns
+
+from support.micro_runs import MicroRuns
 
 # The process kills itself before the n-th of the calls named, at or after step 4, when a log row, a
 # validation of two batches and a checkpoint follow each other.
 KILL_AT = """
 import os, signal
 from deepseek.checkpoint.manager import CheckpointManager
-from deepseek.models.deepseek_model import DeepSeekModel
-from deepseek.monitoring.metrics_log import MetricsLog
+from deepseek.training.step import DeepSeekModel
+from deepseek.monitoring.record.metrics_log import MetricsLog
 calls = []
 def deadly(owner, name, killed_after=False):
     call = getattr(owner, name)
@@ -43,7 +44,7 @@ step 5."""
 
 SIGNAL_AT = """
 import os, signal
-from deepseek.models.deepseek_model import DeepSeekModel
+from deepseek.training.step import DeepSeekModel
 def signalling(call):
     def wrapped(self, *args, **kwargs):
         if self.finished_steps == {finished}:
@@ -178,7 +179,7 @@ def test_a_longer_schedule_is_continued_as_if_never_stopped(micro: MicroRuns, wh
 
 DEAD_LOADER = """
 import multiprocessing, os, signal
-from deepseek.models.deepseek_model import DeepSeekModel
+from deepseek.training.step import DeepSeekModel
 def step(self, *args, call=DeepSeekModel.training_step):
     if self.finished_steps == {finished} and not os.path.exists("{once}"):
         open("{once}", "w").close()

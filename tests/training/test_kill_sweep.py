@@ -1,8 +1,9 @@
 """Killed at random moments and continued, a run is bitwise the uninterrupted one."""
 
 import pytest
-from kill_sweep import kill_often, settings_of
-from micro_runs import MicroRuns
+
+from support.kill_sweep import kill_often, settings_of
+from support.micro_runs import MicroRuns
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -4,14 +4,13 @@ import json
 import re
 from pathlib import Path
 
-from micro_runs import MicroRuns
-
 import deepseek
-from deepseek.monitoring import detectors, router_margin
 from deepseek.monitoring.array_log import read_arrays
-from deepseek.monitoring.detectors import detectors as all_detectors
-from deepseek.monitoring.metrics_log import SCALARS
-from deepseek.monitoring.report.run_data import read_rows
+from deepseek.monitoring.record import detectors, router_margin
+from deepseek.monitoring.record.detectors import detectors as all_detectors
+from deepseek.monitoring.record.metrics_log import SCALARS
+from deepseek.monitoring.run_log import read_rows
+from support.micro_runs import MicroRuns
 
 GUIDE = (Path(deepseek.__file__).parent / "docs" / "monitoring.md").read_text()
 NAMED = set(re.findall(r"`([a-z0-9_]+)`", GUIDE))
@@ -33,7 +32,7 @@ def test_every_key_that_is_written_is_named(micro: MicroRuns, whole: str) -> Non
 
 
 def test_every_key_of_several_processes_is_named(micro: MicroRuns) -> None:
-    from forked import FORK_WORKERS
+    from support.forked import FORK_WORKERS
 
     micro.train(
         "guide", "trainer.max_steps=2", "trainer.devices=2", "model.expert_model_parallel_size=2",

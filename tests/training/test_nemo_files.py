@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from launchers import by_itself, layout
-from micro_runs import MicroRuns
 
-from deepseek.checkpoint.nemo_file import NemoFile
 from deepseek.frameworks import USES_NEMO
+from deepseek.interop.nemo_file import NemoFile
+from support.launchers import by_itself, layout
+from support.micro_runs import MicroRuns
 
 SAVES = "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=true"
 SHORT = ["trainer.max_steps=2", "trainer.val_check_interval=0"]
@@ -61,7 +61,7 @@ def test_of_any_layout_it_holds_the_tensors_of_the_checkpoint(
 
 @pytest.mark.skipif(not USES_NEMO, reason="restored by NeMo")
 def test_nemo_restores_it(micro: MicroRuns, nemo: Path, tmp_path: Path) -> None:
-    from deepseek.models.deepseek_model import DeepSeekModel
+    from deepseek.training.step import DeepSeekModel
 
     model = DeepSeekModel.restore_from(str(nemo), map_location="cpu")
     assert type(model) is DeepSeekModel and model.config.num_nextn_predict_layers == 1

@@ -4,16 +4,16 @@ import re
 from pathlib import Path
 
 import pytest
-from examples import ALONE, PROCESSES, QUICK, header_overrides
-from launchers import by_itself, log_distance
-from micro_runs import MicroRuns
 
 import deepseek
 from deepseek.config import load_config
+from support.examples import ALONE, PROCESSES, QUICK, header_overrides
+from support.launchers import by_itself, log_distance
+from support.micro_runs import MicroRuns
 
 GUIDE = Path(deepseek.__file__).parent / "docs" / "distributed.md"
 AFFORDABLE = [name for name, count in PROCESSES.items() if count <= 8]
-"""32 processes: tests/network/four_hosts.py."""
+"""32 processes: tests/support/four_hosts.py."""
 
 
 @pytest.fixture(scope="module")

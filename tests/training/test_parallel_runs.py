@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable
 
 import pytest
-from forked import FORK_WORKERS, Ran, children, environment_for_tests
-from launchers import (
+
+from support.forked import FORK_WORKERS, Ran, children, environment_for_tests
+from support.launchers import (
     by_itself,
     by_srun,
     by_torchrun,
@@ -21,7 +22,7 @@ from launchers import (
     relative,
     tensor_distance,
 )
-from micro_runs import OF_THE_LAYOUT, MicroRuns
+from support.micro_runs import OF_THE_LAYOUT, MicroRuns
 
 SAME = 1e-5
 """Relative, in fp32: sums are taken in another order. Measured: 4e-7 for rows of the log, 2e-6 for
@@ -219,7 +220,7 @@ def test_a_signal_to_the_supervisor(micro: MicroRuns, whole: str, number: int) -
     """As in one process: a checkpoint after a whole step, exit code 0, and the run goes on."""
     name = f"stopped{number}"
     never = "exp_manager.checkpoint_callback_params.every_n_train_steps=0"
-    slow = "from deepseek.models.deepseek_model import DeepSeekModel as M; import time\n"
+    slow = "from deepseek.training.step import DeepSeekModel as M; import time\n"
     slow += "step = M.training_step\n"
     slow += "def slowly(*args):\n    time.sleep(0.3)\n    return step(*args)\n"
     slow += "M.training_step = slowly\n"

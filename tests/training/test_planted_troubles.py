@@ -5,18 +5,18 @@ import html
 from typing import Any
 
 import pytest
-from forked import FORK_WORKERS, Ran
-from micro_runs import MicroRuns
 
 from deepseek.commands.report import report
-from deepseek.monitoring.detectors import COLLAPSED_RECORDS, DEAD_RECORDS, STRAGGLER_RECORDS
-from deepseek.monitoring.report.run_data import read_run
+from deepseek.monitoring.record.detectors import COLLAPSED_RECORDS, DEAD_RECORDS, STRAGGLER_RECORDS
+from deepseek.monitoring.run_log import read_run
+from support.forked import FORK_WORKERS, Ran
+from support.micro_runs import MicroRuns
 
 PLANTED = """
 import torch
 from deepseek.models.components.router import Router
-from deepseek.models.deepseek_model import DeepSeekModel
-from deepseek.monitoring import detectors
+from deepseek.training.step import DeepSeekModel
+from deepseek.monitoring.record import detectors
 
 detectors.CREEP_RECORDS = 4  # ten blocks of 4 records instead of 50
 kept, choose, train = [], Router._choose, DeepSeekModel.training_step

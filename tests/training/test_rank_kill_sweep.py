@@ -1,10 +1,11 @@
 """Ranks killed at random moments: the run comes back by itself and ends as if nothing had been."""
 
 import pytest
-from forked import FORK_WORKERS
-from launchers import by_itself, by_torchrun
-from micro_runs import MicroRuns
-from rank_kill_sweep import kill_ranks, settings_of
+
+from support.forked import FORK_WORKERS
+from support.launchers import by_itself, by_torchrun
+from support.micro_runs import MicroRuns
+from support.rank_kill_sweep import kill_ranks, settings_of
 
 
 @pytest.mark.parametrize("launcher", ["supervisor", "torchrun"])

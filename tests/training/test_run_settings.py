@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from micro_runs import MicroRuns, by_step
 
 from deepseek.frameworks import USES_NEMO
-from deepseek.monitoring.metrics_log import read_metrics
+from deepseek.monitoring.record.metrics_log import read_metrics
+from support.micro_runs import MicroRuns, by_step
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +126,8 @@ def test_versions(micro: MicroRuns, tmp_path: Path) -> None:
 # -- steps that are not finite --
 
 NAN_FROM = """
-from deepseek.models.deepseek_model import DeepSeekModel
-from deepseek.parallel.micro_batches import Sequential
+from deepseek.training.step import DeepSeekModel
+from deepseek.parallel.pipeline import Sequential
 step, train, now = DeepSeekModel.training_step, Sequential.train, []
 def training_step(self, *args):
     now[:] = [self.finished_steps]
@@ -292,7 +292,7 @@ def test_nemo_and_lightning_give_the_same_numbers(
 
 @pytest.mark.skipif(not USES_NEMO, reason="restored by NeMo")
 def test_a_run_with_nemo_writes_a_nemo_file_of_its_last_weights(micro: MicroRuns) -> None:
-    from deepseek.models.deepseek_model import DeepSeekModel
+    from deepseek.training.step import DeepSeekModel
 
     nemo = "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=true"
     board = "exp_manager.create_tensorboard_logger=true"

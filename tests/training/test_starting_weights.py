@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from launchers import by_itself, layout
-from micro_runs import MicroRuns
 
 from deepseek.checkpoint.folder import step_name
+from support.launchers import by_itself, layout
+from support.micro_runs import MicroRuns
 
 ONE_STEP = ["trainer.max_steps=1", "trainer.val_check_interval=0"]
 

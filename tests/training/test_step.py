@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepseek.config.schema import ModelConfig, OptimConfig, SchedConfig
-from deepseek.models.deepseek_model import (
+from deepseek.training.step import (
     MAX_SKIPPED_IN_A_ROW,
     DeepSeekModel,
     NonFiniteError,

@@ -15,7 +15,7 @@ from deepseek.checkpoint.training_state import collect_tensors, load_weights, re
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig, OptimConfig
 from deepseek.models.transformer import Transformer
-from deepseek.optim.build import build_optimizer
+from deepseek.training.optim import build_optimizer
 
 CONFIG = ModelConfig(
     vocab_size=32, hidden_size=16, num_hidden_layers=2, kv_lora_rank=8, q_lora_rank=8

@@ -2,11 +2,11 @@
 
 import json
 
-from micro_runs import MicroRuns
 from test_interruptions import terminate_at
 
 from deepseek.monitoring.array_log import read_arrays
-from deepseek.monitoring.report.run_data import read_rows, read_run
+from deepseek.monitoring.run_log import read_rows, read_run
+from support.micro_runs import MicroRuns
 
 
 def events(micro: MicroRuns, name: str) -> list[tuple[str, int, object]]:
@@ -62,7 +62,7 @@ def test_a_stopped_and_resumed_run(micro: MicroRuns) -> None:
 
 def test_a_run_that_ends_by_an_error(micro: MicroRuns) -> None:
     before = (
-        "from deepseek.models.deepseek_model import DeepSeekModel\n"
+        "from deepseek.training.step import DeepSeekModel\n"
         "step = DeepSeekModel.training_step\n"
         "def failing(self, *args):\n"
         "    if self.finished_steps == 2: raise ValueError('out of luck')\n"

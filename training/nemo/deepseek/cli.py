@@ -47,7 +47,7 @@ def test_command(
     ] = None,
 ) -> None:
     """Check the model: shapes, causality, routing, gradients, agreement with the reference."""
-    from deepseek.commands.test_model import test_model
+    from deepseek.commands.check import test_model
 
     raise typer.Exit(0 if test_model(config) else 1)
 
@@ -81,7 +81,7 @@ def launch_command(
     job_name: Annotated[str | None, typer.Option(help="Name of the job; none: the run's.")] = None,
 ) -> None:
     """Start a run on a cluster: with --slurm, a job file for sbatch."""
-    from deepseek.commands.launch import JobSettings, launch
+    from deepseek.launch.slurm import JobSettings, launch
 
     settings = JobSettings(time, partition, account, job_name)
     launch(config, overrides_of(overrides or []), settings, slurm, nemo_run, output)
@@ -226,7 +226,7 @@ def hf_import_command(
     ] = None,
 ) -> None:
     """Turn Hugging Face weights into a folder that train, generate and experts read."""
-    from deepseek.commands.hf_import import import_hf
+    from deepseek.commands.hf_import_verb import import_hf
 
     import_hf(source, target, mtp, tokenizer, ignore_key or [])
 
@@ -240,7 +240,7 @@ def hf_export_command(
     shard_gb: Annotated[float, typer.Option(help="Largest file, GB.")] = 5.0,
 ) -> None:
     """Write a checkpoint as Hugging Face files."""
-    from deepseek.commands.hf_export import export_hf
+    from deepseek.commands.hf_export_verb import export_hf
 
     export_hf(checkpoint, target, dtype, mtp, shard_gb)
 
@@ -305,7 +305,7 @@ def lora_export_command(
     ] = None,
 ) -> None:
     """Write adapters as peft reads them."""
-    from deepseek.commands.lora import export_lora
+    from deepseek.commands.adapter import export_lora
 
     export_lora(run, target, base)
 
@@ -316,7 +316,7 @@ def lora_merge_command(
     target: Annotated[Path, typer.Argument(help="New folder: checkpoint, config, tokenizer.")],
 ) -> None:
     """Make one model of adapters and what is below them."""
-    from deepseek.commands.lora import merge_lora
+    from deepseek.commands.adapter import merge_lora
 
     merge_lora(run, target)
 
@@ -381,7 +381,7 @@ def migrate_config_command(
     ] = None,
 ) -> None:
     """Turn settings of accelerate and the Hugging Face Trainer into a configuration."""
-    from deepseek.commands.migrate_config import migrate_config
+    from deepseek.interop.accelerate_settings import migrate_config
 
     migrate_config(file, output, extends)
 

@@ -17,7 +17,7 @@ from deepseek.config.errors import UserError
 from deepseek.config.schema import CheckpointConfig
 from deepseek.frameworks import Callback
 from deepseek.parallel.gradients import sum_over
-from deepseek.phases import Memory, measured_memory
+from deepseek.training.phases import Memory, measured_memory
 
 FIXED = {
     "seed",

@@ -38,7 +38,6 @@ from torch.distributed.tensor import DTensor
 
 from deepseek.checkpoint.background import Background, copy_to_cpu
 from deepseek.checkpoint.checkpoint import Checkpoint
-from deepseek.checkpoint.files import FileEntry, sync_folder, write_durably
 from deepseek.checkpoint.folder import (
     Summary,
     complete_steps,
@@ -49,12 +48,13 @@ from deepseek.checkpoint.folder import (
     step_name,
     step_of,
 )
-from deepseek.checkpoint.lock import FolderLock
 from deepseek.checkpoint.manifest import MANIFEST, Manifest
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.shards import write_shards
 from deepseek.checkpoint.state import STATE, state_to_json
 from deepseek.config.errors import UserError
+from deepseek.durable import FileEntry, sync_folder, write_durably
+from deepseek.locks import FolderLock
 
 __all__ = ["Checkpoint", "CheckpointManager", "Summary", "describe", "newest_sound"]
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from deepseek.checkpoint.files import FileEntry, sha256_of
 from deepseek.config.errors import UserError
+from deepseek.durable import FileEntry, sha256_of
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from deepseek.checkpoint.files import FileEntry, HashingWriter
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.config.errors import UserError
+from deepseek.durable import FileEntry, HashingWriter
 
 
 def write_shards(path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, FileEntry]:

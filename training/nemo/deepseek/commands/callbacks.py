@@ -10,8 +10,21 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from deepseek.checkpoint.callback import Checkpointing
-from deepseek.checkpoint.start import StartingWeights
-from deepseek.commands.run_folder import (
+from deepseek.config import RunConfig, resolved_yaml
+from deepseek.config.cost import flops_per_token
+from deepseek.console import say
+from deepseek.data.open_data import OpenedData
+from deepseek.interop.start import StartingWeights
+from deepseek.monitoring.record.alarms import Alarms
+from deepseek.monitoring.record.environment import environment
+from deepseek.monitoring.record.expert_monitor import ExpertMonitor
+from deepseek.monitoring.record.metrics_log import MetricsLog
+from deepseek.monitoring.record.peak import Peak
+from deepseek.monitoring.record.profile import Profile
+from deepseek.monitoring.record.progress import Progress
+from deepseek.monitoring.record.rank_monitor import RankMonitor
+from deepseek.monitoring.record.run_record import RunRecord
+from deepseek.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -20,19 +33,6 @@ from deepseek.commands.run_folder import (
     PROFILE,
     TOKENIZER,
 )
-from deepseek.config import RunConfig, resolved_yaml
-from deepseek.console import say
-from deepseek.data.opened import OpenedData
-from deepseek.monitoring.alarms import Alarms
-from deepseek.monitoring.environment import environment
-from deepseek.monitoring.expert_monitor import ExpertMonitor
-from deepseek.monitoring.metrics_log import MetricsLog
-from deepseek.monitoring.peak import Peak
-from deepseek.monitoring.profile import Profile
-from deepseek.monitoring.progress import Progress
-from deepseek.monitoring.rank_monitor import RankMonitor
-from deepseek.monitoring.run_record import RunRecord
-from deepseek.planner.counts import flops_per_token
 
 
 def callbacks(

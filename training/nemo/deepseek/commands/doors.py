@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deepseek.config.errors import UserError
 from deepseek.console import complain
-from deepseek.parallel.processes import LOST_PEER_EXIT_CODE, is_lost_peer
+from deepseek.launch.processes import LOST_PEER_EXIT_CODE, is_lost_peer
 
 _DEAD_LOADER = re.compile(r"DataLoader worker \(pid.*?\)[^.]*")
 """What torch says of it."""
@@ -97,7 +97,7 @@ def test_door(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     def call() -> None:
-        from deepseek.commands.test_model import test_model
+        from deepseek.commands.check import test_model
 
         sys.exit(0 if test_model(options.config) else 1)
 

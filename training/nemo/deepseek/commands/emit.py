@@ -7,11 +7,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from deepseek.commands import automodel_recipe, megatron_config
 from deepseek.config import RunConfig, load_config
 from deepseek.config.errors import UserError
 from deepseek.config.strict_yaml import dump_yaml
 from deepseek.console import say
+from deepseek.interop import automodel_recipe, megatron_config
 
 KINDS = {
     "automodel": (automodel_recipe.automodel_recipe, automodel_recipe),

@@ -9,17 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from deepseek.commands.opened import OpenedCheckpoint, open_checkpoint, with_config
-from deepseek.commands.run_folder import CHECKPOINTS
 from deepseek.config import RunConfig
 from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, complain, say, table
 from deepseek.data.blend import BlendedDataset
-from deepseek.data.domains import Domain, built_in_domains, open_domains, packed_domain
-from deepseek.data.files import atomic_open
-from deepseek.data.opened import open_data
+from deepseek.data.open_data import open_data
 from deepseek.data.tokenizer import Tokenizer
-from deepseek.monitoring.routing_analysis import (
+from deepseek.experts.analysis import (
     MEANING,
     Compared,
     DomainSize,
@@ -27,7 +23,11 @@ from deepseek.monitoring.routing_analysis import (
     dump,
     layer_routes,
 )
-from deepseek.monitoring.routing_metrics import KeptChoices, RoutingCounts, mean_saturation
+from deepseek.experts.domains import Domain, built_in_domains, open_domains, packed_domain
+from deepseek.experts.routing_metrics import KeptChoices, RoutingCounts, mean_saturation
+from deepseek.files import atomic_open
+from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint, with_config
+from deepseek.run_folder import CHECKPOINTS
 
 BATCH_TOKENS = 4096
 """Read in one forward pass, or one sequence if that is longer."""
@@ -247,7 +247,7 @@ def _read(
     counts: RoutingCounts | None,
     kept: KeptChoices,
 ) -> None:
-    from deepseek.inference.routing import LayerRouting, read_routing
+    from deepseek.experts.routing import LayerRouting, read_routing
 
     def observe(seen: LayerRouting) -> None:
         if counts is not None:
@@ -277,7 +277,7 @@ def _write(analysis: RoutingAnalysis, target: Path) -> None:
     if target.suffix == ".json":
         text = dump(analysis)
     else:
-        from deepseek.monitoring.routing_page import routing_page
+        from deepseek.experts.routing_page import routing_page
 
         text = routing_page(analysis)
     with atomic_open(target) as stream:

@@ -16,10 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.commands.callbacks import callbacks
-from deepseek.commands.run_folder import LOGS, chosen_folder, finished_steps
 from deepseek.config import RunConfig, UserError
+from deepseek.config.cost import count_parameters
+from deepseek.config.layout import Layout, num_stages
 from deepseek.console import StageProgress, say
-from deepseek.data.opened import OpenedData, open_data
+from deepseek.data.open_data import OpenedData, open_data
 from deepseek.data.sampler import build_train_loader, build_validation_loader
 from deepseek.data.timed import TimedLoader
 from deepseek.frameworks import (
@@ -28,13 +29,12 @@ from deepseek.frameworks import (
     framework_name,
     remote_loggers,
 )
-from deepseek.heap import keep_freed_memory
-from deepseek.models.deepseek_model import DeepSeekModel
-from deepseek.monitoring.peak import peak_of
-from deepseek.parallel.processes import Processes, join
-from deepseek.parallel.strategy import DeepSeekStrategy
-from deepseek.planner.counts import count_parameters
-from deepseek.planner.layout import Layout, num_stages
+from deepseek.launch.processes import Processes, join
+from deepseek.launch.strategy import DeepSeekStrategy
+from deepseek.monitoring.record.peak import peak_of
+from deepseek.parallel.heap import keep_freed_memory
+from deepseek.run_folder import LOGS, chosen_folder, finished_steps
+from deepseek.training.step import DeepSeekModel
 
 
 @dataclass(frozen=True)

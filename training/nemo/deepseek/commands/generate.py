@@ -10,10 +10,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from deepseek.commands.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
 from deepseek.config import RunConfig, load_config
 from deepseek.config.errors import UserError
 from deepseek.console import complain, say
+from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
 
 
 def generate_text(
@@ -45,7 +45,7 @@ def generate_text(
         UserError: no run, no sound checkpoint, a prompt that does not fit; with ``chat``, no chat
             template or no prompt.
     """
-    from deepseek.inference.generate import generate, stream_tokens
+    from deepseek.inference.generation import generate, stream_tokens
     from deepseek.inference.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p)
@@ -83,9 +83,9 @@ def load_run(run: Path) -> tuple[Any, Any]:
     """Model (with the weights of the newest sound checkpoint) and tokenizer of a run folder."""
     import torch
 
-    from deepseek.checkpoint.adapters import load_whole
     from deepseek.checkpoint.folder import newest_sound
     from deepseek.data.tokenizer import load_tokenizer
+    from deepseek.interop.adapters import load_whole
 
     if not (run / CONFIG_FILE).is_file():
         if (run / "config.json").is_file():

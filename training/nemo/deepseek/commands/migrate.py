@@ -10,13 +10,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from deepseek.commands.opened import open_checkpoint
-from deepseek.commands.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
 from deepseek.config import RunConfig, load_config, resolved_yaml
 from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, say
-from deepseek.data.files import require_room
-from deepseek.data.opened import open_data
+from deepseek.data.open_data import open_data
+from deepseek.files import require_room
+from deepseek.interop.open_weights import open_checkpoint
+from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
 
 
 def migrate_checkpoint(
@@ -49,13 +49,13 @@ def migrate_checkpoint(
         ConfigError: the configuration is broken.
         UserError: the source is none, tensors are not accounted for, no room.
     """
-    from deepseek.checkpoint.files import write_durably
     from deepseek.checkpoint.folder import step_name
-    from deepseek.checkpoint.fsdp import Migration
-    from deepseek.checkpoint.fsdp_names import NameTable
-    from deepseek.checkpoint.fsdp_origin import ORIGIN, Origin
-    from deepseek.checkpoint.fsdp_source import open_source
-    from deepseek.checkpoint.staging import Staging, disk_errors, refuse_existing
+    from deepseek.durable import write_durably
+    from deepseek.interop.fsdp_migration import Migration
+    from deepseek.interop.fsdp_names import NameTable
+    from deepseek.interop.fsdp_origin import ORIGIN, Origin
+    from deepseek.interop.fsdp_source import open_source
+    from deepseek.staging import Staging, disk_errors, refuse_existing
 
     if step is not None and step < 0:
         raise UserError(f"--step {step}: give the optimiser steps done, 0 or more")
@@ -139,9 +139,9 @@ def export_to_fsdp(run: Path, target: Path, like: Path | None = None) -> None:
     Raises:
         UserError: nothing migrated, ``target`` exists, no room, or the checkpoint lacks tensors.
     """
-    from deepseek.checkpoint.fsdp_export import FsdpExport, export_fsdp
-    from deepseek.checkpoint.fsdp_origin import Origin
-    from deepseek.checkpoint.staging import refuse_existing
+    from deepseek.interop.fsdp_export import FsdpExport, export_fsdp
+    from deepseek.interop.fsdp_origin import Origin
+    from deepseek.staging import refuse_existing
 
     refuse_existing(target)
     opened = open_checkpoint(run)
@@ -180,7 +180,7 @@ def export_to_fsdp(run: Path, target: Path, like: Path | None = None) -> None:
 
 def _write_table(file: Path, table: Any, source: Any) -> None:
     """Write the table to edit, and say what of the source it does not name."""
-    from deepseek.checkpoint.fsdp import weight_names
+    from deepseek.interop.fsdp_migration import weight_names
 
     try:
         with open(file, "x") as stream:
@@ -204,8 +204,8 @@ def _write_table(file: Path, table: Any, source: Any) -> None:
 
 def _notes(objects: dict[str, Any], migration: Any, run: RunConfig, step: int) -> list[str]:
     """Settings under which the run would go on otherwise than it went so far."""
-    from deepseek.checkpoint.fsdp import param_groups
-    from deepseek.optim.schedule import learning_rate
+    from deepseek.interop.fsdp_migration import param_groups
+    from deepseek.training.schedule import learning_rate
 
     optim = run.model.optim
     notes: list[str] = []

@@ -47,7 +47,7 @@ def monitor(
         )
     from rich.live import Live
 
-    from deepseek.monitoring.live_frame import frame, plain
+    from deepseek.monitoring.live import frame, plain
 
     width = shutil.get_terminal_size((WIDTH_OF_PIPES, 24)).columns
     if once or not sys.stdout.isatty():
@@ -144,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
 def _report(run: Path) -> bytes:
     """The page, or in its place what is in its way: the next try may find it gone."""
     from deepseek.monitoring.report.page import report_page
-    from deepseek.monitoring.report.run_data import read_run
+    from deepseek.monitoring.run_log import read_run
 
     try:
         return report_page([read_run(run)]).encode()

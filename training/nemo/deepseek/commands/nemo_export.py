@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deepseek.commands.opened import OpenedCheckpoint, open_checkpoint, with_config
 from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, say
-from deepseek.data.files import require_room
+from deepseek.files import require_room
+from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint, with_config
 
 
 def export_nemo(checkpoint: Path, target: Path) -> None:
@@ -42,9 +42,9 @@ def keep_nemo(folder: Path, name: str) -> None:
         UserError: no sound checkpoint, no room.
     """
     from deepseek.checkpoint.folder import newest_sound
-    from deepseek.checkpoint.nemo_file import step_in
-    from deepseek.commands.run_folder import CHECKPOINTS, finished_steps
     from deepseek.console import complain
+    from deepseek.interop.nemo_file import step_in
+    from deepseek.run_folder import CHECKPOINTS, finished_steps
 
     target = folder / f"{name}.nemo"
     if target.is_file() and step_in(target) == finished_steps(folder):
@@ -55,7 +55,7 @@ def keep_nemo(folder: Path, name: str) -> None:
 
 
 def _write(opened: OpenedCheckpoint, target: Path) -> None:
-    from deepseek.checkpoint.nemo_file import NemoWriter
+    from deepseek.interop.nemo_file import NemoWriter
 
     writer = NemoWriter(opened.checkpoint, opened.config.model)
     total = writer.nbytes

@@ -27,7 +27,7 @@ def report(runs: Sequence[Path], output: Path | None = None) -> Path:
             written.
     """
     from deepseek.monitoring.report.page import report_page
-    from deepseek.monitoring.report.run_data import read_run
+    from deepseek.monitoring.run_log import read_run
 
     if not runs:
         raise UserError("a report needs a run folder: deepseek report RUN")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from deepseek.commands.run_folder import CHECKPOINTS
 from deepseek.config import RunConfig, load_config, resolved_yaml
+from deepseek.config.cost import count_parameters
 from deepseek.config.errors import UserError
 from deepseek.config.sources import CONFIGS, shipped_configs
 from deepseek.console import say, table
-from deepseek.planner.counts import count_parameters
+from deepseek.run_folder import CHECKPOINTS
 
 
 def list_configs() -> None:

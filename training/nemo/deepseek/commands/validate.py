@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from omegaconf import OmegaConf
 
+from deepseek.commands.validate_tables import validate_report
 from deepseek.config import RunConfig, UserError, load_config
 from deepseek.config.load import unchecked_value
+from deepseek.config.placement import placement_notes, placement_tables
 from deepseek.console import say, table
-from deepseek.planner.placement import placement_notes, placement_tables
-from deepseek.planner.report import validate_report
 
 USUAL_NODE = 8
 """Processes of a node where the configuration names none: GPUs of a usual server."""

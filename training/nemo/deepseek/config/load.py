@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deepseek.config.errors import ConfigError, Problem, shown
 from deepseek.config.fields import FIELDS, LEAVES, Field, type_problems, value_at
-from deepseek.config.hints import nearest, unknown_key_way_out
+from deepseek.config.foreign_names import nearest, unknown_key_way_out
 from deepseek.config.rules import check
 from deepseek.config.schema import RunConfig
 from deepseek.config.sources import CONFIGS, chain, plain_copy, shipped_configs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from deepseek.config.errors import Problem
-from deepseek.config.hints import nearest
+from deepseek.config.foreign_names import nearest
 from deepseek.config.schema import ModelConfig, RunConfig
 
 GROUPS: dict[str, tuple[str, ...]] = {

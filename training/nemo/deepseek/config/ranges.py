@@ -8,7 +8,7 @@ from typing import Any
 
 from deepseek.config.errors import Problem
 from deepseek.config.fields import LEAVES
-from deepseek.config.hints import nearest
+from deepseek.config.foreign_names import nearest
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from deepseek.config.choices import divisors, listed
 from deepseek.config.errors import Problem
 from deepseek.config.fields import LEAVES, type_problems, value_at
-from deepseek.config.monitor_rules import loggers, profile
-from deepseek.config.parallel_rules import (
+from deepseek.config.layout_rules import (
     batch,
     data_parallel_shards,
     expert_parallel,
@@ -30,6 +29,7 @@ from deepseek.config.parallel_rules import (
     resharding,
     tensor_parallel,
 )
+from deepseek.config.monitor_rules import loggers, profile
 from deepseek.config.paths import (
     data_files,
     folders,

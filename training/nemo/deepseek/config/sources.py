@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from deepseek.config.errors import ConfigError, Problem
-from deepseek.config.hints import nearest
+from deepseek.config.foreign_names import nearest
 from deepseek.config.strict_yaml import MAX_BYTES, Document, read_yaml
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

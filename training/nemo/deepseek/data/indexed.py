@@ -29,7 +29,7 @@ from typing import IO
 import numpy as np
 
 from deepseek.config.errors import UserError
-from deepseek.data.files import add_suffix, atomic_open
+from deepseek.files import add_suffix, atomic_open
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")

@@ -34,14 +34,6 @@ import numpy as np
 
 from deepseek.config.errors import UserError
 from deepseek.data.corpus import Corpus, pieces
-from deepseek.data.files import (
-    add_suffix,
-    atomic_open,
-    exclusive,
-    require_room,
-    sync,
-    sync_folder,
-)
 from deepseek.data.indexed import IndexedDataset, dtype_for, write_index
 from deepseek.data.prepared import FORMAT, PreparedData, already_there, input_sha256, is_output
 from deepseek.data.tokenizer import (
@@ -50,6 +42,14 @@ from deepseek.data.tokenizer import (
     train_bpe,
 )
 from deepseek.data.tokenizer_backend import tokenizers_installed
+from deepseek.files import (
+    add_suffix,
+    atomic_open,
+    exclusive,
+    require_room,
+    sync,
+    sync_folder,
+)
 
 log = logging.getLogger("deepseek.data")
 

@@ -19,11 +19,11 @@ import numpy as np
 from deepseek.config.errors import UserError
 from deepseek.data.chat import ChatError, ChatTemplate, conversation_of
 from deepseek.data.corpus import Corpus, json_lines
-from deepseek.data.files import add_suffix, atomic_open, exclusive, require_room
 from deepseek.data.indexed import IndexedDataset, IndexedWriter, dtype_for
 from deepseek.data.prepare import Progress
 from deepseek.data.prepared import PreparedData, already_there, input_sha256, is_output
 from deepseek.data.tokenizer import load_tokenizer
+from deepseek.files import add_suffix, atomic_open, exclusive, require_room
 
 log = logging.getLogger("deepseek.data")
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from deepseek.config.errors import UserError
 from deepseek.data.corpus import Corpus, digest_lines
-from deepseek.data.files import add_suffix, atomic_open
 from deepseek.data.indexed import IndexedDataset
+from deepseek.files import add_suffix, atomic_open
 
 FORMAT = "deepseek-data/1"
 

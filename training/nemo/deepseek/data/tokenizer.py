@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, final
 import numpy as np
 
 from deepseek.config.errors import UserError
-from deepseek.data.files import atomic_open
 from deepseek.data.tokenizer_backend import (
     Backend,
     ByteBackend,
@@ -29,6 +28,7 @@ from deepseek.data.tokenizer_backend import (
     is_bytes_only,
     tokenizers_installed,
 )
+from deepseek.files import atomic_open
 
 log = logging.getLogger("deepseek.data")
 

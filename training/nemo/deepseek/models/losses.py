@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deepseek.models.components.head import Head
-from deepseek.ops.linear_cross_entropy import IGNORE_INDEX
+from deepseek.ops.cross_entropy import IGNORE_INDEX
 
 
 class LossSums(NamedTuple):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from deepseek.config.layout import StageParts
 from deepseek.models.losses import loss_sums
 from deepseek.models.parts import Parts
 from deepseek.models.transformer import Transformer
-from deepseek.planner.layout import StageParts
 
 
 class Stage(Parts):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from deepseek.config.layout import StageParts
 from deepseek.config.peft_rules import targeted
 from deepseek.config.schema import ModelConfig
 from deepseek.models.components.attention import LatentStore, MultiHeadLatentAttention
@@ -25,7 +26,6 @@ from deepseek.models.components.mtp import MultiTokenPredictor
 from deepseek.models.components.norm import RMSNorm
 from deepseek.models.components.router import Router
 from deepseek.models.parts import HiddenStates, Parts
-from deepseek.planner.layout import StageParts
 
 
 class Transformer(Parts):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deepseek.models.components.dispatcher import Dispatched, TokenDispatcher, weighted_sum
 from deepseek.ops.permute import expand_rows, inverse_permutation, permute_rows
-from deepseek.parallel.comm import all_to_all_rows
+from deepseek.parallel.collectives import all_to_all_rows
 
 
 class AllToAllDispatcher:

@@ -1,6 +1,6 @@
 """The two meshes over the ranks, and every process group there is.
 
-A mesh has axes (``planner/layout.py`` names them); a tensor has dims. Every group is made here, so
+A mesh has axes (``config/layout.py`` names them); a tensor has dims. Every group is made here, so
 that it has a name and the configured time-out.
 """
 
@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from deepseek.planner.layout import DENSE_AXES, SPARSE_AXES, Layout
+from deepseek.config.layout import DENSE_AXES, SPARSE_AXES, Layout
 
 
 class Meshes:

@@ -33,7 +33,7 @@ from deepseek.models.components.feed_forward import FeedForward
 from deepseek.models.components.lora import LoraLinear, lora_linear
 from deepseek.models.components.moe import MoE
 from deepseek.models.transformer import Transformer
-from deepseek.parallel.comm import gather_sequence, scatter_sequence_sum, sum_forward
+from deepseek.parallel.collectives import gather_sequence, scatter_sequence_sum, sum_forward
 from deepseek.parallel.gradients import local
 from deepseek.parallel.mesh import Meshes
 from deepseek.parallel.vocabulary import VocabularyEmbedding, VocabularyHead

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from deepseek.models.components.head import Head
-from deepseek.ops.linear_cross_entropy import CHUNK_TOKENS, IGNORE_INDEX
-from deepseek.parallel.comm import gather_sequence, scatter_sequence_sum
+from deepseek.ops.cross_entropy import CHUNK_TOKENS, IGNORE_INDEX
+from deepseek.parallel.collectives import gather_sequence, scatter_sequence_sum
 
 
 class VocabularyEmbedding(nn.Embedding):

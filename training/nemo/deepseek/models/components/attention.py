@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from deepseek.models.components.context import TokenContext
 from deepseek.models.components.norm import RMSNorm
 from deepseek.models.components.rope import rotate
-from deepseek.ops.attention import causal_attention
+from deepseek.ops.causal_attention import causal_attention
 
 
 class LatentStore(Protocol):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from deepseek.ops.linear_cross_entropy import linear_cross_entropy
+from deepseek.ops.cross_entropy import linear_cross_entropy
 
 
 class Head(nn.Linear):

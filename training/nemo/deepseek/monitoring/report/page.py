@@ -16,7 +16,6 @@ from deepseek.config.errors import UserError
 from deepseek.monitoring.report.expert_panels import expert_panels
 from deepseek.monitoring.report.panel import Figure, Panel, Section
 from deepseek.monitoring.report.rank_panels import rank_panels
-from deepseek.monitoring.report.run_data import RunData
 from deepseek.monitoring.report.run_panels import (
     alarms_panel,
     comparison_panels,
@@ -27,6 +26,7 @@ from deepseek.monitoring.report.run_panels import (
     state,
 )
 from deepseek.monitoring.report.training_panels import training_panels
+from deepseek.monitoring.run_log import RunData
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "

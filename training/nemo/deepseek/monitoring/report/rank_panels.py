@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from deepseek.monitoring import load_metrics
-from deepseek.monitoring.report.expert_history import ExpertHistory
+from deepseek.monitoring.expert_history import ExpertHistory
+from deepseek.monitoring.rank_history import RankHistory, Traffic
 from deepseek.monitoring.report.panel import (
     Figure,
     Panel,
@@ -20,8 +21,7 @@ from deepseek.monitoring.report.panel import (
     stretch_starts,
     table,
 )
-from deepseek.monitoring.report.rank_history import RankHistory, Traffic
-from deepseek.monitoring.report.run_data import RunData
+from deepseek.monitoring.run_log import RunData
 
 TIME_BINS = 240
 MOST_MATRIX = 256

@@ -20,8 +20,8 @@ from deepseek.monitoring.report.panel import (
     smoothed,
     table,
 )
-from deepseek.monitoring.report.run_data import RunData
 from deepseek.monitoring.report.training_panels import loss_curve
+from deepseek.monitoring.run_log import RunData
 
 MOST_ALARMS = 200
 MOST_EVENTS = 100

@@ -19,7 +19,7 @@ from deepseek.monitoring.report.panel import (
     stretch_starts,
     table,
 )
-from deepseek.monitoring.report.run_data import RunData
+from deepseek.monitoring.run_log import RunData
 
 STEP = "step"
 

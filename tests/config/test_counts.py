@@ -1,0 +1,265 @@
+"""Parameters, FLOPs and bytes against published figures, against hand counts, and term by term."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from omegaconf import OmegaConf
+
+from deepseek.config import ModelConfig, RunConfig, load_config
+from deepseek.config.cost import (
+    count_parameters,
+    flops_per_token,
+    kv_cache_bytes_per_token,
+    state_memory,
+)
+
+# Architecture keys of the published config.json files.
+V3 = ModelConfig(
+    vocab_size=129280,
+    hidden_size=7168,
+    num_hidden_layers=61,
+    num_attention_heads=128,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    intermediate_size=18432,
+    moe_intermediate_size=2048,
+    n_routed_experts=256,
+    n_shared_experts=1,
+    num_experts_per_tok=8,
+    first_k_dense_replace=3,
+    n_group=8,
+    topk_group=4,
+    topk_method="noaux_tc",
+    num_nextn_predict_layers=1,
+)
+KIMI_K2 = replace(
+    V3,
+    vocab_size=163840,
+    num_attention_heads=64,
+    n_routed_experts=384,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
+    num_nextn_predict_layers=0,
+)
+V2_LITE = replace(
+    V3,
+    vocab_size=102400,
+    hidden_size=2048,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    q_lora_rank=None,
+    intermediate_size=10944,
+    moe_intermediate_size=1408,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
+    topk_method="greedy",
+    num_nextn_predict_layers=0,
+)
+MOONLIGHT = replace(V2_LITE, vocab_size=163840, intermediate_size=11264, topk_method="noaux_tc")
+V2 = replace(
+    V2_LITE,
+    hidden_size=5120,
+    num_hidden_layers=60,
+    num_attention_heads=128,
+    q_lora_rank=1536,
+    intermediate_size=12288,
+    moe_intermediate_size=1536,
+    n_routed_experts=160,
+    n_group=8,
+    topk_group=3,
+    topk_method="group_limited_greedy",
+)
+
+
+def test_v3_to_the_last_parameter() -> None:
+    counts = count_parameters(V3)
+    assert counts.total == 671_026_404_352
+    assert counts.correction_biases == 14_848
+    assert counts.attention_per_layer == 187_107_328
+    assert counts.expert == 44_040_192
+    assert counts.moe_ffn_per_layer == 11_320_164_352
+    assert counts.active == 37_552_282_624
+    assert counts.active_without_embedding == 36_625_603_584
+
+
+def test_v3_as_released() -> None:
+    """An audit of the released tensors counts 684,489,845,504 numbers, biases of 59 routers
+    included."""
+    counts = count_parameters(V3)
+    biases = counts.correction_biases + counts.mtp_correction_biases
+    assert counts.released + biases == 684_489_845_504
+    assert counts.trained == counts.released - 2 * counts.embedding
+
+
+@pytest.mark.parametrize(
+    ("model", "total", "active"),
+    [
+        (V3, "671.03", "37.55"),
+        (KIMI_K2, "1026.41", "32.86"),
+        (MOONLIGHT, "15.96", "2.91"),
+        (V2_LITE, "15.71", "2.66"),
+        (V2, "235.74", "21.38"),
+    ],
+    ids=["V3", "Kimi-K2", "Moonlight", "V2-Lite", "V2"],
+)
+def test_family_parameters(model: ModelConfig, total: str, active: str) -> None:
+    counts = count_parameters(model)
+    assert f"{counts.total / 1e9:.2f}" == total
+    assert f"{counts.active / 1e9:.2f}" == active
+
+
+@pytest.mark.parametrize(
+    ("model", "with_mtp", "causal", "gflop"),
+    [
+        (V3, False, True, "249.81"),
+        (V3, True, True, "259.99"),
+        (V3, False, False, "280.51"),
+        (V3, True, False, "291.20"),
+        (KIMI_K2, False, True, "204.48"),
+        (MOONLIGHT, False, True, "17.15"),
+        (V2, False, True, "155.01"),
+        (V2_LITE, False, True, "16.39"),
+    ],
+)
+def test_flops_at_4096_tokens(model: ModelConfig, with_mtp: bool, causal: bool, gflop: str) -> None:
+    flops = flops_per_token(model, 4096, with_mtp, causal)
+    assert f"{flops / 1e9:.2f}" == gflop
+
+
+def test_flops_of_a_model_without_mtp_do_not_depend_on_the_switch() -> None:
+    assert flops_per_token(KIMI_K2, 4096, True) == flops_per_token(KIMI_K2, 4096, False)
+
+
+def test_attention_flops_grow_with_the_sequence_and_nothing_else_does() -> None:
+    """Per token, layer and position before it: 3 x 2 x heads x (qk + v), half of it causal."""
+    longer = flops_per_token(V3, 8192, False) - flops_per_token(V3, 4096, False)
+    assert longer == 61 * 3 * 4096 * 128 * (192 + 128)
+    assert flops_per_token(V3, 1, False, causal=False) - flops_per_token(V3, 1, False) == (
+        61 * 3 * 128 * (192 + 128)
+    )
+
+
+TOY = ModelConfig(
+    vocab_size=10,
+    hidden_size=4,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    q_lora_rank=5,
+    kv_lora_rank=3,
+    qk_nope_head_dim=2,
+    qk_rope_head_dim=2,
+    v_head_dim=3,
+    intermediate_size=7,
+    moe_intermediate_size=6,
+    n_routed_experts=4,
+    n_shared_experts=2,
+    num_experts_per_tok=2,
+    first_k_dense_replace=1,
+    num_nextn_predict_layers=2,
+)
+
+
+def toy_tensors() -> dict[str, int]:
+    """Sizes of TOY's tensors, written out by hand."""
+    block = {
+        "attn_norm": 4,
+        "wq_a": 5 * 4,
+        "q_norm": 5,
+        "wq_b": (2 * 4) * 5,
+        "wkv_a": (3 + 2) * 4,
+        "kv_norm": 3,
+        "wkv_b": 2 * (2 + 3) * 3,
+        "wo": 4 * (2 * 3),
+        "ffn_norm": 4,
+    }
+    dense = {"w1": 7 * 4, "w3": 7 * 4, "w2": 4 * 7}
+    moe = {
+        "gate": 4 * 4,
+        "experts.w1": 4 * 6 * 4,
+        "experts.w3": 4 * 6 * 4,
+        "experts.w2": 4 * 4 * 6,
+        "shared.w1": 12 * 4,
+        "shared.w3": 12 * 4,
+        "shared.w2": 4 * 12,
+    }
+    tensors = {"embed": 40, "head": 40, "norm": 4}
+    for layer in range(3):
+        ffn = dense if layer == 0 else moe
+        tensors |= {f"layers.{layer}.{name}": size for name, size in (block | ffn).items()}
+    for depth in range(2):
+        module = {"enorm": 4, "hnorm": 4, "norm": 4, "eh_proj": 4 * 8} | block | moe
+        tensors |= {f"mtp.{depth}.{name}": size for name, size in module.items()}
+    return tensors
+
+
+def test_toy_tensor_by_tensor() -> None:
+    tensors = toy_tensors()
+    counts = count_parameters(TOY)
+    assert counts.trained == sum(tensors.values())
+    assert counts.mtp == sum(size for name, size in tensors.items() if name.startswith("mtp."))
+    idle = 2 * 2 * (3 * 6 * 4)  # two MoE layers, two experts not chosen
+    assert counts.active == counts.total - idle
+    assert (counts.correction_biases, counts.mtp_correction_biases) == (2 * 4, 2 * 4)
+    assert counts.released == counts.trained + 2 * 80
+
+
+def test_parts_make_the_whole() -> None:
+    counts = count_parameters(V3)
+    layer = counts.attention_per_layer + counts.norms_per_layer
+    assert counts.total == (
+        counts.embedding
+        + counts.head
+        + counts.final_norm
+        + 61 * layer
+        + 3 * counts.dense_ffn_per_layer
+        + 58 * (256 * counts.expert + counts.shared_experts_per_layer + counts.router_per_layer)
+    )
+
+
+def test_no_biases_without_noaux_tc() -> None:
+    counts = count_parameters(V2)
+    assert (counts.correction_biases, counts.mtp_correction_biases) == (0, 0)
+
+
+def test_adamw_states_are_16_bytes_a_parameter() -> None:
+    memory = state_memory(TOY, "adamw")
+    trained = sum(toy_tensors().values())
+    assert memory.weights == 4 * trained + 4 * 16  # and 16 correction biases
+    assert memory.gradients == 4 * trained
+    assert memory.optimizer == 8 * trained
+    assert memory.total == 16 * trained + 64
+
+
+def test_muon_holds_one_momentum_for_hidden_matrices() -> None:
+    tensors = toy_tensors()
+    with_moments = sum(
+        size for name, size in tensors.items() if "norm" in name or name in ("embed", "head")
+    )
+    hidden = sum(tensors.values()) - with_moments
+    memory = state_memory(TOY, "muon")
+    assert memory.optimizer == 4 * hidden + 8 * with_moments
+    assert memory.weights == state_memory(TOY, "adamw").weights
+
+
+def test_v3_caches_70272_bytes_a_token() -> None:
+    assert kv_cache_bytes_per_token(V3) == 70_272
+    assert kv_cache_bytes_per_token(V3, bytes_per_number=4) == 2 * 70_272
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [("deepseek_v3_671b", V3), ("moonlight_16b", MOONLIGHT)]
+)
+def test_shipped_files_have_the_published_sizes(name: str, model: ModelConfig) -> None:
+    run = OmegaConf.to_object(load_config(name))
+    assert isinstance(run, RunConfig)
+    assert count_parameters(run.model) == count_parameters(model)

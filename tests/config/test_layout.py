@@ -1,0 +1,206 @@
+"""Ranks, stages and the split of layers against brute force."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek.config.layout import (
+    DENSE_AXES,
+    SPARSE_AXES,
+    Layout,
+    Place,
+    StageParts,
+    _balanced,
+    last_stage_cost,
+    layer_costs,
+    num_stages,
+    split_layers,
+    stage_rank,
+    stages_of_rank,
+)
+from deepseek.config.schema import ModelConfig, RunConfig, TrainerConfig
+
+LAYOUTS = [
+    Layout(pp, replicate, shard, tp, ep)
+    for pp, replicate, shard, tp in itertools.product((1, 2, 3), (1, 2), (1, 2, 3), (1, 2, 4))
+    for ep in range(1, shard * tp + 1)
+    if shard * tp % ep == 0
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_places_are_those_of_two_reshaped_ranges(layout: Layout) -> None:
+    ranks = np.arange(layout.world_size)
+    dense = ranks.reshape(layout.dense_sizes)
+    sparse = ranks.reshape(layout.sparse_sizes)
+    for rank in ranks:
+        place = layout.place(int(rank))
+        (in_dense,) = np.argwhere(dense == rank).tolist()
+        (in_sparse,) = np.argwhere(sparse == rank).tolist()
+        assert [getattr(place, axis) for axis in DENSE_AXES] == in_dense
+        assert [getattr(place, axis) for axis in SPARSE_AXES] == in_sparse
+    assert len({layout.place(int(rank)) for rank in ranks}) == layout.world_size
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_ep_groups_are_neighbours_of_one_stage_and_replica(layout: Layout) -> None:
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(layout.world_size):
+        place = layout.place(rank)
+        groups.setdefault((place.pp, place.dp_replicate, place.edp), []).append(rank)
+    for members in groups.values():
+        assert members == list(range(members[0], members[0] + layout.ep))
+        assert [layout.place(rank).ep for rank in members] == list(range(layout.ep))
+    assert len(groups) * layout.ep == layout.world_size
+
+
+def test_a_layout_by_hand() -> None:
+    layout = Layout(pp=2, dp_replicate=1, dp_shard=2, tp=2, ep=4)
+    assert (layout.edp, layout.dp, layout.stage_ranks, layout.world_size) == (1, 2, 4, 8)
+    assert layout.place(0) == Place(0, 0, 0, 0, 0, 0)
+    assert layout.place(3) == Place(0, 0, 1, 1, 0, 3)
+    assert layout.place(6) == Place(1, 0, 1, 0, 0, 2)
+
+
+def test_sizes_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="EP 4 does not divide 3 x 2 ranks"):
+        Layout(dp_shard=3, tp=2, ep=4)
+    model = ModelConfig(pipeline_model_parallel_size=2, tensor_model_parallel_size=2)
+    for world in (6, 2, 0):
+        with pytest.raises(ValueError, match=f"{world} ranks cannot be PP 2 x TP 2 x 1"):
+            Layout.of(model, world)
+
+
+def test_what_is_left_over_shards_the_data() -> None:
+    model = ModelConfig(
+        pipeline_model_parallel_size=2,
+        tensor_model_parallel_size=2,
+        expert_model_parallel_size=4,
+        data_parallel_replicate_size=2,
+    )
+    assert Layout.of(model, 32) == Layout(pp=2, dp_replicate=2, dp_shard=4, tp=2, ep=4)
+    run = RunConfig(trainer=TrainerConfig(devices=8, num_nodes=4), model=model)
+    assert Layout.of_run(run) == Layout.of(model, 32)
+
+
+# -- stages --
+
+
+def piped(pp: int, schedule: str = "1F1B", **more: Any) -> ModelConfig:
+    return ModelConfig(pipeline_model_parallel_size=pp, pipeline_schedule=schedule, **more)
+
+
+def test_stages_of_every_schedule_by_hand() -> None:
+    def held(model: ModelConfig) -> list[list[int]]:
+        return [stages_of_rank(model, rank) for rank in range(model.pipeline_model_parallel_size)]
+
+    assert held(piped(1)) == [[0]]
+    assert held(piped(1, "DualPipeV")) == [[0]]
+    assert held(piped(3)) == held(piped(3, "GPipe")) == [[0], [1], [2]]
+    for schedule in ("Interleaved1F1B", "InterleavedZeroBubble"):
+        model = piped(2, schedule, virtual_pipeline_model_parallel_size=3)
+        assert held(model) == [[0, 2, 4], [1, 3, 5]]
+    for schedule in ("ZBVZeroBubble", "DualPipeV"):
+        assert held(piped(3, schedule)) == [[0, 5], [1, 4], [2, 3]]
+
+
+@given(
+    st.integers(2, 6),
+    st.sampled_from(["GPipe", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"]),
+    st.integers(2, 4),
+)
+def test_stages_are_those_of_torch(pp: int, schedule: str, virtual: int) -> None:
+    from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
+
+    interleaved = schedule == "Interleaved1F1B"
+    model = piped(pp, schedule, virtual_pipeline_model_parallel_size=virtual if interleaved else 1)
+    style = "v" if schedule in ("ZBVZeroBubble", "DualPipeV") else "loop"
+    count = num_stages(model)
+    assert count == pp * {"GPipe": 1, "Interleaved1F1B": virtual}.get(schedule, 2)
+    expected = generate_stage_to_rank_mapping(pp, count, style=style)
+    assert {stage: stage_rank(model, stage) for stage in range(count)} == expected
+
+
+def test_first_and_last_stage() -> None:
+    assert split_layers(piped(1, num_hidden_layers=3)) == [StageParts(range(3), True, True)]
+    model = piped(3, num_hidden_layers=6, pipeline_layers_per_stage=[1, 3, 2])
+    assert split_layers(model) == [
+        StageParts(range(0, 1), True, False),
+        StageParts(range(1, 4), False, False),
+        StageParts(range(4, 6), False, True),
+    ]
+
+
+# -- the split by cost --
+
+
+def splits(count: int, stages: int) -> list[list[int]]:
+    """All ways to cut ``count`` layers into groups of at least one."""
+    found = []
+    for cuts in itertools.combinations(range(1, count), stages - 1):
+        edges = [0, *cuts, count]
+        found.append([end - start for start, end in itertools.pairwise(edges)])
+    return found
+
+
+def sums(costs: list[int], last: int, sizes: list[int]) -> list[int]:
+    edges = [0, *itertools.accumulate(sizes)]
+    found = [sum(costs[start:end]) for start, end in itertools.pairwise(edges)]
+    found[-1] += last
+    return found
+
+
+@settings(max_examples=300)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 30), st.data())
+def test_the_split_is_the_best_of_all(costs: list[int], last: int, data: st.DataObject) -> None:
+    """Least bottleneck, then evenness, then small early stages."""
+    stages = data.draw(st.integers(1, len(costs)))
+
+    def rank(sizes: list[int]) -> tuple[int, int, list[int]]:
+        work = sums(costs, last, sizes)
+        return max(work), sum(w * w for w in work), sizes
+
+    assert _balanced(costs, last, stages) == min(splits(len(costs), stages), key=rank)
+
+
+def test_equal_layers_without_a_head_are_shared_evenly() -> None:
+    assert _balanced([5] * 12, 0, 4) == [3, 3, 3, 3]
+    assert _balanced([5] * 10, 0, 4) == [2, 2, 3, 3]
+    assert _balanced([5] * 4, 100, 4) == [1, 1, 1, 1]
+
+
+def test_costs_are_the_products_of_a_token() -> None:
+    """D 4, N 2, latents 3 and 2: counted by hand."""
+    model = ModelConfig(
+        hidden_size=4,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        q_lora_rank=None,
+        kv_lora_rank=2,
+        qk_nope_head_dim=3,
+        qk_rope_head_dim=2,
+        v_head_dim=3,
+        intermediate_size=7,
+        moe_intermediate_size=5,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        num_nextn_predict_layers=1,
+        vocab_size=11,
+    )
+    model.data.seq_length = 6
+    projections = 2 * 5 * 4 + (2 + 2) * 4 + 2 * 6 * 2 + 4 * 6 + 2  # wq, wkv_a, wkv_b, wo, norm
+    attention = projections + 6 * 2 * (5 + 3) // 2
+    dense, moe = 3 * 4 * 7, 3 * 3 * 4 * 5
+    assert layer_costs(model) == [attention + dense, attention + moe]
+    head = 11 * 4
+    assert last_stage_cost(model) == head + head + 2 * 4 * 4 + attention + moe
+    model.first_k_dense_replace = 2  # the block of an MTP module holds experts all the same
+    assert last_stage_cost(model) == head + head + 2 * 4 * 4 + attention + moe

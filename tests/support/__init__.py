@@ -1,0 +1,1 @@
+"""What tests share: small models, rank servers, forked runs, oracles."""

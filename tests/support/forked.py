@@ -1,0 +1,337 @@
+"""Runs the command line in forked children of one process that has imported everything once.
+
+Importing torch and Lightning takes seconds; a test of the command line wants dozens of runs. As a
+script this file is that process: it reads a request (one JSON object) a line and answers each with
+one line.
+
+``before=FORK_WORKERS`` makes forks of what a supervisor or torchrun starts, too: all of theirs is
+real but the start of an interpreter for each rank.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+FORK_WORKERS = "from forked import fork_workers; fork_workers()\n"
+SOURCE = Path(__file__).resolve().parents[2] / "training" / "nemo"
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did."""
+
+    code: int
+    """Exit code; -N if signal N killed it."""
+    out: str
+    err: str
+
+    def assert_refused(self, *parts: str) -> None:
+        """Exit code 2, a message on standard error that has the parts, and no traceback."""
+        assert self.code == 2, f"{self.code}\n{self.out}\n{self.err}"
+        assert "Traceback" not in self.out + self.err
+        message = " ".join(self.err.replace("│", " ").split())
+        for part in parts:
+            assert part in message, message
+
+    def assert_done(self) -> Ran:
+        """Exit code 0."""
+        assert self.code == 0, f"{self.code}\n{self.out}\n{self.err}"
+        return self
+
+
+class Forked:
+    """The client: ``cli("train", "--config", ...)``."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        self._count = 0
+        self._folder = folder
+        self._running: set[int] = set()
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment_for_tests(**environment),
+        )
+
+    def __call__(self, *args: object, cwd: Path | None = None, before: str = "") -> Ran:
+        """Run to the end. ``before``: Python that the child executes first."""
+        return self.start(*args, cwd=cwd, before=before).wait()
+
+    def start(
+        self,
+        *args: object,
+        cwd: Path | None = None,
+        before: str = "",
+        program: str = "deepseek",
+        env: Mapping[str, str] | None = None,
+    ) -> Started:
+        """Start ``deepseek`` or ``torchrun`` and leave it running. ``env``: on top of ours."""
+        self._count += 1
+        files = [self._folder / f"{self._count}.{kind}" for kind in ("out", "err")]
+        for file in files:
+            file.touch()
+        pid = self.ask(
+            do="start",
+            args=[str(arg) for arg in args],
+            cwd=str(cwd or self._folder),
+            before=before,
+            program=program,
+            env=dict(env or {}),
+            files=[str(file) for file in files],
+        )
+        self._running.add(pid)
+        return Started(self, pid, *files)
+
+    def ask(self, **request: Any) -> int:
+        """One request, one answer."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return int(json.loads(self._process.stdout.readline()))
+
+    def wait(self, pid: int) -> int:
+        """Until the command ends; its exit code."""
+        code = self.ask(do="wait", pid=pid)
+        self._running.discard(pid)
+        return code
+
+    def orphans(self) -> list[int]:
+        """Processes that run on though the command that started them has ended."""
+        return [pid for pid in children(self._process.pid) if pid not in self._running]
+
+    def close(self) -> None:
+        """End the process, and what a failed test left running."""
+        for pid in self._running:
+            os.kill(pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()
+
+
+@dataclass(frozen=True)
+class Started:
+    """A command that runs."""
+
+    forked: Forked
+    pid: int
+    out: Path
+    err: Path
+
+    def signal(self, number: int) -> None:
+        """Send a signal."""
+        os.kill(self.pid, number)
+
+    def wait_for(self, text: str, seconds: float = 60.0) -> None:
+        """Until the text stands on its standard output."""
+        end = time.monotonic() + seconds
+        while text not in self.out.read_text():
+            assert time.monotonic() < end, self.out.read_text() + self.err.read_text()
+            time.sleep(0.01)
+
+    def wait(self) -> Ran:
+        """Until it ends."""
+        code = self.forked.wait(self.pid)
+        return Ran(code, self.out.read_text(), self.err.read_text())
+
+
+def environment_for_tests(**more: str) -> dict[str, str]:
+    """The environment of a process that a test starts: ours, with this source tree in front."""
+    env = {k: v for k, v in os.environ.items() if k != "DEEPSEEK_FRAMEWORK"}
+    path = os.pathsep.join(filter(None, [str(SOURCE), env.get("PYTHONPATH", "")]))
+    return env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | more
+
+
+def children(pid: int) -> list[int]:
+    """The running children of a process, in the order of their start."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    pids = [int(word) for word in listed.read_text().split()] if listed.exists() else []
+    return [child for child in pids if is_running(child)]
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process is there and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+# -- the process --
+
+
+def serve() -> None:
+    """Answer requests until standard input ends."""
+    preload()
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a command leaves behind becomes a child of ours
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = child(request) if request["do"] == "start" else ended(request["pid"])
+        print(answer, file=answers, flush=True)
+
+
+def preload() -> None:
+    """What a training run imports."""
+    import torch.distributed.run  # noqa: F401
+
+    import deepseek.checkpoint.callback
+    import deepseek.cli
+    import deepseek.commands.check
+    import deepseek.commands.fit
+    import deepseek.commands.train
+    import deepseek.data.prepare
+    import deepseek.inference.generation
+    import deepseek.monitoring.record.metrics_log
+    import deepseek.monitoring.record.progress
+    import deepseek.monitoring.record.run_record  # noqa: F401
+
+
+def child(request: dict[str, Any]) -> int:
+    """Fork; the child is the command."""
+    pid = os.fork()
+    if pid:
+        return pid
+    for name, flags, number in (
+        (os.devnull, os.O_RDONLY, 0),
+        (request["files"][0], os.O_WRONLY | os.O_CREAT, 1),
+        (request["files"][1], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 2),
+    ):
+        os.dup2(os.open(name, flags, 0o644), number)
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    become(request["program"], request["args"], request["before"])
+
+
+def become(program: str, args: Sequence[str], before: str = "") -> NoReturn:
+    """Be ``deepseek`` or ``torchrun`` until it ends, and end."""
+    code: Any = 0
+    try:
+        import torch.distributed.run
+
+        from deepseek.cli import main
+
+        sys.argv = [program, *args]
+        exec(before, {})
+        if program == "deepseek":
+            main()
+        else:
+            torch.distributed.run.main(list(args))
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    with contextlib.suppress(BaseException):
+        atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def ended(pid: int) -> int:
+    """Exit code of a child."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# -- in a command that starts others --
+
+
+def fork_workers() -> None:
+    """From here on, the supervisor and torchrun fork their workers."""
+    from torch.distributed.elastic.multiprocessing import subprocess_handler
+
+    import deepseek.launch.supervisor as supervisor
+
+    elastic = subprocess_handler.subprocess_handler
+    supervisor.subprocess = _ForkingSubprocess  # type: ignore[attr-defined]
+    elastic.Popen = ForkedPopen  # type: ignore[misc, assignment]
+
+
+class ForkedPopen:
+    """A ``subprocess.Popen`` of ``... -m deepseek ARGS`` that forks; it dies with its parent."""
+
+    def __init__(
+        self,
+        args: Sequence[str],
+        env: Mapping[str, str],
+        pass_fds: Sequence[int] = (),
+        process_group: int | None = None,
+        start_new_session: bool = False,
+        **_: object,
+    ) -> None:
+        self.args = args
+        self.returncode: int | None = None
+        parent = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+            if process_group == 0 or start_new_session:
+                os.setpgid(0, 0)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            _close_all_but({0, 1, 2, *pass_fds})
+            os.environ.clear()
+            os.environ.update(env)
+            become("deepseek", args[args.index("deepseek") + 1 :])
+        if process_group == 0 or start_new_session:
+            with contextlib.suppress(PermissionError, ProcessLookupError):
+                os.setpgid(self.pid, self.pid)  # whoever comes first
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = time.monotonic() + (timeout or 1e9)
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            time.sleep(0.01)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+class _ForkingSubprocess:
+    """What the supervisor uses of the module ``subprocess``."""
+
+    Popen = ForkedPopen
+    DEVNULL = subprocess.DEVNULL
+
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None).prctl(option, value)
+
+
+def _close_all_but(kept: set[int]) -> None:
+    """As ``Popen`` does: the listening socket of a dead rank 0 must not live on in another."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in kept:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,120 @@
+"""Which parameter is decayed, and by which rule it moves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from deepseek.config.schema import ModelConfig, OptimConfig
+from deepseek.models.transformer import Transformer
+from deepseek.training.muon import Muon
+from deepseek.training.optim import build_optimizer
+
+
+def model() -> Transformer:
+    config = ModelConfig(
+        vocab_size=11,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        q_lora_rank=4,
+        kv_lora_rank=4,
+        qk_nope_head_dim=4,
+        qk_rope_head_dim=4,
+        v_head_dim=4,
+        intermediate_size=12,
+        moe_intermediate_size=4,
+        n_routed_experts=4,
+        num_nextn_predict_layers=1,
+    )
+    made = Transformer(config)
+    made.init_weights(0)
+    return made
+
+
+def named_groups(made: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, object]]:
+    """Every group with its parameters' names."""
+    names = {parameter: name for name, parameter in made.named_parameters()}
+    return [
+        group | {"names": {names[parameter] for parameter in group["params"]}}
+        for group in optimizer.param_groups
+    ]
+
+
+def is_norm(name: str) -> bool:
+    return name.endswith("norm.weight")
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_once_and_norms_not_decayed(name: str) -> None:
+    made = model()
+    optimizer = build_optimizer(made.named_parameters(), OptimConfig(name=name, weight_decay=0.3))
+    groups = named_groups(made, optimizer)
+    listed = [n for group in groups for n in group["names"]]
+    assert sorted(listed) == sorted(n for n, _ in made.named_parameters())
+    for group in groups:
+        for parameter_name in group["names"]:
+            wanted = 0.0 if is_norm(parameter_name) else 0.3
+            assert group["weight_decay"] == wanted, parameter_name
+    assert sum(is_norm(n) for n in listed) == 16
+
+
+def test_adamw() -> None:
+    config = OptimConfig(name="adamw", lr=0.01, betas=[0.8, 0.7], eps=1e-6)
+    optimizer = build_optimizer(model().named_parameters(), config)
+    assert type(optimizer) is torch.optim.AdamW
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.01, (0.8, 0.7), 1e-6)
+        assert not group["amsgrad"] and not group["maximize"]
+
+
+def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
+    config = OptimConfig(name="muon", lr=0.01, betas=[0.8, 0.7], eps=1e-6, muon_momentum=0.6)
+    made = model()
+    optimizer = build_optimizer(made.named_parameters(), config)
+    assert type(optimizer) is Muon
+    orthogonalised = set()
+    for group in named_groups(made, optimizer):
+        assert (group["lr"], group["momentum"]) == (0.01, 0.6)
+        assert (group["betas"], group["eps"]) == ((0.8, 0.7), 1e-6)
+        if group["muon"]:
+            orthogonalised |= group["names"]
+    left = {n for n, _ in made.named_parameters()} - orthogonalised
+    assert {n for n in left if not is_norm(n)} == {"embed.weight", "head.weight"}
+    assert not [n for n in orthogonalised if is_norm(n)]
+    assert {"mtp.0.eh_proj.weight", "layers.1.ffn.experts.w1", "layers.0.attn.wq_a.weight"} < (
+        orthogonalised
+    )
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_frozen_parameters_are_left_out(name: str) -> None:
+    made = model()
+    made.embed.weight.requires_grad_(False)
+    made.norm.weight.requires_grad_(False)
+    optimizer = build_optimizer(made.named_parameters(), OptimConfig(name=name))
+    names = {n for group in named_groups(made, optimizer) for n in group["names"]}
+    assert not names & {"embed.weight", "norm.weight"}
+    assert len(names) == len(list(made.parameters())) - 2
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_moves_everything_and_decays_matrices(name: str) -> None:
+    """With zero gradients only the decay acts: matrices shrink by 1 - lr * decay, norms stay."""
+    made = model()
+    start = {n: parameter.detach().clone() for n, parameter in made.named_parameters()}
+    config = OptimConfig(name=name, lr=0.1, weight_decay=0.5)
+    optimizer = build_optimizer(made.named_parameters(), config)
+    for parameter in made.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for n, parameter in made.named_parameters():
+        factor = 1.0 if is_norm(n) else 0.95
+        torch.testing.assert_close(parameter.detach(), start[n] * factor, msg=n)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in made.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    before = {n: parameter.detach().clone() for n, parameter in made.named_parameters()}
+    optimizer.step()
+    assert all(not torch.equal(parameter, before[n]) for n, parameter in made.named_parameters())

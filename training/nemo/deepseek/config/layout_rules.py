@@ -1,0 +1,389 @@
+"""The rules of layouts: processes, tensor, pipeline, expert and data parallelism, and the batch.
+
+Each message carries the arithmetic, so that a layout can be mended without reading this file.
+``config/layout.py`` turns a configuration that obeys these rules into ranks and stages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from deepseek.config.choices import divisors, listed
+from deepseek.config.errors import Problem
+from deepseek.config.fields import LEAVES
+from deepseek.config.schema import ModelConfig, RunConfig
+from deepseek.config.weights import Weight, block_weights, table_weight
+
+V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
+"""Schedules in which a rank holds two stages, and the first rank the first and the last stage."""
+INTERLEAVED_SCHEDULES = ("Interleaved1F1B", "InterleavedZeroBubble")
+"""Schedules in which a rank holds ``virtual_pipeline_model_parallel_size`` stages."""
+SPLIT_BACKWARD_SCHEDULES = ("InterleavedZeroBubble", *V_SCHEDULES)
+"""Schedules that compute the gradients of inputs and of weights apart."""
+
+
+def processes(cfg: RunConfig) -> Iterator[Problem]:
+    """The processes can be divided into tensor, pipeline and data parallel ranks."""
+    world = _world(cfg)
+    tp, pp = cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
+    if world % (tp * pp):
+        nodes = cfg.trainer.num_nodes
+        enough = math.lcm(tp * pp, nodes) // nodes
+        yield Problem(
+            "trainer.devices",
+            cfg.trainer.devices,
+            f"devices {cfg.trainer.devices} x nodes {nodes} = {world} processes is not a multiple "
+            f"of tensor {tp} x pipeline {pp} = {tp * pp}",
+            f"use trainer.devices={enough} (or a multiple), or tensor x pipeline equal to "
+            f"{listed(divisors(world), near=tp * pp)}",
+        )
+
+
+def tensor_parallel(cfg: RunConfig) -> Iterator[Problem]:
+    """Whatever is cut over the tensor ranks can be cut: heads, vocabulary, widths, sequence."""
+    tp, cut = cfg.model.tensor_model_parallel_size, _cut_by_tensor_ranks(cfg)
+    uneven = [f"{what}={size}" for what, size in cut.items() if size % tp]
+    if uneven:
+        world, pp = _world(cfg), cfg.model.pipeline_model_parallel_size
+        ranks = world // pp if world % pp == 0 else 0
+        yield Problem(
+            "model.tensor_model_parallel_size",
+            tp,
+            f"does not divide {' and '.join(uneven)}",
+            f"use {listed(divisors(math.gcd(ranks, *cut.values())), near=tp)}",
+        )
+
+
+def pipeline_settings(cfg: RunConfig) -> Iterator[Problem]:
+    """Settings of a pipeline act on one, and fit its schedule."""
+    model = cfg.model
+    pp, schedule = model.pipeline_model_parallel_size, model.pipeline_schedule
+    if pp == 1:
+        for key in (
+            "pipeline_schedule",
+            "virtual_pipeline_model_parallel_size",
+            "pipeline_layers_per_stage",
+        ):
+            value, idle = getattr(model, key), LEAVES[f"model.{key}"].default
+            if value != idle:
+                yield Problem(
+                    f"model.{key}",
+                    value,
+                    "would be ignored, since model.pipeline_model_parallel_size=1",
+                    f"use {'null' if idle is None else idle} (the default), or "
+                    "model.pipeline_model_parallel_size=2 or more",
+                )
+        return
+    virtual = model.virtual_pipeline_model_parallel_size
+    if schedule in INTERLEAVED_SCHEDULES and virtual < 2:
+        yield Problem(
+            "model.virtual_pipeline_model_parallel_size",
+            virtual,
+            f"leaves nothing to interleave: model.pipeline_schedule={schedule} needs at least 2 "
+            "stages a rank",
+            "use 2, or model.pipeline_schedule=1F1B",
+        )
+    if schedule not in INTERLEAVED_SCHEDULES and virtual > 1:
+        held = 2 if schedule in V_SCHEDULES else 1
+        yield Problem(
+            "model.virtual_pipeline_model_parallel_size",
+            virtual,
+            f"would be ignored, since model.pipeline_schedule={schedule} always has {held} "
+            f"stage{'s' if held > 1 else ''} a rank",
+            "use 1, or model.pipeline_schedule=Interleaved1F1B",
+        )
+    if schedule in SPLIT_BACKWARD_SCHEDULES and model.torch_compile:
+        yield Problem(
+            "model.torch_compile",
+            True,
+            f"model.pipeline_schedule={schedule} computes the gradients of inputs and weights "
+            "apart, which compiled attention cannot",
+            "use false, or model.pipeline_schedule=1F1B or Interleaved1F1B",
+        )
+
+
+def pipeline_stages(cfg: RunConfig) -> Iterator[Problem]:
+    """Every stage has at least one layer, and a split by hand covers all layers."""
+    model = cfg.model
+    pp, layers, split = (
+        model.pipeline_model_parallel_size,
+        model.num_hidden_layers,
+        model.pipeline_layers_per_stage,
+    )
+    held = stages_per_rank(cfg)
+    if pp == 1 or held is None:
+        return
+    stages = pp * held
+    times = f"x {held} stages a rank = {stages} stages " if held > 1 else ""
+    if stages > layers:
+        world, tp = _world(cfg), model.tensor_model_parallel_size
+        ranks = world // tp if world % tp == 0 else pp
+        fewer = [n for n in divisors(ranks) if n * held <= layers] or [1]
+        yield Problem(
+            "model.pipeline_model_parallel_size",
+            pp,
+            f"{times}is more than model.num_hidden_layers={layers}, so that a stage would be empty",
+            f"use {listed(fewer, near=pp)}"
+            + (", or model.pipeline_schedule=1F1B" if held > 1 and pp <= layers else ""),
+        )
+    elif split is not None:
+        faults = []
+        if len(split) != stages:
+            faults.append(f"has {len(split)} entries, for pipeline {pp} {times}".rstrip())
+        if any(size < 1 for size in split):
+            faults.append("leaves a stage without a layer")
+        if sum(split) != layers:
+            sizes = " + ".join(map(str, split))
+            faults.append(f"has {sizes} = {sum(split)} of model.num_hidden_layers={layers}")
+        if faults:
+            share, rest = divmod(layers, stages)
+            even = [share] * (stages - rest) + [share + 1] * rest
+            yield Problem(
+                "model.pipeline_layers_per_stage",
+                list(split),
+                " and ".join(faults),
+                f"use {stages} numbers of at least 1 that add up to {layers}, such as {even}, or "
+                "null",
+            )
+
+
+def pipeline_micro_batches(cfg: RunConfig) -> Iterator[Problem]:
+    """A step has as many micro-batches as its schedule needs."""
+    model = cfg.model
+    pp, schedule = model.pipeline_model_parallel_size, model.pipeline_schedule
+    dp = data_parallel_size(cfg)
+    whole, micro = model.global_batch_size, model.micro_batch_size
+    held = stages_per_rank(cfg)
+    if pp == 1 or held is None or pp * held > model.num_hidden_layers:
+        return  # other rules speak of these
+    if dp is None or whole % (micro * dp):
+        return
+    count = whole // (micro * dp)
+    fits, need = _needed_micro_batches(schedule, pp, count)
+    if fits(count):
+        return
+    legal = [next(n for n in range(count + 1, count + 4 * pp + 1) if fits(n))]
+    legal = [*[n for n in range(count - 1, 0, -1) if fits(n)][:1], *legal]
+    batches = [str(n * micro * dp) for n in legal]
+    ways = [f"use model.global_batch_size={' or '.join(batches)}"]
+    smaller = [n for n in divisors(whole // dp) if fits(whole // dp // n)]
+    if smaller:
+        ways.append(f"for model.micro_batch_size {listed(smaller, near=micro)}")
+    if schedule in ("1F1B", "DualPipeV"):
+        free = "GPipe" if schedule == "1F1B" else "ZBVZeroBubble"
+        ways.append(f"model.pipeline_schedule={free}, which takes any number")
+    yield Problem(
+        "model.global_batch_size",
+        whole,
+        f"/ (model.micro_batch_size {micro} x data-parallel size {dp}) = {count} micro-batches a "
+        f"step, and model.pipeline_schedule={schedule} over {pp} ranks needs {need}",
+        ", or ".join(ways),
+    )
+
+
+def expert_parallel(cfg: RunConfig) -> Iterator[Problem]:
+    """Experts are shared out over ranks borrowed from data and tensor parallelism."""
+    ep, experts = cfg.model.expert_model_parallel_size, cfg.model.n_routed_experts
+    tp, replicas = cfg.model.tensor_model_parallel_size, cfg.model.data_parallel_replicate_size
+    dp = data_parallel_size(cfg)
+    if dp is None:
+        return
+    if dp % replicas:
+        yield Problem(
+            "model.data_parallel_replicate_size",
+            replicas,
+            f"does not divide the data-parallel size = {_data_parallel_sum(cfg, dp)}",
+            f"use {listed(divisors(dp), near=replicas)}",
+        )
+        return
+    ranks = dp // replicas * tp
+    legal = f"use {listed(divisors(math.gcd(ranks, experts)), near=ep)}"
+    if experts % ep:
+        rule = f"does not divide model.n_routed_experts={experts}"
+        yield Problem("model.expert_model_parallel_size", ep, rule, legal)
+    if ranks % ep:
+        halves = f" / {replicas} replicas" if replicas > 1 else ""
+        yield Problem(
+            "model.expert_model_parallel_size",
+            ep,
+            f"does not divide data-parallel x tensor ranks = {dp // replicas} x {tp} = {ranks} "
+            f"(data-parallel size = {_data_parallel_sum(cfg, dp)}{halves})",
+            legal,
+        )
+
+
+def data_parallel_shards(cfg: RunConfig) -> Iterator[Problem]:
+    """What TP and EP leave of a weight can be shared by the data-parallel ranks.
+
+    FSDP2 pads a whole weight, but not a part of one.
+    """
+    model = cfg.model
+    tp, ep = model.tensor_model_parallel_size, model.expert_model_parallel_size
+    shards = _shards(cfg, tp)
+    cuts = math.gcd(*_cut_by_tensor_ranks(cfg).values())
+    if shards is None or shards * tp % ep or model.n_routed_experts % ep or cuts % tp:
+        return  # other rules speak of these
+    stuck = [w for w in _weights(model) if not w.routed and w.shard_dim(tp, ep, shards) is None]
+    if stuck:
+        legal = [
+            n
+            for n in divisors(math.gcd(cuts, _world(cfg) // model.pipeline_model_parallel_size))
+            for m in [_shards(cfg, n)]
+            if m and all(w.routed or w.shard_dim(n, ep, m) is not None for w in _weights(model))
+        ]
+        yield Problem(
+            "model.tensor_model_parallel_size",
+            tp,
+            f"leaves {_parts(stuck[0], tp, ep)} to a rank, no dim of which divides into the "
+            f"{shards} parts for data-parallel ranks",
+            f"use {listed(legal, near=tp)}, or another model.data_parallel_replicate_size",
+        )
+    parts = shards * tp // ep
+    stuck = [w for w in _weights(model) if w.routed and w.shard_dim(tp, ep, parts) is None]
+    if stuck:
+        legal = [
+            n
+            for n in divisors(math.gcd(shards * tp, model.n_routed_experts))
+            if stuck[0].shard_dim(tp, n, shards * tp // n) is not None
+        ]
+        yield Problem(
+            "model.expert_model_parallel_size",
+            ep,
+            f"leaves {_parts(stuck[0], tp, ep)} to a rank, no dim of which divides into parts for "
+            f"the {shards} x {tp} / {ep} = {parts} ranks that share these experts",
+            f"use {listed(legal, near=ep)}, or another model.data_parallel_replicate_size",
+        )
+
+
+def resharding(cfg: RunConfig) -> Iterator[Problem]:
+    """Weights that are gathered can be kept or not, where there are any and no pipeline."""
+    model, key = cfg.model, "model.reshard_after_forward"
+    chosen, pp = model.reshard_after_forward, model.pipeline_model_parallel_size
+    shards = _shards(cfg, model.tensor_model_parallel_size)
+    if chosen is None or shards is None:
+        return
+    if chosen and pp > 1:
+        yield Problem(
+            key,
+            True,
+            f"model.pipeline_model_parallel_size={pp} keeps weights gathered from one micro-batch "
+            "to the next, or it would gather them for each",
+            "use null or false",
+        )
+    elif shards == 1 and model.tensor_model_parallel_size == model.expert_model_parallel_size:
+        yield Problem(
+            key,
+            chosen,
+            "would be ignored: no two ranks share the memory of a weight, so none is gathered",
+            "use null, or more trainer.devices",
+        )
+
+
+def batch(cfg: RunConfig) -> Iterator[Problem]:
+    """Every rank runs the same whole number of micro-batches in a step."""
+    micro, whole = cfg.model.micro_batch_size, cfg.model.global_batch_size
+    dp = data_parallel_size(cfg)
+    if dp is None or whole % (micro * dp) == 0:
+        return
+    step = micro * dp
+    multiples = [n for n in (whole // step * step, (whole // step + 1) * step) if n]
+    way_out = f"use model.global_batch_size={' or '.join(map(str, multiples))}"
+    if whole % dp == 0:
+        way_out += f", or for model.micro_batch_size {listed(divisors(whole // dp), near=micro)}"
+    yield Problem(
+        "model.micro_batch_size",
+        micro,
+        f"x data-parallel size {dp} = {step} does not divide model.global_batch_size={whole} "
+        f"(data-parallel size = {_data_parallel_sum(cfg, dp)})",
+        way_out,
+    )
+
+
+# -- helpers --
+
+
+def _world(cfg: RunConfig) -> int:
+    return cfg.trainer.devices * cfg.trainer.num_nodes
+
+
+def _cut_by_tensor_ranks(cfg: RunConfig) -> dict[str, int]:
+    """Sizes that tensor ranks divide among them, by the fields they come from."""
+    model = cfg.model
+    cut = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.vocab_size": model.vocab_size,
+        "model.data.seq_length": model.data.seq_length,
+    }
+    if model.first_k_dense_replace > 0:
+        cut["model.intermediate_size"] = model.intermediate_size
+    if _has_experts(model) and model.n_shared_experts > 0:
+        shared, hidden = model.n_shared_experts, model.moe_intermediate_size
+        cut[f"model.n_shared_experts {shared} x moe_intermediate_size {hidden}"] = shared * hidden
+    return cut
+
+
+def _has_experts(model: ModelConfig) -> bool:
+    """True if some block is no dense one; the block of an MTP module never is."""
+    return (
+        model.first_k_dense_replace < model.num_hidden_layers or model.num_nextn_predict_layers > 0
+    )
+
+
+def _weights(model: ModelConfig) -> list[Weight]:
+    """One of each kind."""
+    dense = block_weights(model, moe=False) if model.first_k_dense_replace > 0 else []
+    moe = block_weights(model, moe=True) if _has_experts(model) else []
+    return [table_weight("embed", model), *dense, *moe]
+
+
+def _shards(cfg: RunConfig, tp: int) -> int | None:
+    """Data-parallel ranks of one replica under this TP; None where there is no such layout."""
+    inside = tp * cfg.model.pipeline_model_parallel_size * cfg.model.data_parallel_replicate_size
+    return None if _world(cfg) % inside else _world(cfg) // inside
+
+
+def _parts(weight: Weight, tp: int, ep: int) -> str:
+    return f"{list(weight.divided(tp, ep))} of {weight.name} {list(weight.shape)}"
+
+
+def stages_per_rank(cfg: RunConfig) -> int | None:
+    """Stages of a pipeline rank; None where schedule and virtual size contradict each other."""
+    schedule, virtual = cfg.model.pipeline_schedule, cfg.model.virtual_pipeline_model_parallel_size
+    if schedule in INTERLEAVED_SCHEDULES:
+        return virtual if virtual > 1 else None
+    if virtual > 1:
+        return None
+    return 2 if schedule in V_SCHEDULES else 1
+
+
+def data_parallel_size(cfg: RunConfig) -> int | None:
+    """Ranks with batches of their own; None where ``processes`` finds a problem."""
+    world = _world(cfg)
+    inside = cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size
+    return None if world % inside else world // inside
+
+
+def _data_parallel_sum(cfg: RunConfig, size: int) -> str:
+    """The data-parallel size with its arithmetic."""
+    tp, pp = cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
+    return (
+        f"devices {cfg.trainer.devices} x nodes {cfg.trainer.num_nodes} / (tensor {tp} x pipeline "
+        f"{pp}) = {size}"
+    )
+
+
+def _needed_micro_batches(schedule: str, pp: int, count: int) -> tuple[Callable[[int], bool], str]:
+    """Which numbers of micro-batches the schedule takes, and why ``count`` is none of them.
+
+    As in ``torch.distributed.pipelining``, which raises the same when a schedule is built.
+    """
+    if schedule == "1F1B":
+        return (lambda n: n >= pp), f"at least {pp}, one for each rank"
+    if schedule == "DualPipeV":
+        return (lambda n: n >= 2 * pp), f"at least {2 * pp}, one for each of its 2 x {pp} stages"
+    if schedule in INTERLEAVED_SCHEDULES:
+        rounds = max(1, count // pp)
+        need = f"a multiple of its rounds = {count} // {pp} = {rounds}"
+        return (lambda n: n % max(1, n // pp) == 0), need
+    return (lambda n: True), "any number"

@@ -1,0 +1,1 @@
+"""Wing: what the experts of a trained model do (``deepseek experts``)."""

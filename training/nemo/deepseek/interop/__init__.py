@@ -1,0 +1,1 @@
+"""Wing: other programs' files and settings, read and written."""

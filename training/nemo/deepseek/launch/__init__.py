@@ -1,0 +1,1 @@
+"""Wing: starting, joining and watching the processes of a run."""

@@ -1,0 +1,315 @@
+"""Starts the processes of one machine, watches them, and starts all anew if one is lost.
+
+Workers see torchrun's environment variables. This process needs neither torch nor a port: it hands
+rank 0 the listening socket at which the ranks meet, a new one each attempt.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from deepseek.config.errors import UserError
+from deepseek.launch.processes import LOST_PEER_EXIT_CODE, STARTED_BY, STORE_FD
+
+USER_ERROR = 2
+"""Exit code of what only the user can mend: not started anew."""
+SETTLE_SECONDS = 2.0
+"""After a loss, how long the other ranks may take to notice and end by themselves."""
+GRACE_SECONDS = 10.0
+"""Between SIGTERM and SIGKILL."""
+START_SECONDS = 60.0
+"""An attempt that lasted longer counts as progress where nothing better is known."""
+POLL_SECONDS = 0.03
+
+
+def supervise(
+    command: Sequence[str],
+    num_processes: int,
+    max_restarts: int,
+    report: Callable[[str], None],
+    progress: Callable[[], int] | None = None,
+) -> int:
+    """Run ``num_processes`` copies of a command to the end, whatever happens to them.
+
+    A worker that dies by a signal, or ends with a code other than 0 and 2, is lost: the others are
+    stopped, and all start again, at most ``max_restarts`` times. SIGINT and SIGTERM go on to every
+    worker, once, and are waited for; the second one kills. To be called in the main thread.
+
+    Args:
+        command: of a worker, with the path of its program first; see ``worker_command``.
+        num_processes: workers, ranks 0 to n - 1.
+        max_restarts: after the first attempt.
+        report: where messages go.
+        progress: the step of the newest checkpoint, so that an error that comes back without any
+            progress in between is not repeated ``max_restarts`` times.
+
+    Returns:
+        0, 2 for an error that the user can mend, 1 if given up, 128 + N after signal N.
+    """
+    with _Signals() as signals:
+        before = progress() if progress else 0
+        last_code = 0
+        for attempt in range(max_restarts + 1):
+            if signals.first is not None:
+                return 128 + signals.first
+            crew = _Crew(command, num_processes, attempt, signals)
+            started = time.monotonic()
+            lost = crew.watch()
+            if signals.first is not None:
+                return crew.code_after_signal(signals.first)
+            if lost is None:
+                return 0
+            if lost.code == USER_ERROR:
+                return USER_ERROR
+            now = progress() if progress else 0
+            advanced = now > before if progress else time.monotonic() - started > START_SECONDS
+            # A Python error that strikes twice in the same stretch is in the program or the data,
+            # and will strike again. A signal, such as of a machine short of memory, may not.
+            if lost.is_error and lost.code == last_code and not advanced:
+                report(f"{lost}; the same happened before, without progress: {_GIVING_UP}")
+                return 1
+            if attempt == max_restarts:
+                used = f"restarts are used up ({max_restarts})" if max_restarts else "not restarted"
+                report(f"{lost}; {used}: {_GIVING_UP}")
+                return 1
+            report(f"{lost}; all start again, restart {attempt + 1} of {max_restarts}")
+            before, last_code = now, lost.code
+    raise AssertionError("the last attempt returns")
+
+
+_GIVING_UP = "stopping. The newest checkpoint is kept; the same command goes on from it"
+
+
+def worker_command(argv: Sequence[str] | None = None) -> list[str]:
+    """The command line of this process, to be started again: ``deepseek``, a script or a module.
+
+    Raises:
+        UserError: it was started in a way that cannot be repeated, as a notebook.
+    """
+    program, *options = sys.argv if argv is None else argv
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if Path(program).name == "deepseek" or (spec is not None and spec.name == "deepseek.__main__"):
+        return [sys.executable, "-m", "deepseek", *options]
+    if spec is not None:
+        return [sys.executable, "-m", spec.name.removesuffix(".__main__"), *options]
+    if not Path(program).is_file():
+        raise UserError(
+            f"several processes need a program to start, and {program or 'an interactive session'} "
+            "is not a file: put the code into a script, or start it with torchrun"
+        )
+    return [sys.executable, program, *options]
+
+
+@dataclass
+class _Worker:
+    rank: int
+    process: subprocess.Popen[bytes]
+    told: bool = False
+    """Whether a signal was passed on: a second one would mean to stop at once."""
+
+    @property
+    def code(self) -> int | None:
+        """None while it runs; -N if signal N killed it."""
+        return self.process.poll()
+
+    def tell(self, number: int) -> None:
+        """Pass a signal on, to the worker alone: its data loaders end with it."""
+        if not self.told:
+            self.told = True
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it, and what it has started."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class _Lost:
+    rank: int
+    code: int
+
+    @property
+    def is_error(self) -> bool:
+        """Of the program itself, not a signal or a lost connection."""
+        return self.code > 0 and self.code != LOST_PEER_EXIT_CODE
+
+    def __str__(self) -> str:
+        if self.code == LOST_PEER_EXIT_CODE:
+            return f"rank {self.rank} lost contact with another rank"
+        if self.code >= 0:
+            return f"rank {self.rank} ended with exit code {self.code}"
+        return f"rank {self.rank} was killed by {signal_name(-self.code)}"
+
+
+def signal_name(number: int) -> str:
+    """``SIGKILL``, or ``signal 99``."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+@dataclass
+class _Signals:
+    """SIGINT and SIGTERM of the supervisor: the first is passed on, the second kills."""
+
+    workers: list[_Worker] = field(default_factory=list)
+    first: int | None = None
+    _before: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.first is None:
+            self.first = number
+            for worker in self.workers:
+                worker.tell(number)
+        else:
+            for worker in self.workers:
+                worker.kill()
+
+
+class _Crew:
+    """The workers of one attempt."""
+
+    def __init__(
+        self, command: Sequence[str], num_processes: int, attempt: int, signals: _Signals
+    ) -> None:
+        self.signals = signals
+        self.workers: list[_Worker] = []
+        signals.workers = self.workers
+        self._endings: list[_Lost] = []
+        try:
+            with _listening_socket() as listener:
+                for rank in range(num_processes):
+                    self._start(command, rank, num_processes, attempt, listener)
+        except BaseException:
+            self._kill_all()
+            raise
+
+    def watch(self) -> _Lost | None:
+        """Until all have ended; what ended them, if it was a loss or an error."""
+        try:
+            while self._running() and not self._note_endings():
+                time.sleep(POLL_SECONDS)
+            # One is lost, and the others with it, for they wait for each other at every step.
+            self._wait(SETTLE_SECONDS)
+            self._note_endings()
+            for worker in self._running():
+                worker.tell(signal.SIGTERM)
+            self._wait(GRACE_SECONDS)
+        finally:
+            self._kill_all()
+        # The first that did not end only because another had.
+        causes = [lost for lost in self._endings if lost.code != LOST_PEER_EXIT_CODE]
+        return next(iter(causes or self._endings), None)
+
+    def code_after_signal(self, number: int) -> int:
+        """What the supervisor returns after it passed a signal on."""
+        codes = [worker.process.returncode for worker in self.workers]
+        if not any(codes):
+            return 0
+        positive = [code for code in codes if code > 0 and code != LOST_PEER_EXIT_CODE]
+        return min(positive, default=128 + number)
+
+    def _start(
+        self,
+        command: Sequence[str],
+        rank: int,
+        num_processes: int,
+        attempt: int,
+        listener: socket.socket,
+    ) -> None:
+        env = worker_environment(rank, num_processes, attempt, listener.getsockname()[1])
+        inherited: tuple[int, ...] = ()
+        if rank == 0:
+            inherited = (listener.fileno(),)
+            env[STORE_FD] = str(listener.fileno())
+        tether = str(Path(__file__).with_name("tether.py"))
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", tether, str(os.getpid()), *command],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            pass_fds=inherited,
+            process_group=0,  # a Ctrl-C of the terminal comes here alone, and is passed on
+        )
+        worker = _Worker(rank, process)
+        self.workers.append(worker)
+        if self.signals.first is not None:  # it came between two starts
+            worker.tell(self.signals.first)
+
+    def _running(self) -> list[_Worker]:
+        return [worker for worker in self.workers if worker.code is None]
+
+    def _note_endings(self) -> bool:
+        """Whether any has ended badly; of those found at once, the likelier cause comes first."""
+        noted = {ending.rank for ending in self._endings}
+        ended = [
+            _Lost(worker.rank, worker.code)
+            for worker in self.workers
+            if worker.code and worker.rank not in noted
+        ]
+        self._endings += sorted(ended, key=lambda lost: (lost.code != USER_ERROR, lost.code))
+        return bool(self._endings)
+
+    def _wait(self, seconds: float) -> None:
+        """Until all have ended, or as long as ``seconds``."""
+        end = time.monotonic() + seconds
+        while self._running() and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+
+    def _kill_all(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+        for worker in self.workers:
+            worker.process.wait()
+
+
+def worker_environment(rank: int, num_processes: int, attempt: int, port: int) -> dict[str, str]:
+    """This process's environment, and what torchrun would set."""
+    threads = max(1, _cores() // num_processes)
+    env = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+    env.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    return env | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        STARTED_BY: "supervisor",
+    }
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def _listening_socket() -> Iterator[socket.socket]:
+    """Bound before the workers start, so that nobody can take its port meanwhile."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        yield listener

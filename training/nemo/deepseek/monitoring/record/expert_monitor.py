@@ -1,0 +1,186 @@
+"""Watches the experts: who is chosen how often, by what margin, and the state of the bias.
+
+L layers with experts, E experts per layer, T tokens, K chosen per token.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from deepseek.config.schema import ModelConfig
+from deepseek.console import complain
+from deepseek.frameworks import Callback
+from deepseek.models.components.moe import MoE
+from deepseek.monitoring import load_metrics
+from deepseek.monitoring.array_log import ArrayLog
+from deepseek.monitoring.record.router_margin import RouterMargin, sums_of
+from deepseek.parallel.gradients import sum_over
+
+
+@dataclass(frozen=True)
+class ExpertRecord:
+    """What was found in one step."""
+
+    step: int
+    layers: list[str]
+    """Names of the blocks, in order of depth."""
+    top_k: int
+    """Experts chosen for each token."""
+    tokens_LE: np.ndarray
+    """int64: assignments of the real tokens of the whole global batch."""
+    bias_LE: np.ndarray
+    """fp32: correction bias, after its update by this step; zeros where there is none."""
+    margin_L: np.ndarray
+    """fp32: how far the last chosen expert lay above the next one, mean over a sample."""
+
+
+class ExpertMonitor(Callback):
+    """Writes ``experts.arrays`` and adds the worst load and the dead experts to the step's row.
+
+    Everything comes from one collective per recorded step. The counts are those the correction bias
+    is moved by: real tokens of the whole global batch.
+
+    Args:
+        path: the file; only rank 0 writes it.
+        every_n_steps: steps between records.
+        leads: whether this is rank 0.
+
+    Attributes:
+        latest: the newest record; on rank 0 alone.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int, leads: bool) -> None:
+        self.every_n_steps = every_n_steps
+        self.latest: ExpertRecord | None = None
+        self._leads = leads
+        self._log: ArrayLog | None = ArrayLog(path) if leads else None
+        self._margins: dict[str, RouterMargin] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Listen to the routers that are here."""
+        self._forget()
+        owners = {id(m.gate): m for m in pl_module.model.modules() if isinstance(m, MoE)}
+        for name, router in pl_module.model.routers().items():
+            self._margins[name] = RouterMargin(owners[id(router)])
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Measure margins only in steps that are recorded."""
+        if self._is_due(pl_module.finished_steps + 1):
+            for margin in self._margins.values():
+                margin.measure_next()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Collect, on every rank; write, on rank 0."""
+        step, config = pl_module.finished_steps, pl_module.config
+        layers = expert_layers(config)
+        if not layers or not self._is_due(step):
+            return
+        begin = time.perf_counter()
+        record = self._collect(pl_module, step, layers)
+        facts = pl_module.step_facts
+        if self._leads:
+            self.latest = record
+            if record.tokens_LE.any():
+                facts |= scalars(record, config.expert_model_parallel_size)
+            self._write(record, config)
+        spent = sum(margin.take_seconds() for margin in self._margins.values())
+        spent += time.perf_counter() - begin
+        facts["monitor_seconds"] = facts.get("monitor_seconds", 0.0) + spent
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Stop listening."""
+        self._forget()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The same."""
+        self._forget()
+
+    def _forget(self) -> None:
+        for margin in self._margins.values():
+            margin.remove()
+        self._margins.clear()
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.every_n_steps == 0
+
+    def _collect(self, pl_module: Any, step: int, layers: list[str]) -> ExpertRecord:
+        """All layers, on every rank: one sum of a table with a row for each."""
+        num_experts = pl_module.config.n_routed_experts
+        place, routers = pl_module.meshes.place, pl_module.model.routers()
+        device = next(pl_module.model.parameters()).device
+        table = torch.zeros(
+            len(layers), 2 * num_experts + 2, dtype=torch.float64, device=device
+        )  # counts below 2^53 are exact
+        measured = dict(zip(self._margins, sums_of(list(self._margins.values())), strict=True))
+        # Counts and bias are equal on all ranks of a stage: one of them tells.
+        tells = (place.dp_replicate, place.dp_shard, place.tp) == (0, 0, 0)
+        for row, name in enumerate(layers):
+            router = routers.get(name)
+            if router is None:
+                continue
+            if tells:
+                table[row, :num_experts] = router.tokens_per_expert
+                if router.bias is not None:
+                    table[row, num_experts : 2 * num_experts] = router.bias
+            if name in measured:
+                table[row, -2:] = measured[name]
+        found = sum_over(table, pl_module.meshes.world).cpu().numpy()
+        return ExpertRecord(
+            step,
+            layers,
+            pl_module.config.num_experts_per_tok,
+            found[:, :num_experts].round().astype(np.int64),
+            found[:, num_experts:-2].astype(np.float32),
+            (found[:, -2] / np.maximum(found[:, -1], 1)).astype(np.float32),
+        )
+
+    def _write(self, record: ExpertRecord, config: ModelConfig) -> None:
+        if self._log is None:
+            return
+        arrays = {"tokens": record.tokens_LE.astype(np.uint32), "margin": record.margin_L}
+        if config.topk_method == "noaux_tc":
+            arrays["bias"] = record.bias_LE
+        meta = {"ep": config.expert_model_parallel_size, "top_k": record.top_k}
+        try:
+            self._log.append(record.step, arrays, layers=record.layers, **meta)
+        except OSError as error:  # watching must not stop what is watched
+            complain(f"{self._log.path}: {error.strerror}; expert loads are no longer recorded")
+            self._log = None
+
+
+def scalars(record: ExpertRecord, ranks: int) -> dict[str, float]:
+    """A record in the few numbers that stand in the row of a step; layers without tokens are left
+    out. See ``load_metrics`` for the formulas.
+
+    Args:
+        ranks: that the experts are divided over.
+    """
+    used = record.tokens_LE.sum(axis=1) > 0
+    tokens_LE = record.tokens_LE[used]
+    load = load_metrics.rank_load(tokens_LE, ranks)
+    found = {
+        "load_max_over_mean": load_metrics.max_violation(tokens_LE).max() + 1,
+        "load_cv": load_metrics.variation(tokens_LE).mean(),
+        "load_entropy": load_metrics.entropy(tokens_LE).mean(),
+        "rank_load_max_over_mean": load_metrics.imbalance(load).max(),
+        "bias_range": load_metrics.bias_range(record.bias_LE).max(),
+        "router_margin": record.margin_L[used].mean(),
+    }
+    return {name: round(float(value), 6) for name, value in found.items()} | {
+        "dead_experts": int(load_metrics.dead(tokens_LE).sum()),
+        "starved_experts": int(load_metrics.starved(tokens_LE).sum()),
+    }
+
+
+def expert_layers(config: ModelConfig) -> list[str]:
+    """Names of the blocks with experts, in order of depth, those of other ranks included."""
+    main = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
+    return [f"layers.{i}" for i in main] + [
+        f"mtp.{depth}.block" for depth in range(config.num_nextn_predict_layers)
+    ]

@@ -1,0 +1,264 @@
+"""``metrics.jsonl``: one JSON object a step, append-only, the truth about a run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from deepseek.config.errors import UserError
+from deepseek.frameworks import Callback
+from deepseek.monitoring.record.mirror import Mirror
+
+SCALARS = {
+    "loss",
+    "mtp_loss",
+    "balance_loss",
+    "grad_norm",
+    "grad_norm_dense",
+    "grad_norm_expert",
+    "grad_norm_router",
+    "lr",
+    "tokens",
+    "skipped",
+    "seconds",
+    "tokens_per_second",
+    "mfu",
+    "data_seconds",
+    "forward_backward_seconds",
+    "optimizer_seconds",
+    "checkpoint_seconds",
+    "monitor_seconds",
+    "memory_bytes",
+    "load_max_over_mean",
+    "load_cv",
+    "load_entropy",
+    "rank_load_max_over_mean",
+    "bias_range",
+    "router_margin",
+    "dead_experts",
+    "starved_experts",
+    "all_to_all_seconds",
+    "val_loss",
+    "val_bits_per_byte",
+}
+"""What loggers get, whatever the size of the model; matrices stay in the local log."""
+_BLOCK = 1 << 16
+
+
+class MetricsLog(Callback):
+    """Writes every step and every validation; each line is complete or absent after a kill.
+
+    Args:
+        path: the file.
+        flops_per_token: training FLOPs, for MFU.
+        peak_flops: per second, of all devices together; None: MFU is unknown.
+        attempt: how often a launcher has started the run anew.
+        signal_received: tells which signal, if any, ends the run.
+        loggers: by name, what opens loggers that the trainer does not know; all loggers are told
+            the scalars of each row.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        flops_per_token: float = 0.0,
+        peak_flops: float | None = None,
+        *,
+        attempt: int = 0,
+        signal_received: Callable[[], int | None] = lambda: None,
+        loggers: Mapping[str, Callable[[], Any]] | None = None,
+    ) -> None:
+        self._begun = False
+        self.path = path
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.attempt = attempt
+        self._signal_received = signal_received
+        self._mirrors = [Mirror(name, make, path) for name, make in (loggers or {}).items()]
+        self._last_end = 0.0
+        self._validation_start = 0.0
+        self._own_seconds = 0.0
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one object as one line, in one system call.
+
+        Raises:
+            UserError: the file cannot be written; a line half written is cut off at the next start.
+        """
+        line = (json.dumps({key: _finite(value) for key, value in row.items()}) + "\n").encode()
+        with _reported(self.path):
+            with open(self.path, "ab", buffering=0) as file:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def event(self, name: str, step: int, **more: Any) -> None:
+        """Append an event; ``more`` are keys of its row."""
+        self.write({"event": name, "step": step, "time": round(time.time(), 3)} | more)
+
+    def add_cost(self, seconds: float) -> None:
+        """Count what another callback spent on watching after this one had written its row."""
+        self._own_seconds += seconds
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Remove a line cut short by a kill; note the start and what kind of start it is.
+
+        Raises:
+            UserError: the file cannot be written: better now than after the first step.
+        """
+        self._begun = True
+        with _reported(self.path):
+            drop_partial_line(self.path)
+        step = pl_module.finished_steps
+        if self.attempt:
+            self.event("restart", step, attempt=self.attempt, reason=f"restart {self.attempt}")
+        self.event("resumed" if step else "started", step)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start the clock of the first step; see which loggers there are."""
+        known = [_opener(logger) for logger in trainer.loggers]
+        self._mirrors += [Mirror(name, make, self.path) for name, make in known]
+        self._last_end = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Note the checkpoint of the step before, if there was one."""
+        self._note_checkpoint(pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """The step's row. Its seconds begin where those of the step before end, so that waiting for
+        data, checkpoints and monitoring are in them; validations are not."""
+        begin = time.perf_counter()
+        seconds, self._last_end = begin - self._last_end, begin
+        row, facts = asdict(pl_module.step_metrics), pl_module.step_facts
+        speed = row["tokens"] / seconds
+        peak = self.peak_flops
+        # What this callback cost in the step before: that of this row is not over yet.
+        monitor_seconds = facts.get("monitor_seconds", 0.0) + self._own_seconds
+        facts |= {
+            "seconds": round(seconds, 6),
+            "time": round(time.time(), 3),
+            "tokens_per_second": round(speed, 1),
+            "mfu": round(speed * self.flops_per_token / peak, 6) if peak else None,
+            "monitor_seconds": round(monitor_seconds, 6),
+        }
+        row |= facts
+        self.write(row)
+        self._mirror(row)
+        self._own_seconds = time.perf_counter() - begin
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Stop the clock."""
+        self._validation_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """The validation row."""
+        self._last_end += time.perf_counter() - self._validation_start
+        if trainer.sanity_checking or pl_module.validation_metrics is None:
+            return
+        row = asdict(pl_module.validation_metrics)
+        self.write(row)
+        self._mirror(row)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Note the last checkpoint, and the end and its reason."""
+        step = pl_module.finished_steps
+        self._note_checkpoint(pl_module)
+        number = self._signal_received()
+        name = signal.Signals(number).name if number is not None else None
+        complete = step >= pl_module.max_steps
+        reason = "complete" if complete else name or "a signal to another rank"
+        self.event("stopped", step, reason=reason)
+        self._close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The same, as far as the file can still be written; a refused start leaves no trace."""
+        if not self._begun:
+            return
+        with suppress(UserError):
+            first_line = (str(exception).splitlines() or [""])[0]
+            reason = f"{type(exception).__name__}: {first_line}".removesuffix(": ")
+            self.event("stopped", pl_module.finished_steps, reason=reason)
+        self._close()
+
+    def _note_checkpoint(self, pl_module: Any) -> None:
+        facts = pl_module.step_facts
+        if "checkpoint_seconds" in facts:
+            seconds = facts["checkpoint_seconds"]
+            self.event("checkpoint", pl_module.finished_steps, seconds=seconds)
+
+    def _close(self) -> None:
+        mirrors, self._mirrors = self._mirrors, []
+        for mirror in mirrors:
+            mirror.close()
+
+    def _mirror(self, row: dict[str, Any]) -> None:
+        """Give the loggers their scalars."""
+        if self._mirrors:
+            scalars = {
+                key: value
+                for key, value in row.items()
+                if key in SCALARS and isinstance(value, int | float)
+            }
+            for mirror in self._mirrors:
+                mirror.tell(scalars, row["step"])
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete rows; of a step trained twice (after a kill) only the later one."""
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is cut short
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in map(json.loads, lines):
+        kind = row.get("event") or ("validation" if "val_loss" in row else "step")
+        rows.pop((kind, row["step"]), None)
+        rows[kind, row["step"]] = row
+    return list(rows.values())
+
+
+def drop_partial_line(path: Path) -> None:
+    """Cut the file after its last complete line."""
+    if not path.is_file():
+        return
+    with open(path, "r+b") as file:
+        length = end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - _BLOCK)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            end = start + newline + 1
+            if newline >= 0:
+                break
+        if end != length:
+            file.truncate(end)
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """What the system says of the file is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; make room or mend it, and run again "
+            "to go on from the last checkpoint"
+        ) from error
+
+
+def _opener(logger: Any) -> tuple[str, Callable[[], Any]]:
+    """A logger that the trainer has, as ``Mirror`` takes it."""
+    return type(logger).__name__, lambda: logger
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: say it in words that every parser takes."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,311 @@
+"""Watches the ranks: what each step's time and memory went to, and what passed between them.
+
+R ranks, M measurements.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from deepseek.console import complain
+from deepseek.frameworks import Callback
+from deepseek.monitoring.array_log import ArrayLog
+from deepseek.monitoring.record.received_rows import ReceivedRows
+from deepseek.monitoring.record.recorder import (
+    NUMBERS,
+    SEND_RECV,
+    CommunicationRecorder,
+    Kind,
+    Summary,
+)
+from deepseek.parallel.gradients import sum_over
+from deepseek.parallel.mesh import Meshes
+from deepseek.training.phases import Memory, resident_bytes
+
+MEASURED_PHASES = ("forward_backward", "optimizer", "checkpoint")
+"""Whose memory is recorded."""
+COLUMNS = (
+    "step_seconds",
+    "data_seconds",
+    "compute_seconds",
+    "wait_seconds",
+    "transfer_seconds",
+    "optimizer_seconds",
+    "memory_bytes",
+    "peak_memory_bytes",
+    "reserved_bytes",
+    "received_rows",
+    "largest_received_rows",
+    *(
+        f"{phase}_{kind}_bytes"
+        for phase in MEASURED_PHASES
+        for kind in ("allocated", "reserved", "peak")
+    ),
+)
+"""What is measured on each rank: seconds of the step, bytes after it and in each phase, rows that
+came to its experts. The phase ``checkpoint`` is the newest one, of whatever step."""
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """What was found in one step."""
+
+    step: int
+    stages: list[int]
+    """Pipeline coordinate of each rank: those of one stage have the same work."""
+    ranks_RM: np.ndarray
+    """fp64, the columns are ``COLUMNS``."""
+
+    def column(self, name: str) -> np.ndarray:
+        """One measurement of every rank."""
+        return self.ranks_RM[:, COLUMNS.index(name)]
+
+
+class RankMonitor(Callback):
+    """Writes ``ranks.arrays``, ``traffic.arrays`` and ``collectives.jsonl``.
+
+    Args:
+        folder: of the files; only rank 0 writes them.
+        every_n_steps: steps between records.
+        leads: whether this is rank 0.
+        data_seconds: gives the seconds this rank waited for the step's data.
+        ranks_per_node: tells which rank is where.
+        checkpoint_memory: of the newest checkpoint, None before there is one.
+
+    Attributes:
+        latest: the newest record; on rank 0 alone.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every_n_steps: int,
+        leads: bool,
+        data_seconds: Callable[[], float],
+        ranks_per_node: int = 1,
+        checkpoint_memory: Callable[[], Memory | None] = lambda: None,
+    ) -> None:
+        self.every_n_steps = every_n_steps
+        self.latest: RankRecord | None = None
+        self._leads = leads
+        self._files = _Files(folder, ranks_per_node) if leads else None
+        self._data_seconds = data_seconds
+        self._checkpoint_memory = checkpoint_memory
+        self._recorder: CommunicationRecorder | None = None
+        self._rows: ReceivedRows | None = None
+        self._clock = 0.0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Get ready to record, where there is something to record."""
+        if isinstance(pl_module.meshes, Meshes):
+            self._recorder = CommunicationRecorder(pl_module.meshes)
+        self._rows = ReceivedRows(pl_module.model)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Start the clock, and the recorder if this step is recorded."""
+        if self._recorder is not None and self._is_due(pl_module.finished_steps + 1):
+            self._recorder.start()
+        if self._rows is not None:
+            self._rows.start()
+        self._clock = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Collect, on every rank; write, on rank 0."""
+        step_seconds = time.perf_counter() - self._clock
+        step = pl_module.finished_steps
+        if self._is_due(step):
+            _meet(pl_module)
+        begin = time.perf_counter()
+        phases = pl_module.phases.seconds()
+        facts = pl_module.step_facts
+        facts["data_seconds"] = round(self._data_seconds(), 6)
+        facts["forward_backward_seconds"] = round(phases["forward_backward"], 6)
+        facts["optimizer_seconds"] = round(phases["optimizer"], 6)
+        facts["memory_bytes"] = max(m.peak for m in pl_module.phases.memory.values())
+        if self._is_due(step):
+            summary = None
+            if self._recorder is not None:
+                self._recorder.stop()
+                begin -= self._recorder.own_seconds
+                summary = self._recorder.summary()
+            self._record(pl_module, step, step_seconds, summary)
+        facts["monitor_seconds"] = facts.get("monitor_seconds", 0.0) + time.perf_counter() - begin
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the model as it was."""
+        if self._rows is not None:
+            self._rows.remove()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave torch's functions and the model as they were."""
+        if self._recorder is not None:
+            self._recorder.stop()
+        if self._rows is not None:
+            self._rows.remove()
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.every_n_steps == 0
+
+    def _record(
+        self, pl_module: Any, step: int, step_seconds: float, summary: Summary | None
+    ) -> None:
+        memory = pl_module.phases.memory | {"checkpoint": self._checkpoint_memory()}
+        own = _measurements(pl_module, step_seconds, summary, memory, self._rows)
+        kinds = self._recorder.kinds() if self._recorder is not None else []
+        rank, size = pl_module.meshes.rank, pl_module.meshes.layout.world_size
+        # One collective: each rank fills its row of one table; at its end what it sent to whom.
+        width = len(COLUMNS) + len(kinds) * len(NUMBERS) + 1 + size
+        device = next(pl_module.model.parameters()).device
+        table = torch.zeros(size, width, dtype=torch.float64, device=device)
+        row = [own]
+        if summary is not None:
+            row += [summary.numbers.get(kind, np.zeros(len(NUMBERS))) for kind in kinds]
+            row += [np.array([float(summary.row_bytes)]), summary.expert_bytes.astype(np.float64)]
+        else:
+            row.append(np.zeros(1 + size))
+        table[rank] = torch.from_numpy(np.concatenate(row))
+        found = sum_over(table, pl_module.meshes.world).cpu().numpy()
+        if not self._leads:
+            return
+        ranks_RM = found[:, : len(COLUMNS)]
+        layout = pl_module.meshes.layout
+        stages = [layout.place(rank).pp for rank in range(size)]
+        self.latest = RankRecord(step, stages, ranks_RM)
+        peak = self.latest.column("peak_memory_bytes")
+        pl_module.step_facts["memory_bytes"] = int(peak.max())
+        numbers_RKN = found[:, len(COLUMNS) : width - size - 1].reshape(
+            size, len(kinds), len(NUMBERS)
+        )
+        all_to_all = [k for k, kind in enumerate(kinds) if kind.operation == "all_to_all"]
+        if all_to_all:
+            seconds_R = numbers_RKN[:, all_to_all, NUMBERS.index("seconds")].sum(axis=1)
+            pl_module.step_facts["all_to_all_seconds"] = round(float(seconds_R.mean()), 6)
+        if self._files is None:
+            return
+        try:
+            self._files.write(step, ranks_RM, kinds, numbers_RKN)
+            self._files.write_traffic(step, found[:, -size:], int(found[:, -size - 1].max()))
+        except OSError as error:  # watching must not stop what is watched
+            complain(f"{error.filename}: {error.strerror}; ranks are no longer recorded")
+            self._files = None
+
+
+def _meet(pl_module: Any) -> None:
+    """Wait for the ranks that are still busy with the step.
+
+    Not a cost of watching: who is early waits now instead of at the next step's first collective.
+    What the monitors' own collectives take afterwards is their cost.
+    """
+    device = next(pl_module.model.parameters()).device
+    sum_over(torch.zeros(1, device=device), pl_module.meshes.world).item()
+
+
+def _measurements(
+    pl_module: Any,
+    step_seconds: float,
+    summary: Summary | None,
+    memory: Mapping[str, Memory | None],
+    rows: ReceivedRows | None,
+) -> np.ndarray:
+    """One rank's ``COLUMNS``, fp64."""
+    facts = pl_module.step_facts
+    seconds = transfer = exposed = 0.0
+    if summary is not None:
+        numbers = np.array(list(summary.numbers.values()))
+        seconds, transfer, exposed = (
+            numbers[:, NUMBERS.index(name)].sum()
+            for name in ("seconds", "transfer_seconds", "exposed_seconds")
+        )
+    now, reserved = resident_bytes(), 0
+    device = next(pl_module.model.parameters()).device
+    if device.type == "cuda":
+        now = torch.cuda.memory_allocated(device)
+        reserved = torch.cuda.memory_reserved(device)
+    values = {
+        "step_seconds": step_seconds,
+        "data_seconds": facts["data_seconds"],
+        "compute_seconds": max(0.0, step_seconds - exposed),
+        "wait_seconds": seconds - transfer,
+        "transfer_seconds": transfer,
+        "optimizer_seconds": facts["optimizer_seconds"],
+        "memory_bytes": now,
+        "peak_memory_bytes": max(now, facts["memory_bytes"]),
+        "reserved_bytes": reserved,
+        "received_rows": rows.total if rows else 0,
+        "largest_received_rows": rows.largest if rows else 0,
+    }
+    for phase, used in memory.items():
+        for kind in ("allocated", "reserved", "peak"):
+            values[f"{phase}_{kind}_bytes"] = getattr(used, kind) if used else 0
+    return np.array([values[name] for name in COLUMNS])
+
+
+class _Files:
+    """What rank 0 writes."""
+
+    def __init__(self, folder: Path, ranks_per_node: int) -> None:
+        self._ranks_per_node = ranks_per_node
+        self._ranks = ArrayLog(folder / "ranks.arrays")
+        self._traffic = ArrayLog(folder / "traffic.arrays")
+        self._collectives = folder / "collectives.jsonl"
+
+    def write(
+        self,
+        step: int,
+        ranks_RM: np.ndarray,
+        kinds: list[Kind],
+        numbers_RKN: np.ndarray,
+    ) -> None:
+        """Ranks and collectives of one step."""
+        self._ranks.append(step, {"ranks": ranks_RM.astype(np.float32)}, columns=list(COLUMNS))
+        step_seconds = ranks_RM[:, 0].mean()
+        rows = [
+            _row(step, kind, numbers_RKN[:, k], step_seconds)
+            for k, kind in enumerate(kinds)
+            if numbers_RKN[:, k, 0].any()
+        ]
+        if rows:
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            with open(self._collectives, "ab", buffering=0) as file:
+                file.write(text.encode())
+
+    def write_traffic(self, step: int, traffic_RR: np.ndarray, row_bytes: int) -> None:
+        """Row s, column d: bytes of rows that rank s sent to rank d."""
+        if traffic_RR.any():
+            nodes = [rank // self._ranks_per_node for rank in range(len(traffic_RR))]
+            arrays = {"bytes": traffic_RR.astype(np.uint64)}
+            self._traffic.append(step, arrays, row_bytes=row_bytes, node_of_rank=nodes)
+
+
+def _row(step: int, kind: Kind, numbers_RN: np.ndarray, step_seconds: float) -> dict[str, Any]:
+    """One operation in one kind of group, over all ranks that took part."""
+    taking_part = numbers_RN[numbers_RN[:, 0] > 0]
+    count, sent, p50, p95, longest, seconds, transfer, exposed, ranks = taking_part.T
+    size = float(ranks.max())
+    # As nccl-tests define them: the bytes of the whole operation, and what a link carries of them.
+    whole = sent.sum() * (size if kind.operation == "all_gather" else 1)
+    algorithm = whole / transfer.sum() if transfer.sum() else 0.0
+    carried = {"all_reduce": 2 * (size - 1) / size, SEND_RECV: 1.0}
+    return {
+        "step": step,
+        "group": kind.group,
+        "op": kind.operation,
+        "count": int(count.max()),
+        "bytes": int(sent.sum()),
+        "p50": float(np.median(p50)),
+        "p95": float(p95.max()),
+        "max": float(longest.max()),
+        "algbw": float(algorithm),
+        "busbw": float(algorithm * carried.get(kind.operation, (size - 1) / size)),
+        "wait_seconds": float((seconds - transfer).mean()),
+        "transfer_seconds": float(transfer.mean()),
+        "exposed_share": float(exposed.mean() / step_seconds) if step_seconds else 0.0,
+    }

@@ -1,1 +1,0 @@
-"""Optimisers, parameter groups and the learning-rate schedule."""

@@ -1,0 +1,243 @@
+"""The forward and backward passes of one optimiser step, over its micro-batches.
+
+``Sequential`` runs one stage, the whole model; ``Pipeline`` runs the stages of this rank in the
+order of a schedule. Both leave the summed gradients in the parameters and tell this rank's sums of
+the losses.
+
+B batch, S sequence, D model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage, schedules
+
+from deepseek.config.errors import UserError
+from deepseek.config.layout import (
+    INTERLEAVED_SCHEDULES,
+    V_SCHEDULES,
+    num_stages,
+    stage_rank,
+)
+from deepseek.config.schema import ModelConfig
+from deepseek.models.stage import Stage
+from deepseek.parallel.mesh import Meshes
+
+Batch = dict[str, Tensor]
+"""``tokens``, ``labels``, ``positions``, ``documents``, each (B, S)."""
+Loss = Callable[[Tensor], Tensor]
+"""From the loss sums (2,) of a micro-batch, main and MTP, to what is differentiated."""
+
+SCHEDULES = {
+    "GPipe": schedules.ScheduleGPipe,
+    "1F1B": schedules.Schedule1F1B,
+    "Interleaved1F1B": schedules.ScheduleInterleaved1F1B,
+    "InterleavedZeroBubble": schedules.ScheduleInterleavedZeroBubble,
+    "ZBVZeroBubble": schedules.ScheduleZBVZeroBubble,
+    "DualPipeV": schedules.ScheduleDualPipeV,
+}
+NEEDS_TORCH_2_13 = ("InterleavedZeroBubble", *V_SCHEDULES)
+"""torch 2.11 gives wrong gradients in the first with FSDP2, and none of the others runs on gloo."""
+
+
+class MicroBatches(Protocol):
+    """Runs what this rank has of the model over a batch of this rank's sequences."""
+
+    def train(self, batch: Batch, loss: Loss, balance_scale: Tensor) -> Tensor:
+        """Forward and backward of every micro-batch; gradients are added up.
+
+        Returns:
+            This rank's loss sums, fp64 (2,), without gradient; zeros where the last stage is
+            elsewhere.
+        """
+        ...
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Forward only, of one micro-batch; the same sums."""
+        ...
+
+
+class Sequential:
+    """One micro-batch after the other through the whole model.
+
+    Args:
+        stage: the whole model.
+        micro_batch_size: sequences per forward pass.
+        reshards: weights are gathered anew for each forward and backward pass; else once a step.
+    """
+
+    def __init__(self, stage: Stage, micro_batch_size: int, reshards: bool = True) -> None:
+        self.stage = stage
+        self.size = micro_batch_size
+        self.reshards = reshards
+
+    def train(self, batch: Batch, loss: Loss, balance_scale: Tensor) -> Tensor:
+        """See ``MicroBatches``."""
+        total = balance_scale.new_zeros(2, dtype=torch.float64)
+        rows = batch["tokens"].shape[0]
+        for start in range(0, rows, self.size):
+            if isinstance(self.stage, FSDPModule):  # the gradients travel once, with the last one
+                last = start + self.size >= rows
+                self.stage.set_requires_gradient_sync(last)
+                self.stage.set_reshard_after_backward(last or self.reshards)
+                # A weight that autocast has cast for an earlier micro-batch would get its gradient
+                # late, when FSDP has sent what there was. (Lightning 2.4 has the cache on.)
+                torch.clear_autocast_cache()
+            micro = {name: tensor[start : start + self.size] for name, tensor in batch.items()}
+            sums = self.stage(micro["tokens"], **_arguments(micro, balance_scale))
+            loss(sums).backward()
+            total = total + sums.detach()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        """See ``MicroBatches``."""
+        sums = self.stage(batch["tokens"], **_arguments(batch))
+        _reshard([self.stage])
+        return sums
+
+
+class Pipeline:
+    """The stages of this rank, in the order of the configured schedule.
+
+    Args:
+        stages: this rank's, by their number.
+        config: has schedule and sizes.
+        meshes: has the pipeline group.
+
+    Raises:
+        UserError: the installed torch cannot run the schedule.
+    """
+
+    def __init__(self, stages: dict[int, Stage], config: ModelConfig, meshes: Meshes) -> None:
+        check_schedule(config.pipeline_schedule, torch.__version__)
+        self.stages, self.config, self.meshes = stages, config, meshes
+        self.micro_batches = config.global_batch_size // (
+            config.micro_batch_size * meshes.layout.dp
+        )
+        self._loss: Loss | None = None
+        self._sums: Tensor | None = None
+        weight = next(next(iter(stages.values())).parameters())
+        self._device, self._dtype = weight.device, weight.dtype
+        self._schedule = self._make_schedule()
+
+    def train(self, batch: Batch, loss: Loss, balance_scale: Tensor) -> Tensor:
+        """See ``MicroBatches``."""
+        self._loss, self._sums = loss, balance_scale.new_zeros(2, dtype=torch.float64)
+        first = [batch["tokens"]] if 0 in self.stages else []
+        arguments = _arguments(batch, balance_scale)
+        self._schedule.step(*first, target=batch["labels"], return_outputs=False, **arguments)
+        return self._sums
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        """See ``MicroBatches``; the stages one after the other."""
+        total, pp = num_stages(self.config), self.meshes.pp
+        result = torch.zeros(2, device=self._device)
+        h_BSD: Tensor = batch["tokens"]
+        for index in range(total):
+            if stage_rank(self.config, index) != self.meshes.place.pp:
+                continue
+            before, after = (
+                stage_rank(self.config, i) if 0 <= i < total else self.meshes.place.pp
+                for i in (index - 1, index + 1)
+            )
+            if before != self.meshes.place.pp:
+                h_BSD = self._hidden(len(batch["tokens"]))
+                dist.recv(h_BSD, group=pp, group_src=before)
+            h_BSD = self.stages[index](h_BSD, **_arguments(batch))
+            if after != self.meshes.place.pp:
+                dist.send(h_BSD.contiguous(), group=pp, group_dst=after)
+            elif index == total - 1:
+                result = h_BSD
+        _reshard(self.stages.values())
+        return result
+
+    def _make_schedule(self) -> Any:
+        rows, total = self.config.micro_batch_size, num_stages(self.config)
+        depths = self.config.num_nextn_predict_layers
+        tokens = torch.empty(rows, self.config.data.seq_length, dtype=torch.int64, device="meta")
+        hidden = self._hidden(rows, "meta").requires_grad_()
+        sums = torch.empty(2, dtype=self._dtype, device="meta", requires_grad=True)
+        made = [
+            PipelineStage(
+                stage,
+                index,
+                total,
+                self._device,
+                # Given, so that torch does not find the shapes out by running the model.
+                input_args=(tokens if index == 0 else hidden,),
+                output_args=(sums if index == total - 1 else hidden,),
+                group=self.meshes.pp,
+                # torch tells a weight's part of the graph by where it meets the path of the input.
+                # A second MTP depth makes the embedding meet it twice, and torch then runs the
+                # parts in between twice: here, inputs and weights are differentiated together.
+                dw_builder=_nothing_left if index == total - 1 and depths > 1 else None,
+            )
+            for index, stage in self.stages.items()
+        ]
+        name = self.config.pipeline_schedule
+        several = name in (*INTERLEAVED_SCHEDULES, *V_SCHEDULES)
+        return SCHEDULES[name](
+            made if several else made[0],
+            n_microbatches=self.micro_batches,
+            loss_fn=self._loss_of_micro_batch,
+            scale_grads=False,  # the losses are sums over all labels already
+        )
+
+    def _loss_of_micro_batch(self, sums: Tensor, labels_BS: Tensor) -> Tensor:
+        assert self._loss is not None and self._sums is not None
+        self._sums += sums.detach()
+        return self._loss(sums)
+
+    def _hidden(self, rows: int, device: torch.device | str | None = None) -> Tensor:
+        """What a stage hands to the next, unfilled: this TP rank's part of each sequence."""
+        length = self.config.data.seq_length // self.meshes.layout.tp
+        shape = (rows, length, self.config.hidden_size)
+        return torch.empty(shape, dtype=self._dtype, device=device or self._device)
+
+
+def micro_batches_of(
+    stages: dict[int, Stage], config: ModelConfig, meshes: Meshes, reshards: bool
+) -> MicroBatches:
+    """The right one for the layout."""
+    if meshes.layout.pp == 1:
+        return Sequential(stages[0], config.micro_batch_size, reshards)
+    return Pipeline(stages, config, meshes)
+
+
+def check_schedule(name: str, version: str) -> None:
+    """Raises ``UserError`` if this torch cannot run the schedule."""
+    if name in NEEDS_TORCH_2_13 and tuple(map(int, version.split(".")[:2])) < (2, 13):
+        raise UserError(
+            f"model.pipeline_schedule={name} needs torch 2.13 or later, this is {version}: earlier "
+            "ones give wrong gradients or stop; use 1F1B, GPipe or Interleaved1F1B, or "
+            'pip install "torch>=2.13"'
+        )
+
+
+def _reshard(stages: Iterable[Stage]) -> None:
+    """Only a backward pass does so by itself; until then parameters are no DTensors."""
+    for stage in stages:
+        for module in stage.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _nothing_left() -> Callable[[], None]:
+    """What is left of a backward pass for the gradients of weights."""
+    return lambda: None
+
+
+def _arguments(batch: Batch, balance_scale: Tensor | None = None) -> dict[str, Tensor]:
+    """What every stage is told of its micro-batch."""
+    arguments = {f"{name}_BS": tensor for name, tensor in batch.items()}
+    if balance_scale is not None:
+        arguments["balance_scale_B"] = balance_scale.expand(len(batch["tokens"]))
+    return arguments

@@ -1,1 +1,0 @@
-"""Arithmetic on a configuration: parameters, FLOPs, memory. No torch here."""

@@ -1,0 +1,1 @@
+"""The training step, the optimiser and its schedule."""

@@ -1,0 +1,322 @@
+"""``DeepSeekModel``: the trained module, and the training step, written once.
+
+A NeMo ``ModelPT`` where NeMo works, a ``LightningModule`` otherwise; the code is the same. The
+optimisation is manual: one call of ``training_step`` is one optimiser step over all its
+micro-batches, with or without accumulation.
+
+B batch, S sequence, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from deepseek.config.errors import UserError
+from deepseek.config.schema import ModelConfig
+from deepseek.frameworks import NEMO_TARGET, USES_NEMO, ModelBase
+from deepseek.models.components.router import Router
+from deepseek.ops.cross_entropy import IGNORE_INDEX
+from deepseek.parallel.gradients import (
+    clip_gradients,
+    finish_gradients,
+    gradient_norms,
+    sum_over,
+)
+from deepseek.parallel.mesh import Alone, Meshes
+from deepseek.parallel.parallelize import build
+from deepseek.parallel.shard import whole_matrices
+from deepseek.training.muon import newton_schulz
+from deepseek.training.optim import build_optimizer
+from deepseek.training.phases import Phases
+from deepseek.training.schedule import learning_rate
+
+MAX_SKIPPED_IN_A_ROW = 10
+"""Consecutive steps with a non-finite gradient after which training stops."""
+
+
+Loader = Callable[[int, int, int], Iterable[dict[str, Tensor]]]
+"""From the first step, the data-parallel rank and their number to this rank's batches."""
+
+
+class NonFiniteError(UserError):
+    """The gradients are not finite, step after step."""
+
+
+@dataclass
+class StepMetrics:
+    """What one optimiser step reports; losses are per label token, in nats."""
+
+    step: int
+    loss: float
+    mtp_loss: float | None
+    balance_loss: float
+    grad_norm: float
+    grad_norm_dense: float
+    """Of what is neither a routed expert nor a router."""
+    grad_norm_expert: float
+    grad_norm_router: float
+    lr: float
+    tokens: int
+    """Tokens of this step, padding not counted."""
+    skipped: bool
+    """True if the gradient was not finite and no weight was changed."""
+
+
+@dataclass
+class ValidationMetrics:
+    """Loss over the fixed validation sequences, in nats per token."""
+
+    step: int
+    val_loss: float
+    val_bits_per_byte: float | None
+
+
+class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
+    """Transformer, optimiser, step.
+
+    Args:
+        cfg: the ``model`` section of a run, as a DictConfig, mapping or ModelConfig.
+        trainer: the Lightning trainer, or None.
+        seed: decides the initial weights.
+        max_steps: ``trainer.max_steps``, the length of the schedule.
+        gradient_clip_val: largest global gradient norm; 0 for no clipping.
+        bytes_per_token: bytes of text per token of the data, for bits per byte.
+        spread_later: leave the weights to ``configure_model``, which spreads them over the ranks
+            of the trainer's strategy; else the whole model is made at once.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig | Mapping[str, Any] | ModelConfig,
+        trainer: Any = None,
+        *,
+        seed: int = 1234,
+        max_steps: int = 1,
+        gradient_clip_val: float = 1.0,
+        bytes_per_token: float | None = None,
+        spread_later: bool = False,
+    ) -> None:
+        plain = _plain_config(cfg)
+        if USES_NEMO:
+            super().__init__(cfg=plain, trainer=trainer)
+        else:
+            super().__init__()
+            self.cfg = plain
+        self.automatic_optimization = False
+        self.config = _typed_config(plain)
+        self.seed = seed
+        self.max_steps = max_steps
+        self.gradient_clip_val = gradient_clip_val
+        self.bytes_per_token = bytes_per_token
+        self.base: Any = None
+        """Which checkpoint the frozen weights are of, with adapters."""
+        self.meshes: Meshes | Alone = Alone()
+        if not spread_later:
+            self.spread(self.meshes, torch.device("cpu"))
+        self.phases = Phases()
+        self.step_facts: dict[str, Any] = {}
+        """What callbacks add to the row of the step."""
+        self.finished_steps = 0
+        self.skipped_in_a_row = 0
+        self.train_loader: Loader | None = None
+        self.validation_loader: Loader | None = None
+        self.step_metrics: StepMetrics | None = None
+        self.validation_metrics: ValidationMetrics | None = None
+        self._validation_sums = torch.zeros(2, dtype=torch.float64)
+
+    # -- the step --
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """One optimiser step over the whole batch of this rank.
+
+        Args:
+            batch: ``tokens``, ``labels``, ``positions`` (int64) and ``documents`` (int32, -1 for
+                padding), each (B, S) with B a multiple of ``micro_batch_size``.
+            batch_idx: ignored; the module counts its own steps.
+        """
+        optimizer = self.optimizers()
+        self.phases.start_step(batch["tokens"].device)
+        lr = learning_rate(
+            self.finished_steps, self.config.optim.lr, self.config.optim.sched, self.max_steps
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        routers = list(self.model.routers().values())
+        for router in routers:
+            router.start_step()
+        # 1. divisors: tokens of the whole step, so that no cut of the batch changes the gradient
+        counts = [(batch["labels"] != IGNORE_INDEX).sum(), (batch["documents"] >= 0).sum()]
+        num_labels, num_real = sum_over(torch.stack(counts), self.meshes.data).clamp(min=1)
+        # 2. forward and backward, micro-batch by micro-batch
+        mtp_weight = self.config.mtp_loss_scaling_factor
+        with self.phases("forward_backward"):
+            sums = self.micro_batches.train(
+                batch, lambda sums: (sums[0] + mtp_weight * sums[1]) / num_labels, 1.0 / num_real
+            )
+        with self.phases("optimizer"):
+            # 3. global gradient norm, clip
+            finish_gradients(self.model, self.meshes)
+            norms = gradient_norms(self.model, self.meshes)
+            if self.gradient_clip_val > 0:
+                clip_gradients(self.model, self.gradient_clip_val, norms.total)
+            # 4. update, unless a gradient is not finite: then no weight changes
+            finite = bool(torch.isfinite(norms.total))
+            self._count_everywhere(routers)
+            if finite:
+                optimizer.step()
+                # 5. correction bias, once per step, from the counts of the whole batch
+                for router in routers:
+                    router.update_bias(
+                        router.tokens_per_expert, self.config.moe_router_bias_update_rate
+                    )
+            optimizer.zero_grad()
+        # 6. report
+        self.finished_steps += 1
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        main, mtp, balance = self._sum_of_ranks(*sums, *[r.balance_loss for r in routers])
+        self.step_metrics = StepMetrics(
+            step=self.finished_steps,
+            loss=main / float(num_labels),
+            mtp_loss=mtp / float(num_labels) if self.config.num_nextn_predict_layers else None,
+            balance_loss=balance,
+            grad_norm=float(norms.total),
+            grad_norm_dense=float(norms.dense),
+            grad_norm_expert=float(norms.expert),
+            grad_norm_router=float(norms.router),
+            lr=lr,
+            tokens=int(num_real),
+            skipped=not finite,
+        )
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"step {self.finished_steps}: the gradient norm was not finite for "
+                f"{self.skipped_in_a_row} steps in a row; the weights are those of step "
+                f"{self.finished_steps - self.skipped_in_a_row}. Lower model.optim.lr="
+                f"{self.config.optim.lr:g}, "
+                "or look at the data of these steps"
+            )
+
+    def _count_everywhere(self, routers: list[Router]) -> None:
+        """Each router's counts, over every rank that sees tokens of its layer."""
+        if routers:
+            counts_LE = torch.stack([router.tokens_per_expert for router in routers])
+            sum_over(counts_LE, self.meshes.stage)
+            for router, counts_E in zip(routers, counts_LE, strict=True):
+                router.tokens_per_expert.copy_(counts_E)
+
+    def _sum_of_ranks(self, main: Tensor, mtp: Tensor, *balance: Tensor) -> list[float]:
+        """Main, MTP and all balance losses over all ranks; TP ranks all know the same."""
+        mine = torch.stack([main, mtp, sum(balance, torch.zeros_like(main))])
+        if self.meshes.place.tp > 0:
+            mine.zero_()
+        return sum_over(mine, self.meshes.world).tolist()
+
+    # -- validation --
+
+    def on_validation_epoch_start(self) -> None:
+        """Start new sums."""
+        self._validation_sums.zero_()
+
+    def validation_step(
+        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Add one micro-batch to the sums."""
+        main, _ = self.micro_batches.evaluate(batch)
+        if self.meshes.place.tp > 0:
+            return
+        self._validation_sums[0] += float(main)
+        if self.model.head is not None:
+            self._validation_sums[1] += int((batch["labels"] != IGNORE_INDEX).sum())
+
+    def on_validation_epoch_end(self) -> None:
+        """Loss per token, and bits per byte: the one loss that tokenizers cannot flatter."""
+        sums = self._validation_sums.to(self.device)
+        loss_sum, num_labels = sum_over(sums, self.meshes.world).tolist()
+        loss = loss_sum / max(num_labels, 1.0)
+        bits = None
+        if self.bytes_per_token:
+            bits = loss / torch.log(torch.tensor(2.0)).item() / self.bytes_per_token
+        self.validation_metrics = ValidationMetrics(self.finished_steps, loss, bits)
+
+    # -- what the frameworks call --
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The callbacks have had their turn: the next step has facts of its own."""
+        self.step_facts.clear()
+
+    def spread(
+        self, meshes: Meshes | Alone, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Make this rank's part of the model, with its start values."""
+        self.meshes = meshes
+        self.model, self.micro_batches = build(self.config, meshes, device, self.seed, dtype)
+
+    def configure_model(self) -> None:
+        """Spread the model over the ranks of the trainer's strategy; Lightning calls it once."""
+        if not hasattr(self, "model"):
+            strategy = self.trainer.strategy
+            self.spread(strategy.meshes, strategy.root_device)
+        if self.config.torch_compile:
+            self.model.compile_attention()
+
+    def train_dataloader(self) -> Iterable[dict[str, Tensor]]:
+        """The steps that are left: called after a checkpoint has been restored."""
+        assert self.train_loader is not None, "set train_loader before fit"
+        return self.train_loader(self.finished_steps, self.meshes.data_rank, self.meshes.layout.dp)
+
+    def val_dataloader(self) -> Iterable[dict[str, Tensor]]:
+        """The fixed validation micro-batches."""
+        if self.validation_loader is None:
+            return []
+        return self.validation_loader(0, self.meshes.data_rank, self.meshes.layout.dp)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimiser alone: the learning rate is set by the step."""
+        return build_optimizer(
+            self.model.named_parameters(), self.config.optim, whole_matrices(newton_schulz)
+        )
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Next-token logits (B, S, V)."""
+        return self.model(tokens_BS)
+
+    def setup_training_data(self, train_data_config: Any = None) -> None:
+        """NeMo's hook; data reaches the trainer as loaders instead."""
+
+    def setup_validation_data(self, val_data_config: Any = None) -> None:
+        """NeMo's hook; data reaches the trainer as loaders instead."""
+
+    @classmethod
+    def list_available_models(cls) -> list[Any]:
+        """NeMo's hook: no pretrained models are hosted."""
+        return []
+
+
+def _plain_config(cfg: DictConfig | Mapping[str, Any] | ModelConfig) -> DictConfig:
+    """A DictConfig without types: NeMo adds keys of its own to it."""
+    tree: Any
+    if isinstance(cfg, ModelConfig):
+        tree = asdict(cfg)
+    elif isinstance(cfg, DictConfig):
+        tree = OmegaConf.to_container(cfg, resolve=True)
+    else:
+        tree = dict(cfg)
+    plain = OmegaConf.create(tree)
+    if USES_NEMO:
+        plain.target = NEMO_TARGET
+    return plain
+
+
+def _typed_config(cfg: DictConfig) -> ModelConfig:
+    """The keys that are ours, as a ModelConfig."""
+    names = {field.name for field in fields(ModelConfig)}
+    ours = {name: cfg[name] for name in cfg if name in names}
+    typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), ours))
+    assert isinstance(typed, ModelConfig)
+    return typed
