@@ -18,6 +18,7 @@ import torch
 
 from deepseek.checkpoint.folder import step_name
 from deepseek.checkpoint.manager import CheckpointManager
+from deepseek.checkpoint.shards import TensorSpec
 from deepseek.commands.hf_export_verb import export_hf
 from deepseek.commands.hf_import_verb import import_hf
 from deepseek.config import load_config
@@ -26,7 +27,7 @@ from deepseek.interop import hf_export as exporting
 from deepseek.interop import hf_import as importing
 from deepseek.interop.hf_config import hf_config
 from deepseek.interop.huggingface import to_hf
-from deepseek.interop.safetensors_file import TensorFile, TensorFileWriter, TensorSpec
+from deepseek.interop.safetensors_file import TensorFile, TensorFileWriter
 from support.hf_folders import small, weights, write_folder, write_tensors
 
 CFG = small(num_nextn_predict_layers=1)

@@ -1,81 +1,16 @@
-"""The folder of a run: ``exp_dir/name/version_N``, or the one given by ``--run-dir``."""
-
-from __future__ import annotations
-
-import os
-import re
-from pathlib import Path
-
-from deepseek.checkpoint.folder import complete_steps
-from deepseek.config.errors import UserError
-from deepseek.config.schema import RunConfig
+"""What lies in the folder of a run, by name. Every name is told here and nowhere else."""
 
 CONFIG_FILE = "config.yaml"
+"""The resolved configuration; without this and ``CHECKPOINTS`` a folder is no run."""
 METRICS_FILE = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
-TOKENIZER = "tokenizer"
-LOGS = "logs"
 ENVIRONMENT_FILE = "environment.json"
-MONITOR = "monitor"
+TOKENIZER = "tokenizer"
+CHECKPOINTS = "checkpoints"
+LOGS = "logs"
 PROFILE = "profile"
-
-
-RUN_FOLDER = "DEEPSEEK_RUN_FOLDER"
-"""Tells the processes that a supervisor starts which folder it has chosen."""
-
-
-def chosen_folder(config: RunConfig, run_dir: Path | None, resume: bool) -> Path:
-    """The supervisor's choice if there is one, else ``run_folder``."""
-    chosen = os.environ.get(RUN_FOLDER)
-    return Path(chosen) if chosen else run_folder(config, run_dir, resume)
-
-
-def run_folder(config: RunConfig, run_dir: Path | None = None, resume: bool | None = None) -> Path:
-    """Where this run lives; created if need be.
-
-    Without ``run_dir`` and ``exp_manager.version``: the newest version if ``resume`` and that
-    version is not complete, else the next one. ``resume`` is ``resume_if_exists`` unless given.
-
-    Raises:
-        UserError: the folder cannot be made or written.
-    """
-    manager = config.exp_manager
-    resume = manager.resume_if_exists if resume is None else resume
-    if run_dir is not None:
-        folder = run_dir
-    else:
-        parent = Path(manager.exp_dir) / (manager.name or config.name)
-        folder = parent / (manager.version or _version(parent, config, resume))
-    try:
-        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot make the run folder {folder}: {error.strerror}; "
-            "choose another with --run-dir or exp_manager.exp_dir"
-        ) from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(
-            f"cannot write to the run folder {folder}; "
-            "choose another with --run-dir or exp_manager.exp_dir"
-        )
-    return folder.resolve()
-
-
-def finished_steps(folder: Path) -> int:
-    """Step of the newest complete checkpoint of a run, 0 if there is none."""
-    return max(complete_steps(folder / CHECKPOINTS), default=0)
-
-
-def _version(parent: Path, config: RunConfig, resume: bool) -> str:
-    numbers = sorted(
-        int(match[1])
-        for path in parent.glob("version_*")
-        if (match := re.fullmatch(r"version_(\d+)", path.name))
-    )
-    if not numbers:
-        return "version_0"
-    newest = f"version_{numbers[-1]}"
-    complete = finished_steps(parent / newest) >= config.trainer.max_steps
-    if resume and not complete:
-        return newest
-    return f"version_{numbers[-1] + 1}"
+MONITOR = "monitor"
+"""The folder of the following four."""
+EXPERTS_FILE = "experts.arrays"
+RANKS_FILE = "ranks.arrays"
+TRAFFIC_FILE = "traffic.arrays"
+COLLECTIVES_FILE = "collectives.jsonl"

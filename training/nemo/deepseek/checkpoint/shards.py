@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -19,6 +22,18 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.config.errors import UserError
 from deepseek.durable import FileEntry, HashingWriter
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is known of a tensor without its numbers."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_shards(path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, FileEntry]:

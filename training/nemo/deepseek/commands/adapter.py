@@ -28,10 +28,11 @@ def export_lora(run: Path, target: Path, base: str | None = None) -> None:
     Raises:
         UserError: no adapters, their base is gone or has changed, ``target`` exists.
     """
+    from deepseek.checkpoint.shards import TensorSpec
     from deepseek.interop.adapters import load_adapted
     from deepseek.interop.hf_config import hf_config
     from deepseek.interop.peft import peft_adapter
-    from deepseek.interop.safetensors_file import TensorFileWriter, TensorSpec
+    from deepseek.interop.safetensors_file import TensorFileWriter
     from deepseek.staging import refuse_existing
 
     refuse_existing(target)

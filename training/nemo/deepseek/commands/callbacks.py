@@ -28,6 +28,7 @@ from deepseek.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     ENVIRONMENT_FILE,
+    EXPERTS_FILE,
     METRICS_FILE,
     MONITOR,
     PROFILE,
@@ -93,7 +94,7 @@ def callbacks(
             run.trainer.devices,
             lambda: saving.memory if saving else None,
         )
-        experts = ExpertMonitor(folder / MONITOR / "experts.arrays", every, leads)
+        experts = ExpertMonitor(folder / MONITOR / EXPERTS_FILE, every, leads)
         found += [ranks, experts]
     if not leads:
         return found

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.commands.callbacks import callbacks
+from deepseek.commands.versions import chosen_folder, finished_steps
 from deepseek.config import RunConfig, UserError
 from deepseek.config.cost import count_parameters
 from deepseek.config.layout import Layout, num_stages
@@ -33,7 +34,7 @@ from deepseek.launch.processes import Processes, join
 from deepseek.launch.strategy import DeepSeekStrategy
 from deepseek.monitoring.record.peak import peak_of
 from deepseek.parallel.heap import keep_freed_memory
-from deepseek.run_folder import LOGS, chosen_folder, finished_steps
+from deepseek.run_folder import LOGS
 from deepseek.training.step import DeepSeekModel
 
 

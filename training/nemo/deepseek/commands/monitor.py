@@ -15,6 +15,7 @@ from pathlib import Path
 from deepseek.config.errors import UserError
 from deepseek.console import say
 from deepseek.monitoring.followed_run import FollowedRun
+from deepseek.run_folder import METRICS_FILE
 
 HOST = "127.0.0.1"
 WIDTH_OF_PIPES = 100
@@ -105,7 +106,7 @@ class ReportServer(ThreadingHTTPServer):
     def page(self) -> bytes:
         """The newest page; made anew if the log has grown and the last one is old enough."""
         with self._lock:
-            size = _size(self.run / "metrics.jsonl")
+            size = _size(self.run / METRICS_FILE)
             if size != self._size and time.monotonic() - self._made >= self.seconds:
                 self._page = _report(self.run)
                 self._made, self._size = time.monotonic(), size

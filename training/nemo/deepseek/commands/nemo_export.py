@@ -42,9 +42,10 @@ def keep_nemo(folder: Path, name: str) -> None:
         UserError: no sound checkpoint, no room.
     """
     from deepseek.checkpoint.folder import newest_sound
+    from deepseek.commands.versions import finished_steps
     from deepseek.console import complain
     from deepseek.interop.nemo_file import step_in
-    from deepseek.run_folder import CHECKPOINTS, finished_steps
+    from deepseek.run_folder import CHECKPOINTS
 
     target = folder / f"{name}.nemo"
     if target.is_file() and step_in(target) == finished_steps(folder):

@@ -11,11 +11,12 @@ from omegaconf import OmegaConf
 
 from deepseek.commands.generate import generate_text
 from deepseek.commands.report import report as write_report
+from deepseek.commands.versions import RUN_FOLDER, finished_steps, run_folder
 from deepseek.config import RunConfig, load_config
 from deepseek.console import complain, say
 from deepseek.launch.processes import Processes, check_world, leave, quiet
 from deepseek.launch.supervisor import supervise, worker_command
-from deepseek.run_folder import RUN_FOLDER, TOKENIZER, finished_steps, run_folder
+from deepseek.run_folder import TOKENIZER
 
 SAMPLE_TOKENS = 160
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from deepseek.checkpoint.shards import TensorSpec
 from deepseek.config.errors import UserError
 from deepseek.interop.fsdp_migration import Migration
 from deepseek.interop.fsdp_source import DcpFolder, Keys
-from deepseek.interop.safetensors_file import TensorSpec
 
 ORIGIN = "migrated.json"
 """In the run folder."""

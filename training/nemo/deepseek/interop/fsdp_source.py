@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor
 from deepseek.checkpoint.manifest import MANIFEST
 from deepseek.checkpoint.metadata import METADATA, read_foreign_metadata
 from deepseek.checkpoint.ranks import Ranks
-from deepseek.checkpoint.shards import read_shards
+from deepseek.checkpoint.shards import TensorSpec, read_shards
 from deepseek.config.errors import UserError
-from deepseek.interop.safetensors_file import TensorSpec
+from deepseek.run_folder import CHECKPOINTS
 
 SAVE_AGAIN = (
     "load it with the script and the number of ranks that wrote it, and save it again as "
@@ -242,7 +242,7 @@ def _open_one(path: Path) -> FullFile | DcpFolder:
         if _RANK_FILE.search(path.name):
             raise _local(path, "it is one rank's file")
         return FullFile(path)
-    if (path / MANIFEST).is_file() or (path / "checkpoints").is_dir():
+    if (path / MANIFEST).is_file() or (path / CHECKPOINTS).is_dir():
         raise UserError(
             f"{path} is of this program already; deepseek train --run-dir continues a run, "
             "model.restore_from starts one from its weights"

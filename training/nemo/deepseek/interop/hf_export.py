@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deepseek.checkpoint.checkpoint import Checkpoint
+from deepseek.checkpoint.shards import TensorSpec
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
 from deepseek.durable import FileEntry, write_durably
@@ -31,7 +32,7 @@ from deepseek.interop.huggingface import (
     listing,
     our_shapes,
 )
-from deepseek.interop.safetensors_file import TensorFile, TensorFileWriter, TensorSpec
+from deepseek.interop.safetensors_file import TensorFile, TensorFileWriter
 from deepseek.ops.fp8 import E4M3, block_counts, quantise_blocks
 from deepseek.staging import Staging, has_size
 

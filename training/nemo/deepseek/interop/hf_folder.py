@@ -10,9 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deepseek.checkpoint.shards import TensorSpec
 from deepseek.config.errors import UserError
 from deepseek.interop.huggingface import listing
-from deepseek.interop.safetensors_file import TensorFile, TensorSpec
+from deepseek.interop.safetensors_file import TensorFile
+from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -60,7 +62,7 @@ class HfFolder:
                 "it holds an adapter; merge it into its model first: PeftModel.from_pretrained("
                 "BASE, ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
             )
-        if (self.path / "config.yaml").is_file() and (self.path / "checkpoints").is_dir():
+        if (self.path / CONFIG_FILE).is_file() and (self.path / CHECKPOINTS).is_dir():
             return (
                 "it is a folder of this program already: model.restore_from starts a run from it, "
                 "`deepseek generate` samples it, `deepseek hf export` writes Hugging Face files"

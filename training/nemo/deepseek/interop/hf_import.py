@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deepseek.checkpoint.shards import TensorSpec
 from deepseek.checkpoint.streamed import ChunkFile, write_checkpoint, write_chunks
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
@@ -30,7 +31,7 @@ from deepseek.interop.huggingface import (
     listing,
     our_shapes,
 )
-from deepseek.interop.safetensors_file import TensorFile, TensorSpec
+from deepseek.interop.safetensors_file import TensorFile
 from deepseek.ops.fp8 import block_counts, dequantise_blocks
 from deepseek.staging import Staging, has_size
 

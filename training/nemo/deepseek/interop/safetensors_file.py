@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -18,6 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from deepseek.checkpoint.shards import TensorSpec
 from deepseek.config.errors import UserError
 from deepseek.durable import FileEntry, HashingWriter
 
@@ -39,18 +39,6 @@ DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What is known of a tensor without its numbers."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorFile:

@@ -18,8 +18,7 @@ from deepseek.interop.hf_config import COMPUTED_KEYS
 from deepseek.interop.nemo_file import open_weights
 from deepseek.models.components.lora import is_adapter
 from deepseek.models.transformer import global_name
-
-_CHECKPOINTS = "checkpoints"
+from deepseek.run_folder import CHECKPOINTS
 
 
 class StartingWeights(Callback):
@@ -79,7 +78,7 @@ class StartingWeights(Callback):
         source = self.source
         if self._ranks.lead(lambda: source.is_file() or (source / MANIFEST).is_file()):
             return open_weights(source, self._ranks)
-        checkpoint = newest_sound(self.source / _CHECKPOINTS, self._report, self._ranks)
+        checkpoint = newest_sound(self.source / CHECKPOINTS, self._report, self._ranks)
         if checkpoint is None:
             raise UserError(
                 f"model.restore_from={self.source}: there is no checkpoint in it any more"

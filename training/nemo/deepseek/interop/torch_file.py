@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from deepseek.checkpoint.shards import TensorSpec
 from deepseek.config.errors import UserError
 from deepseek.durable import BLOCK
-from deepseek.interop.safetensors_file import TensorSpec
 
 _ROOT = "archive"
 _ALIGNMENT = 64

@@ -13,6 +13,14 @@ from typing import Any
 from deepseek.config.errors import UserError
 from deepseek.config.strict_yaml import read_yaml
 from deepseek.monitoring.array_log import Record, last_record
+from deepseek.run_folder import (
+    COLLECTIVES_FILE,
+    CONFIG_FILE,
+    EXPERTS_FILE,
+    METRICS_FILE,
+    MONITOR,
+    RANKS_FILE,
+)
 
 MOST_STEPS = 400
 """Steps that are kept."""
@@ -49,12 +57,12 @@ class FollowedRun:
     _last: tuple[float, bool] | None = None
 
     def __post_init__(self) -> None:
-        if not (self.folder / "metrics.jsonl").is_file():
+        if not (self.folder / METRICS_FILE).is_file():
             raise UserError(
-                f"{self.folder} is no run folder: it has no metrics.jsonl; give the folder that "
+                f"{self.folder} is no run folder: it has no {METRICS_FILE}; give the folder that "
                 "`deepseek train` printed at its start and end"
             )
-        config = self.folder / "config.yaml"
+        config = self.folder / CONFIG_FILE
         tree = read_yaml(config.read_text(), str(config)).tree if config.is_file() else {}
         self.name = str(tree.get("name", self.folder.name))
         steps = (tree.get("trainer") or {}).get("max_steps")
@@ -63,7 +71,7 @@ class FollowedRun:
 
     def update(self) -> bool:
         """Read on; returns whether there was anything new."""
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / METRICS_FILE
         try:
             with open(path, "rb") as file:
                 # A resumed run cuts off the line that its predecessor left unfinished: nothing that
@@ -77,10 +85,10 @@ class FollowedRun:
         for line in data[:end].splitlines():
             self._take(line)
         if end:
-            monitor = self.folder / "monitor"
-            self.experts = last_record(monitor / "experts.arrays", ("tokens", "bias", "margin"))
-            self.ranks = last_record(monitor / "ranks.arrays")
-            self.collectives = _newest(monitor / "collectives.jsonl")
+            monitor = self.folder / MONITOR
+            self.experts = last_record(monitor / EXPERTS_FILE, ("tokens", "bias", "margin"))
+            self.ranks = last_record(monitor / RANKS_FILE)
+            self.collectives = _newest(monitor / COLLECTIVES_FILE)
         return bool(end)
 
     @property

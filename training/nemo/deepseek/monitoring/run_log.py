@@ -14,11 +14,16 @@ from deepseek.config.errors import UserError
 from deepseek.config.strict_yaml import read_yaml
 from deepseek.monitoring.expert_history import ExpertHistory, read_experts
 from deepseek.monitoring.rank_history import RankHistory, Traffic, read_ranks, read_traffic
-
-METRICS_FILE = "metrics.jsonl"
-CONFIG_FILE = "config.yaml"
-ENVIRONMENT_FILE = "environment.json"
-MONITOR = "monitor"
+from deepseek.run_folder import (
+    COLLECTIVES_FILE,
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    EXPERTS_FILE,
+    METRICS_FILE,
+    MONITOR,
+    RANKS_FILE,
+    TRAFFIC_FILE,
+)
 
 
 @dataclass
@@ -118,7 +123,7 @@ def read_run(folder: Path) -> RunData:
     config = read_yaml(config_text, str(folder / CONFIG_FILE)).tree if config_text else {}
     monitor = folder / MONITOR
     notes: list[str] = []
-    collectives = monitor / "collectives.jsonl"
+    collectives = monitor / COLLECTIVES_FILE
     return RunData(
         folder=folder,
         label=str(config.get("name", folder.name)) if isinstance(config, dict) else folder.name,
@@ -130,9 +135,9 @@ def read_run(folder: Path) -> RunData:
         config_text=config_text,
         environment=_environment(folder / ENVIRONMENT_FILE),
         collectives=read_rows(collectives) if collectives.is_file() else [],
-        experts=read_experts(monitor / "experts.arrays", notes),
-        ranks=read_ranks(monitor / "ranks.arrays", notes),
-        traffic=read_traffic(monitor / "traffic.arrays", notes),
+        experts=read_experts(monitor / EXPERTS_FILE, notes),
+        ranks=read_ranks(monitor / RANKS_FILE, notes),
+        traffic=read_traffic(monitor / TRAFFIC_FILE, notes),
         notes=notes,
     )
 

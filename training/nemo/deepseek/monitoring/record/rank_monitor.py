@@ -28,6 +28,7 @@ from deepseek.monitoring.record.recorder import (
 )
 from deepseek.parallel.gradients import sum_over
 from deepseek.parallel.mesh import Meshes
+from deepseek.run_folder import COLLECTIVES_FILE, RANKS_FILE, TRAFFIC_FILE
 from deepseek.training.phases import Memory, resident_bytes
 
 MEASURED_PHASES = ("forward_backward", "optimizer", "checkpoint")
@@ -253,9 +254,9 @@ class _Files:
 
     def __init__(self, folder: Path, ranks_per_node: int) -> None:
         self._ranks_per_node = ranks_per_node
-        self._ranks = ArrayLog(folder / "ranks.arrays")
-        self._traffic = ArrayLog(folder / "traffic.arrays")
-        self._collectives = folder / "collectives.jsonl"
+        self._ranks = ArrayLog(folder / RANKS_FILE)
+        self._traffic = ArrayLog(folder / TRAFFIC_FILE)
+        self._collectives = folder / COLLECTIVES_FILE
 
     def write(
         self,
