@@ -38,7 +38,7 @@ from torch import Tensor
 
 from deepseek.config.layout import Layout
 from deepseek.config.schema import DataConfig, ModelConfig
-from deepseek.parallel.heap import keep_freed_memory
+from deepseek.parallel.cpu_memory import keep_freed_memory
 from deepseek.parallel.mesh import Alone, Meshes
 from deepseek.training.step import DeepSeekModel
 

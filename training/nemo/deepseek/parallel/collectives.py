@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepseek.parallel import exchange
+from deepseek.parallel import cpu_memory
 
 
 def gather_sequence(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -106,7 +106,7 @@ class _AllToAllRows(torch.autograd.Function):
 
 def _gather(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts_nBsD = x_BsD.new_empty(dist.get_world_size(group), *x_BsD.shape)
-    exchange.all_gather(parts_nBsD, x_BsD.contiguous(), group)
+    cpu_memory.all_gather(parts_nBsD, x_BsD.contiguous(), group)
     return parts_nBsD.transpose(0, 1).flatten(1, 2).contiguous()
 
 
@@ -114,7 +114,7 @@ def _scatter_sum(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts_BnsD = x_BSD.unflatten(1, (dist.get_world_size(group), -1))
     parts_nBsD = parts_BnsD.transpose(0, 1).contiguous()
     out_BsD = parts_nBsD.new_empty(parts_nBsD.shape[1:])
-    exchange.reduce_scatter(out_BsD, parts_nBsD, group)
+    cpu_memory.reduce_scatter(out_BsD, parts_nBsD, group)
     return out_BsD
 
 

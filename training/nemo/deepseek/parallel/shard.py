@@ -24,8 +24,8 @@ from deepseek.models.components.block import DeepSeekBlock
 from deepseek.models.components.moe import MoE
 from deepseek.models.stage import Stage
 from deepseek.models.transformer import Transformer, initial_weight
+from deepseek.parallel import cpu_memory
 from deepseek.parallel.expert_dispatcher import build_dispatcher
-from deepseek.parallel.fsdp_exchange import use_exchange
 from deepseek.parallel.gradients import local
 from deepseek.parallel.mesh import Meshes
 from deepseek.parallel.tensor import split
@@ -91,7 +91,9 @@ def shard_data_parallel(
         unit.set_force_sum_reduction_for_comms(True)
     if meshes.device_type == "cpu":
         gathered = sum(size for parameter, size in size_of.items() if parameter not in kept)
-        use_exchange(units, None if reshards else gathered * max(experts.size, dense.size))
+        cpu_memory.use_in_fsdp(
+            units, None if reshards else gathered * max(experts.size, dense.size)
+        )
 
 
 def fill(model: Transformer, seed: int) -> None:

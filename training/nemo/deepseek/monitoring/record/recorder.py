@@ -1,8 +1,8 @@
 """What passes between the ranks: every collective of this process, its bytes and its time.
 
 While it records, the recorder stands in for the collectives of ``torch.distributed`` and for those
-of ``exchange``, so that it sees FSDP's and the pipeline's as well as our own. It changes nothing of
-what they do.
+of ``cpu_memory``, so that it sees FSDP's and the pipeline's as well as our own. It changes nothing
+of what they do.
 
 On a CPU a collective blocks, and its time is the time it keeps this rank from computing, waiting
 for the others included. On a GPU it is the time its stream is busy. A call that returns at once
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import schedules
 
-from deepseek.parallel import exchange
+from deepseek.parallel import cpu_memory
 from deepseek.parallel.mesh import Meshes
 
 OPERATIONS = {
@@ -45,8 +45,8 @@ _BATCH_P2P = (
 """Where torch's pipeline schedules send and receive."""
 WATCHED = (
     *((dist, name, operation) for name, operation in OPERATIONS.items()),
-    (exchange, "all_gather", "all_gather"),
-    (exchange, "reduce_scatter", "reduce_scatter"),
+    (cpu_memory, "all_gather", "all_gather"),
+    (cpu_memory, "reduce_scatter", "reduce_scatter"),
     (*_BATCH_P2P, SEND_RECV),
 )
 """Where the functions are, their names, and the operations."""
