@@ -8,8 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepseek.monitoring.record.alarms import MOST_SHOWN, Alarms, shown
-from deepseek.monitoring.record.detectors import COLLAPSED_RECORDS, STRAGGLER_RECORDS, Alarm
+from deepseek.monitoring.record.alarms import (
+    COLLAPSED_RECORDS,
+    MOST_SHOWN,
+    STRAGGLER_RECORDS,
+    Alarm,
+    Alarms,
+    shown,
+)
 from deepseek.monitoring.record.expert_monitor import ExpertRecord
 from deepseek.monitoring.record.metrics_log import MetricsLog
 from deepseek.monitoring.record.rank_monitor import COLUMNS, RankRecord

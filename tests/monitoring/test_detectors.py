@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepseek.monitoring.record.detectors import (
+from deepseek.monitoring.record.alarms import (
     COLLAPSED_RECORDS,
     DEAD_RECORDS,
     STRAGGLER_RECORDS,

@@ -14,8 +14,8 @@ from deepseek import frameworks
 from deepseek.config import ConfigError, UserError, load_config
 from deepseek.config.schema import ExpManagerConfig, MLFlowConfig, WandbConfig
 from deepseek.frameworks import pl, remote_loggers
-from deepseek.monitoring.record import mirror as mirror_module
-from deepseek.monitoring.record.mirror import Mirror
+from deepseek.monitoring.record import metrics_log
+from deepseek.monitoring.record.metrics_log import Mirror
 
 
 class Logger:
@@ -77,7 +77,7 @@ def test_one_that_raises_is_told_of_once(
 def test_one_that_hangs_costs_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirror_module, "MOST_WAITING", 10)
+    monkeypatch.setattr(metrics_log, "MOST_WAITING", 10)
     free = threading.Event()
 
     class Hanging:

@@ -19,9 +19,8 @@ import torch.distributed as dist
 from deepseek.frameworks import Callback
 from deepseek.models.components.moe import MoE
 from deepseek.monitoring.array_log import Record, read_arrays
-from deepseek.monitoring.record.expert_monitor import ExpertMonitor, expert_layers
+from deepseek.monitoring.record.expert_monitor import MARGIN_TOKENS, ExpertMonitor, expert_layers
 from deepseek.monitoring.record.rank_monitor import COLUMNS, RankMonitor
-from deepseek.monitoring.record.router_margin import MARGIN_TOKENS
 from deepseek.parallel.mesh import Alone
 from deepseek.training.phases import Memory
 from support.layouts import Case, Driven, batches, small_config, spread

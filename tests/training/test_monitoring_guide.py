@@ -6,8 +6,9 @@ from pathlib import Path
 
 import deepseek
 from deepseek.monitoring.array_log import read_arrays
-from deepseek.monitoring.record import detectors, router_margin
-from deepseek.monitoring.record.detectors import detectors as all_detectors
+from deepseek.monitoring.record import alarms as detectors
+from deepseek.monitoring.record import expert_monitor as router_margin
+from deepseek.monitoring.record.alarms import detectors as all_detectors
 from deepseek.monitoring.record.metrics_log import SCALARS
 from deepseek.monitoring.run_log import read_rows
 from support.micro_runs import MicroRuns

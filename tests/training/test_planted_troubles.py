@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from deepseek.commands.report import report
-from deepseek.monitoring.record.detectors import COLLAPSED_RECORDS, DEAD_RECORDS, STRAGGLER_RECORDS
+from deepseek.monitoring.record.alarms import COLLAPSED_RECORDS, DEAD_RECORDS, STRAGGLER_RECORDS
 from deepseek.monitoring.run_log import read_run
 from support.forked import FORK_WORKERS, Ran
 from support.micro_runs import MicroRuns
@@ -16,9 +16,9 @@ PLANTED = """
 import torch
 from deepseek.models.components.router import Router
 from deepseek.training.step import DeepSeekModel
-from deepseek.monitoring.record import detectors
+from deepseek.monitoring.record import alarms
 
-detectors.CREEP_RECORDS = 4  # ten blocks of 4 records instead of 50
+alarms.CREEP_RECORDS = 4  # ten blocks of 4 records instead of 50
 kept, choose, train = [], Router._choose, DeepSeekModel.training_step
 
 def chosen(self, scores_TE):

@@ -16,14 +16,12 @@ from deepseek.console import say
 from deepseek.data.open_data import OpenedData
 from deepseek.interop.start import StartingWeights
 from deepseek.monitoring.record.alarms import Alarms
-from deepseek.monitoring.record.environment import environment
 from deepseek.monitoring.record.expert_monitor import ExpertMonitor
 from deepseek.monitoring.record.metrics_log import MetricsLog
-from deepseek.monitoring.record.peak import Peak
 from deepseek.monitoring.record.profile import Profile
 from deepseek.monitoring.record.progress import Progress
 from deepseek.monitoring.record.rank_monitor import RankMonitor
-from deepseek.monitoring.record.run_record import RunRecord
+from deepseek.monitoring.record.run_record import Peak, RunRecord, environment
 from deepseek.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,

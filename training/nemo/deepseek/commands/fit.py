@@ -32,7 +32,7 @@ from deepseek.frameworks import (
 )
 from deepseek.launch.processes import Processes, join
 from deepseek.launch.strategy import DeepSeekStrategy
-from deepseek.monitoring.record.peak import peak_of
+from deepseek.monitoring.record.run_record import peak_of
 from deepseek.parallel.cpu_memory import keep_freed_memory
 from deepseek.run_folder import LOGS
 from deepseek.training.step import DeepSeekModel

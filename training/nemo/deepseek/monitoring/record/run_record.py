@@ -1,14 +1,27 @@
-"""What a run folder says about its run: resolved configuration, tokenizer, environment."""
+"""What a run folder says of its run besides the log: configuration, tokenizer, environment.
+
+The environment names what the run ran on, for people who compare runs (no host names), and how many
+floating-point operations its devices could do in a second, the denominator of MFU.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deepseek.data.tokenizer import Tokenizer
 from deepseek.files import atomic_open
-from deepseek.frameworks import Callback
+from deepseek.frameworks import Callback, framework_name
 
 
 class RunRecord(Callback):
@@ -50,3 +63,102 @@ class RunRecord(Callback):
             file.write(json.dumps(self.environment, indent=2).encode() + b"\n")
         if self.tokenizer is not None:
             self.tokenizer.save(self.tokenizer_folder)
+
+
+def environment(world_size: int, num_nodes: int) -> dict[str, Any]:
+    """Versions, devices, threads, the command; what JSON can say."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "framework": framework_name(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "gpus": torch.cuda.device_count() if on_gpu else 0,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "processes": world_size,
+        "nodes": num_nodes,
+        "commit": _commit(),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
+    }
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "deepseek" if name == "__main__.py" else name  # python -m deepseek
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _commit() -> str | None:
+    """Of the source tree, if it is one."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+DENSE_BF16_TFLOPS = {
+    "A100": 312.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "H800": 989.0,
+    "B200": 2250.0,
+    "GB200": 2500.0,
+}
+"""NVIDIA's data sheets, without sparsity; a longer name that fits wins."""
+SIDE = 512
+ROUNDS = 40
+"""Short ones and many: where other processes run, some come through undisturbed."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What one process could reach at best."""
+
+    flops: float | None
+    """Per second; None: unknown."""
+    source: str
+    """Where the number is from."""
+
+
+def peak_of(device: torch.device, configured_tflops: float | None) -> Peak:
+    """The configured number; else the data sheet's for a GPU, or a measured one for a CPU."""
+    if configured_tflops is not None:
+        return Peak(configured_tflops * 1e12, "exp_manager.monitor.peak_tflops")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        fitting = [key for key in DENSE_BF16_TFLOPS if key in name]
+        if not fitting:
+            return Peak(None, f"unknown for {name}: set exp_manager.monitor.peak_tflops")
+        key = max(fitting, key=len)
+        return Peak(DENSE_BF16_TFLOPS[key] * 1e12, f"data sheet of {key}, dense bf16")
+    return Peak(_measured(), f"best of {ROUNDS} fp32 products of {SIDE} x {SIDE} matrices here")
+
+
+def _measured() -> float:
+    a, b = torch.ones(SIDE, SIDE), torch.ones(SIDE, SIDE)
+    best = float("inf")
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - begin)
+    return 2 * SIDE**3 / best

@@ -1,4 +1,4 @@
-"""What a run ran on: all of it plain JSON, and no name of the machine."""
+"""What a run folder says of where the run ran; the peak of MFU is never guessed."""
 
 import getpass
 import json
@@ -13,8 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek.monitoring.record import environment as environment_module
-from deepseek.monitoring.record.environment import environment
+from deepseek.monitoring.record import run_record
+from deepseek.monitoring.record.run_record import (
+    DENSE_BF16_TFLOPS,
+    ROUNDS,
+    SIDE,
+    environment,
+    peak_of,
+)
 
 
 def test_versions_devices_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,22 +53,69 @@ def test_the_commit_of_a_source_tree(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     except FileNotFoundError:
         pytest.skip("there is no git here")
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
-    monkeypatch.setattr(environment_module, "__file__", str(tmp_path / "environment.py"))
+    monkeypatch.setattr(run_record, "__file__", str(tmp_path / "run_record.py"))
     assert environment(1, 1)["commit"] == head.stdout[:12]
 
 
 def test_without_git_or_a_tree_there_is_no_commit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(environment_module, "__file__", str(tmp_path / "environment.py"))
+    monkeypatch.setattr(run_record, "__file__", str(tmp_path / "run_record.py"))
     assert environment(1, 1)["commit"] is None
 
     def missing(*args: Any, **options: Any) -> None:
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(environment_module.subprocess, "run", missing)
+    monkeypatch.setattr(run_record.subprocess, "run", missing)
     assert environment(1, 1)["commit"] is None
 
 
 def test_the_processor_is_named() -> None:
     assert environment(1, 1)["cpu"] != ""
+
+
+# -- the denominator of MFU --
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+def test_a_configured_number_wins() -> None:
+    assert peak_of(CPU, 2.5).flops == 2.5e12
+    assert peak_of(GPU, 900.0).source == "exp_manager.monitor.peak_tflops"
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA A100-SXM4-40GB", "A100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GB200", "GB200"),
+        ("NVIDIA B200", "B200"),
+    ],
+)
+def test_known_gpus(monkeypatch: pytest.MonkeyPatch, name: str, key: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak = peak_of(GPU, None)
+    assert peak.flops == DENSE_BF16_TFLOPS[key] * 1e12
+    assert f"data sheet of {key}," in peak.source
+
+
+def test_an_unknown_gpu_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU 9000")
+    peak = peak_of(GPU, None)
+    assert peak.flops is None
+    assert peak.source == "unknown for Some GPU 9000: set exp_manager.monitor.peak_tflops"
+
+
+def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 3.0, 10.0, 12.0, *range(20, 20 + 8 * ROUNDS, 4)])
+    clock = type("Clock", (), {"perf_counter": staticmethod(lambda: next(ticks))})
+    monkeypatch.setattr(run_record, "time", clock)
+    assert peak_of(CPU, None).flops == 2 * SIDE**3 / 2.0  # the best took two seconds
+
+
+def test_a_measured_peak_is_plausible() -> None:
+    flops = peak_of(CPU, None).flops
+    assert flops is not None and 1e8 < flops < 1e14
