@@ -1,20 +1,21 @@
 """One ``.safetensors`` file, read and written tensor by tensor.
 
-The format is a header (8 bytes of length, then JSON: dtype, shape and place of each tensor) and the
-numbers. Read and written here without the library of that name, for memory's sake: its reader maps
-whole files, its writer wants every tensor of a file at once. Nothing in such a file can run.
+The format is a header (8 bytes of length, then JSON: dtype, shape and offsets of each tensor) and
+the numbers. The library of that name reads it, from a mapped file. It does not write it here: its
+writer wants every tensor of a file in memory at once. Nothing in such a file can run.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deepseek.checkpoint.shards import TensorSpec
@@ -37,116 +38,68 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LARGEST_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors library."""
 
 
 class TensorFile:
     """A file to read from. Its header is checked at once: what it names is there.
 
-    Raises ``UserError`` if the file is missing, is cut off, or is no safetensors file.
+    Raises:
+        UserError: the file is missing, is cut off, names a tensor twice, has a dtype that torch
+            lacks, or is no safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._mapped: Any = None
+        self._open()
+        self.close()
+        with open(path, "rb") as stream:
+            text = stream.read(int.from_bytes(stream.read(8), "little"))
+        header = json.loads(text, object_pairs_hook=self._once)
+        header.pop("__metadata__", None)
         self.tensors: dict[str, TensorSpec] = {}
         """By name, in the order of the numbers in the file."""
-        self._starts: dict[str, int] = {}
-        self._stream: IO[bytes] | None = None
-        try:
-            self._read_header()
-        except OSError as failure:
-            raise UserError(f"{path}: cannot be read: {failure.strerror}") from failure
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in DTYPES:
+                raise UserError(
+                    f"{path}: {name} has dtype {entry['dtype']}; {', '.join(DTYPES)} can be read"
+                )
+            self.tensors[name] = TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
 
     def read(self, name: str, row: int | None = None) -> Tensor:
-        """The tensor ``name``, or only ``row`` of its leading dim."""
-        spec = self.tensors[name]
-        shape = spec.shape if row is None else spec.shape[1:]
-        return self._read(self._starts[name], row or 0, spec.dtype, shape)
+        """The tensor ``name``, or only ``row`` of its leading dim; mapped, so not to be changed."""
+        mapped = self._mapped or self._open()
+        return mapped.get_tensor(name) if row is None else mapped.get_slice(name)[row]
 
     def read_rows(self, name: str, first: int, count: int) -> Tensor:
         """``count`` entries of the leading dim from ``first`` on."""
-        spec = self.tensors[name]
-        rest = spec.shape[1:]
-        start = self._starts[name] + first * math.prod(rest) * spec.dtype.itemsize
-        return self._read(start, 0, spec.dtype, (count, *rest))
+        mapped = self._mapped or self._open()
+        return mapped.get_slice(name)[first : first + count]
 
     def close(self) -> None:
-        """Close the file; reading opens it again."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        """Let go of the file; reading opens it again."""
+        self._mapped = None
 
-    def _read(self, start: int, row: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-        size = math.prod(shape) * dtype.itemsize
-        numbers = torch.empty(size, dtype=torch.uint8)
-        place = numbers.numpy().data
+    def _open(self) -> Any:
+        """The library checks header and size each time."""
         try:
-            if self._stream is None:
-                self._stream = open(self.path, "rb", buffering=0)
-            self._stream.seek(start + row * size)
-            done = 0
-            while done < size:  # one call reads 2 GiB at most
-                count = self._stream.readinto(place[done:])  # type: ignore[attr-defined]
-                if not count:
-                    raise UserError(f"{self.path}: ended while it was read; it has been changed")
-                done += count
+            self._mapped = safe_open(self.path, "pt")
+        except SafetensorError as failure:
+            raise UserError(
+                f"{self.path} is cut off, or no safetensors file: {failure} (it has "
+                f"{self.path.stat().st_size:,} bytes); copy or download it again"
+            ) from None
         except OSError as failure:
-            raise UserError(f"{self.path}: cannot be read: {failure.strerror}") from failure
-        return numbers.view(dtype).reshape(tuple(shape))
+            raise UserError(f"{self.path}: cannot be read: {failure}") from failure
+        return self._mapped
 
-    def _read_header(self) -> None:
-        with open(self.path, "rb") as stream:
-            size = stream.seek(0, 2)
-            stream.seek(0)
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > _LARGEST_HEADER:
-                raise self._malformed(f"{size} bytes, header of {length}")
-            if 8 + length > size:
-                raise self._cut_off(size, 8 + length)
-            text = stream.read(length)
-        try:
-            header = json.loads(text)
-            header.pop("__metadata__", None)
-            entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise self._malformed("its header cannot be read") from None
-        end = 0
-        for name, entry in entries:
-            try:
-                kind, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-                sound = all(type(n) is int and n >= 0 for n in (*shape, first, last))
-            except (TypeError, KeyError, ValueError):
-                sound = False
-            if not sound:
-                raise self._malformed(f"the entry of {name} cannot be read")
-            if kind not in DTYPES:
-                raise UserError(
-                    f"{self.path}: {name} has dtype {kind}; {', '.join(DTYPES)} can be read"
-                )
-            spec = TensorSpec(DTYPES[kind], tuple(shape))
-            if first != end or last != first + spec.nbytes:
-                raise self._malformed(
-                    f"{name}, {kind} {list(shape)}, is said to lie at {first} to {last}, and what "
-                    f"is before it ends at {end}"
-                )
-            self.tensors[name], self._starts[name] = spec, 8 + length + first
-            end = last
-        if 8 + length + end > size:
-            raise self._cut_off(size, 8 + length + end)
-        if 8 + length + end < size:
-            raise self._malformed(f"it has {size - 8 - length - end} bytes that no tensor owns")
-
-    def _cut_off(self, size: int, wanted: int) -> UserError:
-        return UserError(
-            f"{self.path} is cut off: it has {size:,} bytes and needs {wanted:,}; copy or download "
-            "it again"
-        )
-
-    def _malformed(self, reason: str) -> UserError:
-        return UserError(
-            f"{self.path} is no safetensors file ({reason}); copy or download it again"
-        )
+    def _once(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """A JSON object. Readers disagree about which of two entries of one name counts."""
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+            raise UserError(f"{self.path}: its header names {twice} twice; download it again")
+        return entries
 
 
 class TensorFileWriter:
