@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from deepseek.config.schema import DataConfig, ModelConfig
-from deepseek.experts.routing import LayerRouting, read_routing
+from deepseek.experts.analysis import LayerRouting, read_routing
 from deepseek.models.components.router import Router
 from deepseek.models.transformer import Transformer
 

@@ -16,10 +16,12 @@ from deepseek.experts.analysis import (
     MEANING,
     Compared,
     DomainSize,
+    LayerRouting,
     RoutingAnalysis,
+    RoutingCounts,
+    co_activation,
     layer_routes,
 )
-from deepseek.experts.routing_metrics import RoutingCounts, co_activation
 from deepseek.experts.routing_page import routing_page, visible
 from support.chromium import Chromium, find_chromium
 
@@ -35,7 +37,7 @@ def analysis(experts: int = 6, domains: int = 2, minimum: int = 3) -> RoutingAna
             scores[:, 1] -= 0.2 * domain
             chosen = np.argsort(-scores, axis=1)[:, :2]
             tokens = chance.integers(0, 12, 90)
-            counts.add(layer, domain, tokens, chosen, scores, scores)
+            counts.add(domain, LayerRouting(layer, tokens, chosen, scores, scores))
     return RoutingAnalysis(
         name="runs/a/checkpoints/step_00000007",
         step=7,

@@ -19,12 +19,16 @@ from deepseek.experts.analysis import (
     MEANING,
     Compared,
     DomainSize,
+    KeptChoices,
+    LayerRouting,
     RoutingAnalysis,
+    RoutingCounts,
     dump,
     layer_routes,
+    mean_saturation,
+    read_routing,
 )
 from deepseek.experts.domains import Domain, built_in_domains, open_domains, packed_domain
-from deepseek.experts.routing_metrics import KeptChoices, RoutingCounts, mean_saturation
 from deepseek.files import atomic_open
 from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint, with_config
 from deepseek.run_folder import CHECKPOINTS
@@ -247,13 +251,9 @@ def _read(
     counts: RoutingCounts | None,
     kept: KeptChoices,
 ) -> None:
-    from deepseek.experts.routing import LayerRouting, read_routing
-
     def observe(seen: LayerRouting) -> None:
         if counts is not None:
-            counts.add(
-                seen.layer, domain, seen.tokens_T, seen.experts_TK, seen.scores_TE, seen.choice_TE
-            )
+            counts.add(domain, seen)
         kept.add(seen.layer, domain, seen.experts_TK)
 
     read_routing(model, batches, observe)

@@ -12,11 +12,11 @@ import numpy as np
 
 from deepseek.experts.analysis import (
     MEANING,
+    Histogram,
     LayerRoutes,
     RoutingAnalysis,
     summary,
 )
-from deepseek.experts.routing_metrics import Histogram
 from deepseek.monitoring.load_metrics import utilisation
 from deepseek.monitoring.report.page import Tab, build_page
 from deepseek.monitoring.report.panel import Figure, Panel, Section, figure, packed, table

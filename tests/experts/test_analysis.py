@@ -9,15 +9,19 @@ import math
 import numpy as np
 import pytest
 
-from deepseek.experts import routing_metrics as metrics
+from deepseek.experts import analysis as metrics
 from deepseek.experts.analysis import (
+    BINS,
     DomainSize,
+    Histogram,
+    KeptChoices,
+    LayerRouting,
     RoutingAnalysis,
+    RoutingCounts,
     dump,
     layer_routes,
     summary,
 )
-from deepseek.experts.routing_metrics import BINS, Histogram, KeptChoices, RoutingCounts
 
 EXPERTS, TOP_K, VOCAB = 9, 3, 12
 
@@ -49,7 +53,8 @@ def parts() -> list[Routed]:
 def counts(parts: list[Routed]) -> RoutingCounts:
     made = RoutingCounts(["layers.1", "mtp.0.block"], EXPERTS, TOP_K, 2, np.arange(2, VOCAB))
     for number, part in enumerate(parts):
-        made.add("mtp.0.block", number % 2, part.tokens, part.experts, part.scores, part.choice)
+        seen = (part.tokens, part.experts, part.scores, part.choice)
+        made.add(number % 2, LayerRouting("mtp.0.block", *seen))
     return made
 
 
@@ -76,7 +81,7 @@ def test_co_activation(parts: list[Routed], counts: RoutingCounts) -> None:
 def test_co_activation_counts_every_pair_not_only_neighbours() -> None:
     counts = RoutingCounts(["a"], 4, 3, 1, np.empty(0, np.int64))
     none = np.zeros((1, 4), np.float32)
-    counts.add("a", 0, np.array([0]), np.array([[0, 1, 3]]), none, none)
+    counts.add(0, LayerRouting("a", np.array([0]), np.array([[0, 1, 3]]), none, none))
     assert counts.pairs_LEE[0].tolist() == [[1, 1, 0, 1], [1, 1, 0, 1], [0] * 4, [1, 1, 0, 1]]
 
 
@@ -213,7 +218,8 @@ def test_clusters_stand_together(seed: int) -> None:
         group = sorted(groups[chance.integers(3)])
         if chance.random() < 0.1:
             group = list(range(12))
-        counts.add("a", 0, np.array([0]), chance.choice(group, (1, 3), replace=False), none, none)
+        chosen = chance.choice(group, (1, 3), replace=False)
+        counts.add(0, LayerRouting("a", np.array([0]), chosen, none, none))
     order = metrics.cluster_order(counts.pairs_LEE[0]).tolist()
     assert sorted(order) == list(range(12))
     of = [next(i for i, group in enumerate(groups) if expert in group) for expert in order]
