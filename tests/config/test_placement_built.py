@@ -23,9 +23,8 @@ from deepseek.config import RunConfig, load_config
 from deepseek.config.layout import Layout, split_layers, stages_of_rank
 from deepseek.config.placement import kept_shape, rank_memory, stage_weights
 from deepseek.config.schema import PeftConfig
-from deepseek.parallel.mesh import Meshes
+from deepseek.parallel.mesh import Meshes, local
 from deepseek.parallel.parallelize import build
-from deepseek.parallel.shard import local_part
 
 SMALL = [
     "model.hidden_size=32",
@@ -104,9 +103,9 @@ def built(
     """Shapes that are kept, and how many numbers: of weights, of biases, trained."""
     with meshes_of(layout, rank) as meshes:
         model = build(run.model, meshes, torch.device("cpu"), seed=1).model
-        kept = {name: tuple(local_part(p)[0].shape) for name, p in model.named_parameters()}
-        numbers = sum(local_part(p)[0].numel() for p in model.parameters())
+        kept = {name: tuple(local(p).shape) for name, p in model.named_parameters()}
+        numbers = sum(local(p).numel() for p in model.parameters())
         buffers = dict(model.named_buffers())  # beside the biases: the counters of a step
         biases = sum(b.numel() for name, b in buffers.items() if name.endswith("gate.bias"))
-        trained = sum(local_part(p)[0].numel() for p in model.parameters() if p.requires_grad)
+        trained = sum(local(p).numel() for p in model.parameters() if p.requires_grad)
     return kept, numbers, biases, trained

@@ -25,7 +25,7 @@ from deepseek.parallel.cpu_memory import (
     keep_freed_memory,
     use_in_fsdp,
 )
-from deepseek.parallel.gradients import local
+from deepseek.parallel.mesh import local
 from support.layouts import Case, batches, small_config, spread
 from support.ranks import RankFailed, run_ranks
 

@@ -17,7 +17,7 @@ from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.router import Router, Routing
 from deepseek.ops.cross_entropy import IGNORE_INDEX
 from deepseek.parallel import gradients, tensor
-from deepseek.parallel.mesh import Alone
+from deepseek.parallel.mesh import Alone, local
 from deepseek.training.step import DeepSeekModel
 from support.draw import ADAM_EPS, WEIGHTS, draw_cases
 from support.layouts import Case, Driven, batches, compare, in_one_process, small_config, spread
@@ -227,7 +227,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(
             alone = isinstance(driven.meshes, Alone)
             if len(calls) == 2 and (alone or torch.distributed.get_rank() == 3):
                 gradient = next(driven.module.model.parameters()).grad
-                gradients.local(gradient).view(-1)[0] = float("nan")
+                local(gradient).view(-1)[0] = float("nan")
             return sums
 
         driven.module.micro_batches.train = spoiled

@@ -11,7 +11,7 @@ from torch import Tensor
 from deepseek.config.schema import OptimConfig, PeftConfig, SchedConfig
 from deepseek.models.components.lora import is_adapter
 from deepseek.parallel import gradients
-from deepseek.parallel.mesh import Alone
+from deepseek.parallel.mesh import Alone, local, local_slices
 from support.layouts import Case, Driven, batches, compare, small_config
 from support.ranks import run_ranks
 
@@ -39,14 +39,14 @@ def lora_case(world: int, targets: list[str], optim: str = "adamw", **changes: A
 def start_b(driven: Driven) -> None:
     """With B at zero the gradient of A is zero in the first step, and hides mistakes."""
     from deepseek.models.transformer import initial_weight
-    from deepseek.parallel.shard import local_part
 
     with torch.no_grad():
         for name, parameter in driven.module.model.named_parameters():
             if name.endswith("lora_b"):
-                local, part = local_part(parameter)
+                here = local_slices(parameter)
                 as_a = name.replace("lora_b", "lora_start_a")
-                local.copy_(initial_weight(as_a, parameter.shape, part, driven.case.config, 5))
+                value = initial_weight(as_a, parameter.shape, here, driven.case.config, 5)
+                local(parameter).copy_(value)
 
 
 LAYOUTS = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from deepseek.models.components.moe import GroupedExperts
-from deepseek.parallel.gradients import local
+from deepseek.parallel.mesh import local
 from support.layouts import Case, batches, small_config, spread
 from support.ranks import run_ranks
 

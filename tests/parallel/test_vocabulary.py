@@ -17,14 +17,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from deepseek.models.components.head import Head
-from deepseek.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
-from deepseek.parallel import vocabulary as module
-from deepseek.parallel.vocabulary import (
+from deepseek.ops import cross_entropy as module
+from deepseek.ops.cross_entropy import CHUNK_TOKENS, IGNORE_INDEX, linear_cross_entropy
+from deepseek.parallel.mesh import local
+from deepseek.parallel.tensor import (
     VocabularyEmbedding,
     VocabularyHead,
     first_id,
     local_embedding,
-    vocabulary_cross_entropy,
+    sharded_softmax_loss,
 )
 from support.ranks import run_ranks
 
@@ -49,6 +50,19 @@ def inputs(
     labels_T = torch.randint(vocab, (tokens,), generator=generator)
     labels_T[torch.rand(tokens, generator=generator) < ignored] = IGNORE_INDEX
     return hidden_TD, weight_VD, labels_T
+
+
+def vocabulary_cross_entropy(
+    hidden_TD: Tensor,
+    weight_vD: Tensor,
+    labels_T: Tensor,
+    first_id: int,
+    group: dist.ProcessGroup,
+    chunk: int = CHUNK_TOKENS,
+) -> Tensor:
+    """As the head of this rank computes it."""
+    softmax_loss = sharded_softmax_loss(first_id, group)
+    return linear_cross_entropy(hidden_TD, weight_vD, labels_T, chunk, softmax_loss)
 
 
 Loss = tuple[Tensor, Tensor, Tensor]
@@ -260,11 +274,6 @@ def split_over_tp(weight_VD: Tensor, mesh: Any) -> nn.Parameter:
     return nn.Parameter(distribute_tensor(weight_VD, mesh, [Shard(0)], src_data_rank=None))
 
 
-def local(gradient: Tensor | None) -> Tensor:
-    assert isinstance(gradient, DTensor)
-    return gradient.to_local()
-
-
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_modules(world_size: int, dtype: torch.dtype) -> None:
@@ -282,6 +291,7 @@ def test_modules(world_size: int, dtype: torch.dtype) -> None:
         hidden_BsD = embed(tokens_BS)
         loss = head.loss_sum(hidden_BsD.sin(), labels_BS)
         loss.backward()
+        assert isinstance(embed.weight.grad, DTensor) and isinstance(head.weight.grad, DTensor)
         return hidden_BsD.detach(), loss.detach(), local(embed.weight.grad), local(head.weight.grad)
 
     embed, head = nn.Embedding(VOCAB, DIM), Head(DIM, VOCAB)

@@ -16,8 +16,7 @@ from torch import Tensor
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.checkpoint.training_state import collect_tensors, restore
 from deepseek.models.transformer import global_name
-from deepseek.parallel.mesh import Alone, Meshes
-from deepseek.parallel.shard import local_part
+from deepseek.parallel.mesh import Alone, Meshes, local, local_slices
 from support.layouts import STEPS, Case, Driven, batches, small_config
 from support.ranks import run_ranks
 
@@ -125,10 +124,10 @@ def worst_of_chain(chain: Chain, folder: Path, timeout: float = 120.0) -> tuple[
                 for key in ("loss", "mtp_loss", "balance_loss", "grad_norm", "lr", "step"):
                     a, b = getattr(ours, key), getattr(theirs, key)
                     found = max(found, (abs(a - b) / abs(b), f"{key} of step {theirs.step}"))
-            for name, part, local in parts:
+            for name, part, numbers in parts:
                 seen[name][part] = True
                 here, whole = tensors[name][part], tensors[name].double().norm().item()
-                error = (local.double() - here.double()).norm().item() / (whole or 1.0)
+                error = (numbers.double() - here.double()).norm().item() / (whole or 1.0)
                 found = max(found, (error, f"{name} after link {link}"))
         assert all(mask.all() for mask in seen.values())
     return found
@@ -173,8 +172,8 @@ def parts_of(driven: Driven) -> list[tuple[str, tuple[slice, ...], Tensor]]:
     for name, tensor in driven.tensors().items():
         kind, _, rest = name.partition(".")
         if kind not in ("gradient", "load"):
-            local, part = local_part(tensor)
-            parts.append((f"{kind}.{global_name(rest)}", tuple(part), local.detach().clone()))
+            here = local(tensor).detach().clone()
+            parts.append((f"{kind}.{global_name(rest)}", local_slices(tensor), here))
     return parts
 
 
@@ -185,7 +184,7 @@ def uninterrupted(optimizer: str, links: int) -> list[tuple[list[Any], dict[str,
     results = []
     for link in range(links):
         train(driven, link)
-        tensors = {name: local for name, _, local in parts_of(driven)}
+        tensors = {name: part for name, _, part in parts_of(driven)}
         results.append((driven.metrics[link * STEPS :], tensors))
     return results
 

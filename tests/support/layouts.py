@@ -15,8 +15,7 @@ from deepseek.config.layout import Layout
 from deepseek.config.rules import check
 from deepseek.config.schema import ModelConfig, OptimConfig, RunConfig, SchedConfig, TrainerConfig
 from deepseek.models.transformer import global_name
-from deepseek.parallel.mesh import Alone, Meshes
-from deepseek.parallel.shard import local_part
+from deepseek.parallel.mesh import Alone, Meshes, local, local_slices
 from deepseek.training.step import DeepSeekModel
 from support.ranks import run_ranks
 
@@ -207,10 +206,9 @@ def work_of_rank(rank: int, case: Case) -> tuple[list[Any], list[Any]]:
     driven.run(batches(case))
     parts = []
     for name, tensor in driven.tensors().items():
-        local, part = local_part(tensor)
-        shape = tuple(tensor.shape)
+        part, shape = local_slices(tensor), tuple(tensor.shape)
         kind, _, rest = name.partition(".")
-        parts.append((f"{kind}.{global_name(rest)}", shape, part, local.clone().numpy()))
+        parts.append((f"{kind}.{global_name(rest)}", shape, part, local(tensor).clone().numpy()))
     return driven.metrics, parts
 
 
@@ -239,12 +237,12 @@ def compare(case: Case, timeout: float = 120.0) -> dict[str, float]:
                 theirs.lr,
                 theirs.skipped,
             )
-        for name, shape, part, local in parts:
+        for name, shape, part, numbers in parts:
             assert shape == tuple(wanted[name].shape), name
-            here = wanted[name][tuple(part)]
-            assert here.shape == local.shape, (name, here.shape, local.shape)
-            covered[name][tuple(part)] = True
-            difference = (torch.from_numpy(local).double() - here.double()).norm().item()
+            here = wanted[name][part]
+            assert here.shape == numbers.shape, (name, here.shape, numbers.shape)
+            covered[name][part] = True
+            difference = (torch.from_numpy(numbers).double() - here.double()).norm().item()
             differences[name] = max(differences.get(name, 0.0), difference)
     missing = [name for name, seen in covered.items() if not seen.all()]
     assert not missing, f"no rank has all of {missing}"

@@ -4,11 +4,15 @@ The logits of a V = 129,280 vocabulary are the largest tensor of a step. Here th
 a chunk of tokens at a time; the chunk's loss and its gradients are computed at once and the logits
 are dropped. The backward pass then only scales the stored gradients.
 
-T tokens, D model, V vocabulary.
+The head may be a part of a larger one, with the other rows on other ranks: then only the softmax
+needs to know (``softmax_loss``; ``parallel/tensor.py`` has the one for tensor-parallel ranks).
+
+T tokens, C tokens of a chunk, D model, V vocabulary (the rows that are here).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,24 +25,49 @@ IGNORE_INDEX = -100
 CHUNK_TOKENS = 512
 """Tokens whose logits exist at one time."""
 
+SoftmaxLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+"""From logits (C, V), labels (C,) and whether a gradient is wanted to ``-log softmax[label]`` (C,)
+and, if wanted, its gradient by the logits (C, V); both are anything where there is no label. The
+logits may be overwritten."""
+
+
+def softmax_loss(
+    logits_CV: Tensor, labels_C: Tensor, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``SoftmaxLoss`` of a head that is here in whole."""
+    index_C1 = labels_C.where(labels_C != IGNORE_INDEX, 0).unsqueeze(-1)
+    log_z_C = logits_CV.logsumexp(dim=-1)
+    loss_C = log_z_C - logits_CV.gather(-1, index_C1).squeeze(-1)
+    if not needs_gradient:
+        return loss_C, None
+    # d loss / d logits = softmax - onehot(label)
+    grad_CV = logits_CV.sub_(log_z_C.unsqueeze(-1)).exp_()
+    return loss_C, grad_CV.scatter_add_(-1, index_C1, torch.full_like(grad_CV[:, :1], -1.0))
+
 
 def linear_cross_entropy(
-    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_tokens: int = CHUNK_TOKENS
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    chunk_tokens: int = CHUNK_TOKENS,
+    softmax_loss: SoftmaxLoss = softmax_loss,
 ) -> Tensor:
     """Sum over labelled tokens of ``-log softmax(hidden @ weight.T)[label]``.
 
     Args:
         hidden_TD: any float dtype; under autocast the products run in autocast's dtype.
-        weight_VD: the head.
+        weight_VD: the head, or the rows of it that are here.
         labels_T: int64; ``IGNORE_INDEX`` where there is no label.
         chunk_tokens: how many tokens' logits exist at one time.
+        softmax_loss: of a chunk; knows about rows of the head that are elsewhere.
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 input): a sum, to be divided by the global label count.
+        Scalar, fp32 (fp64 for fp64 input): a sum, to be divided by the global label count. Its
+        gradient by ``hidden`` is what the rows that are here contribute.
     """
     if not torch.is_grad_enabled():  # an autograd function's needs_input_grad ignores no_grad
         hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, chunk_tokens)
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, chunk_tokens, softmax_loss)
 
 
 def linear_cross_entropy_slow(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
@@ -55,7 +84,12 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_tokens: int
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        chunk_tokens: int,
+        softmax_loss: SoftmaxLoss,
     ) -> Tensor:
         device = hidden_TD.device.type
         product_dtype = hidden_TD.dtype
@@ -72,18 +106,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden_TD.shape[0], chunk_tokens):
                 chunk = slice(start, start + chunk_tokens)
                 h_CD = hidden_TD[chunk].to(product_dtype)
-                labels_C = labels_T[chunk]
                 logits_CV = F.linear(h_CD, w_VD).to(sum_dtype)
-                log_z_C = logits_CV.logsumexp(dim=-1)
-                has_label_C = labels_C != IGNORE_INDEX
-                index_C1 = labels_C.where(has_label_C, 0).unsqueeze(-1)
-                picked_C = logits_CV.gather(-1, index_C1).squeeze(-1)
-                loss += ((log_z_C - picked_C) * has_label_C).sum()
-                if not (needs_hidden or needs_weight):
+                has_label_C = labels_T[chunk] != IGNORE_INDEX
+                loss_C, grad_CV = softmax_loss(
+                    logits_CV, labels_T[chunk], needs_hidden or needs_weight
+                )
+                loss += (loss_C * has_label_C).sum()
+                if grad_CV is None:
                     continue
-                # d loss / d logits = softmax - onehot(label), 0 where there is no label
-                grad_CV = logits_CV.sub_(log_z_C.unsqueeze(-1)).exp_()
-                grad_CV.scatter_add_(-1, index_C1, torch.full_like(grad_CV[:, :1], -1.0))
                 grad_CV = grad_CV.mul_(has_label_C.unsqueeze(-1)).to(product_dtype)
                 if grad_hidden_TD is not None:
                     grad_hidden_TD[chunk] = grad_CV @ w_VD
@@ -98,10 +128,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden_TD, grad_weight_VD = ctx.grad_hidden_TD, ctx.grad_weight_VD
         if grad_hidden_TD is not None:
             grad_hidden_TD = grad_hidden_TD * grad.to(grad_hidden_TD.dtype)
         if grad_weight_VD is not None:
             grad_weight_VD = (grad_weight_VD * grad).to(ctx.weight_dtype)
-        return grad_hidden_TD, grad_weight_VD, None, None
+        return grad_hidden_TD, grad_weight_VD, None, None, None

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from deepseek.models.transformer import Transformer
-from deepseek.parallel.mesh import Alone, Meshes
+from deepseek.parallel.mesh import Alone, Meshes, local
 
 
 def finish_gradients(model: Transformer, meshes: Meshes | Alone) -> None:
@@ -71,11 +71,6 @@ def sum_over_all(tensor: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What lies on this rank."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _axes(tensor: Tensor) -> tuple[str, ...]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from deepseek.config.layout import DENSE_AXES, SPARSE_AXES, Layout
 
@@ -115,3 +118,18 @@ class Alone:
     place = layout.place(0)
     data_rank = 0
     tp = data = stage = ends = world = None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies on this rank, with gradient; a plain tensor does in whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_slices(tensor: Tensor) -> tuple[slice, ...]:
+    """Which part of the whole ``local`` is, one slice per dim."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    sizes, starts = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tuple(slice(start, start + size) for size, start in zip(sizes, starts, strict=True))

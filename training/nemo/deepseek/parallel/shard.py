@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from deepseek.config.errors import UserError
 from deepseek.models.components.block import DeepSeekBlock
@@ -26,8 +25,7 @@ from deepseek.models.stage import Stage
 from deepseek.models.transformer import Transformer, initial_weight
 from deepseek.parallel import cpu_memory
 from deepseek.parallel.expert_dispatcher import build_dispatcher
-from deepseek.parallel.gradients import local
-from deepseek.parallel.mesh import Meshes
+from deepseek.parallel.mesh import Meshes, local, local_slices
 from deepseek.parallel.tensor import split
 
 
@@ -100,21 +98,11 @@ def fill(model: Transformer, seed: int) -> None:
     """Give every weight that lies here its start value, the same in any layout."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            local, part = local_part(parameter)
-            local.copy_(initial_weight(name, parameter.shape, part, model.config, seed))
+            here = local_slices(parameter)
+            value = initial_weight(name, parameter.shape, here, model.config, seed)
+            local(parameter).copy_(value)
         for buffer in model.buffers():
             buffer.zero_()
-
-
-def local_part(tensor: Tensor) -> tuple[Tensor, list[slice]]:
-    """What lies here of a tensor, and which part of the whole it is, one slice per dim."""
-    if not isinstance(tensor, DTensor):
-        return tensor, [slice(0, size) for size in tensor.shape]
-    sizes, starts = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    part = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-    return tensor.to_local(), part
 
 
 def whole_matrices(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -127,13 +115,13 @@ def whole_matrices(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
     def apply(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
             return function(tensor)
-        local, part = local_part(tensor)
+        part = local(tensor)
         if _cuts_matrices(tensor):
-            local = function(tensor.full_tensor())[tuple(part)].contiguous()
-        elif local.numel():
-            local = function(local)
+            part = function(tensor.full_tensor())[local_slices(tensor)].contiguous()
+        elif part.numel():
+            part = function(part)
         return DTensor.from_local(
-            local,
+            part,
             tensor.device_mesh,
             tensor.placements,
             run_check=False,

@@ -12,7 +12,10 @@ the TP ranks as well.
 Weights that are whole on every TP rank get partial gradients, each rank's from its own tokens or
 heads; ``gradients.py`` adds them up, once per step.
 
-B batch, S sequence, s = S/tp, D model.
+Embedding and head are split by the vocabulary: each rank holds V/tp consecutive rows of both. The
+embedding gives each rank its part of the sequence, and the head takes one.
+
+B batch, S sequence, s = S/tp, T = B*S tokens, C tokens of a chunk, D model, V vocabulary, v = V/tp.
 """
 
 from __future__ import annotations
@@ -30,13 +33,13 @@ from torch.distributed.tensor import DTensor, Shard
 from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.block import DeepSeekBlock
 from deepseek.models.components.feed_forward import FeedForward
+from deepseek.models.components.head import Head
 from deepseek.models.components.lora import LoraLinear, lora_linear
 from deepseek.models.components.moe import MoE
 from deepseek.models.transformer import Transformer
+from deepseek.ops.cross_entropy import SoftmaxLoss, linear_cross_entropy
 from deepseek.parallel.collectives import gather_sequence, scatter_sequence_sum, sum_forward
-from deepseek.parallel.gradients import local
-from deepseek.parallel.mesh import Meshes
-from deepseek.parallel.vocabulary import VocabularyEmbedding, VocabularyHead
+from deepseek.parallel.mesh import Meshes, local
 
 
 class ShardedLinear(nn.Linear):
@@ -169,3 +172,122 @@ def _scatter_output(group: dist.ProcessGroup) -> Any:
         return scatter_sequence_sum(out_BSD, group)
 
     return hook
+
+
+# -- embedding and head --
+
+
+class VocabularyEmbedding(nn.Embedding):
+    """Embedding of which each rank holds V/n consecutive rows; n divides V.
+
+    Args:
+        vocab_size: V, of the whole.
+        dim: D.
+        group: the TP group.
+
+    Attributes:
+        weight: on the meta device until the caller sets it: a DTensor (V, D), ``Shard(0)`` over the
+            mesh of ``group``.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, group: dist.ProcessGroup) -> None:
+        super().__init__(vocab_size, dim, device="meta")
+        self.group = group
+        self.first_id = first_id(vocab_size, group)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """The same tokens on every rank (B, S) -> this rank's part of the sequence (B, S/n, D)."""
+        partial_BSD = local_embedding(tokens_BS, local(self.weight), self.first_id)
+        return scatter_sequence_sum(partial_BSD, self.group)
+
+
+class VocabularyHead(Head):
+    """Head of which each rank holds V/n consecutive rows; arguments as ``VocabularyEmbedding``."""
+
+    def __init__(self, dim: int, vocab_size: int, group: dist.ProcessGroup) -> None:
+        with torch.device("meta"):
+            super().__init__(dim, vocab_size)
+        self.group = group
+        self.first_id = first_id(vocab_size, group)
+
+    def loss_sum(self, hidden_BsD: Tensor, labels_BS: Tensor) -> Tensor:
+        """Cross-entropy summed over the labels of the whole sequence, the same on every rank.
+
+        Args:
+            hidden_BsD: this rank's part of the sequence.
+            labels_BS: of the whole sequence, the same on every rank.
+        """
+        hidden_TD = gather_sequence(hidden_BsD, self.group).flatten(0, 1)
+        softmax_loss = sharded_softmax_loss(self.first_id, self.group)
+        return linear_cross_entropy(
+            hidden_TD, local(self.weight), labels_BS.flatten(), softmax_loss=softmax_loss
+        )
+
+    def forward(self, hidden_BsD: Tensor) -> Tensor:
+        """Logits exist in parts only.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "the head is split over the tensor-parallel ranks and gives the loss only; "
+            "for logits, load the checkpoint with tensor_model_parallel_size 1"
+        )
+
+
+def local_embedding(tokens_BS: Tensor, weight_vD: Tensor, first_id: int) -> Tensor:
+    """Embeddings of the tokens in ``[first_id, first_id + v)``, zeros for others: (B, S, D).
+
+    Summed over the ranks, each token's embedding to the last bit.
+    """
+    index_BS, mine_BS = _local_index(tokens_BS, weight_vD.shape[0], first_id)
+    return F.embedding(index_BS, weight_vD).masked_fill(~mine_BS.unsqueeze(-1), 0.0)
+
+
+def sharded_softmax_loss(first_id: int, group: dist.ProcessGroup) -> SoftmaxLoss:
+    """``SoftmaxLoss`` of a head whose rows are spread over the ranks of ``group``.
+
+    Two small all-reduces per chunk of tokens: the largest logit, then the sum of exponentials
+    together with the label's logit. The losses are the same on every rank. Hidden states and labels
+    must be, too.
+
+    Args:
+        first_id: of the rows that this rank holds.
+        group: the TP group.
+    """
+
+    def softmax_loss(
+        logits_Cv: Tensor, labels_C: Tensor, needs_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        index_C, mine_C = _local_index(labels_C, logits_Cv.shape[1], first_id)
+        index_C1, mine_C1 = index_C.unsqueeze(-1), mine_C.unsqueeze(-1)
+        # 1. logits less the largest of the whole vocabulary
+        largest_C = logits_Cv.amax(dim=-1)
+        dist.all_reduce(largest_C, op=dist.ReduceOp.MAX, group=group)
+        logits_Cv = logits_Cv.sub_(largest_C.unsqueeze(-1))
+        # 2. the sum of exponentials, and the label's logit from the rank that has it
+        picked_C = logits_Cv.gather(-1, index_C1).squeeze(-1).where(mine_C, 0.0)
+        exp_Cv = logits_Cv.exp_()
+        sums_2C = torch.stack([exp_Cv.sum(dim=-1), picked_C])
+        dist.all_reduce(sums_2C, group=group)
+        z_C, picked_C = sums_2C
+        loss_C = z_C.log() - picked_C
+        if not needs_gradient:
+            return loss_C, None
+        # 3. d loss / d logits = softmax - onehot(label)
+        grad_Cv = exp_Cv.div_(z_C.unsqueeze(-1))
+        return loss_C, grad_Cv.scatter_add_(-1, index_C1, -mine_C1.to(grad_Cv.dtype))
+
+    return softmax_loss
+
+
+def first_id(vocab_size: int, group: dist.ProcessGroup) -> int:
+    """The first token id whose row this rank holds."""
+    return dist.get_rank(group) * (vocab_size // dist.get_world_size(group))
+
+
+def _local_index(ids: Tensor, num_local: int, first_id: int) -> tuple[Tensor, Tensor]:
+    """Local row of each id (0 if another rank has it, or none), and whether it is here."""
+    index = ids - first_id
+    mine = (index >= 0) & (index < num_local)
+    return index.where(mine, 0), mine
