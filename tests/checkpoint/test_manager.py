@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import socket
 import string
 from pathlib import Path
 from typing import Any
@@ -423,29 +422,6 @@ def test_closed_manager_and_its_successor(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was closed"):
         save(second, 3)
     assert second.steps() == [1, 2]
-
-
-def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flock(handle: int, operation: int) -> None:
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-
-    def owned_by(pid: int, host: str = socket.gethostname()) -> None:
-        (tmp_path / ".lock").write_text(json.dumps({"pid": pid, "host": host}))
-
-    CheckpointManager(tmp_path).close()
-    assert (tmp_path / ".lock").read_text() == ""
-    owned_by(os.getppid())
-    with pytest.raises(UserError, match=f"process {os.getppid()} on host"):
-        CheckpointManager(tmp_path)
-    owned_by(1, "elsewhere")
-    with pytest.raises(UserError, match=r"stop it, or delete .*\.lock if it is dead"):
-        CheckpointManager(tmp_path)
-    owned_by(2**22 + 1)  # above the largest process number
-    CheckpointManager(tmp_path).close()
-    (tmp_path / ".lock").write_text("not JSON")
-    CheckpointManager(tmp_path).close()
 
 
 def test_lock_that_fails_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import deepseek
-from deepseek import durable as files
 from deepseek.checkpoint.folder import newest_sound
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.config.errors import UserError
@@ -271,16 +270,6 @@ def test_deletion_that_fails_stops_nothing(
     assert "old checkpoints could not be deleted" in caplog.text
     save(manager, 3)
     assert manager.steps() == [3]
-
-
-def test_folder_sync_that_the_file_system_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fsync(handle: int) -> None:
-        raise OSError(22, "Invalid argument")
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    files.sync_folder(tmp_path)
 
 
 def test_two_ranks(driver: Driver, tmp_path: Path) -> None:

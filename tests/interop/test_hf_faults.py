@@ -475,14 +475,14 @@ def test_checkpoints_that_are_not_the_model(source: Path) -> None:
 
 def test_two_at_once(source: Path) -> None:
     """The second one leaves the first one's work alone."""
-    from deepseek.locks import FolderLock
+    from deepseek.files import LOCK, Lock
 
     target = source.with_name("run")
     partial(target).mkdir()
     ready, release = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        lock = FolderLock(partial(target))
+        lock = Lock(partial(target) / LOCK)
         os.write(ready[1], b"x")
         os.read(release[0], 1)
         os._exit(0 if lock.held else 1)

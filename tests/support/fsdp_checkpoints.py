@@ -15,12 +15,12 @@ from torch import Tensor
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.folder import step_name
 from deepseek.config.schema import ModelConfig
+from deepseek.files import Staging
 from deepseek.interop.fsdp_migration import Migration
 from deepseek.interop.fsdp_names import NameTable
 from deepseek.interop.fsdp_source import open_source
 from deepseek.interop.huggingface import is_bias, to_hf
 from deepseek.models.transformer import Transformer
-from deepseek.staging import Staging
 
 CFG = ModelConfig(
     vocab_size=40,

@@ -1,22 +1,91 @@
-"""Files that are whole or absent: atomic writes, a lock between processes, room on the disk."""
+"""Files that are whole or absent: durable writing, one writer at a time, errors of the disk."""
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
+import json
 import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from deepseek.config.errors import UserError
 
+BLOCK = 1 << 22
+"""Bytes read or buffered at once."""
+LOCK = ".lock"
+"""Lock file of a folder that one process at a time writes."""
 
-def add_suffix(prefix: Path, suffix: str) -> Path:
-    """``P`` + ``.bin``; unlike ``with_suffix`` it keeps dots that are part of the name."""
-    return prefix.with_name(prefix.name + suffix)
+
+# -- writing -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a file must be."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Digest of the content, 64 hexadecimal digits."""
+
+
+class HashingWriter(io.BufferedWriter):
+    """A new file whose digest is of the bytes handed over, not of what the disk gives back.
+
+    ``close`` flushes and syncs, then calls ``done`` with the entry. (Up to version 2.13 DCP syncs
+    without flushing the buffer before, which would leave the last bytes to chance.)
+    """
+
+    def __init__(self, path: Path, done: Callable[[FileEntry], None]) -> None:
+        super().__init__(io.FileIO(path, "x"), BLOCK)
+        self.failure: OSError | None = None
+        """The error of the disk; torch's own writer hides it behind one of its own."""
+        self._done = done
+        self._size = 0
+        self._sha256 = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            count = super().write(view)
+        except OSError as failure:
+            self.failure = failure
+            raise
+        self._sha256.update(view[:count])
+        self._size += count
+        return count
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        try:
+            if self.failure is None:
+                sync(self)
+        except OSError as failure:
+            self.failure = failure
+            raise
+        finally:
+            # Not super().close(), which would try once more to write what cannot be written.
+            self.raw.close()
+        if self.failure is None:
+            self._done(FileEntry(self._size, self._sha256.hexdigest()))
+
+
+def write_durably(path: Path, content: bytes) -> FileEntry:
+    """Write a new file and sync it. Raises ``OSError``."""
+    entries: list[FileEntry] = []
+    with HashingWriter(path, entries.append) as stream:
+        stream.write(content)
+    return entries[0]
 
 
 @contextmanager
@@ -37,76 +106,254 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-def sync(stream: IO[bytes]) -> None:
-    """Push everything written so far down to the disk."""
+def sync(stream: IO[bytes] | io.BufferedWriter) -> None:
+    """Push everything written so far down to the disk. Raises ``OSError``."""
     stream.flush()
     os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` durable, where the system can open a folder (Windows cannot)."""
+    """Bring names made, changed or removed in ``folder`` to the disk. Raises ``OSError``.
+
+    Where a folder cannot be opened (Windows) or synced (some network file systems, which do it by
+    themselves) there is nothing to do.
+    """
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:
         return
     try:
-        os.fsync(descriptor)
+        os.fsync(handle)
+    except OSError as failure:
+        if failure.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
-        os.close(descriptor)
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """Digest of a file, read in large blocks. Raises ``OSError``."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(BLOCK))
+    with open(path, "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def has_size(path: Path, entry: FileEntry) -> bool:
+    """Whether the file is there as long as it was written."""
+    return path.is_file() and path.stat().st_size == entry.size
+
+
+def add_suffix(prefix: Path, suffix: str) -> Path:
+    """``P`` + ``.bin``; unlike ``with_suffix`` it keeps dots that are part of the name."""
+    return prefix.with_name(prefix.name + suffix)
+
+
+# -- one at a time -------------------------------------------------------------------------------
+
+
+class Lock:
+    """The lock file ``path``, which names its holder: held from construction to ``release``.
+
+    The system lets go of it when its holder dies, in whatever way; a forked child does not share
+    it. Where the file system has no locks a marker beside it decides, which after a death on
+    another machine is to be deleted. As a context manager it leaves no file behind.
+
+    Args:
+        path: made if missing.
+        on_wait: called once with the holder's name, and then the lock is waited for. None: another
+            process is not waited for, and a lock of this one is taken over: it is a leftover, such
+            as that of an interrupted training in a notebook, and is no longer ``held``.
+
+    Raises:
+        UserError: another process has it, and ``on_wait`` is None.
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, on_wait: Callable[[str], None] | None = None) -> None:
+        from filelock import FileLock, SoftFileLock  # takes 40 ms; few commands lock
+
+        self.path = path.resolve()
+        if on_wait is None and (earlier := _HELD.get(self.path)) is not None:
+            earlier.release()
+        self._lock: Any = FileLock(
+            self.path, thread_local=False, fallback_to_soft=False, on_acquired=_sign
+        )
+        try:
+            self._take(on_wait)
+        except OSError as failure:
+            if failure.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+            self._lock = SoftFileLock(add_suffix(self.path, ".held"), thread_local=False)
+            self._take(on_wait)
+        _HELD[self.path] = self
+
+    @property
+    def held(self) -> bool:
+        return bool(self._lock.is_locked)
+
+    def release(self) -> None:
+        """Let the next one in. A second call does nothing."""
+        if self.held:
+            with suppress(OSError):
+                os.truncate(self.path, 0)
+            self._lock.release()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.path.unlink(missing_ok=True)
+        self.release()
+
+    def _take(self, on_wait: Callable[[str], None] | None) -> None:
+        from filelock import Timeout
+
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            marker = Path(self._lock.lock_file)
+            who, here = _holder(marker)
+            if on_wait is None:
+                dead = "" if marker == self.path or here else f", or delete {marker} if it is dead"
+                raise UserError(
+                    f"{self.path.parent}: {who} writes here already; wait for it or stop it{dead}, "
+                    "or use another folder"
+                ) from None
+            on_wait(who)
+            self._lock.acquire()
+
+
+# The locks of this process, for a later one on the same file.
+_HELD: weakref.WeakValueDictionary[Path, Lock] = weakref.WeakValueDictionary()
+
+
+def _sign(handle: int) -> None:
+    os.ftruncate(handle, 0)
+    # As in the markers of filelock, so that both are read alike.
+    os.pwrite(handle, f"{os.getpid()}\n{socket.gethostname()}\n".encode(), 0)
+
+
+def _holder(path: Path) -> tuple[str, bool]:
+    """Who wrote the lock file ``path``, and whether it is a process of this machine."""
+    try:
+        pid, host = path.read_text(errors="replace").splitlines()[:2]
+    except (OSError, ValueError):
+        return "another process", False
+    return f"process {pid} on host {host}", host == socket.gethostname()
+
+
+# -- folders that take long ----------------------------------------------------------------------
+
+_NOTES = ".done"
+_PLAN = ".plan.json"
+
+
+class Staging:
+    """The unfinished folder of ``target``: whole under its name, or not there.
+
+    It is built as ``.NAME.partial`` beside it and renamed at the end; one process at a time works
+    on it. Parts that are done are noted, so that work that was cut short goes on instead of
+    starting again.
+
+    Args:
+        target: must not exist, or be an empty folder.
+        plan: what the result depends on, as JSON. What is left of work with another plan is thrown
+            away.
+
+    Raises:
+        UserError: ``target`` exists, its parent cannot be written, or another process is at it.
+    """
+
+    def __init__(self, target: Path, plan: Mapping[str, Any]) -> None:
+        self.target = target
+        refuse_existing(target)
+        self.folder = target.absolute().parent / f".{target.absolute().name}.partial"
+        with disk_errors(f"starting {self.folder}", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.folder / LOCK)
+            text = json.dumps(plan, sort_keys=True).encode()
+            if not self._is_of(text):
+                self._clear()
+                (self.folder / _NOTES).mkdir()
+                write_durably(self.folder / _PLAN, text)
+
+    def note(self, part: str) -> dict[str, Any] | None:
+        """What was noted of a part that is done; None if it is not."""
+        try:
+            note = json.loads(self._note(part).read_bytes())
+        except (OSError, ValueError):
+            return None
+        return note if isinstance(note, dict) else None
+
+    def done(self, part: str, note: Mapping[str, Any]) -> None:
+        """Note that ``part`` is written and synced; ``note`` is JSON."""
+        with atomic_open(self._note(part)) as stream:
+            stream.write(json.dumps(note).encode())
+
+    def finish(self) -> None:
+        """Give the folder its name."""
+        with disk_errors(f"finishing {self.target}", self.folder):
+            shutil.rmtree(self.folder / _NOTES)
+            (self.folder / _PLAN).unlink()
+            self._lock.path.unlink()
+            sync_folder(self.folder)
+            refuse_existing(self.target)
+            self.folder.rename(self.target)
+            sync_folder(self.folder.parent)
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def _note(self, part: str) -> Path:
+        return self.folder / _NOTES / f"{part}.json"
+
+    def _is_of(self, plan: bytes) -> bool:
+        try:
+            return (self.folder / _PLAN).read_bytes() == plan and (self.folder / _NOTES).is_dir()
+        except OSError:
+            return False
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif not path.name.startswith(LOCK):
+                path.unlink()
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise UserError unless ``target`` is free, or an empty folder."""
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists() or target.is_symlink():
+        raise UserError(
+            f"{target} exists already and nothing is overwritten; give another folder, or delete it"
+        )
+
+
+# -- what the disk says --------------------------------------------------------------------------
 
 
 @contextmanager
-def exclusive(path: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock file ``path``; wait while another process holds it.
-
-    The file names its holder (host and pid), and is gone afterwards. The system drops the lock when
-    its holder dies, however it dies. ``on_wait`` is called once, with the holder's name, if there
-    is one. On Windows nothing is locked.
-
-    Raises:
-        UserError: the file system has no locks.
-    """
+def disk_errors(doing: str, kept: Path | None = None) -> Iterator[None]:
+    """Turn errors of the disk into ``UserError``; what is done stays in the folder ``kept``."""
     try:
-        import fcntl
-    except ImportError:
         yield
-        return
-    waited = False
-    while True:
-        stream = open(path, "a+b")
-        try:
-            if not waited:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                fcntl.flock(stream, fcntl.LOCK_EX)
-        except BlockingIOError:
-            stream.seek(0)
-            holder = stream.read().decode("utf-8", "replace").strip()
-            stream.close()
-            on_wait(holder or "another process")
-            waited = True
-            continue
-        except OSError as error:
-            stream.close()
-            raise UserError(
-                f"{path}: this file system has no file locks ({error.strerror}), so two processes "
-                "could write the same data at once; choose a folder on another disk"
-            ) from error
-        except BaseException:
-            stream.close()
-            raise
-        # The holder before us removed the file: what we locked may no longer be what others see.
-        if path.exists() and os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
-            break
-        stream.close()
-    try:
-        stream.truncate(0)
-        stream.write(f"{socket.gethostname()} pid {os.getpid()}\n".encode())
-        stream.flush()
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        stream.close()
+    except OSError as failure:
+        name = f" ({failure.filename})" if failure.filename else ""
+        again = (
+            "; mend it and give the same command again, which goes on from what is done "
+            f"(in {kept}, to be deleted if you do not)"
+        )
+        raise UserError(
+            f"{doing} failed: {failure.strerror}{name}{again if kept else ''}"
+        ) from failure
 
 
 def require_room(folder: Path, needed: int, what: str) -> None:

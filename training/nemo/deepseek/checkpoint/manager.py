@@ -24,11 +24,9 @@ import hashlib
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -53,8 +51,7 @@ from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.shards import write_shards
 from deepseek.checkpoint.state import STATE, state_to_json
 from deepseek.config.errors import UserError
-from deepseek.durable import FileEntry, sync_folder, write_durably
-from deepseek.locks import FolderLock
+from deepseek.files import LOCK, FileEntry, Lock, disk_errors, sync_folder, write_durably
 
 __all__ = ["Checkpoint", "CheckpointManager", "Summary", "describe", "newest_sound"]
 
@@ -89,7 +86,7 @@ class CheckpointManager:
         self.folder = Path(folder)
         self.keep = keep
         self._ranks = Ranks(group)
-        self._lock: FolderLock | None = None
+        self._lock: Lock | None = None
         self._background: Background | None = None
         self._background_ranks: Ranks | None = None
         # Steps whose files have been found to differ. Only a new write makes them good.
@@ -172,12 +169,7 @@ class CheckpointManager:
     def __enter__(self) -> CheckpointManager:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _prepare(
@@ -207,9 +199,9 @@ class CheckpointManager:
     # -- rank 0 only ---------------------------------------------------------------------------
 
     def _open(self) -> None:
-        with _disk_errors(f"opening {self.folder} for checkpoints"):
+        with disk_errors(f"opening {self.folder} for checkpoints"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(self.folder)
+            self._lock = Lock(self.folder / LOCK)
             self._clean()
 
     def _clean(self) -> None:
@@ -237,7 +229,7 @@ class CheckpointManager:
         self._refuse_later(step)
         whole = _merge(parts)
         needed = sum(part.size + _OVERHEAD for part in whole.values()) + _OVERHEAD
-        with _disk_errors(f"starting the checkpoint of step {step} in {self.folder}"):
+        with disk_errors(f"starting the checkpoint of step {step} in {self.folder}"):
             free = shutil.disk_usage(self.folder).free
             if needed > free:
                 raise UserError(
@@ -263,7 +255,7 @@ class CheckpointManager:
 
     def _finish(self, step: int, temporary: Path, files: dict[str, FileEntry], text: bytes) -> None:
         place, replaced = self.folder / step_name(step), self.folder / _replaced_name(step)
-        with _disk_errors(f"finishing the checkpoint of step {step} in {self.folder}"):
+        with disk_errors(f"finishing the checkpoint of step {step} in {self.folder}"):
             # 1. Everything is on the disk before it gets its name.
             manifest = Manifest(step, {**files, STATE: write_durably(temporary / STATE, text)})
             if problems := manifest.wrong_sizes(temporary):
@@ -383,15 +375,6 @@ def _merge(parts: list[dict[str, _Part]]) -> dict[str, _Part]:
 
 def _replaced_name(step: int) -> str:
     return f"{_REPLACED}{step_name(step)}"
-
-
-@contextmanager
-def _disk_errors(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as failure:
-        name = f": {failure.filename}" if failure.filename else ""
-        raise UserError(f"{doing} failed: {failure.strerror}{name}") from failure
 
 
 def _readable(size: float) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deepseek.config.errors import UserError
-from deepseek.durable import FileEntry, sha256_of
+from deepseek.files import FileEntry, sha256_of
 
 MANIFEST = "manifest.json"
 FORMAT = 1

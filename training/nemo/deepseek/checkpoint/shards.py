@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.config.errors import UserError
-from deepseek.durable import FileEntry, HashingWriter
+from deepseek.files import FileEntry, HashingWriter
 
 
 @dataclass(frozen=True)

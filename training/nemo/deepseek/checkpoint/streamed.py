@@ -28,7 +28,7 @@ from deepseek.checkpoint.manifest import MANIFEST, Manifest
 from deepseek.checkpoint.metadata import METADATA
 from deepseek.checkpoint.shards import TensorSpec
 from deepseek.checkpoint.state import STATE, state_to_json
-from deepseek.durable import FileEntry, HashingWriter, sync_folder, write_durably
+from deepseek.files import FileEntry, HashingWriter, sync_folder, write_durably
 
 FILE_BYTES = 4 * 10**9
 """A file has no more than one tensor beyond this."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from deepseek.checkpoint.manager import Checkpoint
 from deepseek.checkpoint.manifest import MANIFEST
 from deepseek.config.errors import UserError
-from deepseek.durable import sha256_of
+from deepseek.files import sha256_of
 from deepseek.models.components.lora import is_adapter
 from deepseek.models.transformer import global_name
 

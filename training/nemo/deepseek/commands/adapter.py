@@ -13,6 +13,7 @@ from pathlib import Path
 from deepseek.config import resolved_yaml
 from deepseek.config.errors import UserError
 from deepseek.console import say
+from deepseek.files import refuse_existing
 from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
 
@@ -33,7 +34,6 @@ def export_lora(run: Path, target: Path, base: str | None = None) -> None:
     from deepseek.interop.hf_config import hf_config
     from deepseek.interop.peft import peft_adapter
     from deepseek.interop.safetensors_file import TensorFileWriter
-    from deepseek.staging import refuse_existing
 
     refuse_existing(target)
     opened = _with_adapters(run)
@@ -64,7 +64,6 @@ def merge_lora(run: Path, target: Path) -> None:
         UserError: no adapters, their base is gone or has changed, ``target`` exists.
     """
     from deepseek.checkpoint.manager import CheckpointManager
-    from deepseek.staging import refuse_existing
 
     refuse_existing(target)
     opened = _with_adapters(run)

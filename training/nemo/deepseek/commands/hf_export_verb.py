@@ -10,7 +10,7 @@ from deepseek.commands.hf_import_verb import copy_template, one_of
 from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, say
 from deepseek.data.tokenizer import Tokenizer
-from deepseek.files import require_room
+from deepseek.files import Staging, disk_errors, refuse_existing, require_room, write_durably
 from deepseek.interop.open_weights import open_checkpoint
 from deepseek.run_folder import TOKENIZER
 
@@ -37,9 +37,7 @@ def export_hf(
         UserError: no sound checkpoint, tensors are not accounted for, no room.
     """
     from deepseek.checkpoint.training_state import Base
-    from deepseek.durable import write_durably
     from deepseek.interop.hf_export import Dtype, WeightExport
-    from deepseek.staging import Staging, disk_errors, refuse_existing
 
     chosen = cast(Dtype, one_of("--dtype", dtype, get_args(Dtype)))
     keep = one_of("--mtp", mtp, ("keep", "drop")) == "keep"

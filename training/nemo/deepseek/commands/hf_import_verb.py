@@ -15,7 +15,7 @@ from deepseek.config.foreign_names import nearest
 from deepseek.config.schema import ModelConfig
 from deepseek.console import StageProgress, say
 from deepseek.data.tokenizer import Tokenizer, load_tokenizer
-from deepseek.files import require_room
+from deepseek.files import Staging, disk_errors, refuse_existing, require_room, write_durably
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -45,10 +45,8 @@ def import_hf(
         UserError: files are missing or broken, tensors are not accounted for, no room.
     """
     from deepseek.checkpoint.folder import step_name
-    from deepseek.durable import write_durably
     from deepseek.interop.hf_folder import HfFolder
     from deepseek.interop.hf_import import WeightImport
-    from deepseek.staging import Staging, disk_errors, refuse_existing
 
     kept = one_of("--mtp", mtp, ("keep", "drop"))
     refuse_existing(target)

@@ -14,7 +14,7 @@ from deepseek.config import RunConfig, load_config, resolved_yaml
 from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, say
 from deepseek.data.open_data import open_data
-from deepseek.files import require_room
+from deepseek.files import Staging, disk_errors, refuse_existing, require_room, write_durably
 from deepseek.interop.open_weights import open_checkpoint
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
 
@@ -50,12 +50,10 @@ def migrate_checkpoint(
         UserError: the source is none, tensors are not accounted for, no room.
     """
     from deepseek.checkpoint.folder import step_name
-    from deepseek.durable import write_durably
     from deepseek.interop.fsdp_migration import Migration
     from deepseek.interop.fsdp_names import NameTable
     from deepseek.interop.fsdp_origin import ORIGIN, Origin
     from deepseek.interop.fsdp_source import open_source
-    from deepseek.staging import Staging, disk_errors, refuse_existing
 
     if step is not None and step < 0:
         raise UserError(f"--step {step}: give the optimiser steps done, 0 or more")
@@ -141,7 +139,6 @@ def export_to_fsdp(run: Path, target: Path, like: Path | None = None) -> None:
     """
     from deepseek.interop.fsdp_export import FsdpExport, export_fsdp
     from deepseek.interop.fsdp_origin import Origin
-    from deepseek.staging import refuse_existing
 
     refuse_existing(target)
     opened = open_checkpoint(run)

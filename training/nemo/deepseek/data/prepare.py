@@ -42,14 +42,7 @@ from deepseek.data.tokenizer import (
     train_bpe,
 )
 from deepseek.data.tokenizer_backend import tokenizers_installed
-from deepseek.files import (
-    add_suffix,
-    atomic_open,
-    exclusive,
-    require_room,
-    sync,
-    sync_folder,
-)
+from deepseek.files import Lock, add_suffix, atomic_open, require_room, sync, sync_folder
 
 log = logging.getLogger("deepseek.data")
 
@@ -120,7 +113,7 @@ def prepare(
             "append_eos": append_eos,
             "tokenizer": _tokenizer_setting(given, vocab_size),
         }
-        with exclusive(
+        with Lock(
             add_suffix(prefix, ".lock"),
             on_wait=lambda holder: log.warning("%s: waiting for %s", prefix, holder),
         ):

@@ -23,7 +23,7 @@ from deepseek.data.indexed import IndexedDataset, IndexedWriter, dtype_for
 from deepseek.data.prepare import Progress
 from deepseek.data.prepared import PreparedData, already_there, input_sha256, is_output
 from deepseek.data.tokenizer import load_tokenizer
-from deepseek.files import add_suffix, atomic_open, exclusive, require_room
+from deepseek.files import Lock, add_suffix, atomic_open, require_room
 
 log = logging.getLogger("deepseek.data")
 
@@ -70,7 +70,7 @@ def prepare_chat(
             "answers": answers,
             "tokenizer": f"given {template.tokenizer.fingerprint}",
         }
-        with exclusive(
+        with Lock(
             add_suffix(prefix, ".lock"),
             on_wait=lambda holder: log.warning("%s: waiting for %s", prefix, holder),
         ):

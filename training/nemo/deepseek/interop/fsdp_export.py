@@ -24,7 +24,7 @@ from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.metadata import METADATA
 from deepseek.checkpoint.streamed import described, files_of, write_chunks
 from deepseek.config.errors import UserError
-from deepseek.durable import HashingWriter, sync_folder, write_durably
+from deepseek.files import HashingWriter, sync_folder, write_durably
 from deepseek.interop.fsdp_names import Part
 from deepseek.interop.fsdp_origin import Origin, Piece, Saved, unplain
 from deepseek.interop.fsdp_source import Keys

@@ -19,10 +19,10 @@ from torch import Tensor
 from deepseek.checkpoint.streamed import ChunkFile, files_of, write_checkpoint, write_chunks
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
+from deepseek.files import Staging, has_size
 from deepseek.interop.fsdp_names import NameTable, Part, clean
 from deepseek.interop.fsdp_source import Source
 from deepseek.interop.huggingface import is_bias, listing, our_shapes
-from deepseek.staging import Staging, has_size
 
 _STATE = re.compile(
     r"(?:(?P<root>.*?)\.)?state\.(?P<name>.+)\."

@@ -19,7 +19,7 @@ from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.shards import TensorSpec
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
-from deepseek.durable import FileEntry, write_durably
+from deepseek.files import FileEntry, Staging, has_size, write_durably
 from deepseek.interop.hf_config import hf_config
 from deepseek.interop.hf_folder import CONFIG, INDEX, SINGLE
 from deepseek.interop.huggingface import (
@@ -34,7 +34,6 @@ from deepseek.interop.huggingface import (
 )
 from deepseek.interop.safetensors_file import TensorFile, TensorFileWriter
 from deepseek.ops.fp8 import E4M3, block_counts, quantise_blocks
-from deepseek.staging import Staging, has_size
 
 Dtype = Literal["fp32", "bf16", "fp8"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}

@@ -19,6 +19,7 @@ from deepseek.checkpoint.shards import TensorSpec
 from deepseek.checkpoint.streamed import ChunkFile, write_checkpoint, write_chunks
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
+from deepseek.files import Staging, has_size
 from deepseek.interop.hf_config import model_config
 from deepseek.interop.hf_folder import HfFolder
 from deepseek.interop.huggingface import (
@@ -33,7 +34,6 @@ from deepseek.interop.huggingface import (
 )
 from deepseek.interop.safetensors_file import TensorFile
 from deepseek.ops.fp8 import block_counts, dequantise_blocks
-from deepseek.staging import Staging, has_size
 
 Mtp = Literal["keep", "drop"]
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)

@@ -35,7 +35,7 @@ from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.shards import TensorSpec, read_tensors
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
-from deepseek.durable import sync_folder
+from deepseek.files import sync_folder
 from deepseek.frameworks import NEMO_TARGET
 from deepseek.interop.huggingface import account, our_shapes
 from deepseek.interop.torch_file import FilePart, TensorsInFile, write_tensors

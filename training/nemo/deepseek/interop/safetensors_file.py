@@ -11,7 +11,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from deepseek.checkpoint.shards import TensorSpec
 from deepseek.config.errors import UserError
-from deepseek.durable import FileEntry, HashingWriter
+from deepseek.files import FileEntry, HashingWriter
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -143,12 +142,7 @@ class TensorFileWriter:
     def __enter__(self) -> TensorFileWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             assert not self._left, f"announced, not written: {list(self._left)}"
             self._stream.close()

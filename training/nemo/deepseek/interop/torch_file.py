@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepseek.checkpoint.shards import TensorSpec
 from deepseek.config.errors import UserError
-from deepseek.durable import BLOCK
+from deepseek.files import BLOCK
 
 _ROOT = "archive"
 _ALIGNMENT = 64
