@@ -21,8 +21,7 @@ from deepseek.config.schema import ModelConfig, RopeScaling
 from deepseek.interop.hf_config import hf_config
 from deepseek.interop.huggingface import Layout, from_hf, to_hf
 from deepseek.models.components.router import Router
-from deepseek.models.losses import loss_sums
-from deepseek.models.transformer import Transformer
+from deepseek.models.transformer import Transformer, loss_sums
 
 TOLERANCE = 2e-5
 MARGIN = 1e-4

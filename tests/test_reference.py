@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from deepseek.config.schema import ModelConfig, RopeScaling
-from deepseek.models.losses import loss_sums
-from deepseek.models.transformer import Transformer
+from deepseek.models.transformer import Transformer, loss_sums
 from support import reference
 
 TOLERANCE = 1e-10

@@ -29,7 +29,7 @@ def test_numbers_per_token_of_deepseek_v3() -> None:
     """576 per token and layer: 70,272 bytes per token in bf16 over 61 layers, as published."""
     config = ModelConfig(kv_lora_rank=512, qk_rope_head_dim=64)
     made = LatentCache(1, 10, config, torch.tensor([0]), torch.bfloat16)
-    numbers = made.latent_BLC.numel() + made.k_rope_BLP.numel()
+    numbers = made.latent_BMC.numel() + made.k_rope_BMH.numel()
     assert numbers / 10 * 2 * 61 == 70_272
 
 

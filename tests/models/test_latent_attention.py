@@ -12,7 +12,6 @@ from deepseek.config.schema import ModelConfig, RopeScaling
 from deepseek.inference.cache import LatentCache
 from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.block import build_attention
-from deepseek.models.components.context import TokenContext
 from deepseek.models.components.rope import rotation
 from support.tiny_models import tiny_config
 
@@ -42,13 +41,10 @@ def inputs(
     return torch.randn(batch, length, config.hidden_size, generator=generator).double()
 
 
-def context(
-    config: ModelConfig, positions_BS: Tensor, documents: Tensor | None = None
-) -> TokenContext:
-    cos, sin = rotation(
+def turns(config: ModelConfig, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+    return rotation(
         positions_BS, config.qk_rope_head_dim, config.rope_theta, config.rope_scaling, torch.float64
     )
-    return TokenContext(cos, sin, documents)
 
 
 def cached(
@@ -67,7 +63,7 @@ def cached(
         slots_S = torch.arange(start, start + size)
         positions_BS = (slots_S - padding_B.unsqueeze(-1)).clamp(min=0)
         chunk_BSD = x_BSD[:, start : start + size]
-        outputs.append(module(chunk_BSD, context(config, positions_BS), cache))
+        outputs.append(module(chunk_BSD, *turns(config, positions_BS), cache=cache))
         start += size
     assert start == length == cache.length
     return torch.cat(outputs, dim=1)
@@ -89,7 +85,7 @@ def test_absorbed_equals_expanded(case: str, data: st.DataObject) -> None:
         for row, pad in enumerate(padding):
             alone = x_BSD[row : row + 1, pad:]
             positions = torch.arange(length - pad).unsqueeze(0)
-            wanted = module(alone, context(config, positions))
+            wanted = module(alone, *turns(config, positions))
             torch.testing.assert_close(got[row : row + 1, pad:], wanted, rtol=1e-10, atol=1e-11)
 
 
@@ -110,7 +106,7 @@ def test_bf16_absorbed_is_near_the_exact_one() -> None:
     exact, rounded = attention(config), attention(config, torch.bfloat16)
     x_BSD = inputs(config, 2, 6)
     with torch.no_grad():
-        wanted = exact(x_BSD, context(config, torch.arange(6).expand(2, 6)))
+        wanted = exact(x_BSD, *turns(config, torch.arange(6).expand(2, 6)))
         no_padding_B = torch.zeros(2, dtype=torch.int64)
         got = cached(rounded, config, x_BSD.bfloat16(), no_padding_B, [4, 2], torch.bfloat16)
     assert got.dtype == torch.bfloat16
@@ -135,13 +131,13 @@ def test_absorption_never_expands_keys_or_values() -> None:
             return out
 
     with torch.no_grad():
-        module(x_BSD, context(config, torch.arange(length).unsqueeze(0)), cache)
+        module(x_BSD, *turns(config, torch.arange(length).unsqueeze(0)), cache=cache)
         stored = {
             tensor.untyped_storage().data_ptr()
-            for tensor in (cache.latent_BLC, cache.k_rope_BLP, *module.parameters())
+            for tensor in (cache.latent_BMC, cache.k_rope_BMH, *module.parameters())
         }
         with Watch():
-            module(x_BSD[:, :1], context(config, torch.tensor([[length]])), cache)
+            module(x_BSD[:, :1], *turns(config, torch.tensor([[length]])), cache=cache)
     assert len(sizes) > 20, "the watch saw nothing"
     keys = (length + 1) * heads * min(config.qk_nope_head_dim, config.v_head_dim)
     scores = (length + 1) * heads
@@ -156,11 +152,11 @@ def test_attention_stays_inside_its_document() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
     with torch.no_grad():
-        packed = module(x_BSD, context(config, positions, documents))
+        packed = module(x_BSD, *turns(config, positions), documents)
         for part in (slice(0, 3), slice(3, 7)):
-            alone = module(x_BSD[:, part], context(config, positions[:, part]))
+            alone = module(x_BSD[:, part], *turns(config, positions[:, part]))
             torch.testing.assert_close(packed[:, part], alone, rtol=1e-11, atol=1e-12)
-        open_stream = module(x_BSD, context(config, positions))
+        open_stream = module(x_BSD, *turns(config, positions))
         assert (open_stream[:, 3:] - packed[:, 3:]).abs().max() > 1e-3
 
 
@@ -196,7 +192,7 @@ def test_by_its_equations() -> None:
             scores = scores.masked_fill(torch.ones(3, 3).triu(1).bool(), float("-inf"))
             heads.append(scores.softmax(-1) @ kv_h[:, nope : nope + value])
         wanted = torch.cat(heads, dim=1) @ module.wo.weight.T
-        got = module(x_BSD, context(config, positions_BS))[0]
+        got = module(x_BSD, *turns(config, positions_BS))[0]
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-11)
 
 
@@ -211,5 +207,5 @@ def test_no_dropout_and_no_bias() -> None:
     module = attention(tiny_config(q_lora_rank=5))
     assert not [name for name, _ in module.named_parameters() if name.endswith("bias")]
     x_BSD = inputs(tiny_config(), 1, 5)
-    positions = context(tiny_config(), torch.arange(5).unsqueeze(0))
-    assert torch.equal(module.train()(x_BSD, positions), module.eval()(x_BSD, positions))
+    rotation = turns(tiny_config(), torch.arange(5).unsqueeze(0))
+    assert torch.equal(module.train()(x_BSD, *rotation), module.eval()(x_BSD, *rotation))

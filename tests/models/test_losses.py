@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek.models.components.head import Head
-from deepseek.models.losses import loss_sums, shift
+from deepseek.models.transformer import Head, loss_sums, shift
 from deepseek.ops.cross_entropy import IGNORE_INDEX
 
 DIM, VOCAB = 6, 9

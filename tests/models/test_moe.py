@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek.models.components.balance import router_z, sequence_balance
 from deepseek.models.components.block import build_moe
-from deepseek.models.components.context import TokenContext
 from deepseek.models.components.moe import MoE
 from deepseek.models.transformer import Transformer
 from deepseek.ops.cross_entropy import IGNORE_INDEX
@@ -41,12 +43,6 @@ def inputs(batch: int, length: int) -> Tensor:
     return torch.randn(batch, length, 16, generator=generator, dtype=torch.float64)
 
 
-def context(real_BS: Tensor | None = None, scale: float | None = None) -> TokenContext:
-    nothing = torch.zeros(0)
-    balance_scale = None if scale is None else torch.tensor(scale)
-    return TokenContext(nothing, nothing, None, real_BS, balance_scale)
-
-
 # -- the layer --
 
 
@@ -65,7 +61,7 @@ def test_equals_a_loop_over_tokens(changes: dict[str, object]) -> None:
     layer = moe(**changes)
     x_BSD = inputs(2, 5)
     with torch.no_grad():
-        got = layer(x_BSD, context()).flatten(0, 1)
+        got = layer(x_BSD).flatten(0, 1)
         routing = layer.gate(x_BSD.flatten(0, 1))
         singles = [layer.experts.expert(index) for index in range(layer.gate.num_experts)]
         for token, x_D in enumerate(x_BSD.flatten(0, 1)):
@@ -85,12 +81,14 @@ def test_shared_experts() -> None:
 def test_the_value_is_the_same_with_balance_losses() -> None:
     layer = moe()
     x_BSD = inputs(2, 5)
-    assert torch.equal(layer(x_BSD, context()), layer(x_BSD, context(scale=1.0)))
+    assert torch.equal(layer(x_BSD), layer(x_BSD, balance_scale=torch.tensor(1.0)))
 
 
 def layer_gradients(layer: MoE, x_BSD: Tensor, scale: float | None) -> dict[str, Tensor]:
     layer.zero_grad()
-    layer(x_BSD, context(scale=scale)).square().mean().backward()
+    layer(
+        x_BSD, balance_scale=None if scale is None else torch.tensor(scale)
+    ).square().mean().backward()
     return {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
 
 
@@ -126,15 +124,15 @@ def test_what_is_counted_and_when() -> None:
     ids = layer.gate(x_BSD.flatten(0, 1)).expert_ids_TK[real_BS.flatten()].flatten()
     wanted = torch.bincount(ids, minlength=4)
 
-    output = layer(x_BSD, context(real_BS, scale=0.125))
+    output = layer(x_BSD, real_BS, torch.tensor(0.125))
     assert not layer.gate.tokens_per_expert.any(), "counted by the forward pass"
     output.sum().backward()
     assert torch.equal(layer.gate.tokens_per_expert, wanted)
     assert layer.gate.balance_loss > 0
 
-    layer(x_BSD, context(real_BS)).sum().backward()
+    layer(x_BSD, real_BS).sum().backward()
     with torch.no_grad():
-        layer(x_BSD, context(real_BS, scale=0.125))
+        layer(x_BSD, real_BS, torch.tensor(0.125))
     assert torch.equal(layer.gate.tokens_per_expert, wanted), "counted without training"
 
 
@@ -142,7 +140,7 @@ def test_no_mask_means_all_real() -> None:
     found = []
     for real_BS in (None, torch.ones(2, 5, dtype=torch.bool)):
         layer = moe()
-        layer(inputs(2, 5), context(real_BS, scale=1.0)).sum().backward()
+        layer(inputs(2, 5), real_BS, torch.tensor(1.0)).sum().backward()
         found.append((layer.gate.tokens_per_expert.tolist(), layer.gate.balance_loss.item()))
     assert found[0] == found[1] and sum(found[0][0]) == 2 * 5 * 2
 
@@ -150,7 +148,7 @@ def test_no_mask_means_all_real() -> None:
 def test_an_unchosen_expert_gets_a_zero_gradient() -> None:
     layer = moe()
     layer.gate.bias.copy_(torch.tensor([5.0, 5.0, -5.0, -5.0]))
-    layer(inputs(2, 5), context(scale=1.0)).sum().backward()
+    layer(inputs(2, 5), balance_scale=torch.tensor(1.0)).sum().backward()
     assert layer.gate.tokens_per_expert.tolist() == [10, 10, 0, 0]
     assert not layer.experts.w1.grad[2:].any() and layer.experts.w1.grad[:2].any()
 
@@ -158,11 +156,84 @@ def test_an_unchosen_expert_gets_a_zero_gradient() -> None:
 def test_autocast_is_near_fp32() -> None:
     layer = moe(torch.float32)
     x_BSD = inputs(2, 5).float()
-    exact = layer(x_BSD, context(scale=1.0))
+    exact = layer(x_BSD, balance_scale=torch.tensor(1.0))
     with torch.autocast("cpu", torch.bfloat16):
-        got = layer(x_BSD, context(scale=1.0))
+        got = layer(x_BSD, balance_scale=torch.tensor(1.0))
     difference = (got - exact).abs().max() / exact.abs().max()
     assert 1e-5 < difference < 4e-2
+
+
+WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "bincount", "masked_select")
+"""Operators whose result's value or shape must come to the host."""
+
+
+class Watch(TorchDispatchMode):
+    """Notes the operators that would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.calls += 1
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        indices = args[1] if name.startswith("index") and isinstance(args[1], list) else ()
+        if (
+            name in WAITS
+            or (func is torch.ops.aten.repeat_interleave.Tensor and "output_size" not in kwargs)
+            or any(index is not None and index.dtype == torch.bool for index in indices)
+        ):
+            self.waits.append(name)
+        return func(*args, **kwargs)
+
+
+def watched(work: Callable[[], object]) -> Watch:
+    """What ``work`` waits for; lists are made without an operator."""
+    tolist = Tensor.tolist
+    with pytest.MonkeyPatch.context() as patch, Watch() as watch:
+        patch.setattr(Tensor, "tolist", lambda self: watch.waits.append("tolist") or tolist(self))
+        work()
+    return watch
+
+
+@pytest.mark.parametrize("num_shared", [0, 1])
+def test_a_layer_waits_for_no_number_of_the_device(num_shared: int) -> None:
+    """Forward and backward; dims and dtype for which the grouped product does not wait either."""
+    layer = moe(torch.float32, n_shared_experts=num_shared)
+    x_BSD = inputs(2, 5).float().requires_grad_()
+    scale = torch.tensor(0.5)
+    watch = watched(lambda: layer(x_BSD, balance_scale=scale).sum().backward())
+    assert watch.calls > 100, "the watch saw nothing"
+    assert not watch.waits
+
+
+def test_the_watch_sees_waits() -> None:
+    ones = torch.ones(3, dtype=torch.int64)
+    waits: dict[str, Callable[[], object]] = {
+        "item": lambda: int(ones.sum()),
+        "list": lambda: ones.tolist(),
+        "repeats": lambda: ones.repeat_interleave(ones),
+        "mask": lambda: ones[ones > 0],
+        "bincount": lambda: torch.bincount(ones),
+        "fp64": lambda: moe()(inputs(1, 2)),  # a loop over experts
+    }
+    assert [name for name, wait in waits.items() if not watched(wait).waits] == []
+    assert not watched(lambda: ones.repeat_interleave(ones, output_size=3)).waits
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_layer_waits_for_nothing_on_a_gpu() -> None:
+    layer = moe(torch.bfloat16).cuda()
+    x_BSD = inputs(2, 5).bfloat16().cuda().requires_grad_()
+    scale = torch.tensor(0.5, device="cuda")
+    layer(x_BSD, balance_scale=scale).sum().backward()  # compiles kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x_BSD, balance_scale=scale).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # -- the whole model --

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek.models.components.mtp import MultiTokenPredictor
+from deepseek.models.components.block import MultiTokenPredictor
 from deepseek.models.transformer import Transformer
 from support.tiny_models import tiny_config, tiny_model
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek.models.components.feed_forward import Expert, FeedForward
-from deepseek.models.components.norm import RMSNorm
+from deepseek.models.components.feed_forward import Expert, FeedForward, RMSNorm
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -238,9 +238,9 @@ def test_a_block_is_pre_norm_and_residual(layer: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x_BSD = torch.randn(2, 7, 16, generator=generator, dtype=torch.float64)
     with torch.no_grad():
-        attended = x_BSD + block.attn(block.attn_norm(x_BSD), context)
-        normed = block.ffn_norm(attended)
-        fed = block.ffn(normed, context) if layer == "1" else block.ffn(normed)
+        rotation = context.cos_BSA, context.sin_BSA
+        attended = x_BSD + block.attn(block.attn_norm(x_BSD), *rotation)
+        fed = block.ffn(block.ffn_norm(attended))
         assert torch.equal(block(x_BSD, context), attended + fed)
 
 
@@ -299,7 +299,7 @@ def test_decoding_is_never_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*args: object, **kwargs: object) -> Tensor:
         raise AssertionError("recomputation without a backward pass")
 
-    monkeypatch.setattr("deepseek.models.parts.checkpoint", forbidden)
+    monkeypatch.setattr("deepseek.models.transformer.checkpoint", forbidden)
     with torch.no_grad():
         model(random_batch().tokens)
 

@@ -81,6 +81,22 @@ def test_expanded_gradient() -> None:
         torch.testing.assert_close(fast, slow)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_no_expert_touch_nothing(dtype: torch.dtype) -> None:
+    """Rows behind the last expert's, whatever they and their gradients hold."""
+    counts_E = torch.tensor([3, 0, 2])
+    gradients = []
+    for rest in (0, 4):
+        x_RI, w_EOI = tensors([3, 0, 2], (8, 8), dtype)
+        longer_RI = torch.cat((x_RI, x_RI.new_full((rest, 8), torch.nan)))
+        y_RO = grouped_linear(longer_RI, w_EOI, counts_E)
+        upstream_RO = torch.linspace(-1, 1, 40).view(5, 8).to(dtype)
+        y_RO.backward(torch.cat((upstream_RO, x_RI.new_full((rest, 8), torch.nan))))
+        gradients.append((y_RO[:5], x_RI.grad, w_EOI.grad))
+    for longer, alone in zip(*gradients, strict=True):
+        assert torch.equal(longer, alone)
+
+
 def test_strided_rows() -> None:
     counts = [3, 2]
     x_RI, w_EOI = tensors(counts, (8, 8), torch.float32)

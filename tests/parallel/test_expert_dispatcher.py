@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from deepseek.models.components.context import TokenContext
 from deepseek.models.components.dispatcher import LocalDispatcher, TokenDispatcher
 from deepseek.models.components.moe import GroupedExperts, MoE
 from deepseek.models.components.router import Router
@@ -95,10 +94,8 @@ class Seen:
 
 def see(layer: MoE, x_BSD: Tensor) -> Seen:
     """Forward and backward; the loss bends, so that every row's gradient differs."""
-    nothing = torch.zeros(0)
-    context = TokenContext(nothing, nothing, balance_scale=torch.tensor(0.25))
     x_BSD = x_BSD.clone().requires_grad_()
-    y_BSD = layer(x_BSD, context)
+    y_BSD = layer(x_BSD, balance_scale=torch.tensor(0.25))
     y_BSD.square().sum().backward()
     assert x_BSD.grad is not None
     gradients = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from deepseek.models.components.head import Head
+from deepseek.models.transformer import Head
 from deepseek.ops import cross_entropy as module
 from deepseek.ops.cross_entropy import CHUNK_TOKENS, IGNORE_INDEX, linear_cross_entropy
 from deepseek.parallel.mesh import local

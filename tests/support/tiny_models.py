@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from deepseek.config.schema import ModelConfig
-from deepseek.models.losses import loss_sums
-from deepseek.models.transformer import Transformer
+from deepseek.models.transformer import Transformer, loss_sums
 from deepseek.ops.cross_entropy import IGNORE_INDEX
 
 TINY = dict(

@@ -23,8 +23,7 @@ from deepseek.config.cost import count_parameters
 from deepseek.console import say, table
 from deepseek.models import reference
 from deepseek.models.components.moe import MoE
-from deepseek.models.losses import loss_sums
-from deepseek.models.transformer import Transformer
+from deepseek.models.transformer import Transformer, loss_sums
 
 VOCAB, LENGTH = 128, 24
 
@@ -168,8 +167,7 @@ def experts(config: ModelConfig) -> Iterator[Check]:
     """The stacked experts compute what single ones do."""
     moe = first_moe(build(config))
     x_BSD = torch.randn(2, LENGTH, config.hidden_size, dtype=torch.float64, generator=seeded())
-    model = build(config)
-    got_BSD = moe(x_BSD, model.context(tokens()))
+    got_BSD = moe(x_BSD)
     chosen = moe.gate(x_BSD.flatten(0, 1))
     singles = [moe.experts.expert(e) for e in range(config.n_routed_experts)]
     rows = [
@@ -234,7 +232,7 @@ def decoding(config: ModelConfig) -> Iterator[Check]:
     for i in range(LENGTH):
         got_BV = model.last_logits(tokens_BS[:, i : i + 1], torch.full((2, 1), i), caches)
     yield small("attention: absorbed - expanded", relative(got_BV, want_BV), 1e-10)
-    numbers = sum(c.latent_BLC[0, 0].numel() + c.k_rope_BLP[0, 0].numel() for c in caches)
+    numbers = sum(c.latent_BMC[0, 0].numel() + c.k_rope_BMH[0, 0].numel() for c in caches)
     per_layer = config.kv_lora_rank + config.qk_rope_head_dim
     yield Check("cache: numbers per token and layer", str(numbers // len(caches)), str(per_layer),
                 numbers == per_layer * len(caches))  # fmt: skip

@@ -1,6 +1,6 @@
 """The latent KV cache: ``kv_lora_rank + qk_rope_head_dim`` numbers per token and layer.
 
-B batch, S new tokens, L cached tokens, C latent, P rotated dims.
+S is the number of new tokens, M that of all in the cache; shapes: ``models/__init__.py``.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ class LatentCache:
         dtype: torch.dtype,
     ) -> None:
         device = padding_B.device
-        self.latent_BLC = torch.zeros(
+        self.latent_BMC = torch.zeros(
             batch_size, capacity, config.kv_lora_rank, dtype=dtype, device=device
         )
-        self.k_rope_BLP = torch.zeros(
+        self.k_rope_BMH = torch.zeros(
             batch_size, capacity, config.qk_rope_head_dim, dtype=dtype, device=device
         )
         self.padding_B = padding_B
         self.length = 0
 
-    def append(self, latent_BSC: Tensor, k_rope_BSP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store the new tokens; return everything stored and who may see what (bool (B, S, L))."""
+    def append(self, latent_BSC: Tensor, k_rope_BSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Store the new tokens; return everything stored and who may see what (bool (B, S, M))."""
         start, end = self.length, self.length + latent_BSC.shape[1]
-        self.latent_BLC[:, start:end] = latent_BSC
-        self.k_rope_BLP[:, start:end] = k_rope_BSP
+        self.latent_BMC[:, start:end] = latent_BSC
+        self.k_rope_BMH[:, start:end] = k_rope_BSH
         self.length = end
-        slots_L = torch.arange(end, device=self.padding_B.device)
+        slots_M = torch.arange(end, device=self.padding_B.device)
         new_S1 = torch.arange(start, end, device=self.padding_B.device).unsqueeze(-1)
-        visible_BSL = (slots_L >= self.padding_B.view(-1, 1, 1)) & (slots_L <= new_S1)
+        visible_BSM = (slots_M >= self.padding_B.view(-1, 1, 1)) & (slots_M <= new_S1)
         # A padding slot sees itself: a row of the softmax with nothing in it would be NaN.
-        visible_BSL = visible_BSL | (slots_L == new_S1)
-        return self.latent_BLC[:, :end], self.k_rope_BLP[:, :end], visible_BSL
+        visible_BSM = visible_BSM | (slots_M == new_S1)
+        return self.latent_BMC[:, :end], self.k_rope_BMH[:, :end], visible_BSM

@@ -1,40 +1,48 @@
-"""The DeepSeek-V3 transformer: embedding, blocks, norm, head, and multi-token prediction.
+"""The DeepSeek-V3 transformer, its pipeline stages, start weights and training losses.
 
-Single-device code. Source: arXiv:2412.19437 section 2.
-
-B batch, S sequence, D model, V vocabulary.
+Single-device code. Source: arXiv:2412.19437 section 2. Shapes: ``models/__init__.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deepseek.config.layout import StageParts
 from deepseek.config.peft_rules import targeted
 from deepseek.config.schema import ModelConfig
 from deepseek.models.components.attention import LatentStore, MultiHeadLatentAttention
-from deepseek.models.components.block import DeepSeekBlock
-from deepseek.models.components.context import TokenContext
-from deepseek.models.components.head import Head
+from deepseek.models.components.block import DeepSeekBlock, MultiTokenPredictor, TokenContext
+from deepseek.models.components.feed_forward import RMSNorm
 from deepseek.models.components.lora import add_adapters, freeze_all_but_adapters
 from deepseek.models.components.moe import MoE
-from deepseek.models.components.mtp import MultiTokenPredictor
-from deepseek.models.components.norm import RMSNorm
+from deepseek.models.components.rope import rotation
 from deepseek.models.components.router import Router
-from deepseek.models.parts import HiddenStates, Parts
+from deepseek.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 
 
-class Transformer(Parts):
-    """Weights start uninitialised; call ``init_weights``, or load some.
+class Transformer(nn.Module):
+    """Embedding, blocks, norm, head and MTP modules, or those of some pipeline stages.
+
+    Weights start uninitialised; call ``init_weights``, or load some.
 
     Args:
         config: sizes.
-        stages: the pipeline stages whose parts to hold, under the names they have in the whole
+        stages: the pipeline stages whose modules to hold, under the names they have in the whole
             model; None: everything.
+
+    Attributes:
+        embed: None unless the first stage is here.
+        layers: blocks by their number.
+        norm, head: None unless the last stage is here.
+        mtp: empty unless the last stage is here.
+        mtp_embed: a copy of the embedding for MTP, where the embedding itself is in another stage.
+        recompute: blocks keep no activations and compute them again in the backward pass.
     """
 
     def __init__(self, config: ModelConfig, stages: Sequence[StageParts] | None = None) -> None:
@@ -97,6 +105,72 @@ class Transformer(Parts):
         main_BSD = self.main(tokens_BS, context)
         return HiddenStates(main_BSD, self.predict_ahead(main_BSD, tokens_BS, context))
 
+    def context(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
+        real_BS: Tensor | None = None,
+        balance_scale: Tensor | None = None,
+    ) -> TokenContext:
+        """What the blocks need to know of these tokens."""
+        config = self.config
+        if positions_BS is None:
+            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+            positions_BS = positions_BS.expand_as(tokens_BS)
+        is_fp64 = next(self.parameters()).dtype == torch.float64
+        cos_BSA, sin_BSA = rotation(
+            positions_BS,
+            config.qk_rope_head_dim,
+            config.rope_theta,
+            config.rope_scaling,
+            torch.float64 if is_fp64 else torch.float32,
+        )
+        return TokenContext(cos_BSA, sin_BSA, documents_BS, real_BS, balance_scale)
+
+    def main(
+        self,
+        inputs: Tensor,
+        context: TokenContext,
+        caches: Sequence[LatentStore] | None = None,
+    ) -> Tensor:
+        """Embedding, blocks and final norm, as far as they are here: (B, S, D).
+
+        Args:
+            inputs: tokens (B, S) if the embedding is here, else the stage before's result.
+            context: of all tokens.
+            caches: one per block, when decoding.
+        """
+        h_BSD = self.embed(inputs) if self.embed is not None else inputs
+        if torch.is_grad_enabled() and not h_BSD.requires_grad:
+            # Frozen below, as with adapters: loads are counted in the backward pass, which must
+            # come to every block.
+            h_BSD.requires_grad_()
+        for i, block in enumerate(self.layers.values()):
+            h_BSD = self._run(block, h_BSD, context, *([caches[i]] if caches else []))
+        return self.norm(h_BSD) if self.norm is not None else h_BSD
+
+    def predict_ahead(
+        self, main_BSD: Tensor, tokens_BS: Tensor, context: TokenContext
+    ) -> list[Tensor]:
+        """Hidden states of every MTP depth, from the main model's."""
+        if context.real_BS is not None:  # MTP looks ahead: what padding holds must not matter
+            tokens_BS = tokens_BS.where(context.real_BS, 0)
+        embed = self.mtp_embed if self.mtp_embed is not None else self.embed
+        hidden_BSD, mtp_BSD = main_BSD, []
+        for depth, module in enumerate(self.mtp, start=1):
+            assert embed is not None
+            ahead_BS = shift(tokens_BS, depth, 0, context.documents_BS)
+            hidden_BSD = self._run(module, hidden_BSD, embed(ahead_BS), context)
+            mtp_BSD.append(hidden_BSD)
+        return mtp_BSD
+
+    def _run(self, module: nn.Module, *args: object) -> Tensor:
+        """Call a block, recomputing its activations in the backward pass if so configured."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(module, *args, use_reentrant=False)
+        return module(*args)
+
     def compile_attention(self) -> None:
         """Compile every block's attention in place; the expert dispatch stays eager, since its
         shapes change with each batch."""
@@ -114,21 +188,7 @@ class Transformer(Parts):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every weight and buffer; the values depend on seed and name alone.
-
-        | what                | start                               |
-        | ------------------- | ----------------------------------- |
-        | RMSNorm             | 1                                   |
-        | correction bias     | 0                                   |
-        | ``lora_a``          | normal, std 1 / sqrt(3 I)           |
-        | ``lora_b``          | 0                                   |
-        | all other weights   | normal, std ``initializer_range``   |
-
-        (arXiv:2412.19437 section 4.2: all learnable parameters, std 0.006. Adapters start as peft's
-        do, I inputs; it draws them from a uniform distribution.) Each matrix, and each
-        expert of a stack, has a generator of its own, so that a shard can be filled without the
-        rest and any layout starts from the same model.
-        """
+        """Fill every weight and buffer with its start value, see ``initial_weight``."""
         for name, parameter in self.named_parameters():
             whole = [slice(0, size) for size in parameter.shape]
             parameter.copy_(initial_weight(name, parameter.shape, whole, self.config, seed))
@@ -136,10 +196,103 @@ class Transformer(Parts):
             buffer.zero_()
 
 
+class HiddenStates(NamedTuple):
+    """Normed hidden states, ready for the head."""
+
+    main_BSD: Tensor
+    mtp_BSD: list[Tensor]
+    """One per MTP depth."""
+
+
+class Stage(Transformer):
+    """What one pipeline stage computes in training; with all layers, the loss of the whole model.
+
+    A view: its modules are those of ``model``.
+
+    Args:
+        model: holds at least this stage.
+        parts: which of its modules to run.
+    """
+
+    def __init__(self, model: Transformer, parts: StageParts) -> None:
+        nn.Module.__init__(self)  # a Transformer's own would make modules
+        self.config = model.config
+        self.embed = model.embed if parts.first else None
+        self.layers = nn.ModuleDict({str(i): model.layers[str(i)] for i in parts.layers})
+        self.norm = model.norm if parts.last else None
+        self.head = model.head if parts.last else None
+        self.mtp = model.mtp if parts.last else nn.ModuleList()
+        self.mtp_embed = model.mtp_embed if parts.last else None
+        self.recompute = model.recompute
+
+    def forward(  # type: ignore[override]  # a stage gives losses, not logits
+        self,
+        inputs: Tensor,
+        tokens_BS: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor,
+        documents_BS: Tensor,
+        balance_scale_B: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states (B, S, D) for the next stage; from the last stage the loss sums (2,).
+
+        Args:
+            inputs: tokens (B, S) for the first stage, the stage before's result for the others.
+            tokens_BS: int64 ids, on every stage.
+            labels_BS: next tokens, ``IGNORE_INDEX`` where there is none.
+            positions_BS: int64.
+            documents_BS: int32 document ids, -1 for padding.
+            balance_scale_B: B times ``TokenContext.balance_scale``; None: not training.
+
+        Returns:
+            The last stage's two numbers are those of ``LossSums``: main and MTP.
+        """
+        isolated_BS = documents_BS if self.config.data.isolate_documents else None
+        context = self.context(
+            tokens_BS,
+            positions_BS,
+            isolated_BS,
+            real_BS=documents_BS >= 0,
+            balance_scale=balance_scale_B[0] if balance_scale_B is not None else None,
+        )
+        h_BSD = self.main(inputs, context)
+        if self.head is None:
+            return h_BSD
+        ahead = self.predict_ahead(h_BSD, tokens_BS, context)
+        return torch.stack(loss_sums(h_BSD, ahead, self.head, labels_BS, isolated_BS))
+
+
+class Head(nn.Linear):
+    """Linear map to the vocabulary, shared by the main model and every MTP depth."""
+
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__(dim, vocab_size, bias=False)
+
+    def loss_sum(self, hidden_BSD: Tensor, labels_BS: Tensor) -> Tensor:
+        """Cross-entropy summed over labelled tokens, in nats; scalar. Never holds all logits."""
+        return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.weight, labels_BS.flatten())
+
+
+# -- start weights --
+
+
 def initial_weight(
     name: str, shape: Sequence[int], part: Sequence[slice], config: ModelConfig, seed: int
 ) -> Tensor:
-    """A part of the fp32 start value of a parameter, on the CPU; see ``Transformer.init_weights``.
+    """A part of the start value of a parameter, fp32, on the CPU.
+
+    | what                | start                               |
+    | ------------------- | ----------------------------------- |
+    | RMSNorm             | 1                                   |
+    | correction bias     | 0                                   |
+    | ``lora_a``          | normal, std 1 / sqrt(3 I)           |
+    | ``lora_b``          | 0                                   |
+    | all other weights   | normal, std ``initializer_range``   |
+
+    (arXiv:2412.19437 section 4.2: all learnable parameters, std 0.006. Adapters start as peft's
+    do, I inputs; it draws them from a uniform distribution.) The value depends on seed and name
+    alone. Each matrix, and each expert of a stack, has a generator of its own, so that a shard can
+    be filled without the rest and any layout starts from the same model.
 
     Args:
         name: of the parameter.
@@ -172,3 +325,54 @@ def _normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tensor:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator)
+
+
+# -- training losses: sums, so that they do not depend on how the batch was cut; the training step
+# divides by the label tokens of the whole optimiser step (all ranks, all micro-batches) --
+
+
+class LossSums(NamedTuple):
+    """Cross-entropy sums of one micro-batch, in nats."""
+
+    main: Tensor
+    """Next-token prediction."""
+    mtp: Tensor
+    """Multi-token prediction, averaged over depths; zero without MTP."""
+
+
+def loss_sums(
+    hidden_BSD: Tensor,
+    mtp_hidden_BSD: Sequence[Tensor],
+    head: Head,
+    labels_BS: Tensor,
+    documents_BS: Tensor | None = None,
+) -> LossSums:
+    """Cross-entropy sums of the main model and of the MTP depths (arXiv:2412.19437 eq 24-25).
+
+    The MTP sums share the main task's divisor, as eq 24 divides by the sequence length T for every
+    depth.
+
+    Args:
+        hidden_BSD: normed hidden state of the main model.
+        mtp_hidden_BSD: normed hidden state of each depth.
+        head: shared by all depths.
+        labels_BS: next tokens, ``IGNORE_INDEX`` where there is none.
+        documents_BS: ids of isolated documents, across whose borders nothing is predicted.
+    """
+    main = head.loss_sum(hidden_BSD, labels_BS)
+    mtp = torch.zeros_like(main)
+    for depth, depth_hidden_BSD in enumerate(mtp_hidden_BSD, start=1):
+        ahead_BS = shift(labels_BS, depth, IGNORE_INDEX, documents_BS)
+        mtp = mtp + head.loss_sum(depth_hidden_BSD, ahead_BS) / len(mtp_hidden_BSD)
+    return LossSums(main, mtp)
+
+
+def shift(ids_BS: Tensor, places: int, fill: int, documents_BS: Tensor | None = None) -> Tensor:
+    """Position i gets the id ``places`` ahead; ``fill`` past the end or in another document."""
+    ahead_BS = torch.full_like(ids_BS, fill)
+    ahead_BS[:, :-places] = ids_BS[:, places:]
+    if documents_BS is not None:
+        other_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+        other_BS[:, :-places] = documents_BS[:, places:] != documents_BS[:, :-places]
+        ahead_BS = ahead_BS.masked_fill(other_BS, fill)
+    return ahead_BS

@@ -1,7 +1,4 @@
-"""Causal attention of whole sequences.
-
-B batch, S sequence, N heads, H query/key dims, V value dims.
-"""
+"""Causal attention of whole sequences; shapes: ``models/__init__.py``."""
 
 from __future__ import annotations
 
@@ -13,37 +10,38 @@ from torch import Tensor
 def causal_attention(
     q_BNSH: Tensor,
     k_BNSH: Tensor,
-    v_BNSV: Tensor,
+    v_BNSU: Tensor,
     scale: float,
     documents_BS: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T + causal mask) v.
 
     Args:
+        q_BNSH, k_BNSH, v_BNSU: any float dtype, the same for all.
         scale: multiplies the scores.
         documents_BS: document id of each token; a token then sees only its own document.
 
     Returns:
-        (B, N, S, V) in the dtype of ``v``.
+        (B, N, S, U) in the dtype of ``v``.
     """
-    value_dims = v_BNSV.shape[-1]
+    value_dims = v_BNSU.shape[-1]
     padding = q_BNSH.shape[-1] - value_dims
-    if padding > 0 and v_BNSV.device.type == "cpu":
+    if padding > 0 and v_BNSU.device.type == "cpu":
         # On CPU the fused kernel needs equal dims; without them torch takes a slower path silently.
-        v_BNSV = F.pad(v_BNSV, (0, padding))
+        v_BNSU = F.pad(v_BNSU, (0, padding))
     if documents_BS is None:
-        y_BNSV = F.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSV, is_causal=True, scale=scale)
+        y_BNSU = F.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSU, is_causal=True, scale=scale)
     else:
-        y_BNSV = F.scaled_dot_product_attention(
-            q_BNSH, k_BNSH, v_BNSV, attn_mask=document_mask(documents_BS), scale=scale
+        y_BNSU = F.scaled_dot_product_attention(
+            q_BNSH, k_BNSH, v_BNSU, attn_mask=document_mask(documents_BS), scale=scale
         )
-    return y_BNSV[..., :value_dims]
+    return y_BNSU[..., :value_dims]
 
 
 def causal_attention_slow(
     q_BNSH: Tensor,
     k_BNSH: Tensor,
-    v_BNSV: Tensor,
+    v_BNSU: Tensor,
     scale: float,
     documents_BS: Tensor | None = None,
 ) -> Tensor:
@@ -54,7 +52,7 @@ def causal_attention_slow(
             q_BNSH.shape[0], q_BNSH.shape[2], dtype=torch.int64, device=q_BNSH.device
         )
     scores_BNSS = scores_BNSS.masked_fill(~document_mask(documents_BS), float("-inf"))
-    return scores_BNSS.softmax(dim=-1) @ v_BNSV
+    return scores_BNSS.softmax(dim=-1) @ v_BNSU
 
 
 def document_mask(documents_BS: Tensor) -> Tensor:

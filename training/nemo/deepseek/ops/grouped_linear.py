@@ -1,7 +1,4 @@
-"""One linear layer per expert over rows sorted by expert.
-
-E experts, R routed rows, I input dims, O output dims.
-"""
+"""One linear layer per expert over rows sorted by expert; shapes: ``models/__init__.py``."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ def grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """``y[r] = w[e(r)] @ x[r]``, rows sorted by expert, ``counts[e]`` of them for expert ``e``.
 
     Args:
-        x_RI: fp32, bf16, fp16 or fp64, R = sum(counts); R may be 0.
+        x_RI: fp32, bf16, fp16 or fp64; R may be 0, and more than sum(counts).
         w_EOI: stacked weights of the same dtype.
         counts_E: int64 rows per expert; zeros allowed.
 
     Returns:
-        (R, O) in the dtype of ``x``.
+        (R, O) in the dtype of ``x``; rows of no expert hold anything, NaN included.
     """
     if x_RI.shape[0] == 0 or not _grouped_mm_takes(w_EOI):
         return grouped_linear_loop(x_RI, w_EOI, counts_E)
@@ -34,8 +31,10 @@ def grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
 def grouped_linear_loop(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """Readable twin of ``grouped_linear``: a loop over experts."""
     # unbind, not w[e]: indexing makes each backward build a full zero gradient of all experts
-    pieces = x_RI.split(counts_E.tolist())
-    return torch.cat([F.linear(x, w) for x, w in zip(pieces, w_EOI.unbind(0), strict=True)])
+    counts = counts_E.tolist()
+    *owned, rest_RI = x_RI.split([*counts, x_RI.shape[0] - sum(counts)])
+    y = [F.linear(x, w) for x, w in zip(owned, w_EOI.unbind(0), strict=True)]
+    return torch.cat([*y, rest_RI.new_zeros(rest_RI.shape[0], w_EOI.shape[1])])
 
 
 def _grouped_mm_takes(w_EOI: Tensor) -> bool:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepseek.models.components.dispatcher import Dispatched, weighted_sum
-from deepseek.ops.permute import inverse_permutation, permute_rows
+from deepseek.ops.rows import inverse_permutation, permute_rows
 from deepseek.parallel.expert_dispatcher import AllToAllDispatcher, as_experts_compute
 
 ROW_MULTIPLE = 8

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepseek.models.components.dispatcher import Dispatched, TokenDispatcher, weighted_sum
-from deepseek.ops.permute import expand_rows, inverse_permutation, permute_rows
+from deepseek.ops.rows import count_rows, expand_rows, inverse_permutation, permute_rows
 from deepseek.parallel.collectives import all_to_all_rows
 
 
@@ -85,10 +85,10 @@ class AllToAllDispatcher:
 
         All on the device; ``dispatch`` brings the sums to the host.
         """
-        counts_2E = expert_ids_R.new_zeros(2, self.num_experts)
-        # not bincount: on CUDA it waits for the device
-        counts_2E[0].scatter_add_(0, expert_ids_R, torch.ones_like(expert_ids_R))
-        dist.all_to_all_single(counts_2E[1], counts_2E[0], group=self.group)
+        send_E = count_rows(expert_ids_R, self.num_experts)
+        receive_E = torch.empty_like(send_E)
+        dist.all_to_all_single(receive_E, send_E, group=self.group)
+        counts_2E = torch.stack([send_E, receive_E])
         return counts_2E.unflatten(1, (self.num_ranks, self.experts_per_rank))
 
 

@@ -9,8 +9,7 @@ import torch
 from deepseek.config.layout import StageParts, split_layers, stages_of_rank
 from deepseek.config.placement import reshards
 from deepseek.config.schema import ModelConfig
-from deepseek.models.stage import Stage
-from deepseek.models.transformer import Transformer
+from deepseek.models.transformer import Stage, Transformer
 from deepseek.parallel.mesh import Alone, Meshes
 from deepseek.parallel.pipeline import MicroBatches, Sequential, micro_batches_of
 from deepseek.parallel.shard import fill, shard_data_parallel, shard_experts

@@ -26,7 +26,7 @@ from deepseek.config.layout import (
     stage_rank,
 )
 from deepseek.config.schema import ModelConfig
-from deepseek.models.stage import Stage
+from deepseek.models.transformer import Stage
 from deepseek.parallel.mesh import Meshes
 
 Batch = dict[str, Tensor]

@@ -21,8 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from deepseek.config.errors import UserError
 from deepseek.models.components.block import DeepSeekBlock
 from deepseek.models.components.moe import MoE
-from deepseek.models.stage import Stage
-from deepseek.models.transformer import Transformer, initial_weight
+from deepseek.models.transformer import Stage, Transformer, initial_weight
 from deepseek.parallel import cpu_memory
 from deepseek.parallel.expert_dispatcher import build_dispatcher
 from deepseek.parallel.mesh import Meshes, local, local_slices

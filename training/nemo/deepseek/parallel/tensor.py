@@ -20,7 +20,6 @@ B batch, S sequence, s = S/tp, T = B*S tokens, C tokens of a chunk, D model, V v
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -126,10 +125,10 @@ def _share_sequences(moe: MoE, group: dist.ProcessGroup) -> None:
     rank, size = dist.get_rank(group), dist.get_world_size(group)
 
     def cut_mask(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x_BsD, context = args
-        if context.real_BS is not None:
-            context = replace(context, real_BS=context.real_BS.chunk(size, dim=1)[rank])
-        return x_BsD, context
+        x_BsD, real_BS, *others = args
+        if real_BS is not None:
+            real_BS = real_BS.chunk(size, dim=1)[rank]
+        return x_BsD, real_BS, *others
 
     moe.register_forward_pre_hook(cut_mask)
     moe.sum_over_sequence = lambda part: sum_forward(part, group)

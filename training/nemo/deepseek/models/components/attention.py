@@ -7,8 +7,7 @@ all heads; only these are cached. Two forms compute the same:
 * absorbed (decoding): the key up-projection is folded into the query and the value up-projection
   into the output, so that queries attend to the cached latents directly.
 
-B batch, S new tokens, L cached tokens, N heads, H query/key dims (nope + rope), V value dims,
-C latent, P rotated dims.
+S is the number of new tokens here, M that of the tokens in the cache, these included.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from deepseek.models.components.context import TokenContext
-from deepseek.models.components.norm import RMSNorm
+from deepseek.models.components.feed_forward import RMSNorm
 from deepseek.models.components.rope import rotate
 from deepseek.ops.causal_attention import causal_attention
 
@@ -27,9 +25,9 @@ from deepseek.ops.causal_attention import causal_attention
 class LatentStore(Protocol):
     """One layer's cache of latents, as attention sees it."""
 
-    def append(self, latent_BSC: Tensor, k_rope_BSP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store the new tokens; return all latents (B, L, C), all rotary keys (B, L, P) and which
-        of them each new token may see (bool (B, S, L))."""
+    def append(self, latent_BSC: Tensor, k_rope_BSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Store the new tokens; return all latents (B, M, C), all rotary keys (B, M, H) and which
+        of them each new token may see (bool (B, S, M))."""
         ...
 
 
@@ -71,21 +69,30 @@ class MultiHeadLatentAttention(nn.Module):
         self.wo = nn.Linear(num_heads * v_head_dim, dim, bias=False)
 
     def forward(
-        self, x_BSD: Tensor, context: TokenContext, cache: LatentStore | None = None
+        self,
+        x_BSD: Tensor,
+        cos_BSA: Tensor,
+        sin_BSA: Tensor,
+        documents_BS: Tensor | None = None,
+        cache: LatentStore | None = None,
     ) -> Tensor:
-        """(B, S, D) -> (B, S, D). With a cache the new tokens also see the cached ones."""
-        q_nope_BSNH, q_rope_BSNP = self._queries(x_BSD, context)
-        latent_BSC, k_rope_BSP = self._latents(x_BSD, context)
-        if cache is None:
-            y_BSNV = self._expanded(
-                q_nope_BSNH, q_rope_BSNP, latent_BSC, k_rope_BSP, context.documents_BS
-            )
-        else:
-            latent_BLC, k_rope_BLP, visible_BSL = cache.append(latent_BSC, k_rope_BSP)
-            y_BSNV = self._absorbed(q_nope_BSNH, q_rope_BSNP, latent_BLC, k_rope_BLP, visible_BSL)
-        return self.wo(y_BSNV.flatten(2))
+        """(B, S, D) -> (B, S, D).
 
-    def _queries(self, x_BSD: Tensor, context: TokenContext) -> tuple[Tensor, Tensor]:
+        Args:
+            cos_BSA, sin_BSA: rotation of the positions (``rope.rotation``).
+            documents_BS: attention stays inside a document; None: one stream.
+            cache: the new tokens also see the cached ones.
+        """
+        q_nope_BSNH, q_rope_BSNH = self._queries(x_BSD, cos_BSA, sin_BSA)
+        latent_BSC, k_rope_BSH = self._latents(x_BSD, cos_BSA, sin_BSA)
+        if cache is None:
+            y_BSNU = self._expanded(q_nope_BSNH, q_rope_BSNH, latent_BSC, k_rope_BSH, documents_BS)
+        else:
+            latent_BMC, k_rope_BMH, visible_BSM = cache.append(latent_BSC, k_rope_BSH)
+            y_BSNU = self._absorbed(q_nope_BSNH, q_rope_BSNH, latent_BMC, k_rope_BMH, visible_BSM)
+        return self.wo(y_BSNU.flatten(2))
+
+    def _queries(self, x_BSD: Tensor, cos_BSA: Tensor, sin_BSA: Tensor) -> tuple[Tensor, Tensor]:
         """eq 6-9: compressed query, expanded per head, its rotary part rotated."""
         if self.q_lora_rank is None:
             q = self.wq(x_BSD)
@@ -93,52 +100,52 @@ class MultiHeadLatentAttention(nn.Module):
             q = self.wq_b(self.q_norm(self.wq_a(x_BSD)))
         q_BSNH = q.unflatten(-1, (-1, self.qk_nope_head_dim + self.qk_rope_head_dim))
         q_nope, q_rope = q_BSNH.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        return q_nope, rotate(q_rope, context.cos_BSP, context.sin_BSP)
+        return q_nope, rotate(q_rope, cos_BSA, sin_BSA)
 
-    def _latents(self, x_BSD: Tensor, context: TokenContext) -> tuple[Tensor, Tensor]:
-        """eq 1 and 3: what is cached, C + P numbers a token."""
+    def _latents(self, x_BSD: Tensor, cos_BSA: Tensor, sin_BSA: Tensor) -> tuple[Tensor, Tensor]:
+        """eq 1 and 3: what is cached, C + H numbers a token."""
         latent, k_rope = self.wkv_a(x_BSD).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        k_rope_BSP = rotate(k_rope.unsqueeze(2), context.cos_BSP, context.sin_BSP).squeeze(2)
-        return self.kv_norm(latent), k_rope_BSP
+        k_rope_BSH = rotate(k_rope.unsqueeze(2), cos_BSA, sin_BSA).squeeze(2)
+        return self.kv_norm(latent), k_rope_BSH
 
     def _expanded(
         self,
         q_nope_BSNH: Tensor,
-        q_rope_BSNP: Tensor,
+        q_rope_BSNH: Tensor,
         latent_BSC: Tensor,
-        k_rope_BSP: Tensor,
+        k_rope_BSH: Tensor,
         documents_BS: Tensor | None,
     ) -> Tensor:
         """eq 2, 4, 5, 10: keys and values per head, then ordinary attention."""
         kv_BSNH = self.wkv_b(latent_BSC).unflatten(
             -1, (-1, self.qk_nope_head_dim + self.v_head_dim)
         )
-        k_nope, v_BSNV = kv_BSNH.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        k_rope_BSNP = k_rope_BSP.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)
-        q = torch.cat((q_nope_BSNH, q_rope_BSNP), dim=-1).transpose(1, 2)
-        k = torch.cat((k_nope, k_rope_BSNP), dim=-1).transpose(1, 2)
-        y_BNSV = causal_attention(q, k, v_BSNV.transpose(1, 2), self.softmax_scale, documents_BS)
-        return y_BNSV.transpose(1, 2)
+        k_nope, v_BSNU = kv_BSNH.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        k_rope_BSNH = k_rope_BSH.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)
+        q = torch.cat((q_nope_BSNH, q_rope_BSNH), dim=-1).transpose(1, 2)
+        k = torch.cat((k_nope, k_rope_BSNH), dim=-1).transpose(1, 2)
+        y_BNSU = causal_attention(q, k, v_BSNU.transpose(1, 2), self.softmax_scale, documents_BS)
+        return y_BNSU.transpose(1, 2)
 
     def _absorbed(
         self,
         q_nope_BSNH: Tensor,
-        q_rope_BSNP: Tensor,
-        latent_BLC: Tensor,
-        k_rope_BLP: Tensor,
-        visible_BSL: Tensor,
+        q_rope_BSNH: Tensor,
+        latent_BMC: Tensor,
+        k_rope_BMH: Tensor,
+        visible_BSM: Tensor,
     ) -> Tensor:
         """(W_uk^T q) . latent = q . (W_uk latent): attention over latents, none expanded."""
         w_NHC = self.wkv_b.weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
-        w_uk_NHC, w_uv_NVC = w_NHC.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        w_uk_NHC, w_uv_NUC = w_NHC.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         q_latent_BSNC = torch.einsum("bsnh,nhc->bsnc", q_nope_BSNH, w_uk_NHC)
-        scores_BNSL = torch.einsum("bsnc,blc->bnsl", q_latent_BSNC, latent_BLC)
-        scores_BNSL = scores_BNSL + torch.einsum("bsnp,blp->bnsl", q_rope_BSNP, k_rope_BLP)
-        scores_BNSL = scores_BNSL * self.softmax_scale
-        scores_BNSL = scores_BNSL.masked_fill(~visible_BSL.unsqueeze(1), float("-inf"))
-        probs_BNSL = scores_BNSL.softmax(dim=-1, dtype=_at_least_fp32(scores_BNSL.dtype))
-        y_BSNC = torch.einsum("bnsl,blc->bsnc", probs_BNSL.to(latent_BLC.dtype), latent_BLC)
-        return torch.einsum("bsnc,nvc->bsnv", y_BSNC, w_uv_NVC)
+        scores_BNSM = torch.einsum("bsnc,bmc->bnsm", q_latent_BSNC, latent_BMC)
+        scores_BNSM = scores_BNSM + torch.einsum("bsnh,bmh->bnsm", q_rope_BSNH, k_rope_BMH)
+        scores_BNSM = scores_BNSM * self.softmax_scale
+        scores_BNSM = scores_BNSM.masked_fill(~visible_BSM.unsqueeze(1), float("-inf"))
+        probs_BNSM = scores_BNSM.softmax(dim=-1, dtype=_at_least_fp32(scores_BNSM.dtype))
+        y_BSNC = torch.einsum("bnsm,bmc->bsnc", probs_BNSM.to(latent_BMC.dtype), latent_BMC)
+        return torch.einsum("bsnc,nuc->bsnu", y_BSNC, w_uv_NUC)
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ backward pass feeds the scalar a gradient of 1. That backward pass runs exactly 
 also when the forward pass runs twice (activation recomputation) or as a dry run (shape inference),
 so the token counts are taken there too.
 
-Source: arXiv:2412.19437 eq 17-20. B batch, S sequence, E experts, K chosen per token.
+Source: arXiv:2412.19437 eq 17-20.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 SumOverSequence = Callable[[Tensor], Tensor]
@@ -65,8 +64,9 @@ def router_z(
 
 def count_assignments(expert_ids_TK: Tensor, real_T: Tensor, num_experts: int) -> Tensor:
     """How many real tokens chose each expert, int64 (E,)."""
-    chosen_TKE = F.one_hot(expert_ids_TK, num_experts)
-    return (chosen_TKE.sum(dim=1) * real_T.unsqueeze(-1)).sum(dim=0)
+    real_TK = real_T.to(torch.int64).unsqueeze(-1).expand_as(expert_ids_TK)
+    counts_E = expert_ids_TK.new_zeros(num_experts)
+    return counts_E.scatter_add_(0, expert_ids_TK.flatten(), real_TK.flatten())
 
 
 def attach(

@@ -1,21 +1,22 @@
-"""One transformer block: attention, then a dense or a mixture-of-experts feed-forward."""
+"""One transformer block, and the multi-token prediction module that is made of one."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, nn
 
 from deepseek.config.schema import ModelConfig
 from deepseek.models.components.attention import LatentStore, MultiHeadLatentAttention
-from deepseek.models.components.context import TokenContext
-from deepseek.models.components.feed_forward import FeedForward
+from deepseek.models.components.feed_forward import FeedForward, RMSNorm
 from deepseek.models.components.moe import MoE
-from deepseek.models.components.norm import RMSNorm
 from deepseek.models.components.rope import softmax_scale
 from deepseek.models.components.router import Router
 
 
 class DeepSeekBlock(nn.Module):
-    """Pre-norm residual block; B batch, S sequence, D model."""
+    """Pre-norm residual block: attention, then a dense or a mixture-of-experts feed-forward."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -33,9 +34,56 @@ class DeepSeekBlock(nn.Module):
         self, x_BSD: Tensor, context: TokenContext, cache: LatentStore | None = None
     ) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), context, cache)
-        normed_BSD = self.ffn_norm(x_BSD)
-        return x_BSD + (self.ffn(normed_BSD, context) if self.is_moe else self.ffn(normed_BSD))
+        rotation = context.cos_BSA, context.sin_BSA
+        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), *rotation, context.documents_BS, cache)
+        counted = (context.real_BS, context.balance_scale) if self.is_moe else ()
+        return x_BSD + self.ffn(self.ffn_norm(x_BSD), *counted)
+
+
+@dataclass(frozen=True)
+class TokenContext:
+    """What blocks need to know of the tokens of one forward pass besides their activations."""
+
+    cos_BSA: Tensor
+    """Rotary cosines of the positions (``rope.rotation``)."""
+    sin_BSA: Tensor
+    """Rotary sines."""
+    documents_BS: Tensor | None = None
+    """Document ids: attention stays inside a document. None: one stream."""
+    real_BS: Tensor | None = None
+    """False for padding, which is never counted in loads or balance losses. None: all real."""
+    balance_scale: Tensor | None = None
+    """1 / (real tokens of the whole optimiser step), scalar fp32. None: not training, so tokens are
+    not counted and no balance loss is added."""
+
+
+class MultiTokenPredictor(nn.Module):
+    """One extra token ahead (arXiv:2412.19437 section 2.2).
+
+    Depth k joins the hidden state at i with the embedding of token i+k, and predicts token i+k+1.
+    Embedding and head are the main model's own and are passed in or applied by the caller.
+    """
+
+    def __init__(self, config: ModelConfig, depth: int) -> None:
+        super().__init__()
+        dim, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm = RMSNorm(dim, eps)
+        self.hnorm = RMSNorm(dim, eps)
+        self.eh_proj = nn.Linear(2 * dim, dim, bias=False)
+        self.block = DeepSeekBlock(config, config.num_hidden_layers + depth)
+        self.norm = RMSNorm(dim, eps)
+
+    def forward(self, hidden_BSD: Tensor, ahead_BSD: Tensor, context: TokenContext) -> Tensor:
+        """Next depth's hidden state, ready for the head.
+
+        Args:
+            hidden_BSD: the depth before, normed (the main model's final norm for the first depth).
+            ahead_BSD: embedding of the token k places ahead of each position.
+            context: of these tokens.
+        """
+        # The released weights take the embedding first; the paper's eq 21 writes it second.
+        joined = torch.cat((self.enorm(ahead_BSD), self.hnorm(hidden_BSD)), dim=-1)
+        return self.norm(self.block(self.eh_proj(joined), context))
 
 
 def build_attention(config: ModelConfig) -> MultiHeadLatentAttention:

@@ -1,17 +1,13 @@
-"""The seam through which expert parallelism enters.
-
-T tokens, K choices per token, R routed rows, e local experts, D model.
-"""
+"""The seam through which expert parallelism enters."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from deepseek.ops.permute import expand_rows, inverse_permutation, permute_rows
+from deepseek.ops.rows import count_rows, expand_rows, inverse_permutation, permute_rows
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class LocalDispatcher:
         expert_ids_R = expert_ids_TK.flatten()
         order_R = expert_ids_R.argsort(stable=True)
         inverse_R = inverse_permutation(order_R)
-        counts_e = torch.bincount(expert_ids_R, minlength=self.num_experts)
+        counts_e = count_rows(expert_ids_R, self.num_experts)
         return Dispatched(expand_rows(x_TD, order_R, inverse_R), counts_e, (order_R, inverse_R))
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Dispatched) -> Tensor:

@@ -1,16 +1,14 @@
-"""SwiGLU feed-forward: dense layers, shared experts, and a single routed expert.
-
-D model, F hidden.
-"""
+"""The dense pieces of a block: RMSNorm, and SwiGLU feed-forward for dense layers and experts."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class FeedForward(nn.Module):
-    """``w2(silu(w1 x) * w3 x)`` (arXiv:2002.05202)."""
+    """``w2(silu(w1 x) * w3 x)`` (arXiv:2002.05202); dense layers and shared experts."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -25,3 +23,21 @@ class FeedForward(nn.Module):
 
 class Expert(FeedForward):
     """One routed expert, the readable form; ``GroupedExperts`` computes many of them at once."""
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight``; the mean of squares is taken in fp32 (fp64 for fp64 input).
+
+    Source: arXiv:1910.07467.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dim; any leading shape; returns the dtype of ``x``."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * (wide * scale).to(x.dtype)).to(x.dtype)

@@ -2,12 +2,10 @@
 
 A matrix W (O, I) becomes ``W + alpha / r * B A`` with A (r, I) and B (O, r). B starts at zero, so a
 model with fresh adapters computes what it did without them. Every routed expert has a pair of its
-own, stacked as the experts are: A (E, r, I), B (E, O, r).
+own, stacked as the experts are: A (E, r, I), B (E, O, r); r is the rank.
 
 Adapters keep the names of what they adapt: ``wo.lora_a`` beside ``wo.weight``,
 ``experts.w1_lora_a`` beside ``experts.w1``.
-
-E experts, I input dims, O output dims, P rows, r rank.
 """
 
 from __future__ import annotations

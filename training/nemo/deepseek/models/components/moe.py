@@ -1,8 +1,4 @@
-"""DeepSeekMoE: routed experts, shared experts (arXiv:2412.19437 section 2.1.2).
-
-B batch, S sequence, T = B*S tokens, D model, E experts, K chosen, R routed rows,
-P the same with padding, F expert hidden.
-"""
+"""DeepSeekMoE: routed experts, shared experts (arXiv:2412.19437 section 2.1.2)."""
 
 from __future__ import annotations
 
@@ -19,12 +15,11 @@ from deepseek.models.components.balance import (
     router_z,
     sequence_balance,
 )
-from deepseek.models.components.context import TokenContext
 from deepseek.models.components.dispatcher import LocalDispatcher, TokenDispatcher
 from deepseek.models.components.feed_forward import Expert, FeedForward
 from deepseek.models.components.router import Router, Routing
-from deepseek.ops.align import aligned_slots, gather_rows, spread_rows
 from deepseek.ops.grouped_linear import grouped_linear
+from deepseek.ops.rows import aligned_slots, gather_rows, most_slots, spread_rows
 
 
 class MoE(nn.Module):
@@ -56,14 +51,23 @@ class MoE(nn.Module):
         self.balance_coeff = balance_coeff
         self.z_coeff = z_coeff
 
-    def forward(self, x_BSD: Tensor, context: TokenContext) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
+    def forward(
+        self, x_BSD: Tensor, real_BS: Tensor | None = None, balance_scale: Tensor | None = None
+    ) -> Tensor:
+        """(B, S, D) -> (B, S, D).
+
+        Args:
+            real_BS: False for padding, which is not counted; None: all real.
+            balance_scale: see ``TokenContext``; None: nothing is counted.
+        """
         x_TD = x_BSD.flatten(0, 1)
         # 1. choose experts
         routing = self.gate(x_TD)
         weights_TK = routing.weights_TK
-        if context.balance_scale is not None:
-            weights_TK = self._with_balance(routing, x_BSD.shape[:2], context)
+        if balance_scale is not None:
+            if real_BS is None:
+                real_BS = torch.ones(x_BSD.shape[:2], dtype=torch.bool, device=x_BSD.device)
+            weights_TK = self._with_balance(routing, real_BS, balance_scale)
         # 2. bring rows to their experts
         sent = self.dispatcher.dispatch(x_TD, routing.expert_ids_TK)
         # 3. compute
@@ -74,14 +78,9 @@ class MoE(nn.Module):
             y_BSD = y_BSD + self.shared_experts(x_BSD)
         return y_BSD
 
-    def _with_balance(
-        self, routing: Routing, batch_shape: torch.Size, context: TokenContext
-    ) -> Tensor:
+    def _with_balance(self, routing: Routing, real_BS: Tensor, balance_scale: Tensor) -> Tensor:
         """The routing weights, with balance losses and counts attached to their backward pass."""
-        scores_BSE = routing.scores_TE.unflatten(0, batch_shape)
-        real_BS = context.real_BS
-        if real_BS is None:
-            real_BS = torch.ones(scores_BSE.shape[:2], dtype=torch.bool, device=scores_BSE.device)
+        scores_BSE = routing.scores_TE.unflatten(0, real_BS.shape)
         loss = scores_BSE.new_zeros(())
         if self.balance_coeff:
             loss = loss + self.balance_coeff * sequence_balance(
@@ -96,7 +95,7 @@ class MoE(nn.Module):
         )
         return attach(
             routing.weights_TK,
-            loss * context.balance_scale,
+            loss * balance_scale,
             counts_E,
             self.gate.balance_loss,
             self.gate.tokens_per_expert,
@@ -122,8 +121,8 @@ class GroupedExperts(nn.Module):
         device = rows_RD.device.type
         if torch.is_autocast_enabled(device):  # grouped products are not on autocast's list
             rows_RD = rows_RD.to(torch.get_autocast_dtype(device))
-        padded_e, slots_R = aligned_slots(counts_e)
-        x_PD = spread_rows(rows_RD, slots_R, int(padded_e.sum()))
+        padded_e, slots_R = aligned_slots(counts_e, rows_RD.shape[0])
+        x_PD = spread_rows(rows_RD, slots_R, most_slots(rows_RD.shape[0], counts_e.shape[0]))
         hidden_PF = F.silu(self.product("w1", x_PD, padded_e))
         hidden_PF = hidden_PF * self.product("w3", x_PD, padded_e)
         return gather_rows(self.product("w2", hidden_PF, padded_e), slots_R)

@@ -1,7 +1,7 @@
 """Rotary position embedding, interleaved as in the released weights, with YaRN.
 
 Sources: RoPE arXiv:2104.09864; YaRN arXiv:2309.00071; arXiv:2412.19437 section 4.3.
-P = qk_rope_head_dim / 2 rotated pairs.
+A = qk_rope_head_dim / 2 rotated pairs.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ def rotation(
 
     Args:
         positions_BS: int64 positions.
-        dim: rotated dims per head (2P).
+        dim: rotated dims per head (2A).
         theta: RoPE base.
         scaling: YaRN, or None.
         dtype: fp64 for an fp64 model, else fp32.
 
     Returns:
-        cos, sin: (B, S, P) in ``dtype``.
+        cos, sin: (B, S, A) in ``dtype``.
     """
-    frequencies_P = _frequencies(dim, theta, scaling, dtype, positions_BS.device)
-    angles_BSP = positions_BS.to(dtype).unsqueeze(-1) * frequencies_P
-    cos_BSP, sin_BSP = angles_BSP.cos(), angles_BSP.sin()
+    frequencies_A = _frequencies(dim, theta, scaling, dtype, positions_BS.device)
+    angles_BSA = positions_BS.to(dtype).unsqueeze(-1) * frequencies_A
+    cos_BSA, sin_BSA = angles_BSA.cos(), angles_BSA.sin()
     if scaling is not None:
         size = yarn_mscale(scaling.factor, scaling.mscale)
         size = size / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
-        cos_BSP, sin_BSP = cos_BSP * size, sin_BSP * size
-    return cos_BSP, sin_BSP
+        cos_BSA, sin_BSA = cos_BSA * size, sin_BSA * size
+    return cos_BSA, sin_BSA
 
 
-def rotate(x_BSNH: Tensor, cos_BSP: Tensor, sin_BSP: Tensor) -> Tensor:
+def rotate(x_BSNH: Tensor, cos_BSA: Tensor, sin_BSA: Tensor) -> Tensor:
     """Rotate the pairs (0, 1), (2, 3), ... of the last dim; returns the dtype of ``x``."""
-    pairs = x_BSNH.to(cos_BSP.dtype).unflatten(-1, (-1, 2))
+    pairs = x_BSNH.to(cos_BSA.dtype).unflatten(-1, (-1, 2))
     even, odd = pairs.unbind(-1)
-    cos, sin = cos_BSP.unsqueeze(2), sin_BSP.unsqueeze(2)
+    cos, sin = cos_BSA.unsqueeze(2), sin_BSA.unsqueeze(2)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x_BSNH.dtype)
 
@@ -81,12 +81,12 @@ def _frequencies(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Radians per position of each pair, (P,)."""
-    exponents_P = torch.arange(0, dim, 2, device=device).to(dtype) / dim
-    plain_P = 1.0 / theta**exponents_P
+    """Radians per position of each pair, (A,)."""
+    exponents_A = torch.arange(0, dim, 2, device=device).to(dtype) / dim
+    plain_A = 1.0 / theta**exponents_A
     if scaling is None:
-        return plain_P
-    stretched_P = plain_P / scaling.factor
+        return plain_A
+    stretched_A = plain_A / scaling.factor
 
     def pair_turning(rotations: float) -> float:
         """Index of the pair that makes this many rotations over the original context."""
@@ -96,6 +96,6 @@ def _frequencies(
     low = max(math.floor(pair_turning(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_turning(scaling.beta_slow)), dim - 1)
     width = max(high - low, 0.001)
-    pairs_P = torch.arange(dim // 2, device=device).to(dtype)
-    stretch_P = ((pairs_P - low) / width).clamp(0, 1)  # 0: fast pair, left alone; 1: slow pair
-    return stretched_P * stretch_P + plain_P * (1 - stretch_P)
+    pairs_A = torch.arange(dim // 2, device=device).to(dtype)
+    stretch_A = ((pairs_A - low) / width).clamp(0, 1)  # 0: fast pair, left alone; 1: slow pair
+    return stretched_A * stretch_A + plain_A * (1 - stretch_A)

@@ -1,7 +1,6 @@
 """The router: which experts a token goes to, and with what weights.
 
-Source: arXiv:2412.19437 section 2.1.2, eq 12-16; node-limited routing section 2.1.2.
-T tokens, D model, E experts, K chosen per token, G groups.
+Source: arXiv:2412.19437 section 2.1.2, eq 12-16, node-limited routing included.
 """
 
 from __future__ import annotations

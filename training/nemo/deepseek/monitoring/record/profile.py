@@ -25,9 +25,9 @@ from deepseek.console import complain, say
 from deepseek.frameworks import Callback
 from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.block import DeepSeekBlock
-from deepseek.models.components.head import Head
 from deepseek.models.components.moe import GroupedExperts, MoE
 from deepseek.models.components.router import Router
+from deepseek.models.transformer import Head
 
 REGIONS = ("attention", "router", "dispatch", "experts", "combine", "head", "optimizer")
 """Named in every trace, each inside the region of its block (``layers.3``); with recomputation they

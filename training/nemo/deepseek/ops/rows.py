@@ -1,0 +1,141 @@
+"""Rows on their way to experts: sorted, padded to aligned counts, and brought back.
+
+Autograd's own backward of ``x[index]`` scatters with atomic adds, whose order (and so whose last
+bit) depends on the threads. A permutation needs no scatter: its backward is the inverse gather.
+
+A matrix product over 3 rows takes another path through the kernel than one over 300, and the same
+row then differs in its last bits. With every expert's rows padded to a multiple of ``ALIGNMENT``, a
+token's result depends on the token alone: a change in one document leaves another's bitwise as it
+was. (Found so on CPUs for fp32 with dims that are a multiple of 4, and for fp64 on one thread; the
+kernels promise it nowhere.)
+
+Nothing here waits for the device: sizes come from shapes, or from bounds on what is counted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16
+"""Every expert's row count becomes a multiple of this."""
+
+
+def inverse_permutation(order_R: Tensor) -> Tensor:
+    """``inverse[order[i]] = i``; int64 (R,)."""
+    inverse_R = torch.empty_like(order_R)
+    inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
+    return inverse_R
+
+
+def permute_rows(x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+    """Row ``i`` of the result is row ``order[i]`` of ``x``; ``order`` is a permutation."""
+    return _PermuteRows.apply(x_RD, order_R, inverse_R)
+
+
+def expand_rows(x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+    """Repeat each row K = R/T times (row-major), then permute: row ``i`` is ``x[order[i] // K]``.
+
+    The backward pass adds each token's K gradients in the order of its choices.
+    """
+    return _ExpandRows.apply(x_TD, order_R, inverse_R)
+
+
+def expand_rows_slow(x_TD: Tensor, order_R: Tensor) -> Tensor:
+    """Readable twin of ``expand_rows``."""
+    num_choices = order_R.numel() // max(x_TD.shape[0], 1)
+    return x_TD.repeat_interleave(num_choices, dim=0)[order_R]
+
+
+def count_rows(expert_ids_R: Tensor, num_experts: int) -> Tensor:
+    """How many rows each expert gets, int64 (E,)."""
+    counts_E = expert_ids_R.new_zeros(num_experts)
+    # not bincount: on CUDA it waits for the device
+    return counts_E.scatter_add_(0, expert_ids_R, torch.ones_like(expert_ids_R))
+
+
+def aligned_slots(counts_e: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Padded counts (e,), and the slot of each row among the padded ones (R,), both int64.
+
+    Args:
+        counts_e: int64 rows per expert.
+        num_rows: R, their sum.
+    """
+    padded_e = (counts_e + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    added_e = padded_e - counts_e
+    shift_e = added_e.cumsum(0) - added_e
+    shift_R = shift_e.repeat_interleave(counts_e, output_size=num_rows)
+    return padded_e, torch.arange(num_rows, device=counts_e.device) + shift_R
+
+
+def most_slots(num_rows: int, num_experts: int) -> int:
+    """P, the most slots that so many rows can need, whatever their counts: known without them."""
+    used = min(num_rows, num_experts)
+    return (num_rows + used * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
+
+
+def spread_rows(x_RD: Tensor, slots_R: Tensor, num_slots: int) -> Tensor:
+    """Rows to their slots, zeros elsewhere: (R, D) -> (P, D)."""
+    return _SpreadRows.apply(x_RD, slots_R, num_slots)
+
+
+def gather_rows(x_PD: Tensor, slots_R: Tensor) -> Tensor:
+    """Rows back from their slots: (P, D) -> (R, D)."""
+    return _GatherRows.apply(x_PD, slots_R)
+
+
+class _PermuteRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_R)
+        return x_RD.index_select(0, order_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_R,) = ctx.saved_tensors
+        return grad_RD.index_select(0, inverse_R), None, None
+
+
+class _ExpandRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_R)
+        ctx.num_tokens = x_TD.shape[0]
+        ctx.num_choices = order_R.numel() // max(x_TD.shape[0], 1)  # there may be no token
+        tokens_R = torch.div(order_R, ctx.num_choices, rounding_mode="floor")
+        return x_TD.index_select(0, tokens_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_R,) = ctx.saved_tensors
+        rows_RD = grad_RD.index_select(0, inverse_R)
+        grad_TKD = rows_RD.view(ctx.num_tokens, ctx.num_choices, grad_RD.shape[1])
+        return grad_TKD.sum(dim=1), None, None
+
+
+class _SpreadRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, slots_R: Tensor, num_slots: int) -> Tensor:
+        ctx.save_for_backward(slots_R)
+        return x_RD.new_zeros(num_slots, x_RD.shape[1]).index_copy_(0, slots_R, x_RD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:
+        (slots_R,) = ctx.saved_tensors
+        return grad_PD[slots_R], None, None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_PD: Tensor, slots_R: Tensor) -> Tensor:
+        ctx.save_for_backward(slots_R)
+        ctx.num_slots = x_PD.shape[0]
+        return x_PD[slots_R]
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        (slots_R,) = ctx.saved_tensors
+        grad_PD = grad_RD.new_zeros(ctx.num_slots, grad_RD.shape[1])
+        return grad_PD.index_copy_(0, slots_R, grad_RD), None
