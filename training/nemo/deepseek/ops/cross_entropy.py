@@ -7,7 +7,7 @@ are dropped. The backward pass then only scales the stored gradients.
 The head may be a part of a larger one, with the other rows on other ranks: then only the softmax
 needs to know (``softmax_loss``; ``parallel/tensor.py`` has the one for tensor-parallel ranks).
 
-T tokens, C tokens of a chunk, D model, V vocabulary (the rows that are here).
+Shapes: ``models/__init__.py``, with t the tokens of a chunk and V the rows that are here.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ CHUNK_TOKENS = 512
 """Tokens whose logits exist at one time."""
 
 SoftmaxLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
-"""From logits (C, V), labels (C,) and whether a gradient is wanted to ``-log softmax[label]`` (C,)
-and, if wanted, its gradient by the logits (C, V); both are anything where there is no label. The
+"""From logits (t, V), labels (t,) and whether a gradient is wanted to ``-log softmax[label]`` (t,)
+and, if wanted, its gradient by the logits (t, V); both are anything where there is no label. The
 logits may be overwritten."""
 
 
 def softmax_loss(
-    logits_CV: Tensor, labels_C: Tensor, needs_gradient: bool
+    logits_tV: Tensor, labels_t: Tensor, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``SoftmaxLoss`` of a head that is here in whole."""
-    index_C1 = labels_C.where(labels_C != IGNORE_INDEX, 0).unsqueeze(-1)
-    log_z_C = logits_CV.logsumexp(dim=-1)
-    loss_C = log_z_C - logits_CV.gather(-1, index_C1).squeeze(-1)
+    index_t1 = labels_t.where(labels_t != IGNORE_INDEX, 0).unsqueeze(-1)
+    log_z_t = logits_tV.logsumexp(dim=-1)
+    loss_t = log_z_t - logits_tV.gather(-1, index_t1).squeeze(-1)
     if not needs_gradient:
-        return loss_C, None
+        return loss_t, None
     # d loss / d logits = softmax - onehot(label)
-    grad_CV = logits_CV.sub_(log_z_C.unsqueeze(-1)).exp_()
-    return loss_C, grad_CV.scatter_add_(-1, index_C1, torch.full_like(grad_CV[:, :1], -1.0))
+    grad_tV = logits_tV.sub_(log_z_t.unsqueeze(-1)).exp_()
+    return loss_t, grad_tV.scatter_add_(-1, index_t1, torch.full_like(grad_tV[:, :1], -1.0))
 
 
 def linear_cross_entropy(
@@ -105,23 +105,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
             w_VD = weight_VD.to(product_dtype)
             for start in range(0, hidden_TD.shape[0], chunk_tokens):
                 chunk = slice(start, start + chunk_tokens)
-                h_CD = hidden_TD[chunk].to(product_dtype)
-                logits_CV = F.linear(h_CD, w_VD).to(sum_dtype)
-                has_label_C = labels_T[chunk] != IGNORE_INDEX
-                loss_C, grad_CV = softmax_loss(
-                    logits_CV, labels_T[chunk], needs_hidden or needs_weight
+                h_tD = hidden_TD[chunk].to(product_dtype)
+                logits_tV = F.linear(h_tD, w_VD).to(sum_dtype)
+                has_label_t = labels_T[chunk] != IGNORE_INDEX
+                loss_t, grad_tV = softmax_loss(
+                    logits_tV, labels_T[chunk], needs_hidden or needs_weight
                 )
-                loss += (loss_C * has_label_C).sum()
-                if grad_CV is None:
+                loss += (loss_t * has_label_t).sum()
+                if grad_tV is None:
                     continue
-                grad_CV = grad_CV.mul_(has_label_C.unsqueeze(-1)).to(product_dtype)
+                grad_tV = grad_tV.mul_(has_label_t.unsqueeze(-1)).to(product_dtype)
                 if grad_hidden_TD is not None:
-                    grad_hidden_TD[chunk] = grad_CV @ w_VD
+                    grad_hidden_TD[chunk] = grad_tV @ w_VD
                 if grad_weight_VD is not None:
                     if product_dtype == sum_dtype:
-                        grad_weight_VD.addmm_(grad_CV.t(), h_CD)
+                        grad_weight_VD.addmm_(grad_tV.t(), h_tD)
                     else:
-                        grad_weight_VD += grad_CV.t() @ h_CD
+                        grad_weight_VD += grad_tV.t() @ h_tD
         ctx.grad_hidden_TD = grad_hidden_TD
         ctx.grad_weight_VD = grad_weight_VD
         ctx.weight_dtype = weight_VD.dtype

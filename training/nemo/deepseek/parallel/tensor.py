@@ -15,7 +15,7 @@ heads; ``gradients.py`` adds them up, once per step.
 Embedding and head are split by the vocabulary: each rank holds V/tp consecutive rows of both. The
 embedding gives each rank its part of the sequence, and the head takes one.
 
-B batch, S sequence, s = S/tp, T = B*S tokens, C tokens of a chunk, D model, V vocabulary, v = V/tp.
+Shapes: ``models/__init__.py``, with s = S/tp and v = V/tp.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ from torch.distributed.tensor import DTensor, Shard
 from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.block import DeepSeekBlock
 from deepseek.models.components.feed_forward import FeedForward
-from deepseek.models.components.head import Head
 from deepseek.models.components.lora import LoraLinear, lora_linear
 from deepseek.models.components.moe import MoE
-from deepseek.models.transformer import Transformer
+from deepseek.models.transformer import Head, Transformer
 from deepseek.ops.cross_entropy import SoftmaxLoss, linear_cross_entropy
 from deepseek.parallel.collectives import gather_sequence, scatter_sequence_sum, sum_forward
 from deepseek.parallel.mesh import Meshes, local
@@ -256,26 +255,26 @@ def sharded_softmax_loss(first_id: int, group: dist.ProcessGroup) -> SoftmaxLoss
     """
 
     def softmax_loss(
-        logits_Cv: Tensor, labels_C: Tensor, needs_gradient: bool
+        logits_tv: Tensor, labels_t: Tensor, needs_gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
-        index_C, mine_C = _local_index(labels_C, logits_Cv.shape[1], first_id)
-        index_C1, mine_C1 = index_C.unsqueeze(-1), mine_C.unsqueeze(-1)
+        index_t, mine_t = _local_index(labels_t, logits_tv.shape[1], first_id)
+        index_t1, mine_t1 = index_t.unsqueeze(-1), mine_t.unsqueeze(-1)
         # 1. logits less the largest of the whole vocabulary
-        largest_C = logits_Cv.amax(dim=-1)
-        dist.all_reduce(largest_C, op=dist.ReduceOp.MAX, group=group)
-        logits_Cv = logits_Cv.sub_(largest_C.unsqueeze(-1))
+        largest_t = logits_tv.amax(dim=-1)
+        dist.all_reduce(largest_t, op=dist.ReduceOp.MAX, group=group)
+        logits_tv = logits_tv.sub_(largest_t.unsqueeze(-1))
         # 2. the sum of exponentials, and the label's logit from the rank that has it
-        picked_C = logits_Cv.gather(-1, index_C1).squeeze(-1).where(mine_C, 0.0)
-        exp_Cv = logits_Cv.exp_()
-        sums_2C = torch.stack([exp_Cv.sum(dim=-1), picked_C])
-        dist.all_reduce(sums_2C, group=group)
-        z_C, picked_C = sums_2C
-        loss_C = z_C.log() - picked_C
+        picked_t = logits_tv.gather(-1, index_t1).squeeze(-1).where(mine_t, 0.0)
+        exp_tv = logits_tv.exp_()
+        sums_2t = torch.stack([exp_tv.sum(dim=-1), picked_t])
+        dist.all_reduce(sums_2t, group=group)
+        z_t, picked_t = sums_2t
+        loss_t = z_t.log() - picked_t
         if not needs_gradient:
-            return loss_C, None
+            return loss_t, None
         # 3. d loss / d logits = softmax - onehot(label)
-        grad_Cv = exp_Cv.div_(z_C.unsqueeze(-1))
-        return loss_C, grad_Cv.scatter_add_(-1, index_C1, -mine_C1.to(grad_Cv.dtype))
+        grad_tv = exp_tv.div_(z_t.unsqueeze(-1))
+        return loss_t, grad_tv.scatter_add_(-1, index_t1, -mine_t1.to(grad_tv.dtype))
 
     return softmax_loss
 
