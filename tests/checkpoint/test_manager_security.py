@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint.metadata as dcp_metadata
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from deepseek.checkpoint import metadata as module
@@ -89,7 +90,7 @@ NAMES = [
     "torch.distributed.checkpoint.metadata Metadata.__init__.__globals__",
     "torch.distributed.checkpoint.filesystem FileSystem",
     "torch Size.__new__",
-    "deepseek.checkpoint.metadata _Record",
+    "deepseek.checkpoint.metadata _Unused",
 ]
 
 
@@ -109,14 +110,15 @@ def test_persistent_object(path: Path) -> None:
     assert "it asks to load the persistent object 'file'" in refusal(path)
 
 
-@pytest.mark.parametrize("stand_in", ["TensorStorageMetadata", "StorageMeta", "Metadata"])
-def test_a_class_cannot_be_altered(path: Path, stand_in: str) -> None:
+@pytest.mark.parametrize("name", ["TensorStorageMetadata", "StorageMeta", "Metadata"])
+def test_a_class_cannot_be_altered(path: Path, name: str) -> None:
     """BUILD on the class itself instead of an instance would set its attributes for all."""
-    before = {name: dict(vars(kind)) for name, kind in vars(module).items() if "Record" in name}
-    owner = f"ctorch.distributed.checkpoint.metadata\n{stand_in}\n".encode()
+    kinds = [getattr(dcp_metadata, name), *module._CLASSES.values()]
+    before = [dict(vars(kind)) for kind in kinds]
+    owner = f"c{dcp_metadata.__name__}\n{name}\n".encode()
     forge(path, owner + b"(N}V__setstate__\nI1\nstb.")
     assert "not the metadata of a checkpoint" in refusal(path)
-    assert before == {n: dict(vars(k)) for n, k in vars(module).items() if "Record" in n}
+    assert before == [dict(vars(kind)) for kind in kinds]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +133,7 @@ def test_a_class_cannot_be_altered(path: Path, stand_in: str) -> None:
         pickle.dumps({"state_dict_metadata": {}}),
         pickle.dumps(Metadata({}, storage_data=None)),
         pickle.dumps(Metadata({"a": BytesStorageMetadata()}, storage_data={})),
+        pickle.dumps(Metadata({"a": BytesStorageMetadata()}, storage_data={}))[:-20],
     ],
 )
 def test_what_is_no_metadata(path: Path, content: bytes) -> None:
@@ -142,71 +145,59 @@ def storage(metadata: Metadata, name: str) -> Any:
     return next(info for index, info in metadata.storage_data.items() if index.fqn == name)
 
 
-def outside(metadata: Metadata) -> None:
-    storage(metadata, "a").relative_path = "../../outside"
+def of_a(**changes: object) -> Callable[[Metadata], None]:
+    """Sets attributes of the tensor ``a``, of its only chunk, or of where that lies."""
+
+    def change(metadata: Metadata) -> None:
+        entry: Any = metadata.state_dict_metadata["a"]
+        for name, value in changes.items():
+            owners = (storage(metadata, "a"), entry.chunks and entry.chunks[0], entry)
+            setattr(next(owner for owner in owners if hasattr(owner, name)), name, value)
+
+    return change
 
 
-def beyond(metadata: Metadata) -> None:
-    storage(metadata, "a").length = 10**9
+def named(name: object, value: object) -> Callable[[Metadata], None]:
+    def change(metadata: Metadata) -> None:
+        entry = metadata.state_dict_metadata["a"] if value == "a" else value
+        metadata.state_dict_metadata[name] = entry  # type: ignore
 
-
-def negative(metadata: Metadata) -> None:
-    storage(metadata, "a").offset = -1
-
-
-def extension(metadata: Metadata) -> None:
-    storage(metadata, "a").transform_descriptors = ["stream.zstd"]
-
-
-def half(metadata: Metadata) -> None:
-    metadata.state_dict_metadata["a"].chunks[0].sizes = torch.Size([1, 3])  # type: ignore[union-attr]
-
-
-def shifted(metadata: Metadata) -> None:
-    metadata.state_dict_metadata["a"].chunks[0].offsets = torch.Size([1, 0])  # type: ignore[union-attr]
+    return change
 
 
 def nowhere(metadata: Metadata) -> None:
     metadata.storage_data = {i: v for i, v in metadata.storage_data.items() if i.fqn != "a"}
 
 
-def no_chunks(metadata: Metadata) -> None:
-    metadata.state_dict_metadata["a"].chunks = None  # type: ignore
-
-
-def no_dtype(metadata: Metadata) -> None:
-    metadata.state_dict_metadata["a"].properties = None  # type: ignore
-
-
-def odd_shape(metadata: Metadata) -> None:
-    metadata.state_dict_metadata["a"].size = (2, 1.5)  # type: ignore
-
-
-def odd_name(metadata: Metadata) -> None:
-    metadata.state_dict_metadata[7] = metadata.state_dict_metadata["a"]  # type: ignore
-
-
-def no_record(metadata: Metadata) -> None:
-    metadata.state_dict_metadata["a"] = 3  # type: ignore
+HUGE = torch.Size([10**9, 10**9])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (outside, "a: is said to lie in '../../outside', which is not in the manifest"),
-        (beyond, "over 1000000000 bytes of __0_0.distcp, which has"),
-        (negative, "a: is said to lie at -1 over"),
-        (extension, "a: is stored by an extension of DCP"),
-        (half, "a: 1 pieces hold 3 of 6 numbers"),
-        (shifted, "a: a piece of shape (2, 3) at (1, 0) does not fit into (2, 3)"),
-        (nowhere, "a: the piece at (0, 0) is in no file"),
-        (no_chunks, "a: has no list of pieces"),
-        (no_dtype, "a: has no dtype"),
-        (odd_shape, "a: (2, 1.5) is not a shape"),
-        (odd_name, "a tensor's name is 7"),
-        (no_record, "a: holds something other than tensors"),
+        (of_a(relative_path="../../outside"), "files are missing, such as ../../outside"),
+        (of_a(relative_path=7), "files are missing, such as 7"),
+        (of_a(length=10**9), "__0_0.distcp is cut short: it has"),
+        (of_a(offset=-1), "at -1 of '__0_0.distcp'"),
+        (of_a(length=True), "True bytes at"),
+        (of_a(transform_descriptors=["stream.zstd"]), "a is stored by an extension of DCP"),
+        (of_a(sizes=torch.Size([1, 3])), "a: 1 chunks hold 3 of 6 numbers"),
+        (of_a(sizes=HUGE, size=HUGE), "a: the chunk at (0, 0) is in no file"),
+        (of_a(sizes=torch.Size([-2, -3])), "a: a chunk of shape (-2, -3) at (0, 0) does not fit"),
+        (
+            of_a(offsets=torch.Size([1, 0])),
+            "a: a chunk of shape (2, 3) at (1, 0) does not fit into (2, 3)",
+        ),
+        (nowhere, "a: the chunk at (0, 0) is in no file"),
+        (of_a(chunks=[]), "a: 0 chunks hold 0 of 6 numbers"),
+        (of_a(chunks=None), "not the metadata of a checkpoint"),
+        (of_a(properties=None), "not the metadata of a checkpoint"),
+        (of_a(size=(2, 1.5)), "not the metadata of a checkpoint"),
+        (named(7, "a"), "the name of a tensor is 7"),
+        (named("a", 3), "not the metadata of a checkpoint"),
+        (named("c", BytesStorageMetadata()), "c is in no file"),
+        (named("a", BytesStorageMetadata()), "a is no tensor, which no checkpoint holds here"),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_metadata_that_misleads(
     path: Path, change: Callable[[Metadata], None], message: str
