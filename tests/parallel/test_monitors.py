@@ -70,7 +70,7 @@ def brute_force(case: Case) -> Iterator[tuple[list[np.ndarray], list[float]]]:
             with torch.no_grad():
                 routing = moe.gate(args[0].flatten(0, 1))
             bias = 0 if moe.gate.bias is None else moe.gate.bias
-            real = args[1].real_BS.flatten()
+            real = args[1].flatten()
             chosen.setdefault(row, []).append(
                 (routing.expert_ids_TK[real], (routing.scores_TE + bias)[real], routing.scores_TE)
             )

@@ -236,7 +236,7 @@ class RouterMargin:
 
     def _note_padding(self, module: MoE, args: Any) -> None:
         if self._due:
-            real_BS = args[1].real_BS
+            real_BS = args[1]
             self._real_T = None if real_BS is None else real_BS.flatten()
 
     @torch.no_grad()
