@@ -253,7 +253,7 @@ def test_the_result_is_an_omegaconf_config_of_the_schema() -> None:
 
 def test_reading_a_configuration_needs_no_torch() -> None:
     code = (
-        "import sys, deepseek.config, deepseek.commands.validate_tables;"
+        "import sys, deepseek.config, deepseek.commands.validate;"
         "deepseek.config.load_config('deepseek_v3_671b');"
         "print(sorted({'torch', 'lightning', 'pytorch_lightning', 'nemo'} & set(sys.modules)))"
     )

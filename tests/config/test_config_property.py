@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 
 from deepseek.config import ConfigError, RunConfig, check, load_config, resolved_yaml
 from deepseek.config.fields import FIELDS
-from deepseek.config.layout import Layout, split_layers, stages_of_rank
-from deepseek.config.placement import kept_shape, stage_weights
+from deepseek.config.layout import Layout, kept_shape, split_layers, stages_of_rank
 from deepseek.config.strict_yaml import read_yaml
+from deepseek.config.weights import model_weights
 
 SCHEDULES = [
     "GPipe",
@@ -130,11 +130,11 @@ def assert_consistent(run: RunConfig) -> None:
     assert sorted(stage for stages in held for stage in stages) == list(range(len(parts)))
     assert len({len(stages) for stages in held}) == 1
     for part in parts:
-        for name, weight in stage_weights(model, part):
+        for weight in model_weights(model, *part):
             divided = weight.divided(layout.tp, layout.ep)
             ways = layout.ep if weight.routed else layout.tp if weight.tp_dim is not None else 1
-            assert math.prod(divided) * ways == math.prod(weight.shape), name
-            assert min(kept_shape(weight, layout)) >= 1, name
+            assert math.prod(divided) * ways == math.prod(weight.shape), weight
+            assert min(kept_shape(weight, layout)) >= 1, weight
 
 
 @settings(max_examples=60)

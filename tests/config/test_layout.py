@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,10 @@ from deepseek.config.layout import (
     Layout,
     Place,
     StageParts,
-    _balanced,
+    axes,
+    balanced_sizes,
+    data_parallel_size,
+    data_shards,
     last_stage_cost,
     layer_costs,
     num_stages,
@@ -24,7 +28,7 @@ from deepseek.config.layout import (
     stage_rank,
     stages_of_rank,
 )
-from deepseek.config.schema import ModelConfig, RunConfig, TrainerConfig
+from deepseek.config.schema import DataConfig, ModelConfig, RunConfig, TrainerConfig
 
 LAYOUTS = [
     Layout(pp, replicate, shard, tp, ep)
@@ -34,30 +38,55 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_places_are_those_of_two_reshaped_ranges(layout: Layout) -> None:
-    ranks = np.arange(layout.world_size)
-    dense = ranks.reshape(layout.dense_sizes)
-    sparse = ranks.reshape(layout.sparse_sizes)
-    for rank in ranks:
-        place = layout.place(int(rank))
-        (in_dense,) = np.argwhere(dense == rank).tolist()
-        (in_sparse,) = np.argwhere(sparse == rank).tolist()
-        assert [getattr(place, axis) for axis in DENSE_AXES] == in_dense
-        assert [getattr(place, axis) for axis in SPARSE_AXES] == in_sparse
-    assert len({layout.place(int(rank)) for rank in ranks}) == layout.world_size
+def test_places_are_those_of_two_reshaped_ranges() -> None:
+    for layout in LAYOUTS:
+        ranks = np.arange(layout.world_size)
+        dense = ranks.reshape(layout.dense_sizes)
+        sparse = ranks.reshape(layout.sparse_sizes)
+        places = [layout.place(int(rank)) for rank in ranks]
+        for rank, place in enumerate(places):
+            (in_dense,) = np.argwhere(dense == rank).tolist()
+            (in_sparse,) = np.argwhere(sparse == rank).tolist()
+            assert [getattr(place, axis) for axis in DENSE_AXES] == in_dense, layout
+            assert [getattr(place, axis) for axis in SPARSE_AXES] == in_sparse, layout
+        assert len(set(places)) == layout.world_size, layout
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_ep_groups_are_neighbours_of_one_stage_and_replica(layout: Layout) -> None:
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for rank in range(layout.world_size):
-        place = layout.place(rank)
-        groups.setdefault((place.pp, place.dp_replicate, place.edp), []).append(rank)
-    for members in groups.values():
-        assert members == list(range(members[0], members[0] + layout.ep))
-        assert [layout.place(rank).ep for rank in members] == list(range(layout.ep))
-    assert len(groups) * layout.ep == layout.world_size
+def test_ep_groups_are_neighbours_of_one_stage_and_replica() -> None:
+    for layout in LAYOUTS:
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(layout.world_size):
+            place = layout.place(rank)
+            groups.setdefault((place.pp, place.dp_replicate, place.edp), []).append(rank)
+        for members in groups.values():
+            assert members == list(range(members[0], members[0] + layout.ep)), layout
+            assert [layout.place(rank).ep for rank in members] == list(range(layout.ep)), layout
+        assert len(groups) * layout.ep == layout.world_size, layout
+
+
+def test_groups_of_an_axis_are_the_ranks_that_differ_in_it_alone() -> None:
+    fields = {
+        "PP": ("pp", DENSE_AXES),
+        "replicas": ("dp_replicate", DENSE_AXES),
+        "data shards": ("dp_shard", DENSE_AXES),
+        "TP": ("tp", DENSE_AXES),
+        "EP": ("ep", SPARSE_AXES),
+        "expert shards": ("edp", SPARSE_AXES),
+    }
+    for layout in LAYOUTS:
+        world = layout.world_size
+        for axis in axes(layout):
+            field, view = fields[axis.name]
+            groups: dict[tuple[int, ...], list[int]] = {}
+            for rank in range(world):
+                place = layout.place(rank)
+                others = tuple(getattr(place, name) for name in view if name != field)
+                groups.setdefault(others, []).append(rank)
+            found = [list(group) for group in axis.groups(world)]
+            assert sorted(found) == sorted(groups.values()), (layout, axis)
+            for node in (n for n in range(1, world + 1) if world % n == 0):
+                crosses = any(len({rank // node for rank in group}) > 1 for group in found)
+                assert axis.crosses_nodes(world, node) == crosses, (layout, axis, node)
 
 
 def test_a_layout_by_hand() -> None:
@@ -87,6 +116,10 @@ def test_what_is_left_over_shards_the_data() -> None:
     assert Layout.of(model, 32) == Layout(pp=2, dp_replicate=2, dp_shard=4, tp=2, ep=4)
     run = RunConfig(trainer=TrainerConfig(devices=8, num_nodes=4), model=model)
     assert Layout.of_run(run) == Layout.of(model, 32)
+    assert (data_parallel_size(model, 32), data_shards(model, 32)) == (8, 4)
+    assert (data_shards(model, 32, tp=1), data_shards(model, 32, tp=16)) == (8, None)
+    assert (data_parallel_size(model, 20), data_shards(model, 20)) == (5, None)
+    assert data_parallel_size(model, 6) is None
 
 
 # -- stages --
@@ -166,13 +199,13 @@ def test_the_split_is_the_best_of_all(costs: list[int], last: int, data: st.Data
         work = sums(costs, last, sizes)
         return max(work), sum(w * w for w in work), sizes
 
-    assert _balanced(costs, last, stages) == min(splits(len(costs), stages), key=rank)
+    assert balanced_sizes(costs, last, stages) == min(splits(len(costs), stages), key=rank)
 
 
 def test_equal_layers_without_a_head_are_shared_evenly() -> None:
-    assert _balanced([5] * 12, 0, 4) == [3, 3, 3, 3]
-    assert _balanced([5] * 10, 0, 4) == [2, 2, 3, 3]
-    assert _balanced([5] * 4, 100, 4) == [1, 1, 1, 1]
+    assert balanced_sizes([5] * 12, 0, 4) == [3, 3, 3, 3]
+    assert balanced_sizes([5] * 10, 0, 4) == [2, 2, 3, 3]
+    assert balanced_sizes([5] * 4, 100, 4) == [1, 1, 1, 1]
 
 
 def test_costs_are_the_products_of_a_token() -> None:
@@ -194,13 +227,13 @@ def test_costs_are_the_products_of_a_token() -> None:
         first_k_dense_replace=1,
         num_nextn_predict_layers=1,
         vocab_size=11,
+        data=DataConfig(seq_length=6),
     )
-    model.data.seq_length = 6
     projections = 2 * 5 * 4 + (2 + 2) * 4 + 2 * 6 * 2 + 4 * 6 + 2  # wq, wkv_a, wkv_b, wo, norm
     attention = projections + 6 * 2 * (5 + 3) // 2
     dense, moe = 3 * 4 * 7, 3 * 3 * 4 * 5
     assert layer_costs(model) == [attention + dense, attention + moe]
     head = 11 * 4
     assert last_stage_cost(model) == head + head + 2 * 4 * 4 + attention + moe
-    model.first_k_dense_replace = 2  # the block of an MTP module holds experts all the same
-    assert last_stage_cost(model) == head + head + 2 * 4 * 4 + attention + moe
+    dense_only = replace(model, first_k_dense_replace=2)  # an MTP module has experts all the same
+    assert last_stage_cost(dense_only) == head + head + 2 * 4 * 4 + attention + moe

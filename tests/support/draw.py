@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
 
-from deepseek.config.layout_rules import INTERLEAVED_SCHEDULES, V_SCHEDULES
+from deepseek.config.layout import INTERLEAVED_SCHEDULES, V_SCHEDULES
 from deepseek.config.schema import DataConfig, ModelConfig, OptimConfig, RopeScaling, SchedConfig
 from support.layouts import Case, small_config
 

@@ -4,17 +4,41 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from omegaconf import OmegaConf
 
-from deepseek.commands.validate_tables import validate_report
 from deepseek.config import RunConfig, UserError, load_config
+from deepseek.config.cost import (
+    count_parameters,
+    flops_per_token,
+    gathered_bytes,
+    kv_cache_bytes_per_token,
+    rank_memory,
+    reshards,
+    state_memory,
+)
+from deepseek.config.layout import (
+    Layout,
+    axes,
+    data_parallel_size,
+    kept_shape,
+    last_stage_cost,
+    layer_costs,
+    num_stages,
+    split_layers,
+    stage_rank,
+    world_size,
+)
 from deepseek.config.load import unchecked_value
-from deepseek.config.placement import placement_notes, placement_tables
+from deepseek.config.schema import ModelConfig
+from deepseek.config.weights import weight_kinds
 from deepseek.console import say, table
 
 USUAL_NODE = 8
 """Processes of a node where the configuration names none: GPUs of a usual server."""
+MOST_ROWS = 16
+"""Longer tables are cut in the middle."""
 
 
 def validate(config: str, overrides: Sequence[str] = (), world: int | None = None) -> None:
@@ -35,7 +59,7 @@ def validate(config: str, overrides: Sequence[str] = (), world: int | None = Non
     run = OmegaConf.to_object(cfg)
     assert isinstance(run, RunConfig)
     table(f"{config} is sound", ("what", "value"), validate_report(run))
-    if run.trainer.devices * run.trainer.num_nodes > 1:
+    if world_size(run) > 1:
         for title, columns, rows in placement_tables(run):
             table(title, columns, rows)
         for note in placement_notes(run):
@@ -63,3 +87,264 @@ def _cluster(config: str, overrides: Sequence[str], world: int) -> list[str]:
         )
     say(f"for {world} processes: trainer.num_nodes={world // node} of trainer.devices={node}")
     return [f"trainer.devices={node}", f"trainer.num_nodes={world // node}"]
+
+
+# -- one model --
+
+
+def validate_report(cfg: RunConfig) -> list[tuple[str, str]]:
+    """Rows (what, value) of a configuration that ``check`` found sound."""
+    model, trainer = cfg.model, cfg.trainer
+    counts = count_parameters(model)
+    memory = state_memory(model, model.optim.name)
+    with_mtp = model.num_nextn_predict_layers > 0
+    length = model.data.seq_length
+    flops = flops_per_token(model, length, with_mtp)
+    ranks = world_size(cfg)
+    dp = data_parallel_size(model, ranks)
+    assert dp is not None, "config/layout_rules.py lets this layout through"
+    micro_batches = model.global_batch_size // (model.micro_batch_size * dp)
+    tokens_per_step = model.global_batch_size * length
+    total_tokens = tokens_per_step * trainer.max_steps
+    number_bytes = 4 if str(trainer.precision).startswith("32") else 2
+    cache = kv_cache_bytes_per_token(model, number_bytes)
+
+    rows = [
+        ("parameters", f"{_short(counts.total)} ({counts.total:,})"),
+        (
+            "active per token",
+            f"{_short(counts.active)} ({counts.active:,}), "
+            f"{_short(counts.active_without_embedding)} without the input embedding",
+        ),
+    ]
+    if with_mtp:
+        modules = model.num_nextn_predict_layers
+        noun = "MTP module" if modules == 1 else "MTP modules"
+        rows.append((f"{modules} {noun}", f"{_short(counts.mtp)} ({counts.mtp:,})"))
+    if counts.adapters is not None:
+        rows.append(
+            (
+                "trained by LoRA",
+                f"{_short(counts.adapters)} ({counts.adapters:,}), "
+                f"{counts.adapters / counts.stored:.2%} of the weights, which are frozen",
+            )
+        )
+    rows += [
+        (
+            "FLOPs per token",
+            f"{_flops(flops)} in training (causal, at {length:,} tokens"
+            + (", with MTP)" if with_mtp else ")"),
+        ),
+        ("weights", f"{size_text(memory.weights)} (fp32)"),
+        ("gradients", f"{size_text(memory.gradients)} (fp32)"),
+        ("optimiser states", f"{size_text(memory.optimizer)} ({model.optim.name}, fp32)"),
+        (
+            "states together",
+            f"{size_text(memory.total)}, without activations"
+            + (f", over {ranks:,} processes" if ranks > 1 else ""),
+        ),
+        ("KV cache per token", f"{cache:,} bytes ({'fp32' if number_bytes == 4 else 'bf16'})"),
+        (
+            "tokens per step",
+            f"{tokens_per_step:,} ({model.global_batch_size:,} sequences x {length:,}, in "
+            f"{micro_batches:,} micro-batches of {model.micro_batch_size:,}"
+            + (" per rank)" if ranks > 1 else ")"),
+        ),
+        ("tokens of the run", f"{_short(total_tokens)} ({trainer.max_steps:,} steps)"),
+        ("FLOPs of the run", f"{flops * total_tokens:.3g}"),
+    ]
+    return rows
+
+
+# -- where it lies in a layout --
+
+
+class Table(NamedTuple):
+    """One table."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+def placement_tables(run: RunConfig) -> list[Table]:
+    """The layout of a sound configuration of more than one process."""
+    model, layout = run.model, Layout.of_run(run)
+    tables = [_groups(layout, run.trainer.devices)]
+    if layout.pp > 1:
+        tables.append(_stages(model, layout))
+    if layout.ep > 1:
+        tables.append(_experts(model, layout))
+    return [*tables, _weights(model, layout), _memory(model, layout, run.model.optim.name)]
+
+
+def placement_notes(run: RunConfig) -> list[str]:
+    """What is sound and yet costs: groups of much traffic that no node holds together."""
+    layout, node = Layout.of_run(run), run.trainer.devices
+    notes = []
+    for axis in axes(layout):
+        if axis.name in ("TP", "EP") and axis.crosses_nodes(layout.world_size, node):
+            what = "activations of every layer" if axis.name == "TP" else "tokens of every layer"
+            rule = (
+                f"is wider than a node of {node}"
+                if axis.size > node
+                else f"does not divide a node of {node}"
+            )
+            notes.append(f"{axis.name} {axis.size} {rule}: {what} travel between nodes")
+    return notes
+
+
+def _groups(layout: Layout, node: int) -> Table:
+    rows = [
+        (
+            axis.name,
+            f"{axis.size:,}",
+            f"{layout.world_size // axis.size:,}",
+            ranks_text(range(0, axis.size * axis.stride, axis.stride)),
+            "yes" if axis.crosses_nodes(layout.world_size, node) else "no",
+        )
+        for axis in axes(layout)
+        if axis.size > 1
+    ]
+    nodes = -(-layout.world_size // node)
+    title = f"{layout.world_size:,} ranks on {_count(nodes, 'node')} of {node:,}"
+    return Table(title, ("axis", "ranks in a group", "groups", "first group", "cross nodes"), rows)
+
+
+def _stages(model: ModelConfig, layout: Layout) -> Table:
+    parts, costs = split_layers(model), layer_costs(model)
+    sums = [sum(costs[i] for i in part.layers) for part in parts]
+    sums[-1] += last_stage_cost(model)
+    rows = []
+    for stage, part in enumerate(parts):
+        holder = stage_rank(model, stage)
+        dense = sum(not model.is_moe_layer(layer) for layer in part.layers)
+        kinds = [_count(dense, "dense"), _count(len(part.layers) - dense, "MoE")]
+        more = ["embedding"] if part.first else []
+        if part.last:
+            more += ["norm", "head"]
+            more += ["MTP", "a copy of the embedding"] if model.num_nextn_predict_layers else []
+        first = holder * layout.stage_ranks
+        rows.append(
+            (
+                str(stage),
+                f"{ranks_text(part.layers)} ({', '.join(k for k in kinds if k[0] != '0')})",
+                ", ".join(more),
+                f"{ranks_text(range(first, first + layout.stage_ranks))} (PP {holder})",
+                f"{100 * sums[stage] / max(sums):.0f} %",
+            )
+        )
+    title = f"{num_stages(model)} pipeline stages ({model.pipeline_schedule})"
+    columns = ("stage", "layers", "with", "ranks", "work of the costliest")
+    return Table(title, columns, _shortened(rows))
+
+
+def _experts(model: ModelConfig, layout: Layout) -> Table:
+    each = model.n_routed_experts // layout.ep
+    rows = [
+        (
+            ranks_text(range(ep * each, (ep + 1) * each)),
+            str(ep),
+            ranks_text(range(ep, layout.world_size, layout.ep)),
+        )
+        for ep in range(layout.ep)
+    ]
+    title = "experts of the MoE layers, on the ranks that hold the layer"
+    return Table(title, ("experts", "EP rank", "ranks"), _shortened(rows))
+
+
+def _weights(model: ModelConfig, layout: Layout) -> Table:
+    """One weight of each kind; norms and biases are left out."""
+    rows = [
+        (
+            weight.name,
+            _shape(weight.shape),
+            _shape(weight.divided(layout.tp, layout.ep)),
+            _shape(kept_shape(weight, layout)),
+        )
+        for weight in weight_kinds(model)
+        if len(weight.shape) > 1
+    ]
+    columns = ("weight", "whole", "computed with on a rank", "kept on a rank")
+    title = (
+        f"shapes: TP {layout.tp} and EP {layout.ep} divide the work, {layout.dp_shard:,} data "
+        f"shards and {layout.edp:,} expert shards the memory"
+    )
+    return Table(title, columns, rows)
+
+
+def _memory(model: ModelConfig, layout: Layout, optimizer: str) -> Table:
+    ranks = [rank_memory(model, layout, pp, optimizer) for pp in range(layout.pp)]
+    rows = [
+        (
+            ranks_text(range(pp * layout.stage_ranks, (pp + 1) * layout.stage_ranks)),
+            f"{memory.parameters:,}",
+            size_text(memory.weights),
+            size_text(memory.gradients),
+            size_text(memory.optimizer),
+            size_text(memory.total),
+        )
+        for pp, memory in enumerate(ranks)
+    ]
+    most = max(ranks, key=lambda memory: memory.total)
+    size = size_text(most.total)
+    title = f"states of one rank, at most {size}, without activations and gathered weights"
+    if (layout.dp_shard > 1 or layout.edp > 1) and not reshards(model, layout):
+        title += f" (kept in a step: {size_text(gathered_bytes(model, layout))})"
+    columns = ("ranks", "parameters", "weights", "gradients", "optimiser", "together")
+    return Table(title, columns, _shortened(rows))
+
+
+# -- text --
+
+
+def _short(number: int) -> str:
+    """Two decimals and a unit, such as 671.03 B."""
+    for unit, factor in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
+        if number >= factor:
+            return f"{number / factor:,.2f} {unit}"
+    return f"{number:,}"
+
+
+def _flops(number: int) -> str:
+    """Two decimals and a unit, such as 249.81 GFLOP."""
+    for unit, factor in (("TFLOP", 10**12), ("GFLOP", 10**9)):
+        if number >= factor:
+            return f"{number / factor:,.2f} {unit}"
+    return f"{number / 10**6:,.2f} MFLOP"
+
+
+def size_text(count: int) -> str:
+    """Bytes in a binary unit, such as 2.48 TiB."""
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
+        if count >= factor:
+            return f"{count / factor:,.2f} {unit}"
+    return f"{count / 2**10:,.2f} KiB"
+
+
+def ranks_text(numbers: range) -> str:
+    """``3``, ``0-15``, ``0, 8`` or ``0, 8, ..., 120``."""
+    if len(numbers) == 1:
+        return f"{numbers[0]}"
+    if numbers.step == 1:
+        return f"{numbers[0]}-{numbers[-1]}"
+    if len(numbers) <= 4:
+        return ", ".join(map(str, numbers))
+    return f"{numbers[0]}, {numbers[1]}, ..., {numbers[-1]}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if noun == 'node' and number != 1 else ''}"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _shortened(rows: Sequence[tuple[str, ...]]) -> Sequence[tuple[str, ...]]:
+    """The first and last rows of a long table."""
+    if len(rows) <= MOST_ROWS:
+        return rows
+    half = MOST_ROWS // 2
+    gap = (f"... {len(rows) - 2 * half} more", *[""] * (len(rows[0]) - 1))
+    return [*rows[:half], gap, *rows[-half:]]

@@ -15,11 +15,15 @@ feed-forward and of one expert, E experts of which a token takes K, V ids:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from deepseek.config.layout import Layout, kept_shape, split_layers, stages_of_rank
 from deepseek.config.schema import ModelConfig
-from deepseek.config.weights import Weight, block_weights
+from deepseek.config.weights import Weight, model_weights
+
+KEPT_BYTES = 1 << 30
+"""Gathered weights of less stay gathered for a whole step, if nobody says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +156,13 @@ def flops_per_token(
     of DeepSeek's and NVIDIA's published figures (V3 at 4096 tokens: 250 GFLOP).
 
     Args:
+        model: the sizes.
         seq_length: tokens that attention looks over.
         with_mtp: include the MTP modules, each with its own pass through the head.
         causal: count only the lower triangle of attention.
+
+    Returns:
+        FLOPs.
     """
     counts = count_parameters(model)
     attention = counts.attention_per_layer - model.kv_lora_rank - (model.q_lora_rank or 0)
@@ -189,6 +197,10 @@ def state_memory(model: ModelConfig, optimizer: str = "adamw") -> StateMemory:
     keeps fp32 weights, the master weights, as the only ones. AdamW holds two moments (16 bytes per
     parameter in all); Muon holds one momentum for hidden matrices (12 bytes) and AdamW's moments
     for embedding, head and norms. With adapters, they alone have gradients and moments.
+
+    Args:
+        model: the sizes.
+        optimizer: ``adamw`` or ``muon``.
     """
     counts = count_parameters(model)
     trained = counts.trained
@@ -206,16 +218,104 @@ def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_number: int = 2) -> i
     """Bytes that decoding caches for one token: latent and rotary key of every layer.
 
     V3 in bf16: 70272 (arXiv:2505.09343 table 1). MTP modules are not used in decoding.
+
+    Args:
+        model: the sizes.
+        bytes_per_number: 2 in bf16, 4 in fp32.
     """
     numbers = model.kv_lora_rank + model.qk_rope_head_dim
     return numbers * model.num_hidden_layers * bytes_per_number
 
 
-def _adapters(model: ModelConfig) -> Iterator[Weight]:
+# -- memory of one rank --
+
+
+class RankMemory(NamedTuple):
+    """States of one rank; of ranks that differ in the rest of a division, the largest."""
+
+    parameters: int
+    """Numbers."""
+    weights: int
+    """Bytes of fp32 weights and correction biases."""
+    gradients: int
+    """Bytes."""
+    optimizer: int
+    """Bytes."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all states."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def rank_memory(
+    model: ModelConfig, layout: Layout, pp_rank: int, optimizer: str = "adamw"
+) -> RankMemory:
+    """States of the ranks at one place of the pipeline, by the weights that they hold.
+
+    Args:
+        model: the sizes.
+        layout: divides each weight.
+        pp_rank: place in the pipeline.
+        optimizer: ``adamw`` or ``muon``; see ``state_memory``.
+
+    Returns:
+        Activations and gathered weights are not included.
+    """
+    parameters = trained = moments = biases = 0
+    for weight in _rank_weights(model, pp_rank):
+        if weight.buffer:
+            biases += math.prod(weight.shape)
+            continue
+        count = math.prod(kept_shape(weight, layout))
+        parameters += count
+        if model.peft is None or weight.adapter:
+            hidden = len(weight.shape) > 1 and weight.name.split(".")[0] in ("layers", "mtp")
+            trained += count
+            moments += count if optimizer == "muon" and hidden else 2 * count
+    return RankMemory(parameters, 4 * (parameters + biases), 4 * trained, 4 * moments)
+
+
+def gathered_bytes(model: ModelConfig, layout: Layout) -> int:
+    """Bytes of fp32 copies of weights that the fullest rank has while it computes.
+
+    Of experts that no other rank has a part of, there is none: it computes with what it keeps.
+    """
+    return max(
+        4
+        * sum(
+            math.prod(weight.divided(layout.tp, layout.ep))
+            for weight in _rank_weights(model, pp_rank)
+            if not weight.buffer and not (weight.routed and layout.keeps_experts)
+        )
+        for pp_rank in range(layout.pp)
+    )
+
+
+def reshards(model: ModelConfig, layout: Layout) -> bool:
+    """Whether FSDP drops gathered weights after the forward pass, to gather them once more.
+
+    As ``model.reshard_after_forward`` says; of itself only without a pipeline, and where they take
+    more than ``KEPT_BYTES``.
+    """
+    if model.reshard_after_forward is not None:
+        return model.reshard_after_forward
+    return layout.pp == 1 and gathered_bytes(model, layout) > KEPT_BYTES
+
+
+def _rank_weights(model: ModelConfig, pp_rank: int) -> list[Weight]:
+    """The weights of its stages, whole."""
+    parts = split_layers(model)
+    held = stages_of_rank(model, pp_rank)
+    return [weight for stage in held for weight in model_weights(model, *parts[stage])]
+
+
+# -- terms of the counts --
+
+
+def _adapters(model: ModelConfig) -> list[Weight]:
     """Both halves of every adapter."""
-    for layer in range(model.num_hidden_layers):
-        weights = block_weights(model, model.is_moe_layer(layer))
-        yield from (weight for weight in weights if weight.adapter)
+    return [weight for weight in model_weights(model) if weight.adapter]
 
 
 def _attention(model: ModelConfig) -> int:

@@ -12,20 +12,22 @@ from collections.abc import Callable, Iterator
 from deepseek.config.choices import divisors, listed
 from deepseek.config.errors import Problem
 from deepseek.config.fields import LEAVES
-from deepseek.config.schema import ModelConfig, RunConfig
-from deepseek.config.weights import Weight, block_weights, table_weight
-
-V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
-"""Schedules in which a rank holds two stages, and the first rank the first and the last stage."""
-INTERLEAVED_SCHEDULES = ("Interleaved1F1B", "InterleavedZeroBubble")
-"""Schedules in which a rank holds ``virtual_pipeline_model_parallel_size`` stages."""
-SPLIT_BACKWARD_SCHEDULES = ("InterleavedZeroBubble", *V_SCHEDULES)
-"""Schedules that compute the gradients of inputs and of weights apart."""
+from deepseek.config.layout import (
+    INTERLEAVED_SCHEDULES,
+    SPLIT_BACKWARD_SCHEDULES,
+    V_SCHEDULES,
+    data_parallel_size,
+    data_shards,
+    stages_per_rank,
+    world_size,
+)
+from deepseek.config.schema import RunConfig
+from deepseek.config.weights import Weight, has_experts, weight_kinds
 
 
 def processes(cfg: RunConfig) -> Iterator[Problem]:
     """The processes can be divided into tensor, pipeline and data parallel ranks."""
-    world = _world(cfg)
+    world = world_size(cfg)
     tp, pp = cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
     if world % (tp * pp):
         nodes = cfg.trainer.num_nodes
@@ -45,7 +47,7 @@ def tensor_parallel(cfg: RunConfig) -> Iterator[Problem]:
     tp, cut = cfg.model.tensor_model_parallel_size, _cut_by_tensor_ranks(cfg)
     uneven = [f"{what}={size}" for what, size in cut.items() if size % tp]
     if uneven:
-        world, pp = _world(cfg), cfg.model.pipeline_model_parallel_size
+        world, pp = world_size(cfg), cfg.model.pipeline_model_parallel_size
         ranks = world // pp if world % pp == 0 else 0
         yield Problem(
             "model.tensor_model_parallel_size",
@@ -111,13 +113,13 @@ def pipeline_stages(cfg: RunConfig) -> Iterator[Problem]:
         model.num_hidden_layers,
         model.pipeline_layers_per_stage,
     )
-    held = stages_per_rank(cfg)
+    held = stages_per_rank(model)
     if pp == 1 or held is None:
         return
     stages = pp * held
     times = f"x {held} stages a rank = {stages} stages " if held > 1 else ""
     if stages > layers:
-        world, tp = _world(cfg), model.tensor_model_parallel_size
+        world, tp = world_size(cfg), model.tensor_model_parallel_size
         ranks = world // tp if world % tp == 0 else pp
         fewer = [n for n in divisors(ranks) if n * held <= layers] or [1]
         yield Problem(
@@ -152,9 +154,9 @@ def pipeline_micro_batches(cfg: RunConfig) -> Iterator[Problem]:
     """A step has as many micro-batches as its schedule needs."""
     model = cfg.model
     pp, schedule = model.pipeline_model_parallel_size, model.pipeline_schedule
-    dp = data_parallel_size(cfg)
+    dp = data_parallel_size(cfg.model, world_size(cfg))
     whole, micro = model.global_batch_size, model.micro_batch_size
-    held = stages_per_rank(cfg)
+    held = stages_per_rank(model)
     if pp == 1 or held is None or pp * held > model.num_hidden_layers:
         return  # other rules speak of these
     if dp is None or whole % (micro * dp):
@@ -186,7 +188,7 @@ def expert_parallel(cfg: RunConfig) -> Iterator[Problem]:
     """Experts are shared out over ranks borrowed from data and tensor parallelism."""
     ep, experts = cfg.model.expert_model_parallel_size, cfg.model.n_routed_experts
     tp, replicas = cfg.model.tensor_model_parallel_size, cfg.model.data_parallel_replicate_size
-    dp = data_parallel_size(cfg)
+    dp = data_parallel_size(cfg.model, world_size(cfg))
     if dp is None:
         return
     if dp % replicas:
@@ -220,17 +222,17 @@ def data_parallel_shards(cfg: RunConfig) -> Iterator[Problem]:
     """
     model = cfg.model
     tp, ep = model.tensor_model_parallel_size, model.expert_model_parallel_size
-    shards = _shards(cfg, tp)
+    shards = data_shards(model, world_size(cfg))
     cuts = math.gcd(*_cut_by_tensor_ranks(cfg).values())
     if shards is None or shards * tp % ep or model.n_routed_experts % ep or cuts % tp:
         return  # other rules speak of these
-    stuck = [w for w in _weights(model) if not w.routed and w.shard_dim(tp, ep, shards) is None]
+    stuck = [w for w in weight_kinds(model) if not w.routed and w.shard_dim(tp, ep, shards) is None]
     if stuck:
         legal = [
             n
-            for n in divisors(math.gcd(cuts, _world(cfg) // model.pipeline_model_parallel_size))
-            for m in [_shards(cfg, n)]
-            if m and all(w.routed or w.shard_dim(n, ep, m) is not None for w in _weights(model))
+            for n in divisors(math.gcd(cuts, world_size(cfg) // model.pipeline_model_parallel_size))
+            for m in [data_shards(model, world_size(cfg), n)]
+            if m and all(w.routed or w.shard_dim(n, ep, m) is not None for w in weight_kinds(model))
         ]
         yield Problem(
             "model.tensor_model_parallel_size",
@@ -240,7 +242,7 @@ def data_parallel_shards(cfg: RunConfig) -> Iterator[Problem]:
             f"use {listed(legal, near=tp)}, or another model.data_parallel_replicate_size",
         )
     parts = shards * tp // ep
-    stuck = [w for w in _weights(model) if w.routed and w.shard_dim(tp, ep, parts) is None]
+    stuck = [w for w in weight_kinds(model) if w.routed and w.shard_dim(tp, ep, parts) is None]
     if stuck:
         legal = [
             n
@@ -260,7 +262,7 @@ def resharding(cfg: RunConfig) -> Iterator[Problem]:
     """Weights that are gathered can be kept or not, where there are any and no pipeline."""
     model, key = cfg.model, "model.reshard_after_forward"
     chosen, pp = model.reshard_after_forward, model.pipeline_model_parallel_size
-    shards = _shards(cfg, model.tensor_model_parallel_size)
+    shards = data_shards(model, world_size(cfg))
     if chosen is None or shards is None:
         return
     if chosen and pp > 1:
@@ -283,7 +285,7 @@ def resharding(cfg: RunConfig) -> Iterator[Problem]:
 def batch(cfg: RunConfig) -> Iterator[Problem]:
     """Every rank runs the same whole number of micro-batches in a step."""
     micro, whole = cfg.model.micro_batch_size, cfg.model.global_batch_size
-    dp = data_parallel_size(cfg)
+    dp = data_parallel_size(cfg.model, world_size(cfg))
     if dp is None or whole % (micro * dp) == 0:
         return
     step = micro * dp
@@ -303,10 +305,6 @@ def batch(cfg: RunConfig) -> Iterator[Problem]:
 # -- helpers --
 
 
-def _world(cfg: RunConfig) -> int:
-    return cfg.trainer.devices * cfg.trainer.num_nodes
-
-
 def _cut_by_tensor_ranks(cfg: RunConfig) -> dict[str, int]:
     """Sizes that tensor ranks divide among them, by the fields they come from."""
     model = cfg.model
@@ -317,51 +315,14 @@ def _cut_by_tensor_ranks(cfg: RunConfig) -> dict[str, int]:
     }
     if model.first_k_dense_replace > 0:
         cut["model.intermediate_size"] = model.intermediate_size
-    if _has_experts(model) and model.n_shared_experts > 0:
+    if has_experts(model) and model.n_shared_experts > 0:
         shared, hidden = model.n_shared_experts, model.moe_intermediate_size
         cut[f"model.n_shared_experts {shared} x moe_intermediate_size {hidden}"] = shared * hidden
     return cut
 
 
-def _has_experts(model: ModelConfig) -> bool:
-    """True if some block is no dense one; the block of an MTP module never is."""
-    return (
-        model.first_k_dense_replace < model.num_hidden_layers or model.num_nextn_predict_layers > 0
-    )
-
-
-def _weights(model: ModelConfig) -> list[Weight]:
-    """One of each kind."""
-    dense = block_weights(model, moe=False) if model.first_k_dense_replace > 0 else []
-    moe = block_weights(model, moe=True) if _has_experts(model) else []
-    return [table_weight("embed", model), *dense, *moe]
-
-
-def _shards(cfg: RunConfig, tp: int) -> int | None:
-    """Data-parallel ranks of one replica under this TP; None where there is no such layout."""
-    inside = tp * cfg.model.pipeline_model_parallel_size * cfg.model.data_parallel_replicate_size
-    return None if _world(cfg) % inside else _world(cfg) // inside
-
-
 def _parts(weight: Weight, tp: int, ep: int) -> str:
     return f"{list(weight.divided(tp, ep))} of {weight.name} {list(weight.shape)}"
-
-
-def stages_per_rank(cfg: RunConfig) -> int | None:
-    """Stages of a pipeline rank; None where schedule and virtual size contradict each other."""
-    schedule, virtual = cfg.model.pipeline_schedule, cfg.model.virtual_pipeline_model_parallel_size
-    if schedule in INTERLEAVED_SCHEDULES:
-        return virtual if virtual > 1 else None
-    if virtual > 1:
-        return None
-    return 2 if schedule in V_SCHEDULES else 1
-
-
-def data_parallel_size(cfg: RunConfig) -> int | None:
-    """Ranks with batches of their own; None where ``processes`` finds a problem."""
-    world = _world(cfg)
-    inside = cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size
-    return None if world % inside else world // inside
 
 
 def _data_parallel_sum(cfg: RunConfig, size: int) -> str:

@@ -1,31 +1,18 @@
-"""Which matrices get adapters, and the rules of ``model.peft``."""
+"""The rules of ``model.peft``: adapters have something to be on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from deepseek.config.errors import Problem
 from deepseek.config.foreign_names import nearest
-from deepseek.config.schema import ModelConfig, RunConfig
+from deepseek.config.schema import RunConfig
+from deepseek.config.weights import LORA_GROUPS, LORA_HF_NAMES, model_weights
 
-GROUPS: dict[str, tuple[str, ...]] = {
-    "attention": ("wq", "wq_a", "wq_b", "wkv_a", "wkv_b", "wo"),
-    "feed_forward": ("w1", "w2", "w3"),
-    "experts": ("experts.w1", "experts.w2", "experts.w3"),
-}
-"""Names in ``target_modules`` that stand for several matrices."""
-_MATRICES = tuple(name for group in GROUPS.values() for name in group)
-# What Hugging Face, Megatron and NeMo call them.
+_MATRICES = tuple(name for group in LORA_GROUPS.values() for name in group)
 _OTHER_NAMES = {
-    "q_proj": "wq",
-    "q_a_proj": "wq_a",
-    "q_b_proj": "wq_b",
-    "kv_a_proj_with_mqa": "wkv_a",
-    "kv_b_proj": "wkv_b",
-    "o_proj": "wo",
-    "gate_proj": "w1",
-    "up_proj": "w3",
-    "down_proj": "w2",
+    **LORA_HF_NAMES,
+    # of transformers 5, Megatron, NeMo and peft
     "gate_up_proj": "experts.w1 and experts.w3",
     "linear_qkv": "attention",
     "linear_proj": "wo",
@@ -42,22 +29,6 @@ _OTHER_NAMES = {
 }
 
 
-def targeted(target_modules: Sequence[str]) -> set[str]:
-    """The matrices that ``target_modules`` names, groups resolved."""
-    return {matrix for name in target_modules for matrix in GROUPS.get(name, (name,))}
-
-
-def matrices_of(model: ModelConfig) -> set[str]:
-    """The matrices that the blocks of ``model`` have, MTP modules not counted."""
-    found = {"wkv_a", "wkv_b", "wo"}
-    found |= {"wq"} if model.q_lora_rank is None else {"wq_a", "wq_b"}
-    if model.first_k_dense_replace > 0 or model.n_shared_experts > 0:
-        found |= set(GROUPS["feed_forward"])
-    if model.num_moe_layers > 0:
-        found |= set(GROUPS["experts"])
-    return found
-
-
 def adapters(cfg: RunConfig) -> Iterator[Problem]:
     """Adapters have something to be on, and nothing below them moves."""
     peft = cfg.model.peft
@@ -65,14 +36,14 @@ def adapters(cfg: RunConfig) -> Iterator[Problem]:
         return
     names = list(peft.target_modules)
     key = "model.peft.target_modules"
-    options = [*GROUPS, *_MATRICES]
+    options = [*LORA_GROUPS, *_MATRICES]
     unknown = [name for name in names if name not in options]
     for name in unknown:
         meant = _OTHER_NAMES.get(name) or nearest(name, options, cutoff=0.5)
-        way_out = f"use {meant}" if meant else f"use {', '.join(GROUPS)}"
+        way_out = f"use {meant}" if meant else f"use {', '.join(LORA_GROUPS)}"
         yield Problem(key, names, f"there is no matrix {name}", way_out)
     if not names:
-        yield Problem(key, names, "would train nothing", f"use [{', '.join(GROUPS)}]")
+        yield Problem(key, names, "would train nothing", f"use [{', '.join(LORA_GROUPS)}]")
     if cfg.model.restore_from is None:
         yield Problem(
             "model.restore_from",
@@ -95,9 +66,9 @@ def adapters(cfg: RunConfig) -> Iterator[Problem]:
             "a .nemo file holds whole models, and model.peft trains adapters",
             "use false; after the run `deepseek lora merge` and `deepseek nemo export` write one",
         )
-    has = matrices_of(cfg.model)
+    has = {weight.lora for weight in model_weights(cfg.model)}
     for name in names:
-        if name not in unknown and has.isdisjoint(GROUPS.get(name, (name,))):
+        if name not in unknown and has.isdisjoint(LORA_GROUPS.get(name, (name,))):
             yield Problem(
                 key,
                 names,

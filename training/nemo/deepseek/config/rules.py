@@ -1,7 +1,7 @@
 """The rules a configuration must obey, each with its numbers and a way out.
 
 What one field may hold (``ranges.py``) is checked first, then the rules between fields (here,
-``parallel_rules.py`` for layouts, ``paths.py`` for files, ``monitor_rules.py`` for what is
+``layout_rules.py`` for layouts, ``paths.py`` for files, ``monitor_rules.py`` for what is
 recorded). A rule that reads a field already found wrong is not applied, so that one mistake gives
 one problem.
 """

@@ -1,34 +1,134 @@
-"""Every weight of the model by its name: its shape, and how a layout divides it.
+"""The one table of weights: shape, what TP divides, LoRA target, Hugging Face name.
 
-Dims: D model, N heads, Rq and C latents of query and key-value, I and F hidden widths of a dense
-feed-forward and of one expert, E experts, V vocabulary, r rank of adapters.
+Whoever needs one of these facts takes it from here: the arithmetic of ``layout.py`` and
+``cost.py``, tensor parallelism, LoRA, and everything that reads or writes Hugging Face names. The
+modules that hold the weights (``models/components``) state their shapes a second time; tests
+compare the two.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from deepseek.config.peft_rules import targeted
 from deepseek.config.schema import ModelConfig
+
+
+class _Row(NamedTuple):
+    name: str
+    dims: str
+    """Of the whole weight, one letter a dim; see ``_sizes``. A stack of experts has three."""
+    tp_dim: int | None
+    """The dim that TP divides; None: every TP rank has all of it."""
+    lora: str | None
+    """The group of ``model.peft.target_modules`` that it belongs to; None: it gets no adapter."""
+    hf_name: str
+    """``{e}`` stands for the expert: with us experts are stacked, with them they lie one by one."""
+
+
+_ATTN, _FFN, _EXPERTS = "attention", "feed_forward", "experts"
+
+# Below ``layers.{i}.`` or ``mtp.{k}.block.`` with us, below ``model.layers.{i}.`` with them. The
+# rows of one block are those whose dims it has, ``attn.wq`` only where queries have no latent.
+_BLOCK = (
+    _Row("attn_norm.weight", "D", None, None, "input_layernorm.weight"),
+    _Row("attn.wq.weight", "QD", 0, _ATTN, "self_attn.q_proj.weight"),
+    _Row("attn.wq_a.weight", "RD", None, _ATTN, "self_attn.q_a_proj.weight"),
+    _Row("attn.q_norm.weight", "R", None, None, "self_attn.q_a_layernorm.weight"),
+    _Row("attn.wq_b.weight", "QR", 0, _ATTN, "self_attn.q_b_proj.weight"),
+    _Row("attn.wkv_a.weight", "LD", None, _ATTN, "self_attn.kv_a_proj_with_mqa.weight"),
+    _Row("attn.kv_norm.weight", "C", None, None, "self_attn.kv_a_layernorm.weight"),
+    _Row("attn.wkv_b.weight", "KC", 0, _ATTN, "self_attn.kv_b_proj.weight"),
+    _Row("attn.wo.weight", "DO", 1, _ATTN, "self_attn.o_proj.weight"),
+    _Row("ffn_norm.weight", "D", None, None, "post_attention_layernorm.weight"),
+    _Row("ffn.w1.weight", "ID", 0, _FFN, "mlp.gate_proj.weight"),
+    _Row("ffn.w2.weight", "DI", 1, _FFN, "mlp.down_proj.weight"),
+    _Row("ffn.w3.weight", "ID", 0, _FFN, "mlp.up_proj.weight"),
+    _Row("ffn.gate.weight", "ED", None, None, "mlp.gate.weight"),
+    _Row("ffn.gate.bias", "E", None, None, "mlp.gate.e_score_correction_bias"),
+    _Row("ffn.experts.w1", "EFD", None, _EXPERTS, "mlp.experts.{e}.gate_proj.weight"),
+    _Row("ffn.experts.w2", "EDF", None, _EXPERTS, "mlp.experts.{e}.down_proj.weight"),
+    _Row("ffn.experts.w3", "EFD", None, _EXPERTS, "mlp.experts.{e}.up_proj.weight"),
+    _Row("ffn.shared_experts.w1.weight", "SD", 0, _FFN, "mlp.shared_experts.gate_proj.weight"),
+    _Row("ffn.shared_experts.w2.weight", "DS", 1, _FFN, "mlp.shared_experts.down_proj.weight"),
+    _Row("ffn.shared_experts.w3.weight", "SD", 0, _FFN, "mlp.shared_experts.up_proj.weight"),
+)
+# Below ``mtp.{k}.`` with us, below ``model.layers.{num_hidden_layers + k}.`` with them.
+_MTP_INPUT = (
+    _Row("enorm.weight", "D", None, None, "enorm.weight"),
+    _Row("hnorm.weight", "D", None, None, "hnorm.weight"),
+    _Row("eh_proj.weight", "DJ", None, None, "eh_proj.weight"),
+)
+_MTP_OUTPUT = (_Row("norm.weight", "D", None, None, "shared_head.norm.weight"),)
+_MODEL_INPUT = (_Row("embed.weight", "VD", 0, None, "model.embed_tokens.weight"),)
+_MODEL_OUTPUT = (
+    _Row("norm.weight", "D", None, None, "model.norm.weight"),
+    _Row("head.weight", "VD", 0, None, "lm_head.weight"),
+)
+# The last of several stages has a copy of the embedding for its MTP modules.
+_MTP_EMBED = (_Row("mtp_embed.weight", "VD", 0, None, "model.embed_tokens.weight"),)
+
+HF_MTP_COPIES = {
+    "model.embed_tokens.weight": "embed_tokens.weight",
+    "lm_head.weight": "shared_head.head.weight",
+}
+"""Tensors of the main model that every MTP layer of a Hugging Face checkpoint repeats: their name,
+and that of the copy below ``model.layers.{i}.``."""
+TP_DIMS = {row.name: row.tp_dim for row in _BLOCK}
+"""The dim of each weight of a block that TP divides; None: none."""
+
+
+def _lora_target(row: _Row) -> str:
+    """What ``model.peft.target_modules`` calls the matrix: ``wq_a``, ``w1``, ``experts.w1``."""
+    matrix = row.name.removesuffix(".weight").rpartition(".")[2]
+    return f"experts.{matrix}" if row.lora == _EXPERTS else matrix
+
+
+LORA_GROUPS = {
+    group: tuple(dict.fromkeys(_lora_target(row) for row in _BLOCK if row.lora == group))
+    for group in (_ATTN, _FFN, _EXPERTS)
+}
+"""Names in ``model.peft.target_modules`` that stand for several matrices, and these."""
+LORA_HF_NAMES = {
+    row.hf_name.split(".")[-2]: _lora_target(row) for row in reversed(_BLOCK) if row.lora
+}
+"""What Hugging Face calls the matrices that may get adapters; ``w1`` for dense and routed alike."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight, or the like-named weights of like blocks."""
+    """One weight, or the like-named weights of like blocks; or the correction bias of a router."""
 
     name: str
-    """As in the model, without the block in front."""
+    """As in the state dictionary of the model; from ``block_weights`` without the block."""
     shape: tuple[int, ...]
     """Of the whole weight."""
+    hf_name: str = ""
+    """Of the released checkpoints; with ``{e}`` for the expert where ``routed``. Empty: adapters
+    have none."""
     tp_dim: int | None = None
     """The dim that TP divides; None: every TP rank has all of it."""
     routed: bool = False
     """Holds the routed experts, whose first dim EP divides."""
+    lora: str | None = None
+    """What ``model.peft.target_modules`` calls it; None: it gets no adapter."""
 
     @property
     def adapter(self) -> bool:
         """Is half of an adapter, so trained while all else is frozen."""
         return "lora_" in self.name.rpartition(".")[2]
+
+    @property
+    def buffer(self) -> bool:
+        """Is a correction bias: fp32, moved by the load and not by a gradient, whole on each rank
+        that holds its router."""
+        return self.name.endswith("gate.bias")
+
+    def below(self, ours: str, theirs: str) -> Weight:
+        """The same with its owner's name in front of both names."""
+        hf_name = f"{theirs}{self.hf_name}" if self.hf_name else ""
+        return replace(self, name=f"{ours}{self.name}", hf_name=hf_name)
 
     def divided(self, tp: int, ep: int) -> tuple[int, ...]:
         """The shape that TP and EP leave to a rank; they must divide."""
@@ -40,10 +140,18 @@ class Weight:
         return tuple(shape)
 
     def shard_dim(self, tp: int, ep: int, shards: int) -> int | None:
-        """The dim along which data-parallel ranks share what TP and EP leave; None: none fits.
+        """The dim along which data-parallel ranks share what TP and EP leave.
 
         A weight that is whole is cut along its first dim, evenly or not. A part of one must be cut
-        evenly: its first dim that allows this.
+        evenly, as FSDP2 pads a whole weight but not a part: its first dim that allows this.
+
+        Args:
+            tp: ranks that TP divides it over.
+            ep: ranks that EP divides it over.
+            shards: data-parallel ranks that share what is left.
+
+        Returns:
+            The dim; None: none fits.
         """
         if (ep if self.routed else tp if self.tp_dim is not None else 1) == 1:
             return 0
@@ -51,92 +159,147 @@ class Weight:
         return next((dim for dim, size in sizes if size % shards == 0), None)
 
 
-def block_weights(model: ModelConfig, moe: bool) -> list[Weight]:
-    """One block with a MoE or a dense feed-forward; names begin with ``attn`` and ``ffn``."""
-    plain = _block_weights(model, moe)
-    return [*plain, *(half for weight in plain for half in adapter_of(model, weight))]
+def model_weights(
+    model: ModelConfig, layers: Iterable[int] | None = None, first: bool = True, last: bool = True
+) -> list[Weight]:
+    """The state dictionary of a model, or of one pipeline stage, as weights under full names.
 
+    Args:
+        model: with ``peft``, adapters stand behind the weights of their block.
+        layers: the blocks to list; None: all.
+        first: with the embedding.
+        last: with final norm, head and MTP modules; without ``first`` also with the copy of the
+            embedding that MTP needs.
 
-def adapter_of(model: ModelConfig, weight: Weight) -> list[Weight]:
-    """The two halves of the adapter beside a block's matrix: A (r, I) and B (O, r), of each routed
-    expert its own; none without ``model.peft`` or if it does not name the matrix."""
-    if model.peft is None:
-        return []
-    name = weight.name.removesuffix(".weight")
-    owner, _, matrix = name.rpartition(".")
-    if (f"experts.{matrix}" if weight.routed else matrix) not in targeted(
-        model.peft.target_modules
-    ):
-        return []
-    rank, (*experts, rows, columns) = model.peft.dim, weight.shape
-    halves = {"a": (*experts, rank, columns), "b": (*experts, rows, rank)}
-    prefix = f"{owner}.{matrix}_" if weight.routed else f"{name}."
-    cut = {"a": 1, "b": 0}  # the half that has the dim which TP divides
-    return [
-        Weight(
-            f"{prefix}lora_{half}",
-            shape,
-            weight.tp_dim if weight.tp_dim == cut[half] else None,
-            weight.routed,
-        )
-        for half, shape in halves.items()
-    ]
-
-
-def _block_weights(model: ModelConfig, moe: bool) -> list[Weight]:
-    dim, heads, latent = model.hidden_size, model.num_attention_heads, model.kv_lora_rank
-    queries, rank = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim), model.q_lora_rank
-    expanded = heads * (model.qk_nope_head_dim + model.v_head_dim)
-    found = [Weight("attn_norm.weight", (dim,))]
-    if rank is None:
-        found.append(Weight("attn.wq.weight", (queries, dim), tp_dim=0))
-    else:
-        found += [
-            Weight("attn.wq_a.weight", (rank, dim)),
-            Weight("attn.q_norm.weight", (rank,)),
-            Weight("attn.wq_b.weight", (queries, rank), tp_dim=0),
-        ]
-    found += [
-        Weight("attn.wkv_a.weight", (latent + model.qk_rope_head_dim, dim)),
-        Weight("attn.kv_norm.weight", (latent,)),
-        Weight("attn.wkv_b.weight", (expanded, latent), tp_dim=0),
-        Weight("attn.wo.weight", (dim, heads * model.v_head_dim), tp_dim=1),
-        Weight("ffn_norm.weight", (dim,)),
-    ]
-    if not moe:
-        return found + _swiglu("ffn", dim, model.intermediate_size)
-    experts, hidden = model.n_routed_experts, model.moe_intermediate_size
-    found += [
-        Weight("ffn.gate.weight", (experts, dim)),
-        Weight("ffn.experts.w1", (experts, hidden, dim), routed=True),
-        Weight("ffn.experts.w3", (experts, hidden, dim), routed=True),
-        Weight("ffn.experts.w2", (experts, dim, hidden), routed=True),
-    ]
-    if model.n_shared_experts > 0:
-        found += _swiglu("ffn.shared_experts", dim, model.n_shared_experts * hidden)
+    Returns:
+        In the order of ``Transformer.state_dict``, adapters aside.
+    """
+    found = _weights(_MODEL_INPUT, model) if first else []
+    blocks = {moe: block_weights(model, moe) for moe in (False, True)}
+    for layer in range(model.num_hidden_layers) if layers is None else layers:
+        block = blocks[model.is_moe_layer(layer)]
+        found += [weight.below(f"layers.{layer}.", _hf_layer(layer)) for weight in block]
+    if not last:
+        return found
+    found += _weights(_MODEL_OUTPUT, model)
+    for depth in range(model.num_nextn_predict_layers):
+        layer = model.num_hidden_layers + depth
+        found += [weight.below(f"mtp.{depth}.", _hf_layer(layer)) for weight in _mtp_module(model)]
+    if model.num_nextn_predict_layers and not first:
+        found += _weights(_MTP_EMBED, model)
     return found
 
 
-def mtp_weights(model: ModelConfig) -> list[Weight]:
-    """One MTP module; its embedding and head are the model's, and it has no adapters."""
-    dim = model.hidden_size
-    block = [
-        Weight(f"block.{w.name}", w.shape, w.tp_dim, w.routed)
-        for w in _block_weights(model, moe=True)
-    ]
-    joined = Weight("eh_proj.weight", (dim, 2 * dim))
-    norms = [Weight(f"{name}.weight", (dim,)) for name in ("enorm", "hnorm", "norm")]
-    return [*norms, joined, *block]
+def block_weights(model: ModelConfig, moe: bool) -> list[Weight]:
+    """One block with a MoE or a dense feed-forward; names begin with ``attn`` and ``ffn``.
+
+    With ``model.peft`` the adapters of the block stand last.
+    """
+    plain = _plain_block(model, moe)
+    if model.peft is None:
+        return plain
+    chosen = lora_targets(model.peft.target_modules)
+    adapted = [weight for weight in plain if weight.lora in chosen]
+    return [*plain, *(half for weight in adapted for half in _adapter(weight, model.peft.dim))]
 
 
-def table_weight(name: str, model: ModelConfig) -> Weight:
-    """``embed``, ``head``, or ``mtp_embed``: a row for every id."""
-    return Weight(f"{name}.weight", (model.vocab_size, model.hidden_size), tp_dim=0)
+def weight_kinds(model: ModelConfig) -> list[Weight]:
+    """One weight of each kind that the model has; of blocks, and of MTP modules, named without."""
+    found = _weights(_MODEL_INPUT, model)
+    if model.first_k_dense_replace > 0:
+        found += block_weights(model, moe=False)
+    if has_experts(model):
+        known = {weight.name for weight in found}
+        found += [weight for weight in block_weights(model, moe=True) if weight.name not in known]
+    found += _weights(_MODEL_OUTPUT, model)
+    if model.num_nextn_predict_layers > 0:
+        found += _weights(_MTP_INPUT, model)
+    return found
 
 
-def _swiglu(name: str, dim: int, hidden: int) -> list[Weight]:
+def has_experts(model: ModelConfig) -> bool:
+    """True if some block is no dense one; the block of an MTP module never is."""
+    return model.num_moe_layers > 0 or model.num_nextn_predict_layers > 0
+
+
+def lora_targets(target_modules: Sequence[str]) -> set[str]:
+    """The matrices that ``model.peft.target_modules`` names, groups resolved."""
+    return {matrix for name in target_modules for matrix in LORA_GROUPS.get(name, (name,))}
+
+
+def _sizes(model: ModelConfig, moe: bool) -> dict[str, int]:
+    """The letters of ``_Row.dims`` that a block of this kind has."""
+    heads, latent, rope = model.num_attention_heads, model.kv_lora_rank, model.qk_rope_head_dim
+    sizes = {
+        "D": model.hidden_size,
+        "Q": heads * model.qk_head_dim,  # queries
+        "C": latent,
+        "L": latent + rope,  # latent and rotary key
+        "K": heads * (model.qk_nope_head_dim + model.v_head_dim),  # keys and values
+        "O": heads * model.v_head_dim,
+        "V": model.vocab_size,
+        "J": 2 * model.hidden_size,  # hidden state and embedding, joined
+    }
+    if model.q_lora_rank is not None:
+        sizes["R"] = model.q_lora_rank
+    if not moe:
+        return sizes | {"I": model.intermediate_size}
+    sizes |= {"E": model.n_routed_experts, "F": model.moe_intermediate_size}
+    if model.n_shared_experts > 0:
+        sizes["S"] = model.n_shared_experts * model.moe_intermediate_size
+    return sizes
+
+
+def _weights(rows: Iterable[_Row], model: ModelConfig, moe: bool = False) -> list[Weight]:
+    """Those rows whose dims are there, with their sizes."""
+    sizes = _sizes(model, moe)
     return [
-        Weight(f"{name}.w1.weight", (hidden, dim), tp_dim=0),
-        Weight(f"{name}.w3.weight", (hidden, dim), tp_dim=0),
-        Weight(f"{name}.w2.weight", (dim, hidden), tp_dim=1),
+        Weight(
+            row.name,
+            tuple(sizes[dim] for dim in row.dims),
+            row.hf_name,
+            row.tp_dim,
+            routed=len(row.dims) == 3,
+            lora=_lora_target(row) if row.lora else None,
+        )
+        for row in rows
+        if sizes.keys() >= set(row.dims)
     ]
+
+
+def _plain_block(model: ModelConfig, moe: bool) -> list[Weight]:
+    absent = set()
+    if model.q_lora_rank is not None:
+        absent.add("attn.wq.weight")
+    if model.topk_method != "noaux_tc":
+        absent.add("ffn.gate.bias")
+    return [weight for weight in _weights(_BLOCK, model, moe) if weight.name not in absent]
+
+
+def _mtp_module(model: ModelConfig) -> list[Weight]:
+    """Its embedding and head are the model's, and it gets no adapters."""
+    block = (replace(weight, lora=None) for weight in _plain_block(model, moe=True))
+    return [
+        *_weights(_MTP_INPUT, model),
+        *(weight.below("block.", "") for weight in block),
+        *_weights(_MTP_OUTPUT, model),
+    ]
+
+
+def _adapter(weight: Weight, rank: int) -> list[Weight]:
+    """The halves A (r, I) and B (O, r) beside a matrix (O, I), of each routed expert its own.
+
+    The half that has the dim which TP divides in the matrix is divided as well.
+    """
+    name, (*experts, rows, columns) = weight.name.removesuffix(".weight"), weight.shape
+    joint = "_" if weight.routed else "."
+    a_dim, b_dim = (dim if weight.tp_dim == dim else None for dim in (1, 0))
+    a, b = (*experts, rank, columns), (*experts, rows, rank)
+    return [
+        Weight(f"{name}{joint}lora_a", a, tp_dim=a_dim, routed=weight.routed),
+        Weight(f"{name}{joint}lora_b", b, tp_dim=b_dim, routed=weight.routed),
+    ]
+
+
+def _hf_layer(layer: int) -> str:
+    return f"model.layers.{layer}."

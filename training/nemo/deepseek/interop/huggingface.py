@@ -1,4 +1,4 @@
-"""Hugging Face names and ours: the one table, and the functions that read it.
+"""Tensors under Hugging Face names and under ours; the names stand in ``config/weights.py``.
 
 ``to_hf`` and ``from_hf`` turn a state dictionary into the other's names, ``hf_tensors`` says the
 same without numbers, for those who go tensor by tensor. Dictionaries in, dictionaries out: no file
@@ -22,52 +22,9 @@ from torch import Tensor
 
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
-from deepseek.models.transformer import Transformer
+from deepseek.config.weights import HF_MTP_COPIES, model_weights
 
 Layout = Literal["released", "stacked"]
-
-_MODEL = {
-    "embed.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
-# Below ``layers.{i}.`` or ``mtp.{k}.block.`` with us, below ``model.layers.{i}.`` with them.
-# ``{e}`` is the expert: with us the experts are stacked.
-_LAYER = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn.wq.weight": "self_attn.q_proj.weight",
-    "attn.wq_a.weight": "self_attn.q_a_proj.weight",
-    "attn.q_norm.weight": "self_attn.q_a_layernorm.weight",
-    "attn.wq_b.weight": "self_attn.q_b_proj.weight",
-    "attn.wkv_a.weight": "self_attn.kv_a_proj_with_mqa.weight",
-    "attn.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
-    "attn.wkv_b.weight": "self_attn.kv_b_proj.weight",
-    "attn.wo.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn.w1.weight": "mlp.gate_proj.weight",
-    "ffn.w3.weight": "mlp.up_proj.weight",
-    "ffn.w2.weight": "mlp.down_proj.weight",
-    "ffn.gate.weight": "mlp.gate.weight",
-    "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
-    "ffn.experts.w1": "mlp.experts.{e}.gate_proj.weight",
-    "ffn.experts.w3": "mlp.experts.{e}.up_proj.weight",
-    "ffn.experts.w2": "mlp.experts.{e}.down_proj.weight",
-    "ffn.shared_experts.w1.weight": "mlp.shared_experts.gate_proj.weight",
-    "ffn.shared_experts.w3.weight": "mlp.shared_experts.up_proj.weight",
-    "ffn.shared_experts.w2.weight": "mlp.shared_experts.down_proj.weight",
-}
-# Below ``mtp.{k}.`` with us, below ``model.layers.{num_hidden_layers + k}.`` with them.
-_MTP = {
-    "enorm.weight": "enorm.weight",
-    "hnorm.weight": "hnorm.weight",
-    "eh_proj.weight": "eh_proj.weight",
-    "norm.weight": "shared_head.norm.weight",
-}
-# The tensors of the main model that every MTP layer of theirs repeats.
-_MTP_COPIES = {
-    "model.embed_tokens.weight": "embed_tokens.weight",
-    "lm_head.weight": "shared_head.head.weight",
-}
 
 
 def to_hf(
@@ -86,14 +43,13 @@ def to_hf(
     Raises:
         UserError: ``state`` is not exactly what ``cfg`` describes; lists the names.
     """
-    expected = our_shapes(cfg)
-    account("the model's weights", _shapes(state), expected)
+    account("the model's weights", _shapes(state), our_shapes(cfg))
     out: dict[str, Tensor] = {}
-    for name in expected:
+    for weight in model_weights(cfg):
+        name, theirs = weight.name, weight.hf_name
         if name.startswith("mtp.") and not mtp:
             continue
         tensor = state[name].float() if is_bias(name) else state[name]
-        theirs = _hf_name(name, cfg)
         if "{e}" not in theirs:
             out[theirs] = tensor
         elif layout == "released":
@@ -149,8 +105,8 @@ def from_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
         )
 
     out: dict[str, Tensor] = {}
-    for name, shape in ours.items():
-        hf_name = _hf_name(name, cfg)
+    for weight in model_weights(cfg):
+        name, shape, hf_name = weight.name, weight.shape, weight.hf_name
         if "{e}" not in hf_name:
             tensor = given[hf_name]
         elif not stacked:
@@ -194,8 +150,8 @@ class HfTensor:
 def hf_tensors(cfg: ModelConfig, layout: Layout = "released") -> dict[str, HfTensor]:
     """The tensors that ``to_hf`` gives and ``from_hf`` takes, in the same order."""
     out: dict[str, HfTensor] = {}
-    for name, shape in our_shapes(cfg).items():
-        theirs = _hf_name(name, cfg)
+    for weight in model_weights(cfg):
+        name, shape, theirs = weight.name, weight.shape, weight.hf_name
         if "{e}" not in theirs:
             out[theirs] = HfTensor(shape, (Piece(name, None),))
             continue
@@ -229,22 +185,8 @@ def is_projection(name: str) -> bool:
 
 
 def our_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter and saved buffer of the model; nothing is allocated."""
-    with torch.device("meta"):
-        state = Transformer(cfg).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def _hf_name(name: str, cfg: ModelConfig) -> str:
-    """Their name for ours, by the table; for stacked experts with ``{e}`` left in."""
-    if name in _MODEL:
-        return _MODEL[name]
-    stack, index, rest = name.split(".", 2)
-    if stack == "layers":
-        return f"model.layers.{index}.{_LAYER[rest]}"
-    layer = cfg.num_hidden_layers + int(index)
-    below = _LAYER[rest.removeprefix("block.")] if rest.startswith("block.") else _MTP[rest]
-    return f"model.layers.{layer}.{below}"
+    """Every parameter and saved buffer of the model."""
+    return {weight.name: weight.shape for weight in model_weights(cfg)}
 
 
 def _stacked_name(name: str) -> str:
@@ -258,7 +200,7 @@ def _mtp_copies(cfg: ModelConfig) -> dict[str, str]:
     return {
         f"model.layers.{cfg.num_hidden_layers + depth}.{copy}": original
         for depth in range(cfg.num_nextn_predict_layers)
-        for original, copy in _MTP_COPIES.items()
+        for original, copy in HF_MTP_COPIES.items()
     }
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deepseek.config.layout import StageParts
-from deepseek.config.peft_rules import targeted
 from deepseek.config.schema import ModelConfig
+from deepseek.config.weights import lora_targets
 from deepseek.models.components.attention import LatentStore, MultiHeadLatentAttention
 from deepseek.models.components.block import DeepSeekBlock, MultiTokenPredictor, TokenContext
 from deepseek.models.components.feed_forward import RMSNorm
@@ -64,7 +64,7 @@ class Transformer(nn.Module):
         self.mtp_embed = nn.Embedding(config.vocab_size, config.hidden_size) if copied else None
         self.recompute = config.activations_checkpoint_granularity == "full"
         if config.peft is not None:
-            matrices = targeted(config.peft.target_modules)
+            matrices = lora_targets(config.peft.target_modules)
             scale = config.peft.alpha / config.peft.dim
             add_adapters(self.layers.values(), matrices, config.peft.dim, scale)
             freeze_all_but_adapters(self)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from deepseek.config.cost import reshards
 from deepseek.config.layout import StageParts, split_layers, stages_of_rank
-from deepseek.config.placement import reshards
 from deepseek.config.schema import ModelConfig
 from deepseek.models.transformer import Stage, Transformer
 from deepseek.parallel.mesh import Alone, Meshes

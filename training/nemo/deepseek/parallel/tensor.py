@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from deepseek.config.weights import TP_DIMS
 from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.block import DeepSeekBlock
 from deepseek.models.components.feed_forward import FeedForward
@@ -68,10 +69,12 @@ def shard_tensors(model: Transformer, meshes: Meshes) -> None:
             if isinstance(module.ffn, MoE):
                 _share_sequences(module.ffn, group)
                 if module.ffn.shared_experts is not None:
-                    _shard_feed_forward(module.ffn.shared_experts, mesh, group)
+                    _shard_feed_forward(
+                        module.ffn.shared_experts, "ffn.shared_experts", mesh, group
+                    )
             else:
                 assert isinstance(module.ffn, FeedForward)
-                _shard_feed_forward(module.ffn, mesh, group)
+                _shard_feed_forward(module.ffn, "ffn", mesh, group)
     config = model.config
     for name in ("embed", "mtp_embed"):
         if getattr(model, name) is not None:
@@ -99,24 +102,37 @@ def _shard_attention(
     attn: MultiHeadLatentAttention, mesh: DeviceMesh, group: dist.ProcessGroup
 ) -> None:
     """Heads are divided; latents and rotary keys are gathered, as they are small."""
+    _shard_matrices(attn, "attn", mesh)
     if attn.q_lora_rank is None:
-        attn.wq = _sharded(attn.wq, 0, mesh)
         attn.wq.register_forward_pre_hook(_gather_input(group))
     else:
         attn.wq_a.register_forward_hook(_gather_output(group))
-        attn.wq_b = _sharded(attn.wq_b, 0, mesh)
     attn.wkv_a.register_forward_hook(_gather_output(group))
-    attn.wkv_b = _sharded(attn.wkv_b, 0, mesh)
-    attn.wo = _sharded(attn.wo, 1, mesh)
     attn.wo.register_forward_hook(_scatter_output(group))
 
 
-def _shard_feed_forward(ffn: FeedForward, mesh: DeviceMesh, group: dist.ProcessGroup) -> None:
+def _shard_feed_forward(
+    ffn: FeedForward, name: str, mesh: DeviceMesh, group: dist.ProcessGroup
+) -> None:
     """The hidden width is divided."""
-    ffn.w1, ffn.w3 = _sharded(ffn.w1, 0, mesh), _sharded(ffn.w3, 0, mesh)
-    ffn.w2 = _sharded(ffn.w2, 1, mesh)
+    _shard_matrices(ffn, name, mesh)
     ffn.register_forward_pre_hook(_gather_input(group))
     ffn.register_forward_hook(_scatter_output(group))
+
+
+def _shard_matrices(owner: nn.Module, name: str, mesh: DeviceMesh) -> None:
+    """Replace the matrices of ``owner`` that the table of weights divides.
+
+    Args:
+        owner: an attention or a feed-forward.
+        name: of it in its block.
+        mesh: of the TP ranks.
+    """
+    for child, linear in list(owner.named_children()):
+        dim = TP_DIMS[f"{name}.{child}.weight"]
+        if dim is not None:
+            assert isinstance(linear, nn.Linear)
+            setattr(owner, child, _sharded(linear, dim, mesh))
 
 
 def _share_sequences(moe: MoE, group: dist.ProcessGroup) -> None:

@@ -88,7 +88,7 @@ def lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -
 def add_adapters(
     blocks: Iterable[nn.Module], matrices: Collection[str], rank: int, scale: float
 ) -> None:
-    """Put adapters beside ``matrices`` (names as in ``config.peft_rules``) of ``blocks``."""
+    """Put adapters beside ``matrices`` (names as in ``config/weights.py``) of ``blocks``."""
     for block in blocks:
         assert isinstance(block, DeepSeekBlock)
         _adapt(block.attn, matrices, rank, scale)

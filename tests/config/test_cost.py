@@ -5,15 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from omegaconf import OmegaConf
+import torch
 
-from deepseek.config import ModelConfig, RunConfig, load_config
+from deepseek.config import ModelConfig, shipped_configs
 from deepseek.config.cost import (
     count_parameters,
     flops_per_token,
+    gathered_bytes,
     kv_cache_bytes_per_token,
+    rank_memory,
+    reshards,
     state_memory,
 )
+from deepseek.config.layout import Layout, split_layers, stages_of_rank
+from deepseek.config.schema import PeftConfig
+from deepseek.models.transformer import Transformer
+from support.tiny_runs import run_of, small_run, worlds
 
 # Architecture keys of the published config.json files.
 V3 = ModelConfig(
@@ -260,6 +267,90 @@ def test_v3_caches_70272_bytes_a_token() -> None:
     ("name", "model"), [("deepseek_v3_671b", V3), ("moonlight_16b", MOONLIGHT)]
 )
 def test_shipped_files_have_the_published_sizes(name: str, model: ModelConfig) -> None:
-    run = OmegaConf.to_object(load_config(name))
-    assert isinstance(run, RunConfig)
-    assert count_parameters(run.model) == count_parameters(model)
+    assert count_parameters(run_of(name).model) == count_parameters(model)
+
+
+# -- against the built model --
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_counts_equal_the_built_model(name: str) -> None:
+    config = run_of(name).model
+    with torch.device("meta"):
+        model = Transformer(config)
+    counts = count_parameters(config)
+    main = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("mtp."))
+    mtp = sum(p.numel() for p in model.mtp.parameters())
+    assert (main, mtp) == (counts.total, counts.mtp)
+    if name == "deepseek_v3_671b":
+        assert main == 671_026_404_352
+
+
+def test_frozen_matrices_cost_two_passes() -> None:
+    run = run_of("deepseek_v3_tiny")
+    full, scores = (flops_per_token(run.model, length, False) for length in (1, 513))
+    scores = (scores - full) // 512  # of one more token to look at
+    cfg = replace(run.model, peft=PeftConfig(dim=4, target_modules=["wkv_a", "experts.w2"]))
+    latents, hidden = cfg.kv_lora_rank + cfg.qk_rope_head_dim, cfg.moe_intermediate_size
+    adapters = cfg.num_hidden_layers * 4 * (cfg.hidden_size + latents)
+    chosen = cfg.num_moe_layers * cfg.num_experts_per_tok
+    adapters += chosen * 4 * (cfg.hidden_size + hidden)
+    expected = (full - scores) * 2 // 3 + scores + 6 * adapters
+    assert flops_per_token(cfg, 1, False) == expected
+
+
+# -- one rank --
+
+
+def test_memory_of_one_process_is_that_of_the_model() -> None:
+    """Over one rank the sum over the table of weights is what the closed forms say."""
+    for run in worlds():
+        model = replace(run.model, pipeline_model_parallel_size=1, pipeline_layers_per_stage=None)
+        for optimizer in ("adamw", "muon"):
+            memory = rank_memory(model, Layout(), 0, optimizer)
+            assert memory.parameters == count_parameters(model).trained
+            assert memory.total == state_memory(model, optimizer).total
+
+
+def test_memory_of_a_rank_counted_by_hand() -> None:
+    """Each parameter of a built stage, divided as the layout says."""
+    run = small_run(8, 1, 2, 2, 4)
+    layout = Layout.of_run(run)  # 2 data shards, 1 expert shard
+    parts = split_layers(run.model)
+    for pp in range(2):
+        expected = 0
+        for stage in stages_of_rank(run.model, pp):
+            with torch.device("meta"):
+                model = Transformer(run.model, [parts[stage]])
+            for name, weight in model.named_parameters():
+                split_by_tp = name.split(".")[-2] in (
+                    "embed mtp_embed head wq_b wkv_b wo w1 w2 w3".split()
+                )
+                if ".experts." in name:
+                    expected += weight.numel() // 4
+                elif split_by_tp:
+                    expected += weight.numel() // 2 // 2
+                else:
+                    expected += -(-weight.shape[0] // 2) * weight[0].numel()
+        assert rank_memory(run.model, layout, pp).parameters == expected
+
+
+def test_weights_gathered_from_data_parallel_ranks() -> None:
+    run = small_run(4, ep=2)
+    layout, counts = Layout.of_run(run), count_parameters(run.model)
+    moe_layers = run.model.num_moe_layers + run.model.num_nextn_predict_layers
+    routed = moe_layers * run.model.n_routed_experts * counts.expert
+    assert gathered_bytes(run.model, layout) == 4 * (counts.stored - routed // 2)
+    assert not reshards(run.model, layout)
+    apart = small_run(4, ep=4)  # a rank has its experts in whole, and gathers the rest
+    gathered = gathered_bytes(apart.model, Layout.of_run(apart))
+    assert gathered == 4 * (counts.stored - routed)
+
+
+def test_larger_models_gather_anew_unless_there_is_a_pipeline() -> None:
+    large = ["model.hidden_size=4096", "model.vocab_size=65536"]  # 2 x 1 GiB of embedding and head
+    one, stages = small_run(2, 1, 1, 1, 1, *large), small_run(4, 1, 1, 2, 1, *large)
+    assert reshards(one.model, Layout.of_run(one))
+    assert not reshards(stages.model, Layout.of_run(stages))
+    told = replace(one.model, reshard_after_forward=False)
+    assert not reshards(told, Layout.of_run(one))
