@@ -14,12 +14,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
 
-# The same examples every time, however busy the machine: a failure is somebody's change, not
-# somebody's luck.
-settings.register_profile("repeatable", derandomize=True, deadline=None)
-settings.load_profile("repeatable")
+from support import profiles  # noqa: E402, F401
 
 torch.set_num_threads(1)
 

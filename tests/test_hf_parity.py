@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -82,7 +82,6 @@ def configurations(draw: st.DrawFn) -> ModelConfig:
     )
 
 
-@settings(max_examples=60)
 @given(
     cfg=configurations(),
     first_positions=st.tuples(st.sampled_from([0, 13]), st.sampled_from([0, 70, 200])),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -80,7 +80,6 @@ shapes = st.lists(st.integers(0, 4), max_size=3)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int64])
 
 
-@settings(max_examples=25)
 @given(st.dictionaries(names, st.tuples(shapes, dtypes), min_size=1, max_size=6))
 def test_any_names_and_shapes(
     tmp_path_factory: pytest.TempPathFactory, kinds: dict[str, tuple[list[int], torch.dtype]]

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-import deepseek
 from deepseek.checkpoint.folder import newest_sound
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.config.errors import UserError
@@ -24,14 +23,11 @@ Driver = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Driver]:
-    source = str(Path(deepseek.__file__).parents[1])
-    paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
-        [sys.executable, Path(__file__).parents[1] / "support" / "crash_driver.py"],
+        [sys.executable, "-m", "support.crash_driver"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )
 
     def ask(scenario: str, **arguments: Any) -> Any:

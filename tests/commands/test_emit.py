@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,6 @@ from deepseek.interop.megatron_config import megatron_config
 from deepseek.training.schedule import learning_rate
 from support.micro_runs import MicroRuns
 
-HERE = Path(__file__).resolve().parent
 needs_peers = pytest.mark.skipif(
     not USES_NEMO, reason="AutoModel and Megatron-Core are installed beside NeMo"
 )
@@ -55,13 +53,8 @@ def emitted(micro: MicroRuns, kind: str, name: str, *settings: str) -> Path:
 
 def driven(driver: str, micro: MicroRuns, *arguments: object) -> dict[str, Any]:
     """What the driver prints."""
-    ran = subprocess.run(
-        [sys.executable, str(HERE / driver), *map(str, arguments)],
-        cwd=micro.folder,
-        env=os.environ | {"PYTHONPATH": str(HERE.parents[1] / "training" / "nemo")},
-        capture_output=True,
-        text=True,
-    )
+    words = [sys.executable, "-m", f"support.{driver}", *map(str, arguments)]
+    ran = subprocess.run(words, cwd=micro.folder, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     return found
@@ -90,7 +83,7 @@ def test_automodel_builds_and_trains_what_is_emitted(micro: MicroRuns) -> None:
     warm = "model.optim.sched.warmup_steps=3"
     recipe = emitted(micro, "automodel", "recipe.yaml", *PLAIN, warm)
     micro.cli("hf", "export", "run", "emit_files").assert_done()
-    found = driven("automodel_driver.py", micro, recipe, "run", "emit_files")
+    found = driven("automodel_driver", micro, recipe, "run", "emit_files")
     assert found["class"] == "deepseek.interop.automodel.DeepseekTrainingForCausalLM"
     assert found["not loaded"] == [] and found["files come back"]
     assert found["theirs differ by"] < 1e-6 and found["ours differ by"] < 1e-6
@@ -152,7 +145,7 @@ def test_megatron_builds_the_same_model(micro: MicroRuns) -> None:
     file = emitted(
         micro, "megatron", "megatron.yaml", *DEEPSEEK, "model.optim.sched.warmup_steps=3"
     )
-    found = driven("megatron_driver.py", micro, file, "run")
+    found = driven("megatron_driver", micro, file, "run")
     assert found["missing"] == found["unexpected"] == found["no gradient"] == []
     assert found["differ by"] < 1e-5
     assert found["unknown sizes"] == []
@@ -164,7 +157,7 @@ def test_megatron_knows_yarn_and_v2(micro: MicroRuns) -> None:
     settings = ["trainer.max_steps=1", "trainer.val_check_interval=0", *YARN, *V2]
     micro.train("emit_v2", *settings).assert_done()
     file = emitted(micro, "megatron", "v2.yaml", *settings)
-    found = driven("megatron_driver.py", micro, file, "emit_v2")
+    found = driven("megatron_driver", micro, file, "emit_v2")
     assert found["missing"] == found["unexpected"] == []
     assert found["differ by"] < 1e-5
 
@@ -173,7 +166,7 @@ def test_megatron_knows_yarn_and_v2(micro: MicroRuns) -> None:
 def test_megatron_takes_the_layout(micro: MicroRuns) -> None:
     sizes = ["trainer.devices=4", "model.pipeline_model_parallel_size=2"]
     sizes += ["model.tensor_model_parallel_size=2", "model.expert_model_parallel_size=2"]
-    found = driven("megatron_driver.py", micro, emitted(micro, "megatron", "pp.yaml", *sizes))
+    found = driven("megatron_driver", micro, emitted(micro, "megatron", "pp.yaml", *sizes))
     assert found["stages"] == [["embedding", "decoder"], ["decoder", "mtp", "loss"]]
     assert found["sequence_parallel"] and found["unknown sizes"] == []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -137,7 +137,6 @@ def assert_consistent(run: RunConfig) -> None:
             assert min(kept_shape(weight, layout)) >= 1, weight
 
 
-@settings(max_examples=60)
 @given(legal_configs())
 def test_legal_configurations_pass_and_survive_saving(tree: dict[str, Any]) -> None:
     cfg = load_config(tree)
@@ -180,7 +179,6 @@ def layouts(draw: st.DrawFn) -> RunConfig:
     return run
 
 
-@settings(max_examples=300)
 @given(layouts())
 def test_what_check_accepts_has_a_consistent_layout(run: RunConfig) -> None:
     """Layouts drawn at will are refused with a way out, or are layouts."""
@@ -201,7 +199,6 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=150)
 @given(st.dictionaries(st.sampled_from(sorted(FIELDS)), VALUES, min_size=1, max_size=4))
 def test_any_value_in_any_key_is_taken_or_explained(chosen: dict[str, Any]) -> None:
     """Nothing but ``ConfigError`` comes out, and each problem says what and how."""
@@ -224,7 +221,6 @@ def test_any_value_in_any_key_is_taken_or_explained(chosen: dict[str, Any]) -> N
         assert check(cfg) == []
 
 
-@settings(max_examples=200)
 @given(
     st.sampled_from(["{}", "model.hidden_size={}", "name={}", "model.{}=1"]),
     st.text(max_size=30) | st.text("=.{}[]:$&*!|>'\"a1 -", max_size=8),

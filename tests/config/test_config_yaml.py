@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.config import ConfigError, load_config
@@ -144,7 +144,6 @@ PLAIN = st.recursive(
 )
 
 
-@settings(max_examples=200)
 @given(PLAIN)
 def test_what_is_written_is_read_back(value: object) -> None:
     document = read_yaml(dump_yaml(value), "x")

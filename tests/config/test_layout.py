@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.config.layout import (
@@ -189,7 +189,6 @@ def sums(costs: list[int], last: int, sizes: list[int]) -> list[int]:
     return found
 
 
-@settings(max_examples=300)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 30), st.data())
 def test_the_split_is_the_best_of_all(costs: list[int], last: int, data: st.DataObject) -> None:
     """Least bottleneck, then evenness, then small early stages."""

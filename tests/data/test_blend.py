@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.config.errors import UserError
@@ -18,7 +18,6 @@ from deepseek.data.indexed import IndexedDataset
 weights_lists = st.lists(st.integers(1, 500), min_size=1, max_size=7)
 
 
-@settings(max_examples=60)
 @given(weights_lists)
 def test_shares_are_exact_at_any_prefix(weights: list[int]) -> None:
     blend = Blend(weights)
@@ -35,7 +34,6 @@ def test_shares_are_exact_at_any_prefix(weights: list[int]) -> None:
             assert blend.counts(i + 1) == counts
 
 
-@settings(max_examples=50)
 @given(weights_lists, st.lists(st.integers(0, 10**12), min_size=1, max_size=20))
 def test_any_place_is_found_directly(weights: list[int], places: list[int]) -> None:
     used = Blend(weights)
@@ -65,7 +63,6 @@ def test_weights_become_whole_parts(weights: list[float], parts: list[int]) -> N
     assert blend.shares == [part / sum(parts) for part in parts]
 
 
-@settings(max_examples=60)
 @given(st.lists(st.floats(1e-4, 1e3), min_size=2, max_size=9))
 def test_odd_weights_are_rounded_to_millionths(weights: list[float]) -> None:
     blend = Blend(weights)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.config.errors import ConfigError, UserError
@@ -132,7 +132,6 @@ def test_an_answer_without_end_token_is_noticed() -> None:
     assert not template.encode(conversation_of(said("a", "b"))).ends
 
 
-@settings(max_examples=40)
 @given(
     texts=st.lists(st.text(max_size=12), min_size=2, max_size=7),
     source=st.sampled_from([None, SPECIAL_TURNS]),
@@ -349,7 +348,6 @@ def taken_apart(sample: dict[str, np.ndarray]) -> list[Example]:
     return found
 
 
-@settings(max_examples=40)
 @given(
     st.lists(
         st.lists(st.tuples(st.integers(8, 60), st.booleans()), min_size=2, max_size=14),

@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.config.errors import UserError
@@ -143,7 +143,6 @@ OTHERS = [
 ]
 
 
-@settings(max_examples=200)
 @given(st.text("ab1 \n\t,東", max_size=80), st.integers(1, 10))
 def test_pieces_join_to_the_text_and_to_its_ids(bpe: Tokenizer, text: str, limit: int) -> None:
     found, rest = cut(text, final=True, limit=limit)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.config.errors import UserError
@@ -64,7 +64,6 @@ lengths_lists = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(
 )
 
 
-@settings(max_examples=80)
 @given(
     lengths_lists, st.integers(1, 7), st.integers(0, 99), st.booleans(), st.sampled_from([0.0, 0.5])
 )
@@ -208,7 +207,6 @@ def test_the_order_is_frozen(write: Write) -> None:
     # fmt: on
 
 
-@settings(max_examples=60)
 @given(st.lists(st.integers(0, 15), min_size=3, max_size=10), st.integers(0, 99), st.booleans())
 def test_rearranged_documents_can_be_put_back(lengths: list[int], seed: int, ended: bool) -> None:
     documents = [[*ids, EOS] if ended else ids for ids in numbered(lengths)]
@@ -283,7 +281,6 @@ def test_documents_of_several_sequences_are_whole(tmp_path: Path) -> None:
         assert data[i]["labels"][2] == IGNORED
 
 
-@settings(max_examples=100)
 @given(st.integers(2, 500), st.floats(0.001, 0.999))
 def test_a_split_is_exact_and_spread(count: int, fraction: float) -> None:
     train, validation = split_documents(count, fraction)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.config.errors import UserError
@@ -86,7 +86,6 @@ def test_modes_of_multimodal_files_are_passed_over(tmp_path: Path) -> None:
     assert data.document(1).tolist() == [5, 6]
 
 
-@settings(max_examples=60)
 @given(
     st.lists(
         st.lists(st.lists(st.integers(0, 65535), max_size=5), max_size=3), min_size=1, max_size=8

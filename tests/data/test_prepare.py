@@ -199,9 +199,8 @@ def test_killed_with_workers_it_goes_on_and_leaves_no_process(
         "    prepare([a], b, c, workers=2, journal_bytes=1, progress=stop)\n"
     )
     prefix = tmp_path / "killed" / "data"
-    environment = {**os.environ, "PYTHONPATH": str(Path(prepare.__file__).parents[2])}
     command = [sys.executable, script, corpus, prefix, bytes_folder]
-    killed = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, timeout=60)
+    killed = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
     assert killed.returncode == -signal.SIGKILL
     pids = [int(pid) for pid in killed.stdout.split()]
     assert pids

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.config.errors import UserError
@@ -33,7 +33,6 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 BPE, BYTE = train_bpe(TEXTS * 3, 400), byte_tokenizer()
 
 
-@settings(max_examples=200)
 @given(texts)
 def test_round_trip(text: str) -> None:
     for tokenizer in (BPE, BYTE):
@@ -41,7 +40,6 @@ def test_round_trip(text: str) -> None:
     assert BYTE.encode(text) == list(text.encode())
 
 
-@settings(max_examples=200)
 @given(st.lists(st.integers(0, 420), max_size=40))
 def test_a_stream_joins_to_the_decoded_text(ids: list[int]) -> None:
     for tokenizer in (BPE, BYTE):
@@ -51,7 +49,6 @@ def test_a_stream_joins_to_the_decoded_text(ids: list[int]) -> None:
             assert "".join(pieces) == tokenizer.decode(ids, skip_special=skip)
 
 
-@settings(max_examples=100)
 @given(texts)
 def test_a_stream_never_cuts_a_character(text: str) -> None:
     for tokenizer in (BPE, BYTE):
@@ -69,14 +66,12 @@ def test_half_a_character_at_the_end_becomes_the_replacement() -> None:
     assert stream.finish() == "\ufffd"
 
 
-@settings(max_examples=100)
 @given(st.lists(st.integers(0, 399), max_size=30))
 def test_the_table_decodes_as_the_library_does(ids: list[int]) -> None:
     backend = HuggingFaceBackend(BPE._source, "test")
     assert BPE.decode(ids) == backend.decode(ids)
 
 
-@settings(max_examples=100)
 @given(st.lists(st.sampled_from([EOS, FIM_HOLE, "a", "é", "\n", "<｜"]), max_size=8).map("".join))
 def test_bytes_in_python_are_the_twin_of_the_library(text: str) -> None:
     assert isinstance(BYTE._backend, ByteBackend)
@@ -225,7 +220,6 @@ def metaspace() -> Tokenizer:
     return Tokenizer(library.to_str(), {}, "test")
 
 
-@settings(max_examples=100)
 @given(st.text("ab 東é🗼\ufffd", max_size=20))
 def test_streams_of_other_vocabularies(text: str) -> None:
     tokenizer = METASPACE

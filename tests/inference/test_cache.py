@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.config.schema import ModelConfig
@@ -33,7 +33,6 @@ def test_numbers_per_token_of_deepseek_v3() -> None:
     assert numbers / 10 * 2 * 61 == 70_272
 
 
-@settings(max_examples=50)
 @given(
     chunks=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     padding=st.lists(st.integers(0, 9), min_size=1, max_size=3),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from deepseek.inference.cache import LatentCache
 from deepseek.inference.generation import generate, stream_tokens
 from deepseek.inference.sampling import Sampling
 from deepseek.models.transformer import Transformer
+from support.profiles import fewer
 
 GREEDY = Sampling(temperature=0.0)
 VOCAB = 13
@@ -72,7 +73,7 @@ prompts_of = st.lists(
 
 
 @pytest.mark.parametrize("case", CASES)
-@settings(max_examples=10)
+@fewer(2)
 @given(prompts=prompts_of, prefill=st.sampled_from([1, 3, 4, 512]), count=st.integers(1, 6))
 def test_greedy_equals_the_plain_loop(
     case: str, prompts: list[list[int]], prefill: int, count: int

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -46,14 +46,12 @@ def renormalised(probs: list[float], kept: set[int]) -> list[float]:
 distinct = st.lists(st.integers(-40, 40).map(lambda i: i / 8), min_size=1, max_size=9, unique=True)
 
 
-@settings(max_examples=60)
 @given(logits=distinct, temperature=st.sampled_from([0.3, 1.0, 2.0]))
 def test_temperature(logits: list[float], temperature: float) -> None:
     got = probabilities([logits], Sampling(temperature))
     assert got[0] == pytest.approx(softmax(logits, temperature), rel=1e-4, abs=1e-7)
 
 
-@settings(max_examples=60)
 @given(logits=distinct, top_k=st.integers(0, 12), temperature=st.sampled_from([0.5, 1.0]))
 def test_top_k(logits: list[float], top_k: int, temperature: float) -> None:
     """Exactly the k most probable, in their own proportions; 0 and too many: all."""
@@ -65,7 +63,6 @@ def test_top_k(logits: list[float], top_k: int, temperature: float) -> None:
     assert got == pytest.approx(wanted, rel=1e-4, abs=1e-7)
 
 
-@settings(max_examples=80)
 @given(
     logits=distinct,
     top_p=st.integers(1, 200).map(lambda i: i / 200),

@@ -204,9 +204,10 @@ def test_memory(tmp_path: Path) -> None:
     largest = max(tensor.numel() * 4 for tensor in state.values())
     del state
 
-    driver = Path(__file__).parents[1] / "support" / "hf_memory_driver.py"
-    words = [sys.executable, str(driver), str(tmp_path)]
-    ran = subprocess.run(words, capture_output=True, text=True, env=environment())
+    words = [sys.executable, "-m", "support.hf_memory_driver", str(tmp_path)]
+    # Freed memory goes back at once, so that what is counted is what is held.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    ran = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     bytes_in, bytes_out = map(int, ran.stderr.split()[-2:])
     print(f"import: {bytes_in / 1e6:.1f} MB; file {shard / 1e6:.1f}, tensor {largest / 1e6:.1f}")
@@ -215,13 +216,6 @@ def test_memory(tmp_path: Path) -> None:
     assert 0 < bytes_out < 4 * largest
     total = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
     assert bytes_out < total / 2 and 2 * shard + largest < total
-
-
-def environment() -> dict[str, str]:
-    package = Path(__file__).resolve().parents[2] / "training" / "nemo"
-    # Freed memory goes back at once, so that what is counted is what is held.
-    settings = {"PYTHONPATH": str(package), "MALLOC_MMAP_THRESHOLD_": "65536"}
-    return os.environ | settings
 
 
 # -- refusals --

@@ -22,7 +22,6 @@ from deepseek.launch.processes import (
     quiet,
 )
 
-SOURCE = Path(__file__).resolve().parents[2] / "training" / "nemo"
 TORCHRUN = {
     "RANK": "5",
     "LOCAL_RANK": "1",
@@ -326,7 +325,6 @@ def test_what_ranks_say_when_they_end(ranks: str, tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", driver],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(SOURCE)},
         capture_output=True,
         text=True,
     )

@@ -19,7 +19,6 @@ from deepseek.frameworks import LightningModule, Trainer
 from deepseek.launch.processes import Processes
 from deepseek.launch.strategy import DeepSeekStrategy
 
-SOURCE = Path(__file__).resolve().parents[2] / "training" / "nemo"
 SCRIPT = Path(__file__).parents[1] / "support" / "toy_run.py"
 STEPS = 6
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_", "TORCHELASTIC_", "MASTER_")
@@ -34,7 +33,7 @@ class Ran:
 
 def environment(**more: str) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
-    return env | {"PYTHONPATH": str(SOURCE)} | more
+    return env | more
 
 
 def run(folder: Path, commands: list[list[str]], envs: list[dict[str, str]]) -> Ran:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import deepseek
 from deepseek.config.errors import UserError
 from deepseek.launch import supervisor
 from deepseek.launch.supervisor import supervise, worker_command
 
-SOURCE = Path(__file__).resolve().parents[2] / "training" / "nemo"
 PRELUDE = """
 import json, os, pathlib, signal, sys, time
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -56,7 +56,6 @@ def noted(text: str) -> list[str]:
 def start_driver() -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER],
-        env=os.environ | {"PYTHONPATH": str(SOURCE)},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -290,7 +289,7 @@ def test_the_command_line_of_a_worker(tmp_path: Path, monkeypatch: pytest.Monkey
         name = "deepseek.__main__"
 
     monkeypatch.setattr(Module, "__spec__", Spec)
-    here = str(SOURCE / "deepseek" / "__main__.py")
+    here = str(Path(deepseek.__file__).with_name("__main__.py"))
     assert worker_command([here, *command]) == [python, "-m", "deepseek", *command]
     monkeypatch.setattr(Spec, "name", "my.training")
     assert worker_command(["/my/training.py", "1"]) == [python, "-m", "my.training", "1"]

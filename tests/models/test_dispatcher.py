@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -49,7 +49,6 @@ def dense(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-@settings(max_examples=50)
 @given(case=choices)
 def test_equals_a_dense_loop(case: tuple[int, list[list[int]]]) -> None:
     experts, ids = case
@@ -66,7 +65,6 @@ def test_equals_a_dense_loop(case: tuple[int, list[list[int]]]) -> None:
     )
 
 
-@settings(max_examples=30)
 @given(case=choices)
 def test_what_an_expert_receives(case: tuple[int, list[list[int]]]) -> None:
     """Rows sorted by expert, tokens in order; zero counts for idle experts."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -33,7 +33,6 @@ def one_by_one(singles: list[Expert], rows_RD: Tensor, counts: list[int]) -> Ten
     return torch.cat([single(piece) for single, piece in zip(singles, pieces, strict=True)])
 
 
-@settings(max_examples=30)
 @given(
     counts=st.lists(st.integers(0, 20), min_size=1, max_size=4),
     dtype=st.sampled_from([torch.float32, torch.float64]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from deepseek.inference.cache import LatentCache
 from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.block import build_attention
 from deepseek.models.components.rope import rotation
+from support.profiles import fewer
 from support.tiny_models import tiny_config
 
 YARN = RopeScaling(factor=8.0, original_max_position_embeddings=16, mscale_all_dim=1.0)
@@ -70,7 +71,7 @@ def cached(
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-@settings(max_examples=12)
+@fewer(2)
 @given(data=st.data())
 def test_absorbed_equals_expanded(case: str, data: st.DataObject) -> None:
     config = tiny_config(**CONFIGS[case])

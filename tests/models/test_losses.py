@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -88,7 +88,6 @@ def test_sums_and_not_means() -> None:
     torch.testing.assert_close(once, wanted)
 
 
-@settings(max_examples=25)
 @given(
     cuts=st.lists(st.integers(1, 3), min_size=1, max_size=5),
     labelled=st.lists(st.integers(0, 5), min_size=15, max_size=15),

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,7 +39,6 @@ def plain_frequencies(dim: int, theta: float) -> list[float]:
 # -- plain --
 
 
-@settings(max_examples=30)
 @given(
     dim=st.sampled_from([2, 4, 16]),
     theta=st.sampled_from([10.0, 10000.0]),

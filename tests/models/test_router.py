@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -98,7 +98,6 @@ def by_hand(gate: Router, x_D: Tensor) -> dict[int, float]:
     return {i: w * gate.scaling_factor for i, w in weights.items()}
 
 
-@settings(max_examples=80)
 @given(
     data=st.data(),
     groups=st.integers(1, 4),

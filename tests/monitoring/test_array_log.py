@@ -15,7 +15,7 @@ from deepseek.monitoring import array_log
 from deepseek.monitoring.array_log import ArrayLog, cut_torn_record, index_arrays, read_arrays
 from support.array_log_driver import content
 
-DRIVER = Path(__file__).parents[1] / "support" / "array_log_driver.py"
+DRIVER = [sys.executable, "-m", "support.array_log_driver"]
 
 
 def steps(path: Path) -> list[int]:
@@ -169,9 +169,7 @@ def test_twenty_kills_lose_nothing(tmp_path: Path) -> None:
     path, last = tmp_path / "a.arrays", 0
     rng = np.random.default_rng(7)
     for kill in range(20):
-        process = subprocess.Popen(
-            [sys.executable, str(DRIVER), str(path)], stdout=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen([*DRIVER, str(path)], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         for _ in range(int(rng.integers(1, 40))):
             last = int(process.stdout.readline())

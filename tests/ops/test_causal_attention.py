@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -42,7 +42,6 @@ def compare(
         torch.testing.assert_close(fast, slow, **TOLERANCE[dtype])
 
 
-@settings(max_examples=50)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9)),
     dims=st.tuples(st.integers(1, 9), st.integers(1, 9)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.ops.fp8 import (
@@ -18,7 +18,6 @@ from deepseek.ops.fp8 import (
 BLOCKS = [(128, 128), (8, 8), (4, 16), (1, 1)]
 
 
-@settings(max_examples=40)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 40),
@@ -69,7 +68,6 @@ def test_scales_must_be_one_per_block() -> None:
 # -- to FP8 --
 
 
-@settings(max_examples=60)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 40),
@@ -94,7 +92,6 @@ def test_what_came_from_fp8_comes_back(
     assert torch.equal(scale_PQ, plain_PQ) and torch.equal(numbers_IJ.float(), plain_IJ.float())
 
 
-@settings(max_examples=40)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 40),

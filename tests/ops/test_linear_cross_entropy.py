@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -36,7 +36,6 @@ def loss_and_gradients(
     return loss.detach(), *gradients
 
 
-@settings(max_examples=60)
 @given(
     tokens=st.integers(0, 17),
     dim=st.integers(1, 6),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -33,7 +33,6 @@ def rows(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(count, 3, generator=generator).to(dtype).requires_grad_()
 
 
-@settings(max_examples=40)
 @given(order=permutations)
 def test_permute(order: list[int]) -> None:
     order_R = torch.tensor(order, dtype=torch.int64)
@@ -51,7 +50,6 @@ def test_permute(order: list[int]) -> None:
     assert torch.equal(permute_rows(y_RD, inverse_R, order_R), x_RD)
 
 
-@settings(max_examples=40)
 @given(case=expansions)
 def test_expand(case: tuple[tuple[int, int], list[int]]) -> None:
     (tokens, choices), order = case
@@ -124,7 +122,6 @@ def slots_by_hand(counts: list[int]) -> tuple[list[int], list[int]]:
     return padded, slots
 
 
-@settings(max_examples=60)
 @given(counts=counts_lists)
 def test_there_and_back(counts: list[int]) -> None:
     padded_e, slots_R = aligned_slots(torch.tensor(counts), sum(counts))

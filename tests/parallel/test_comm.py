@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -124,7 +124,6 @@ def rows(counts: list[list[int]], dtype: torch.dtype) -> list[Tensor]:
     return [whole_numbers(sum(c), 3, seed=r, dtype=dtype) for r, c in enumerate(counts)]
 
 
-@settings(max_examples=20)
 @given(
     counts=st.integers(1, 4).flatmap(
         lambda n: st.lists(

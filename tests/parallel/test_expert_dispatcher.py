@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -147,7 +147,6 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(experts_per_rank, top_k, [sequences[0] + 1, *sequences[1:]], frozenset(idle))
 
 
-@settings(max_examples=25)
 @given(case=cases(), dtype=st.sampled_from([torch.float64, torch.float32]))
 def test_any_case(case: Case, dtype: torch.dtype) -> None:
     assert_like_one_process(case, dtype)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -125,7 +125,6 @@ def assert_like_one_process(
     return whole
 
 
-@settings(max_examples=25)
 @given(
     world_size=st.sampled_from([1, 2, 4]),
     tokens=st.integers(0, 9),

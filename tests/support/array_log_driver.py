@@ -1,4 +1,4 @@
-"""A process that appends records until it is killed: ``array_log_driver.py FILE``."""
+"""A process that appends records until it is killed: its argument names the file."""
 
 import sys
 from pathlib import Path

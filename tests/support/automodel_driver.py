@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.peer_schedule import learning_rates  # noqa: E402
 from support.ranks import run_ranks  # noqa: E402
 

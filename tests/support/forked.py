@@ -1,8 +1,8 @@
 """Runs the command line in forked children of one process that has imported everything once.
 
-Importing torch and Lightning takes seconds; a test of the command line wants dozens of runs. As a
-script this file is that process: it reads a request (one JSON object) a line and answers each with
-one line.
+Importing torch and Lightning takes seconds; a test of the command line wants dozens of runs. Run as
+``python -m support.forked`` this file is that process: it reads a request (one JSON object) a line
+and answers each with one line.
 
 ``before=FORK_WORKERS`` makes forks of what a supervisor or torchrun starts, too: all of theirs is
 real but the start of an interpreter for each rank.
@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-FORK_WORKERS = "from forked import fork_workers; fork_workers()\n"
-SOURCE = Path(__file__).resolve().parents[2] / "training" / "nemo"
+FORK_WORKERS = "from support.forked import fork_workers; fork_workers()\n"
+TESTS = Path(__file__).resolve().parents[1]
+SOURCE = TESTS.parent / "training" / "nemo"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Forked:
         self._folder = folder
         self._running: set[int] = set()
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, "-m", "support.forked"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -148,9 +149,9 @@ class Started:
 
 
 def environment_for_tests(**more: str) -> dict[str, str]:
-    """The environment of a process that a test starts: ours, with this source tree in front."""
+    """The environment of a process that a test starts: ours, with this checkout in front."""
     env = {k: v for k, v in os.environ.items() if k != "DEEPSEEK_FRAMEWORK"}
-    path = os.pathsep.join(filter(None, [str(SOURCE), env.get("PYTHONPATH", "")]))
+    path = os.pathsep.join(filter(None, [str(TESTS), str(SOURCE), env.get("PYTHONPATH", "")]))
     return env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | more
 
 

@@ -16,7 +16,6 @@ from deepseek.frameworks import NEMO_TARGET, USES_NEMO, ModelBase, Trainer, atta
 from deepseek.training.schedule import learning_rate
 from deepseek.training.step import DeepSeekModel
 
-SOURCE = Path(__file__).resolve().parents[2] / "training" / "nemo"
 SMALL = ModelConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, kv_lora_rank=8)
 PRETEND = """
 import importlib.metadata as metadata
@@ -36,7 +35,7 @@ print(f.framework_name(), f.pl.__name__)
 def pretend(versions: dict[str, str], blocked: list[str], choice: str = "auto") -> tuple[str, str]:
     """Import the frameworks where these versions are said to be installed."""
     code = PRETEND.format(versions=versions, blocked=blocked)
-    env = os.environ | {"PYTHONPATH": str(SOURCE), "DEEPSEEK_FRAMEWORK": choice}
+    env = os.environ | {"DEEPSEEK_FRAMEWORK": choice}
     ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     return ran.stdout, ran.stderr.strip().splitlines()[-1] if ran.stderr.strip() else ""
 
@@ -115,7 +114,7 @@ def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "deepseek", "train", "--run-dir", "r", "trainer.accelerator=gpu"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(SOURCE), "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -27,7 +27,6 @@ def muon(parameters: list[nn.Parameter], decay: float = 0.1, **changes: object) 
 # -- newton_schulz --
 
 
-@settings(max_examples=40)
 @given(
     rows=st.integers(1, 12),
     columns=st.integers(1, 12),
