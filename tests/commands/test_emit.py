@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
 
-from deepseek.config import RunConfig, load_config
+from deepseek.config import RunConfig, changed, load_config
 from deepseek.config.errors import ConfigError
+from deepseek.config.fields import value_at
 from deepseek.config.schema import RopeScaling, SchedConfig
 from deepseek.frameworks import USES_NEMO
 from deepseek.interop.automodel_recipe import automodel_recipe
@@ -61,10 +62,8 @@ def driven(driver: str, micro: MicroRuns, *arguments: object) -> dict[str, Any]:
 
 
 def configuration(*settings: str) -> RunConfig:
-    run = OmegaConf.to_object(load_config("deepseek_v3_tiny", list(settings)))
-    assert isinstance(run, RunConfig)
-    run.model.data.data_prefix = "data"
-    return run
+    run = load_config("deepseek_v3_tiny", list(settings))
+    return changed(run, {"model.data.data_prefix": "data"})
 
 
 def same_lr(found: list[float], **settings: Any) -> bool:
@@ -208,7 +207,8 @@ MEGATRON: list[tuple[str, Any]] = [
 def test_what_they_lack(emit: Any, field: str, value: Any) -> None:
     run = _accepted_by_both()
     emit(run)
-    _set(run, field, value)
+    assert value_at(asdict(run), field) != value
+    run = changed(run, {field: value})
     with pytest.raises(ConfigError) as caught:
         emit(run)
     assert field in [problem.field for problem in caught.value.problems]
@@ -217,9 +217,9 @@ def test_what_they_lack(emit: Any, field: str, value: Any) -> None:
 @pytest.mark.parametrize("emit", [automodel_recipe, megatron_config])
 def test_schedules_they_lack(emit: Any) -> None:
     run = _accepted_by_both()
-    run.trainer.devices = run.model.pipeline_model_parallel_size = 2
+    run = changed(run, {"trainer.devices": 2, "model.pipeline_model_parallel_size": 2})
     emit(run)
-    run.model.pipeline_schedule = "DualPipeV"
+    run = changed(run, {"model.pipeline_schedule": "DualPipeV"})
     with pytest.raises(ConfigError, match="model.pipeline_schedule=DualPipeV"):
         emit(run)
 
@@ -236,24 +236,23 @@ def test_nothing_is_overwritten(micro: MicroRuns) -> None:
 
 def test_without_experts_megatron_gets_none() -> None:
     run = _accepted_by_both()
-    run.model.first_k_dense_replace = run.model.num_hidden_layers
-    run.model.rope_scaling = RopeScaling()
+    dense = replace(
+        run.model,
+        first_k_dense_replace=run.model.num_hidden_layers,
+        rope_scaling=RopeScaling(),
+    )
+    run = replace(run, model=dense)
     found = megatron_config(run)["MLATransformerConfig"]
     assert not [key for key in found if key.startswith("moe_")] and found["rope_type"] == "yarn"
 
 
 def _accepted_by_both() -> RunConfig:
-    run = configuration(*PLAIN)
-    run.model.n_routed_experts, run.model.n_group = 8, 4
-    run.model.num_experts_per_tok, run.model.topk_group = 2, 1
-    run.model.data.fim_rate, run.model.torch_compile = 0.0, False
-    return run
-
-
-def _set(run: RunConfig, field: str, value: Any) -> None:
-    *path, last = field.split(".")
-    place: Any = run
-    for part in path:
-        place = getattr(place, part)
-    assert getattr(place, last) != value
-    setattr(place, last, value)
+    values = {
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "num_experts_per_tok": 2,
+        "topk_group": 1,
+        "data.fim_rate": 0.0,
+        "torch_compile": False,
+    }
+    return changed(configuration(*PLAIN), {f"model.{key}": v for key, v in values.items()})

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from deepseek.checkpoint.folder import step_name
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.commands import experts as module
 from deepseek.commands.experts import experts
+from deepseek.config import stored_config
 from deepseek.config.errors import UserError
 from deepseek.config.schema import RunConfig
 from deepseek.experts.analysis import RoutingAnalysis
@@ -157,12 +157,11 @@ def made(tmp_path: Path) -> Any:
     """Writes a checkpoint of an untrained model in a run folder of its own."""
 
     def make(name: str, **changes: Any) -> Path:
-        cfg = OmegaConf.merge(OmegaConf.structured(RunConfig), CONFIG)
-        run = OmegaConf.to_object(cfg)
-        run.model = replace(run.model, **changes)
+        run = stored_config(CONFIG)
+        run = replace(run, model=replace(run.model, **changes))
         model = Transformer(run.model)
         model.init_weights(1)
-        config = OmegaConf.to_container(OmegaConf.structured(run))
+        config = asdict(run)
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         with CheckpointManager(tmp_path / name / "checkpoints") as manager:
             manager.save(3, tensors, {"step": 3, "config": config})

@@ -7,9 +7,8 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
-from deepseek.config import ConfigError, RunConfig, check, load_config, resolved_yaml
+from deepseek.config import ConfigError, RunConfig, changed, check, load_config, resolved_yaml
 from deepseek.config.fields import FIELDS
 from deepseek.config.layout import Layout, kept_shape, split_layers, stages_of_rank
 from deepseek.config.strict_yaml import read_yaml
@@ -139,44 +138,41 @@ def assert_consistent(run: RunConfig) -> None:
 
 @given(legal_configs())
 def test_legal_configurations_pass_and_survive_saving(tree: dict[str, Any]) -> None:
-    cfg = load_config(tree)
-    assert check(cfg) == []
-    run = OmegaConf.to_object(cfg)
-    assert isinstance(run, RunConfig)
+    run = load_config(tree)
+    assert check(run) == []
     assert_consistent(run)
-    document = read_yaml(resolved_yaml(cfg), "config.yaml")
+    document = read_yaml(resolved_yaml(run), "config.yaml")
     assert document.problems == []
-    assert load_config(document.tree) == cfg
+    assert load_config(document.tree) == run
 
 
 @st.composite
 def layouts(draw: st.DrawFn) -> RunConfig:
     """Sizes and settings drawn almost at will; about one in five is legal."""
     choose = st.sampled_from
-    run = RunConfig()
-    run.trainer.devices = draw(choose([1, 2, 4, 4, 6, 8, 8, 12]))
-    run.trainer.num_nodes = draw(choose([1, 1, 2]))
-    model = run.model
-    model.tensor_model_parallel_size = draw(choose([1, 1, 2, 2, 3]))
-    model.pipeline_model_parallel_size = draw(choose([1, 2, 2, 3]))
-    model.expert_model_parallel_size = draw(choose([1, 2, 4]))
-    model.data_parallel_replicate_size = draw(choose([1, 1, 2]))
-    if model.pipeline_model_parallel_size > 1 or draw(st.integers(0, 9)) == 0:
-        model.pipeline_schedule = draw(choose(SCHEDULES))
-        interleaved = model.pipeline_schedule.startswith("Interleaved")
+    values: dict[str, object] = {}
+    values["trainer.devices"] = draw(choose([1, 2, 4, 4, 6, 8, 8, 12]))
+    values["trainer.num_nodes"] = draw(choose([1, 1, 2]))
+    values["model.tensor_model_parallel_size"] = draw(choose([1, 1, 2, 2, 3]))
+    values["model.expert_model_parallel_size"] = draw(choose([1, 2, 4]))
+    values["model.data_parallel_replicate_size"] = draw(choose([1, 1, 2]))
+    values["model.pipeline_model_parallel_size"] = pipeline = draw(choose([1, 2, 2, 3]))
+    if pipeline > 1 or draw(st.integers(0, 9)) == 0:
+        values["model.pipeline_schedule"] = schedule = draw(choose(SCHEDULES))
+        interleaved = schedule.startswith("Interleaved")
         sizes = [2, 2, 3, 1] if interleaved else [1, 1, 1, 2]
-        model.virtual_pipeline_model_parallel_size = draw(choose(sizes))
+        values["model.virtual_pipeline_model_parallel_size"] = draw(choose(sizes))
         splits = st.lists(st.integers(1, 3), min_size=2, max_size=4)
-        model.pipeline_layers_per_stage = draw(st.none() | st.none() | splits)
-    model.num_hidden_layers = draw(st.integers(2, 8))
-    model.num_attention_heads = draw(choose([2, 6, 12]))
-    model.vocab_size = draw(choose([4098, 4608, 4608]))
-    model.hidden_size = draw(choose([16, 48]))
-    model.moe_intermediate_size = draw(choose([36, 48]))
-    model.data.seq_length = draw(choose([32, 48, 48]))
-    model.micro_batch_size = draw(choose([1, 1, 2]))
-    model.global_batch_size = draw(choose([48, 96]))
-    return run
+        values["model.pipeline_layers_per_stage"] = draw(st.none() | st.none() | splits)
+    values["model.num_hidden_layers"] = draw(st.integers(2, 8))
+    values["model.num_attention_heads"] = draw(choose([2, 6, 12]))
+    values["model.vocab_size"] = draw(choose([4098, 4608, 4608]))
+    values["model.hidden_size"] = draw(choose([16, 48]))
+    values["model.moe_intermediate_size"] = draw(choose([36, 48]))
+    values["model.data.seq_length"] = draw(choose([32, 48, 48]))
+    values["model.micro_batch_size"] = draw(choose([1, 1, 2]))
+    values["model.global_batch_size"] = draw(choose([48, 96]))
+    return changed(RunConfig(), values)
 
 
 @given(layouts())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deepseek.config import check, load_config, schema, shipped_configs
+from deepseek.config import changed, check, load_config, schema, shipped_configs
 from deepseek.config.fields import FIELDS, LEAVES
 from deepseek.config.foreign_names import OTHER_NAMES
 from deepseek.config.ranges import NAMES, RANGES
@@ -183,12 +183,12 @@ def test_the_layouts_are_the_described_ones_of_one_model(name: str) -> None:
         model.tensor_model_parallel_size,
         model.pipeline_model_parallel_size,
     ) == LAYOUTS[name]
-    same = load_config("deepseek_v3_distributed")
-    same.name = name
-    for key in ("devices", "num_nodes"):
-        same.trainer[key] = cfg.trainer[key]
-    for key in ("expert", "tensor", "pipeline"):
-        same.model[f"{key}_model_parallel_size"] = model[f"{key}_model_parallel_size"]
+    sizes = {key: getattr(cfg.trainer, key) for key in ("devices", "num_nodes")}
+    parts = [f"{kind}_model_parallel_size" for kind in ("expert", "tensor", "pipeline")]
+    values = {"name": name}
+    values |= {f"trainer.{key}": size for key, size in sizes.items()}
+    values |= {f"model.{key}": getattr(model, key) for key in parts}
+    same = changed(load_config("deepseek_v3_distributed"), values)
     assert cfg == same, "checkpoints of one are checkpoints of all"
 
 

@@ -16,10 +16,9 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from deepseek.config import RunConfig, load_config
+from deepseek.config import RunConfig, changed, load_config
 from deepseek.config.cost import rank_memory
 from deepseek.config.layout import Layout, kept_shape, split_layers, stages_of_rank
 from deepseek.config.schema import PeftConfig
@@ -60,8 +59,7 @@ def meshes_of(layout: Layout, rank: int) -> Iterator[Meshes]:
 def test_the_first_ranks_of_a_stage_keep_what_was_planned(
     name: str, ranks: list[int], overrides: list[str]
 ) -> None:
-    run = OmegaConf.to_object(load_config(name, [*SMALL, *overrides]))
-    assert isinstance(run, RunConfig)
+    run = load_config(name, [*SMALL, *overrides])
     assert_as_planned(run, ranks)
 
 
@@ -74,9 +72,8 @@ def test_the_first_ranks_of_a_stage_keep_what_was_planned(
     ],
 )
 def test_with_adapters(name: str, ranks: list[int], targets: list[str]) -> None:
-    run = OmegaConf.to_object(load_config(name, SMALL))
-    assert isinstance(run, RunConfig)
-    run.model.peft = PeftConfig(dim=4, target_modules=targets)
+    run = load_config(name, SMALL)
+    run = changed(run, {"model.peft": PeftConfig(dim=4, target_modules=targets)})
     assert_as_planned(run, ranks)
 
 

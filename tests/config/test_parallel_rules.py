@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch.distributed.pipelining import schedules
 
-from deepseek.config import ConfigError, RunConfig, check, load_config
+from deepseek.config import ConfigError, RunConfig, changed, check, load_config
 from deepseek.config.choices import divisors
-from deepseek.config.schema import TrainerConfig
 
 RUNTIME_ONLY = (schedules.UNSHARD, schedules.RESHARD, schedules.REDUCE_GRAD)
 
@@ -53,15 +52,16 @@ def torch_takes(name: str, pp: int, held: int, micro_batches: int) -> bool:
 
 
 def rules_take(name: str, pp: int, held: int, micro_batches: int) -> bool:
-    run = RunConfig(trainer=TrainerConfig(devices=pp))
-    run.model.num_hidden_layers = pp * held
-    run.model.pipeline_model_parallel_size = pp
-    run.model.pipeline_schedule = name
-    if name.startswith("Interleaved"):
-        run.model.virtual_pipeline_model_parallel_size = held
-    run.model.micro_batch_size = 2
-    run.model.global_batch_size = 2 * micro_batches
-    problems = check(run)
+    values = {
+        "trainer.devices": pp,
+        "model.num_hidden_layers": pp * held,
+        "model.pipeline_model_parallel_size": pp,
+        "model.pipeline_schedule": name,
+        "model.virtual_pipeline_model_parallel_size": held if name.startswith("Interleaved") else 1,
+        "model.micro_batch_size": 2,
+        "model.global_batch_size": 2 * micro_batches,
+    }
+    problems = check(changed(RunConfig(), values))
     assert {problem.field for problem in problems} <= {"model.global_batch_size"}
     return not problems
 

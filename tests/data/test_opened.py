@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deepseek.config import changed
 from deepseek.config.errors import UserError
-from deepseek.config.schema import ModelConfig
+from deepseek.config.schema import DataConfig, ModelConfig, TokenizerConfig
 from deepseek.data import corpus as corpus_module
 from deepseek.data.blend import BlendedDataset
 from deepseek.data.dataset import PackedDataset
@@ -28,12 +29,8 @@ from support.sample_texts import TEXTS
 
 @pytest.fixture
 def cfg(tmp_path: Path) -> ModelConfig:
-    config = ModelConfig(vocab_size=512)
-    config.data.cache_dir = str(tmp_path / "cache")
-    config.data.seq_length = 32
-    config.data.validation_fraction = 0.1
-    config.tokenizer.vocab_size = 400
-    return config
+    data = DataConfig(cache_dir=str(tmp_path / "cache"), seq_length=32, validation_fraction=0.1)
+    return ModelConfig(vocab_size=512, data=data, tokenizer=TokenizerConfig(vocab_size=400))
 
 
 @pytest.fixture
@@ -98,10 +95,10 @@ def test_settings_of_the_tokenizer_have_their_own_files(
     cfg: ModelConfig, small_library: Path, tmp_path: Path, byte: Tokenizer
 ) -> None:
     open_data(cfg)
-    cfg.tokenizer.vocab_size = 300
+    cfg = changed(cfg, {"tokenizer.vocab_size": 300})
     open_data(cfg)
     byte.save(tmp_path / "byte")
-    cfg.tokenizer.path = str(tmp_path / "byte")
+    cfg = changed(cfg, {"tokenizer.path": str(tmp_path / "byte")})
     opened = open_data(cfg)
     assert opened.tokenizer is not None and opened.tokenizer.fingerprint == byte.fingerprint
     assert len(list((tmp_path / "cache").glob("*.bin"))) == 3
@@ -126,7 +123,7 @@ def test_all_processes_of_a_run_may_open_at_once(cfg: ModelConfig, small_library
 def test_the_cache_is_in_the_home_folder_unless_told(
     cfg: ModelConfig, small_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg.data.cache_dir = None
+    cfg = changed(cfg, {"data.cache_dir": None})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     open_data(cfg)
     assert list((tmp_path / "xdg" / "deepseek").glob("python3*.bin"))
@@ -138,14 +135,14 @@ def test_the_cache_is_in_the_home_folder_unless_told(
 
 def test_a_cache_that_cannot_be_written(cfg: ModelConfig, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    cfg.data.cache_dir = str(tmp_path / "file" / "cache")
+    cfg = changed(cfg, {"data.cache_dir": str(tmp_path / "file" / "cache")})
     with pytest.raises(UserError, match=r"cannot be written, .* set model\.data\.cache_dir to a"):
         open_data(cfg)
 
 
 def test_a_prefix_is_split_and_counted(cfg: ModelConfig, prepared: Callable[..., str]) -> None:
     prefix = prepared("a")
-    cfg.data.data_prefix = prefix
+    cfg = changed(cfg, {"data.data_prefix": prefix})
     opened = open_data(cfg)
     record = json.loads(Path(f"{prefix}.json").read_text())
     assert opened.validation is not None and opened.tokenizer is not None
@@ -158,7 +155,7 @@ def test_a_prefix_is_split_and_counted(cfg: ModelConfig, prepared: Callable[...,
     ended = opened.tokenizer.decode(ids, skip_special=True)
     assert opened.validation_bytes_per_token == pytest.approx(len(ended.encode()) / len(ids))
 
-    cfg.data.validation_fraction = 0.0
+    cfg = changed(cfg, {"data.validation_fraction": 0.0})
     all_ = open_data(cfg)
     assert all_.validation is None and all_.validation_bytes_per_token is None
     assert all_.train.num_documents == 40
@@ -167,8 +164,8 @@ def test_a_prefix_is_split_and_counted(cfg: ModelConfig, prepared: Callable[...,
 def test_validation_files_of_their_own(
     cfg: ModelConfig, prepared: Callable[..., str], byte: Tokenizer
 ) -> None:
-    cfg.data.data_prefix = prepared("a", byte)
-    cfg.data.validation_prefix = prepared("b", byte, documents=7)
+    a, b = prepared("a", byte), prepared("b", byte, documents=7)
+    cfg = changed(cfg, {"data.data_prefix": a, "data.validation_prefix": b})
     opened = open_data(cfg)
     assert opened.validation is not None and opened.tokenizer is not None
     assert (opened.train.num_documents, opened.validation.num_documents) == (40, 7)
@@ -176,7 +173,7 @@ def test_validation_files_of_their_own(
 
 
 def test_a_blend(cfg: ModelConfig, prepared: Callable[..., str], byte: Tokenizer) -> None:
-    cfg.data.data_prefix = [0.75, prepared("a", byte), 0.25, prepared("b", byte)]
+    cfg = changed(cfg, {"data.data_prefix": [0.75, prepared("a", byte), 0.25, prepared("b", byte)]})
     opened = open_data(cfg)
     assert isinstance(opened.train, BlendedDataset)
     assert isinstance(opened.validation, BlendedDataset)
@@ -189,9 +186,8 @@ def test_a_blend(cfg: ModelConfig, prepared: Callable[..., str], byte: Tokenizer
 def test_training_and_validation_follow_the_configuration(
     cfg: ModelConfig, prepared: Callable[..., str]
 ) -> None:
-    cfg.data.data_prefix = prepared("a")
-    cfg.data.isolate_documents = True
-    cfg.data.fim_rate = 0.5
+    values = {"data_prefix": prepared("a"), "isolate_documents": True, "fim_rate": 0.5}
+    cfg = changed(cfg, {f"data.{key}": value for key, value in values.items()})
     opened = open_data(cfg, seed=5)
     assert isinstance(opened.train, PackedDataset) and isinstance(opened.validation, PackedDataset)
     assert opened.tokenizer is not None and opened.tokenizer.fim is not None
@@ -207,11 +203,11 @@ def test_the_fingerprint_follows_what_decides_the_samples(
     cfg: ModelConfig, prepared: Callable[..., str], byte: Tokenizer, tmp_path: Path
 ) -> None:
     a, b = prepared("a", byte), prepared("b", byte)
-    cfg.data.data_prefix = a
+    cfg = changed(cfg, {"data.data_prefix": a})
 
     def fingerprint(seed: int = 1, **changes: Any) -> str:
-        changed = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **changes))
-        return open_data(changed, seed=seed).fingerprint
+        other = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **changes))
+        return open_data(other, seed=seed).fingerprint
 
     same = fingerprint()
     assert fingerprint() == same
@@ -232,12 +228,17 @@ def test_the_fingerprint_follows_what_decides_the_samples(
     assert fingerprint(data_prefix=str(moved / "data"), num_workers=3) == same
 
 
+def on_foreign(
+    cfg: ModelConfig, write: Callable[..., IndexedDataset], top: int, dtype: str = "int32"
+) -> ModelConfig:
+    documents = [[k % 97, 5, top] * 10 for k in range(20)]
+    return changed(cfg, {"data.data_prefix": str(write(documents, "foreign", dtype).prefix)})
+
+
 def open_foreign(
     cfg: ModelConfig, write: Callable[..., IndexedDataset], top: int, dtype: str = "int32"
 ) -> OpenedData:
-    documents = [[k % 97, 5, top] * 10 for k in range(20)]
-    cfg.data.data_prefix = str(write(documents, "foreign", dtype).prefix)
-    return open_data(cfg)
+    return open_data(on_foreign(cfg, write, top, dtype))
 
 
 def test_files_of_megatron_need_no_record(
@@ -247,7 +248,8 @@ def test_files_of_megatron_need_no_record(
     bpe: Tokenizer,
     tmp_path: Path,
 ) -> None:
-    opened = open_foreign(cfg, write, 300)
+    cfg = on_foreign(cfg, write, 300)
+    opened = open_data(cfg)
     assert opened.tokenizer is None and opened.bytes_per_token is None
     assert opened.train[0]["tokens"].shape == (32,)
     assert "has no record of its tokenizer" in caplog.text
@@ -257,7 +259,7 @@ def test_files_of_megatron_need_no_record(
     assert "reading all ids once" not in caplog.text
 
     bpe.save(tmp_path / "bpe")
-    cfg.tokenizer.path = str(tmp_path / "bpe")
+    cfg = changed(cfg, {"tokenizer.path": str(tmp_path / "bpe")})
     opened = open_data(cfg)
     indexed = IndexedDataset(str(cfg.data.data_prefix))
     train = [k for k in range(20) if k not in (9, 19)]
@@ -310,8 +312,7 @@ def test_ids_outside_the_vocabulary(cfg: ModelConfig, write: Callable[..., Index
 
 
 def test_a_tokenizer_larger_than_the_model(cfg: ModelConfig, prepared: Callable[..., str]) -> None:
-    cfg.data.data_prefix = prepared("a")
-    cfg.vocab_size = 300
+    cfg = changed(cfg, {"data.data_prefix": prepared("a"), "vocab_size": 300})
     size = json.loads(Path(f"{cfg.data.data_prefix}.json").read_text())["vocab_size"]
     message = (
         rf"model\.vocab_size=300 is smaller than the tokenizer, which has {size} ids; set "
@@ -326,37 +327,35 @@ def test_another_tokenizer_than_that_of_the_data(
 ) -> None:
     a, b = prepared("a", byte), prepared("b", bpe)
     bpe.save(tmp_path / "bpe")
-    cfg.data.data_prefix = a
-    cfg.tokenizer.path = str(tmp_path / "bpe")
+    cfg = changed(cfg, {"data.data_prefix": a, "tokenizer.path": str(tmp_path / "bpe")})
     message = (
         rf"data was made with another tokenizer \(fingerprint {byte.fingerprint[:12]}\) than "
         rf"model\.tokenizer\.path \({bpe.fingerprint[:12]}\); set model\.tokenizer\.path=null"
     )
     with pytest.raises(UserError, match=message):
         open_data(cfg)
-    cfg.tokenizer.path = None
-    cfg.data.data_prefix = [1, a, 1, b]
+    cfg = changed(cfg, {"tokenizer.path": None, "data.data_prefix": [1, a, 1, b]})
     with pytest.raises(UserError, match=r"another tokenizer .* than .*a.data .*prepare one of"):
         open_data(cfg)
-    cfg.data.data_prefix, cfg.data.validation_prefix = a, b
+    cfg = changed(cfg, {"data.data_prefix": a, "data.validation_prefix": b})
     with pytest.raises(UserError, match=r"another tokenizer"):
         open_data(cfg)
 
 
 def test_fim_without_sentinels(cfg: ModelConfig, write: Callable[..., IndexedDataset]) -> None:
-    cfg.data.fim_rate = 0.1
+    cfg = changed(cfg, {"data.fim_rate": 0.1})
     with pytest.raises(UserError, match=r"fim_rate=0\.1 needs a tokenizer with the tokens"):
         open_foreign(cfg, write, 300)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, 2.0])
 def test_fractions(cfg: ModelConfig, fraction: float) -> None:
-    cfg.data.validation_fraction = fraction
+    cfg = changed(cfg, {"data.validation_fraction": fraction})
     with pytest.raises(UserError, match=rf"validation_fraction={fraction} must be at least 0 and"):
         open_data(cfg)
 
 
 def test_missing_files(cfg: ModelConfig, tmp_path: Path) -> None:
-    cfg.data.data_prefix = str(tmp_path / "nothing")
+    cfg = changed(cfg, {"data.data_prefix": str(tmp_path / "nothing")})
     with pytest.raises(UserError, match=r"nothing\.idx does not exist; make it with prepare-data"):
         open_data(cfg)

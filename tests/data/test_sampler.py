@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from deepseek.config import changed
 from deepseek.config.errors import UserError
-from deepseek.config.schema import ModelConfig
+from deepseek.config.schema import DataConfig, ModelConfig
 from deepseek.data.blend import Blend, BlendedDataset
 from deepseek.data.dataset import PackedDataset
 from deepseek.data.indexed import IndexedDataset
@@ -27,9 +29,7 @@ Write = Callable[..., IndexedDataset]
 
 @pytest.fixture
 def cfg() -> ModelConfig:
-    config = ModelConfig(global_batch_size=8, micro_batch_size=2)
-    config.data.seq_length = 16
-    return config
+    return ModelConfig(global_batch_size=8, micro_batch_size=2, data=DataConfig(seq_length=16))
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_workers_change_nothing(
 ) -> None:
     alone = list(build_train_loader(data, cfg, max_steps=6))
     checked = list(build_validation_loader(validation, cfg, limit_batches=3))
-    cfg.data.num_workers = 2
+    cfg = changed(cfg, {"data.num_workers": 2})
     for expected, loader in (
         (alone, build_train_loader(data, cfg, max_steps=6)),
         (alone[2:], build_train_loader(data, cfg, max_steps=6, start_step=2)),
@@ -151,9 +151,9 @@ def test_validation_is_the_same_in_every_pass(validation: PackedDataset, cfg: Mo
 def test_validation_is_the_same_for_any_number_of_ranks(
     validation: PackedDataset, cfg: ModelConfig, size: int, micro: int
 ) -> None:
-    cfg.global_batch_size = 24
+    cfg = replace(cfg, global_batch_size=24)
     alone = joined(list(build_validation_loader(validation, cfg, limit_batches=1)))
-    cfg.micro_batch_size = micro
+    cfg = replace(cfg, micro_batch_size=micro)
     ranks = [
         list(build_validation_loader(validation, cfg, limit_batches=1, dp_rank=r, dp_size=size))
         for r in range(size)

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from deepseek.config import load_config
@@ -192,7 +191,7 @@ def test_by_way_of_the_meta_device() -> None:
 
 def test_deepseek_v3_on_the_meta_device() -> None:
     """671 billion parameters, to the last one, without any memory for them."""
-    config = OmegaConf.to_object(load_config("deepseek_v3_671b")).model
+    config = load_config("deepseek_v3_671b").model
     start = time.monotonic()
     with torch.device("meta"):
         model = Transformer(replace(config, num_nextn_predict_layers=0))

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from deepseek import frameworks
-from deepseek.config import ConfigError, UserError, load_config
+from deepseek.config import ConfigError, RunConfig, UserError, changed, load_config
 from deepseek.config.schema import ExpManagerConfig, MLFlowConfig, WandbConfig
 from deepseek.frameworks import pl, remote_loggers
 from deepseek.monitoring.record import metrics_log
@@ -136,12 +137,13 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_by_default_there_is_none(tmp_path: Path) -> None:
-    assert remote_loggers(tmp_path, "name", ExpManagerConfig(), {}) == {}
+    assert remote_loggers(tmp_path, RunConfig()) == {}
 
 
 def test_both_with_their_defaults(tmp_path: Path, packages: dict[str, Any]) -> None:
     manager = ExpManagerConfig(create_wandb_logger=True, create_mlflow_logger=True)
-    opens = remote_loggers(tmp_path / "version_3", "tiny", manager, {"a": 1})
+    run = RunConfig(name="tiny", exp_manager=manager)
+    opens = remote_loggers(tmp_path / "version_3", run)
     assert not packages  # only the thread that feeds them opens them
     for name, open_logger in opens.items():
         mirror = Mirror(name, open_logger, "m.jsonl")
@@ -155,7 +157,7 @@ def test_both_with_their_defaults(tmp_path: Path, packages: dict[str, Any]) -> N
         "experiment_name": "tiny", "run_name": "version_3", "tracking_uri": None,
         "save_dir": str(tmp_path / "version_3" / "mlruns")}  # fmt: skip
     for logger in packages.values():
-        assert logger.config == {"a": 1}
+        assert logger.config == asdict(run)
         assert logger.told == [(1, {"loss": 2.0})]
 
 
@@ -168,15 +170,16 @@ def test_their_settings(
         create_mlflow_logger=True,
         mlflow_logger_kwargs=MLFlowConfig("exp", "first", "http://there"),
     )
-    for open_logger in remote_loggers(tmp_path, "tiny", manager, {}).values():
+    run = RunConfig(name="tiny", exp_manager=manager)
+    for open_logger in remote_loggers(tmp_path, run).values():
         open_logger()
     wandb, mlflow = packages["wandb"].settings, packages["mlflow"].settings
     assert (wandb["project"], wandb["name"], wandb["offline"]) == ("v3", "first", True)
     assert (mlflow["experiment_name"], mlflow["run_name"]) == ("exp", "first")
     assert mlflow["tracking_uri"] == "http://there"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
-    manager.mlflow_logger_kwargs.tracking_uri = None
-    remote_loggers(tmp_path, "tiny", manager, {})["MLFlowLogger"]()
+    run = changed(run, {"exp_manager.mlflow_logger_kwargs.tracking_uri": None})
+    remote_loggers(tmp_path, run)["MLFlowLogger"]()
     assert packages["mlflow"].settings["tracking_uri"] == "http://elsewhere"
 
 
@@ -187,7 +190,7 @@ def test_one_whose_package_is_missing(
     monkeypatch.setattr(frameworks.importlib.util, "find_spec", lambda name: None)
     manager = ExpManagerConfig(**{f"create_{package}_logger": True})  # type: ignore[arg-type]
     with pytest.raises(UserError, match=rf"create_{package}_logger=true.*pip install {package}"):
-        remote_loggers(tmp_path, "tiny", manager, {})
+        remote_loggers(tmp_path, RunConfig(exp_manager=manager))
 
 
 @pytest.mark.parametrize(

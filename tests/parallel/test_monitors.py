@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from deepseek.config import changed
 from deepseek.frameworks import Callback
 from deepseek.models.components.moe import MoE
 from deepseek.monitoring.array_log import Record, read_arrays
@@ -198,7 +199,7 @@ def test_one_process_and_the_facts_of_its_rows(tmp_path: Path) -> None:
 
 def test_margins_are_a_sample_of_long_batches(tmp_path: Path) -> None:
     config = small_config(micro_batch_size=8, n_group=1, topk_group=1)
-    config.data.seq_length = 100
+    config = changed(config, {"data.seq_length": 100})
     driven, _ = alone(config, tmp_path)
     spaced = -(-800 // MARGIN_TOKENS)
     assert spaced == 7

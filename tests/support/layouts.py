@@ -13,7 +13,14 @@ from torch import Tensor
 
 from deepseek.config.layout import Layout
 from deepseek.config.rules import check
-from deepseek.config.schema import ModelConfig, OptimConfig, RunConfig, SchedConfig, TrainerConfig
+from deepseek.config.schema import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SchedConfig,
+    TrainerConfig,
+)
 from deepseek.models.transformer import global_name
 from deepseek.parallel.mesh import Alone, Meshes, local, local_slices
 from deepseek.training.step import DeepSeekModel
@@ -57,8 +64,8 @@ def small_config(**changes: Any) -> ModelConfig:
         micro_batch_size=1,
         global_batch_size=8,
         optim=OptimConfig(lr=1e-2, sched=SchedConfig(min_lr=1e-3)),
+        data=DataConfig(seq_length=8),
     )
-    config.data.seq_length = 8
     return replace(config, **changes)
 
 

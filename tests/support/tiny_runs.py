@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-from omegaconf import OmegaConf
-
 from deepseek.config import RunConfig, load_config
 
 SMALL = [
@@ -17,9 +15,7 @@ SMALL = [
 
 
 def run_of(name: str, overrides: Sequence[str] = ()) -> RunConfig:
-    run = OmegaConf.to_object(load_config(name, overrides))
-    assert isinstance(run, RunConfig)
-    return run
+    return load_config(name, overrides)
 
 
 def small_run(

@@ -15,12 +15,14 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepseek.config.errors import UserError
-from deepseek.config.schema import ExpManagerConfig
+from deepseek.config.load import stored_config
+from deepseek.config.schema import ModelConfig, RunConfig
 
 VARIABLE = "DEEPSEEK_FRAMEWORK"
 NEMO_LIGHTNING = "lightning>2.2.1,<=2.4.0"
@@ -79,7 +81,7 @@ def _import_lightning() -> Any:
         if importlib.util.find_spec(root) is not None:
             return importlib.import_module(name)
     raise FrameworkError(
-        "training needs PyTorch Lightning: pip install pytorch-lightning omegaconf "
+        "training needs PyTorch Lightning: pip install pytorch-lightning "
         "(or NeMo: pip install nemo_toolkit)"
     )
 
@@ -113,6 +115,23 @@ ModelBase: Any = _ModelPT if USES_NEMO else LightningModule
 """Base class of ``DeepSeekModel``."""
 
 
+def model_config(section: ModelConfig | Mapping[str, Any]) -> ModelConfig:
+    """The ``model`` section of a run, in whatever form a framework hands it over.
+
+    NeMo's is a DictConfig with keys of its own beside ours; these are left out.
+    """
+    if isinstance(section, ModelConfig):
+        return section
+    names = {field.name for field in fields(ModelConfig)}
+    return stored_config({"model": {key: section[key] for key in section if key in names}}).model
+
+
+def nemo_config(model: ModelConfig) -> Any:
+    """``model`` as NeMo's ModelPT wants it: a DictConfig, without types since it adds keys."""
+    omegaconf = importlib.import_module("omegaconf")
+    return omegaconf.OmegaConf.create({**asdict(model), "target": NEMO_TARGET})
+
+
 def framework_name() -> str:
     """For people: which framework, and which version."""
     if USES_NEMO:
@@ -121,23 +140,20 @@ def framework_name() -> str:
     return f"PyTorch Lightning {pl.__version__}"
 
 
-def remote_loggers(
-    folder: Path, name: str, manager: ExpManagerConfig, config: Any
-) -> dict[str, Callable[[], Any]]:
+def remote_loggers(folder: Path, run: RunConfig) -> dict[str, Callable[[], Any]]:
     """What opens the loggers that may want a network, by name.
 
     They are not the trainer's, which would wait for them and end with them.
 
     Args:
         folder: of the run; what they write lies here.
-        name: of the run.
-        manager: which ones, and where they write to.
-        config: of the run, shown beside its curves.
+        run: which ones, where they write to, and what is shown beside the curves.
 
     Raises:
         UserError: a package is missing.
     """
     found: dict[str, Callable[[], Any]] = {}
+    name, manager, config = run.name, run.exp_manager, asdict(run)
     if manager.create_wandb_logger:
         _need("wandb", "create_wandb_logger")
         wandb = manager.wandb_logger_kwargs

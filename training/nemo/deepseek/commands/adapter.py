@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from deepseek.config import resolved_yaml
+from deepseek.config import changed, resolved_yaml
 from deepseek.config.errors import UserError
 from deepseek.console import say
 from deepseek.files import refuse_existing
@@ -68,8 +68,10 @@ def merge_lora(run: Path, target: Path) -> None:
     refuse_existing(target)
     opened = _with_adapters(run)
     model, config = opened.model().cpu(), opened.config
-    config.name = target.absolute().name
-    config.model.peft = config.model.restore_from = None
+    config = changed(
+        config,
+        {"name": target.absolute().name, "model.peft": None, "model.restore_from": None},
+    )
     state = {
         "step": 0,
         "consumed_samples": 0,

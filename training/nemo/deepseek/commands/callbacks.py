@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from deepseek.checkpoint.callback import Checkpointing
 from deepseek.config import RunConfig, resolved_yaml
 from deepseek.config.cost import flops_per_token
@@ -35,7 +33,6 @@ from deepseek.run_folder import (
 
 
 def callbacks(
-    cfg: DictConfig,
     run: RunConfig,
     folder: Path,
     data: OpenedData,
@@ -53,8 +50,7 @@ def callbacks(
     that measure, on every rank; then those that write and show, on the one that speaks for all.
 
     Args:
-        cfg: the resolved configuration.
-        run: the same, typed.
+        run: the configuration.
         folder: of the run.
         data: what it trains on.
         resume: go on from the newest checkpoint.
@@ -71,7 +67,7 @@ def callbacks(
         saving = Checkpointing(
             folder / CHECKPOINTS,
             manager.checkpoint_callback_params,
-            OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+            asdict(run),
             data.fingerprint,
             resume,
             say,
@@ -116,7 +112,7 @@ def callbacks(
         *found,
         RunRecord(
             folder / CONFIG_FILE,
-            resolved_yaml(cfg),
+            resolved_yaml(run),
             folder / TOKENIZER,
             data.tokenizer,
             folder / ENVIRONMENT_FILE,

@@ -15,10 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from deepseek.config import ModelConfig, RunConfig, load_config
+from deepseek.config import ModelConfig, changed, load_config
 from deepseek.config.cost import count_parameters
 from deepseek.console import say, table
 from deepseek.models import reference
@@ -48,8 +47,7 @@ def test_model(config: str | None = None) -> bool:
         ConfigError: a broken configuration.
     """
     start = time.monotonic()
-    run = OmegaConf.to_object(load_config(config or "deepseek_v3_tiny"))
-    assert isinstance(run, RunConfig)
+    run = load_config(config or "deepseek_v3_tiny")
     small = shrink(run.model)
     checks = [check for group in CHECKS for check in group(small)]
     checks += full_size(run.model)
@@ -92,10 +90,14 @@ def shrink(model: ModelConfig) -> ModelConfig:
     )
     if small.rope_scaling is not None:
         context = LENGTH // 2  # so that positions lie past the original context
-        small.rope_scaling = replace(
-            small.rope_scaling, original_max_position_embeddings=context, factor=4.0
+        small = changed(
+            small,
+            {
+                "rope_scaling.original_max_position_embeddings": context,
+                "rope_scaling.factor": 4.0,
+                "max_position_embeddings": 4 * context,
+            },
         )
-        small.max_position_embeddings = 4 * context
     return small
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from deepseek.config import RunConfig, load_config
+from deepseek.config import load_config
 from deepseek.config.errors import UserError
 from deepseek.config.strict_yaml import dump_yaml
 from deepseek.console import say
@@ -34,8 +32,7 @@ def emit(kind: str, config: str, output: Path, overrides: Sequence[str] = ()) ->
     """
     if output.exists():
         raise UserError(f"{output} exists already and nothing is overwritten; give another name")
-    run = OmegaConf.to_object(load_config(config, overrides))
-    assert isinstance(run, RunConfig)
+    run = load_config(config, overrides)
     translate, module = KINDS[kind]
     tree = translate(run)
     words = " ".join(["deepseek emit", kind, config, *overrides])

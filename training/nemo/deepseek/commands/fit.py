@@ -12,7 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.commands.callbacks import callbacks
@@ -50,7 +49,7 @@ class FitResult:
     """There was nothing left to do."""
 
 
-def fit(cfg: DictConfig, run: RunConfig, run_dir: Path | None, processes: Processes) -> FitResult:
+def fit(run: RunConfig, run_dir: Path | None, processes: Processes) -> FitResult:
     """Train in this process, together with the others of the run if there are any.
 
     Raises:
@@ -66,9 +65,7 @@ def fit(cfg: DictConfig, run: RunConfig, run_dir: Path | None, processes: Proces
     done = Ranks().lead(lambda: finished_steps(folder))
     if resume and done >= run.trainer.max_steps:
         return FitResult(folder, done, was_complete=True)
-    loggers = remote_loggers(
-        folder, run.name, run.exp_manager, OmegaConf.to_container(cfg, resolve=True)
-    )
+    loggers = remote_loggers(folder, run)
     if run.trainer.num_threads:
         torch.set_num_threads(run.trainer.num_threads)
     if not on_gpu:
@@ -79,7 +76,7 @@ def fit(cfg: DictConfig, run: RunConfig, run_dir: Path | None, processes: Proces
     for note in data.notes:
         say(f"data         {note}")
     module = DeepSeekModel(
-        cfg.model,
+        run.model,
         seed=run.seed,
         max_steps=run.trainer.max_steps,
         gradient_clip_val=run.trainer.gradient_clip_val,
@@ -125,7 +122,6 @@ def fit(cfg: DictConfig, run: RunConfig, run_dir: Path | None, processes: Proces
             limit_val_batches=1.0 if validates else 0,  # all of the loader, which is limited
             num_sanity_val_steps=0,
             callbacks=callbacks(
-                cfg,
                 run,
                 folder,
                 data,

@@ -8,9 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from deepseek.config import RunConfig, load_config
+from deepseek.config import load_config
 from deepseek.config.errors import UserError
 from deepseek.console import complain, say
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
@@ -97,8 +95,7 @@ def load_run(run: Path) -> tuple[Any, Any]:
             f"{run} is no run folder: it has no {CONFIG_FILE}; "
             "give the folder that `deepseek train` printed at its start and end"
         )
-    config = OmegaConf.to_object(load_config(run / CONFIG_FILE))
-    assert isinstance(config, RunConfig)
+    config = load_config(run / CONFIG_FILE)
     checkpoint = newest_sound(run / CHECKPOINTS, complain)
     if checkpoint is None:
         raise UserError(f"{run / CHECKPOINTS} holds no checkpoint yet; train first")

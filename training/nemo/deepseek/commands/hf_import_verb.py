@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deepseek.config import RunConfig, check, resolved_yaml
+from deepseek.config import RunConfig, changed, check, resolved_yaml
 from deepseek.config.errors import ConfigError, UserError
 from deepseek.config.foreign_names import nearest
 from deepseek.config.schema import ModelConfig
@@ -133,15 +133,17 @@ def _tokenizer(source: Path, given: Path | None, cfg: ModelConfig) -> Tokenizer 
 
 def _run_config(target: Path, cfg: ModelConfig) -> RunConfig:
     """A whole configuration around the model. Raises ConfigError if it breaks a rule."""
-    run = RunConfig(name=target.absolute().name, model=cfg)
-    if cfg.topk_method != "noaux_tc":
-        cfg.moe_router_bias_update_rate = 0.0
+    rate = cfg.moe_router_bias_update_rate if cfg.topk_method == "noaux_tc" else 0.0
     if cfg.rope_scaling is None:
         longest = cfg.max_position_embeddings
     else:  # the first training phase had no more
         longest = cfg.rope_scaling.original_max_position_embeddings
-    cfg.data.seq_length = min(4096, longest, cfg.max_position_embeddings)
-    cfg.tokenizer.vocab_size = min(cfg.tokenizer.vocab_size, cfg.vocab_size)
+    values = {
+        "moe_router_bias_update_rate": rate,
+        "data.seq_length": min(4096, longest, cfg.max_position_embeddings),
+        "tokenizer.vocab_size": min(cfg.tokenizer.vocab_size, cfg.vocab_size),
+    }
+    run = RunConfig(name=target.absolute().name, model=changed(cfg, values))
     problems = check(run)
     if problems:
         raise ConfigError(problems, "the imported model")

@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from deepseek.config import RunConfig, load_config, resolved_yaml
 from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, say
@@ -57,9 +55,7 @@ def migrate_checkpoint(
 
     if step is not None and step < 0:
         raise UserError(f"--step {step}: give the optimiser steps done, 0 or more")
-    cfg = load_config(config, overrides)
-    run = OmegaConf.to_object(cfg)
-    assert isinstance(run, RunConfig)
+    run = load_config(config, overrides)
     default = NameTable.hugging_face(run.model)
     table = default if names is None else NameTable.read(names)
     if write_names is None:
@@ -88,7 +84,7 @@ def migrate_checkpoint(
         "step": steps,
         "consumed_samples": steps * run.model.global_batch_size,
         "seed": run.seed,
-        "config": OmegaConf.to_container(cfg, resolve=True),
+        "config": asdict(run),
         "data": data.fingerprint,
         "migrated": {"from": str(source), "dropped": dict(migration.dropped)},
     }
@@ -115,7 +111,7 @@ def migrate_checkpoint(
                 ),
             )
         for name, content in {
-            CONFIG_FILE: resolved_yaml(cfg).encode(),
+            CONFIG_FILE: resolved_yaml(run).encode(),
             ORIGIN: Origin.of(migration).to_json(),
         }.items():
             (staging.folder / name).unlink(missing_ok=True)

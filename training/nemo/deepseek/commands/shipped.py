@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from deepseek.config import RunConfig, load_config, resolved_yaml
+from deepseek.config import load_config, resolved_yaml
 from deepseek.config.cost import count_parameters
 from deepseek.config.errors import UserError
 from deepseek.config.sources import CONFIGS, shipped_configs
@@ -18,8 +16,7 @@ def list_configs() -> None:
     """One row per shipped configuration."""
     rows = []
     for name in shipped_configs():
-        run = OmegaConf.to_object(load_config(name))
-        assert isinstance(run, RunConfig)
+        run = load_config(name)
         model, counts = run.model, count_parameters(run.model)
         processes = run.trainer.devices * run.trainer.num_nodes
         rows.append(

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from deepseek.commands.generate import generate_text
 from deepseek.commands.report import report as write_report
 from deepseek.commands.versions import RUN_FOLDER, finished_steps, run_folder
@@ -46,9 +44,7 @@ def train(
     """
     processes = Processes.from_environment()
     quiet(processes)
-    cfg = load_config(config, overrides)
-    run = OmegaConf.to_object(cfg)
-    assert isinstance(run, RunConfig)
+    run = load_config(config, overrides)
     if report:  # what it needs is missed now, not when the run is over
         from deepseek.monitoring.report.page import plotly_script
 
@@ -60,7 +56,7 @@ def train(
     # Imported here: a configuration error should not wait seconds for a training framework.
     from deepseek.commands.fit import fit
 
-    result = fit(cfg, run, run_dir, processes)
+    result = fit(run, run_dir, processes)
     folder, steps = result.folder, run.trainer.max_steps
     if result.was_complete:
         leave()

@@ -6,8 +6,6 @@ import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from omegaconf import OmegaConf
-
 from deepseek.config import RunConfig, UserError, load_config
 from deepseek.config.cost import (
     count_parameters,
@@ -55,9 +53,7 @@ def validate(config: str, overrides: Sequence[str] = (), world: int | None = Non
     """
     if world is not None:
         overrides = [*overrides, *_cluster(config, overrides, world)]
-    cfg = load_config(config, overrides)
-    run = OmegaConf.to_object(cfg)
-    assert isinstance(run, RunConfig)
+    run = load_config(config, overrides)
     table(f"{config} is sound", ("what", "value"), validate_report(run))
     if world_size(run) > 1:
         for title, columns, rows in placement_tables(run):

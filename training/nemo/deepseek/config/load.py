@@ -14,10 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any
 
 from deepseek.config.errors import ConfigError, Problem, shown
 from deepseek.config.fields import FIELDS, LEAVES, Field, type_problems, value_at
@@ -30,10 +27,8 @@ from deepseek.config.strict_yaml import Document, dump_yaml, read_yaml
 __all__ = ["CONFIGS", "load_config", "resolved_yaml", "shipped_configs"]
 
 
-def load_config(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
-) -> DictConfig:
-    """The checked configuration of a run: an OmegaConf structured config of ``RunConfig``.
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """The checked configuration of a run.
 
     ``source``: name of a shipped configuration (``deepseek_v3_base``), path of a YAML file, or a
     mapping. ``overrides``: ``section.key=value``, value in YAML; a later one wins over an earlier.
@@ -59,13 +54,27 @@ def unchecked_value(
     """
     _, draft = _drafted(source, overrides)
     config, unreadable = draft.resolved()
-    return None if path in unreadable else OmegaConf.select(config, path)
+    return None if path in unreadable else value_at(asdict(config), path)
 
 
-def resolved_yaml(cfg: DictConfig | RunConfig) -> str:
-    """Every key of ``cfg`` in the schema's order; ``load_config`` turns it into ``cfg`` again."""
-    tree = asdict(cfg) if isinstance(cfg, RunConfig) else OmegaConf.to_container(cfg, resolve=True)
-    return dump_yaml(tree)
+def stored_config(tree: Mapping[str, Any]) -> RunConfig:
+    """The configuration that a checkpoint holds, a plain tree; what it lacks is at its default.
+
+    No rule is applied: folders and files that it names may be gone.
+
+    Raises ``ConfigError`` for keys and types that are not of this version.
+    """
+    draft = _Draft()
+    draft.add(Document(plain_copy(tree)))
+    config, _ = draft.resolved()
+    if draft.problems:
+        raise ConfigError(draft.problems, "the stored configuration")
+    return config
+
+
+def resolved_yaml(config: RunConfig) -> str:
+    """Every key of ``config`` in the schema's order; ``load_config`` reads the same from it."""
+    return dump_yaml(asdict(config))
 
 
 def _drafted(
@@ -132,8 +141,8 @@ class _Draft:
             value = {name: value}
         _merge(self.tree, value)
 
-    def resolved(self) -> tuple[DictConfig, set[str]]:
-        """The typed configuration, and the keys whose values could not be read.
+    def resolved(self) -> tuple[RunConfig, set[str]]:
+        """The configuration, and the keys whose values could not be read.
 
         Those stand at their defaults and are named in ``problems``.
         """
@@ -150,8 +159,7 @@ class _Draft:
             _put(tree, path, LEAVES[path].default)
         if tree["trainer"]["precision"] in (32, "32-true"):
             tree["trainer"]["precision"] = "32"
-        config = OmegaConf.merge(OmegaConf.structured(RunConfig), tree)
-        return cast(DictConfig, config), unreadable
+        return _built(RunConfig, tree), unreadable
 
     def located(self, problem: Problem) -> Problem:
         """``problem`` with the file and line, or the override, that set its field."""
@@ -202,22 +210,17 @@ class _Draft:
         self, tree: dict[str, Any], defaults: dict[str, Any], unreadable: set[str]
     ) -> None:
         """Replaces every ``${section.key}`` in ``tree`` by the value it names."""
-        pending = [path for path, value in _leaves(tree) if any("${" in t for t in _texts(value))]
-        references = OmegaConf.create(tree, flags={"allow_objects": True})
-        for path in pending:
+        resolved: dict[str, object] = {}
+        for path, value in _leaves(tree):
+            if not any("${" in text for text in _texts(value)):
+                continue
             try:
-                value = OmegaConf.select(references, path, throw_on_resolution_failure=True)
-                if isinstance(value, DictConfig):
-                    rule, way_out = "refers to a section", "name one of the section's values"
-                    self.problems.append(Problem(path, value_at(tree, path), rule, way_out))
-                    unreadable.add(path)
-                    value = value_at(defaults, path)
-                elif OmegaConf.is_config(value):
-                    value = OmegaConf.to_container(value, resolve=True)
-            except (OmegaConfBaseException, RecursionError) as error:
-                self.problems.append(_interpolation_problem(path, value_at(tree, path), error))
+                resolved[path] = _resolved(tree, path, value, ())
+            except _BrokenReference as broken:
+                self.problems.append(Problem(path, value, broken.rule, broken.way_out))
                 unreadable.add(path)
-                value = value_at(defaults, path)
+                resolved[path] = value_at(defaults, path)
+        for path, value in resolved.items():
             _put(tree, path, value)
 
 
@@ -293,12 +296,83 @@ def _keys_in(value: Any) -> Iterator[str]:
             yield from _keys_in(item)
 
 
+def _built(kind: type[Any], tree: Mapping[str, Any], prefix: str = "") -> Any:
+    """The dataclass ``kind`` of a complete ``tree`` whose values fit their types."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        field = FIELDS[f"{prefix}{key}"]
+        if value is not None and field.is_section:
+            value = _built(field.kind, value, f"{field.path}.")
+        elif value is not None and field.kind is float:
+            value = float(value)
+        elif value is not None and field.item is float:
+            value = [float(number) for number in value]
+        values[key] = value
+    return kind(**values)
+
+
+# -- references --
+
+_REFERENCE = re.compile(r"\$\{\s*(\.*[A-Za-z_]\w*(?:\.\w+)*)\s*\}")
+
+
+class _BrokenReference(Exception):
+    """A ``${section.key}`` that names no value."""
+
+    def __init__(self, rule: str, way_out: str) -> None:
+        self.rule, self.way_out = rule, way_out
+
+
+def _resolved(tree: Mapping[str, Any], path: str, value: Any, on_the_way: tuple[str, ...]) -> Any:
+    """``value``, which stands at ``path`` of ``tree``, with every reference in it replaced.
+
+    A text that is one reference becomes the value it names, of that value's type; within a longer
+    text a reference becomes text. Leading dots count sections upwards: ``${.lr}`` is a neighbour.
+
+    Args:
+        on_the_way: paths whose values wait for this one.
+
+    Raises:
+        _BrokenReference: names nothing, a section, or a value that waits for this one.
+    """
+    if isinstance(value, Mapping):
+        return {key: _resolved(tree, path, item, on_the_way) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolved(tree, path, item, on_the_way) for item in value]
+    if not isinstance(value, str):
+        return value
+    whole = _REFERENCE.fullmatch(value)
+    if whole is not None:
+        return _named(tree, path, whole[1], on_the_way)
+    return _REFERENCE.sub(lambda found: str(_named(tree, path, found[1], on_the_way)), value)
+
+
+def _named(tree: Mapping[str, Any], path: str, name: str, on_the_way: tuple[str, ...]) -> Any:
+    """The value that the reference ``name`` at ``path`` stands for."""
+    key = name.lstrip(".")
+    dots = len(name) - len(key)
+    if dots:
+        key = ".".join([*path.split(".")[:-dots], key])
+    if key in (path, *on_the_way):
+        raise _BrokenReference("refers to itself in a circle", "write the value in one place")
+    value: Any = tree
+    for step in key.split("."):
+        try:
+            value = value[int(step)] if isinstance(value, list) else value[step]
+        except (LookupError, TypeError, ValueError):
+            near = nearest(key, LEAVES)
+            way_out = f"did you mean ${{{near}}}?" if near else "name a key by its full dotted path"
+            rule = f"refers to {name}, which does not exist"
+            raise _BrokenReference(rule, way_out) from None
+    if isinstance(value, Mapping):
+        raise _BrokenReference("refers to a section", "name one of the section's values")
+    return _resolved(tree, key, value, (path, *on_the_way))
+
+
 # -- problems --
 
 # What Hydra's `instantiate` acts on.
 _CODE_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
-
-_REFERENCE = re.compile(r"\$\{\s*\.*[A-Za-z_]\w*(\.\w+)*\s*\}")
 
 
 def _refused_interpolation(text: str) -> str | None:
@@ -341,16 +415,3 @@ def _not_a_section(field: Field, value: object) -> Problem:
     named = children[0] in ("name", "type")
     example = f"{children[0]}={shown(value) if named else 'VALUE'}"
     return Problem(section, value, rule, f"write {section}.{example}")
-
-
-def _interpolation_problem(path: str, value: object, error: Exception) -> Problem:
-    message = str(error).splitlines()[0]
-    if "not found" in message:
-        missing = re.search(r"'([^']*)'", message)
-        wanted = missing.group(1) if missing else str(value)
-        near = nearest(wanted, LEAVES)
-        way_out = f"did you mean ${{{near}}}?" if near else "name a key by its full dotted path"
-        return Problem(path, value, f"refers to {wanted}, which does not exist", way_out)
-    if isinstance(error, RecursionError) or "ecursive" in message:
-        return Problem(path, value, "refers to itself in a circle", "write the value in one place")
-    return Problem(path, value, f"cannot be resolved: {message}", "write the value")

@@ -13,8 +13,6 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, is_dataclass
 from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf
-
 from deepseek.config.choices import divisors, listed
 from deepseek.config.errors import Problem
 from deepseek.config.fields import LEAVES, type_problems, value_at
@@ -42,12 +40,11 @@ from deepseek.config.ranges import name_problem, range_problem
 from deepseek.config.schema import RunConfig
 
 
-def check(cfg: RunConfig | DictConfig, unreadable: Collection[str] = ()) -> list[Problem]:
-    """Every broken rule of ``cfg``; empty for a sound one.
+def check(config: RunConfig, unreadable: Collection[str] = ()) -> list[Problem]:
+    """Every broken rule of ``config``; empty for a sound one.
 
     ``unreadable``: dotted keys whose values are known to be wrong; no rule reads them.
     """
-    config = cast(RunConfig, OmegaConf.to_object(cfg)) if isinstance(cfg, DictConfig) else cfg
     tree = asdict(config)
     bad = set(unreadable)
     problems = [p for p in type_problems(tree) if not _is_under(p.field, bad)]

@@ -11,11 +11,12 @@ Reading a file (``extends``, overrides) is in ``load.py``; the arithmetic betwee
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 
-@dataclass
+@dataclass(frozen=True)
 class RopeScaling:
     """YaRN context extension (arXiv:2309.00071), keys as in ``config.json``'s ``rope_scaling``."""
 
@@ -35,7 +36,7 @@ class RopeScaling:
     """Non-zero: the softmax scale is multiplied by yarn_mscale(factor, mscale_all_dim) squared."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TokenizerConfig:
     """Which tokenizer turns text into ids."""
 
@@ -45,7 +46,7 @@ class TokenizerConfig:
     """Size of the byte-level BPE trained when no path is given, ids."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
     """What is read, and how it is cut into sequences."""
 
@@ -75,7 +76,7 @@ class DataConfig:
     ``~/.cache/deepseek``."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class PeftConfig:
     """Adapters that are trained instead of the weights (LoRA, arXiv:2106.09685), names as in
     NeMo."""
@@ -93,7 +94,7 @@ class PeftConfig:
     ``experts.w3``. MTP modules get none."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class SchedConfig:
     """Learning rate over the steps."""
 
@@ -111,7 +112,7 @@ class SchedConfig:
     """Steps over which the schedule runs; null: ``trainer.max_steps``."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimConfig:
     """Optimiser and its schedule."""
 
@@ -131,7 +132,7 @@ class OptimConfig:
     """Learning rate over the steps."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     """Architecture, training knobs, batch, parallel sizes; sections data, tokenizer and optim."""
 
@@ -265,7 +266,7 @@ class ModelConfig:
         return layer >= self.first_k_dense_replace
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainerConfig:
     """Passed to the Lightning trainer, but for the keys that the training step itself applies."""
 
@@ -297,7 +298,7 @@ class TrainerConfig:
     """How long a rank waits for the others in one collective before it gives up."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Which checkpoints are written and kept."""
 
@@ -311,7 +312,7 @@ class CheckpointConfig:
     """Also write the whole model as ``NAME.nemo`` at the end, in any layout."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ProfileConfig:
     """Steps whose course is written as a Chrome trace into the run folder, ``profile/``."""
 
@@ -326,7 +327,7 @@ class ProfileConfig:
     """Also record allocations."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class MonitorConfig:
     """What is recorded of a run besides its losses."""
 
@@ -337,7 +338,7 @@ class MonitorConfig:
     the data sheet's number for a known GPU, on a CPU a measured one."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class WandbConfig:
     """A run on Weights & Biases."""
 
@@ -349,7 +350,7 @@ class WandbConfig:
     """Write into the run folder alone, for ``wandb sync`` later."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class MLFlowConfig:
     """A run on MLflow."""
 
@@ -361,7 +362,7 @@ class MLFlowConfig:
     """Of the server; null: MLFLOW_TRACKING_URI, or files in the run folder."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ExpManagerConfig:
     """Where the run lives and how it resumes, keys as in NeMo's ``exp_manager``."""
 
@@ -394,7 +395,7 @@ class ExpManagerConfig:
     """Steps whose course is written as a trace."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run."""
 
@@ -408,3 +409,16 @@ class RunConfig:
     """Architecture, training knobs, batch, parallel sizes; tokenizer, data, optimiser."""
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
     """Where the run lives and how it resumes."""
+
+
+Section = TypeVar("Section")
+"""``RunConfig``, or the dataclass of one of its sections."""
+
+
+def changed(config: Section, values: Mapping[str, object]) -> Section:
+    """``config`` with other values under dotted keys; no rule is applied to them."""
+    for key, value in values.items():
+        first, _, rest = key.partition(".")
+        inner = changed(getattr(config, first), {rest: value}) if rest else value
+        config = replace(config, **{first: inner})  # type: ignore[type-var]
+    return config

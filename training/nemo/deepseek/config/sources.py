@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 from deepseek.config.errors import ConfigError, Problem
 from deepseek.config.foreign_names import nearest
@@ -25,8 +23,7 @@ def chain(source: str | Path | Mapping[str, Any], name: str) -> list[Document]:
     """
     documents: list[Document] = []
     if isinstance(source, Mapping):
-        plain = OmegaConf.to_container(source) if isinstance(source, DictConfig) else source
-        document, folder, where = Document(plain_copy(plain)), Path(), ""
+        document, folder, where = Document(plain_copy(source)), Path(), ""
         seen = []
     else:
         path = _find(str(source), Path(), name, where="")
@@ -60,7 +57,7 @@ def plain_copy(value: Any) -> Any:
     """``value`` with dicts for mappings and lists for sequences, sharing nothing with it."""
     if isinstance(value, Mapping):
         return {key: plain_copy(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [plain_copy(item) for item in value]
     return value
 

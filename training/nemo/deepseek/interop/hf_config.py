@@ -208,11 +208,10 @@ def model_config(hf: Mapping[str, Any], ignore: Collection[str] = ()) -> ModelCo
     if problems:
         raise ConfigError(problems, "config.json")
 
-    cfg = ModelConfig(**{key: given[key] for key in _SAME_KEYS})
-    cfg.rope_theta, cfg.rope_scaling = theta, scaling
+    ours = {key: given[key] for key in _SAME_KEYS}
     if "aux_loss_alpha" in given:
-        cfg.moe_aux_loss_coeff = float(given["aux_loss_alpha"])
-    return cfg
+        ours["moe_aux_loss_coeff"] = float(given["aux_loss_alpha"])
+    return ModelConfig(**ours, rope_theta=theta, rope_scaling=scaling)
 
 
 def _family(hf: Mapping[str, Any]) -> str:

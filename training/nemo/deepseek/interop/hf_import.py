@@ -8,6 +8,7 @@ stack of experts one expert; other parts of it follow the order of the source, w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -66,7 +67,7 @@ class WeightImport:
         tables = {name for name in tensors if "rotary_emb.inv_freq" in name}
         beyond = {name for name in tensors if (layer_of(name) or 0) >= cfg.num_hidden_layers}
         if mtp == "drop" or not beyond:
-            cfg.num_nextn_predict_layers = 0
+            cfg = replace(cfg, num_nextn_predict_layers=0)
         self.config: ModelConfig = cfg
         """Of the model that is written."""
         self.mtp_absent = not beyond and bool(folder.config.get("num_nextn_predict_layers"))

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from torch.distributed.checkpoint import LoadPlan, LoadPlanner, StorageReader
 from torch.distributed.checkpoint.metadata import (
@@ -33,8 +31,9 @@ from torch.futures import Future
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.shards import TensorSpec, read_tensors
-from deepseek.config.errors import UserError
+from deepseek.config.errors import ConfigError, UserError
 from deepseek.config.schema import ModelConfig
+from deepseek.config.strict_yaml import dump_yaml, read_yaml
 from deepseek.files import sync_folder
 from deepseek.frameworks import NEMO_TARGET
 from deepseek.interop.huggingface import account, our_shapes
@@ -81,7 +80,7 @@ class NemoWriter:
             UserError: the disk refuses, or the checkpoint cannot be read.
         """
         partial = path.with_name(f".{path.name}.partial")
-        model = OmegaConf.create({**asdict(self._config), "target": NEMO_TARGET})
+        model = dump_yaml({**asdict(self._config), "target": NEMO_TARGET})
         origin = json.dumps({"step": self._checkpoint.step})
         done = 0
 
@@ -96,7 +95,7 @@ class NemoWriter:
 
         try:
             with open(partial, "wb") as file:
-                _add(file, _CONFIG, lambda part: part.write(OmegaConf.to_yaml(model).encode()))
+                _add(file, _CONFIG, lambda part: part.write(model.encode()))
                 _add(file, _ORIGIN, lambda part: part.write(origin.encode()))
                 _add(file, _WEIGHTS, lambda part: write_tensors(part, self._specs, numbers))
                 file.write(bytes(2 * _BLOCK))  # the end of a tar
@@ -182,8 +181,7 @@ def _read_tar(path: Path) -> tuple[dict[str, Any], int, int]:
                 content = tar.extractfile(members[name]) if name in members else None
                 texts[name] = content.read().decode() if content is not None else None
         weights = members[_WEIGHTS]
-        found = OmegaConf.create(texts[_CONFIG] or "")
-        model = OmegaConf.to_container(found, resolve=True)
+        model = read_yaml(texts[_CONFIG] or "", _CONFIG).tree
         step = int(json.loads(texts[_ORIGIN] or "{}").get("step", 0))
     except OSError as failure:
         raise UserError(f"{path}: cannot be read: {failure.strerror}") from failure
@@ -192,7 +190,7 @@ def _read_tar(path: Path) -> tuple[dict[str, Any], int, int]:
         KeyError,
         ValueError,
         AttributeError,
-        OmegaConfBaseException,
+        ConfigError,
     ) as wrong:
         raise UserError(
             f"{path} is no .nemo file: a tar, not compressed, of {_CONFIG} and {_WEIGHTS} ({wrong})"

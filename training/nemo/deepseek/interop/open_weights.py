@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from deepseek.config import RunConfig
-from deepseek.config.errors import UserError
+from deepseek.config.errors import ConfigError, UserError
+from deepseek.config.load import stored_config
 from deepseek.console import complain
 from deepseek.data.tokenizer import Tokenizer, load_tokenizer
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
@@ -72,14 +70,12 @@ def open_checkpoint(path: Path) -> OpenedCheckpoint:
 def with_config(checkpoint: Any) -> OpenedCheckpoint:
     """The configuration is the one the checkpoint was written with."""
     try:
-        schema = OmegaConf.structured(RunConfig)
-        config = OmegaConf.to_object(OmegaConf.merge(schema, checkpoint.state()["config"]))
-    except (KeyError, OmegaConfBaseException) as error:
+        config = stored_config(checkpoint.state()["config"])
+    except (KeyError, ConfigError) as error:
         raise UserError(
             f"{checkpoint.path}: its configuration is not of this version ({error}); use the "
             "version that wrote it"
         ) from error
-    assert isinstance(config, RunConfig)
     folder = checkpoint.path.resolve().parent
     run = folder.parent if folder.name == CHECKPOINTS else None
     return OpenedCheckpoint(checkpoint.path, checkpoint, config, run)

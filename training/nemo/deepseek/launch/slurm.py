@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from deepseek.config import RunConfig, UserError, load_config
 from deepseek.console import say
 
@@ -47,8 +45,7 @@ def launch(
     if slurm == nemo_run:
         what = "both were given" if slurm else "neither was given"
         raise UserError(f"choose --slurm (a job for sbatch) or --nemo-run: {what}")
-    run = OmegaConf.to_object(load_config(config, overrides))
-    assert isinstance(run, RunConfig)
+    run = load_config(config, overrides)
     settings = settings or JobSettings()
     _check(settings)
     if nemo_run:

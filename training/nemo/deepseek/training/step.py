@@ -10,16 +10,15 @@ B batch, S sequence, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
-from deepseek.frameworks import NEMO_TARGET, USES_NEMO, ModelBase
+from deepseek.frameworks import USES_NEMO, ModelBase, model_config, nemo_config
 from deepseek.models.components.router import Router
 from deepseek.ops.cross_entropy import IGNORE_INDEX
 from deepseek.parallel.gradients import (
@@ -81,7 +80,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
     """Transformer, optimiser, step.
 
     Args:
-        cfg: the ``model`` section of a run, as a DictConfig, mapping or ModelConfig.
+        cfg: the ``model`` section of a run; NeMo gives a DictConfig, which is a mapping.
         trainer: the Lightning trainer, or None.
         seed: decides the initial weights.
         max_steps: ``trainer.max_steps``, the length of the schedule.
@@ -93,7 +92,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
 
     def __init__(
         self,
-        cfg: DictConfig | Mapping[str, Any] | ModelConfig,
+        cfg: ModelConfig | Mapping[str, Any],
         trainer: Any = None,
         *,
         seed: int = 1234,
@@ -102,14 +101,13 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         bytes_per_token: float | None = None,
         spread_later: bool = False,
     ) -> None:
-        plain = _plain_config(cfg)
+        config = model_config(cfg)
         if USES_NEMO:
-            super().__init__(cfg=plain, trainer=trainer)
+            super().__init__(cfg=nemo_config(config), trainer=trainer)
         else:
             super().__init__()
-            self.cfg = plain
         self.automatic_optimization = False
-        self.config = _typed_config(plain)
+        self.config = config
         self.seed = seed
         self.max_steps = max_steps
         self.gradient_clip_val = gradient_clip_val
@@ -296,27 +294,3 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
     def list_available_models(cls) -> list[Any]:
         """NeMo's hook: no pretrained models are hosted."""
         return []
-
-
-def _plain_config(cfg: DictConfig | Mapping[str, Any] | ModelConfig) -> DictConfig:
-    """A DictConfig without types: NeMo adds keys of its own to it."""
-    tree: Any
-    if isinstance(cfg, ModelConfig):
-        tree = asdict(cfg)
-    elif isinstance(cfg, DictConfig):
-        tree = OmegaConf.to_container(cfg, resolve=True)
-    else:
-        tree = dict(cfg)
-    plain = OmegaConf.create(tree)
-    if USES_NEMO:
-        plain.target = NEMO_TARGET
-    return plain
-
-
-def _typed_config(cfg: DictConfig) -> ModelConfig:
-    """The keys that are ours, as a ModelConfig."""
-    names = {field.name for field in fields(ModelConfig)}
-    ours = {name: cfg[name] for name in cfg if name in names}
-    typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), ours))
-    assert isinstance(typed, ModelConfig)
-    return typed
