@@ -6,7 +6,6 @@ from pathlib import Path
 
 from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, say
-from deepseek.files import require_room
 from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint, with_config
 
 
@@ -60,7 +59,6 @@ def _write(opened: OpenedCheckpoint, target: Path) -> None:
 
     writer = NemoWriter(opened.checkpoint, opened.config.model)
     total = writer.nbytes
-    require_room(target.absolute().parent, total, "the .nemo file")
     with StageProgress() as shown:
         writer.write(
             target,

@@ -1,50 +1,55 @@
 """A ``.nemo`` file: the whole model of a checkpoint of any layout, as NeMo keeps models.
 
 It is a tar of ``model_config.yaml`` (the ``model`` section) and ``model_weights.ckpt`` (of
-``torch.save``). NeMo itself has a model whole in memory, twice on the disk, and needs it on one
-rank; here one process takes it tensor by tensor from a checkpoint. What NeMo wrote is read too.
+``torch.save``). NeMo needs a model whole in memory on one rank to write it; here one process takes
+it tensor by tensor from a checkpoint, and the disk holds what is whole. What NeMo wrote is read
+too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import math
+import mmap
 import os
+import shutil
+import socket
 import tarfile
-from collections.abc import Callable
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import LoadPlan, LoadPlanner, StorageReader
 from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
     Metadata,
-    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.futures import Future
 
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.ranks import Ranks
-from deepseek.checkpoint.shards import TensorSpec, read_tensors
+from deepseek.checkpoint.shards import TensorSpec
 from deepseek.config.errors import ConfigError, UserError
 from deepseek.config.schema import ModelConfig
 from deepseek.config.strict_yaml import dump_yaml, read_yaml
-from deepseek.files import sync_folder
+from deepseek.files import require_room, sync_folder
 from deepseek.frameworks import NEMO_TARGET
 from deepseek.interop.huggingface import account, our_shapes
-from deepseek.interop.torch_file import FilePart, TensorsInFile, write_tensors
+from deepseek.parallel.shard import local_part
 
 SUFFIX = ".nemo"
 _CONFIG, _WEIGHTS, _ORIGIN = "model_config.yaml", "model_weights.ckpt", "deepseek.json"
 _NEMOS_KEYS = ("target", "nemo_version")
 """What NeMo adds to the ``model`` section."""
-_BLOCK = 512
-"""Of a tar, bytes."""
+_LARGEST_TEXT = 1 << 20
+"""Bytes of a member that is no weights."""
 
 
 class NemoWriter:
@@ -72,76 +77,116 @@ class NemoWriter:
     def write(self, path: Path, progress: Callable[[int], None] = lambda done: None) -> None:
         """Write ``path``, replacing what is there once the new file is whole.
 
+        On the way the disk holds the weights twice.
+
         Args:
             path: should end in ``.nemo``.
             progress: called with the bytes that are done.
 
         Raises:
-            UserError: the disk refuses, or the checkpoint cannot be read.
+            UserError: the disk refuses or has no room, or the checkpoint cannot be read.
         """
+        require_room(path.absolute().parent, 2 * self.nbytes, "the .nemo file")
         partial = path.with_name(f".{path.name}.partial")
-        model = dump_yaml({**asdict(self._config), "target": NEMO_TARGET})
-        origin = json.dumps({"step": self._checkpoint.step})
-        done = 0
-
-        def numbers(name: str) -> Tensor:
-            nonlocal done
-            spec = self._specs[name]
-            tensor = torch.empty(spec.shape, dtype=spec.dtype)
-            self._checkpoint.load({name: tensor})
-            done += spec.nbytes
-            progress(done)
-            return tensor
-
+        model = {**asdict(self._config), "target": NEMO_TARGET}
+        texts = {
+            _CONFIG: dump_yaml(model).encode(),
+            _ORIGIN: json.dumps({"step": self._checkpoint.step}).encode(),
+        }
         try:
-            with open(partial, "wb") as file:
-                _add(file, _CONFIG, lambda part: part.write(model.encode()))
-                _add(file, _ORIGIN, lambda part: part.write(origin.encode()))
-                _add(file, _WEIGHTS, lambda part: write_tensors(part, self._specs, numbers))
-                file.write(bytes(2 * _BLOCK))  # the end of a tar
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            self._save_weights(partial / "numbers", partial / _WEIGHTS, progress)
+            with open(partial / path.name, "wb") as file:
+                with tarfile.open(fileobj=file, mode="w:", format=tarfile.GNU_FORMAT) as tar:
+                    for name, text in texts.items():
+                        _add(tar, name, io.BytesIO(text), len(text))
+                    with open(partial / _WEIGHTS, "rb") as weights:
+                        _add(tar, _WEIGHTS, weights, os.fstat(weights.fileno()).st_size)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.rename(path)
+            (partial / path.name).replace(path)
             sync_folder(path.absolute().parent)
         except OSError as failure:
             raise UserError(f"writing {path} failed: {failure.strerror}") from failure
         finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _save_weights(self, scratch: Path, path: Path, progress: Callable[[int], None]) -> None:
+        """Fill tensors that lie in the file ``scratch``, and hand them to ``torch.save``.
+
+        Pages of a mapped file are not memory that is held: the system writes them out and drops
+        them.
+        """
+        with open(scratch, "w+b") as file:
+            # Room is taken first: a mapped page without room on the disk would end the process.
+            os.posix_fallocate(file.fileno(), 0, self.nbytes)
+            mapped = mmap.mmap(file.fileno(), self.nbytes)
+        tensors: dict[str, Tensor] = {}
+        done = 0
+        for name, spec in self._specs.items():
+            count = math.prod(spec.shape)
+            flat = torch.frombuffer(mapped, dtype=spec.dtype, count=count, offset=done)
+            tensors[name] = flat.view(spec.shape)
+            self._checkpoint.load({name: tensors[name]})
+            done += spec.nbytes
+            progress(done)
+        try:
+            torch.save(tensors, path)
+        except RuntimeError as failure:  # torch's own about a disk that refuses
+            raise UserError(f"writing {path} failed: {str(failure).splitlines()[0]}") from None
+        scratch.unlink()
 
 
 @dataclass(frozen=True)
 class NemoFile(Checkpoint):
     """A ``.nemo`` file as a checkpoint of weights, which any layout loads."""
 
-    _weights: TensorsInFile = field(repr=False)
+    _weights: Mapping[str, Tensor] = field(repr=False)
+    """Whole, mapped from a file."""
 
     @classmethod
     def open(cls, path: Path, ranks: Ranks | None = None) -> NemoFile:
-        """Verify the file ``path`` and open it; a collective over ``ranks``.
+        """Unpack the file ``path`` into the folder for temporary files, verify it and open it.
+
+        A collective over ``ranks``: one of each machine unpacks. The system drops the unpacked
+        weights with the last tensor.
 
         Raises:
-            UserError: it is no ``.nemo`` file of this model class, or its check sums are wrong.
+            UserError: it is no ``.nemo`` file of this model class, its check sums are wrong, or
+                there is no room to unpack it.
         """
         ranks = ranks or Ranks()
-        opened: list[NemoFile] = []
+        machines = ranks.together(socket.gethostname)
+        unpacks = machines.index(machines[ranks.rank])
+        with contextlib.ExitStack() as held:
 
-        def read() -> None:
-            state, start, size = _read_tar(path)
-            weights = TensorsInFile(path, start, size)
-            metadata = _metadata(weights)
-            opened.append(cls(path, state["step"], state, metadata, ranks, weights))
+            def unpack() -> Path | None:
+                if ranks.rank != unpacks:
+                    return None
+                folder = tempfile.TemporaryDirectory(prefix="deepseek-nemo-")
+                return _unpack(path, Path(held.enter_context(folder)))
 
-        ranks.together(read)
-        weights = opened[0]._weights
-        mine = sorted(weights.entries)[ranks.rank :: ranks.size]
-        problems = [p for part in ranks.together(lambda: weights.damage(mine)) for p in part]
-        if problems:
-            raise UserError(f"{path} is damaged: {'; '.join(problems)}")
+            unpacked = ranks.together(unpack)[unpacks]
+            assert unpacked is not None
+            opened: list[NemoFile] = []
+            ranks.together(lambda: opened.append(cls._of(path, unpacked, ranks)))
         return opened[0]
 
+    @classmethod
+    def _of(cls, path: Path, folder: Path, ranks: Ranks) -> NemoFile:
+        """What ``path`` holds, which lies in ``folder``."""
+        state, weights = _state(path, folder), _weights(path, folder)
+        tensors: dict[str, Any] = {
+            name: TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), tensor.shape, [])
+            for name, tensor in weights.items()
+        }
+        return cls(path, state["step"], state, Metadata(tensors), ranks, weights)
+
     def _fill(self, tensors: dict[str, Tensor]) -> None:
-        read_tensors(_Reader(self._weights, self._metadata), self.path, tensors, self.ranks)
+        for name, tensor in tensors.items():
+            local, part = local_part(tensor)
+            local.detach().copy_(self._weights[name][tuple(part)])
 
 
 def open_weights(path: Path, ranks: Ranks | None = None) -> Checkpoint:
@@ -152,108 +197,89 @@ def open_weights(path: Path, ranks: Ranks | None = None) -> Checkpoint:
 def step_in(path: Path) -> int | None:
     """Optimiser steps done by the model in a ``.nemo`` file of ours; None if it does not say."""
     try:
-        return int(_read_tar(path)[0]["step"])
-    except UserError:
+        with tarfile.open(path, "r:") as tar:
+            stream = tar.extractfile(f"./{_ORIGIN}")
+            return None if stream is None else _step(stream.read(_LARGEST_TEXT))
+    except (OSError, tarfile.TarError, KeyError, TypeError, ValueError):
         return None
 
 
-def _add(file: Any, name: str, write: Callable[[FilePart], object]) -> None:
-    """A member of the tar; how large it is shows once it is written."""
-    header = file.tell()
-    file.write(bytes(_BLOCK))
-    part = FilePart(file, header + _BLOCK)
-    write(part)
+def _add(tar: tarfile.TarFile, name: str, content: IO[bytes], size: int) -> None:
     info = tarfile.TarInfo(f"./{name}")
-    info.size, info.mode = part.size, 0o644
-    file.seek(header)
-    file.write(info.tobuf(tarfile.GNU_FORMAT))  # PAX would need another block for large sizes
-    file.seek(header + _BLOCK + part.size)
-    file.write(bytes(-part.size % _BLOCK))
+    info.size, info.mode = size, 0o644
+    tar.addfile(info, content)
 
 
-def _read_tar(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The state that a checkpoint would have, and first byte and size of the weights."""
+def _unpack(path: Path, folder: Path) -> Path:
+    """Unpack the members that count into ``folder``, and verify the check sums of the weights."""
     try:
         with tarfile.open(path, "r:") as tar:
             members = {member.name.removeprefix("./"): member for member in tar.getmembers()}
-            texts = {}
-            for name in (_CONFIG, _ORIGIN):
-                content = tar.extractfile(members[name]) if name in members else None
-                texts[name] = content.read().decode() if content is not None else None
-        weights = members[_WEIGHTS]
-        model = read_yaml(texts[_CONFIG] or "", _CONFIG).tree
-        step = int(json.loads(texts[_ORIGIN] or "{}").get("step", 0))
+            weights = members[_WEIGHTS]
+            require_room(folder, weights.size, "the unpacked file (TMPDIR says where it lies)")
+            limits = {_CONFIG: _LARGEST_TEXT, _ORIGIN: _LARGEST_TEXT, _WEIGHTS: path.stat().st_size}
+            for name in limits.keys() & members.keys():
+                member = members[name]
+                if not member.isreg() or member.size > limits[name]:
+                    raise tarfile.TarError(f"{name} is no file, or of {member.size:,} bytes")
+                tar.extract(member, folder, filter="data")
     except OSError as failure:
-        raise UserError(f"{path}: cannot be read: {failure.strerror}") from failure
-    except (
-        tarfile.TarError,
-        KeyError,
-        ValueError,
-        AttributeError,
-        ConfigError,
-    ) as wrong:
-        raise UserError(
-            f"{path} is no .nemo file: a tar, not compressed, of {_CONFIG} and {_WEIGHTS} ({wrong})"
-        ) from wrong
+        raise UserError(f"{path}: cannot be unpacked: {failure.strerror}") from failure
+    except (tarfile.TarError, KeyError) as wrong:
+        raise _no_nemo_file(path, wrong) from wrong
+    try:
+        with zipfile.ZipFile(folder / _WEIGHTS) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as wrong:
+        raise _no_weights(path, wrong) from wrong
+    if damaged is not None:
+        raise UserError(f"{path} is damaged: the check sum of {damaged} is wrong; copy it again")
+    return folder
+
+
+def _state(path: Path, folder: Path) -> dict[str, Any]:
+    """The state that a checkpoint would have."""
+    origin = folder / _ORIGIN
+    try:
+        document = read_yaml((folder / _CONFIG).read_text(), f"{path}: {_CONFIG}")
+        step = _step(origin.read_bytes()) if origin.exists() else 0
+    except (OSError, KeyError, TypeError, ValueError) as wrong:
+        raise _no_nemo_file(path, wrong) from wrong
+    if document.problems:
+        raise ConfigError(document.problems, f"{path}: {_CONFIG}")
+    model = document.tree
     if not isinstance(model, dict) or "kv_lora_rank" not in model:
         raise UserError(
             f"{path} holds a model of another kind: its {_CONFIG} has no kv_lora_rank; give a "
             "file that `deepseek nemo export` or a run of this program wrote"
         )
     ours = {key: value for key, value in model.items() if key not in _NEMOS_KEYS}
-    return (
-        {"step": step, "config": {"model": ours}, "imported": {"from": str(path)}},
-        (weights.offset_data),
-        weights.size,
+    return {"step": step, "config": {"model": ours}, "imported": {"from": str(path)}}
+
+
+def _step(origin: bytes) -> int:
+    """What ``_ORIGIN`` says."""
+    return int(json.loads(origin)["step"])
+
+
+def _weights(path: Path, folder: Path) -> dict[str, Tensor]:
+    """By name, mapped; what is written to them does not reach the file."""
+    try:
+        found = torch.load(folder / _WEIGHTS, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as failure:  # a broken file may bring about anything
+        raise _no_weights(path, failure) from None
+    for name, value in found.items() if isinstance(found, dict) else [("all of it", found)]:
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise UserError(f"{path}: {name} is no plain tensor")
+    return found
+
+
+def _no_nemo_file(path: Path, why: Exception) -> UserError:
+    return UserError(
+        f"{path} is no .nemo file: a tar, not compressed, of {_CONFIG} and {_WEIGHTS} ({why})"
     )
 
 
-def _metadata(weights: TensorsInFile) -> Metadata:
-    """As DCP describes tensors, each in one piece."""
-    tensors: dict[str, Any] = {}
-    places: dict[MetadataIndex, Any] = {}
-    for name, place in weights.tensors.items():
-        size = torch.Size(place.spec.shape)
-        whole = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
-        tensors[name] = TensorStorageMetadata(TensorProperties(place.spec.dtype), size, [whole])
-        places[MetadataIndex(name, whole.offsets)] = place
-    return Metadata(state_dict_metadata=tensors, storage_data=places)
-
-
-class _Reader(StorageReader):
-    """Gives DCP the pieces that it asks for."""
-
-    def __init__(self, weights: TensorsInFile, metadata: Metadata) -> None:
-        self._weights, self._described = weights, metadata
-
-    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        return self._described
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        for item in plan.items:
-            piece = self._weights.read(item.storage_index.fqn)
-            pieces = zip(item.storage_offsets, item.lengths, strict=True)
-            for dim, (start, length) in enumerate(pieces):
-                piece = piece.narrow(dim, start, length)
-            place = planner.resolve_tensor(item).detach()
-            place.copy_(piece)
-            planner.commit_tensor(item, place)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
-
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None: ...
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return True
+def _no_weights(path: Path, why: Exception) -> UserError:
+    lines = str(why).strip().splitlines() or [type(why).__name__]
+    return UserError(f"{path}: its weights are no file of torch.save, or damaged: {lines[0][:200]}")
