@@ -18,9 +18,8 @@ from deepseek.checkpoint.folder import step_name
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
-from deepseek.interop.fsdp_export import FsdpExport, export_fsdp
+from deepseek.interop.fsdp_export import ORIGIN, FsdpExport, Origin, export_fsdp
 from deepseek.interop.fsdp_migration import Migration
-from deepseek.interop.fsdp_origin import ORIGIN, Origin
 from deepseek.interop.huggingface import to_hf
 from support.fsdp_checkpoints import CFG, GATE, migrate, ours, run, save, written
 

@@ -16,7 +16,7 @@ from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.folder import step_name
 from deepseek.config.schema import ModelConfig
 from deepseek.files import Staging
-from deepseek.interop.fsdp_migration import Migration
+from deepseek.interop.fsdp_migration import Migration, plan_migration, write_migration
 from deepseek.interop.fsdp_names import NameTable
 from deepseek.interop.fsdp_source import open_source
 from deepseek.interop.huggingface import is_bias, to_hf
@@ -95,7 +95,7 @@ def save(content: Mapping[str, Any], path: Path) -> Path:
 
 def migrate(path: Path, cfg: ModelConfig = CFG, **options: Any) -> Migration:
     table = options.pop("table", None) or NameTable.hugging_face(cfg)
-    return Migration(open_source(path, options.pop("optimizer", None)), cfg, table, **options)
+    return plan_migration(open_source(path, options.pop("optimizer", None)), cfg, table, **options)
 
 
 def written(migration: Migration, folder: Path) -> dict[str, Tensor]:
@@ -103,7 +103,8 @@ def written(migration: Migration, folder: Path) -> dict[str, Tensor]:
     assert found is not None
     with Staging(folder / "out", {}) as staging:
         place = staging.folder / "checkpoints" / step_name(found[0])
-        migration.write(staging, place, found[0], {"step": found[0]}, lambda done: None)
+        state = {"step": found[0]}
+        write_migration(migration, staging, place, found[0], state, lambda done: None)
         staging.finish()
     checkpoint = Checkpoint.open(folder / "out" / "checkpoints" / step_name(found[0]))
     assert set(checkpoint.tensor_dtypes().values()) == {torch.float32}

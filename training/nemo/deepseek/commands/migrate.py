@@ -48,9 +48,9 @@ def migrate_checkpoint(
         UserError: the source is none, tensors are not accounted for, no room.
     """
     from deepseek.checkpoint.folder import step_name
-    from deepseek.interop.fsdp_migration import Migration
+    from deepseek.interop.fsdp_export import ORIGIN, Origin
+    from deepseek.interop.fsdp_migration import plan_migration, write_migration
     from deepseek.interop.fsdp_names import NameTable
-    from deepseek.interop.fsdp_origin import ORIGIN, Origin
     from deepseek.interop.fsdp_source import open_source
 
     if step is not None and step < 0:
@@ -68,7 +68,7 @@ def migrate_checkpoint(
     if write_names is not None:
         _write_table(write_names, default, opened)
         return
-    migration = Migration(opened, run.model, table, weights_only)
+    migration = plan_migration(opened, run.model, table, weights_only)
     found = migration.step()
     if step is None and found is None:
         raise UserError(f"{source} does not say how many steps were done; give --step N")
@@ -101,7 +101,8 @@ def migrate_checkpoint(
         written = sum(p.stat().st_size for p in staging.folder.rglob("*") if p.is_file())
         require_room(staging.folder, max(0, migration.result_bytes - written), "the migration")
         with StageProgress() as shown:
-            migration.write(
+            write_migration(
+                migration,
                 staging,
                 staging.folder / CHECKPOINTS / step_name(steps),
                 steps,
@@ -133,8 +134,7 @@ def export_to_fsdp(run: Path, target: Path, like: Path | None = None) -> None:
     Raises:
         UserError: nothing migrated, ``target`` exists, no room, or the checkpoint lacks tensors.
     """
-    from deepseek.interop.fsdp_export import FsdpExport, export_fsdp
-    from deepseek.interop.fsdp_origin import Origin
+    from deepseek.interop.fsdp_export import FsdpExport, Origin, export_fsdp
 
     refuse_existing(target)
     opened = open_checkpoint(run)
@@ -202,7 +202,7 @@ def _notes(objects: dict[str, Any], migration: Any, run: RunConfig, step: int) -
 
     optim = run.model.optim
     notes: list[str] = []
-    if not migration.steps:
+    if not migration.counts:
         notes.append("there is no optimiser state: AdamW starts anew, so warm it up again")
     elif optim.name != "adamw":
         raise UserError(
@@ -240,7 +240,8 @@ def _notes(objects: dict[str, Any], migration: Any, run: RunConfig, step: int) -
             f"the learning rate was {max(rates):g}, that of step {step} is {now:g} here "
             "(model.optim.lr, model.optim.sched)"
         )
-    narrow = sum(migration.source.tensors[m.key].dtype.itemsize < 4 for m in migration.weights)
+    weights = [migration.source.tensors[key] for key in migration.read_as("weight")]
+    narrow = sum(spec.dtype.itemsize < 4 for spec in weights)
     if narrow:
         notes.append(f"{narrow} weights were 16 bits wide; here the trained weights are fp32")
     if step >= run.trainer.max_steps:
@@ -258,13 +259,13 @@ def _say_result(
     notes: list[str],
     config: list[str],
 ) -> None:
-    states = sum(map(len, migration.moments.values())) + (
-        len(migration.moments["exp_avg"]) if migration.steps else 0
-    )
+    from deepseek.interop.fsdp_migration import MOMENTS
+
     say(f"step         {step} ({origin})")
     say(
-        f"used         {len(migration.weights):,} weights -> {len(migration.shapes):,} of ours, "
-        f"{states:,} optimiser states -> {3 * len(migration.steps):,}"
+        f"used         {len(migration.read_as('weight')):,} weights -> {len(migration.shapes):,} "
+        f"of ours, {len(migration.read_as(*MOMENTS, 'count')):,} optimiser states -> "
+        f"{3 * len(migration.counts):,}"
     )
     dropped = {reason: keys for reason, keys in migration.dropped.items() if keys}
     for reason, keys in dropped.items():

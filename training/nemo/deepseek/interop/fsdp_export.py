@@ -1,17 +1,20 @@
 """The way back: a run that came from FSDP, written as the checkpoint that it came from.
 
-``export_fsdp`` reads a checkpoint of the run by what its migration noted of the source
-(``fsdp_origin.py``) and writes the same names in the same form. Numbers that were not trained since
-are bitwise the same.
+A migration notes an ``Origin`` beside the run (``migrated.json``): the name, keys, dtype and shape
+of every tensor and where its numbers went, and what is no tensor. ``export_fsdp`` reads a
+checkpoint of the run by these notes and writes the same names in the same form. Numbers that were
+not trained since are bitwise the same.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +25,137 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.metadata import METADATA
+from deepseek.checkpoint.shards import TensorSpec
 from deepseek.checkpoint.streamed import described, files_of, write_chunks
 from deepseek.config.errors import UserError
 from deepseek.files import HashingWriter, sync_folder, write_durably
+from deepseek.interop.fsdp_migration import Migration
 from deepseek.interop.fsdp_names import Part
-from deepseek.interop.fsdp_origin import Origin, Piece, Saved, unplain
-from deepseek.interop.fsdp_source import Keys
+from deepseek.interop.fsdp_source import DcpFolder, Keys
 from deepseek.interop.huggingface import listing
 
+ORIGIN = "migrated.json"
+"""In the run folder."""
 _CACHED = 3
 """Tensors of ours that are kept: the stacks of a layer's experts, of which theirs come in turn."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor or object of theirs."""
+
+    keys: Keys
+    kind: str
+    """``weight``, ``exp_avg``, ``exp_avg_sq``, ``count`` (updates of a parameter), ``step`` (of the
+    run), or ``object``."""
+    parts: tuple[str, ...] = ()
+    """Of ours, one after the other along the rows."""
+    dtype: str | None = None
+    """None: it is no tensor."""
+    shape: tuple[int, ...] = ()
+    value: Any = None
+    """Of an object."""
+
+    @property
+    def spec(self) -> TensorSpec | None:
+        """None: it is no tensor."""
+        return None if self.dtype is None else TensorSpec(getattr(torch, self.dtype), self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Of its numbers."""
+        return self.spec.nbytes if self.spec else 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A file, or a folder of DCP."""
+
+    place: str
+    """In the folder; "": there is nothing beside it."""
+    sharded: bool
+    content: dict[str, Saved]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a run came from."""
+
+    pieces: tuple[Piece, ...]
+    lost: tuple[str, ...]
+    """Names of what cannot be given back."""
+
+    @classmethod
+    def of(cls, migration: Migration) -> Origin:
+        """What is to be noted of a migration."""
+        source = migration.source
+        roles = {key: (use.kind, use.parts) for key, use in migration.uses.items()}
+        counter = migration.counter()
+        if counter is not None:
+            roles[counter] = ("step", ())
+        pieces, lost = [], list(source.unread)
+        for place, piece in source.pieces():
+            content = {}
+            for name, spec in piece.tensors.items():
+                if name not in roles:
+                    lost.append(name)
+                    continue
+                kind, parts = roles[name]
+                dtype = str(spec.dtype).removeprefix("torch.")
+                keys = piece.paths[name]
+                content[name] = Saved(keys, kind, tuple(map(str, parts)), dtype, tuple(spec.shape))
+            for name, value in piece.objects.items():
+                kind, parts = roles.get(name, ("object", ()))
+                try:
+                    noted = _plain(value)
+                except TypeError:
+                    lost.append(name)
+                    continue
+                content[name] = Saved(piece.paths[name], kind, tuple(map(str, parts)), value=noted)
+            pieces.append(Piece(place, isinstance(piece, DcpFolder), content))
+        return cls(tuple(pieces), tuple(lost))
+
+    def to_json(self) -> bytes:
+        """For ``read``."""
+        return json.dumps({"version": 1, **asdict(self)}).encode()
+
+    @classmethod
+    def read(cls, folder: Path) -> Origin:
+        """What lies in a run folder.
+
+        Raises:
+            UserError: nothing does, or it is damaged.
+        """
+        path = folder / ORIGIN
+        try:
+            data = json.loads(path.read_bytes())
+            pieces = [
+                Piece(
+                    piece["place"],
+                    piece["sharded"],
+                    {name: _saved(entry) for name, entry in piece["content"].items()},
+                )
+                for piece in data["pieces"]
+            ]
+            return cls(tuple(pieces), tuple(data["lost"]))
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder} did not come from FSDP: it has no {ORIGIN}, which `deepseek migrate "
+                "fsdp-checkpoint` writes; give the folder that has it with --like, or write "
+                f"Hugging Face files: deepseek hf export {folder} DIR"
+            ) from None
+        except OSError as failure:
+            raise UserError(f"{path}: cannot be read: {failure.strerror}") from failure
+        except (ValueError, KeyError, TypeError, AttributeError) as failure:
+            raise UserError(
+                f"{path} is damaged ({failure!r}); migrate the FSDP checkpoint again into another "
+                "folder and give that with --like"
+            ) from failure
+
+    @property
+    def is_file(self) -> bool:
+        """One file, not a folder."""
+        return len(self.pieces) == 1 and not self.pieces[0].place and not self.pieces[0].sharded
 
 
 class FsdpExport:
@@ -151,7 +275,7 @@ class FsdpExport:
 
     def _value(self, saved: Saved) -> Any:
         if saved.kind == "object":
-            return unplain(saved.value)
+            return _unplain(saved.value)
         if saved.kind == "step":
             numbers = torch.tensor(float(self.checkpoint.step), dtype=torch.float64)
         else:
@@ -224,3 +348,34 @@ def _lists(value: Any) -> Any:
     if isinstance(value, _List):
         return [_lists(value[index]) for index in sorted(value)]
     return {key: _lists(inner) for key, inner in value.items()} if type(value) is dict else value
+
+
+def _saved(entry: dict[str, Any]) -> Saved:
+    keys = tuple(tuple(key) if isinstance(key, list) else key for key in entry["keys"])
+    shape, parts = tuple(entry["shape"]), tuple(entry["parts"])
+    if entry["dtype"] is not None and not isinstance(vars(torch).get(entry["dtype"]), torch.dtype):
+        raise ValueError(f"{entry['dtype']} is no dtype")
+    return Saved(keys, entry["kind"], parts, entry["dtype"], shape, entry["value"])
+
+
+def _plain(value: Any) -> Any:
+    """Plain data as JSON that keeps what is a tuple. Raises ``TypeError`` for anything else."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_plain(item) for item in value]}
+    if isinstance(value, dict):
+        return {"dict": [[_plain(key), _plain(inner)] for key, inner in value.items()]}
+    raise TypeError(type(value).__name__)
+
+
+def _unplain(value: Any) -> Any:
+    """The inverse of ``_plain``."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "dict":
+        return {_unplain(key): _unplain(item) for key, item in inner}
+    items = [_unplain(item) for item in inner]
+    return tuple(items) if kind == "tuple" else items

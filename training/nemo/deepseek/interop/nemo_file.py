@@ -42,7 +42,7 @@ from deepseek.config.strict_yaml import dump_yaml, read_yaml
 from deepseek.files import require_room, sync_folder
 from deepseek.frameworks import NEMO_TARGET
 from deepseek.interop.huggingface import account, our_shapes
-from deepseek.parallel.shard import local_part
+from deepseek.parallel.mesh import local, local_slices
 
 SUFFIX = ".nemo"
 _CONFIG, _WEIGHTS, _ORIGIN = "model_config.yaml", "model_weights.ckpt", "deepseek.json"
@@ -185,8 +185,7 @@ class NemoFile(Checkpoint):
 
     def _fill(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            local, part = local_part(tensor)
-            local.detach().copy_(self._weights[name][tuple(part)])
+            local(tensor).detach().copy_(self._weights[name][local_slices(tensor)])
 
 
 def open_weights(path: Path, ranks: Ranks | None = None) -> Checkpoint:
