@@ -30,8 +30,8 @@ def export_lora(run: Path, target: Path, base: str | None = None) -> None:
         UserError: no adapters, their base is gone or has changed, ``target`` exists.
     """
     from deepseek.checkpoint.shards import TensorSpec
-    from deepseek.interop.adapters import load_adapted
     from deepseek.interop.hf_config import hf_config
+    from deepseek.interop.open_weights import load_adapted
     from deepseek.interop.peft import peft_adapter
     from deepseek.interop.safetensors_file import TensorFileWriter
 

@@ -12,7 +12,8 @@ from deepseek.config import RunConfig, resolved_yaml
 from deepseek.config.cost import flops_per_token
 from deepseek.console import say
 from deepseek.data.open_data import OpenedData
-from deepseek.interop.start import StartingWeights
+from deepseek.frameworks import Callback
+from deepseek.interop.open_weights import fill_start
 from deepseek.monitoring.record.alarms import Alarms
 from deepseek.monitoring.record.expert_monitor import ExpertMonitor
 from deepseek.monitoring.record.metrics_log import MetricsLog
@@ -74,7 +75,7 @@ def callbacks(
         )
         found.append(saving)
     if run.model.restore_from is not None:
-        found.append(StartingWeights(Path(run.model.restore_from), asdict(run.model), say))
+        found.append(StartingWeights(Path(run.model.restore_from)))
     if manager.profile.steps:
         found.append(Profile(folder / PROFILE, manager.profile))
     every = manager.monitor.every_n_steps
@@ -122,3 +123,17 @@ def callbacks(
         Alarms(log, experts, ranks),
         Progress(run.trainer.log_every_n_steps),
     ]
+
+
+class StartingWeights(Callback):
+    """Fills the model with weights that exist; comes after ``Checkpointing``.
+
+    Args:
+        source: ``model.restore_from``.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        fill_start(pl_module, self.source, say)

@@ -83,7 +83,7 @@ def load_run(run: Path) -> tuple[Any, Any]:
 
     from deepseek.checkpoint.folder import newest_sound
     from deepseek.data.tokenizer import load_tokenizer
-    from deepseek.interop.adapters import load_whole
+    from deepseek.interop.open_weights import load_whole
 
     if not (run / CONFIG_FILE).is_file():
         if (run / "config.json").is_file():

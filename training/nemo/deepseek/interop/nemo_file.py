@@ -40,7 +40,6 @@ from deepseek.config.errors import ConfigError, UserError
 from deepseek.config.schema import ModelConfig
 from deepseek.config.strict_yaml import dump_yaml, read_yaml
 from deepseek.files import require_room, sync_folder
-from deepseek.frameworks import NEMO_TARGET
 from deepseek.interop.huggingface import account, our_shapes
 from deepseek.parallel.mesh import local, local_slices
 
@@ -86,6 +85,8 @@ class NemoWriter:
         Raises:
             UserError: the disk refuses or has no room, or the checkpoint cannot be read.
         """
+        from deepseek.frameworks import NEMO_TARGET  # brings Lightning along, which readers spare
+
         require_room(path.absolute().parent, 2 * self.nbytes, "the .nemo file")
         partial = path.with_name(f".{path.name}.partial")
         model = {**asdict(self._config), "target": NEMO_TARGET}
@@ -186,11 +187,6 @@ class NemoFile(Checkpoint):
     def _fill(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             local(tensor).detach().copy_(self._weights[name][local_slices(tensor)])
-
-
-def open_weights(path: Path, ranks: Ranks | None = None) -> Checkpoint:
-    """A checkpoint, whether a folder of ours or a ``.nemo`` file; a collective over ``ranks``."""
-    return (NemoFile if path.suffix == SUFFIX else Checkpoint).open(path, ranks)
 
 
 def step_in(path: Path) -> int | None:
