@@ -20,8 +20,7 @@ import torch
 from deepseek.checkpoint.folder import step_name
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.checkpoint.shards import TensorSpec
-from deepseek.commands.hf_export_verb import export_hf
-from deepseek.commands.hf_import_verb import import_hf
+from deepseek.commands.convert import export_hf, import_hf
 from deepseek.config import load_config
 from deepseek.config.errors import ConfigError, UserError
 from deepseek.interop import hf_export as exporting

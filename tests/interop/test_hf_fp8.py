@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek.commands.hf_export_verb import export_hf
-from deepseek.commands.hf_import_verb import import_hf
+from deepseek.commands.convert import export_hf, import_hf
 from deepseek.config.errors import UserError
 from deepseek.interop.hf_config import hf_config
 from deepseek.interop.huggingface import Layout, from_hf

@@ -14,9 +14,8 @@ import transformers
 
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.folder import step_name
+from deepseek.commands.convert import export_hf, import_hf
 from deepseek.commands.generate import generate_text
-from deepseek.commands.hf_export_verb import export_hf
-from deepseek.commands.hf_import_verb import import_hf
 from deepseek.config import RunConfig, load_config
 from deepseek.config.schema import ModelConfig, RopeScaling
 from deepseek.inference.generation import generate

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from deepseek.commands.hf_export_verb import export_hf
-from deepseek.commands.hf_import_verb import import_hf
+from deepseek.commands.convert import export_hf, import_hf
 
 
 def resident(key: str) -> int:

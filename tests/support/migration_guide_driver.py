@@ -33,8 +33,8 @@ def preload() -> None:
     import transformers.models.deepseek_v3.modeling_deepseek_v3  # noqa: F401
 
     import deepseek.cli
+    import deepseek.commands.convert
     import deepseek.commands.fit
-    import deepseek.commands.hf_export_verb
     import deepseek.commands.migrate
     import deepseek.interop.open_weights  # noqa: F401
 

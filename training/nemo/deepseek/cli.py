@@ -226,7 +226,7 @@ def hf_import_command(
     ] = None,
 ) -> None:
     """Turn Hugging Face weights into a folder that train, generate and experts read."""
-    from deepseek.commands.hf_import_verb import import_hf
+    from deepseek.commands.convert import import_hf
 
     import_hf(source, target, mtp, tokenizer, ignore_key or [])
 
@@ -240,7 +240,7 @@ def hf_export_command(
     shard_gb: Annotated[float, typer.Option(help="Largest file, GB.")] = 5.0,
 ) -> None:
     """Write a checkpoint as Hugging Face files."""
-    from deepseek.commands.hf_export_verb import export_hf
+    from deepseek.commands.convert import export_hf
 
     export_hf(checkpoint, target, dtype, mtp, shard_gb)
 
@@ -255,7 +255,7 @@ def nemo_export_command(
     target: Annotated[Path, typer.Argument(help="New file, NAME.nemo.")],
 ) -> None:
     """Write a checkpoint of any layout as one .nemo file."""
-    from deepseek.commands.nemo_export import export_nemo
+    from deepseek.commands.convert import export_nemo
 
     export_nemo(checkpoint, target)
 
@@ -305,7 +305,7 @@ def lora_export_command(
     ] = None,
 ) -> None:
     """Write adapters as peft reads them."""
-    from deepseek.commands.adapter import export_lora
+    from deepseek.commands.convert import export_lora
 
     export_lora(run, target, base)
 
@@ -316,7 +316,7 @@ def lora_merge_command(
     target: Annotated[Path, typer.Argument(help="New folder: checkpoint, config, tokenizer.")],
 ) -> None:
     """Make one model of adapters and what is below them."""
-    from deepseek.commands.adapter import merge_lora
+    from deepseek.commands.convert import merge_lora
 
     merge_lora(run, target)
 

@@ -112,7 +112,7 @@ def _train_in_others(run: RunConfig, run_dir: Path | None, sample: bool, report:
 
 def _keep_nemo(folder: Path, run: RunConfig) -> None:
     if run.exp_manager.checkpoint_callback_params.save_nemo_on_train_end:
-        from deepseek.commands.nemo_export import keep_nemo
+        from deepseek.commands.convert import keep_nemo
 
         keep_nemo(folder, run.name)
 

@@ -1,0 +1,434 @@
+"""``deepseek hf``, ``lora`` and ``nemo``: checkpoints to files of other programs, and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from deepseek.config import RunConfig, changed, check, resolved_yaml
+from deepseek.config.errors import ConfigError, UserError
+from deepseek.config.foreign_names import nearest
+from deepseek.config.schema import ModelConfig
+from deepseek.console import StageProgress, complain, say
+from deepseek.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek.files import Staging, disk_errors, refuse_existing, require_room, write_durably
+from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint, with_config
+from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
+
+GENERATION = "generation_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+"""Where transformers 5 keeps the template; before, it was in ``tokenizer_config.json``."""
+
+
+def import_hf(
+    source: Path,
+    target: Path,
+    mtp: str = "keep",
+    tokenizer: Path | None = None,
+    ignore_keys: Sequence[str] = (),
+) -> None:
+    """Write the checkpoint of step 0, ``config.yaml`` and the tokenizer into ``target``.
+
+    Work that was cut short goes on with the same command. The weights are fp32 in the result.
+
+    Args:
+        source: folder with ``config.json`` and safetensors files.
+        target: a folder that does not exist.
+        mtp: ``keep`` the multi-token-prediction modules if there are any, or ``drop`` them.
+        tokenizer: a ``tokenizer.json`` or its folder; None: the one in ``source``.
+        ignore_keys: keys of ``config.json`` that are known not to change the model.
+
+    Raises:
+        ConfigError: the model is not one that is built here; every reason at once.
+        UserError: files are missing or broken, tensors are not accounted for, no room.
+    """
+    from deepseek.checkpoint.folder import step_name
+    from deepseek.interop.hf_folder import HfFolder
+    from deepseek.interop.hf_import import WeightImport
+
+    kept = one_of("--mtp", mtp, ("keep", "drop"))
+    refuse_existing(target)
+    folder = HfFolder(source)
+    for key in ignore_keys:
+        if key not in folder.config:
+            close = nearest(key, list(folder.config))
+            hint = f"; {close}?" if close else "; leave the option out"
+            raise UserError(f"--ignore-key {key}: config.json has no such key{hint}")
+    weights = WeightImport(folder, "drop" if kept == "drop" else "keep", tuple(ignore_keys))
+    read = _tokenizer(source, tokenizer, weights.config)
+    run = _run_config(target, weights.config)
+    dropped = {reason: names for reason, names in weights.dropped.items() if names}
+    state: dict[str, Any] = {
+        "step": 0,
+        "consumed_samples": 0,
+        "seed": run.seed,
+        "config": asdict(run),
+        "data": "imported",
+        "imported": {
+            "from": str(source),
+            "architecture": folder.config.get("architectures"),
+            "dropped": dropped,
+        },
+    }
+    plan = {
+        "import": 1,
+        "files": folder.fingerprint(),
+        "config": folder.config,
+        "mtp": kept,
+        "source": str(source.resolve()),
+    }
+    _say_source(weights, folder)
+    with Staging(target, plan) as staging, disk_errors(f"importing to {target}", staging.folder):
+        written = sum(p.stat().st_size for p in staging.folder.rglob("*") if p.is_file())
+        require_room(staging.folder, max(0, weights.result_bytes - written), "the import")
+        total = weights.source_bytes
+        with StageProgress() as shown:
+            weights.write(
+                staging,
+                staging.folder / CHECKPOINTS / step_name(0),
+                state,
+                lambda done: shown.update("importing", done, total, f"{done / 1e9:,.2f} GB"),
+            )
+        (staging.folder / CONFIG_FILE).unlink(missing_ok=True)
+        write_durably(staging.folder / CONFIG_FILE, resolved_yaml(run).encode())
+        if read is not None:
+            read.save(staging.folder / TOKENIZER)
+            copy_template(tokenizer or source, staging.folder / TOKENIZER)
+        staging.finish()
+    _say_result(target, run, dropped, read)
+
+
+def one_of(option: str, value: str, allowed: Sequence[str]) -> str:
+    """``value``. Raises UserError unless it is one of ``allowed``."""
+    if value not in allowed:
+        raise UserError(f"{option} {value}: use {' or '.join(allowed)}")
+    return value
+
+
+def copy_template(source: Path, target: Path) -> None:
+    """The chat template that lies in a folder or beside a tokenizer, if there is one."""
+    template = (source if source.is_dir() else source.parent) / CHAT_TEMPLATE
+    if template.is_file():
+        shutil.copyfile(template, target / CHAT_TEMPLATE)
+
+
+def _tokenizer(source: Path, given: Path | None, cfg: ModelConfig) -> Tokenizer | None:
+    """None, with a note, where the folder has none that can be read."""
+    if given is None and not (source / "tokenizer.json").is_file():
+        try:
+            load_tokenizer(source)
+        except UserError as failure:
+            say(f"note         imported without a tokenizer (--tokenizer PATH adds one): {failure}")
+        return None
+    read = load_tokenizer(given or source)
+    if read.vocab_size > cfg.vocab_size:
+        raise UserError(
+            f"{given or source}: the tokenizer has {read.vocab_size} ids, the model "
+            f"{cfg.vocab_size}; give the model's own with --tokenizer"
+        )
+    return read
+
+
+def _run_config(target: Path, cfg: ModelConfig) -> RunConfig:
+    """A whole configuration around the model. Raises ConfigError if it breaks a rule."""
+    rate = cfg.moe_router_bias_update_rate if cfg.topk_method == "noaux_tc" else 0.0
+    if cfg.rope_scaling is None:
+        longest = cfg.max_position_embeddings
+    else:  # the first training phase had no more
+        longest = cfg.rope_scaling.original_max_position_embeddings
+    values = {
+        "moe_router_bias_update_rate": rate,
+        "data.seq_length": min(4096, longest, cfg.max_position_embeddings),
+        "tokenizer.vocab_size": min(cfg.tokenizer.vocab_size, cfg.vocab_size),
+    }
+    run = RunConfig(name=target.absolute().name, model=changed(cfg, values))
+    problems = check(run)
+    if problems:
+        raise ConfigError(problems, "the imported model")
+    return run
+
+
+def _say_source(weights: Any, folder: Any) -> None:
+    say(
+        f"source       {folder.path}: {len(folder.owner):,} tensors in {len(folder.files)} files, "
+        f"{weights.source_bytes / 1e9:,.2f} GB"
+        + (f", {len(weights.quantised):,} in FP8" if weights.quantised else "")
+    )
+    if "auto_map" in folder.config:
+        say("note         the code that config.json names (auto_map) is not needed and not run")
+    if weights.mtp_absent:
+        say("note         config.json speaks of MTP modules, but their weights are not there")
+
+
+def _say_result(
+    target: Path, run: RunConfig, dropped: dict[str, list[str]], tokenizer: Tokenizer | None
+) -> None:
+    from deepseek.config.cost import count_parameters
+
+    for reason, names in dropped.items():
+        listed = ", ".join(names[:3]) + (", ..." if names[3:] else "")
+        say(f"dropped      {len(names):,} tensors, {reason}: {listed}")
+    counts = count_parameters(run.model)
+    depths = run.model.num_nextn_predict_layers
+    say(
+        f"imported     {(counts.total + counts.mtp) / 1e6:,.1f} M parameters, "
+        f"{counts.active / 1e6:,.1f} M active per token, {depths or 'no'} MTP modules"
+    )
+    settings = [f"model.restore_from={target}"]
+    if tokenizer is not None:
+        settings.append(f"model.tokenizer.path={target / TOKENIZER}")
+        say(f"sample it    deepseek generate {target}")
+    command = ["deepseek", "train", "--config", str(target / CONFIG_FILE), *settings]
+    say(f"train it     {shlex.join(command)} model.data.data_prefix=YOUR_DATA")
+
+
+def export_hf(
+    checkpoint: Path, target: Path, dtype: str = "fp32", mtp: str = "keep", shard_gb: float = 5.0
+) -> None:
+    """Write ``config.json``, weights, index and tokenizer into ``target``.
+
+    Work that was cut short goes on with the same command.
+
+    Args:
+        checkpoint: a checkpoint, or a run or imported folder, of which the newest is taken.
+        target: a folder that does not exist.
+        dtype: ``fp32``, every bit as in the checkpoint, ``bf16``, rounded, or ``fp8``, projections
+            with a scale per block.
+        mtp: ``keep`` or ``drop`` the multi-token-prediction modules.
+        shard_gb: largest file, 10^9 bytes, unless one tensor is larger.
+
+    Raises:
+        ConfigError: no Hugging Face class computes this model.
+        UserError: no sound checkpoint, tensors are not accounted for, no room.
+    """
+    from deepseek.checkpoint.training_state import Base
+    from deepseek.interop.hf_export import Dtype, WeightExport
+
+    chosen = cast(Dtype, one_of("--dtype", dtype, get_args(Dtype)))
+    keep = one_of("--mtp", mtp, ("keep", "drop")) == "keep"
+    if not shard_gb > 0:
+        raise UserError(f"--shard-gb {shard_gb:g}: give a size above 0")
+    refuse_existing(target)
+    opened = open_checkpoint(checkpoint)
+    if opened.config.model.peft is not None:
+        raise UserError(
+            f"{opened.path} holds adapters only; `deepseek lora merge {checkpoint} DIR` makes a "
+            "whole model to export, `deepseek lora export` writes them as peft reads them"
+        )
+    tokenizer = opened.tokenizer()
+    weights = WeightExport(
+        opened.checkpoint,
+        opened.config.model,
+        chosen,
+        keep,
+        int(shard_gb * 1e9),
+    )
+    ids = _token_ids(tokenizer)
+    plan = {
+        "export": 1,
+        "checkpoint": Base.of(opened.path).sha256,
+        "dtype": chosen,
+        "mtp": mtp,
+        "files": weights.file_names,
+    }
+    say(f"checkpoint   {opened.path}, step {opened.step}")
+    with Staging(target, plan) as staging, disk_errors(f"exporting to {target}", staging.folder):
+        written = sum(p.stat().st_size for p in staging.folder.rglob("*") if p.is_file())
+        total = weights.result_bytes
+        require_room(staging.folder, max(0, total - written), "the export")
+        with StageProgress() as shown:
+            weights.write(
+                staging,
+                ids,
+                lambda done: shown.update("exporting", done, total, f"{done / 1e9:,.2f} GB"),
+            )
+        (staging.folder / GENERATION).unlink(missing_ok=True)
+        write_durably(staging.folder / GENERATION, json.dumps(ids, indent=2).encode() + b"\n")
+        if tokenizer is not None and opened.run is not None:
+            tokenizer.save(staging.folder)
+            copy_template(opened.run / TOKENIZER, staging.folder)
+        staging.finish()
+    files = len(weights.file_names)
+    say(
+        f"exported     {weights.num_tensors:,} tensors, {total / 1e9:,.2f} GB of {chosen} in "
+        f"{files} file{'s' * (files > 1)}, as {weights.hf_config['architectures'][0]}: {target}"
+    )
+    if weights.narrows:
+        kept = ", but for blocks that came from it" if chosen == "fp8" else ""
+        say(f"note         rounded from fp32 to {chosen}{kept}; --dtype fp32 keeps every bit")
+    if weights.dropped:
+        say(f"dropped      {len(weights.dropped):,} tensors of the MTP modules")
+    if tokenizer is None:
+        say("note         there is no tokenizer with this checkpoint; add the model's own")
+
+
+def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """What ``config.json`` says of the tokenizer."""
+    return {
+        "bos_token_id": tokenizer and tokenizer.bos_id,
+        "eos_token_id": tokenizer and tokenizer.eos_id,
+        "pad_token_id": tokenizer and tokenizer.pad_id,
+    }
+
+
+def export_lora(run: Path, target: Path, base: str | None = None) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as ``peft`` reads them.
+
+    Args:
+        run: a run folder with adapters, or a checkpoint of one.
+        target: a folder that does not exist.
+        base: Hugging Face name or folder of the model below, for ``adapter_config.json``.
+
+    Raises:
+        UserError: no adapters, their base is gone or has changed, ``target`` exists.
+    """
+    from deepseek.checkpoint.shards import TensorSpec
+    from deepseek.interop.hf_config import hf_config
+    from deepseek.interop.open_weights import load_adapted
+    from deepseek.interop.peft import peft_adapter
+    from deepseek.interop.safetensors_file import TensorFileWriter
+
+    refuse_existing(target)
+    opened = _with_adapters(run)
+    model = opened.config.model
+    hf_config(model)  # raises if no Hugging Face class computes this model
+    tensors, config = peft_adapter(load_adapted(opened.checkpoint, model), model, base)
+    specs = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    with _written(target) as folder:
+        with TensorFileWriter(folder / "adapter_model.safetensors", specs) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    count = sum(tensor.numel() for tensor in tensors.values())
+    say(f"wrote {target}: {len(tensors)} tensors, {count:,} numbers, of step {opened.step}")
+    if model.num_nextn_predict_layers:
+        say("note: MTP modules have no adapters; the base is used without them")
+    say(f"read it with: PeftModel.from_pretrained(BASE, {str(target)!r})")
+
+
+def merge_lora(run: Path, target: Path) -> None:
+    """Write one model, base and adapters, into a folder that every command reads.
+
+    Args:
+        run: a run folder with adapters, or a checkpoint of one.
+        target: a folder that does not exist.
+
+    Raises:
+        UserError: no adapters, their base is gone or has changed, ``target`` exists.
+    """
+    from deepseek.checkpoint.manager import CheckpointManager
+
+    refuse_existing(target)
+    opened = _with_adapters(run)
+    model, config = opened.model().cpu(), opened.config
+    config = changed(
+        config,
+        {"name": target.absolute().name, "model.peft": None, "model.restore_from": None},
+    )
+    state = {
+        "step": 0,
+        "consumed_samples": 0,
+        "seed": config.seed,
+        "config": asdict(config),
+        "data": "merged",
+        "imported": {"from": str(run), "step": opened.step},
+    }
+    tokenizer = opened.tokenizer()
+    with _written(target) as folder:
+        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        with CheckpointManager(folder / CHECKPOINTS) as manager:
+            manager.save(0, tensors, state)
+        (folder / CONFIG_FILE).write_text(resolved_yaml(config))
+        if tokenizer is not None:
+            tokenizer.save(folder / TOKENIZER)
+    say(f"wrote {target}: the model of {run} at step {opened.step}, adapters merged")
+    say(f"next: deepseek generate {target}, or deepseek hf export {target} DIR")
+
+
+def _with_adapters(run: Path) -> OpenedCheckpoint:
+    opened = open_checkpoint(run)
+    if opened.config.model.peft is None:
+        raise UserError(
+            f"{opened.path} was not trained with model.peft and holds no adapters; "
+            f"`deepseek hf export {run} DIR` writes whole models"
+        )
+    return opened
+
+
+@contextmanager
+def _written(target: Path) -> Iterator[Path]:
+    """A folder that becomes ``target`` once it is complete."""
+    folder = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+        os.replace(folder, target)
+    except OSError as error:
+        raise UserError(f"writing {target} failed: {error.strerror}: {error.filename}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def export_nemo(checkpoint: Path, target: Path) -> None:
+    """Write the weights and the ``model`` section into ``target``.
+
+    Args:
+        checkpoint: a checkpoint, or a run or imported folder, of which the newest is taken.
+        target: a file that does not exist, ending in ``.nemo``.
+
+    Raises:
+        UserError: no sound checkpoint, only adapters in it, no room.
+    """
+    if target.suffix != ".nemo":
+        raise UserError(f"{target}: NeMo expects the ending .nemo; use {target}.nemo")
+    if target.exists():
+        raise UserError(f"{target} exists already and nothing is overwritten; give another name")
+    opened = open_checkpoint(checkpoint)
+    if opened.config.model.peft is not None:
+        raise UserError(
+            f"{opened.path} holds adapters only; `deepseek lora merge {checkpoint} DIR` makes a "
+            "whole model, and `deepseek nemo export DIR FILE` a .nemo file of it"
+        )
+    _write_nemo(opened, target)
+
+
+def keep_nemo(folder: Path, name: str) -> None:
+    """Make sure that ``name.nemo`` in the run folder ``folder`` is of its newest checkpoint.
+
+    For one process; the others of the run need not be there any more.
+
+    Raises:
+        UserError: no sound checkpoint, no room.
+    """
+    from deepseek.checkpoint.folder import newest_sound
+    from deepseek.commands.versions import finished_steps
+    from deepseek.interop.nemo_file import step_in
+    from deepseek.run_folder import CHECKPOINTS
+
+    target = folder / f"{name}.nemo"
+    if target.is_file() and step_in(target) == finished_steps(folder):
+        return
+    checkpoint = newest_sound(folder / CHECKPOINTS, complain)
+    assert checkpoint is not None, "the last step is always kept"
+    _write_nemo(with_config(checkpoint), target)
+
+
+def _write_nemo(opened: OpenedCheckpoint, target: Path) -> None:
+    from deepseek.interop.nemo_file import NemoWriter
+
+    writer = NemoWriter(opened.checkpoint, opened.config.model)
+    total = writer.nbytes
+    with StageProgress() as shown:
+        writer.write(
+            target,
+            lambda done: shown.update("writing .nemo", done, total, f"{done / 1e9:,.2f} GB"),
+        )
+    say(f"nemo         {target}, step {opened.step}, {total / 1e9:,.2f} GB")
