@@ -19,7 +19,7 @@ from deepseek.monitoring.record.alarms import (
 from deepseek.monitoring.record.expert_monitor import ExpertRecord
 from deepseek.monitoring.record.metrics_log import MetricsLog
 from deepseek.monitoring.record.rank_monitor import COLUMNS, RankRecord
-from deepseek.monitoring.run_log import read_rows
+from support.log_rows import all_rows
 
 
 def module(step: int) -> Any:
@@ -44,7 +44,7 @@ def test_planted_troubles_are_in_the_log(
         experts.latest = ExpertRecord(step, layers, 2, tokens_LE, nothing, nothing)
         ranks.latest = RankRecord(step, [0, 0, 0, 0], table)
         alarms.on_train_batch_end(None, module(step))
-    rows = read_rows(log.path)
+    rows = all_rows(log.path)
     assert {(row["event"], row["kind"], row["step"]) for row in rows} == {
         ("alarm", "router_collapse", COLLAPSED_RECORDS),
         ("alarm", "straggler", STRAGGLER_RECORDS),
@@ -73,7 +73,7 @@ def test_a_record_of_an_earlier_step_counts_once(tmp_path: Path) -> None:
         if step % 10 == 0:
             experts.latest = ExpertRecord(step, ["layers.1"], 2, tokens_LE, nothing, nothing)
         alarms.on_train_batch_end(None, module(step))
-    steps = [row["step"] for row in read_rows(log.path) if row["kind"] == "router_collapse"]
+    steps = [row["step"] for row in all_rows(log.path) if row["kind"] == "router_collapse"]
     assert steps == [10 * COLLAPSED_RECORDS]
 
 

@@ -1,9 +1,13 @@
 """``*.arrays``: what is written is read; a kill, a tear or a flipped bit costs one record."""
 
+import json
 import os
 import signal
+import struct
 import subprocess
 import sys
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
-from deepseek.monitoring import array_log
-from deepseek.monitoring.array_log import ArrayLog, cut_torn_record, index_arrays, read_arrays
+from deepseek.monitoring.array_log import ArrayLog, ArrayReader, cut_torn_record, read_arrays
 from support.array_log_driver import content
 
 DRIVER = [sys.executable, "-m", "support.array_log_driver"]
@@ -146,15 +149,100 @@ def test_the_later_record_of_a_step_wins(tmp_path: Path) -> None:
         (1, 1), (2, 20), (3, 30)]  # fmt: skip
 
 
+def test_a_reader_goes_on_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    reader = ArrayReader(path)
+    reader.update()
+    assert reader.entries == [] and reader.newest() is None  # no file yet
+    *_, start, end = filled(path, 3)
+    data = path.read_bytes()
+    path.write_bytes(data[:start] + data[start : end - 1])  # the third is under way
+    reader.update()
+    assert [entry.step for entry in reader.entries] == [1, 2]
+    path.write_bytes(data)
+    reader.update()
+    assert [entry.step for entry in reader.entries] == [1, 2, 3]
+    ArrayLog(path).append(2, {"x": np.array([20])})  # a restart
+    reader.update()
+    assert [entry.step for entry in reader.entries] == [1, 2]
+    newest = reader.newest()
+    assert newest is not None and newest.arrays["x"].tolist() == [20]
+
+
+def test_a_torn_tail_that_is_cut_off_is_forgotten(tmp_path: Path) -> None:
+    """Its length was on disk, its bytes were not: the next writer cuts it off."""
+    path = tmp_path / "a"
+    *_, start, end = filled(path, 3)
+    path.write_bytes(path.read_bytes()[: end - 4] + bytes(4))
+    reader = ArrayReader(path)
+    reader.update()
+    newest = reader.newest()
+    assert newest is not None and newest.step == 2
+    cut_torn_record(path)
+    reader.update()
+    assert [entry.step for entry in reader.entries] == [1, 2]
+
+
+@pytest.mark.parametrize("cut", [4, 19, 20])
+def test_a_magic_word_among_the_last_bytes_is_no_record(tmp_path: Path, cut: int) -> None:
+    filled(tmp_path / "a", 2)
+    with open(tmp_path / "a", "ab") as file:
+        file.write((b"DSA1" + bytes(20))[:cut])
+    assert steps(tmp_path / "a") == [1, 2]
+    reader = ArrayReader(tmp_path / "a")
+    reader.update()
+    newest = reader.newest()
+    assert newest is not None and newest.step == 2
+
+
+HOSTILE: list[dict[str, object]] = [
+    {"step": "1", "arrays": [["x", "<f8", [1], 9]], "meta": {}},
+    {"step": 1, "arrays": [], "meta": {}},
+    {"step": 1, "arrays": [["x", "<f8", 5, 9]], "meta": {}},
+    {"step": 1, "arrays": [["x", "no type", [1], 9]], "meta": {}},
+    {"step": 1, "arrays": [["x", "<f8", [2], 9]], "meta": {}},
+    {"step": 1, "arrays": [["x", "O", [1], 9]], "meta": {}},
+    {"step": 1, "arrays": [["x", "<f8", [-1], 9]], "meta": {}},
+    {"step": 1, "arrays": [["x", "|u1", [8], 10**12]], "meta": {}},
+    {"step": 1},
+]
+
+
+def sealed(header: bytes, payload: bytes) -> bytes:
+    """A record whose checksums are right, whatever it says."""
+    lengths = struct.pack("<II", len(header), len(payload))
+    sums = struct.pack("<II", zlib.crc32(header, zlib.crc32(lengths)), zlib.crc32(payload))
+    return b"DSA1" + lengths + sums + header + payload
+
+
+@pytest.mark.parametrize("header", [json.dumps(header) for header in HOSTILE] + ["[" * 100_000])
+def test_a_sealed_record_of_nonsense_is_damage(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(sealed(header.encode(), zlib.compress(bytes(8))))
+    ArrayLog(tmp_path / "b").append(2, {"x": np.ones(1)})
+    path.write_bytes(path.read_bytes() + (tmp_path / "b").read_bytes())
+    assert steps(path) == [2]
+
+
+def test_what_unpacks_to_far_more_than_its_shape_is_damage(tmp_path: Path) -> None:
+    bomb = zlib.compress(bytes(1 << 26), 9)
+    header = {"step": 1, "arrays": [["x", "|u1", [8], len(bomb)]], "meta": {}}
+    (tmp_path / "a").write_bytes(sealed(json.dumps(header).encode(), bomb))
+    tracemalloc.start()
+    assert steps(tmp_path / "a") == []
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
 def test_the_index_reads_headers_alone(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for step in range(1, 6):
         ArrayLog(tmp_path / "a").append(step, {"x": rng.random(200_000)}, note=step * 2)
-    entries = index_arrays(tmp_path / "a")
-    assert [(e.step, e.meta["note"]) for e in entries] == [(n, 2 * n) for n in range(1, 6)]
-    with open(tmp_path / "a", "rb") as file:
-        record = array_log.read_record(file, entries[3])
-    assert record is not None and record.step == 4
+    reader = ArrayReader(tmp_path / "a")
+    reader.update()
+    assert [(e.step, e.shape) for e in reader.entries] == [(n, (200_000,)) for n in range(1, 6)]
+    (record,) = reader.records([reader.entries[3]])
+    assert record is not None and (record.step, record.meta) == (4, {"note": 8})
 
 
 def test_a_whole_v3_record_is_small(tmp_path: Path) -> None:

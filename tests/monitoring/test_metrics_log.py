@@ -14,10 +14,10 @@ from deepseek.monitoring.record.metrics_log import (
     SCALARS,
     MetricsLog,
     drop_partial_line,
-    read_metrics,
 )
 from deepseek.training.step import StepMetrics, ValidationMetrics
 from support.fake_clock import FakeClock
+from support.log_rows import all_rows
 
 
 class Logger:
@@ -143,7 +143,7 @@ def test_numbers_come_back_bit_by_bit(tmp_path: Path) -> None:
     values = [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, 123456789.123456789]
     for number, value in enumerate(values):
         log.write({"step": number, "loss": value})
-    assert [row["loss"] for row in read_metrics(log.path)] == values
+    assert [row["loss"] for row in all_rows(log.path)] == values
 
 
 def test_each_row_is_written_at_once_and_appended(
@@ -255,24 +255,6 @@ def test_a_fresh_run_has_no_file_yet(tmp_path: Path) -> None:
     assert not (tmp_path / "m.jsonl").exists()
 
 
-def test_of_a_step_trained_twice_the_later_row_counts(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "m.jsonl")
-    rows: list[dict[str, Any]] = [
-        {"step": 1, "loss": 1.0},
-        {"step": 2, "loss": 2.0},
-        {"step": 2, "val_loss": 9.0},
-        {"step": 3, "loss": 3.0},
-        {"event": "resumed", "step": 1},
-        {"step": 2, "loss": 2.5},
-        {"step": 2, "val_loss": 9.5},
-    ]
-    for row in rows:
-        log.write(row)
-    with log.path.open("a") as file:
-        file.write('{"step": 3')
-    assert read_metrics(log.path) == [rows[0], rows[3], rows[4], rows[5], rows[6]]
-
-
 def test_a_log_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").mkdir()
     log = MetricsLog(tmp_path / "m.jsonl")
@@ -302,7 +284,7 @@ def test_a_disk_that_takes_half_a_line(tmp_path: Path) -> None:
     assert log.path.stat().st_size == 20
     # The next start cuts the half off before it writes.
     log.on_fit_start(trainer(), module(finished_steps=1))
-    assert [row["step"] for row in read_metrics(log.path)] == [1, 1]
+    assert [row["step"] for row in all_rows(log.path)] == [1, 1]
 
 
 def test_a_check_of_the_validation_before_training_is_no_validation(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek.monitoring.array_log import ArrayLog, index_arrays
+from deepseek.monitoring.array_log import ArrayLog, read_arrays
 
 
 def content(step: int) -> np.ndarray:
@@ -16,7 +16,7 @@ def content(step: int) -> np.ndarray:
 def main() -> None:
     path = Path(sys.argv[1])
     log = ArrayLog(path)
-    done = index_arrays(path)[-1].step if path.is_file() and index_arrays(path) else 0
+    done = max((record.step for record in read_arrays(path, ())), default=0)
     step = max(0, done - 2)  # as a run that goes on from a checkpoint: it repeats steps
     while True:
         step += 1

@@ -13,8 +13,8 @@ import torch
 from deepseek.checkpoint.folder import newest_sound
 from deepseek.config.strict_yaml import dump_yaml
 from deepseek.data.prepare import prepare
-from deepseek.monitoring.record.metrics_log import read_metrics
 from support.forked import Forked, Ran, Started
+from support.log_rows import latest_rows
 
 CONFIG: dict[str, Any] = {
     "name": "micro",
@@ -89,7 +89,7 @@ class MicroRuns:
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The log without events and what is measured of the machine."""
-        rows = [row for row in read_metrics(self.folder / name / "metrics.jsonl")]
+        rows = latest_rows(self.folder / name / "metrics.jsonl")
         return [
             {key: value for key, value in row.items() if not MEASURED.search(key)}
             for row in rows

@@ -10,7 +10,7 @@ from deepseek.monitoring.record import alarms as detectors
 from deepseek.monitoring.record import expert_monitor as router_margin
 from deepseek.monitoring.record.alarms import detectors as all_detectors
 from deepseek.monitoring.record.metrics_log import SCALARS
-from deepseek.monitoring.run_log import read_rows
+from support.log_rows import all_rows
 from support.micro_runs import MicroRuns
 
 GUIDE = (Path(deepseek.__file__).parent / "docs" / "monitoring.md").read_text()
@@ -18,7 +18,7 @@ NAMED = set(re.findall(r"`([a-z0-9_]+)`", GUIDE))
 
 
 def keys(path: Path) -> set[str]:
-    return {key for row in read_rows(path) for key in row}
+    return {key for row in all_rows(path) for key in row}
 
 
 def test_every_key_that_is_written_is_named(micro: MicroRuns, whole: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deepseek.frameworks import USES_NEMO
-from deepseek.monitoring.record.metrics_log import read_metrics
+from support.log_rows import latest_rows
 from support.micro_runs import MicroRuns, by_step
 
 
@@ -260,7 +260,7 @@ def test_the_resolved_configuration_makes_the_same_run(micro: MicroRuns, whole: 
 def test_each_step_has_one_row(micro: MicroRuns, whole: str) -> None:
     lines = (micro.folder / whole / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert len(rows) == len(read_metrics(micro.folder / whole / "metrics.jsonl"))
+    assert len(rows) == len(latest_rows(micro.folder / whole / "metrics.jsonl"))
     rows = [row for row in rows if "event" not in row]
     assert len(rows) == 15
     trained = [row for row in rows if "loss" in row]

@@ -5,12 +5,13 @@ import json
 from test_interruptions import terminate_at
 
 from deepseek.monitoring.array_log import read_arrays
-from deepseek.monitoring.run_log import read_rows, read_run
+from deepseek.monitoring.run_log import read_run
+from support.log_rows import all_rows
 from support.micro_runs import MicroRuns
 
 
 def events(micro: MicroRuns, name: str) -> list[tuple[str, int, object]]:
-    rows = read_rows(micro.folder / name / "metrics.jsonl")
+    rows = all_rows(micro.folder / name / "metrics.jsonl")
     return [(row["event"], row["step"], row.get("reason")) for row in rows if "event" in row]
 
 
@@ -20,7 +21,7 @@ def test_an_undisturbed_run(micro: MicroRuns, whole: str) -> None:
         *(("checkpoint", step, None) for step in (4, 8, 12)),
         ("stopped", 12, "complete"),
     ]
-    rows = read_rows(micro.folder / whole / "metrics.jsonl")
+    rows = all_rows(micro.folder / whole / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     # The checkpoint of a step is made before the next one, and its time is in that one's.
     assert [row["step"] for row in steps if "checkpoint_seconds" in row] == [5, 9]
@@ -88,7 +89,7 @@ def test_a_start_after_a_lost_rank(micro: MicroRuns) -> None:
 def test_without_monitoring_there_are_no_records(micro: MicroRuns, whole: str) -> None:
     micro.train("seen_plain", "exp_manager.monitor.every_n_steps=0").assert_done()
     assert not (micro.folder / "seen_plain" / "monitor").exists()
-    rows = read_rows(micro.folder / "seen_plain" / "metrics.jsonl")
+    rows = all_rows(micro.folder / "seen_plain" / "metrics.jsonl")
     assert not any("dead_experts" in row or "forward_backward_seconds" in row for row in rows)
     wrong = micro.differences(whole, "seen_plain")
     assert all(isinstance(key, str) and key.startswith("(") for key in wrong)  # rows, no tensors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import shutil
 import sys
 import threading
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from deepseek.config.errors import UserError
 from deepseek.console import say
-from deepseek.monitoring.followed_run import FollowedRun
+from deepseek.monitoring.run_log import RunLog
 from deepseek.run_folder import METRICS_FILE
 
 HOST = "127.0.0.1"
@@ -34,18 +33,14 @@ def monitor(
         every: seconds between frames; the report is made anew at most every 15 of them.
 
     Raises:
-        UserError: no run folder, ``rich`` or plotly missing, or a port that is taken.
+        UserError: no run folder, plotly missing, or a port that is taken.
     """
     if every < 0.1:
         raise UserError(f"--every={every:g}: must be at least 0.1 seconds; use 2")
-    followed = FollowedRun(run)
+    followed = RunLog(run)
     if web:
         _serve(run, port, 15 * every)
         return
-    if importlib.util.find_spec("rich") is None:
-        raise UserError(
-            "deepseek monitor draws with rich, which is not installed: pip install rich"
-        )
     from rich.live import Live
 
     from deepseek.monitoring.live import frame, plain
@@ -57,7 +52,7 @@ def monitor(
     # rich, not textual: a frame has nothing to click on, and rich is there already.
     try:
         with Live(frame(followed, width=width), screen=True, auto_refresh=False) as live:
-            while followed.ended is None:
+            while not followed.has_ended:
                 time.sleep(every)
                 followed.update()
                 width = live.console.width

@@ -12,29 +12,33 @@ A record is, little-endian::
 
 Grouping puts the high bytes of small integers side by side, where they compress to almost nothing.
 A record reaches the file in one write, so a kill leaves at most one torn record, at the end:
-readers ignore it, and the writer cuts it off before it goes on. A resumed run repeats steps: the
-later record of a step wins. No torch here: reports and monitors read this file where only numpy is
-at hand.
+readers ignore it, and the writer cuts it off before it goes on. A resumed run repeats steps: a
+record takes the place of those of its step and of later steps. No torch here: reports and monitors
+read this file where only numpy is at hand.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import struct
 import zlib
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+
+from deepseek.config.errors import UserError
 
 MAGIC = b"DSA1"
 _LENGTHS = struct.Struct("<II")
 _PREFIX = struct.Struct("<4sIIII")
 _LARGEST_HEADER = 1 << 24
+_WINDOW = 1 << 26
+"""Bytes after a damaged header in which the next record is looked for."""
 
 
 class ArrayLog:
@@ -75,107 +79,101 @@ class ArrayLog:
             os.close(descriptor)
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """The arrays of one step."""
 
     step: int
     arrays: dict[str, np.ndarray]
     meta: dict[str, Any]
+    """As given to ``ArrayLog.append``."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where the record of a step lies; its header, read, without its arrays."""
+class Entry(NamedTuple):
+    """Where the record of a step lies."""
 
     step: int
-    offset: int
-    """Of the payload in the file, bytes."""
-    size: int
-    """Of the payload, bytes."""
-    crc: int
-    header: dict[str, Any]
+    start: int
+    """Offset of its first byte in the file."""
+    end: int
+    """Offset of the next record, if there is one."""
+    shape: tuple[int, ...]
+    """Of its first array."""
 
-    @property
-    def end(self) -> int:
-        """Offset of the next record, if there is one."""
-        return self.offset + self.size
 
-    @property
-    def meta(self) -> dict[str, Any]:
-        """As given to ``ArrayLog.append``."""
-        meta: dict[str, Any] = self.header["meta"]
-        return meta
+class ArrayReader:
+    """The records of one file, which may be growing.
+
+    Args:
+        path: the file; one that does not exist has no records.
+
+    Attributes:
+        entries: where the records lie whose headers are sound, in the order of their steps.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: list[Entry] = []
+
+    def update(self) -> None:
+        """Find what has been appended, by its headers alone; a torn tail waits for the next time.
+
+        Raises:
+            UserError: the file cannot be read, or is no log at all.
+        """
+        if not self.path.is_file():
+            return
+        try:
+            with open(self.path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                if self.entries and self.entries[-1].end > size:  # a torn record was cut off
+                    self.entries.clear()
+                for entry in _entries(file, self.entries[-1].end if self.entries else 0):
+                    while self.entries and self.entries[-1].step >= entry.step:
+                        self.entries.pop()
+                    self.entries.append(entry)
+        except OSError as error:
+            raise UserError(
+                f"cannot read {self.path}: {error.strerror}; see its permissions"
+            ) from error
+        if size and not self.entries:
+            raise UserError(
+                f"{self.path} is damaged: {size:,} bytes without one whole record; "
+                "move it away, and the report goes without it"
+            )
+
+    def records(
+        self, entries: Iterable[Entry] | None = None, names: Collection[str] | None = None
+    ) -> Iterator[Record | None]:
+        """The record of each entry; None where the payload's checksum is wrong.
+
+        Args:
+            entries: of this file; None: all.
+            names: decode these arrays alone; None: all.
+        """
+        with open(self.path, "rb") as file:
+            for entry in self.entries if entries is None else entries:
+                yield _read(file, entry, names)
+
+    def newest(self) -> Record | None:
+        """The sound record of the highest step."""
+        for entry in reversed(self.entries):
+            for record in self.records([entry]):
+                if record is not None:
+                    return record
+        return None
 
 
 def read_arrays(path: Path, names: Collection[str] | None = None) -> Iterator[Record]:
-    """The sound records of a file in the order of their steps; of a step the last one written.
-
-    A torn tail ends the file; a record with a wrong checksum is passed over.
+    """The sound records of a file in the order of their steps.
 
     Args:
         path: the file; one that does not exist has no records.
         names: decode these arrays alone; None: all.
     """
-    if not path.is_file():
-        return
-    entries = index_arrays(path)
-    with open(path, "rb") as file:
-        for entry in entries:
-            record = read_record(file, entry, names)
-            if record is not None:
-                yield record
-
-
-def index_arrays(path: Path) -> list[Entry]:
-    """Where each step's last record lies, in the order of steps; reads headers alone."""
-    with open(path, "rb") as file:
-        latest = {entry.step: entry for entry in _entries(file)}
-    return [latest[step] for step in sorted(latest)]
-
-
-def read_record(
-    file: BinaryIO, entry: Entry, names: Collection[str] | None = None
-) -> Record | None:
-    """The arrays of one entry; None if the payload's checksum is wrong."""
-    file.seek(entry.offset)
-    payload = file.read(entry.size)
-    if len(payload) < entry.size or zlib.crc32(payload) != entry.crc:
-        return None
-    arrays = {}
-    start = 0
-    for name, dtype, shape, size in entry.header["arrays"]:
-        if names is None or name in names:
-            arrays[name] = _unpacked(payload[start : start + size], dtype, shape)
-        start += size
-    return Record(entry.step, arrays, entry.meta)
-
-
-def last_record(path: Path, names: Collection[str] | None = None) -> Record | None:
-    """The sound record that was written last, found from the end of the file, however long it is.
-
-    Args:
-        path: the file; one that does not exist has no records.
-        names: decode these arrays alone; None: all.
-    """
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        length = file.seek(0, os.SEEK_END)
-        size = 1 << 20
-        while True:
-            start = max(0, length - size)
-            file.seek(start)
-            window = file.read(length - start)
-            at = len(window)
-            while (at := window.rfind(MAGIC, 0, at)) >= 0:
-                entry = _entry_at(file, start + at, length)
-                record = None if entry is None else read_record(file, entry, names)
-                if record is not None:
-                    return record
-            if start == 0:
-                return None
-            size *= 4
+    reader = ArrayReader(path)
+    reader.update()
+    if reader.entries:
+        yield from (record for record in reader.records(names=names) if record is not None)
 
 
 def cut_torn_record(path: Path) -> None:
@@ -183,11 +181,8 @@ def cut_torn_record(path: Path) -> None:
     if not path.is_file():
         return
     with open(path, "r+b") as file:
-        end = 0
-        for entry in reversed(list(_entries(file))):
-            if read_record(file, entry, ()) is not None:
-                end = entry.end
-                break
+        entries = reversed(list(_entries(file, 0)))
+        end = next((entry.end for entry in entries if _read(file, entry, ())), 0)
         if end < file.seek(0, os.SEEK_END):
             file.truncate(end)
             os.fsync(file.fileno())
@@ -216,50 +211,69 @@ def _packed(array: np.ndarray) -> tuple[str, list[int], bytes]:
 
 
 def _unpacked(data: bytes, dtype: str, shape: list[int]) -> np.ndarray:
+    """Raises ValueError or zlib.error where the bytes are not those of such an array."""
     kind = np.dtype(dtype)
-    grouped = np.frombuffer(zlib.decompress(data), np.uint8).reshape(kind.itemsize, -1)
+    size = kind.itemsize * math.prod(shape)
+    bytes_ = zlib.decompressobj().decompress(data, size + 1)  # no more, whatever they unpack to
+    grouped = np.frombuffer(bytes_, np.uint8).reshape(kind.itemsize, -1)
     return np.ascontiguousarray(grouped.T).reshape(-1).view(kind).reshape(shape)
 
 
-def _entries(file: BinaryIO) -> Iterator[Entry]:
-    """Every record whose header is sound and whose payload is not cut short, in file order."""
-    length = file.seek(0, os.SEEK_END)
-    position = 0
-    while position + _PREFIX.size <= length:
-        entry = _entry_at(file, position, length)
-        if entry is not None:
-            yield entry
-            position = entry.end
+def _entries(file: BinaryIO, start: int) -> Iterator[Entry]:
+    """Every record from an offset on whose header is sound and whose payload is not cut short."""
+    size = file.seek(0, os.SEEK_END)
+    while start < size:
+        found = _header(file, start)
+        if found is not None:
+            header, _, end = found
+            yield Entry(header["step"], start, end, tuple(header["arrays"][0][2]))
+            start = end
             continue
-        found = _next_magic(file, position + 1)
-        if found is None:
+        file.seek(start + 1)  # past a damaged stretch
+        offset = file.read(min(_WINDOW, size - start)).find(MAGIC)
+        if offset < 0:
             return
-        position = found
+        start += 1 + offset
 
 
-def _entry_at(file: BinaryIO, position: int, length: int) -> Entry | None:
-    file.seek(position)
-    magic, header_size, payload_size, crc, payload_crc = _PREFIX.unpack(file.read(_PREFIX.size))
-    offset = position + _PREFIX.size + header_size
-    if magic != MAGIC or header_size > _LARGEST_HEADER or offset + payload_size > length:
+def _read(file: BinaryIO, entry: Entry, names: Collection[str] | None) -> Record | None:
+    """The arrays of one entry; None if they are damaged."""
+    found = _header(file, entry.start)
+    if found is None:
+        return None
+    header, payload_crc, end = found
+    payload = file.read(end - file.tell())
+    if zlib.crc32(payload) != payload_crc:
+        return None
+    arrays, start = {}, 0
+    try:
+        for name, dtype, shape, size in header["arrays"]:
+            if names is None or name in names:
+                arrays[name] = _unpacked(payload[start : start + size], dtype, shape)
+            start += size
+    except (TypeError, ValueError, zlib.error):
+        return None
+    return Record(header["step"], arrays, header["meta"]) if start == len(payload) else None
+
+
+def _header(file: BinaryIO, start: int) -> tuple[dict[str, Any], int, int] | None:
+    """Header, checksum and end of a payload at whose begin the file is left; None: no record."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(start)
+    prefix = file.read(_PREFIX.size)
+    if len(prefix) < _PREFIX.size:
+        return None
+    magic, header_size, payload_size, crc, payload_crc = _PREFIX.unpack(prefix)
+    end = start + _PREFIX.size + header_size + payload_size
+    if magic != MAGIC or header_size > _LARGEST_HEADER or end > size:
         return None
     text = file.read(header_size)
     if crc != zlib.crc32(text, zlib.crc32(_LENGTHS.pack(header_size, payload_size))):
         return None
-    header = json.loads(text)
-    return Entry(header["step"], offset, payload_size, payload_crc, header)
-
-
-def _next_magic(file: BinaryIO, position: int) -> int | None:
-    """Offset of the next magic word at or after ``position``; past a damaged stretch."""
-    overlap = len(MAGIC) - 1
-    file.seek(position)
-    tail = b""
-    while chunk := file.read(1 << 20):
-        window = tail + chunk
-        found = window.find(MAGIC)
-        if found >= 0:
-            return position - len(tail) + found
-        position += len(chunk)
-        tail = window[-overlap:]
-    return None
+    try:
+        header = json.loads(text)
+        step, meta, arrays = header["step"], header["meta"], header["arrays"]
+        sound = isinstance(step, int) and isinstance(meta, dict) and len(arrays[0][2]) >= 0
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return None
+    return (header, payload_crc, end) if sound else None

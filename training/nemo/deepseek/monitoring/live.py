@@ -1,31 +1,32 @@
-"""One frame of the terminal monitor, drawn with ``rich`` from what a followed run knows."""
+"""One frame of the terminal monitor, drawn with ``rich`` from what the log says now."""
 
 from __future__ import annotations
 
-import math
 import time
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
 
 from deepseek.monitoring import load_metrics
 from deepseek.monitoring.array_log import Record
-from deepseek.monitoring.followed_run import FollowedRun
-
-if TYPE_CHECKING:  # rich may be missing until something is drawn
-    from rich.console import RenderableType
-    from rich.table import Table
+from deepseek.monitoring.run_log import RunLog, clock
+from deepseek.run_folder import EXPERTS_FILE, RANKS_FILE
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_LAYERS = 8
 """Layers that are shown, those with the largest load first."""
 MOST_RANKS = 8
 MOST_ALARMS = 4
-SILENT_SECONDS = 60.0
-"""Without a row, or ten steps' time if that is longer, after which a run is called silent."""
+MOST_STEPS = 400
+"""The newest ones, which curves show."""
+RECENT = 50
+"""Steps whose mean or median tells what the next ones will take."""
 
 
-def frame(run: FollowedRun, now: float | None = None, width: int = 100) -> RenderableType:
+def frame(run: RunLog, now: float | None = None, width: int = 100) -> RenderableType:
     """Everything; what was not logged is left out.
 
     Args:
@@ -33,40 +34,27 @@ def frame(run: FollowedRun, now: float | None = None, width: int = 100) -> Rende
         now: Unix time.
         width: columns of the terminal.
     """
-    from rich.console import Group
-
     now = time.time() if now is None else now
     parts: list[RenderableType] = [_headline(run, now)]
     if run.steps:
         parts += [_training(run, width), _time(run, width)]
-    if run.experts is not None:
-        parts.append(_experts(run, width))
-    if run.ranks is not None and len(_values(run.ranks)) > 1:
-        parts.append(_ranks(run))
+    experts, ranks = run.newest(EXPERTS_FILE), run.newest(RANKS_FILE)
+    if experts is not None:
+        parts.append(_experts(experts, width))
+    if ranks is not None and len(_values(ranks)) > 1:
+        parts.append(_ranks(ranks))
     if run.collectives:
         parts.append(_collectives(run))
     parts.append(_alarms(run))
     return Group(*parts)
 
 
-def state(run: FollowedRun, now: float) -> str:
-    """``running``, ``ended: ...`` or ``silent for ...``."""
-    if run.ended is not None:
-        return f"ended: {run.ended}"
-    known = [row["time"] for row in [*run.steps, *run.events] if "time" in row]
-    if not known:
-        return "running"
-    silence = now - max(known)
-    if silence > max(SILENT_SECONDS, 10 * (run.latest("seconds") or 0.0)):
-        return f"silent for {_clock(silence)}: it validates, hangs, or was killed"
-    return "running"
-
-
-def sparkline(values: list[float], width: int) -> str:
-    """The values as a row of blocks, means of equal stretches if there are more than columns."""
-    if not values:
+def sparkline(values: np.ndarray, width: int) -> str:
+    """The finite values as a row of blocks, means of equal stretches if there are more."""
+    values = values[np.isfinite(values)]
+    if not len(values):
         return ""
-    stretches = np.array_split(np.array(values), min(width, len(values)))
+    stretches = np.array_split(values, min(width, len(values)))
     means = np.array([stretch.mean() for stretch in stretches])
     low, high = means.min(), means.max()
     levels = (means - low) / (high - low) if high > low else np.zeros(len(means))
@@ -86,25 +74,21 @@ def strip(tokens_E: np.ndarray, width: int) -> str:
     )
 
 
-def _headline(run: FollowedRun, now: float) -> RenderableType:
-    from rich.text import Text
-
+def _headline(run: RunLog, now: float) -> RenderableType:
     steps = f"{run.step:,}" + (f" / {run.max_steps:,}" if run.max_steps else "")
-    text = Text(f"{run.name}", style="bold")
-    text.append(f"   step {steps}   {state(run, now)}", style="default")
+    text = Text(run.label, style="bold")
+    text.append(f"   step {steps}   {run.state(now)}", style="default")
     goodput = run.goodput()
     if goodput is not None:
         text.append(f"   goodput {goodput:.1%}", style="default")
-    seconds = run.series("seconds")[-50:]
-    if run.max_steps and seconds and run.ended is None:
-        left = float(np.median(seconds)) * (run.max_steps - run.step)
-        text.append(f"   about {_clock(left)} left")
+    seconds = run.column("seconds")
+    if run.max_steps and seconds is not None and not run.has_ended and run.step < run.max_steps:
+        left = float(np.nanmedian(seconds[-RECENT:])) * (run.max_steps - run.step)
+        text.append(f"   about {clock(left)} left", style="default")
     return text
 
 
-def _training(run: FollowedRun, width: int) -> RenderableType:
-    from rich.text import Text
-
+def _training(run: RunLog, width: int) -> RenderableType:
     lines = _grid()
     room = max(10, width - 50)
     shown = (
@@ -117,29 +101,32 @@ def _training(run: FollowedRun, width: int) -> RenderableType:
         ("memory", "memory_bytes", "bytes"),
     )
     for label, key, how in shown:
-        value = run.latest(key)
-        if value is not None:
+        values = run.steps.get(key) if key == "loss" else run.column(key)  # a loss may be nan
+        if values is not None:
+            value = float(values[-1])
             text = _bytes(value) if how == "bytes" else format(value, how)
-            lines.add_row(label, Text(text, justify="right"), sparkline(run.series(key), room))
+            curve = sparkline(values[-MOST_STEPS:], room)
+            lines.add_row(label, Text(text, justify="right"), curve)
         norms = [
-            f"{kind} {norm:.3f}"
+            f"{kind} {norm[-1]:.3f}"
             for kind in ("dense", "expert", "router")
-            if (norm := run.latest(f"grad_norm_{kind}")) is not None
+            if (norm := run.column(f"grad_norm_{kind}")) is not None
         ]
         if key == "grad_norm" and norms:
             lines.add_row("  of it", "", ", ".join(norms))
-    if run.validation is not None:
-        text = f"{run.validation['val_loss']}"[:6]
-        bits = run.validation.get("val_bits_per_byte")
-        more = f", {bits:.4f} bits per byte" if isinstance(bits, float) else ""
-        lines.add_row("val loss", text, f"at step {run.validation['step']:,}{more}")
+    if run.validations:
+        newest = {name: float(values[-1]) for name, values in run.validations.items()}
+        bits = newest.get("val_bits_per_byte", float("nan"))
+        more = f", {bits:.4f} bits per byte" if np.isfinite(bits) else ""
+        loss = Text(f"{newest['val_loss']:.4f}", justify="right")
+        lines.add_row("val loss", loss, f"at step {newest['step']:,.0f}{more}")
     return _panel(lines, "training")
 
 
-def _time(run: FollowedRun, width: int) -> RenderableType:
+def _time(run: RunLog, width: int) -> RenderableType:
     """Where the newest steps' time went, as shares."""
-    rows = list(run.steps)[-50:]
-    whole = sum(float(row["seconds"]) for row in rows)
+    seconds = np.nan_to_num(run.steps.get("seconds", np.zeros(1))[-RECENT:])
+    whole, count = float(seconds.sum()), len(seconds)
     lines = _grid()
     parts = {
         "forward, backward": "forward_backward_seconds",
@@ -150,21 +137,15 @@ def _time(run: FollowedRun, width: int) -> RenderableType:
         "monitoring": "monitor_seconds",
     }
     for label, key in parts.items():
-        spent = sum(float(row.get(key) or 0.0) for row in rows)
+        spent = float(np.nansum(run.steps.get(key, np.zeros(1))[-RECENT:]))
         if whole and spent:
             share = spent / whole
             bar = "█" * round(share * max(10, width - 50))
-            lines.add_row(label, f"{spent / len(rows):.4f} s", f"{share:6.1%}", bar)
-    title = f"a step: {whole / len(rows):.4f} s, mean of {len(rows)}"
-    return _panel(lines, title)
+            lines.add_row(label, f"{spent / count:.4f} s", f"{share:6.1%}", bar)
+    return _panel(lines, f"a step: {whole / count:.4f} s, mean of {count}")
 
 
-def _experts(run: FollowedRun, width: int) -> RenderableType:
-    from rich.console import Group
-    from rich.text import Text
-
-    record = run.experts
-    assert record is not None
+def _experts(record: Record, width: int) -> RenderableType:
     tokens_LE, meta = record.arrays["tokens"].astype(np.int64), record.meta
     worst = np.nan_to_num(load_metrics.max_violation(tokens_LE) + 1)
     dead = load_metrics.dead(tokens_LE)
@@ -195,23 +176,22 @@ def _experts(run: FollowedRun, width: int) -> RenderableType:
     return _panel(Group(*parts), title)
 
 
-def _ranks(run: FollowedRun) -> RenderableType:
-    record = run.ranks
-    assert record is not None
+def _ranks(record: Record) -> RenderableType:
     columns: list[str] = record.meta["columns"]
     values_RM = _values(record)
-    order = range(len(values_RM))
+    order = list(range(len(values_RM)))
     if len(values_RM) > MOST_RANKS and "compute_seconds" in columns:
         compute = values_RM[:, columns.index("compute_seconds")]
-        order = sorted(np.argsort(-compute)[:MOST_RANKS].tolist())  # type: ignore[assignment]
-    shown = [
-        name
-        for name in (
-            "compute_seconds", "wait_seconds", "transfer_seconds", "data_seconds",
-            "memory_bytes", "peak_memory_bytes",
-        )
-        if name in columns
-    ]  # fmt: skip
+        order = sorted(np.argsort(-compute)[:MOST_RANKS].tolist())
+    wanted = (
+        "compute_seconds",
+        "wait_seconds",
+        "transfer_seconds",
+        "data_seconds",
+        "memory_bytes",
+        "peak_memory_bytes",
+    )
+    shown = [name for name in wanted if name in columns]
     table = _table()
     table.add_column("rank", justify="right")
     for name in shown:
@@ -234,59 +214,56 @@ def _values(record: Record) -> np.ndarray:
     return next(iter(record.arrays.values()))
 
 
-def _collectives(run: FollowedRun) -> RenderableType:
+def _collectives(run: RunLog) -> RenderableType:
+    """The operations of the newest step that has any."""
     table = _table()
-    for column in ("group", "operation", "calls", "bytes", "p50 ms", "p95 ms", "max ms",
-                   "GB/s", "wait s", "exposed"):  # fmt: skip
-        left = column in ("group", "operation")
-        table.add_column(column, justify="left" if left else "right", no_wrap=True)
+    left, right = ("group", "operation"), ("calls", "bytes", "p50 ms", "p95 ms", "max ms", "GB/s")
+    for column in (*left, *right, "wait s", "exposed"):
+        justify = "left" if column in left else "right"
+        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    step = run.collectives[-1]["step"]
     for row in run.collectives:
+        if row["step"] != step:
+            continue
+        keys = ("count", "bytes", "p50", "p95", "max", "busbw", "wait_seconds", "exposed_share")
+        count, size, p50, p95, longest, speed, wait, exposed = (float(row[key]) for key in keys)
         table.add_row(
             str(row["group"]),
             str(row["op"]),
-            f"{row['count']}",
-            _bytes(row["bytes"]),
-            *(f"{1e3 * row[key]:.2f}" for key in ("p50", "p95", "max")),
-            f"{row['busbw'] / 1e9:.2g}",
-            f"{row['wait_seconds']:.4f}",
-            f"{row['exposed_share']:.1%}",
+            f"{count:.0f}",
+            _bytes(size),
+            *(f"{1e3 * seconds:.2f}" for seconds in (p50, p95, longest)),
+            f"{speed / 1e9:.2g}",
+            f"{wait:.4f}",
+            f"{exposed:.1%}",
         )
-    title = f"collectives at step {run.collectives[0]['step']:,}"
-    return _panel(table, title)
+    return _panel(table, f"collectives at step {step:,}")
 
 
-def _alarms(run: FollowedRun) -> RenderableType:
-    from rich.text import Text
-
+def _alarms(run: RunLog) -> RenderableType:
     alarms = run.alarms()
     if not alarms:
         return Text("no alarms")
     lines = Text()
     for alarm in alarms[-MOST_ALARMS:]:
-        lines.append(f"step {alarm['step']:,} {alarm['kind']}: ", style="bold red")
-        lines.append(f"{alarm['message']}\n   {alarm['remedy']}\n")
+        lines.append(f"step {alarm['step']:,} {alarm.get('kind')}: ", style="bold red")
+        lines.append(f"{alarm.get('message')}\n   {alarm.get('remedy')}\n")
     lines.rstrip()
     title = f"alarms: {len(alarms)}" + (", the last" if len(alarms) > MOST_ALARMS else "")
     return _panel(lines, title, "red")
 
 
 def _panel(body: RenderableType, title: str, border: str = "none") -> RenderableType:
-    from rich.panel import Panel
-
     return Panel(body, title=title, title_align="left", border_style=border)
 
 
 def _grid() -> Table:
     """Columns without heads."""
-    from rich.table import Table
-
     return Table.grid(padding=(0, 2))
 
 
 def _table() -> Table:
     """Columns with heads, no lines."""
-    from rich.table import Table
-
     return Table(box=None, padding=(0, 1), pad_edge=False)
 
 
@@ -298,18 +275,8 @@ def _bytes(value: float) -> str:
     return f"{value:.3g} TiB"
 
 
-def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
-    whole = int(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
-
-
-def plain(renderable: Any, width: int) -> str:
+def plain(renderable: RenderableType, width: int) -> str:
     """As text without colours."""
-    from rich.console import Console
-
     console = Console(width=width, no_color=True, force_terminal=False, record=False)
     with console.capture() as capture:
         console.print(renderable)

@@ -1,10 +1,18 @@
-"""What the log of one run says, read once, ready to be drawn. No torch."""
+"""What a run folder says of its run, as numpy columns: the one reader of the log. No torch.
+
+``read_run`` reads a log once; a ``RunLog`` that is kept reads on while the run goes on. What is
+only half written is left for the next time, and what a restart trained again counts once.
+
+S logged steps.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +20,15 @@ import numpy as np
 
 from deepseek.config.errors import UserError
 from deepseek.config.strict_yaml import read_yaml
-from deepseek.monitoring.expert_history import ExpertHistory, read_experts
-from deepseek.monitoring.rank_history import RankHistory, Traffic, read_ranks, read_traffic
+from deepseek.monitoring.array_history import (
+    ExpertHistory,
+    RankHistory,
+    Traffic,
+    read_experts,
+    read_ranks,
+    read_traffic,
+)
+from deepseek.monitoring.array_log import ArrayReader, Record
 from deepseek.run_folder import (
     COLLECTIVES_FILE,
     CONFIG_FILE,
@@ -25,31 +40,137 @@ from deepseek.run_folder import (
     TRAFFIC_FILE,
 )
 
+SILENT_SECONDS = 60.0
+"""Without a row, or ten steps' time if that is longer, after which a run is called silent."""
+_BLOCK = 1 << 24
 
-@dataclass
-class RunData:
-    """One run. A part that was not logged is None or empty."""
 
-    folder: Path
-    label: str
-    """Name of the run, made unique among the runs of a report."""
-    steps: dict[str, np.ndarray]
-    """Columns of the step rows, float64 [S], NaN where a row lacks the key; ``step`` ascends."""
-    validations: dict[str, np.ndarray]
-    """Columns of the validation rows."""
-    events: list[dict[str, Any]]
-    """All events in the order of the file."""
-    lost_steps: int
-    """Steps that were trained and then trained again after a restart."""
-    config: dict[str, Any]
-    config_text: str | None
-    environment: dict[str, Any] | None
-    collectives: list[dict[str, Any]]
-    experts: ExpertHistory | None
-    ranks: RankHistory | None
-    traffic: Traffic | None
-    notes: list[str] = field(default_factory=list)
-    """Damage that was read past."""
+def read_run(folder: Path | str) -> RunLog:
+    """The log of a run, whole: ``read_run("my_run").steps["loss"]``.
+
+    Raises:
+        UserError: no run folder, no step logged yet, or a file that is damaged in its middle.
+    """
+    run = RunLog(Path(folder))
+    path = run.folder / METRICS_FILE
+    if run.damaged_lines:
+        number = run.damaged_lines[0]
+        raise UserError(
+            f"{path}, line {number} is damaged: it is no JSON object with a step; "
+            f"take the line out (sed -i {number}d {path}) and run the command again"
+        )
+    if not run.steps:
+        raise UserError(
+            f"{path} holds no step yet; its first row is written after the first step: "
+            "try again then"
+        )
+    return run
+
+
+class RunLog:
+    """One run by its log. Whatever was not logged is empty or None.
+
+    Args:
+        folder: of the run.
+
+    Attributes:
+        label: name of the run; a report makes it unique among its runs.
+        events: rows of events in the order of the file.
+        lost_steps: steps that were trained and then trained again after a restart.
+
+    Raises:
+        UserError: no run folder, or a file that cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / METRICS_FILE).is_file():
+            raise UserError(
+                f"{folder} is no run folder: it has no {METRICS_FILE}; "
+                "give the folder that `deepseek train` printed at its start and end"
+            )
+        self._begin()
+        self.update()
+        self.label = str(self.config.get("name", folder.name))
+
+    def _begin(self) -> None:
+        monitor = self.folder / MONITOR
+        self._lines = _Lines(self.folder / METRICS_FILE)
+        self._collective_lines = _Lines(monitor / COLLECTIVES_FILE)
+        self._files = {
+            name: ArrayReader(monitor / name) for name in (EXPERTS_FILE, RANKS_FILE, TRAFFIC_FILE)
+        }
+        self._steps, self._validations = _Table(), _Table()
+        self._collectives: list[dict[str, Any]] = []
+        self._notes: list[str] = []
+        self.events: list[dict[str, Any]] = []
+        self.lost_steps = 0
+
+    def update(self) -> bool:
+        """Read on; returns whether there was anything new.
+
+        Raises:
+            UserError: the log cannot be read.
+        """
+        if self._lines.were_cut():  # another run has begun in this folder
+            self._begin()
+        found = False
+        for rows in self._lines.new():
+            found = True
+            for row in rows:
+                self._take(row)
+        if found:
+            self._steps.store()
+            self._validations.store()
+            self._forget("experts", "ranks", "traffic")
+            self._notes.clear()
+        return found
+
+    def _take(self, row: dict[str, Any]) -> None:
+        if "event" in row:
+            self.events.append(row)
+            if row["event"] in ("started", "resumed"):  # these files are written at each start
+                self._forget("config_text", "config", "environment")
+        elif "val_loss" in row:
+            self._validations.cut(row["step"])
+            self._validations.add(row)
+        else:
+            if lost := self._steps.cut(row["step"]):
+                self.lost_steps += lost
+                self._validations.cut(row["step"])
+            self._steps.add(row)
+
+    def _forget(self, *names: str) -> None:
+        """Read these properties anew when they are asked for."""
+        for name in names:
+            self.__dict__.pop(name, None)
+
+    @property
+    def damaged_lines(self) -> list[int]:
+        """Numbers of the lines, from 1, that are no rows."""
+        return self._lines.damaged
+
+    @property
+    def steps(self) -> dict[str, np.ndarray]:
+        """Columns of the step rows, float64 [S], NaN where a row lacks the key; empty before the
+        first step.
+
+        ``step`` ascends: a row takes the place of those of its step and of later steps, which a
+        restart has trained, or will train, again.
+        """
+        return self._steps.columns
+
+    @property
+    def validations(self) -> dict[str, np.ndarray]:
+        """The same of the validation rows."""
+        return self._validations.columns
+
+    # -- steps and events --
+
+    @property
+    def step(self) -> int:
+        """The newest step, 0 before the first."""
+        return int(self.steps["step"][-1]) if self.steps else 0
 
     def column(self, name: str) -> np.ndarray | None:
         """One column of the step rows; None if no row has a number there."""
@@ -63,32 +184,42 @@ class RunData:
         latest = {tuple(alarm.get(key) for key in keys): alarm for alarm in alarms}
         return sorted(latest.values(), key=lambda alarm: int(alarm["step"]))
 
-    @property
-    def max_steps(self) -> int | None:
-        """Steps of the whole run by its configuration."""
-        value = self.setting("trainer.max_steps")
-        return value if isinstance(value, int) else None
+    def state(self, now: float | None = None) -> str:
+        """``complete``, ``stopped: REASON``, ``running`` or ``silent for 1:02:03: ...``.
 
-    def setting(self, path: str) -> Any:
-        """Value of a dotted key of the configuration, None if it is not there."""
-        value: Any = self.config
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
+        Args:
+            now: Unix time, seconds; None: the clock's.
+        """
+        if self.max_steps and self.step >= self.max_steps:
+            return "complete"
+        if self.has_ended:
+            return f"stopped: {self.events[-1].get('reason', 'no reason was logged')}"
+        times, seconds = self._times(), self.column("seconds")
+        if not len(times):
+            return "running"
+        silence = (time.time() if now is None else now) - float(times[-1])
+        usual = 0.0 if seconds is None else 10 * float(np.nan_to_num(seconds[-1]))
+        if silence <= max(SILENT_SECONDS, usual):
+            return "running"
+        return f"silent for {clock(silence)}: it validates, hangs, or was killed"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run has said that it stops."""
+        return bool(self.events) and self.events[-1]["event"] == "stopped"
 
     def wall_seconds(self) -> float | None:
         """From the first start to the last row, less the time after each orderly stop."""
-        times = [(event.get("time"), event["event"]) for event in self.events]
-        times += [(float(t), "step") for t in self.steps.get("time", ()) if math.isfinite(t)]
-        known = sorted((float(t), kind) for t, kind in times if t is not None)
-        if len(known) < 2:
+        times = self._times()
+        if len(times) < 2:
             return None
-        pauses = sum(
-            later[0] - earlier[0]
-            for earlier, later in zip(known, known[1:], strict=False)
-            if earlier[1] == "stopped"
-        )
-        return known[-1][0] - known[0][0] - pauses
+        stops = [event for event in self.events if event["event"] == "stopped"]
+        pauses = 0.0
+        for stop in stops:
+            later = np.searchsorted(times, at := _number(stop.get("time")), side="right")
+            if later < len(times):
+                pauses += float(times[later]) - at
+        return float(times[-1] - times[0]) - pauses
 
     def goodput(self) -> float | None:
         """Seconds in the steps that the run kept, over ``wall_seconds``."""
@@ -97,113 +228,217 @@ class RunData:
             return None
         return min(1.0, float(np.nansum(seconds)) / wall)
 
+    def _times(self) -> np.ndarray:
+        """When rows were written, ascending."""
+        events = [_number(event.get("time")) for event in self.events]
+        times = np.concatenate([self.steps.get("time", np.empty(0)), events])
+        return np.sort(times[np.isfinite(times)])
 
-def read_run(folder: Path) -> RunData:
-    """Everything in a run folder that a report shows.
+    # -- what else lies in the folder --
 
-    Raises:
-        UserError: no run folder, no step logged yet, or a file that is damaged in its middle.
-    """
-    path = folder / METRICS_FILE
-    if not path.is_file():
-        raise UserError(
-            f"{folder} is no run folder: it has no {METRICS_FILE}; "
-            "give the folder that `deepseek train` printed at its start and end"
-        )
-    rows = read_rows(path)
-    steps = _latest([row for row in rows if "event" not in row and "val_loss" not in row])
-    if not steps:
-        raise UserError(
-            f"{path} holds no step yet; its first row is written after the first step: "
-            "try again then"
-        )
-    validations = _latest([row for row in rows if "val_loss" in row])
-    trained = sum("event" not in row and "val_loss" not in row for row in rows)
-    config_text = _text(folder / CONFIG_FILE)
-    config = read_yaml(config_text, str(folder / CONFIG_FILE)).tree if config_text else {}
-    monitor = folder / MONITOR
-    notes: list[str] = []
-    collectives = monitor / COLLECTIVES_FILE
-    return RunData(
-        folder=folder,
-        label=str(config.get("name", folder.name)) if isinstance(config, dict) else folder.name,
-        steps=_columns(steps),
-        validations=_columns(validations),
-        events=[row for row in rows if "event" in row],
-        lost_steps=trained - len(steps),
-        config=config if isinstance(config, dict) else {},
-        config_text=config_text,
-        environment=_environment(folder / ENVIRONMENT_FILE),
-        collectives=read_rows(collectives) if collectives.is_file() else [],
-        experts=read_experts(monitor / EXPERTS_FILE, notes),
-        ranks=read_ranks(monitor / RANKS_FILE, notes),
-        traffic=read_traffic(monitor / TRAFFIC_FILE, notes),
-        notes=notes,
-    )
+    @cached_property
+    def config_text(self) -> str | None:
+        """The resolved configuration as it was written."""
+        return _text(self.folder / CONFIG_FILE)
 
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration; empty if there is none."""
+        path = self.folder / CONFIG_FILE
+        tree = read_yaml(self.config_text, str(path)).tree if self.config_text else {}
+        return tree if isinstance(tree, dict) else {}
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; what follows the last newline is a line cut short, and ignored.
+    def setting(self, path: str) -> Any:
+        """Value of a dotted key of the configuration, None if it is not there."""
+        value: Any = self.config
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
 
-    Raises:
-        UserError: a line in the middle is no object with a step.
-    """
-    rows = []
-    for number, line in enumerate(_bytes(path).split(b"\n")[:-1], start=1):
+    @property
+    def max_steps(self) -> int | None:
+        """Steps of the whole run by its configuration."""
+        value = self.setting("trainer.max_steps")
+        return value if isinstance(value, int) else None
+
+    @cached_property
+    def environment(self) -> dict[str, Any] | None:
+        """What the run ran on."""
+        path = self.folder / ENVIRONMENT_FILE
+        text = _text(path)
+        if text is None:
+            return None
         try:
-            row = json.loads(line)
-            sound = isinstance(row, dict) and isinstance(row.get("step"), int)
-        except ValueError:
-            sound = False
-        if not sound:
+            tree = json.loads(text)
+        except (ValueError, RecursionError):
+            tree = None
+        if not isinstance(tree, dict):
             raise UserError(
-                f"{path}, line {number} is damaged: it is no JSON object with a step; "
-                f"take the line out (sed -i {number}d {path}) and run the command again"
+                f"{path} is damaged: it is no JSON object; remove it, and the report goes "
+                "without it"
             )
-        rows.append(row)
-    return rows
+        return tree
+
+    # -- experts, ranks, traffic --
+
+    @cached_property
+    def experts(self) -> ExpertHistory | None:
+        """Load and bias of the experts over the run."""
+        return read_experts(self._files[EXPERTS_FILE], self._notes)
+
+    @cached_property
+    def ranks(self) -> RankHistory | None:
+        """Seconds, bytes and rows of the ranks over the run."""
+        return read_ranks(self._files[RANKS_FILE], self._notes)
+
+    @cached_property
+    def traffic(self) -> Traffic | None:
+        """Bytes between ranks."""
+        return read_traffic(self._files[TRAFFIC_FILE], self._notes)
+
+    @property
+    def collectives(self) -> list[dict[str, Any]]:
+        """Rows of operations between ranks, in the order of the file."""
+        for rows in self._collective_lines.new():
+            self._collectives += rows
+        return self._collectives
+
+    def newest(self, name: str) -> Record | None:
+        """The newest sound record of a file of arrays; None if there is none.
+
+        Args:
+            name: as ``run_folder.EXPERTS_FILE``.
+        """
+        self._files[name].update()
+        return self._files[name].newest()
+
+    @property
+    def notes(self) -> list[str]:
+        """Damage that was read past; reads everything."""
+        _ = self.experts, self.ranks, self.traffic, self.collectives
+        damaged = self._collective_lines.damaged
+        return [*self._notes] + [
+            f"{COLLECTIVES_FILE}: line {number} is damaged and left out" for number in damaged
+        ]
 
 
-def _latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each step the row written last, in the order of steps."""
-    latest = {row["step"]: row for row in rows}
-    return [latest[step] for step in sorted(latest)]
+# -- rows --
 
 
-def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: np.array([_number(row.get(name)) for row in rows]) for name in names}
+class _Table:
+    """Rows whose steps ascend, kept as columns."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, np.ndarray] = {}
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append; it is in ``columns`` after ``store``."""
+        self._rows.append(row)
+
+    def cut(self, step: int) -> int:
+        """Take out the rows of this step and of later ones; returns how many."""
+        count = 0
+        while self._rows and self._rows[-1]["step"] >= step:
+            self._rows.pop()
+            count += 1
+        if not self._rows and self.columns:
+            known = self.columns["step"]
+            kept = int(np.searchsorted(known, step))
+            count += len(known) - kept
+            if kept < len(known):
+                items = self.columns.items()
+                self.columns = {name: values[:kept] for name, values in items} if kept else {}
+        return count
+
+    def store(self) -> None:
+        """Turn what was added into columns."""
+        rows, self._rows = self._rows, []
+        nothing = np.full(len(self.columns.get("step", ())), math.nan)
+        names = dict.fromkeys([*self.columns, *(name for row in rows for name in row)])
+        self.columns = {
+            name: np.concatenate(
+                [self.columns.get(name, nothing), [_number(row.get(name)) for row in rows]]
+            )
+            for name in names
+        }
+
+
+class _Lines:
+    """The rows of a JSONL file that may be growing.
+
+    Attributes:
+        damaged: numbers of the lines, from 1, that are no objects with a step.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.damaged: list[int] = []
+        self._offset = self._count = 0
+
+    def were_cut(self) -> bool:
+        """Whether complete lines that were read are gone."""
+        return self.path.is_file() and self.path.stat().st_size < self._offset
+
+    def new(self) -> Iterator[list[dict[str, Any]]]:
+        """The rows that were appended, block by block; what follows the last newline waits.
+
+        A resumed run cuts off the line that its predecessor left unfinished: nothing read here.
+        """
+        if not self.path.is_file():
+            return
+        rest = b""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self._offset)
+                while block := file.read(_BLOCK):
+                    *lines, rest = (rest + block).split(b"\n")
+                    self._offset += sum(len(line) + 1 for line in lines)
+                    if lines:
+                        yield self._rows(lines)
+        except OSError as error:
+            raise UserError(_unreadable(self.path, error)) from error
+
+    def _rows(self, lines: list[bytes]) -> list[dict[str, Any]]:
+        rows = []
+        for line in lines:
+            self._count += 1
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if (
+                isinstance(row, dict)
+                and isinstance(row.get("step"), int)
+                and isinstance(row.get("event", ""), str)
+            ):
+                rows.append(row)
+            else:
+                self.damaged.append(self._count)
+        return rows
 
 
 def _number(value: Any) -> float:
     """A number of a row; non-finite ones stand there as words."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
-def _environment(path: Path) -> dict[str, Any] | None:
-    text = _text(path)
-    if text is None:
-        return None
-    try:
-        tree = json.loads(text)
-    except ValueError:
-        tree = None
-    if not isinstance(tree, dict):
-        raise UserError(
-            f"{path} is damaged: it is no JSON object; remove it, and the report goes without it"
-        )
-    return tree
-
-
 def _text(path: Path) -> str | None:
-    return _bytes(path).decode(errors="replace") if path.is_file() else None
-
-
-def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return path.read_bytes().decode(errors="replace") if path.is_file() else None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; see its permissions") from error
+        raise UserError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"cannot read {path}: {error.strerror}; see its permissions"
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    whole = int(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -213,17 +213,6 @@ class MetricsLog(Callback):
                 mirror.tell(scalars, row["step"])
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete rows; of a step trained twice (after a kill) only the later one."""
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is cut short
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in map(json.loads, lines):
-        kind = row.get("event") or ("validation" if "val_loss" in row else "step")
-        rows.pop((kind, row["step"]), None)
-        rows[kind, row["step"]] = row
-    return list(rows.values())
-
-
 def drop_partial_line(path: Path) -> None:
     """Cut the file after its last complete line."""
     if not path.is_file():

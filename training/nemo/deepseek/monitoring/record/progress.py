@@ -8,6 +8,7 @@ from typing import Any
 
 from deepseek.console import progress_bar, say
 from deepseek.frameworks import Callback
+from deepseek.monitoring.run_log import clock
 from deepseek.training.step import StepMetrics
 
 
@@ -111,10 +112,3 @@ def step_line(
     if metrics.skipped:
         parts.append("SKIPPED: gradient not finite")
     return " ".join(parts)
-
-
-def clock(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
-    whole = int(seconds)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

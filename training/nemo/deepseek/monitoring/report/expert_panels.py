@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from deepseek.monitoring import load_metrics
-from deepseek.monitoring.expert_history import ExpertHistory
+from deepseek.monitoring.array_history import ExpertHistory
 from deepseek.monitoring.report.panel import (
     Figure,
     Panel,

@@ -23,10 +23,9 @@ from deepseek.monitoring.report.run_panels import (
     environment_panel,
     events_panel,
     headline,
-    state,
 )
 from deepseek.monitoring.report.training_panels import training_panels
-from deepseek.monitoring.run_log import RunData
+from deepseek.monitoring.run_log import RunLog
 
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -46,7 +45,7 @@ class Tab:
     notes: list[str] = field(default_factory=list)
 
 
-def report_page(runs: list[RunData]) -> str:
+def report_page(runs: list[RunLog]) -> str:
     """The report of one run, or of several with their comparison first."""
     tabs = [_run_tab(run) for run in runs]
     if len(runs) > 1:
@@ -100,7 +99,7 @@ def build_page(title: str, tabs: list[Tab]) -> str:
     ])  # fmt: skip
 
 
-def _run_tab(run: RunData) -> Tab:
+def _run_tab(run: RunLog) -> Tab:
     sections = [
         Section("events", "Alarms and events", [alarms_panel(run), events_panel(run)]),
         Section("training", "Training", training_panels(run)),
@@ -110,11 +109,11 @@ def _run_tab(run: RunData) -> Tab:
     ]
     for panel in (panel for section in sections for panel in section.panels):
         _set_range(panel, run)
-    words = f"{state(run)} run in {run.folder.resolve().name}"
+    words = f"{run.folder.resolve().name}, {run.state()}"
     return Tab(run.label, sections, words, headline(run), run.notes)
 
 
-def _set_range(panel: Panel, run: RunData) -> None:
+def _set_range(panel: Panel, run: RunLog) -> None:
     """All figures over steps show the same steps."""
     if panel.figure is None or panel.figure["layout"]["xaxis"]["title"]["text"] != "step":
         return

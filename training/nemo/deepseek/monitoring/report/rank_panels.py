@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from deepseek.monitoring import load_metrics
-from deepseek.monitoring.expert_history import ExpertHistory
-from deepseek.monitoring.rank_history import RankHistory, Traffic
+from deepseek.monitoring.array_history import ExpertHistory, RankHistory, Traffic
 from deepseek.monitoring.report.panel import (
     Figure,
     Panel,
@@ -21,7 +20,7 @@ from deepseek.monitoring.report.panel import (
     stretch_starts,
     table,
 )
-from deepseek.monitoring.run_log import RunData
+from deepseek.monitoring.run_log import RunLog
 
 TIME_BINS = 240
 MOST_MATRIX = 256
@@ -35,7 +34,7 @@ COLORS = tuple(f"@{index}" for index in range(MOST_LINES))
 NO_RANKS = "The log has no monitor/ranks.arrays: the ranks were not monitored."
 
 
-def rank_panels(run: RunData) -> list[Panel]:
+def rank_panels(run: RunLog) -> list[Panel]:
     """In the order of the page."""
     return [
         _load(run.experts),
@@ -312,7 +311,7 @@ def _memory_phases(ranks: RankHistory | None) -> Panel:
     )  # fmt: skip
 
 
-def _memory(run: RunData) -> Panel:
+def _memory(run: RunLog) -> Panel:
     title = "Memory"
     data = _memory_lines(run.ranks)
     if not data:

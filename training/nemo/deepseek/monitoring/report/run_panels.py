@@ -21,7 +21,7 @@ from deepseek.monitoring.report.panel import (
     table,
 )
 from deepseek.monitoring.report.training_panels import loss_curve
-from deepseek.monitoring.run_log import RunData
+from deepseek.monitoring.run_log import RunLog
 
 MOST_ALARMS = 200
 MOST_EVENTS = 100
@@ -31,7 +31,7 @@ WITH_MORE = {"validation loss", "tokens per second", "load max / mean"}
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 
-def headline(run: RunData) -> list[tuple[str, str, str]]:
+def headline(run: RunLog) -> list[tuple[str, str, str]]:
     """The numbers at the top: label, value, and a small line below."""
     steps = run.steps["step"]
     of = f"of {run.max_steps:,}" if run.max_steps else ""
@@ -40,8 +40,9 @@ def headline(run: RunData) -> list[tuple[str, str, str]]:
     goodput, wall = run.goodput(), run.wall_seconds()
     starts = sum(event["event"] in ("resumed", "restart") for event in run.events)
     restarts = Counter(event["event"] for event in run.events)
+    state, _, why = run.state().partition(": ")
     cards = [
-        ("state", state(run), _when(run)),
+        ("state", state, f"{why}; {_when(run)}" if why else _when(run)),
         ("steps", f"{int(steps[-1]):,}", of),
         ("tokens", quantity(float(np.nansum(tokens))) if tokens is not None else "not logged", ""),
         (
@@ -89,14 +90,7 @@ def headline(run: RunData) -> list[tuple[str, str, str]]:
     return cards
 
 
-def state(run: RunData) -> str:
-    """``complete``, ``stopped`` or ``unfinished`` (still running, or cut off)."""
-    if run.max_steps and run.steps["step"][-1] >= run.max_steps:
-        return "complete"
-    return "stopped" if run.events and run.events[-1]["event"] == "stopped" else "unfinished"
-
-
-def _when(run: RunData) -> str:
+def _when(run: RunLog) -> str:
     times = run.steps.get("time", np.empty(0))
     if not np.isfinite(times).any():
         return ""
@@ -108,7 +102,7 @@ def _kinds(alarms: list[dict[str, Any]]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counts.most_common(3))
 
 
-def alarms_panel(run: RunData) -> Panel:
+def alarms_panel(run: RunLog) -> Panel:
     """Every alarm with its numbers and the likely remedy."""
     alarms = run.alarms()
     if not alarms:
@@ -127,7 +121,7 @@ def alarms_panel(run: RunData) -> Panel:
     return Panel("alarms", "Alarms", note, body=table(words, rows, "r l l l"), wide=True)
 
 
-def events_panel(run: RunData) -> Panel:
+def events_panel(run: RunLog) -> Panel:
     """Starts, restarts, stops; checkpoints are counted."""
     rows = [
         [
@@ -154,7 +148,7 @@ def _clock(seconds: Any) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
 
 
-def environment_panel(run: RunData) -> Panel:
+def environment_panel(run: RunLog) -> Panel:
     """What the run ran on."""
     title = "Environment"
     if run.environment is None:
@@ -172,7 +166,7 @@ def _flat(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def config_panel(run: RunData) -> Panel:
+def config_panel(run: RunLog) -> Panel:
     """The resolved configuration as it was written."""
     title = "Resolved configuration"
     if not run.config_text:
@@ -182,7 +176,7 @@ def config_panel(run: RunData) -> Panel:
     return Panel("config", title, "Every key, as the run used it.", body=body, wide=True)
 
 
-def comparison_panels(runs: list[RunData]) -> list[Panel]:
+def comparison_panels(runs: list[RunLog]) -> list[Panel]:
     """Losses over each other, the numbers side by side, and what differs in the settings."""
     return [
         _losses(runs, "compare-training", "Training loss, smoothed", False),
@@ -200,14 +194,14 @@ def comparison_panels(runs: list[RunData]) -> list[Panel]:
     ]
 
 
-def _speed_curve(run: RunData) -> tuple[np.ndarray, np.ndarray] | None:
+def _speed_curve(run: RunLog) -> tuple[np.ndarray, np.ndarray] | None:
     values = run.column("tokens_per_second")
     if values is None:
         return None
     return run.steps["step"], smoothed(values, max(1.0, len(values) / 100))
 
 
-def _load_curve(run: RunData) -> tuple[np.ndarray, np.ndarray] | None:
+def _load_curve(run: RunLog) -> tuple[np.ndarray, np.ndarray] | None:
     if run.experts is None:
         return None
     values = run.experts.metrics["max_violation"]
@@ -217,11 +211,11 @@ def _load_curve(run: RunData) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _curves(
-    runs: list[RunData],
+    runs: list[RunLog],
     key: str,
     title: str,
     label: str,
-    curve: Callable[[RunData], tuple[np.ndarray, np.ndarray] | None],
+    curve: Callable[[RunLog], tuple[np.ndarray, np.ndarray] | None],
 ) -> Panel:
     """One line of every run that has it."""
     data = []
@@ -235,7 +229,7 @@ def _curves(
     return Panel(key, title, figure=figure(data, "step", label, yaxis={"rangemode": "tozero"}))
 
 
-def _losses(runs: list[RunData], key: str, title: str, validation: bool) -> Panel:
+def _losses(runs: list[RunLog], key: str, title: str, validation: bool) -> Panel:
     data = []
     for index, run in enumerate(runs):
         look = {
@@ -253,7 +247,7 @@ def _losses(runs: list[RunData], key: str, title: str, validation: bool) -> Pane
     return Panel(key, title, figure=figure(data, "step", "loss, nats per token", 360))
 
 
-def _numbers(runs: list[RunData]) -> Panel:
+def _numbers(runs: list[RunLog]) -> Panel:
     cards = [
         {
             label: f"{value} ({below})" if below and label in WITH_MORE else value
@@ -268,7 +262,7 @@ def _numbers(runs: list[RunData]) -> Panel:
     return Panel("compare-numbers", "Side by side", body=body, wide=True)
 
 
-def _differences(runs: list[RunData]) -> Panel:
+def _differences(runs: list[RunLog]) -> Panel:
     title = "Settings that differ"
     flat = [dict(_leaves(run.config)) for run in runs]
     keys = list(dict.fromkeys(key for leaves in flat for key in leaves))

@@ -19,7 +19,7 @@ from deepseek.monitoring.report.panel import (
     stretch_starts,
     table,
 )
-from deepseek.monitoring.run_log import RunData
+from deepseek.monitoring.run_log import RunLog
 
 STEP = "step"
 
@@ -45,7 +45,7 @@ PARTS = {
 """Parts of a step from the bottom to the top: name and colour."""
 
 
-def training_panels(run: RunData) -> list[Panel]:
+def training_panels(run: RunLog) -> list[Panel]:
     """In the order of the page."""
     return [
         _loss(run),
@@ -62,13 +62,13 @@ def training_panels(run: RunData) -> list[Panel]:
     ]  # fmt: skip
 
 
-def loss_curve(run: RunData) -> tuple[np.ndarray, np.ndarray]:
+def loss_curve(run: RunLog) -> tuple[np.ndarray, np.ndarray]:
     """Steps and the training loss, smoothed over a hundredth of the run."""
     steps = run.steps["step"]
     return steps, smoothed(run.steps["loss"], max(1.0, len(steps) / 100))
 
 
-def _loss(run: RunData) -> Panel:
+def _loss(run: RunLog) -> Panel:
     raw = run.column("loss")
     if raw is None:
         return Panel("loss", "Loss", missing="No step has a finite loss.", wide=True)
@@ -102,7 +102,7 @@ def _loss(run: RunData) -> Panel:
     )  # fmt: skip
 
 
-def _loss_range(smooth: np.ndarray, run: RunData) -> Figure:
+def _loss_range(smooth: np.ndarray, run: RunLog) -> Figure:
     """From the lowest value to a little above the start: one bad step must not flatten the rest."""
     seen = [smooth, run.validations.get("val_loss", np.empty(0)), run.steps.get("mtp_loss", smooth)]
     values = np.concatenate(seen)
@@ -112,7 +112,7 @@ def _loss_range(smooth: np.ndarray, run: RunData) -> Figure:
     return {"range": [low - 2 * room, high + room]}
 
 
-def _event_marks(run: RunData, steps: np.ndarray, curve: np.ndarray) -> list[Figure]:
+def _event_marks(run: RunLog, steps: np.ndarray, curve: np.ndarray) -> list[Figure]:
     marks: dict[str, list[tuple[int, str]]] = {}
     for event in [e for e in run.events if e["event"] != "alarm"] + run.alarms():
         kind = event["event"]
@@ -155,7 +155,7 @@ def _short(words: str) -> str:
     return words if len(words) <= 90 else words[:87] + "..."
 
 
-def _bits(run: RunData) -> Panel:
+def _bits(run: RunLog) -> Panel:
     title = "Bits per byte"
     values = run.validations.get("val_bits_per_byte")
     if values is None or not np.isfinite(values).any():
@@ -168,7 +168,7 @@ def _bits(run: RunData) -> Panel:
     return Panel("bits", title, note, figure([curve], STEP, "bits per byte"))
 
 
-def _norms(run: RunData) -> Panel:
+def _norms(run: RunLog) -> Panel:
     title = "Gradient norms"
     kinds = {
         "grad_norm": ("all", "@0"),
@@ -189,7 +189,7 @@ def _norms(run: RunData) -> Panel:
 
 
 def _single(
-    run: RunData, key: str, column: str, title: str, label: str, hover: str, note: str = ""
+    run: RunLog, key: str, column: str, title: str, label: str, hover: str, note: str = ""
 ) -> Panel:
     values = run.column(column)
     if values is None:
@@ -201,7 +201,7 @@ def _single(
     )  # fmt: skip
 
 
-def _speed(run: RunData) -> Panel:
+def _speed(run: RunLog) -> Panel:
     values = run.column("tokens_per_second")
     if values is None and (seconds := run.column("seconds")) is not None:
         values = run.steps["tokens"] / seconds
@@ -216,7 +216,7 @@ def _speed(run: RunData) -> Panel:
     return Panel("speed", "Speed", note, figure(data, STEP, "tokens per second", yaxis=axis))
 
 
-def _mfu(run: RunData) -> Panel:
+def _mfu(run: RunLog) -> Panel:
     title = "Model FLOPs utilisation"
     values = run.column("mfu")
     if values is None:
@@ -248,7 +248,7 @@ def _denominator(environment: dict[str, Any]) -> str:
     return words
 
 
-def _step_time(run: RunData) -> Panel:
+def _step_time(run: RunLog) -> Panel:
     title = "Where the time of a step goes"
     seconds = run.column("seconds")
     parts = step_parts(run)
@@ -292,7 +292,7 @@ def _time_range(seconds: np.ndarray) -> Figure:
     return {"range": [0, 1.05 * min(longest, usual)]} if usual > 0 else {"rangemode": "tozero"}
 
 
-def step_parts(run: RunData) -> dict[str, np.ndarray]:
+def step_parts(run: RunLog) -> dict[str, np.ndarray]:
     """Seconds of each part of each step, by the keys of ``PARTS``; empty if nothing is known.
 
     Waiting and transfer come from the ranks' own log where there is one, held between its steps;
@@ -315,7 +315,7 @@ def step_parts(run: RunData) -> dict[str, np.ndarray]:
     return {key: parts[key] for key in PARTS if key in parts}
 
 
-def _communication(run: RunData) -> dict[str, np.ndarray]:
+def _communication(run: RunLog) -> dict[str, np.ndarray]:
     steps = run.steps["step"]
     found: dict[str, np.ndarray] = {}
     if run.ranks is not None and run.ranks.ranks > 1:
