@@ -42,16 +42,40 @@ def train(
         ConfigError: every problem of the configuration at once.
         UserError: anything else the user can mend.
     """
+    quiet(Processes.from_environment())
+    train_run(load_config(config, overrides), run_dir, worker_command(), sample, report)
+
+
+def train_run(
+    run: RunConfig,
+    run_dir: Path | None,
+    command: Sequence[str],
+    sample: bool = False,
+    report: bool = False,
+) -> Path:
+    """Train, or continue, the run of a checked configuration.
+
+    Args:
+        run: the configuration.
+        run_dir: the run folder, instead of one under ``exp_manager.exp_dir``.
+        command: what each of several processes is started with.
+        sample: print a generated sample at the end.
+        report: write the run's report at the end.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: what the user can mend.
+        SystemExit: the processes that were started failed; their code.
+    """
     processes = Processes.from_environment()
-    quiet(processes)
-    run = load_config(config, overrides)
     if report:  # what it needs is missed now, not when the run is over
         from deepseek.monitoring.report.page import plotly_script
 
         plotly_script()
     if processes.started_by == "none" and run.trainer.devices > 1 and run.trainer.num_nodes == 1:
-        _train_in_others(run, run_dir, sample, report)
-        return
+        return _train_in_others(run, run_dir, command, sample, report)
     check_world(processes, run.trainer.devices, run.trainer.num_nodes)
     # Imported here: a configuration error should not wait seconds for a training framework.
     from deepseek.commands.fit import fit
@@ -61,7 +85,7 @@ def train(
     if result.was_complete:
         leave()
         _say_complete(folder, steps, run, sample, report, leads=processes.rank == 0)
-        return
+        return folder
     if result.val_loss is not None:
         bits = result.val_bits_per_byte
         per_byte = f", {bits:.4f} bits per byte" if bits is not None else ""
@@ -77,6 +101,7 @@ def train(
         )
     elif processes.rank == 0:
         _show(folder, sample, report)
+    return folder
 
 
 def _show(folder: Path, sample: bool, report: bool) -> None:
@@ -91,23 +116,29 @@ def _show(folder: Path, sample: bool, report: bool) -> None:
         write_report([folder])
 
 
-def _train_in_others(run: RunConfig, run_dir: Path | None, sample: bool, report: bool) -> None:
+def _train_in_others(
+    run: RunConfig, run_dir: Path | None, command: Sequence[str], sample: bool, report: bool
+) -> Path:
     """Be the supervisor of the processes that train."""
     folder, trainer = run_folder(run, run_dir), run.trainer
     if run.exp_manager.resume_if_exists and finished_steps(folder) >= trainer.max_steps:
         _say_complete(folder, finished_steps(folder), run, sample, report, leads=True)
-        return
+        return folder
     say(f"processes    {trainer.devices}, started and watched by this one")
     os.environ[RUN_FOLDER] = str(folder)
-    code = supervise(
-        worker_command(),
-        trainer.devices,
-        trainer.max_restarts,
-        complain,
-        lambda: finished_steps(folder),
-    )
+    try:
+        code = supervise(
+            command,
+            trainer.devices,
+            trainer.max_restarts,
+            complain,
+            lambda: finished_steps(folder),
+        )
+    finally:
+        del os.environ[RUN_FOLDER]  # of these processes alone: a notebook may train again
     if code:
         sys.exit(code)
+    return folder
 
 
 def _keep_nemo(folder: Path, run: RunConfig) -> None:

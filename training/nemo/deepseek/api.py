@@ -1,0 +1,113 @@
+"""What ``import deepseek`` can do, for notebooks and scripts: train, sample, open data.
+
+Each is the command of the same name without its printing; the classes that ``deepseek`` exports
+beside them are the product's own (``docs/python.md``).
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from deepseek.commands.train import train_run
+from deepseek.config import RunConfig, UserError, load_config, resolved_yaml
+from deepseek.data import open_data as data
+from deepseek.inference import generation
+from deepseek.inference.sampling import Sampling
+from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint
+
+
+def train(
+    run: RunConfig | str | Path, overrides: Sequence[str] = (), run_dir: str | Path | None = None
+) -> Path:
+    """Train, or continue, one run; what ``deepseek train`` does.
+
+    Args:
+        run: a configuration, or the name or file of one.
+        overrides: ``a.b=c``, with a name or file.
+        run_dir: the run folder, instead of one under ``exp_manager.exp_dir``.
+
+    Returns:
+        The run folder, for ``open_checkpoint`` and ``read_run``.
+
+    Raises:
+        ConfigError: every problem of the configuration at once.
+        UserError: anything else the user can mend; one of several processes failed.
+    """
+    if isinstance(run, RunConfig) and overrides:
+        raise UserError(
+            f"overrides={list(overrides)} would be ignored beside a RunConfig; give them to "
+            "load_config"
+        )
+    config = run if isinstance(run, RunConfig) else load_config(run, overrides)
+    folder = None if run_dir is None else Path(run_dir)
+    with tempfile.TemporaryDirectory() as scratch:
+        # Several processes are started from a file, as a notebook's own program cannot be.
+        file = Path(scratch) / "config.yaml"
+        file.write_text(resolved_yaml(config))
+        command = [sys.executable, "-m", "deepseek", "train", "--config", str(file)]
+        try:
+            return train_run(config, folder, command)
+        except SystemExit as end:
+            raise UserError(
+                f"the processes of the run ended with code {end.code}; their messages are above"
+            ) from end
+
+
+def generate(
+    checkpoint: OpenedCheckpoint | str | Path,
+    prompts: Sequence[str],
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> list[str]:
+    """Continue prompts; what ``deepseek generate`` does.
+
+    Args:
+        checkpoint: an opened one, or what ``open_checkpoint`` takes.
+        prompts: texts of any lengths; "" starts a document.
+        max_new_tokens: per prompt.
+        temperature: 0 for the most probable token each time.
+        top_k: keep the k most probable tokens; 0: all.
+        top_p: keep the smallest set of tokens whose probability reaches p.
+        seed: of the draws.
+
+    Returns:
+        The continuations, without the prompts.
+
+    Raises:
+        UserError: no sound checkpoint, no tokenizer beside it, a prompt that does not fit.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    if not isinstance(checkpoint, OpenedCheckpoint):
+        checkpoint = open_checkpoint(Path(checkpoint))
+    tokenizer = checkpoint.tokenizer()
+    if tokenizer is None:
+        raise UserError(
+            f"{checkpoint.path} has no tokenizer beside it; give a run folder, or decode ids "
+            "yourself with deepseek.inference"
+        )
+    ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
+    end = tokenizer.eos_id
+    rows = generation.generate(checkpoint.model(), ids, max_new_tokens, sampling, end, seed)
+    return [tokenizer.decode(row[:-1] if row[-1:] == [end] else row) for row in rows]
+
+
+def open_data(run: RunConfig) -> data.OpenedData:
+    """The training and validation data of a run; the built-in corpus is prepared if need be.
+
+    Args:
+        run: the configuration; ``model.data`` and ``seed`` decide.
+
+    Returns:
+        ``train`` and ``validation`` index like lists: sample ``i`` holds ``tokens``, ``labels`` and
+        what belongs to them, int64 [S].
+
+    Raises:
+        UserError: files missing or damaged, ids or tokenizer larger than ``model.vocab_size``.
+    """
+    return data.open_data(run.model, run.seed)
