@@ -45,8 +45,10 @@ def report(runs: Sequence[Path], output: Path | None = None) -> Path:
         raise UserError(
             f"cannot write {target}: {error.strerror}; choose another file with --output"
         ) from error
-    say(f"report       {target} ({target.stat().st_size / 1e6:.1f} MB, {len(read)} run"
-        f"{'s' if len(read) > 1 else ''})")  # fmt: skip
+    say(
+        f"report       {target} ({target.stat().st_size / 1e6:.1f} MB, {len(read)} run"
+        f"{'s' if len(read) > 1 else ''})"
+    )
     for run in read:
         for note in run.notes:
             say(f"note         {run.label}: {note}")

@@ -57,17 +57,19 @@ def _overview(analysis: RoutingAnalysis) -> Tab:
     ]
     panels = [
         Panel(
-            "layers", "Every layer",
+            "layers",
+            "Every layer",
             "Closest experts i, j: the largest share of i's tokens that also chose j. Token's "
             "favourite: of the occurrences of a frequent token, the mean share that chose the "
             "expert it prefers. Choose a layer at the top of the page to see it by itself.",
-            body=_layer_table(analysis), wide=True,
+            body=_layer_table(analysis),
+            wide=True,
         ),
         _load_lines(analysis),
         _margin_lines(analysis),
         _favourite_lines(analysis),
         _saturation(analysis),
-    ]  # fmt: skip
+    ]
     return Tab(
         "All layers", [Section("all", "All layers", panels)], f"Read: {read}", cards, [MEANING]
     )
@@ -100,7 +102,8 @@ def _layer_table(analysis: RoutingAnalysis) -> str:
 
 def _load_lines(analysis: RoutingAnalysis) -> Panel:
     return Panel(
-        "load-lines", "Load",
+        "load-lines",
+        "Load",
         "Of each layer's experts, over all domains. Balanced: max / mean is 1, and CV is 0.",
         _over_layers(
             analysis,
@@ -110,13 +113,14 @@ def _load_lines(analysis: RoutingAnalysis) -> Panel:
             },
             "ratio",
         ),
-    )  # fmt: skip
+    )
 
 
 def _margin_lines(analysis: RoutingAnalysis) -> Panel:
     quantiles = {"p95": 0.95, "median": 0.5, "p5": 0.05}
     return Panel(
-        "margin-lines", "Router margin",
+        "margin-lines",
+        "Router margin",
         "Score of the last expert chosen less that of the first one left out, over tokens. Small "
         "margins: small changes reroute many tokens.",
         _over_layers(
@@ -127,7 +131,7 @@ def _margin_lines(analysis: RoutingAnalysis) -> Panel:
             },
             "score",
         ),
-    )  # fmt: skip
+    )
 
 
 def _favourite_lines(analysis: RoutingAnalysis) -> Panel:
@@ -141,12 +145,13 @@ def _favourite_lines(analysis: RoutingAnalysis) -> Panel:
     )
     _level(drawn, 100 * analysis.chance)
     return Panel(
-        "favourite-lines", title,
+        "favourite-lines",
+        title,
         f"Of the occurrences of a token (seen {analysis.minimum} times or more), the share that "
         "chose the expert it prefers; mean over tokens. The dotted line is chance, K / N; counting "
         "few occurrences gives somewhat more.",
         drawn,
-    )  # fmt: skip
+    )
 
 
 def _saturation(analysis: RoutingAnalysis) -> Panel:
@@ -165,11 +170,12 @@ def _saturation(analysis: RoutingAnalysis) -> Panel:
     drawn["layout"]["yaxis"]["range"] = [0, 101]
     _level(drawn, 100 * analysis.chance)
     return Panel(
-        "saturation", title,
+        "saturation",
+        title,
         f"Share of the chosen experts that the other checkpoint chooses too, for the same "
         f"{analysis.compared_tokens:,} tokens. The dotted line is chance, K / N.",
         drawn,
-    )  # fmt: skip
+    )
 
 
 # -- one layer --
@@ -180,12 +186,23 @@ def _layer_tab(analysis: RoutingAnalysis, layer: LayerRoutes) -> Tab:
         _co_activation(analysis, layer),
         _domains(analysis, layer),
         _load(analysis, layer),
-        _histogram("margin", "Router margin", layer.margin, "score",
-                   "Last score chosen less the first one left out, per token; with the bias."),
-        _histogram("scores", "Scores", layer.scores, "score",
-                   "Of every expert for every token, without the bias.", layer.best),
+        _histogram(
+            "margin",
+            "Router margin",
+            layer.margin,
+            "score",
+            "Last score chosen less the first one left out, per token; with the bias.",
+        ),
+        _histogram(
+            "scores",
+            "Scores",
+            layer.scores,
+            "score",
+            "Of every expert for every token, without the bias.",
+            layer.best,
+        ),
         _tokens(analysis, layer),
-    ]  # fmt: skip
+    ]
     return Tab(
         layer.name,
         [Section("layer", "Routing", panels)],
@@ -228,15 +245,23 @@ def _co_activation(analysis: RoutingAnalysis, layer: LayerRoutes) -> Panel:
         hidden |= {"showticklabels": False, "ticks": ""}
     chance = 100 * (analysis.top_k - 1) / max(1, analysis.num_experts - 1)
     return Panel(
-        "co-activation", "Co-activation",
+        "co-activation",
+        "Co-activation",
         "Of the tokens that chose the expert of the row, the share that also chose that of the "
         f"column, over all pairs; {chance:.1f} % if experts were chosen independently and evenly. "
         "Experts are ordered by clustering, so that those chosen together stand together. The "
         f"diagonal and experts never chosen are left empty.{precision}",
-        figure([trace], "also chosen", "chosen", 520, hidden | {"autorange": "reversed"},
-               xaxis=dict(hidden), hovermode="closest"),
+        figure(
+            [trace],
+            "also chosen",
+            "chosen",
+            520,
+            hidden | {"autorange": "reversed"},
+            xaxis=dict(hidden),
+            hovermode="closest",
+        ),
         wide=True,
-    )  # fmt: skip
+    )
 
 
 def _domains(analysis: RoutingAnalysis, layer: LayerRoutes) -> Panel:
@@ -259,17 +284,19 @@ def _domains(analysis: RoutingAnalysis, layer: LayerRoutes) -> Panel:
         }
         for number, domain in enumerate(analysis.domains)
     ]
-    drawn = figure(bars, "expert", "% of the domain's tokens", 340, barmode="group",
-                   xaxis={"type": "category"})  # fmt: skip
+    drawn = figure(
+        bars, "expert", "% of the domain's tokens", 340, barmode="group", xaxis={"type": "category"}
+    )
     _level(drawn, 100 * analysis.chance)
     return Panel(
-        "domains", title,
+        "domains",
+        title,
         "Of the tokens of each domain, the share that chose the expert. The dotted line is K / N, "
         "where every expert would be if the router were balanced and blind to the domain."
         + (those if len(shown) < count else ""),
         drawn,
         wide=True,
-    )  # fmt: skip
+    )
 
 
 def _load(analysis: RoutingAnalysis, layer: LayerRoutes) -> Panel:
@@ -285,12 +312,13 @@ def _load(analysis: RoutingAnalysis, layer: LayerRoutes) -> Panel:
     drawn = figure([bars], "expert", "load / mean", showlegend=False)
     _level(drawn, 1.0)
     return Panel(
-        "load", "Load of the experts",
+        "load",
+        "Load of the experts",
         f"Tokens of each expert over the mean; MaxVio {layer.max_violation:.2f}, CV "
         f"{layer.variation:.2f}, {layer.dead} without a token.",
         drawn,
         wide=True,
-    )  # fmt: skip
+    )
 
 
 def _histogram(
@@ -303,15 +331,17 @@ def _histogram(
         found = summary(histogram)
         counts = np.array(found["counts"], np.float64)
         edges = np.arange(len(counts) + 1) / len(counts) * found["upper"]
-        drawn.append({
-            "type": "bar",
-            "name": name,
-            "x": packed((edges[:-1] + edges[1:]) / 2),
-            "y": packed(100 * counts / counts.sum()),
-            "width": edges[1],
-            "marker": {"color": "@0/0.75" if name == "all" else "@1/0.6", "line": {"width": 0}},
-            "hovertemplate": "%{y:.1f} % near %{x:.3g}",
-        })  # fmt: skip
+        drawn.append(
+            {
+                "type": "bar",
+                "name": name,
+                "x": packed((edges[:-1] + edges[1:]) / 2),
+                "y": packed(100 * counts / counts.sum()),
+                "width": edges[1],
+                "marker": {"color": "@0/0.75" if name == "all" else "@1/0.6", "line": {"width": 0}},
+                "hovertemplate": "%{y:.1f} % near %{x:.3g}",
+            }
+        )
     if not drawn:
         return Panel(key, title, missing="Every eligible expert is chosen, so nothing is left out.")
     note += f" Mean {values.mean:.3g}, median {_number(values.quantile(0.5))}."
@@ -334,14 +364,16 @@ def _tokens(analysis: RoutingAnalysis, layer: LayerRoutes) -> Panel:
         for expert, tokens in enumerate(layer.tokens)
     ]
     return Panel(
-        "tokens", title,
+        "tokens",
+        title,
         "For each expert the tokens of whose occurrences the largest share chose it, among those "
         f"seen {analysis.minimum} times or more. ␣ is a space, ⏎ a new line. An expert that takes "
         "most tokens of all kinds has high shares too: see its load.",
-        body=table(["expert", "load / mean", "tokens, and the share that chose the expert"], rows,
-                   "r r l"),
+        body=table(
+            ["expert", "load / mean", "tokens, and the share that chose the expert"], rows, "r r l"
+        ),
         wide=True,
-    )  # fmt: skip
+    )
 
 
 def visible(text: str) -> str:
@@ -380,10 +412,17 @@ def _lines(lines: dict[str, list[float | None]], places: Sequence[str], x: str, 
 
 def _level(drawn: Figure, value: float) -> None:
     """A dotted line across the figure."""
-    drawn["layout"]["shapes"] = [{
-        "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": value, "y1": value,
-        "line": {"color": "@muted", "width": 1.2, "dash": "dot"},
-    }]  # fmt: skip
+    drawn["layout"]["shapes"] = [
+        {
+            "type": "line",
+            "xref": "paper",
+            "x0": 0,
+            "x1": 1,
+            "y0": value,
+            "y1": value,
+            "line": {"color": "@muted", "width": 1.2, "dash": "dot"},
+        }
+    ]
 
 
 def _too_rare(analysis: RoutingAnalysis) -> str:

@@ -76,7 +76,8 @@ def expert_panels(experts: ExpertHistory | None) -> list[Panel]:
 def _utilisation(experts: ExpertHistory) -> Panel:
     span = OCTAVES + 0.25  # below the coldest colour a band of its own for the dead
     return Panel(
-        "utilisation", "Utilisation of the experts",
+        "utilisation",
+        "Utilisation of the experts",
         f"Tokens of each expert over its layer's mean, at {len(experts.frame_steps)} of "
         f"{len(experts.steps)} logged steps, of the whole global batch. 1 is a fair share. Colours "
         f"are log2, from 1/{2**OCTAVES} to {2**OCTAVES} in {CODES + 1} levels, so the values shown "
@@ -86,14 +87,21 @@ def _utilisation(experts: ExpertHistory) -> Panel:
             experts,
             utilisation_codes(experts.frames),
             {"kind": "log2", "low": -OCTAVES, "high": OCTAVES, "below": -span},
-            {"zmin": -span, "zmax": span, "colorscale": "@utilisation",
-             "hovertemplate": "%{y}, expert %{x}: %{customdata:.3g} of a fair share<extra></extra>",
-             "colorbar": {"title": {"text": "utilisation", "side": "right"},
-                          "tickvals": [-span, *range(1 - OCTAVES, OCTAVES + 1)],
-                          "ticktext": ["0", "1/4", "1/2", "1", "2", "4", "8"]}},
+            {
+                "zmin": -span,
+                "zmax": span,
+                "colorscale": "@utilisation",
+                "hovertemplate": "%{y}, expert %{x}: %{customdata:.3g} of a fair share"
+                "<extra></extra>",
+                "colorbar": {
+                    "title": {"text": "utilisation", "side": "right"},
+                    "tickvals": [-span, *range(1 - OCTAVES, OCTAVES + 1)],
+                    "ticktext": ["0", "1/4", "1/2", "1", "2", "4", "8"],
+                },
+            },
         ),
         wide=True,
-    )  # fmt: skip
+    )
 
 
 def utilisation_codes(tokens: np.ndarray) -> np.ndarray:
@@ -113,10 +121,13 @@ def _frames_figure(
     layers, count = codes.shape[1:]
     drawn = figure(
         [{"type": "heatmap", "y": experts.layers, **trace}],
-        "expert", "layer", int(min(760, max(240, 110 + 12 * layers))),
+        "expert",
+        "layer",
+        int(min(760, max(240, 110 + 12 * layers))),
         {"autorange": "reversed", "type": "category", "showgrid": False},
-        xaxis={"showgrid": False, "range": [-0.5, count - 0.5]}, hovermode="closest",
-    )  # fmt: skip
+        xaxis={"showgrid": False, "range": [-0.5, count - 0.5]},
+        hovermode="closest",
+    )
     drawn["frames"] = {
         "steps": experts.frame_steps.tolist(),
         "rows": layers,
@@ -148,12 +159,27 @@ def _per_layer(
     low = _percentile(mean, 5)
     data = [
         line(at, low, "p5", "@0/0", hoverinfo="skip", showlegend=False, line={"width": 0}),
-        line(at, high, "p5 to p95 of the layers", "@0/0.35", fill="tonexty", line={"width": 0.8},
-             fillcolor="@0/0.16", hovertemplate="p95 %{y:.3g}<extra></extra>"),
+        line(
+            at,
+            high,
+            "p5 to p95 of the layers",
+            "@0/0.35",
+            fill="tonexty",
+            line={"width": 0.8},
+            fillcolor="@0/0.16",
+            hovertemplate="p95 %{y:.3g}<extra></extra>",
+        ),
         line(at, middle, "median layer", "@0", "median %{y:.3g}<extra></extra>"),
-        {"type": "scatter", "mode": "lines", "x": packed(at), "y": [], "name": "",
-         "line": {"color": "@1", "width": 1.6}, "hovertemplate": "%{y:.3g}"},
-    ]  # fmt: skip
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "x": packed(at),
+            "y": [],
+            "name": "",
+            "line": {"color": "@1", "width": 1.6},
+            "hovertemplate": "%{y:.3g}",
+        },
+    ]
     data[0].pop("hovertemplate")
     drawn = figure(data, "step", label, yaxis={"rangemode": "tozero"})
     drawn["layers"] = {
@@ -192,11 +218,12 @@ def _lorenz(experts: ExpertHistory) -> Panel:
         mean = 100 * curve[np.isfinite(curve).all(axis=1)].mean(axis=0)
         data.append(line(share, mean, f"step {experts.frame_steps[index]}", color, "%{y:.1f} %"))
     return Panel(
-        "lorenz", "Lorenz curve",
+        "lorenz",
+        "Lorenz curve",
         "Share of the tokens that the least loaded experts take, mean over layers. The further "
         "below the diagonal, the more uneven.",
         figure(data, "least loaded experts, %", "tokens, %", xaxis={"range": [0, 100]}),
-    )  # fmt: skip
+    )
 
 
 def _dead(experts: ExpertHistory) -> Panel:
@@ -215,12 +242,13 @@ def _dead(experts: ExpertHistory) -> Panel:
     more = len(experts.dead) - len(rows)
     tail = f"<p>... and {more:,} more.</p>" if more else ""
     return Panel(
-        "dead-since", title,
+        "dead-since",
+        title,
         f"{len(experts.dead):,} experts had no token at the last logged step, "
         f"{experts.steps[-1]:,}; the longest dead first.",
         body=table(columns, rows, kinds) + tail,
         wide=True,
-    )  # fmt: skip
+    )
 
 
 def _dead_rows(experts: ExpertHistory, dead: list[load_metrics.DeadExpert]) -> list[list[str]]:
@@ -239,19 +267,24 @@ def _bias(experts: ExpertHistory) -> Panel:
     place = np.nan_to_num(experts.bias / most)
     codes = np.where(np.isnan(experts.bias), 255, 1 + np.rint(CODES * (place + 1) / 2))
     return Panel(
-        "bias", title,
+        "bias",
+        title,
         "What is added to an expert's score when experts are chosen (not when they are weighed). "
         f"Colours are linear from -{most:.3g} to {most:.3g} in {CODES + 1} levels.",
         _frames_figure(
             experts,
             codes.astype(np.uint8),
             {"kind": "linear", "low": -most, "high": most},
-            {"zmin": -most, "zmax": most, "colorscale": "@bias",
-             "hovertemplate": "%{y}, expert %{x}: bias %{customdata:.3g}<extra></extra>",
-             "colorbar": {"title": {"text": "bias", "side": "right"}}},
+            {
+                "zmin": -most,
+                "zmax": most,
+                "colorscale": "@bias",
+                "hovertemplate": "%{y}, expert %{x}: bias %{customdata:.3g}<extra></extra>",
+                "colorbar": {"title": {"text": "bias", "side": "right"}},
+            },
         ),
         wide=True,
-    )  # fmt: skip
+    )
 
 
 def _bias_range(experts: ExpertHistory) -> Panel:
@@ -260,11 +293,12 @@ def _bias_range(experts: ExpertHistory) -> Panel:
         return Panel("bias-range", title, missing="The log has no bias.")
     spread = _over_experts(np.nanmax, experts.bias) - _over_experts(np.nanmin, experts.bias)
     return Panel(
-        "bias-range", title,
+        "bias-range",
+        title,
         "Largest less smallest bias of a layer. Where it goes on growing, the bias does not reach "
         "its aim.",
         _per_layer(experts, spread, "max - min", experts.frame_steps),
-    )  # fmt: skip
+    )
 
 
 def _bias_extremes(experts: ExpertHistory) -> Panel:
@@ -281,20 +315,22 @@ def _bias_extremes(experts: ExpertHistory) -> Panel:
         )
     ]
     return Panel(
-        "bias-extremes", title,
+        "bias-extremes",
+        title,
         "Of all layers. Scores lie between 0 and 1: a bias that nears the scores' own size decides "
         "more than they do.",
         figure(data, "step", "bias, in units of the score"),
-    )  # fmt: skip
+    )
 
 
 def _bias_turns(experts: ExpertHistory) -> Panel:
     return Panel(
-        "bias-turns", "Turns of the bias",
+        "bias-turns",
+        "Turns of the bias",
         "Share of a layer's experts whose load crossed the mean between two logged steps, where "
         "the bias turns around. High: it trembles about its aim; low: it is still on its way.",
         _per_layer(experts, experts.metrics["turns"], "share of experts"),
-    )  # fmt: skip
+    )
 
 
 def _margin(experts: ExpertHistory) -> Panel:
@@ -302,11 +338,12 @@ def _margin(experts: ExpertHistory) -> Panel:
     if experts.margin is None:
         return Panel("margin", title, missing="The log has no router margin.")
     return Panel(
-        "margin", title,
+        "margin",
+        title,
         "Mean gap between the last score chosen and the first one not chosen: small gaps make "
         "small changes of the bias reroute many tokens.",
         _per_layer(experts, experts.margin, "score", experts.frame_steps),
-    )  # fmt: skip
+    )
 
 
 def _over_experts(reduce: Callable[..., np.ndarray], bias: np.ndarray) -> np.ndarray:

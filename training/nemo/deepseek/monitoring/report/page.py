@@ -75,28 +75,31 @@ def build_page(title: str, tabs: list[Tab]) -> str:
     folder = files("deepseek.monitoring.report")
     style = folder.joinpath("page.css").read_text()
     script = folder.joinpath("page.js").read_text()
-    return "\n".join([
-        "<!DOCTYPE html>",
-        '<html lang="en">',
-        "<head>",
-        '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark">',
-        f"<title>{html.escape(title)}</title>",
-        f"<style>\n{style}</style>",
-        "</head>",
-        "<body>",
-        "<noscript><p>The figures of this page need JavaScript; the tables do not.</p></noscript>",
-        picker,
-        *bodies,
-        f'<script type="application/json" id="figures">{_json(figures)}</script>',
-        f"<script>{_plotly()}</script>",
-        f"<script>\n{script}</script>",
-        "</body>",
-        "</html>",
-        "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark">',
+            f"<title>{html.escape(title)}</title>",
+            f"<style>\n{style}</style>",
+            "</head>",
+            "<body>",
+            "<noscript><p>The figures of this page need JavaScript; the tables do not.</p>",
+            "</noscript>",
+            picker,
+            *bodies,
+            f'<script type="application/json" id="figures">{_json(figures)}</script>',
+            f"<script>{_plotly()}</script>",
+            f"<script>\n{script}</script>",
+            "</body>",
+            "</html>",
+            "",
+        ]
+    )
 
 
 def _run_tab(run: RunLog) -> Tab:
@@ -138,10 +141,11 @@ def _tab(tab: Tab, index: int, figures: dict[str, Figure], several: bool) -> str
     return (
         f'<main class="tab" data-tab="{index}"{hidden}>'
         f"<header><h1>{html.escape(tab.title)}</h1><p>{html.escape(tab.subtitle)}</p></header>"
-        f"{notes}" + (f'<dl class="cards">{cards}</dl>' if cards else "")
+        f"{notes}"
+        + (f'<dl class="cards">{cards}</dl>' if cards else "")
         + (f"<nav>{links}</nav>" if len(tab.sections) > 1 else "")
         + f"{sections}</main>"
-    )  # fmt: skip
+    )
 
 
 def _section(section: Section, index: int, figures: dict[str, Figure]) -> str:

@@ -59,12 +59,13 @@ def _load(experts: ExpertHistory | None) -> Panel:
         why = "All experts lie on one rank: there is nothing to compare."
         return Panel("rank-load", title, missing=why, wide=True)
     return Panel(
-        "rank-load", title,
+        "rank-load",
+        title,
         "Assignments the experts of each rank compute, all layers together, over the mean rank's. "
         "The busiest rank is the one the others wait for.",
         _rank_map(experts.steps, experts.rank_load, "of the mean", "load / mean"),
         wide=True,
-    )  # fmt: skip
+    )
 
 
 def _rank_map(steps: np.ndarray, values: np.ndarray, words: str, label: str) -> Figure:
@@ -75,14 +76,25 @@ def _rank_map(steps: np.ndarray, values: np.ndarray, words: str, label: str) -> 
     # A single odd step must not pale all others.
     far = max(0.05, float(np.percentile(away, 98)) if away.size else 0.0)
     return figure(
-        [{"type": "heatmap", "x": packed(steps[starts]), "z": packed(mean.T),
-          "zmin": 1 - far, "zmax": 1 + far, "colorscale": "@diverging",
-          "hovertemplate": f"step %{{x}}, rank %{{y}}: %{{z:.3f}} {words}<extra></extra>",
-          "colorbar": {"title": {"text": label, "side": "right"}}}],
-        "step", "rank", min(560, max(220, 110 + 8 * values.shape[1])),
+        [
+            {
+                "type": "heatmap",
+                "x": packed(steps[starts]),
+                "z": packed(mean.T),
+                "zmin": 1 - far,
+                "zmax": 1 + far,
+                "colorscale": "@diverging",
+                "hovertemplate": f"step %{{x}}, rank %{{y}}: %{{z:.3f}} {words}<extra></extra>",
+                "colorbar": {"title": {"text": label, "side": "right"}},
+            }
+        ],
+        "step",
+        "rank",
+        min(560, max(220, 110 + 8 * values.shape[1])),
         {"autorange": "reversed", "showgrid": False, **_ranks_ticks(values.shape[1])},
-        xaxis={"showgrid": False}, hovermode="closest",
-    )  # fmt: skip
+        xaxis={"showgrid": False},
+        hovermode="closest",
+    )
 
 
 def _ranks_ticks(ranks: int) -> Figure:
@@ -105,11 +117,12 @@ def _imbalance(experts: ExpertHistory | None) -> Panel:
         line(at, together, "all layers together", "@2", "%{y:.3f}", line={"dash": "dot"}),
     ]
     return Panel(
-        "imbalance", title,
+        "imbalance",
+        title,
         "Fullest rank over the mean rank. Layers wait one after the other, so the mean over layers "
         "is how much longer the experts take than they need.",
         figure(data, "step", "max / mean", 340),
-    )  # fmt: skip
+    )
 
 
 def _what_if(experts: ExpertHistory | None) -> Panel:
@@ -135,18 +148,31 @@ def _what_if(experts: ExpertHistory | None) -> Panel:
     data = [
         line(at, curves.max(axis=1), "worst layer", "@1", "%{y:.3f}", **marks),
         line(at, curves.mean(axis=1), "mean layer", "@0", "%{y:.3f}", **marks),
-        line(at, np.full(len(at), placed.max()), "worst, as placed", "@1/0.6", "%{y:.3f}",
-             line={"dash": "dot"}),
-        line(at, np.full(len(at), placed.mean()), "mean, as placed", "@0/0.6", "%{y:.3f}",
-             line={"dash": "dot"}),
-    ]  # fmt: skip
+        line(
+            at,
+            np.full(len(at), placed.max()),
+            "worst, as placed",
+            "@1/0.6",
+            "%{y:.3f}",
+            line={"dash": "dot"},
+        ),
+        line(
+            at,
+            np.full(len(at), placed.mean()),
+            "mean, as placed",
+            "@0/0.6",
+            "%{y:.3f}",
+            line={"dash": "dot"},
+        ),
+    ]
     return Panel(
-        "what-if", title,
+        "what-if",
+        title,
         f"Predicted fullest over mean of {ranks} ranks if the hottest experts of each layer had "
         "extra copies and all were placed anew, by the load of the last tenth of the run (greedy, "
         f"as DeepSeek's EPLB without groups). 0 extra: placed anew without copies.{assumed}",
         figure(data, "extra expert slots in a layer", "max / mean", 340),
-    )  # fmt: skip
+    )
 
 
 def replica_counts(experts: int, ranks: int) -> list[int]:
@@ -167,13 +193,14 @@ def _compute(ranks: RankHistory | None) -> Panel:
     late = np.nanmean(share[-max(1, len(share) // 10) :], axis=0)
     slowest = int(np.nanargmax(late))
     return Panel(
-        "compute", title,
+        "compute",
+        title,
         "Seconds a rank computes, without waiting, over the median rank's. A lasting red row is a "
         f"straggler. In the last tenth rank {slowest} is the slowest: {late[slowest]:.2f} of the "
         "median.",
         _rank_map(ranks.steps, share, "of the median", "time / median"),
         wide=True,
-    )  # fmt: skip
+    )
 
 
 def _waiting(ranks: RankHistory | None) -> Panel:
@@ -184,22 +211,30 @@ def _waiting(ranks: RankHistory | None) -> Panel:
         return Panel("waiting", title, missing="The run has one rank: it waits for nobody.")
     at = np.arange(ranks.ranks)
     data = [
-        {"type": "bar", "name": name, "x": packed(at), "y": packed(np.nanmean(values, axis=0)),
-         "marker": {"color": color, "line": {"width": 0}}, "hovertemplate": "%{y:.4f} s"}
+        {
+            "type": "bar",
+            "name": name,
+            "x": packed(at),
+            "y": packed(np.nanmean(values, axis=0)),
+            "marker": {"color": color, "line": {"width": 0}},
+            "hovertemplate": "%{y:.4f} s",
+        }
         for key, name, color in (
             ("wait_seconds", "waiting for the last rank", "@3"),
             ("transfer_seconds", "transfer", "@1"),
         )
         if (values := ranks.columns.get(key)) is not None and np.isfinite(values).any()
-    ]  # fmt: skip
+    ]
     if not data:
         return Panel("waiting", title, missing="The ranks' log has no waiting and transfer times.")
     return Panel(
-        "waiting", title,
+        "waiting",
+        title,
         "Mean over the run. The rank that waits least is the one that is waited for.",
-        figure(data, "rank", "seconds per step", 400, barmode="stack",
-               xaxis=_ranks_ticks(ranks.ranks)),
-    )  # fmt: skip
+        figure(
+            data, "rank", "seconds per step", 400, barmode="stack", xaxis=_ranks_ticks(ranks.ranks)
+        ),
+    )
 
 
 def _traffic(traffic: Traffic | None) -> Panel:
@@ -216,17 +251,29 @@ def _traffic(traffic: Traffic | None) -> Panel:
         words += f", {100 * across / max(total, 1):.1f} % of it between nodes"
     ticks = _ranks_ticks(len(matrix))
     return Panel(
-        "traffic", title,
+        "traffic",
+        title,
         f"Bytes sent in dispatch and combine, mean of {traffic.steps} logged steps: {words}.",
         figure(
-            [{"type": "heatmap", "z": packed(matrix / 1e6), "colorscale": "@sequential", "zmin": 0,
-              "hovertemplate": f"{unit} %{{y}} to {unit} %{{x}}: %{{z:.4g}} MB<extra></extra>",
-              "colorbar": {"title": {"text": "MB per step", "side": "right"}}}],
-            f"to {unit}", f"from {unit}", 400,
+            [
+                {
+                    "type": "heatmap",
+                    "z": packed(matrix / 1e6),
+                    "colorscale": "@sequential",
+                    "zmin": 0,
+                    "hovertemplate": f"{unit} %{{y}} to {unit} %{{x}}: %{{z:.4g}} MB"
+                    "<extra></extra>",
+                    "colorbar": {"title": {"text": "MB per step", "side": "right"}},
+                }
+            ],
+            f"to {unit}",
+            f"from {unit}",
+            400,
             {"autorange": "reversed", "showgrid": False, **ticks},
-            xaxis={"showgrid": False, **ticks}, hovermode="closest",
+            xaxis={"showgrid": False, **ticks},
+            hovermode="closest",
         ),
-    )  # fmt: skip
+    )
 
 
 def folded(traffic: Traffic) -> tuple[np.ndarray, str]:
@@ -256,15 +303,22 @@ def _rows(ranks: RankHistory | None) -> Panel:
     largest = ranks.columns.get("largest_received_rows")
     if largest is not None and np.isfinite(largest).any():
         data.append(
-            line(ranks.steps, np.nanmax(largest, axis=1), "largest at once", "@2", "%{y:,.0f}",
-                 line={"dash": "dot"})
-        )  # fmt: skip
+            line(
+                ranks.steps,
+                np.nanmax(largest, axis=1),
+                "largest at once",
+                "@2",
+                "%{y:,.0f}",
+                line={"dash": "dot"},
+            )
+        )
     return Panel(
-        "rows", title,
+        "rows",
+        title,
         "Choices of tokens in a step, over layers and micro-batches. Largest at once: of one layer "
         "and micro-batch, what memory has to hold.",
         figure(data, "step", "rows per step", 400, {"rangemode": "tozero", "exponentformat": "SI"}),
-    )  # fmt: skip
+    )
 
 
 def _memory_phases(ranks: RankHistory | None) -> Panel:
@@ -286,11 +340,16 @@ def _memory_phases(ranks: RankHistory | None) -> Panel:
         shown = np.sort(np.argsort(-np.max(list(most.values()), axis=0))[:MOST_BARS])
         note = f" The {MOST_BARS} ranks of the highest peaks."
     data = [
-        {"type": "bar", "name": name, "x": [str(rank) for rank in shown],
-         "y": packed(most[key][shown] / 1e9), "marker": {"color": color, "line": {"width": 0}},
-         "hovertemplate": "%{y:.2f} GB"}
+        {
+            "type": "bar",
+            "name": name,
+            "x": [str(rank) for rank in shown],
+            "y": packed(most[key][shown] / 1e9),
+            "marker": {"color": color, "line": {"width": 0}},
+            "hovertemplate": "%{y:.2f} GB",
+        }
         for key, (name, color) in phases.items()
-    ]  # fmt: skip
+    ]
     rows = []
     for key, (name, _) in phases.items():
         rank = int(np.argmax(most[key]))
@@ -302,13 +361,14 @@ def _memory_phases(ranks: RankHistory | None) -> Panel:
         rows.append([name, str(rank), *cells])
     columns = ["phase", "rank", "peak", "allocated after", "reserved after"]
     return Panel(
-        "memory-phases", title,
+        "memory-phases",
+        title,
         "The most of the logged steps. On GPUs allocated bytes, on CPUs the resident size; "
         "reserved is what torch's GPU allocator holds, in use or not. Below, the highest of any "
         "rank." + note,
         figure(data, "rank", "peak memory, GB", 260, barmode="group", xaxis={"type": "category"}),
         table(columns, rows, "l r r r r"),
-    )  # fmt: skip
+    )
 
 
 def _memory(run: RunLog) -> Panel:
@@ -326,12 +386,13 @@ def _memory(run: RunLog) -> Panel:
             line(ends, np.full(2, limit / 1e9), "device", "@3", "%{y:.2f} GB", line={"dash": "dot"})
         )
     return Panel(
-        "memory", title,
+        "memory",
+        title,
         "On GPUs allocated bytes and their peak within a step; on CPUs the resident size of the "
         "process. A line that only rises is a leak.",
         figure(data, "step", "memory, GB", 340),
         wide=True,
-    )  # fmt: skip
+    )
 
 
 def _memory_lines(ranks: RankHistory | None) -> list[Figure]:
@@ -357,9 +418,15 @@ def _memory_lines(ranks: RankHistory | None) -> list[Figure]:
         line(ranks.steps, np.nanmax(values, axis=1), f"{kind}, largest", "@1", "%{y:.2f} GB"),
         line(ranks.steps, np.nanmedian(values, axis=1), f"{kind}, median", "@0", "%{y:.2f} GB"),
         line(ranks.steps, np.nanmin(values, axis=1), f"{kind}, smallest", "@2", "%{y:.2f} GB"),
-        line(ranks.steps, values[:, largest], f"{kind}, rank {largest}", "@4", "%{y:.2f} GB",
-             line={"dash": "dot"}),
-    ]  # fmt: skip
+        line(
+            ranks.steps,
+            values[:, largest],
+            f"{kind}, rank {largest}",
+            "@4",
+            "%{y:.2f} GB",
+            line={"dash": "dot"},
+        ),
+    ]
     reserved = ranks.columns.get("reserved_bytes")
     if reserved is not None and np.isfinite(reserved).any():
         most = np.nanmax(reserved / 1e9, axis=1)
@@ -375,30 +442,49 @@ def _collectives(rows: list[dict[str, Any]]) -> Panel:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[str(row.get("group", "")), str(row.get("op", ""))].append(row)
-    columns = ["group", "operation", "calls", "bytes", "p50", "p95", "max", "algbw", "busbw",
-               "waiting", "transfer", "exposed"]  # fmt: skip
+    columns = [
+        "group",
+        "operation",
+        "calls",
+        "bytes",
+        "p50",
+        "p95",
+        "max",
+        "algbw",
+        "busbw",
+        "waiting",
+        "transfer",
+        "exposed",
+    ]
     cells = []
     for (group, op), found in sorted(groups.items()):
         exposed = _median(found, "exposed_share")
-        cells.append([
-            group, op,
-            f"{_median(found, 'count') or 0:,.0f}",
-            quantity(_median(found, "bytes"), "B"),
-            *(quantity(_median(found, key), "s") for key in ("p50", "p95")),
-            quantity(_largest(found, "max"), "s"),
-            *(quantity(_median(found, key), "B/s") for key in ("algbw", "busbw")),
-            *(quantity(_median(found, key), "s") for key in ("wait_seconds", "transfer_seconds")),
-            "not logged" if exposed is None else f"{100 * exposed:.1f} %",
-        ])  # fmt: skip
+        cells.append(
+            [
+                group,
+                op,
+                f"{_median(found, 'count') or 0:,.0f}",
+                quantity(_median(found, "bytes"), "B"),
+                *(quantity(_median(found, key), "s") for key in ("p50", "p95")),
+                quantity(_largest(found, "max"), "s"),
+                *(quantity(_median(found, key), "B/s") for key in ("algbw", "busbw")),
+                *(
+                    quantity(_median(found, key), "s")
+                    for key in ("wait_seconds", "transfer_seconds")
+                ),
+                "not logged" if exposed is None else f"{100 * exposed:.1f} %",
+            ]
+        )
     steps = len({row["step"] for row in rows})
     return Panel(
-        "collectives", title,
+        "collectives",
+        title,
         f"Median of {steps:,} logged steps, max over all. Calls, bytes, waiting and transfer are "
         "per step; p50, p95 and max of one call. Bus bandwidth is what the wires carry; exposed is "
         "the share that no computation covers.",
         body=table(columns, cells, "l l" + " r" * 10),
         wide=True,
-    )  # fmt: skip
+    )
 
 
 def _values(rows: list[dict[str, Any]], key: str) -> list[float]:

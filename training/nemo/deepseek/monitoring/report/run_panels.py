@@ -55,16 +55,22 @@ def headline(run: RunLog) -> list[tuple[str, str, str]]:
         bits = run.validations.get("val_bits_per_byte")
         below = f"{bits[-1]:.4f} bits per byte" if bits is not None else ""
         cards.append(("validation loss", f"{validation[-1]:.4f}", below))
-    cards.append((
-        "wall time", duration(wall), "" if wall is None else "pauses after a stop left out",
-    ))  # fmt: skip
-    cards.append((
-        "goodput",
-        "not logged" if goodput is None else f"{100 * goodput:.1f} %",
-        f"{restarts['resumed']} resumed, {run.lost_steps:,} steps lost"
-        if starts
-        else "time in steps that were kept",
-    ))  # fmt: skip
+    cards.append(
+        (
+            "wall time",
+            duration(wall),
+            "" if wall is None else "pauses after a stop left out",
+        )
+    )
+    cards.append(
+        (
+            "goodput",
+            "not logged" if goodput is None else f"{100 * goodput:.1f} %",
+            f"{restarts['resumed']} resumed, {run.lost_steps:,} steps lost"
+            if starts
+            else "time in steps that were kept",
+        )
+    )
     speed = run.column("tokens_per_second")
     if speed is not None:
         mfu = run.column("mfu")

@@ -55,11 +55,16 @@ def training_panels(run: RunLog) -> list[Panel]:
         _speed(run),
         _mfu(run),
         _single(
-            run, "balance", "balance_loss", "Balance loss", "balance loss, weighted", "%{y:.3e}",
+            run,
+            "balance",
+            "balance_loss",
+            "Balance loss",
+            "balance loss, weighted",
+            "%{y:.3e}",
             "The sequence-wise loss that keeps experts level, as it enters the total.",
         ),
         _step_time(run),
-    ]  # fmt: skip
+    ]
 
 
 def loss_curve(run: RunLog) -> tuple[np.ndarray, np.ndarray]:
@@ -85,21 +90,30 @@ def _loss(run: RunLog) -> Panel:
     if "val_loss" in run.validations:
         data.append(
             line(
-                run.validations["step"], run.validations["val_loss"], "validation", "@1",
-                mode="lines+markers", marker={"color": "@1", "size": 6},
+                run.validations["step"],
+                run.validations["val_loss"],
+                "validation",
+                "@1",
+                mode="lines+markers",
+                marker={"color": "@1", "size": 6},
             )
-        )  # fmt: skip
+        )
     data += _event_marks(run, steps, smooth)
     return Panel(
-        "loss", "Loss",
+        "loss",
+        "Loss",
         "Per token, in nats. Smoothed: a mean whose weights halve every hundredth of the run to "
         "both sides. Marks on the curve are events; ticks along the bottom are checkpoints.",
         figure(
-            data, STEP, "loss, nats per token", 420, _loss_range(smooth, run),
+            data,
+            STEP,
+            "loss, nats per token",
+            420,
+            _loss_range(smooth, run),
             yaxis2={"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},
         ),
         wide=True,
-    )  # fmt: skip
+    )
 
 
 def _loss_range(smooth: np.ndarray, run: RunLog) -> Figure:
@@ -130,22 +144,43 @@ def _event_marks(run: RunLog, steps: np.ndarray, curve: np.ndarray) -> list[Figu
         if not marks.get(kind):
             continue
         at = np.array([step for step, _ in marks[kind]])
-        drawn.append({
-            "type": "scatter", "mode": "markers", "name": name, "x": at.tolist(),
-            "y": packed(np.interp(at, steps, curve)),
-            "text": [_short(words) for _, words in marks[kind]],
-            "hovertemplate": "%{text}", "cliponaxis": False,
-            "marker": {"color": color, "symbol": symbol, "size": 10,
-                       "line": {"color": "@panel", "width": 1}},
-        })  # fmt: skip
+        drawn.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": name,
+                "x": at.tolist(),
+                "y": packed(np.interp(at, steps, curve)),
+                "text": [_short(words) for _, words in marks[kind]],
+                "hovertemplate": "%{text}",
+                "cliponaxis": False,
+                "marker": {
+                    "color": color,
+                    "symbol": symbol,
+                    "size": 10,
+                    "line": {"color": "@panel", "width": 1},
+                },
+            }
+        )
     if marks.get("checkpoint"):
         saved = sorted({step for step, _ in marks["checkpoint"]})
-        drawn.append({
-            "type": "scatter", "mode": "markers", "name": "checkpoint", "x": saved,
-            "y": [0.02] * len(saved), "yaxis": "y2", "hovertemplate": "saved",
-            "marker": {"color": "@muted", "symbol": "line-ns", "size": 9,
-                       "line": {"color": "@muted", "width": 1.5}},
-        })  # fmt: skip
+        drawn.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": "checkpoint",
+                "x": saved,
+                "y": [0.02] * len(saved),
+                "yaxis": "y2",
+                "hovertemplate": "saved",
+                "marker": {
+                    "color": "@muted",
+                    "symbol": "line-ns",
+                    "size": 9,
+                    "line": {"color": "@muted", "width": 1.5},
+                },
+            }
+        )
     return drawn
 
 
@@ -161,9 +196,13 @@ def _bits(run: RunLog) -> Panel:
     if values is None or not np.isfinite(values).any():
         return Panel("bits", title, missing="No validation row has bits per byte.")
     curve = line(
-        run.validations["step"], values, "validation", "@1",
-        mode="lines+markers", marker={"color": "@1", "size": 6},
-    )  # fmt: skip
+        run.validations["step"],
+        values,
+        "validation",
+        "@1",
+        mode="lines+markers",
+        marker={"color": "@1", "size": 6},
+    )
     note = "Validation loss per byte of text: comparable between tokenizers."
     return Panel("bits", title, note, figure([curve], STEP, "bits per byte"))
 
@@ -195,10 +234,17 @@ def _single(
     if values is None:
         return Panel(key, title, missing=f"No step row has {column}.")
     return Panel(
-        key, title, note,
-        figure([line(run.steps["step"], values, label, "@0", hover)], STEP, label,
-               yaxis={"exponentformat": "e", "rangemode": "tozero"}, showlegend=False),
-    )  # fmt: skip
+        key,
+        title,
+        note,
+        figure(
+            [line(run.steps["step"], values, label, "@0", hover)],
+            STEP,
+            label,
+            yaxis={"exponentformat": "e", "rangemode": "tozero"},
+            showlegend=False,
+        ),
+    )
 
 
 def _speed(run: RunLog) -> Panel:
@@ -227,11 +273,12 @@ def _mfu(run: RunLog) -> Panel:
         line(run.steps["step"], 100 * smoothed(values, len(values) / 100), "smoothed", "@4"),
     ]
     return Panel(
-        "mfu", title,
+        "mfu",
+        title,
         "FLOPs the model needs (recomputation not counted), over what the devices could do at "
         "best." + _denominator(run.environment or {}),
         figure(data, STEP, "MFU, %", yaxis={"rangemode": "tozero"}),
-    )  # fmt: skip
+    )
 
 
 def _denominator(environment: dict[str, Any]) -> str:
@@ -263,25 +310,41 @@ def _step_time(run: RunLog) -> Panel:
     for key, values in parts.items():
         name, color = PARTS[key]
         mean = binned(values, bins)
-        data.append({
-            "type": "scatter", "mode": "lines", "stackgroup": "time", "name": name,
-            "x": packed(at), "y": packed(np.nan_to_num(mean)), "fillcolor": f"{color}/0.85",
-            "line": {"width": 0, "color": color}, "hovertemplate": "%{y:.4f} s",
-        })  # fmt: skip
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "stackgroup": "time",
+                "name": name,
+                "x": packed(at),
+                "y": packed(np.nan_to_num(mean)),
+                "fillcolor": f"{color}/0.85",
+                "line": {"width": 0, "color": color},
+                "hovertemplate": "%{y:.4f} s",
+            }
+        )
         spent = float(np.nansum(values))
-        rows.append([name, f"{spent / len(seconds):.4f}", f"{100 * spent / total:.2f}",
-                     duration(spent)])  # fmt: skip
+        rows.append(
+            [name, f"{spent / len(seconds):.4f}", f"{100 * spent / total:.2f}", duration(spent)]
+        )
     share = table(["part", "seconds per step", "% of the steps", "whole run"], rows, "l r r r")
     return Panel(
-        "step-time", title,
+        "step-time",
+        title,
         f"Means over {len(starts)} stretches of the run and over ranks. Communication that "
         "computation covers is inside computation; waiting and transfer are what it does not "
         "cover. Where a step takes far longer than the others, its top is cut off.",
-        figure(data, STEP, "seconds per step", 360, _time_range(binned(seconds, bins)),
-               legend={"traceorder": "normal"}),
+        figure(
+            data,
+            STEP,
+            "seconds per step",
+            360,
+            _time_range(binned(seconds, bins)),
+            legend={"traceorder": "normal"},
+        ),
         share,
         wide=True,
-    )  # fmt: skip
+    )
 
 
 def _time_range(seconds: np.ndarray) -> Figure:
@@ -298,8 +361,12 @@ def step_parts(run: RunLog) -> dict[str, np.ndarray]:
     Waiting and transfer come from the ranks' own log where there is one, held between its steps;
     else all communication of the step row counts as transfer.
     """
-    columns = {"data": "data_seconds", "optimizer": "optimizer_seconds",
-               "checkpoint": "checkpoint_seconds", "monitor": "monitor_seconds"}  # fmt: skip
+    columns = {
+        "data": "data_seconds",
+        "optimizer": "optimizer_seconds",
+        "checkpoint": "checkpoint_seconds",
+        "monitor": "monitor_seconds",
+    }
     found = {k: np.nan_to_num(v) for k, c in columns.items() if (v := run.column(c)) is not None}
     compute = run.column("forward_backward_seconds")
     seconds = run.column("seconds")
