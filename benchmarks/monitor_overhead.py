@@ -35,7 +35,7 @@ from deepseek.monitoring.record.alarms import Alarms
 from deepseek.monitoring.record.expert_monitor import ExpertMonitor
 from deepseek.monitoring.record.metrics_log import MetricsLog
 from deepseek.monitoring.record.rank_monitor import RankMonitor
-from deepseek.parallel.mesh import Alone, Meshes
+from deepseek.parallel.mesh import Meshes, SingleProcess
 from deepseek.training.step import DeepSeekModel
 
 BLOCKS, STEPS = 12, 3
@@ -94,7 +94,7 @@ def main() -> None:
 def one_rank(rank: int, ranks: int, blocks: int, folder: str) -> None:
     """Rank 0 leaves the result in a file."""
     torch.set_num_threads(1)
-    meshes: Meshes | Alone = Alone()
+    meshes: Meshes | SingleProcess = SingleProcess()
     if ranks > 1:
         store = dist.FileStore(os.path.join(folder, "store"), ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
@@ -110,10 +110,10 @@ def one_rank(rank: int, ranks: int, blocks: int, folder: str) -> None:
 class Driven:
     """A module and its callbacks, stepped without a trainer."""
 
-    def __init__(self, config: ModelConfig, meshes: Meshes | Alone, folder: Path) -> None:
+    def __init__(self, config: ModelConfig, meshes: Meshes | SingleProcess, folder: Path) -> None:
         self.config, self.meshes = config, meshes
-        self.module: Any = DeepSeekModel(config, seed=1, max_steps=10**6, spread_later=True)
-        self.module.spread(meshes, torch.device("cpu"))
+        self.module: Any = DeepSeekModel(config, seed=1, max_steps=10**6, parallelize_later=True)
+        self.module.parallelize(meshes, torch.device("cpu"))
         optimizer = self.module.configure_optimizers()
         self.module.optimizers = lambda: optimizer
         leads = meshes.rank == 0

@@ -39,7 +39,7 @@ from torch import Tensor
 from deepseek.config.layout import Layout
 from deepseek.config.schema import DataConfig, ModelConfig
 from deepseek.parallel.cpu_memory import keep_freed_memory
-from deepseek.parallel.mesh import Alone, Meshes
+from deepseek.parallel.mesh import Meshes, SingleProcess
 from deepseek.training.step import DeepSeekModel
 
 RANKS = 2
@@ -138,7 +138,7 @@ def one_rank(rank: int, folder: str, rounds: int, batch: int, layout: str) -> No
     meshes = Meshes(Layout.of(together, RANKS), "cpu", timedelta(minutes=5))
     balanced = layout.endswith("balanced")
     module = model(together, meshes, balanced)
-    one = steps(model(alone, Alone(), balanced), batch)
+    one = steps(model(alone, SingleProcess(), balanced), batch)
     runs = [one if rank == 0 else lambda: None, one, steps(module, batch)]
     times: list[list[float]] = [[] for _ in runs]
     for round_number in range(rounds + 1):
@@ -153,10 +153,10 @@ def one_rank(rank: int, folder: str, rounds: int, batch: int, layout: str) -> No
     dist.destroy_process_group()
 
 
-def model(config: ModelConfig, meshes: Meshes | Alone, balanced: bool) -> Any:
+def model(config: ModelConfig, meshes: Meshes | SingleProcess, balanced: bool) -> Any:
     """A module with its optimiser, that takes steps without a trainer."""
-    module: Any = DeepSeekModel(config, max_steps=1000, spread_later=True)
-    module.spread(meshes, torch.device("cpu"))
+    module: Any = DeepSeekModel(config, max_steps=1000, parallelize_later=True)
+    module.parallelize(meshes, torch.device("cpu"))
     optimizer = module.configure_optimizers()
     module.optimizers = lambda: optimizer
     for router in module.model.routers().values() if balanced else ():

@@ -24,7 +24,7 @@ from deepseek.config.layout import Layout, kept_shape, split_layers, stages_of_r
 from deepseek.config.schema import PeftConfig
 from deepseek.config.weights import model_weights
 from deepseek.parallel.mesh import Meshes, local
-from deepseek.parallel.parallelize import build
+from deepseek.parallel.parallelize import parallelize
 
 SMALL = [
     "model.hidden_size=32",
@@ -101,7 +101,7 @@ def built(
 ) -> tuple[dict[str, tuple[int, ...]], int, int, int]:
     """Shapes that are kept, and how many numbers: of weights, of biases, trained."""
     with meshes_of(layout, rank) as meshes:
-        model = build(run.model, meshes, torch.device("cpu"), seed=1).model
+        model = parallelize(run.model, meshes, torch.device("cpu"), seed=1).model
         kept = {name: tuple(local(p).shape) for name, p in model.named_parameters()}
         numbers = sum(local(p).numel() for p in model.parameters())
         buffers = dict(model.named_buffers())  # beside the biases: the counters of a step

@@ -17,7 +17,7 @@ from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.router import Router, Routing
 from deepseek.ops.cross_entropy import IGNORE_INDEX
 from deepseek.parallel import gradients, tensor
-from deepseek.parallel.mesh import Alone, local
+from deepseek.parallel.mesh import SingleProcess, local
 from deepseek.training.step import DeepSeekModel
 from support.draw import ADAM_EPS, WEIGHTS, draw_cases
 from support.layouts import Case, Driven, batches, compare, in_one_process, small_config, spread
@@ -224,7 +224,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(
         def spoiled(*args: Any) -> Tensor:
             sums = train(*args)
             calls.append(1)
-            alone = isinstance(driven.meshes, Alone)
+            alone = isinstance(driven.meshes, SingleProcess)
             if len(calls) == 2 and (alone or torch.distributed.get_rank() == 3):
                 gradient = next(driven.module.model.parameters()).grad
                 local(gradient).view(-1)[0] = float("nan")
@@ -250,7 +250,7 @@ def test_clipping(clip: float) -> None:
 
 def test_the_active_clipping_above_is_active() -> None:
     case = case_of(2, tp=2)
-    free, clipped = (Driven(replace(case, clip=clip), Alone()) for clip in (0.0, 0.05))
+    free, clipped = (Driven(replace(case, clip=clip), SingleProcess()) for clip in (0.0, 0.05))
     for driven in (free, clipped):
         driven.run(batches(case))
     assert all(metrics.grad_norm > 0.05 for metrics in free.metrics)
@@ -267,7 +267,7 @@ def validated(driven: Driven, case: Case) -> list[float]:
     losses = [driven.validate(steps)]
     driven.run(steps)
     losses += [driven.validate(steps[:1]), driven.validate(steps[1:])]
-    assert isinstance(driven.meshes, Alone) or all(
+    assert isinstance(driven.meshes, SingleProcess) or all(
         isinstance(parameter, DTensor) for parameter in driven.module.model.parameters()
     )
     return losses + [metrics.grad_norm for metrics in driven.metrics]
@@ -292,7 +292,7 @@ def test_validation(world: int, changes: dict[str, Any]) -> None:
     """Half of the ranks have nothing but padding."""
     case = case_of(world, **changes)
     case.edit = pad_first_half
-    wanted = validated(Driven(case, Alone()), case)
+    wanted = validated(Driven(case, SingleProcess()), case)
     for found in run_ranks(world, validated_by_rank, case):
         assert found == pytest.approx(wanted, rel=FP64)
 
@@ -332,7 +332,7 @@ def test_mixed_precision(world: int, changes: dict[str, Any]) -> None:
 
 def test_bf16_is_what_mixed_precision_computes_in() -> None:
     case = mixed(1)
-    fp32, bf16 = (Driven(replace(case, autocast=on), Alone()) for on in (False, True))
+    fp32, bf16 = (Driven(replace(case, autocast=on), SingleProcess()) for on in (False, True))
     for driven in (fp32, bf16):
         driven.run(batches(case))
     a, b = (driven.tensors()["gradient.layers.0.attn.wo.weight"] for driven in (fp32, bf16))

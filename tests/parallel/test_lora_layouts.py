@@ -11,7 +11,7 @@ from torch import Tensor
 from deepseek.config.schema import OptimConfig, PeftConfig, SchedConfig
 from deepseek.models.components.lora import is_adapter
 from deepseek.parallel import gradients
-from deepseek.parallel.mesh import Alone, local, local_slices
+from deepseek.parallel.mesh import SingleProcess, local, local_slices
 from support.layouts import Case, Driven, batches, compare, small_config
 from support.ranks import run_ranks
 
@@ -88,7 +88,7 @@ def frozen_of(driven: Driven) -> dict[str, Tensor]:
 
 
 def test_only_adapters_move_and_have_optimiser_state() -> None:
-    driven = Driven(LAYOUTS["TP and EP"], Alone())
+    driven = Driven(LAYOUTS["TP and EP"], SingleProcess())
     before, adapters = frozen_of(driven), dict(driven.module.model.named_parameters())
     start = {name: p.detach().clone() for name, p in adapters.items() if is_adapter(name)}
     driven.run(batches(driven.case))
@@ -115,7 +115,7 @@ def test_the_comparison_notices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_checkpoints_hold_adapters_only() -> None:
     from deepseek.checkpoint.training_state import collect_tensors
 
-    driven = Driven(LAYOUTS["TP and EP"], Alone())
+    driven = Driven(LAYOUTS["TP and EP"], SingleProcess())
     driven.run(batches(driven.case))
     whole = collect_tensors(driven.module.model, driven.optimizer)
     assert all("lora_" in name for name in whole)

@@ -22,7 +22,7 @@ from deepseek.models.components.moe import MoE
 from deepseek.monitoring.array_log import Record, read_arrays
 from deepseek.monitoring.record.expert_monitor import MARGIN_TOKENS, ExpertMonitor, expert_layers
 from deepseek.monitoring.record.rank_monitor import COLUMNS, RankMonitor
-from deepseek.parallel.mesh import Alone
+from deepseek.parallel.mesh import SingleProcess
 from deepseek.training.phases import Memory
 from support.layouts import Case, Driven, batches, small_config, spread
 from support.ranks import run_ranks
@@ -62,7 +62,7 @@ def brute_force(case: Case) -> Iterator[tuple[list[np.ndarray], list[float]]]:
     """Of each step: per layer, how often the real tokens of one process choose each expert, and the
     mean margin by sorting; nothing of the model's own counting is used."""
     config = replace(case.config, activations_checkpoint_granularity=None)
-    driven = Driven(Case(config, 1), Alone())
+    driven = Driven(Case(config, 1), SingleProcess())
     chosen: dict[int, list[tuple[Any, Any, Any]]] = {}
     layers = [m for m in driven.module.model.modules() if isinstance(m, MoE)]
     for row, moe in enumerate(layers):
@@ -174,7 +174,7 @@ def test_layers_keep_their_numbers() -> None:
 
 
 def alone(config: Any, folder: Path, every: int = 1) -> tuple[Driven, list[dict[str, Any]]]:
-    driven = Driven(Case(config, 1), Alone())
+    driven = Driven(Case(config, 1), SingleProcess())
     return driven, watched(driven, monitors(folder, True, every))
 
 
@@ -204,7 +204,7 @@ def test_margins_are_a_sample_of_long_batches(tmp_path: Path) -> None:
     spaced = -(-800 // MARGIN_TOKENS)
     assert spaced == 7
     seen: list[float] = []
-    driven = Driven(Case(config, 1), Alone())
+    driven = Driven(Case(config, 1), SingleProcess())
     router = next(iter(driven.module.model.routers().values()))
 
     def hear(module: Any, args: Any, routing: Any) -> None:
@@ -247,7 +247,7 @@ def test_every_second_step_and_hooks_that_go(tmp_path: Path) -> None:
 
 def test_watching_changes_no_bit(tmp_path: Path) -> None:
     watched_one, _ = alone(small_config(), tmp_path)
-    plain = Driven(watched_one.case, Alone())
+    plain = Driven(watched_one.case, SingleProcess())
     plain.run(batches(plain.case))
     a, b = watched_one.tensors(), plain.tensors()
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -16,7 +16,7 @@ from torch import Tensor
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.checkpoint.training_state import collect_tensors, restore
 from deepseek.models.transformer import global_name
-from deepseek.parallel.mesh import Alone, Meshes, local, local_slices
+from deepseek.parallel.mesh import Meshes, SingleProcess, local, local_slices
 from support.layouts import STEPS, Case, Driven, batches, small_config
 from support.ranks import run_ranks
 
@@ -154,7 +154,7 @@ def work_of_rank(
 def drive(case: Case) -> Driven:
     """A model in the layout of the process group, or in this process alone."""
     if case.world == 1:
-        return Driven(case, Alone())
+        return Driven(case, SingleProcess())
     return Driven(case, Meshes(case.layout, "cpu", timedelta(seconds=60)))
 
 
@@ -180,7 +180,7 @@ def parts_of(driven: Driven) -> list[tuple[str, tuple[slice, ...], Tensor]]:
 @cache
 def uninterrupted(optimizer: str, links: int) -> list[tuple[list[Any], dict[str, Tensor]]]:
     """Metrics and tensors of each link in one process, without any checkpoint."""
-    driven = Driven(_with_optimizer(LAYOUTS["one process"], optimizer), Alone())
+    driven = Driven(_with_optimizer(LAYOUTS["one process"], optimizer), SingleProcess())
     results = []
     for link in range(links):
         train(driven, link)

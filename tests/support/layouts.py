@@ -22,7 +22,7 @@ from deepseek.config.schema import (
     TrainerConfig,
 )
 from deepseek.models.transformer import global_name
-from deepseek.parallel.mesh import Alone, Meshes, local, local_slices
+from deepseek.parallel.mesh import Meshes, SingleProcess, local, local_slices
 from deepseek.training.step import DeepSeekModel
 from support.ranks import run_ranks
 
@@ -135,12 +135,12 @@ def batches(case: Case) -> Iterator[dict[str, Tensor]]:
 class Driven:
     """A module stepped without a trainer."""
 
-    def __init__(self, case: Case, meshes: Meshes | Alone) -> None:
+    def __init__(self, case: Case, meshes: Meshes | SingleProcess) -> None:
         self.case, self.meshes = case, meshes
         self.module: Any = DeepSeekModel(
-            case.config, seed=3, max_steps=20, gradient_clip_val=case.clip, spread_later=True
+            case.config, seed=3, max_steps=20, gradient_clip_val=case.clip, parallelize_later=True
         )
-        self.module.spread(meshes, torch.device("cpu"), case.dtype)
+        self.module.parallelize(meshes, torch.device("cpu"), case.dtype)
         self.optimizer = self.module.configure_optimizers()
         self.module.optimizers = lambda: self
         self.gradients: dict[str, Tensor] = {}
@@ -221,7 +221,7 @@ def work_of_rank(rank: int, case: Case) -> tuple[list[Any], list[Any]]:
 
 def in_one_process(case: Case) -> Driven:
     """After all steps."""
-    alone = Driven(case, Alone())
+    alone = Driven(case, SingleProcess())
     alone.run(batches(case))
     return alone
 

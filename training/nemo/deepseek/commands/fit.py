@@ -81,7 +81,7 @@ def fit(run: RunConfig, run_dir: Path | None, processes: Processes) -> FitResult
         max_steps=run.trainer.max_steps,
         gradient_clip_val=run.trainer.gradient_clip_val,
         bytes_per_token=data.validation_bytes_per_token,
-        spread_later=together,
+        parallelize_later=together,
     )
     timed: list[TimedLoader] = []
 

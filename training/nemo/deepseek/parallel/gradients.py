@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from deepseek.models.transformer import Transformer
-from deepseek.parallel.mesh import Alone, Meshes, local
+from deepseek.parallel.mesh import Meshes, SingleProcess, local
 
 
-def finish_gradients(model: Transformer, meshes: Meshes | Alone) -> None:
+def finish_gradients(model: Transformer, meshes: Meshes | SingleProcess) -> None:
     """Make every gradient the one of the whole step, once all micro-batches are done."""
     if meshes.tp is not None and meshes.layout.tp > 1:
         _sum_over_tensor_ranks(model, meshes.tp)
@@ -33,7 +33,7 @@ class GradientNorms(NamedTuple):
     """Of the routers."""
 
 
-def gradient_norms(model: Transformer, meshes: Meshes | Alone) -> GradientNorms:
+def gradient_norms(model: Transformer, meshes: Meshes | SingleProcess) -> GradientNorms:
     """Norms of all gradients, and of each kind of weight.
 
     ``torch.nn.utils.get_total_norm`` refuses gradients of several meshes. Each rank squares what
@@ -77,7 +77,7 @@ def _axes(tensor: Tensor) -> tuple[str, ...]:
     return tuple(tensor.device_mesh.mesh_dim_names or ()) if isinstance(tensor, DTensor) else ()
 
 
-def _holders(parameter: Tensor, meshes: Meshes | Alone) -> int:
+def _holders(parameter: Tensor, meshes: Meshes | SingleProcess) -> int:
     """How many ranks of the stage hold the same part."""
     if not isinstance(parameter, DTensor):
         return meshes.layout.stage_ranks
@@ -106,7 +106,7 @@ def _sum_over_tensor_ranks(model: Transformer, group: dist.ProcessGroup) -> None
         gradient.copy_(part.view_as(gradient))
 
 
-def _sum_copies_of_embedding(model: Transformer, meshes: Meshes | Alone) -> None:
+def _sum_copies_of_embedding(model: Transformer, meshes: Meshes | SingleProcess) -> None:
     """First and last stage have each seen one use of the embedding."""
     if meshes.layout.pp == 1 or model.config.num_nextn_predict_layers == 0:
         return

@@ -1,4 +1,4 @@
-"""The two meshes over the ranks, and every process group there is.
+"""The two meshes over the ranks, every process group there is, and what of a tensor lies here.
 
 A mesh has axes (``config/layout.py`` names them); a tensor has dims. Every group is made here, so
 that it has a name and the configured time-out.
@@ -6,12 +6,14 @@ that it has a name and the configured time-out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
+from typing import cast
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from deepseek.config.layout import DENSE_AXES, SPARSE_AXES, Layout
@@ -110,8 +112,8 @@ class Meshes:
         return mine
 
 
-class Alone:
-    """One process: no groups, nothing to wait for."""
+class SingleProcess:
+    """In place of ``Meshes`` in one process: no groups, nothing to wait for."""
 
     layout = Layout()
     rank = 0
@@ -133,3 +135,43 @@ def local_slices(tensor: Tensor) -> tuple[slice, ...]:
         tensor.shape, tensor.device_mesh, tensor.placements
     )
     return tuple(slice(start, start + size) for size, start in zip(sizes, starts, strict=True))
+
+
+def whole_matrices(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``function`` of matrices (..., rows, columns), for tensors that may be divided over ranks.
+
+    Where a rank has whole matrices of a stack, it takes them as they are. Else this is a
+    collective: the tensor is gathered, and each rank keeps its part of the result.
+    """
+
+    def apply(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return function(tensor)
+        part = local(tensor)
+        if _cuts_matrices(tensor):
+            part = function(tensor.full_tensor())[local_slices(tensor)].contiguous()
+        elif part.numel():
+            part = function(part)
+        return DTensor.from_local(
+            part,
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+
+    return apply
+
+
+def _cuts_matrices(tensor: DTensor) -> bool:
+    """True if some rank has only a part of a matrix; the same on every rank.
+
+    Not told from what is here: of a matrix of one row, one rank has everything.
+    """
+    placed = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    # Not is_shard(): it is False for the strided shards of FSDP over TP.
+    return any(
+        size > 1 and placement != Replicate() and cast(Shard, placement).dim >= tensor.dim() - 2
+        for placement, size in placed
+    )

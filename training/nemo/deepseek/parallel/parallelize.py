@@ -1,65 +1,246 @@
-"""From a configuration to this rank's part of the model."""
+"""From a configuration to this rank's part of the model: what is parallel is made so here.
+
+The model is single-device code. ``parallelize`` changes it from outside, in one order, while it is
+on the meta device and has no numbers yet; only what stays on this rank is ever filled.
+
+Gradients are summed, never averaged: the loss is already divided by the labels of the whole step,
+and an average over the dense mesh and one over the expert mesh would weigh the two differently.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from deepseek.config.cost import reshards
+from deepseek.config.errors import UserError
 from deepseek.config.layout import StageParts, split_layers, stages_of_rank
 from deepseek.config.schema import ModelConfig
-from deepseek.models.transformer import Stage, Transformer
-from deepseek.parallel.mesh import Alone, Meshes
-from deepseek.parallel.pipeline import MicroBatches, Sequential, micro_batches_of
-from deepseek.parallel.shard import fill, shard_data_parallel, shard_experts
-from deepseek.parallel.tensor import shard_tensors
+from deepseek.models.components.block import DeepSeekBlock
+from deepseek.models.components.moe import MoE
+from deepseek.models.transformer import Stage, Transformer, initial_weight
+from deepseek.parallel import cpu_memory
+from deepseek.parallel.expert_dispatcher import build_dispatcher
+from deepseek.parallel.mesh import Meshes, SingleProcess, local, local_slices
+from deepseek.parallel.pipeline import MicroBatches, Pipeline, Sequential
+from deepseek.parallel.tensor import shard_parameter, shard_tensors
+
+log = logging.getLogger("deepseek.parallel")
 
 
-class Distributed(NamedTuple):
+class Parallelized(NamedTuple):
     """What a rank works with."""
 
     model: Transformer
-    """The parts that are here, their parameters DTensors under the names of the whole model."""
+    """The parts that are here, their parameters DTensors under the names of the whole model; in one
+    process the whole model, its parameters plain."""
     micro_batches: MicroBatches
     """How to run them."""
 
 
-def build(
+def parallelize(
     config: ModelConfig,
-    meshes: Meshes | Alone,
+    meshes: Meshes | SingleProcess,
     device: torch.device,
     seed: int,
     dtype: torch.dtype = torch.float32,
-) -> Distributed:
+) -> Parallelized:
     """This rank's part of the model, with its start values, and how to run it.
 
-    In one process: the whole model, of plain parameters. Otherwise nothing larger than one matrix
-    is ever whole on a rank.
+    Nothing larger than one matrix is ever whole on a rank. Each step says what it has applied, at
+    the level INFO of the logger ``deepseek.parallel``.
 
     Args:
         config: the model.
-        meshes: where this rank stands.
+        meshes: where this rank stands; in one process, the sizes in ``config`` do not count.
         device: where the weights go.
         seed: of the start values, which do not depend on the layout.
         dtype: of the parameters.
+
+    Raises:
+        UserError: a weight that TP or EP has divided cannot be divided further, or the installed
+            torch cannot run the pipeline schedule.
     """
-    if isinstance(meshes, Alone):
-        with torch.device("meta"):
-            model = Transformer(config).to(dtype)
-        model.to_empty(device=device)
-        model.init_weights(seed)
-        everything = StageParts(range(config.num_hidden_layers), first=True, last=True)
-        return Distributed(model, Sequential(Stage(model, everything), config.micro_batch_size))
+    if isinstance(meshes, SingleProcess):
+        return _in_one_process(config, device, seed, dtype)
+    layout = meshes.layout
+    # 1. the layers of this rank
     parts = split_layers(config)
     here = stages_of_rank(config, meshes.place.pp)
     with torch.device("meta"):
         model = Transformer(config, [parts[index] for index in here]).to(dtype)
-    shard_tensors(model, meshes)
-    shard_experts(model, meshes)
+    # 2. TP: each rank keeps a part of every matrix but the experts'
+    if layout.tp > 1:
+        shard_tensors(model, meshes)
+        log.info(f"TP {layout.tp}: matrices, vocabulary and sequences are divided")
+    # 3. EP: each rank keeps some of the experts, and tokens travel to them
+    if layout.ep > 1:
+        shard_experts(model, meshes)
+        total = config.n_routed_experts
+        log.info(f"EP {layout.ep}: {total // layout.ep} of {total} experts of a layer here")
+    # 4. PP: layers are run in stages
     stages = {index: Stage(model, parts[index]) for index in here}
-    resharded = reshards(config, meshes.layout)
-    shard_data_parallel(model, list(stages.values()), meshes, resharded)
+    if layout.pp > 1:
+        log.info(f"PP {layout.pp}: stages {here} of {len(parts)}, {config.pipeline_schedule}")
+    # 5. FSDP: ranks that would hold the same weights divide them
+    reshard = reshards(config, layout)
+    units = shard_data_parallel(model, list(stages.values()), meshes, reshard)
+    log.info(
+        f"FSDP {layout.dp_shard} (experts {layout.edp}) x {layout.dp_replicate} replicas: {units} "
+        f"units, weights {'given back' if reshard else 'kept'} after the forward pass"
+    )
+    # 6. numbers, for what is left here
     model.to_empty(device=device)
     fill(model, seed)
-    return Distributed(model, micro_batches_of(stages, config, meshes, resharded))
+    log.info(f"{sum(local(p).numel() for p in model.parameters()):,} weights here, on {device}")
+    if layout.pp > 1:
+        return Parallelized(model, Pipeline(stages, config, meshes))
+    return Parallelized(model, Sequential(stages[0], config.micro_batch_size, reshard))
+
+
+def _in_one_process(
+    config: ModelConfig, device: torch.device, seed: int, dtype: torch.dtype
+) -> Parallelized:
+    """The whole model, whatever sizes the configuration asks for."""
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    model.to_empty(device=device)
+    model.init_weights(seed)
+    everything = StageParts(range(config.num_hidden_layers), first=True, last=True)
+    return Parallelized(model, Sequential(Stage(model, everything), config.micro_batch_size))
+
+
+def shard_experts(model: Transformer, meshes: Meshes) -> None:
+    """Divide the experts of ``model`` (on the meta device) over the EP ranks, in place."""
+    mesh = meshes.sparse["ep"]
+    for module in model.modules():
+        if not isinstance(module, MoE):
+            continue
+        experts, num_experts = module.experts, len(module.experts.w1)
+        for name, stack in list(experts.named_parameters()):
+            setattr(experts, name, shard_parameter(stack, 0, mesh))
+        experts.local = local
+        module.dispatcher = build_dispatcher(num_experts, meshes.ep, meshes.device_type)
+
+
+def shard_data_parallel(
+    model: Transformer, stages: Sequence[Stage], meshes: Meshes, reshard: bool
+) -> int:
+    """FSDP2 over blocks, MTP modules and stages, in place; the stages become ``FSDPModule``s.
+
+    A unit of FSDP is what is gathered together. A block is one, so that it can give its weights
+    back, and so that the next one's are gathered while it computes. Its experts are a unit of their
+    own where they are divided over other ranks than the rest of the block.
+
+    Args:
+        model: what this rank holds.
+        stages: the same, as it is run.
+        meshes: where this rank stands.
+        reshard: each unit gives gathered weights back after its forward pass.
+
+    Returns:
+        The number of units.
+
+    Raises:
+        UserError: a weight that TP or EP has divided cannot be divided further.
+    """
+    # torch's None: all but the outermost unit, which the backward pass begins with.
+    after_forward = None if reshard else False
+    size_of = {parameter: local(parameter).nbytes for parameter in model.parameters()}
+    # Without EP and TP the experts are divided over the same ranks as their block, and are gathered
+    # with it: one wait for the other ranks instead of two.
+    expert_units = _Units(meshes.expert_shards, after_forward)
+    whole_here: set[nn.Parameter] = set()
+    if meshes.layout.ep > 1 or meshes.layout.tp > 1:
+        for module in model.modules():
+            if isinstance(module, DeepSeekBlock) and isinstance(module.ffn, MoE):
+                if meshes.layout.keeps_experts:
+                    whole_here.update(module.ffn.experts.parameters())
+                else:
+                    expert_units.add(module.ffn.experts)
+    # Experts that no other rank has a part of are left to the optimiser as they are: FSDP over one
+    # rank would copy them for each step, and their gradients three times.
+    dense_units = _Units(meshes.dense_shards, after_forward, ignored=whole_here)
+    # Where weights are kept and nothing runs beside the computation, one unit for all blocks is
+    # enough: the ranks wait for each other twice a step instead of twice a block.
+    if reshard or meshes.layout.pp > 1 or meshes.device_type != "cpu":
+        for module in [*model.layers.values(), *model.mtp]:
+            dense_units.add(module)
+    for stage in stages:
+        dense_units.add(stage)
+    units = [m for stage in stages for m in stage.modules() if isinstance(m, FSDPModule)]
+    for unit in units:
+        unit.set_gradient_divide_factor(1.0)
+        # Else the divide factor is sent as PREMUL_SUM, which gloo does not have.
+        unit.set_force_sum_reduction_for_comms(True)
+    if meshes.device_type == "cpu":
+        gathered = sum(size for parameter, size in size_of.items() if parameter not in whole_here)
+        gathered *= max(expert_units.ranks, dense_units.ranks)
+        cpu_memory.use_in_fsdp(units, None if reshard else gathered)
+    return len(units)
+
+
+class _Units:
+    """Units of FSDP over one mesh.
+
+    Args:
+        mesh: over whose last axis weights are divided; over another one they are replicated.
+        reshard: ``reshard_after_forward`` of ``fully_shard``.
+        ignored: parameters that FSDP leaves alone.
+
+    Attributes:
+        ranks: among which a weight is divided.
+    """
+
+    def __init__(
+        self, mesh: DeviceMesh, reshard: bool | None, ignored: Collection[nn.Parameter] = ()
+    ) -> None:
+        self.mesh = mesh
+        self.ranks = mesh.size(mesh.ndim - 1)
+        self.reshard = reshard
+        self.ignored = set(ignored)
+
+    def add(self, module: nn.Module) -> None:
+        """Make ``module`` a unit, of what is in no unit yet."""
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        fully_shard(
+            module,
+            mesh=self.mesh,
+            reshard_after_forward=self.reshard,
+            shard_placement_fn=lambda parameter: self._placement(names[parameter], parameter),
+            ignored_params=self.ignored,
+        )
+
+    def _placement(self, name: str, parameter: nn.Parameter) -> Shard:
+        """The dim to divide: the first, or for parts of a matrix the first that divides evenly."""
+        if not isinstance(parameter, DTensor):
+            return Shard(0)
+        shape = parameter.to_local().shape
+        for dim, size in enumerate(shape):
+            if size % self.ranks == 0:
+                return Shard(dim)
+        raise UserError(
+            f"{name}: the part {list(shape)} of {list(parameter.shape)} that TP or EP leaves to a "
+            f"rank cannot be divided over {self.ranks} data-parallel ranks along any dim; use a "
+            f"model.data_parallel_replicate_size that leaves a divisor of {math.gcd(*shape)}, or "
+            "another TP or EP size"
+        )
+
+
+def fill(model: Transformer, seed: int) -> None:
+    """Give every weight that lies here its start value, the same in any layout."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            here = local_slices(parameter)
+            value = initial_weight(name, parameter.shape, here, model.config, seed)
+            local(parameter).copy_(value)
+        for buffer in model.buffers():
+            buffer.zero_()

@@ -203,15 +203,6 @@ class Pipeline:
         return torch.empty(shape, dtype=self._dtype, device=device or self._device)
 
 
-def micro_batches_of(
-    stages: dict[int, Stage], config: ModelConfig, meshes: Meshes, reshards: bool
-) -> MicroBatches:
-    """The right one for the layout."""
-    if meshes.layout.pp == 1:
-        return Sequential(stages[0], config.micro_batch_size, reshards)
-    return Pipeline(stages, config, meshes)
-
-
 def check_schedule(name: str, version: str) -> None:
     """Raises ``UserError`` if this torch cannot run the schedule."""
     if name in NEEDS_TORCH_2_13 and tuple(map(int, version.split(".")[:2])) < (2, 13):

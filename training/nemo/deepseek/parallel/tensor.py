@@ -79,15 +79,15 @@ def shard_tensors(model: Transformer, meshes: Meshes) -> None:
     for name in ("embed", "mtp_embed"):
         if getattr(model, name) is not None:
             embed = VocabularyEmbedding(config.vocab_size, config.hidden_size, group)
-            embed.weight = split(getattr(model, name).weight, 0, mesh)
+            embed.weight = shard_parameter(getattr(model, name).weight, 0, mesh)
             setattr(model, name, embed)
     if model.head is not None:
         head = VocabularyHead(config.hidden_size, config.vocab_size, group)
-        head.weight = split(model.head.weight, 0, mesh)
+        head.weight = shard_parameter(model.head.weight, 0, mesh)
         model.head = head
 
 
-def split(weight: Tensor, dim: int, mesh: DeviceMesh) -> nn.Parameter:
+def shard_parameter(weight: Tensor, dim: int, mesh: DeviceMesh) -> nn.Parameter:
     """This rank's equal part of a meta weight along ``dim``, as a DTensor over ``mesh``."""
     shape = list(weight.shape)
     shape[dim] //= mesh.size()
@@ -132,7 +132,7 @@ def _shard_matrices(owner: nn.Module, name: str, mesh: DeviceMesh) -> None:
         dim = TP_DIMS[f"{name}.{child}.weight"]
         if dim is not None:
             assert isinstance(linear, nn.Linear)
-            setattr(owner, child, _sharded(linear, dim, mesh))
+            setattr(owner, child, _shard_linear(linear, dim, mesh))
 
 
 def _share_sequences(moe: MoE, group: dist.ProcessGroup) -> None:
@@ -149,7 +149,7 @@ def _share_sequences(moe: MoE, group: dist.ProcessGroup) -> None:
     moe.sum_over_sequence = lambda part: sum_forward(part, group)
 
 
-def _sharded(linear: nn.Linear, dim: int, mesh: DeviceMesh) -> nn.Linear:
+def _shard_linear(linear: nn.Linear, dim: int, mesh: DeviceMesh) -> nn.Linear:
     """``dim`` 0: a part of the outputs; 1: a part of the inputs."""
     sizes = linear.in_features, linear.out_features
     with torch.device("meta"):
@@ -158,12 +158,12 @@ def _sharded(linear: nn.Linear, dim: int, mesh: DeviceMesh) -> nn.Linear:
             assert isinstance(made, LoraLinear)
             made.lora_a, made.lora_b = linear.lora_a, linear.lora_b
             if dim == 0:
-                made.lora_b = split(linear.lora_b, 0, mesh)
+                made.lora_b = shard_parameter(linear.lora_b, 0, mesh)
             else:
-                made.lora_a = split(linear.lora_a, 1, mesh)
+                made.lora_a = shard_parameter(linear.lora_a, 1, mesh)
         else:
             made = ShardedLinear(*sizes, bias=False)
-    made.weight = split(linear.weight, dim, mesh)
+    made.weight = shard_parameter(linear.weight, dim, mesh)
     return made
 
 

@@ -27,9 +27,8 @@ from deepseek.parallel.gradients import (
     gradient_norms,
     sum_over,
 )
-from deepseek.parallel.mesh import Alone, Meshes
-from deepseek.parallel.parallelize import build
-from deepseek.parallel.shard import whole_matrices
+from deepseek.parallel.mesh import Meshes, SingleProcess, whole_matrices
+from deepseek.parallel.parallelize import parallelize
 from deepseek.training.muon import newton_schulz
 from deepseek.training.optim import build_optimizer
 from deepseek.training.phases import Phases
@@ -86,8 +85,8 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         max_steps: ``trainer.max_steps``, the length of the schedule.
         gradient_clip_val: largest global gradient norm; 0 for no clipping.
         bytes_per_token: bytes of text per token of the data, for bits per byte.
-        spread_later: leave the weights to ``configure_model``, which spreads them over the ranks
-            of the trainer's strategy; else the whole model is made at once.
+        parallelize_later: leave the weights to ``configure_model``, which divides them over the
+            ranks of the trainer's strategy; else the whole model is made at once.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         max_steps: int = 1,
         gradient_clip_val: float = 1.0,
         bytes_per_token: float | None = None,
-        spread_later: bool = False,
+        parallelize_later: bool = False,
     ) -> None:
         config = model_config(cfg)
         if USES_NEMO:
@@ -114,9 +113,9 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         self.bytes_per_token = bytes_per_token
         self.base: Any = None
         """Which checkpoint the frozen weights are of, with adapters."""
-        self.meshes: Meshes | Alone = Alone()
-        if not spread_later:
-            self.spread(self.meshes, torch.device("cpu"))
+        self.meshes: Meshes | SingleProcess = SingleProcess()
+        if not parallelize_later:
+            self.parallelize(self.meshes, torch.device("cpu"))
         self.phases = Phases()
         self.step_facts: dict[str, Any] = {}
         """What callbacks add to the row of the step."""
@@ -248,18 +247,21 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         """The callbacks have had their turn: the next step has facts of its own."""
         self.step_facts.clear()
 
-    def spread(
-        self, meshes: Meshes | Alone, device: torch.device, dtype: torch.dtype = torch.float32
+    def parallelize(
+        self,
+        meshes: Meshes | SingleProcess,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Make this rank's part of the model, with its start values."""
         self.meshes = meshes
-        self.model, self.micro_batches = build(self.config, meshes, device, self.seed, dtype)
+        self.model, self.micro_batches = parallelize(self.config, meshes, device, self.seed, dtype)
 
     def configure_model(self) -> None:
-        """Spread the model over the ranks of the trainer's strategy; Lightning calls it once."""
+        """Divide the model over the ranks of the trainer's strategy; Lightning calls it once."""
         if not hasattr(self, "model"):
             strategy = self.trainer.strategy
-            self.spread(strategy.meshes, strategy.root_device)
+            self.parallelize(strategy.meshes, strategy.root_device)
         if self.config.torch_compile:
             self.model.compile_attention()
 

@@ -1,0 +1,90 @@
+"""What is applied to the model, in which order; which weights a rank computes with as it keeps
+them, and which it gathers first."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from deepseek.models.components.moe import GroupedExperts
+from deepseek.parallel.mesh import SingleProcess, local
+from support.layouts import Case, Driven, batches, small_config, spread
+from support.ranks import run_ranks
+
+
+def addresses(rank: int, case: Case) -> tuple[set[int], set[int]]:
+    """Of the experts' first weights: where they are kept, and where they are computed with."""
+    driven = spread(case)
+    experts = [m for m in driven.module.model.modules() if isinstance(m, GroupedExperts)]
+    kept = {local(module.w1).data_ptr() for module in experts}
+    used: set[int] = set()
+    for module in experts:
+        module.register_forward_pre_hook(lambda m, _: used.add(local(m.w1).data_ptr()))
+    driven.run(batches(case))
+    return kept, used
+
+
+@pytest.mark.parametrize(
+    ("world", "sizes", "as_kept"),
+    [
+        (2, {"expert_model_parallel_size": 2}, True),
+        (2, {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}, True),
+        (4, {"expert_model_parallel_size": 2}, False),  # two ranks have a part of each expert
+        (4, {"expert_model_parallel_size": 2, "data_parallel_replicate_size": 2}, False),
+    ],
+)
+def test_experts_of_one_rank_are_not_copied(
+    world: int, sizes: dict[str, Any], as_kept: bool
+) -> None:
+    case = Case(small_config(**sizes), world, seed=1, steps=1)
+    assert case.layout.keeps_experts is as_kept
+    for kept, used in run_ranks(world, addresses, case):
+        assert len(kept) == len(used)
+        assert kept == used if as_kept else not kept & used
+
+
+def told(rank: int, case: Case) -> list[str]:
+    """What ``parallelize`` logs."""
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    log = logging.getLogger("deepseek.parallel")
+    log.addHandler(Keep())
+    log.setLevel(logging.INFO)
+    spread(case)
+    return lines
+
+
+def test_each_step_says_what_it_applied() -> None:
+    """One line a step with its sizes, in their order; what is not applied says nothing."""
+    sizes = {
+        "tensor_model_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+    }
+    for rank, lines in enumerate(run_ranks(4, told, Case(small_config(**sizes), 4))):
+        assert lines[:4] == [
+            "TP 2: matrices, vocabulary and sequences are divided",
+            "EP 2: 4 of 8 experts of a layer here",
+            f"PP 2: stages [{rank // 2}] of 2, 1F1B",
+            f"FSDP 1 (experts 1) x 1 replicas: {4 - rank // 2} units, weights kept after the "
+            "forward pass",  # three blocks and the stage; a block, an MTP module and the stage
+        ]
+        assert lines[4].endswith(" weights here, on cpu") and len(lines) == 5
+    case = Case(small_config(reshard_after_forward=True, data_parallel_replicate_size=2), 4)
+    for lines in run_ranks(4, told, case):
+        assert lines[0] == (
+            "FSDP 2 (experts 2) x 2 replicas: 6 units, weights given back after the forward pass"
+        )
+        assert len(lines) == 2
+
+
+def test_one_process_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "deepseek.parallel"):
+        Driven(Case(small_config(), 1), SingleProcess())
+    assert caplog.messages == []
