@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek.checkpoint.checkpoint import Checkpoint
-from deepseek.checkpoint.folder import complete_steps, damage_of, describe, newest_sound
+from deepseek.checkpoint.checkpoint import Checkpoint, describe, newest_sound
 from deepseek.checkpoint.manager import CheckpointManager
+from deepseek.checkpoint.manifest import complete_steps, damage_of
 from deepseek.config.errors import UserError
 from support.stored import bits, flip, flip_number, save, shard_of, value_of
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek.checkpoint.folder import newest_sound
+from deepseek.checkpoint.checkpoint import newest_sound
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.config.errors import UserError
 
@@ -120,8 +120,10 @@ def test_too_little_space_is_seen_before(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError) as caught:
         save(manager, 2)
     # 200,000 bytes of numbers, and 4 KiB for each of 4 tensors and the rest.
-    assert "step 2 needs 215.3 KiB" in str(caught.value)
-    assert "97.66 KiB free" in str(caught.value)
+    assert "the checkpoint of step 2 needs about 0.2 MB and the disk has 0.1 MB" in str(
+        caught.value
+    )
+    assert "or keep fewer (exp_manager.checkpoint_callback" in str(caught.value)
     assert manager.steps() == [1]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "step_00000001"]
 

@@ -16,7 +16,7 @@ import torch.distributed.checkpoint.metadata as dcp_metadata
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from deepseek.checkpoint import metadata as module
-from deepseek.checkpoint.folder import describe, newest_sound
+from deepseek.checkpoint.checkpoint import describe, newest_sound
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.config.errors import UserError
 

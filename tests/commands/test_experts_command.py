@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from deepseek.checkpoint.folder import step_name
 from deepseek.checkpoint.manager import CheckpointManager
+from deepseek.checkpoint.manifest import step_name
 from deepseek.commands import experts as module
 from deepseek.commands.experts import experts
 from deepseek.config import stored_config

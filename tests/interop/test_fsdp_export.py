@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from deepseek.checkpoint.checkpoint import Checkpoint
-from deepseek.checkpoint.folder import step_name
 from deepseek.checkpoint.manager import CheckpointManager
+from deepseek.checkpoint.manifest import step_name
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
 from deepseek.interop.fsdp_export import ORIGIN, FsdpExport, Origin, export_fsdp

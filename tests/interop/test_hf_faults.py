@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek.checkpoint.folder import step_name
 from deepseek.checkpoint.manager import CheckpointManager
+from deepseek.checkpoint.manifest import step_name
 from deepseek.checkpoint.shards import TensorSpec
 from deepseek.commands.convert import export_hf, import_hf
 from deepseek.config import load_config

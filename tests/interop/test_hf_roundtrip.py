@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from deepseek.checkpoint.checkpoint import Checkpoint
-from deepseek.checkpoint.folder import step_name
+from deepseek.checkpoint.manifest import step_name
 from deepseek.commands.convert import export_hf, import_hf
 from deepseek.commands.generate import generate_text
 from deepseek.config import RunConfig, load_config

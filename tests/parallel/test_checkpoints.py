@@ -21,8 +21,7 @@ from torch import Tensor
 from deepseek.checkpoint import manager as manager_module
 from deepseek.checkpoint import manifest, shards
 from deepseek.checkpoint.callback import Checkpointing
-from deepseek.checkpoint.checkpoint import Checkpoint
-from deepseek.checkpoint.folder import newest_sound
+from deepseek.checkpoint.checkpoint import Checkpoint, newest_sound
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.checkpoint.training_state import collect_tensors, load_weights, restore
 from deepseek.config.errors import UserError

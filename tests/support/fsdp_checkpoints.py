@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from deepseek.checkpoint.checkpoint import Checkpoint
-from deepseek.checkpoint.folder import step_name
+from deepseek.checkpoint.manifest import step_name
 from deepseek.config.schema import ModelConfig
 from deepseek.files import Staging
 from deepseek.interop.fsdp_migration import Migration, plan_migration, write_migration

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deepseek.checkpoint.checkpoint import Checkpoint
-from deepseek.checkpoint.folder import step_name
+from deepseek.checkpoint.manifest import step_name
 from deepseek.config.schema import ModelConfig, RopeScaling
 from deepseek.data.tokenizer import byte_tokenizer
 from deepseek.interop.hf_config import hf_config

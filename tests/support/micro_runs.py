@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from deepseek.checkpoint.folder import newest_sound
+from deepseek.checkpoint.checkpoint import newest_sound
 from deepseek.config.strict_yaml import dump_yaml
 from deepseek.data.prepare import prepare
 from support.forked import Forked, Ran, Started

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek.checkpoint.folder import step_name
+from deepseek.checkpoint.manifest import step_name
 from support.launchers import by_itself, layout
 from support.micro_runs import MicroRuns
 

@@ -356,13 +356,15 @@ def disk_errors(doing: str, kept: Path | None = None) -> Iterator[None]:
         ) from failure
 
 
-def require_room(folder: Path, needed: int, what: str) -> None:
+def require_room(
+    folder: Path, needed: int, what: str, way_out: str = "choose another disk"
+) -> None:
     """Raise UserError unless the disk of ``folder`` has ``needed`` bytes free for ``what``."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
             f"{folder}: {what} needs about {megabytes(needed)} and the disk has "
-            f"{megabytes(free)} free; free {megabytes(needed - free)} or choose another disk"
+            f"{megabytes(free)} free; free {megabytes(needed - free)} or {way_out}"
         )
 
 

@@ -1,7 +1,11 @@
-"""One checkpoint that has been verified: its state, what tensors it holds, and how to load them."""
+"""Reading checkpoints: one that has been verified, and a folder of them.
+
+No lock is needed and nothing is changed.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -10,11 +14,17 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from deepseek.checkpoint.manifest import Manifest
+from deepseek.checkpoint.manifest import (
+    Manifest,
+    check_step,
+    damage_of,
+    read_state,
+    step_folders,
+    step_of,
+)
 from deepseek.checkpoint.metadata import read_metadata
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.shards import read_shards
-from deepseek.checkpoint.state import read_state
 from deepseek.config.errors import UserError
 
 _NAMED = 8
@@ -117,3 +127,75 @@ class Checkpoint:
                 f"{self.path} does not fit {len(problems)} of the {len(tensors)} tensors asked "
                 f"for:\n{lines}{more}\nuse the configuration it was written with (state.json)"
             )
+
+
+def newest_sound(
+    folder: Path, report: Callable[[str], None], ranks: Ranks | None = None
+) -> Checkpoint | None:
+    """The newest checkpoint of ``folder`` that is as it was written; a collective over ``ranks``.
+
+    Args:
+        folder: where the checkpoints are; it need not exist.
+        report: called on rank 0 with one line for each damaged checkpoint that is passed over.
+
+    Returns:
+        None if there is no checkpoint at all.
+
+    Raises:
+        UserError: there are checkpoints, and every one is damaged.
+    """
+    ranks = ranks or Ranks()
+    problems = []
+    for path in ranks.lead(lambda: step_folders(folder)):
+        try:
+            checkpoint = Checkpoint.open(path, ranks)
+            check_step(path, checkpoint.step)
+            return checkpoint
+        except UserError as failure:
+            # A writer elsewhere may have retired it meanwhile: that is no damage.
+            if not ranks.lead(path.exists):
+                continue
+            problems.append(str(failure))
+            if ranks.rank == 0:
+                report(f"{failure}; trying the one before")
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise UserError(
+            f"no checkpoint in {folder} is sound:\n{lines}\n"
+            "restore one from a copy, or move them away to start from step 0"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One line of a listing."""
+
+    path: Path
+    step: int
+    size: int
+    """Bytes on disk."""
+    tensors: int | None
+    """Count; None where it cannot be told."""
+    problem: str | None
+    """None: sound."""
+
+
+def describe(folder: Path, digests: bool = True) -> list[Summary]:
+    """Every checkpoint of ``folder``, newest first, the damaged ones included.
+
+    ``digests=False`` compares sizes only, which takes no reading of the shards.
+    """
+    return [_summary(path, digests) for path in step_folders(folder)]
+
+
+def _summary(path: Path, digests: bool) -> Summary:
+    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    problem, tensors = damage_of(path, digests), None
+    if problem is None:
+        try:
+            sizes = {name: entry.size for name, entry in Manifest.read(path).files.items()}
+            tensors = len(read_metadata(path, sizes).state_dict_metadata)
+        except UserError as failure:
+            problem = str(failure)
+    return Summary(path, step_of(path), size, tensors, problem)

@@ -15,7 +15,7 @@ there. Other names in the folder belong to the writer, who holds ``.lock``:
 * ``.trash-*``      being deleted
 
 Left by a killed process they are cleaned up at the next start. Reading needs no lock and no
-manager: see ``folder.py``.
+manager: see ``checkpoint.py``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import logging
 import shutil
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,32 +35,37 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from deepseek.checkpoint.background import Background, copy_to_cpu
-from deepseek.checkpoint.checkpoint import Checkpoint
-from deepseek.checkpoint.folder import (
-    Summary,
+from deepseek.checkpoint.checkpoint import Checkpoint, newest_sound
+from deepseek.checkpoint.manifest import (
+    MANIFEST,
+    STATE,
+    Manifest,
     complete_steps,
     damage_of,
-    describe,
-    newest_sound,
+    state_to_json,
     step_folders,
     step_name,
     step_of,
 )
-from deepseek.checkpoint.manifest import MANIFEST, Manifest
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.shards import write_shards
-from deepseek.checkpoint.state import STATE, state_to_json
 from deepseek.config.errors import UserError
-from deepseek.files import LOCK, FileEntry, Lock, disk_errors, sync_folder, write_durably
-
-__all__ = ["Checkpoint", "CheckpointManager", "Summary", "describe", "newest_sound"]
+from deepseek.files import (
+    LOCK,
+    FileEntry,
+    Lock,
+    disk_errors,
+    require_room,
+    sync_folder,
+    write_durably,
+)
 
 _log = logging.getLogger(__name__)
 
 _TEMPORARY, _REPLACED, _TRASH = ".tmp-", ".replaced-", ".trash-"
 _OVERHEAD = 4096
 """Bytes a tensor may take on disk beyond its numbers: container, metadata, alignment."""
+_FEWER = "keep fewer (exp_manager.checkpoint_callback_params.save_top_k); nothing was changed"
 
 
 class CheckpointManager:
@@ -87,8 +93,10 @@ class CheckpointManager:
         self.keep = keep
         self._ranks = Ranks(group)
         self._lock: Lock | None = None
-        self._background: Background | None = None
-        self._background_ranks: Ranks | None = None
+        # The interpreter waits for the thread before it exits.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._under_way: Future[Path] | None = None
+        self._thread_ranks: Ranks | None = None
         # Steps whose files have been found to differ. Only a new write makes them good.
         self._damaged: set[int] = set()
         self._ranks.lead(self._open)
@@ -131,17 +139,18 @@ class CheckpointManager:
         """
         self.wait()
         prepared = self._prepare(step, tensors, state)
-        if self._background_ranks is None:
-            self._background_ranks = self._ranks.twin()
-        ranks = self._background_ranks
-        copies = {name: copy_to_cpu(tensor) for name, tensor in tensors.items()}
-        self._background = Background(lambda: self._write(step, copies, prepared, ranks))
+        if self._thread_ranks is None:
+            self._thread_ranks = self._ranks.with_own_group()
+        ranks = self._thread_ranks
+        copies = {name: _copy_to_cpu(tensor) for name, tensor in tensors.items()}
+        self._under_way = self._thread.submit(self._write, step, copies, prepared, ranks)
 
     def wait(self) -> None:
         """Until no save is under way in the background. Raises its ``UserError``."""
-        if self._background is not None:
-            self._background.wait()
-            self._background = None
+        if (save := self._under_way) is not None:
+            wait([save])  # which may be interrupted, and then taken up again
+            self._under_way = None
+            save.result()
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints (every file there, of the right size), ascending."""
@@ -230,13 +239,7 @@ class CheckpointManager:
         whole = _merge(parts)
         needed = sum(part.size + _OVERHEAD for part in whole.values()) + _OVERHEAD
         with disk_errors(f"starting the checkpoint of step {step} in {self.folder}"):
-            free = shutil.disk_usage(self.folder).free
-            if needed > free:
-                raise UserError(
-                    f"the checkpoint of step {step} needs {_readable(needed)}, {self.folder} has "
-                    f"{_readable(free)} free; make room, or keep fewer "
-                    "(exp_manager.checkpoint_callback_params.save_top_k); nothing was changed"
-                )
+            require_room(self.folder, needed, f"the checkpoint of step {step}", _FEWER)
             temporary = self.folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
             temporary.mkdir()
         return temporary
@@ -377,9 +380,13 @@ def _replaced_name(step: int) -> str:
     return f"{_REPLACED}{step_name(step)}"
 
 
-def _readable(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
+def _copy_to_cpu(tensor: Tensor) -> Tensor:
+    """A copy of what lies here, in CPU memory; of a DTensor again a DTensor, over the same ranks.
+
+    That of a DTensor over GPUs is good for being saved only.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to("cpu", copy=True)
+    # Not DTensor.from_local, which would move it back to the mesh's device.
+    local = tensor.to_local().detach().to("cpu", copy=True)
+    return DTensor(local, tensor._spec, requires_grad=False)

@@ -41,7 +41,7 @@ class Ranks:
     def size(self) -> int:
         return dist.get_world_size(self.group) if self.active else 1
 
-    def twin(self) -> Ranks:
+    def with_own_group(self) -> Ranks:
         """The same ranks with a gloo group of their own, for another thread; a collective.
 
         Threads must not share a group: their collectives could meet in another order on each rank.

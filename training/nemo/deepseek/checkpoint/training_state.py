@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepseek.checkpoint.manager import Checkpoint
+from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.manifest import MANIFEST
 from deepseek.config.errors import UserError
 from deepseek.files import sha256_of

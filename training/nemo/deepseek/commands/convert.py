@@ -49,7 +49,7 @@ def import_hf(
         ConfigError: the model is not one that is built here; every reason at once.
         UserError: files are missing or broken, tensors are not accounted for, no room.
     """
-    from deepseek.checkpoint.folder import step_name
+    from deepseek.checkpoint.manifest import step_name
     from deepseek.interop.hf_folder import HfFolder
     from deepseek.interop.hf_import import WeightImport
 
@@ -408,7 +408,7 @@ def keep_nemo(folder: Path, name: str) -> None:
     Raises:
         UserError: no sound checkpoint, no room.
     """
-    from deepseek.checkpoint.folder import newest_sound
+    from deepseek.checkpoint.checkpoint import newest_sound
     from deepseek.commands.versions import finished_steps
     from deepseek.interop.nemo_file import step_in
     from deepseek.run_folder import CHECKPOINTS

@@ -136,8 +136,7 @@ def experts(
 
 def _others(path: Path, mine: OpenedCheckpoint) -> list[OpenedCheckpoint]:
     """The checkpoints to compare with; of a run folder all but the one that is analysed."""
-    from deepseek.checkpoint.checkpoint import Checkpoint
-    from deepseek.checkpoint.folder import describe
+    from deepseek.checkpoint.checkpoint import Checkpoint, describe
 
     here = mine.path.resolve()
     if (path / CHECKPOINTS).is_dir():

@@ -81,7 +81,7 @@ def load_run(run: Path) -> tuple[Any, Any]:
     """Model (with the weights of the newest sound checkpoint) and tokenizer of a run folder."""
     import torch
 
-    from deepseek.checkpoint.folder import newest_sound
+    from deepseek.checkpoint.checkpoint import newest_sound
     from deepseek.data.tokenizer import load_tokenizer
     from deepseek.interop.open_weights import load_whole
 

@@ -47,7 +47,7 @@ def migrate_checkpoint(
         ConfigError: the configuration is broken.
         UserError: the source is none, tensors are not accounted for, no room.
     """
-    from deepseek.checkpoint.folder import step_name
+    from deepseek.checkpoint.manifest import step_name
     from deepseek.interop.fsdp_export import ORIGIN, Origin
     from deepseek.interop.fsdp_migration import plan_migration, write_migration
     from deepseek.interop.fsdp_names import NameTable

@@ -39,7 +39,7 @@ def list_checkpoints(run: Path) -> None:
     Raises:
         UserError: no run folder.
     """
-    from deepseek.checkpoint.folder import describe
+    from deepseek.checkpoint.checkpoint import describe
 
     if not (run / CHECKPOINTS).is_dir():
         raise UserError(f"{run} is no run folder: it has no folder {CHECKPOINTS}")

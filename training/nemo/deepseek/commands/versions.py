@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from deepseek.checkpoint.folder import complete_steps
+from deepseek.checkpoint.manifest import complete_steps
 from deepseek.config.errors import UserError
 from deepseek.config.schema import RunConfig
 from deepseek.run_folder import CHECKPOINTS

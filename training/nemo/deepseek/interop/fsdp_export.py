@@ -25,8 +25,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.metadata import METADATA
-from deepseek.checkpoint.shards import TensorSpec
-from deepseek.checkpoint.streamed import described, files_of, write_chunks
+from deepseek.checkpoint.shards import TensorSpec, described, files_of, write_chunks
 from deepseek.config.errors import UserError
 from deepseek.files import HashingWriter, sync_folder, write_durably
 from deepseek.interop.fsdp_migration import Migration

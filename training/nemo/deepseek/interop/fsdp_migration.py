@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek.checkpoint.streamed import ChunkFile, files_of, write_checkpoint, write_chunks
+from deepseek.checkpoint.shards import ChunkFile, files_of, write_checkpoint, write_chunks
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
 from deepseek.files import Staging, has_size

@@ -16,8 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from deepseek.checkpoint.shards import TensorSpec
-from deepseek.checkpoint.streamed import ChunkFile, write_checkpoint, write_chunks
+from deepseek.checkpoint.shards import ChunkFile, TensorSpec, write_checkpoint, write_chunks
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
 from deepseek.files import Staging, has_size

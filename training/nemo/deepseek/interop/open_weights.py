@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from deepseek.checkpoint.checkpoint import Checkpoint
-from deepseek.checkpoint.folder import newest_sound
+from deepseek.checkpoint.checkpoint import Checkpoint, newest_sound
 from deepseek.checkpoint.manifest import MANIFEST
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.training_state import Base, load_adapters, load_weights
