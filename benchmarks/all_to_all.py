@@ -106,7 +106,7 @@ def steps(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> dict[str, Callabl
     dispatcher = AllToAllDispatcher(EXPERTS, group)
     local = LocalDispatcher(EXPERTS)
     sent = dispatcher.dispatch(x_TD, ids_TK)
-    there, back = dispatcher.last_sent, dispatcher.last_received
+    there, back = sent.state.send_counts, sent.state.receive_counts
     ids_R = ids_TK.flatten()
     rows_RD = x_TD.repeat_interleave(TOP_K, dim=0)[ids_R.argsort(stable=True)]
     out_RD, arrived_QD = torch.empty_like(rows_RD), torch.empty_like(sent.rows_RD)

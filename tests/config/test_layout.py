@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from deepseek.config.layout import (
     DENSE_AXES,
     SPARSE_AXES,
+    Coordinate,
     Layout,
-    Place,
     StageParts,
     axes,
     balanced_sizes,
@@ -38,29 +38,31 @@ LAYOUTS = [
 ]
 
 
-def test_places_are_those_of_two_reshaped_ranges() -> None:
+def test_coordinates_are_those_of_two_reshaped_ranges() -> None:
     for layout in LAYOUTS:
         ranks = np.arange(layout.world_size)
         dense = ranks.reshape(layout.dense_sizes)
         sparse = ranks.reshape(layout.sparse_sizes)
-        places = [layout.place(int(rank)) for rank in ranks]
-        for rank, place in enumerate(places):
+        coordinates = [layout.coordinate(int(rank)) for rank in ranks]
+        for rank, at in enumerate(coordinates):
             (in_dense,) = np.argwhere(dense == rank).tolist()
             (in_sparse,) = np.argwhere(sparse == rank).tolist()
-            assert [getattr(place, axis) for axis in DENSE_AXES] == in_dense, layout
-            assert [getattr(place, axis) for axis in SPARSE_AXES] == in_sparse, layout
-        assert len(set(places)) == layout.world_size, layout
+            assert [getattr(at, axis) for axis in DENSE_AXES] == in_dense, layout
+            assert [getattr(at, axis) for axis in SPARSE_AXES] == in_sparse, layout
+        assert len(set(coordinates)) == layout.world_size, layout
 
 
 def test_ep_groups_are_neighbours_of_one_stage_and_replica() -> None:
     for layout in LAYOUTS:
         groups: dict[tuple[int, ...], list[int]] = {}
         for rank in range(layout.world_size):
-            place = layout.place(rank)
-            groups.setdefault((place.pp, place.dp_replicate, place.edp), []).append(rank)
+            at = layout.coordinate(rank)
+            groups.setdefault((at.pp, at.dp_replicate, at.edp), []).append(rank)
         for members in groups.values():
             assert members == list(range(members[0], members[0] + layout.ep)), layout
-            assert [layout.place(rank).ep for rank in members] == list(range(layout.ep)), layout
+            assert [layout.coordinate(rank).ep for rank in members] == list(range(layout.ep)), (
+                layout
+            )
         assert len(groups) * layout.ep == layout.world_size, layout
 
 
@@ -79,8 +81,8 @@ def test_groups_of_an_axis_are_the_ranks_that_differ_in_it_alone() -> None:
             field, view = fields[axis.name]
             groups: dict[tuple[int, ...], list[int]] = {}
             for rank in range(world):
-                place = layout.place(rank)
-                others = tuple(getattr(place, name) for name in view if name != field)
+                at = layout.coordinate(rank)
+                others = tuple(getattr(at, name) for name in view if name != field)
                 groups.setdefault(others, []).append(rank)
             found = [list(group) for group in axis.groups(world)]
             assert sorted(found) == sorted(groups.values()), (layout, axis)
@@ -92,9 +94,9 @@ def test_groups_of_an_axis_are_the_ranks_that_differ_in_it_alone() -> None:
 def test_a_layout_by_hand() -> None:
     layout = Layout(pp=2, dp_replicate=1, dp_shard=2, tp=2, ep=4)
     assert (layout.edp, layout.dp, layout.stage_ranks, layout.world_size) == (1, 2, 4, 8)
-    assert layout.place(0) == Place(0, 0, 0, 0, 0, 0)
-    assert layout.place(3) == Place(0, 0, 1, 1, 0, 3)
-    assert layout.place(6) == Place(1, 0, 1, 0, 0, 2)
+    assert layout.coordinate(0) == Coordinate(0, 0, 0, 0, 0, 0)
+    assert layout.coordinate(3) == Coordinate(0, 0, 1, 1, 0, 3)
+    assert layout.coordinate(6) == Coordinate(1, 0, 1, 0, 0, 2)
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:

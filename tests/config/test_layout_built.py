@@ -83,7 +83,7 @@ def assert_as_planned(run: RunConfig, ranks: list[int]) -> None:
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:
             found = process.submit(built, run, layout, rank).result()
         kept, numbers, biases, trained = found
-        pp = layout.place(rank).pp
+        pp = layout.coordinate(rank).pp
         planned = {
             weight.name: kept_shape(weight, layout)
             for stage in stages_of_rank(run.model, pp)

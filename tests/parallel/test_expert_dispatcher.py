@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +19,12 @@ from torch import Tensor, nn
 from deepseek.models.components.dispatcher import LocalDispatcher, TokenDispatcher
 from deepseek.models.components.moe import GroupedExperts, MoE
 from deepseek.models.components.router import Router
-from deepseek.parallel.expert_dispatcher import AllToAllDispatcher
+from deepseek.parallel.expert_dispatcher import (
+    AllToAllDispatcher,
+    DeepEPDispatcher,
+    build_dispatcher,
+)
+from support.device_waits import watched
 from support.ranks import run_ranks
 
 pytestmark = pytest.mark.torch_alone
@@ -237,26 +246,30 @@ def through(
     )
 
 
+@pytest.mark.parametrize("over_deep_ep", [False, True], ids=["all-to-all", "DeepEP"])
 @pytest.mark.parametrize(
     ("dtype", "autocast"),
     [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)],
     ids=["fp32", "fp32 under autocast", "bf16"],
 )
-def test_bitwise_as_on_one_rank(dtype: torch.dtype, autocast: bool) -> None:
+def test_bitwise_as_on_one_rank(dtype: torch.dtype, autocast: bool, over_deep_ep: bool) -> None:
     """Given the choices, every dtype and every bit is that of ``LocalDispatcher``."""
     tokens = [5, 0, 9, 2]
     x_TD = rows(0, sum(tokens), dtype)
     ids_TK, weights_TK = choices(1, sum(tokens), 8, 3)
 
-    def work(rank: int) -> Pass:
+    def work(rank: int) -> tuple[Pass, int]:
+        install_deep_ep()
         mine = [part.split(tokens)[rank] for part in (x_TD, ids_TK, weights_TK)]
         weights = experts(2 * rank, 2).to(dtype)
-        return through(AllToAllDispatcher(8, group()), weights, *mine, autocast=autocast)
+        dispatcher = (DeepEPDispatcher if over_deep_ep else AllToAllDispatcher)(8, group())
+        return through(dispatcher, weights, *mine, autocast=autocast), len(FalseBuffer.made)
 
     whole = through(
         LocalDispatcher(8), experts(0, 8).to(dtype), x_TD, ids_TK, weights_TK, autocast=autocast
     )
-    ranks = run_ranks(4, work)
+    ranks, buffers = zip(*run_ranks(4, work), strict=True)
+    assert set(buffers) == {int(over_deep_ep and (autocast or dtype == torch.bfloat16))}
     assert whole[0].dtype == (torch.bfloat16 if autocast else dtype)
     for i in range(3):
         parts = [seen[i] for seen in ranks]
@@ -276,8 +289,8 @@ def test_where_rows_arrive() -> None:
         sent = dispatcher.dispatch(x_TD, ids_TK[rank])
         back_TD = dispatcher.combine(sent.rows_RD, torch.full(ids_TK[rank].shape, 0.5), sent)
         assert torch.equal(back_TD, x_TD), "experts that do nothing give the tokens back"
-        last = dispatcher.last_sent, dispatcher.last_received
-        return sent.rows_RD.flatten(), sent.counts_e, x_TD, *last
+        counts = sent.state.send_counts, sent.state.receive_counts
+        return sent.rows_RD.flatten(), sent.counts_e, x_TD, *counts
 
     first, second = run_ranks(2, work)
     assert first[0].tolist() == [0, 10, 1, 12]  # expert 0, expert 1
@@ -339,3 +352,135 @@ def test_the_same_dispatcher_twice_before_the_backward_pass() -> None:
         return outputs
 
     run_ranks(2, work)
+
+
+def test_the_host_waits_once_a_layer() -> None:
+    """For the sizes of what is exchanged; and not at all in the backward pass."""
+
+    def work(rank: int) -> list[tuple[int, list[str]]]:
+        dispatcher = AllToAllDispatcher(4, group())
+        ids_TK, weights_TK = choices(rank, 6, 4, 2)
+        x_TD = rows(rank, 6, torch.float32).requires_grad_()
+        results: list[Tensor] = []
+
+        def forward() -> None:
+            sent = dispatcher.dispatch(x_TD, ids_TK)
+            results.append(dispatcher.combine(sent.rows_RD.square(), weights_TK, sent))
+
+        watches = [watched(forward), watched(lambda: results[0].sum().backward())]
+        return [(watch.calls, watch.waits) for watch in watches]
+
+    for (calls, waits), (calls_back, waits_back) in run_ranks(2, work):
+        assert calls > 20 and calls_back > 5, "the watch saw nothing"
+        assert waits == ["tolist"]
+        assert waits_back == []
+
+
+# -- DeepEP, of which a stand-in has what is used of it --
+
+
+class FalseBuffer:
+    """``deep_ep.Buffer`` on gloo, for tokens with one choice; rows arrive by source rank."""
+
+    made: list[tuple[int, int]] = []
+
+    def __init__(self, group: dist.ProcessGroup, num_nvl_bytes: int, num_rdma_bytes: int) -> None:
+        self.group = group
+        self.made.append((num_nvl_bytes, num_rdma_bytes))
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Any:
+        assert num_ranks in (2, 4, 8), f"Unsupported number of EP ranks: {num_ranks}"
+        return SimpleNamespace(
+            get_nvl_buffer_size_hint=lambda row_bytes, ranks: 10 * row_bytes * ranks,
+            get_rdma_buffer_size_hint=lambda row_bytes, ranks: 0,
+        )
+
+    get_combine_config = get_dispatch_config
+
+    def get_dispatch_layout(self, topk_idx: Tensor, num_experts: int) -> Any:
+        chosen_RE = nn.functional.one_hot(topk_idx.flatten(), num_experts)
+        in_rank_Rn = chosen_RE.unflatten(1, (dist.get_world_size(self.group), -1)).sum(dim=2)
+        return in_rank_Rn.sum(dim=0), None, chosen_RE.sum(dim=0), in_rank_Rn.bool(), None
+
+    def dispatch(self, x: Tensor, handle: Any = None, **told: Any) -> Any:
+        assert x.dtype == torch.bfloat16 and x.is_contiguous() and x.shape[1] % 8 == 0
+        if handle is not None:
+            order_R, sent, received = handle
+            return self._exchange(x[order_R], sent, received), None, None, None, None, None
+        order_R = told["is_token_in_rank"].int().argmax(dim=1).argsort(stable=True)
+        sent = told["num_tokens_per_rank"].tolist()
+        received = self._exchange(torch.tensor(sent), *[[1] * len(sent)] * 2).tolist()
+        local = len(told["num_tokens_per_expert"]) // len(sent)
+        ids = self._exchange(told["topk_idx"][order_R], sent, received) % local
+        counts = ids.flatten().bincount(minlength=local).tolist()
+        assert told["topk_weights"].dtype == torch.float32
+        rows = self._exchange(x[order_R], sent, received)
+        return rows, ids, None, counts, (order_R, sent, received), None
+
+    def combine(self, x: Tensor, handle: Any) -> Any:
+        assert x.dtype == torch.bfloat16 and x.is_contiguous()
+        order_R, sent, received = handle
+        back = self._exchange(x, received, sent)
+        return torch.empty_like(back).index_copy_(0, order_R, back), None, None
+
+    def _exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        out = x.new_empty(sum(received), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), received, sent, group=self.group)
+        return out
+
+
+def install_deep_ep() -> None:
+    """In a rank, which ends with its test."""
+    module = ModuleType("deep_ep")
+    module.Buffer = FalseBuffer  # type: ignore[attr-defined]
+    sys.modules["deep_ep"] = module
+    FalseBuffer.made = []
+
+
+def test_layers_share_a_buffer_and_short_rows_go_without() -> None:
+    def work(rank: int) -> list[list[tuple[int, int]]]:
+        install_deep_ep()
+        ids_TK, _ = choices(rank, 5, 8, 3)
+        made = []
+        for x_TD in (torch.ones(5, 4).bfloat16(), *[rows(rank, 5, torch.bfloat16)] * 3):
+            DeepEPDispatcher(8, group()).dispatch(x_TD, ids_TK)
+            made.append(list(FalseBuffer.made))
+        return made
+
+    assert run_ranks(2, work) == [[[], *[[(10 * 2 * DIM * 2, 0)]] * 3]] * 2
+
+
+def test_which_dispatcher_is_built() -> None:
+    """DeepEP only where it is installed, on GPUs, in a group of a size that it knows."""
+
+    def work(rank: int) -> list[str]:
+        names = [type(build_dispatcher(8, group(), "cuda")).__name__]
+        install_deep_ep()
+        for device_type in ("cpu", "cuda"):
+            names.append(type(build_dispatcher(8, group(), device_type)).__name__)
+        return names
+
+    ours, deep_ep = "AllToAllDispatcher", "DeepEPDispatcher"
+    assert run_ranks(2, work) == [[ours, ours, deep_ep]] * 2
+    assert run_ranks(1, work) == [[ours, ours, ours]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs with DeepEP")
+def test_on_gpus(tmp_path: Path) -> None:
+    pytest.importorskip("deep_ep")
+    torch.multiprocessing.spawn(on_one_gpu, args=(f"file://{tmp_path}/store",), nprocs=2)
+
+
+def on_one_gpu(rank: int, store: str) -> None:
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=store, rank=rank, world_size=2)
+    case = rows(rank, 5, torch.bfloat16), *choices(rank, 5, 8, 3)
+    on_gpu = [tensor.cuda() for tensor in case]
+    weights = experts(4 * rank, 4).bfloat16().cuda()
+    ours = through(DeepEPDispatcher(8, group()), weights, *on_gpu, autocast=False)
+    theirs = through(AllToAllDispatcher(8, group()), weights, *on_gpu, autocast=False)
+    for got, wanted in zip(ours[:3], theirs[:3], strict=True):
+        torch.testing.assert_close(got, wanted)
+    dist.destroy_process_group()

@@ -31,8 +31,8 @@ SPLIT_BACKWARD_SCHEDULES = ("InterleavedZeroBubble", *V_SCHEDULES)
 """Schedules that compute the gradients of inputs and of weights apart."""
 
 
-class Place(NamedTuple):
-    """Coordinates of a rank."""
+class Coordinate(NamedTuple):
+    """Where a rank stands along each axis."""
 
     pp: int
     dp_replicate: int
@@ -118,13 +118,13 @@ class Layout:
         """Sizes along ``SPARSE_AXES``."""
         return (self.pp, self.dp_replicate, self.edp, self.ep)
 
-    def place(self, rank: int) -> Place:
-        """Coordinates of a rank in both views."""
+    def coordinate(self, rank: int) -> Coordinate:
+        """Of a rank in both views."""
         pp, in_stage = divmod(rank, self.stage_ranks)
         replicate, in_replica = divmod(in_stage, self.dp_shard * self.tp)
         shard, tp = divmod(in_replica, self.tp)
         edp, ep = divmod(in_replica, self.ep)
-        return Place(pp, replicate, shard, tp, edp, ep)
+        return Coordinate(pp, replicate, shard, tp, edp, ep)
 
 
 class Axis(NamedTuple):

@@ -1,7 +1,7 @@
 """Collectives that autograd understands. All of them send contiguous tensors.
 
-Each is linear, and its backward pass is the transposed map over all ranks together: what one rank's
-gradient owes to another rank's loss is sent back to it.
+Each is a linear map of the inputs of all ranks, and its backward pass is the transposed map: it
+sends each rank the gradient of every rank's loss by that rank's input.
 
 B batch, S sequence, s = S/n part of one of n ranks, D model, R rows.
 """

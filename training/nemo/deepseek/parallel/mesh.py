@@ -20,7 +20,7 @@ from deepseek.config.layout import DENSE_AXES, SPARSE_AXES, Layout
 
 
 class Meshes:
-    """The meshes of this rank, and its place in them; making them is a collective.
+    """The meshes of this rank, and its coordinates in them; making them is a collective.
 
     Args:
         layout: sizes; their product is the world size.
@@ -42,7 +42,7 @@ class Meshes:
         self.device_type = device_type
         self.timeout = timeout
         self.rank = dist.get_rank()
-        self.place = layout.place(self.rank)
+        self.coordinate = layout.coordinate(self.rank)
         self.dense = init_device_mesh(device_type, layout.dense_sizes, mesh_dim_names=DENSE_AXES)
         self.sparse = init_device_mesh(device_type, layout.sparse_sizes, mesh_dim_names=SPARSE_AXES)
         for mesh in (self.dense, self.sparse):
@@ -61,7 +61,7 @@ class Meshes:
     @property
     def data_rank(self) -> int:
         """Which share of each batch this rank reads."""
-        return self.place.dp_replicate * self.layout.dp_shard + self.place.dp_shard
+        return self.coordinate.dp_replicate * self.layout.dp_shard + self.coordinate.dp_shard
 
     @property
     def dense_shards(self) -> DeviceMesh:
@@ -117,7 +117,7 @@ class SingleProcess:
 
     layout = Layout()
     rank = 0
-    place = layout.place(0)
+    coordinate = layout.coordinate(0)
     data_rank = 0
     tp = data = stage = ends = world = None
 

@@ -74,7 +74,7 @@ def parallelize(
     layout = meshes.layout
     # 1. the layers of this rank
     parts = split_layers(config)
-    here = stages_of_rank(config, meshes.place.pp)
+    here = stages_of_rank(config, meshes.coordinate.pp)
     with torch.device("meta"):
         model = Transformer(config, [parts[index] for index in here]).to(dtype)
     # 2. TP: each rank keeps a part of every matrix but the experts'

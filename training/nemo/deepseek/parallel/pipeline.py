@@ -142,17 +142,17 @@ class Pipeline:
         result = torch.zeros(2, device=self._device)
         h_BSD: Tensor = batch["tokens"]
         for index in range(total):
-            if stage_rank(self.config, index) != self.meshes.place.pp:
+            if stage_rank(self.config, index) != self.meshes.coordinate.pp:
                 continue
             before, after = (
-                stage_rank(self.config, i) if 0 <= i < total else self.meshes.place.pp
+                stage_rank(self.config, i) if 0 <= i < total else self.meshes.coordinate.pp
                 for i in (index - 1, index + 1)
             )
-            if before != self.meshes.place.pp:
+            if before != self.meshes.coordinate.pp:
                 h_BSD = self._hidden(len(batch["tokens"]))
                 dist.recv(h_BSD, group=pp, group_src=before)
             h_BSD = self.stages[index](h_BSD, **_arguments(batch))
-            if after != self.meshes.place.pp:
+            if after != self.meshes.coordinate.pp:
                 dist.send(h_BSD.contiguous(), group=pp, group_dst=after)
             elif index == total - 1:
                 result = h_BSD
@@ -175,10 +175,11 @@ class Pipeline:
                 input_args=(tokens if index == 0 else hidden,),
                 output_args=(sums if index == total - 1 else hidden,),
                 group=self.meshes.pp,
-                # torch tells a weight's part of the graph by where it meets the path of the input.
-                # A second MTP depth makes the embedding meet it twice, and torch then runs the
-                # parts in between twice: here, inputs and weights are differentiated together.
-                dw_builder=_nothing_left if index == total - 1 and depths > 1 else None,
+                # Schedules that split the backward pass compute the gradients of the inputs first
+                # and those of the weights later, from where a weight's part of the graph meets the
+                # path of the input. With a second MTP depth the embedding meets it twice, and torch
+                # would run what lies between twice: this stage computes both at once.
+                dw_builder=_weights_are_done if index == total - 1 and depths > 1 else None,
             )
             for index, stage in self.stages.items()
         ]
@@ -214,15 +215,18 @@ def check_schedule(name: str, version: str) -> None:
 
 
 def _reshard(stages: Iterable[Stage]) -> None:
-    """Only a backward pass does so by itself; until then parameters are no DTensors."""
+    """Give gathered weights back, which by itself only a backward pass does.
+
+    As long as they are gathered, parameters are no DTensors.
+    """
     for stage in stages:
         for module in stage.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
 
-def _nothing_left() -> Callable[[], None]:
-    """What is left of a backward pass for the gradients of weights."""
+def _weights_are_done() -> Callable[[], None]:
+    """The second half of a split backward pass whose first half has computed everything: none."""
     return lambda: None
 
 

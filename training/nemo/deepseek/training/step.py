@@ -210,7 +210,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
     def _sum_of_ranks(self, main: Tensor, mtp: Tensor, *balance: Tensor) -> list[float]:
         """Main, MTP and all balance losses over all ranks; TP ranks all know the same."""
         mine = torch.stack([main, mtp, sum(balance, torch.zeros_like(main))])
-        if self.meshes.place.tp > 0:
+        if self.meshes.coordinate.tp > 0:
             mine.zero_()
         return sum_over(mine, self.meshes.world).tolist()
 
@@ -225,7 +225,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
     ) -> None:
         """Add one micro-batch to the sums."""
         main, _ = self.micro_batches.evaluate(batch)
-        if self.meshes.place.tp > 0:
+        if self.meshes.coordinate.tp > 0:
             return
         self._validation_sums[0] += float(main)
         if self.model.head is not None:

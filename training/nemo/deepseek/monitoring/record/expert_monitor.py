@@ -113,14 +113,14 @@ class ExpertMonitor(Callback):
     def _collect(self, pl_module: Any, step: int, layers: list[str]) -> ExpertRecord:
         """All layers, on every rank: one sum of a table with a row for each."""
         num_experts = pl_module.config.n_routed_experts
-        place, routers = pl_module.meshes.place, pl_module.model.routers()
+        coordinate, routers = pl_module.meshes.coordinate, pl_module.model.routers()
         device = next(pl_module.model.parameters()).device
         table = torch.zeros(
             len(layers), 2 * num_experts + 2, dtype=torch.float64, device=device
         )  # counts below 2^53 are exact
         measured = dict(zip(self._margins, sums_of(list(self._margins.values())), strict=True))
         # Counts and bias are equal on all ranks of a stage: one of them tells.
-        tells = (place.dp_replicate, place.dp_shard, place.tp) == (0, 0, 0)
+        tells = (coordinate.dp_replicate, coordinate.dp_shard, coordinate.tp) == (0, 0, 0)
         for row, name in enumerate(layers):
             router = routers.get(name)
             if router is None:

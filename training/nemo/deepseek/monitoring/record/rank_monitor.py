@@ -179,7 +179,7 @@ class RankMonitor(Callback):
             return
         ranks_RM = found[:, : len(COLUMNS)]
         layout = pl_module.meshes.layout
-        stages = [layout.place(rank).pp for rank in range(size)]
+        stages = [layout.coordinate(rank).pp for rank in range(size)]
         self.latest = RankRecord(step, stages, ranks_RM)
         peak = self.latest.column("peak_memory_bytes")
         pl_module.step_facts["memory_bytes"] = int(peak.max())
