@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek.config.sources import shipped_configs
+from deepseek.config.load import shipped_configs
 from support.forked import Forked
 from support.micro_runs import MicroRuns
 

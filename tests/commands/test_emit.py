@@ -14,8 +14,7 @@ import yaml
 
 from deepseek.config import RunConfig, changed, load_config
 from deepseek.config.errors import ConfigError
-from deepseek.config.fields import value_at
-from deepseek.config.schema import RopeScaling, SchedConfig
+from deepseek.config.schema import RopeScaling, SchedConfig, value_at
 from deepseek.frameworks import USES_NEMO
 from deepseek.interop.automodel_recipe import automodel_recipe
 from deepseek.interop.megatron_config import megatron_config

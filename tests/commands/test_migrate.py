@@ -13,7 +13,7 @@ import torch
 
 from deepseek.config import load_config
 from deepseek.config.schema import ModelConfig
-from deepseek.config.strict_yaml import dump_yaml
+from deepseek.config.yaml_file import dump_yaml
 from deepseek.interop.huggingface import to_hf
 from support.forked import Forked, Ran
 from support.micro_runs import CONFIG, MicroRuns

@@ -146,7 +146,7 @@ ONE_PROBLEM = [
     (
         "model.topk_method=greedy & model.topk_group=1 & model.moe_router_bias_update_rate=0",
         "model.n_group",
-        ["would be ignored", "greedy knows no groups", "use model.n_group=1"],
+        ["would be ignored", "greedy knows no groups", "use 1 (the default), or model.topk_method"],
     ),
     (
         "model.num_experts_per_tok=1",
@@ -258,7 +258,7 @@ ONE_PROBLEM = [
     (
         "model.reshard_after_forward=true",
         "model.reshard_after_forward",
-        ["would be ignored", "no two ranks share", "use null, or more trainer.devices"],
+        ["would be ignored", "no two ranks share", "(the default), or more trainer.devices"],
     ),
     (
         "trainer.devices=2 & model.tensor_model_parallel_size=2 & "
@@ -345,7 +345,7 @@ ONE_PROBLEM = [
         f"{PP2} & model.pipeline_schedule=ZBVZeroBubble "
         "& model.virtual_pipeline_model_parallel_size=2",
         "model.virtual_pipeline_model_parallel_size",
-        ["would be ignored", "ZBVZeroBubble always has 2 stages a rank", "use 1, or"],
+        ["would be ignored", "ZBVZeroBubble always has 2 stages a rank", "use 1 (the default)"],
     ),
     (
         f"{PP2} & model.virtual_pipeline_model_parallel_size=3",

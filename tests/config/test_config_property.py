@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.config import ConfigError, RunConfig, changed, check, load_config, resolved_yaml
-from deepseek.config.fields import FIELDS
 from deepseek.config.layout import Layout, kept_shape, split_layers, stages_of_rank
-from deepseek.config.strict_yaml import read_yaml
+from deepseek.config.schema import FIELDS
 from deepseek.config.weights import model_weights
+from deepseek.config.yaml_file import read_yaml
 
 SCHEDULES = [
     "GPipe",

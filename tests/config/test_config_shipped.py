@@ -2,48 +2,42 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import yaml
+import yaml  # as another reader of our files
 
 from deepseek.config import changed, check, load_config, schema, shipped_configs
-from deepseek.config.fields import FIELDS, LEAVES
-from deepseek.config.foreign_names import OTHER_NAMES
-from deepseek.config.ranges import NAMES, RANGES
-from deepseek.config.sources import CONFIGS
+from deepseek.config.foreign_names import MEGATRON, NO_SUCH_KEY, OTHER_VALUES, RENAMED
+from deepseek.config.load import CONFIGS
+from deepseek.config.schema import FIELDS, LEAVES, Field
 
 KEY_LINE = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?P<value>[^#]*)(?:# (?P<comment>.*))?$")
+WORDS = {list: {int: "list of ints", float: "list of floats", str: "list of names"}}
 
 
 def key_lines(text: str) -> list[tuple[str, str]]:
-    """(dotted key, comment on its line) of every key in a YAML text that is indented by two."""
-    found = []
+    """(dotted key, its comment, over several lines) of every key in a YAML text that is indented
+    by two."""
+    found: list[tuple[str, str]] = []
     parents: list[str] = []
     for line in text.splitlines():
         match = KEY_LINE.match(line)
+        more = re.match(r"^ {20,}# (.*)$", line)
         if match:
             depth = len(match["indent"]) // 2
             parents = [*parents[:depth], match["key"]]
             found.append((".".join(parents), match["comment"] or ""))
+        elif more:
+            found[-1] = (found[-1][0], f"{found[-1][1]} {more[1]}")
     return found
 
 
-def expected_type(path: str) -> str:
-    """How a comment must begin."""
-    if path == "extends":
-        return "str"
-    field = FIELDS[path]
+def type_of(field: Field) -> str:
+    """As a comment names it."""
     word = "section" if field.is_section else field.kind.__name__
-    if word == "list":
-        word = {int: "list of ints", str: "list of names"}.get(field.item, "list of two floats")
-    word = {"object": "str or list"}.get(word, word)
-    if path == "trainer.precision":
-        return "str"
+    word = {"list": WORDS[list].get(field.item, ""), "object": "str or list"}.get(word, word)
     return f"{word} or null" if field.optional else word
 
 
@@ -58,94 +52,67 @@ def test_the_promised_files_are_there() -> None:
         "deepseek_v3_tiny",
         "moonlight_16b",
     ]
+    assert CONFIGS == Path(schema.__file__).parents[1] / "configs"
 
 
 @pytest.mark.parametrize("name", shipped_configs())
-def test_loads_and_is_sound(name: str) -> None:
-    cfg = load_config(name)
-    assert cfg.name == name
-    assert check(cfg) == []
-
-
-@pytest.mark.parametrize("name", shipped_configs())
-def test_every_key_is_commented_with_its_type(name: str) -> None:
-    lines = key_lines((CONFIGS / f"{name}.yaml").read_text())
+def test_each_is_sound_and_comments_every_key(name: str) -> None:
+    run, text = load_config(name), (CONFIGS / f"{name}.yaml").read_text()
+    assert run.name == name
+    assert check(run) == []
+    assert max(len(line) for line in text.splitlines()) <= 100
+    # no value depends on the differences between YAML 1.1 and 1.2
+    assert load_config(yaml.safe_load(text)) == run
+    lines = key_lines(text)
     assert lines
     for path, comment in lines:
         head, separator, meaning = comment.partition(":")
-        assert separator, f"{name}: {path} has no comment `type, unit: meaning`"
+        assert separator, f"{path} has no comment `type, unit: meaning`"
         kind, _, unit = head.partition(", ")
-        assert kind == expected_type(path), f"{name}: {path}"
-        assert len(meaning.strip()) > 8, f"{name}: {path}"
-        assert not unit or re.fullmatch(r"[a-z -]+", unit), f"{name}: {path}"
+        assert kind == ("str" if path == "extends" else type_of(FIELDS[path])), path
+        assert len(meaning.strip()) > 8, path
+        assert not unit or re.fullmatch(r"[a-z -]+", unit), path
 
 
-@pytest.mark.parametrize("name", shipped_configs())
-def test_lines_are_not_longer_than_code(name: str) -> None:
-    text = (CONFIGS / f"{name}.yaml").read_text()
-    assert max(len(line) for line in text.splitlines()) <= 100
-
-
-@pytest.mark.parametrize("name", shipped_configs())
-def test_other_readers_of_yaml_read_the_same(name: str) -> None:
-    """No value depends on the differences between YAML 1.1 and 1.2."""
-    theirs = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    assert load_config(theirs) == load_config(name)
-
-
-def test_tiny_shows_every_key_of_the_schema() -> None:
+def test_tiny_says_of_every_key_what_the_schema_says() -> None:
     text = (CONFIGS / "deepseek_v3_tiny.yaml").read_text()
-    paths = {path for path, _ in key_lines(text)}
-    sections = {}
-    for name in ("rope_scaling", "peft"):
-        block = re.search(rf"(?m)^  # {name}:.*\n(  #   .*\n)+", text)
-        assert block, f"the optional section {name} is shown as a comment"
-        shown = re.sub(r"(?m)^  # ?", "  ", block[0])
-        lines = key_lines(f"model:\n{shown}")
-        paths |= {path for path, _ in lines}
-        for path, comment in lines[1:]:
-            assert comment.startswith(expected_type(path)), path
-        sections[name] = yaml.safe_load(shown)[name]
-    assert paths == set(FIELDS)
-    yarn = load_config(
-        "deepseek_v3_tiny", [f"model.rope_scaling={sections['rope_scaling']}"]
-    ).model.rope_scaling
+    blocks = re.findall(r"(?m)^  # (?:rope_scaling|peft):.*\n(?:  #   .*\n)+", text)
+    optional = "model:\n" + re.sub(r"(?m)^  # ?", "  ", "".join(blocks))
+    lines = key_lines(text) + key_lines(optional)[1:]
+    assert {path for path, _ in lines} == set(FIELDS)
+    for path, comment in lines:
+        field = FIELDS[path]
+        unit = f", {field.unit}" if field.unit else ""
+        assert comment == f"{type_of(field)}{unit}: {field.meaning}"
+    shown = yaml.safe_load(optional)["model"]
+    yarn = load_config("deepseek_v3_tiny", [f"model.rope_scaling={shown['rope_scaling']}"])
+    yarn = yarn.model.rope_scaling
     assert (yarn.factor, yarn.beta_fast, yarn.mscale_all_dim) == (40, 32, 1)
-    assert sections["peft"] == asdict(schema.PeftConfig())
+    assert schema.PeftConfig(**shown["peft"]) == schema.PeftConfig()
 
 
-def test_every_field_of_the_schema_has_a_docstring() -> None:
-    tree = ast.parse(inspect.getsource(schema))
-    fields = 0
-    for section in tree.body:
-        if not isinstance(section, ast.ClassDef):
-            continue
-        assert ast.get_docstring(section), section.name
-        for field, after in zip(section.body, [*section.body[1:], None], strict=True):
-            if isinstance(field, ast.AnnAssign):
-                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-                assert documented, f"{section.name}.{ast.unparse(field.target)}"
-                fields += 1
-    assert fields == len(FIELDS)
+def test_every_key_may_stand_at_its_default_and_every_number_has_limits() -> None:
+    for path, field in LEAVES.items():
+        assert field.problem_with(field.default) is None, path
+        if field.kind in (int, float):
+            assert field.limits.low > -10, path
+        if field.kind is int:
+            assert field.limits.high <= 2**32, f"{path}: sums over it must end"
+        assert not field.choices or field.kind is str
 
 
-def test_every_number_has_a_range_and_every_rule_a_field() -> None:
-    numbers = {path for path, field in LEAVES.items() if field.kind in (int, float)}
-    assert set(RANGES) == numbers
-    assert set(NAMES) <= set(LEAVES)
-    for path in numbers:
-        default = LEAVES[path].default
-        assert default is None or RANGES[path].holds(default), path  # type: ignore[arg-type]
-        if LEAVES[path].kind is int:
-            assert RANGES[path].high <= 2**32, f"{path}: sums over it must end"
-
-
-def test_names_of_other_stacks_lead_to_keys_that_exist() -> None:
-    for name, answer in OTHER_NAMES.items():
+def test_names_of_other_programs_lead_to_keys_that_exist() -> None:
+    assert set(RENAMED.values()) <= set(LEAVES) | {"model.optim"}
+    for name, answer in NO_SUCH_KEY.items():
         same = [path for path in FIELDS if path.rpartition(".")[2] == name]
         assert all(path in answer for path in same), f"{name} is a key itself: {same}"
         for path in re.findall(r"\b(?:model|trainer|exp_manager)\.[a-z_.]+[a-z_](?!\*)", answer):
             assert path in FIELDS or path == "model", f"{name}: {answer}"
+    for path, values in OTHER_VALUES.items():
+        assert set(values.values()) <= set(LEAVES[path].choices), path
+    taken = [name for section in MEGATRON.values() for name in section]
+    for name in taken:
+        assert len({section[name] for section in MEGATRON.values() if name in section}) == 1
 
 
 def test_base_is_the_described_model() -> None:
@@ -243,7 +210,3 @@ def test_the_recipe_of_671b_in_tokens() -> None:
     assert 0 <= cfg.trainer.max_steps * step - 14.8e12 < step
     assert (cfg.model.optim.lr, sched.min_lr) == (2.2e-4, 2.2e-5)
     assert cfg.model.initializer_range == 0.006
-
-
-def test_shipped_files_lie_in_the_package() -> None:
-    assert CONFIGS == Path(schema.__file__).parents[1] / "configs"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.config import ConfigError, load_config
-from deepseek.config.strict_yaml import MAX_BYTES, dump_yaml, read_yaml
+from deepseek.config.yaml_file import MAX_BYTES, dump_yaml, read_yaml
 
 
 @pytest.mark.parametrize(

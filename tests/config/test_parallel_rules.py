@@ -9,7 +9,7 @@ import torch
 from torch.distributed.pipelining import schedules
 
 from deepseek.config import ConfigError, RunConfig, changed, check, load_config
-from deepseek.config.choices import divisors
+from deepseek.config.errors import divisors
 
 RUNTIME_ONLY = (schedules.UNSHARD, schedules.RESHARD, schedules.REDUCE_GRAD)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from deepseek.config.sources import CONFIGS
+from deepseek.config.load import CONFIGS
 
 PROCESSES = {
     "deepseek_v3_2gpu": 2,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from deepseek.checkpoint.checkpoint import newest_sound
-from deepseek.config.strict_yaml import dump_yaml
+from deepseek.config.yaml_file import dump_yaml
 from deepseek.data.prepare import prepare
 from support.forked import Forked, Ran, Started
 from support.log_rows import latest_rows

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from deepseek.config import RunConfig, changed, check, resolved_yaml
-from deepseek.config.errors import ConfigError, UserError
-from deepseek.config.foreign_names import nearest
+from deepseek.config.errors import ConfigError, UserError, nearest
 from deepseek.config.schema import ModelConfig
 from deepseek.console import StageProgress, complain, say
 from deepseek.data.tokenizer import Tokenizer, load_tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deepseek.config import load_config
 from deepseek.config.errors import UserError
-from deepseek.config.strict_yaml import dump_yaml
+from deepseek.config.yaml_file import dump_yaml
 from deepseek.console import say
 from deepseek.interop import automodel_recipe, megatron_config
 

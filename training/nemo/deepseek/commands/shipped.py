@@ -7,7 +7,7 @@ from pathlib import Path
 from deepseek.config import load_config, resolved_yaml
 from deepseek.config.cost import count_parameters
 from deepseek.config.errors import UserError
-from deepseek.config.sources import CONFIGS, shipped_configs
+from deepseek.config.load import CONFIGS, shipped_configs
 from deepseek.console import say, table
 from deepseek.run_folder import CHECKPOINTS
 

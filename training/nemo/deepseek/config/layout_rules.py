@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from deepseek.config.choices import divisors, listed
-from deepseek.config.errors import Problem
-from deepseek.config.fields import LEAVES
+from deepseek.config.errors import Problem, divisors, listed
 from deepseek.config.layout import (
     INTERLEAVED_SCHEDULES,
     SPLIT_BACKWARD_SCHEDULES,
@@ -21,7 +19,7 @@ from deepseek.config.layout import (
     stages_per_rank,
     world_size,
 )
-from deepseek.config.schema import RunConfig
+from deepseek.config.schema import RunConfig, idle
 from deepseek.config.weights import Weight, has_experts, weight_kinds
 
 
@@ -67,15 +65,12 @@ def pipeline_settings(cfg: RunConfig) -> Iterator[Problem]:
             "virtual_pipeline_model_parallel_size",
             "pipeline_layers_per_stage",
         ):
-            value, idle = getattr(model, key), LEAVES[f"model.{key}"].default
-            if value != idle:
-                yield Problem(
-                    f"model.{key}",
-                    value,
-                    "would be ignored, since model.pipeline_model_parallel_size=1",
-                    f"use {'null' if idle is None else idle} (the default), or "
-                    "model.pipeline_model_parallel_size=2 or more",
-                )
+            yield from idle(
+                cfg,
+                f"model.{key}",
+                "model.pipeline_model_parallel_size=1",
+                "model.pipeline_model_parallel_size=2 or more",
+            )
         return
     virtual = model.virtual_pipeline_model_parallel_size
     if schedule in INTERLEAVED_SCHEDULES and virtual < 2:
@@ -86,14 +81,13 @@ def pipeline_settings(cfg: RunConfig) -> Iterator[Problem]:
             "stages a rank",
             "use 2, or model.pipeline_schedule=1F1B",
         )
-    if schedule not in INTERLEAVED_SCHEDULES and virtual > 1:
-        held = 2 if schedule in V_SCHEDULES else 1
-        yield Problem(
+    if schedule not in INTERLEAVED_SCHEDULES:
+        held = "2 stages" if schedule in V_SCHEDULES else "1 stage"
+        yield from idle(
+            cfg,
             "model.virtual_pipeline_model_parallel_size",
-            virtual,
-            f"would be ignored, since model.pipeline_schedule={schedule} always has {held} "
-            f"stage{'s' if held > 1 else ''} a rank",
-            "use 1, or model.pipeline_schedule=Interleaved1F1B",
+            f"model.pipeline_schedule={schedule} always has {held} a rank",
+            "model.pipeline_schedule=Interleaved1F1B",
         )
     if schedule in SPLIT_BACKWARD_SCHEDULES and model.torch_compile:
         yield Problem(
@@ -274,12 +268,8 @@ def resharding(cfg: RunConfig) -> Iterator[Problem]:
             "use null or false",
         )
     elif shards == 1 and model.tensor_model_parallel_size == model.expert_model_parallel_size:
-        yield Problem(
-            key,
-            chosen,
-            "would be ignored: no two ranks share the memory of a weight, so none is gathered",
-            "use null, or more trainer.devices",
-        )
+        because = "no two ranks share the memory of a weight, so that none is gathered"
+        yield from idle(cfg, key, because, "more trainer.devices")
 
 
 def batch(cfg: RunConfig) -> Iterator[Problem]:

@@ -16,30 +16,32 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from deepseek.config.errors import ConfigError, Problem, shown
-from deepseek.config.fields import FIELDS, LEAVES, Field, type_problems, value_at
-from deepseek.config.foreign_names import nearest, unknown_key_way_out
-from deepseek.config.rules import check
-from deepseek.config.schema import RunConfig
-from deepseek.config.sources import CONFIGS, chain, plain_copy, shipped_configs
-from deepseek.config.strict_yaml import Document, dump_yaml, read_yaml
+from deepseek.config.errors import ConfigError, Problem, nearest, shown
+from deepseek.config.foreign_names import NO_SUCH_KEY, RENAMED
+from deepseek.config.rules import joint_problems, single_problems
+from deepseek.config.schema import FIELDS, LEAVES, Field, RunConfig, value_at
+from deepseek.config.yaml_file import Document, dump_yaml, read_yaml, read_yaml_file
 
-__all__ = ["CONFIGS", "load_config", "resolved_yaml", "shipped_configs"]
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+"""Folder of the shipped configurations."""
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """The checked configuration of a run.
 
-    ``source``: name of a shipped configuration (``deepseek_v3_base``), path of a YAML file, or a
-    mapping. ``overrides``: ``section.key=value``, value in YAML; a later one wins over an earlier.
-    A leading ``--``, ``+`` or ``++`` is tolerated.
+    Args:
+        source: name of a shipped configuration (``deepseek_v3_base``), path of a YAML file, or a
+            mapping.
+        overrides: ``section.key=value``, value in YAML; a later one wins over an earlier. A leading
+            ``--``, ``+`` or ``++`` is tolerated.
 
-    Raises ``ConfigError`` with every problem found. A file that is missing or is not YAML is
-    raised alone, since nothing else can be known.
+    Raises:
+        ConfigError: every problem found. A file that is missing or is not YAML is raised alone,
+            since nothing else can be known.
     """
     name, draft = _drafted(source, overrides)
-    config, unreadable = draft.resolved()
-    problems = draft.problems + check(config, unreadable)
+    config = draft.resolved()
+    problems = draft.problems + joint_problems(config, draft.wrong)
     if problems:
         raise ConfigError([draft.located(problem) for problem in problems], name)
     return config
@@ -48,25 +50,25 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 def unchecked_value(
     source: str | Path | Mapping[str, Any], overrides: Sequence[str], path: str
 ) -> object:
-    """The value of one key, before any rule is applied; None where it cannot be read.
+    """The value of one key, whatever the others hold; None where it is wrong itself.
 
     Raises ``ConfigError`` for a file that is missing or is not YAML.
     """
     _, draft = _drafted(source, overrides)
-    config, unreadable = draft.resolved()
-    return None if path in unreadable else value_at(asdict(config), path)
+    config = draft.resolved()
+    return None if path in draft.wrong else value_at(config, path)
 
 
 def stored_config(tree: Mapping[str, Any]) -> RunConfig:
     """The configuration that a checkpoint holds, a plain tree; what it lacks is at its default.
 
-    No rule is applied: folders and files that it names may be gone.
+    No rule between keys is applied: folders and files that it names may be gone.
 
-    Raises ``ConfigError`` for keys and types that are not of this version.
+    Raises ``ConfigError`` for keys and values that are not of this version.
     """
     draft = _Draft()
     draft.add(Document(plain_copy(tree)))
-    config, _ = draft.resolved()
+    config = draft.resolved()
     if draft.problems:
         raise ConfigError(draft.problems, "the stored configuration")
     return config
@@ -77,26 +79,105 @@ def resolved_yaml(config: RunConfig) -> str:
     return dump_yaml(asdict(config))
 
 
+def shipped_configs() -> list[str]:
+    """Names of the shipped configurations."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+# -- files --
+
+
 def _drafted(
     source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 ) -> tuple[str, _Draft]:
     """The configuration's name in messages, and its values put together."""
     name = "the configuration" if isinstance(source, Mapping) else f"configuration {source}"
     draft = _Draft()
-    for document in chain(source, name):
+    for document in _chain(source, name):
         draft.add(document)
     for override in overrides:
         draft.override(override)
     return name, draft
 
 
+def _chain(source: str | Path | Mapping[str, Any], name: str) -> list[Document]:
+    """``source`` and what it extends, the oldest first; ``name`` is the configuration's name in
+    messages.
+
+    Raises ``ConfigError`` for a file that is missing, cannot be read or is not YAML, and for
+    ``extends`` that goes in a circle.
+    """
+    documents: list[Document] = []
+    seen: list[Path] = []
+    if isinstance(source, Mapping):
+        document, folder, where = Document(plain_copy(source)), Path(), ""
+    else:
+        path = _find(str(source), Path(), name, where="")
+        document, folder, where = _read(path, name), path.parent, _label(path)
+        seen = [path.resolve()]
+    while True:
+        documents.insert(0, document)
+        where = document.lines.pop("extends", where)
+        parent = document.tree.pop("extends", None)
+        if parent is None:
+            return documents
+        if not isinstance(parent, str):
+            rule = f"extends must name one configuration, got {parent}"
+            raise ConfigError([Problem("", parent, rule, "write `extends: NAME`", where)], name)
+        path = _find(parent, folder, name, where)
+        if path.resolve() in seen:
+            names = " -> ".join(_label(p) for p in [*seen, path])
+            rule = f"extends goes in a circle: {names}"
+            way_out = "remove one `extends` of the circle"
+            raise ConfigError([Problem("", parent, rule, way_out, where)], name)
+        seen.append(path.resolve())
+        document, folder = _read(path, name), path.parent
+
+
+def _find(wanted: str, folder: Path, name: str, where: str) -> Path:
+    """The file of a shipped name, or of a path relative to ``folder``."""
+    shipped = shipped_configs()
+    if wanted in shipped:
+        return CONFIGS / f"{wanted}.yaml"
+    path = folder / wanted
+    if path.is_file():
+        return path
+    if path.is_dir():
+        rule, way_out = f"{path} is a folder", "give a YAML file inside it"
+    else:
+        near = nearest(Path(wanted).stem, shipped, cutoff=0.5)
+        hint = f" (did you mean {near}?)" if near else ""
+        rule = f"there is no file {path} and no shipped configuration {wanted}"
+        way_out = f"use a path, or one of {', '.join(shipped)}{hint}"
+    raise ConfigError([Problem("", wanted, rule, way_out, where)], name)
+
+
+def _read(path: Path, name: str) -> Document:
+    document = read_yaml_file(path, _label(path), name)
+    if not isinstance(document.tree, dict):
+        rule = "is empty" if document.tree is None else "must hold sections such as `model:`"
+        way_out = "start from a shipped one: `extends: deepseek_v3_tiny`"
+        problem = Problem("", None, rule, way_out, _label(path))
+        raise ConfigError([*document.problems, problem], name)
+    return document
+
+
+def _label(path: Path) -> str:
+    return path.name if path.parent == CONFIGS else str(path)
+
+
+# -- a configuration while it is put together --
+
+
 class _Draft:
-    """The configuration while it is put together: a plain tree, and where its values came from."""
+    """A plain tree, and where its values came from."""
 
     def __init__(self) -> None:
         self.tree: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         self.problems: list[Problem] = []
+        self.wrong: set[str] = set()
+        """Keys and sections whose values are among the problems, and stand at their defaults."""
 
     def add(self, document: Document) -> None:
         """Lays a file over what is there."""
@@ -132,8 +213,8 @@ class _Draft:
         if any(key.startswith(f"{leaf}.") for leaf in LEAVES):
             self.problems += _unknown(key, key, value)
             return
-        field = FIELDS.get(key)
-        if field is not None and field.kind is str and isinstance(value, (bool, int, float)):
+        entry = FIELDS.get(key)
+        if entry is not None and entry.kind is str and isinstance(value, (bool, int, float)):
             value = value_text.strip()  # a shell eats the quotes that a file would have
         for path in (key, *(f"{key}.{inner}" for inner in document.lines)):
             self.origins[path] = "override"
@@ -141,90 +222,90 @@ class _Draft:
             value = {name: value}
         _merge(self.tree, value)
 
-    def resolved(self) -> tuple[RunConfig, set[str]]:
-        """The configuration, and the keys whose values could not be read.
-
-        Those stand at their defaults and are named in ``problems``.
-        """
-        defaults = asdict(RunConfig())
-        unreadable: set[str] = set()
-        tree = _filled(self._known(self.tree, "", unreadable), defaults)
-        self._refuse_code(tree, defaults, unreadable)
-        self._interpolate(tree, defaults, unreadable)
-        for problem in type_problems(tree):
-            if problem.field not in unreadable:
-                self.problems.append(problem)
-            unreadable.add(problem.field)
-        for path in unreadable & LEAVES.keys():
-            _put(tree, path, LEAVES[path].default)
-        if tree["trainer"]["precision"] in (32, "32-true"):
-            tree["trainer"]["precision"] = "32"
-        return _built(RunConfig, tree), unreadable
+    def resolved(self) -> RunConfig:
+        """The configuration, with the defaults of what is left out or wrong."""
+        given = dict(self._known(self.tree, ""))
+        present = {path for path, entry in FIELDS.items() if entry.is_section}
+        present -= {path for path in present if given.get(path, FIELDS[path].default) is None}
+        values = {
+            path: given.get(path, entry.default)
+            for path, entry in LEAVES.items()
+            if path.rpartition(".")[0] in {"", *present}
+        }
+        if values["trainer.precision"] in (32, "32-true"):  # as Lightning and YAML spell it
+            values["trainer.precision"] = "32"
+        self._refuse_code(values)
+        self._interpolate(values)
+        kept = {path: value for path, value in values.items() if path not in self.wrong}
+        found = single_problems(kept)
+        self.problems += found
+        self._give_up(values, *(problem.field for problem in found))
+        return _built(RunConfig, values)
 
     def located(self, problem: Problem) -> Problem:
-        """``problem`` with the file and line, or the override, that set its field."""
+        """``problem`` with the file and line, or the override, that set its key."""
         return replace(problem, where=problem.where or self.origins.get(problem.field, ""))
 
-    def _known(self, tree: Mapping[str, Any], prefix: str, unreadable: set[str]) -> dict[str, Any]:
-        """``tree`` without its unknown keys and its sections that are no sections."""
-        known: dict[str, Any] = {}
+    def _give_up(self, values: dict[str, Any], *paths: str) -> None:
+        """Puts defaults in the place of values that are wrong."""
+        self.wrong.update(paths)
+        values.update({path: LEAVES[path].default for path in paths})
+
+    def _known(self, tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        """(dotted key, value) of all that the schema knows in ``tree``; a section is True, or
+        None."""
         for key, value in tree.items():
             path = f"{prefix}{key}"
-            field = FIELDS.get(path) if "." not in str(key) else None
-            if field is None:
+            entry = FIELDS.get(path) if "." not in str(key) else None
+            if entry is None:
                 self.problems += _unknown(path, str(key), value)
-            elif not field.is_section:
-                known[key] = value
+            elif not entry.is_section or (value is None and entry.optional):
+                yield path, value
             elif isinstance(value, Mapping):
-                known[key] = self._known(value, f"{path}.", unreadable)
-            elif value is None and field.optional:
-                known[key] = None
+                yield path, True
+                yield from self._known(value, f"{path}.")
             else:
-                unreadable.add(path)
-                self.problems.append(_not_a_section(field, value))
-        return known
+                self.wrong.add(path)
+                self.problems.append(_not_a_section(entry, value))
 
-    def _refuse_code(
-        self, tree: dict[str, Any], defaults: dict[str, Any], unreadable: set[str]
-    ) -> None:
-        """Takes out of ``tree`` what would run code or read the environment."""
-        for path, value in _leaves(tree):
-            for text in _texts(value):
-                bad = _refused_interpolation(text)
-                if bad is not None:
-                    rule = (
-                        f"{bad} is not read: only ${{section.key}} is, since resolvers would write "
-                        "environment and secrets into the saved configuration"
-                    )
-                    way_out = "write the value, or pass it as an override on the command line"
-                    self.problems.append(Problem(path, value, rule, way_out))
-                    unreadable.add(path)
-                    _put(tree, path, value_at(defaults, path))
-                    break
+    def _refuse_code(self, values: dict[str, Any]) -> None:
+        """Takes out what would run code or read the environment."""
+        for path, value in values.items():
+            refused = [_refused_reference(text) for text in _texts(value)]
+            for bad in list(filter(None, refused))[:1]:
+                rule = (
+                    f"{bad} is not read: only ${{section.key}} is, since resolvers would write "
+                    "environment and secrets into the saved configuration"
+                )
+                way_out = "write the value, or pass it as an override on the command line"
+                self.problems.append(Problem(path, value, rule, way_out))
+                self._give_up(values, path)
             for key in _keys_in(value):
                 if key in _CODE_KEYS:
                     self.problems.append(_code_problem(f"{path}.{key}", key, value))
-                    unreadable.add(path)
+                    self._give_up(values, path)
 
-    def _interpolate(
-        self, tree: dict[str, Any], defaults: dict[str, Any], unreadable: set[str]
-    ) -> None:
-        """Replaces every ``${section.key}`` in ``tree`` by the value it names."""
-        resolved: dict[str, object] = {}
-        for path, value in _leaves(tree):
-            if not any("${" in text for text in _texts(value)):
-                continue
-            try:
-                resolved[path] = _resolved(tree, path, value, ())
-            except _BrokenReference as broken:
-                self.problems.append(Problem(path, value, broken.rule, broken.way_out))
-                unreadable.add(path)
-                resolved[path] = value_at(defaults, path)
-        for path, value in resolved.items():
-            _put(tree, path, value)
+    def _interpolate(self, values: dict[str, Any]) -> None:
+        """Replaces every ``${section.key}`` by the value it names."""
+        resolved: dict[str, Any] = {}
+        for path, value in values.items():
+            if any("${" in text for text in _texts(value)):
+                try:
+                    resolved[path] = _resolved(values, path, value, ())
+                except _BrokenReference as broken:
+                    self.problems.append(Problem(path, value, broken.rule, broken.way_out))
+                    self.wrong.add(path)
+                    resolved[path] = LEAVES[path].default
+        values.update(resolved)
 
 
-# -- trees --
+def plain_copy(value: Any) -> Any:
+    """``value`` with dicts for mappings and lists for sequences, sharing nothing with it."""
+    if isinstance(value, Mapping):
+        return {key: plain_copy(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [plain_copy(item) for item in value]
+    return value
 
 
 def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
@@ -236,79 +317,39 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> None:
             below[key] = plain_copy(value)
 
 
-def _filled(
-    tree: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = ""
-) -> dict[str, Any]:
-    """``tree`` with every key of the schema, in the schema's order."""
-    filled: dict[str, Any] = {}
-    for key, default in defaults.items():
-        value = tree.get(key, default)
-        field = FIELDS[f"{prefix}{key}"]
-        if field.is_section and isinstance(value, Mapping):
-            section_defaults = default if default is not None else asdict(field.kind())
-            value = _filled(value, section_defaults, f"{prefix}{key}.")
-        filled[key] = value
-    return filled
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """(dotted path, value) of every value of the schema in ``tree``."""
-    found: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if FIELDS[path].is_section and isinstance(value, Mapping):
-            found += _leaves(value, f"{path}.")
-        else:
-            found.append((path, value))
-    return found
-
-
-def _put(tree: dict[str, Any], path: str, value: object) -> None:
-    *sections, key = path.split(".")
-    node: Any = tree
-    for section in sections:
-        node = node[section]
-        if node is None:
-            return
-    node[key] = value
+def _built(kind: type[Any], values: Mapping[str, Any], prefix: str = "") -> Any:
+    """The dataclass ``kind`` of complete ``values`` by dotted key, each of its key's type."""
+    found: dict[str, Any] = {}
+    for name in kind.__dataclass_fields__:
+        path = f"{prefix}{name}"
+        entry, value = FIELDS[path], values.get(path)
+        if entry.is_section:
+            below = any(other.startswith(f"{path}.") for other in values)
+            value = _built(entry.kind, values, f"{path}.") if below else None
+        elif isinstance(value, list):
+            value = [float(number) if entry.item is float else number for number in value]
+        elif entry.kind is float and value is not None:
+            value = float(value)
+        found[name] = value
+    return kind(**found)
 
 
 def _texts(value: Any) -> Iterator[str]:
     """All text inside a plain value."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
+    elif isinstance(value, (Mapping, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _texts(item)
 
 
 def _keys_in(value: Any) -> Iterator[str]:
     """All mapping keys inside a plain value."""
     if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield str(key)
+        yield from map(str, value)
+    if isinstance(value, (Mapping, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _keys_in(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _keys_in(item)
-
-
-def _built(kind: type[Any], tree: Mapping[str, Any], prefix: str = "") -> Any:
-    """The dataclass ``kind`` of a complete ``tree`` whose values fit their types."""
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        field = FIELDS[f"{prefix}{key}"]
-        if value is not None and field.is_section:
-            value = _built(field.kind, value, f"{field.path}.")
-        elif value is not None and field.kind is float:
-            value = float(value)
-        elif value is not None and field.item is float:
-            value = [float(number) for number in value]
-        values[key] = value
-    return kind(**values)
 
 
 # -- references --
@@ -323,63 +364,59 @@ class _BrokenReference(Exception):
         self.rule, self.way_out = rule, way_out
 
 
-def _resolved(tree: Mapping[str, Any], path: str, value: Any, on_the_way: tuple[str, ...]) -> Any:
-    """``value``, which stands at ``path`` of ``tree``, with every reference in it replaced.
+def _resolved(values: Mapping[str, Any], path: str, value: Any, waiting: tuple[str, ...]) -> Any:
+    """``value``, which stands at ``path``, with every reference in it replaced.
 
     A text that is one reference becomes the value it names, of that value's type; within a longer
     text a reference becomes text. Leading dots count sections upwards: ``${.lr}`` is a neighbour.
 
     Args:
-        on_the_way: paths whose values wait for this one.
+        values: all values, by dotted key.
+        waiting: keys whose values wait for this one.
 
     Raises:
         _BrokenReference: names nothing, a section, or a value that waits for this one.
     """
     if isinstance(value, Mapping):
-        return {key: _resolved(tree, path, item, on_the_way) for key, item in value.items()}
+        return {key: _resolved(values, path, item, waiting) for key, item in value.items()}
     if isinstance(value, list):
-        return [_resolved(tree, path, item, on_the_way) for item in value]
+        return [_resolved(values, path, item, waiting) for item in value]
     if not isinstance(value, str):
         return value
     whole = _REFERENCE.fullmatch(value)
     if whole is not None:
-        return _named(tree, path, whole[1], on_the_way)
-    return _REFERENCE.sub(lambda found: str(_named(tree, path, found[1], on_the_way)), value)
+        return _named(values, path, whole[1], waiting)
+    return _REFERENCE.sub(lambda found: str(_named(values, path, found[1], waiting)), value)
 
 
-def _named(tree: Mapping[str, Any], path: str, name: str, on_the_way: tuple[str, ...]) -> Any:
+def _named(values: Mapping[str, Any], path: str, name: str, waiting: tuple[str, ...]) -> Any:
     """The value that the reference ``name`` at ``path`` stands for."""
     key = name.lstrip(".")
     dots = len(name) - len(key)
     if dots:
         key = ".".join([*path.split(".")[:-dots], key])
-    if key in (path, *on_the_way):
+    if key in (path, *waiting):
         raise _BrokenReference("refers to itself in a circle", "write the value in one place")
-    value: Any = tree
-    for step in key.split("."):
-        try:
-            value = value[int(step)] if isinstance(value, list) else value[step]
-        except (LookupError, TypeError, ValueError):
-            near = nearest(key, LEAVES)
-            way_out = f"did you mean ${{{near}}}?" if near else "name a key by its full dotted path"
-            rule = f"refers to {name}, which does not exist"
-            raise _BrokenReference(rule, way_out) from None
-    if isinstance(value, Mapping):
+    if key in FIELDS and FIELDS[key].is_section:
         raise _BrokenReference("refers to a section", "name one of the section's values")
-    return _resolved(tree, key, value, (path, *on_the_way))
+    if key not in values:
+        near = nearest(key, LEAVES)
+        way_out = f"did you mean ${{{near}}}?" if near else "name a key by its full dotted path"
+        raise _BrokenReference(f"refers to {name}, which does not exist", way_out)
+    return _resolved(values, key, values[key], (path, *waiting))
 
 
-# -- problems --
-
-# What Hydra's `instantiate` acts on.
-_CODE_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
-
-
-def _refused_interpolation(text: str) -> str | None:
+def _refused_reference(text: str) -> str | None:
     """The first ``${`` in ``text`` that is no plain reference."""
     rest = _REFERENCE.sub("", text)
     start = rest.find("${")
     return None if start < 0 else rest[start:][:60]
+
+
+# -- keys that are none --
+
+# What Hydra's `instantiate` acts on.
+_CODE_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
 def _unknown(path: str, key: str, value: object) -> list[Problem]:
@@ -391,12 +428,48 @@ def _unknown(path: str, key: str, value: object) -> list[Problem]:
     if path == "extends":
         way_out = "write it at the top of the file, or choose with --config"
         return [Problem(path, value, "is not a value of the configuration", way_out)]
-    rule = "there is no such key"
     if path in FIELDS:  # a dotted name written as one key
         *sections, last = path.split(".")
         way_out = f"nest it: `{': '.join(sections)}:` with `{last}:` below"
         return [Problem(path, value, "a key of a file holds no dots", way_out)]
-    return [Problem(path, value, rule, unknown_key_way_out(path))]
+    return [Problem(path, value, "there is no such key", _meant(path))]
+
+
+def _meant(path: str) -> str:
+    """The way out for the unknown dotted key ``path``.
+
+    Tried in this order: what other programs call it, the same key in another section, the nearest
+    spelling in the same section, the nearest spelling anywhere.
+    """
+    parent, _, key = path.rpartition(".")
+    value = next((name for name in LEAVES if path.startswith(f"{name}.")), None)
+    if value is not None:
+        return f"{value} is a value, not a section: write {value}=..."
+    if key in NO_SUCH_KEY:
+        return NO_SUCH_KEY[key]
+    names = path.split(".")
+    for start in range(len(names)):  # as many of its last names as possible
+        elsewhere = _ending_with(".".join(names[start:]))
+        if elsewhere:
+            return f"did you mean {' or '.join(elsewhere)}?"
+    if key in RENAMED:
+        return f"use {RENAMED[key]}"
+    siblings = [name for name in FIELDS if name.rpartition(".")[0] == parent]
+    lasts = [name.rpartition(".")[2] for name in siblings]
+    near = nearest(key, lasts, cutoff=0.6)
+    if near is not None:
+        return f"did you mean {parent}.{near}?" if parent else f"did you mean {near}?"
+    near = nearest(key, {name.rpartition(".")[2] for name in FIELDS})
+    if near is not None:
+        return f"did you mean {' or '.join(_ending_with(near))}?"
+    section = parent or "the top level"
+    if len(lasts) > 12:
+        return f"`deepseek cat deepseek_v3_tiny` shows the {len(lasts)} keys of {section}"
+    return f"{section} has the keys {', '.join(lasts)}" if lasts else "remove it"
+
+
+def _ending_with(suffix: str) -> list[str]:
+    return [name for name in FIELDS if name == suffix or name.endswith(f".{suffix}")]
 
 
 def _code_problem(path: str, key: str, value: object) -> Problem:
@@ -406,8 +479,8 @@ def _code_problem(path: str, key: str, value: object) -> Problem:
     return Problem(path, value, rule, "remove it; names such as model.optim.name choose what runs")
 
 
-def _not_a_section(field: Field, value: object) -> Problem:
-    section = field.path
+def _not_a_section(entry: Field, value: object) -> Problem:
+    section = entry.path
     children = [path.rpartition(".")[2] for path in FIELDS if path.rpartition(".")[0] == section]
     rule = f"is a section with keys {', '.join(children[:4])}" + (", ..." if children[4:] else "")
     if value is None:

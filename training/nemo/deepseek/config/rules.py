@@ -1,21 +1,23 @@
-"""The rules a configuration must obey, each with its numbers and a way out.
+"""What must hold between the keys of a configuration, each rule with its numbers and a way out.
 
-What one field may hold (``ranges.py``) is checked first, then the rules between fields (here,
-``layout_rules.py`` for layouts, ``paths.py`` for files, ``monitor_rules.py`` for what is
-recorded). A rule that reads a field already found wrong is not applied, so that one mistake gives
-one problem.
+Here are the model, the optimiser, data and files, and the run; layouts are in ``layout_rules.py``.
+What one key may hold is told in ``schema.py`` and checked first. A rule that reads a key already
+found wrong is not applied, so that one mistake gives one problem.
+
+Paths are read relative to the current folder; ``~`` is not expanded.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, is_dataclass
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any, cast
 
-from deepseek.config.choices import divisors, listed
-from deepseek.config.errors import Problem
-from deepseek.config.fields import LEAVES, type_problems, value_at
+from deepseek.config.errors import Problem, divisors, listed, nearest
+from deepseek.config.foreign_names import LORA_TARGETS
 from deepseek.config.layout_rules import (
     batch,
     data_parallel_shards,
@@ -27,46 +29,64 @@ from deepseek.config.layout_rules import (
     resharding,
     tensor_parallel,
 )
-from deepseek.config.monitor_rules import loggers, profile
-from deepseek.config.paths import (
-    data_files,
-    folders,
-    run_names,
-    starting_weights,
-    tokenizer_file,
-)
-from deepseek.config.peft_rules import adapters
-from deepseek.config.ranges import name_problem, range_problem
-from deepseek.config.schema import RunConfig
+from deepseek.config.schema import LEAVES, RunConfig, idle, value_at
+from deepseek.config.weights import LORA_GROUPS, LORA_HF_NAMES, model_weights
 
 
-def check(config: RunConfig, unreadable: Collection[str] = ()) -> list[Problem]:
-    """Every broken rule of ``config``; empty for a sound one.
+def check(config: RunConfig) -> list[Problem]:
+    """Every broken rule of ``config``; empty for a sound one."""
+    values = {path: value_at(config, path) for path in LEAVES if _is_there(config, path)}
+    problems = single_problems(values)
+    return problems + joint_problems(config, {problem.field for problem in problems})
 
-    ``unreadable``: dotted keys whose values are known to be wrong; no rule reads them.
+
+def single_problems(values: Mapping[str, object]) -> list[Problem]:
+    """Values, by dotted key, that their keys may not hold whatever the others hold."""
+    found = (LEAVES[path].problem_with(value) for path, value in values.items())
+    return [problem for problem in found if problem is not None]
+
+
+def joint_problems(config: RunConfig, wrong: Collection[str]) -> list[Problem]:
+    """Broken rules between keys.
+
+    Args:
+        config: each of its values is one that its key may hold, but for those in ``wrong``.
+        wrong: dotted keys that no rule reads; of a section, all below it.
     """
-    tree = asdict(config)
-    bad = set(unreadable)
-    problems = [p for p in type_problems(tree) if not _is_under(p.field, bad)]
-    bad |= {problem.field for problem in problems}
-    for one_field_rule in (range_problem, name_problem):
-        for path in LEAVES:
-            if _is_under(path, bad) or value_at(tree, path) is None:
-                continue
-            problem = one_field_rule(path, value_at(tree, path))
-            if problem is not None:
-                problems.append(problem)
-    bad |= {problem.field for problem in problems}
-    view = cast(RunConfig, _View(config, bad))
+    problems: list[Problem] = []
+    view = cast(RunConfig, _View(config, wrong))
     for rule in RULES:
         try:
-            problems.extend(rule(view))  # what was found before a bad field was read is kept
-        except _Unreadable:
+            problems.extend(rule(view))  # what was found before a wrong key was read is kept
+        except _WrongKey:
             continue
     return problems
 
 
-# -- between fields --
+def _is_there(config: RunConfig, path: str) -> bool:
+    section = path.rpartition(".")[0]
+    return not section or value_at(config, section) is not None
+
+
+class _WrongKey(Exception):
+    """A rule read a key that is already known to be wrong."""
+
+
+class _View:
+    """A configuration in which reading a wrong key ends the rule that reads it."""
+
+    def __init__(self, section: object, wrong: Collection[str], prefix: str = "") -> None:
+        self._section, self._wrong, self._prefix = section, wrong, prefix
+
+    def __getattr__(self, key: str) -> Any:
+        path = f"{self._prefix}{key}"
+        if path in self._wrong:
+            raise _WrongKey(path)
+        value = getattr(self._section, key)
+        return _View(value, self._wrong, f"{path}.") if is_dataclass(value) else value
+
+
+# -- the model --
 
 
 def heads(cfg: RunConfig) -> Iterator[Problem]:
@@ -113,14 +133,13 @@ def expert_groups(cfg: RunConfig) -> Iterator[Problem]:
             f"use 1 to {experts}",
         )
     if cfg.model.topk_method == "greedy":
-        for key, size in (("n_group", groups), ("topk_group", kept)):
-            if size != 1:
-                yield Problem(
-                    f"model.{key}",
-                    size,
-                    "would be ignored, since model.topk_method=greedy knows no groups",
-                    f"use model.{key}=1, or model.topk_method=group_limited_greedy or noaux_tc",
-                )
+        for key in ("n_group", "topk_group"):
+            yield from idle(
+                cfg,
+                f"model.{key}",
+                "model.topk_method=greedy knows no groups",
+                "model.topk_method=group_limited_greedy or noaux_tc",
+            )
         return
     if kept > groups:
         yield Problem(
@@ -161,51 +180,48 @@ def routing_weights(cfg: RunConfig) -> Iterator[Problem]:
             "gets no gradient",
             "use false, or model.num_experts_per_tok=2 or more",
         )
-    rate, method = cfg.model.moe_router_bias_update_rate, cfg.model.topk_method
-    if rate != 0 and method != "noaux_tc":
-        yield Problem(
+    if cfg.model.topk_method != "noaux_tc":
+        yield from idle(
+            cfg,
             "model.moe_router_bias_update_rate",
-            rate,
-            f"would be ignored, since model.topk_method={method} has no correction bias",
-            "use 0, or model.topk_method=noaux_tc",
+            f"model.topk_method={cfg.model.topk_method} has no correction bias",
+            "model.topk_method=noaux_tc",
+            harmless=(0,),
         )
 
 
 def dense_only(cfg: RunConfig) -> Iterator[Problem]:
     """Settings of experts in a model that has none."""
-    if cfg.model.first_k_dense_replace < cfg.model.num_hidden_layers:
+    total, dense = cfg.model.num_hidden_layers, cfg.model.first_k_dense_replace
+    # the block of an MTP module holds experts
+    if dense < total or cfg.model.num_nextn_predict_layers > 0:
         return
-    if cfg.model.num_nextn_predict_layers > 0:  # the block of an MTP module holds experts
-        return
-    for key, idle in (("moe_z_loss_coeff", 0), ("expert_model_parallel_size", 1)):
-        value = getattr(cfg.model, key)
-        if value != idle:
-            yield Problem(
-                f"model.{key}",
-                value,
-                "would be ignored, since all "
-                f"model.num_hidden_layers={cfg.model.num_hidden_layers} blocks are dense "
-                f"(model.first_k_dense_replace={cfg.model.first_k_dense_replace})",
-                f"use {idle}, or model.first_k_dense_replace="
-                f"{cfg.model.num_hidden_layers - 1} or less",
-            )
+    for key in ("moe_z_loss_coeff", "expert_model_parallel_size"):
+        yield from idle(
+            cfg,
+            f"model.{key}",
+            f"all model.num_hidden_layers={total} blocks are dense "
+            f"(model.first_k_dense_replace={dense})",
+            f"model.first_k_dense_replace={total - 1} or less",
+        )
 
 
 def multi_token_prediction(cfg: RunConfig) -> Iterator[Problem]:
     """MTP depth and weight (arXiv:2412.19437 section 2.2)."""
-    depth, factor = cfg.model.num_nextn_predict_layers, cfg.model.mtp_loss_scaling_factor
-    default = LEAVES["model.mtp_loss_scaling_factor"].default
-    if depth == 0 and factor not in (0, default):
-        yield Problem(
-            "model.mtp_loss_scaling_factor",
-            factor,
-            "would be ignored, since model.num_nextn_predict_layers=0",
-            f"use {default} (the default), or model.num_nextn_predict_layers=1",
+    key, depth = "model.mtp_loss_scaling_factor", cfg.model.num_nextn_predict_layers
+    default = LEAVES[key].default
+    if depth == 0:
+        yield from idle(
+            cfg,
+            key,
+            "model.num_nextn_predict_layers=0",
+            "model.num_nextn_predict_layers=1",
+            harmless=(default, 0),
         )
-    if depth > 0 and factor == 0:
+    elif cfg.model.mtp_loss_scaling_factor == 0:
         yield Problem(
-            "model.mtp_loss_scaling_factor",
-            factor,
+            key,
+            cfg.model.mtp_loss_scaling_factor,
             f"would leave model.num_nextn_predict_layers={depth} modules without gradient",
             f"use {default}, or model.num_nextn_predict_layers=0",
         )
@@ -251,9 +267,60 @@ def context(cfg: RunConfig) -> Iterator[Problem]:
         )
 
 
+def adapters(cfg: RunConfig) -> Iterator[Problem]:
+    """Adapters have something to be on, and nothing below them moves."""
+    peft = cfg.model.peft
+    if peft is None:
+        return
+    names, key = list(peft.target_modules), "model.peft.target_modules"
+    matrices = [matrix for group in LORA_GROUPS.values() for matrix in group]
+    options = [*LORA_GROUPS, *matrices]
+    unknown = [name for name in names if name not in options]
+    for name in unknown:
+        meant = (LORA_HF_NAMES | LORA_TARGETS).get(name) or nearest(name, options, cutoff=0.5)
+        way_out = f"use {meant or ', '.join(LORA_GROUPS)}"
+        yield Problem(key, names, f"there is no matrix {name}", way_out)
+    if not names:
+        yield Problem(key, names, "would train nothing", f"use [{', '.join(LORA_GROUPS)}]")
+    if cfg.model.restore_from is None:
+        yield Problem(
+            "model.restore_from",
+            None,
+            "adapters are trained on top of weights that exist, and none are given",
+            "give a run folder or the result of `deepseek hf import`, or use model.peft=null",
+        )
+    rate = cfg.model.moe_router_bias_update_rate
+    if rate != 0:
+        yield Problem(
+            "model.moe_router_bias_update_rate",
+            rate,
+            "would change the router, which is frozen with model.peft",
+            "use 0",
+        )
+    if cfg.exp_manager.checkpoint_callback_params.save_nemo_on_train_end:
+        yield Problem(
+            "exp_manager.checkpoint_callback_params.save_nemo_on_train_end",
+            True,
+            "a .nemo file holds whole models, and model.peft trains adapters",
+            "use false; after the run `deepseek lora merge` and `deepseek nemo export` write one",
+        )
+    has = {weight.lora for weight in model_weights(cfg.model)}
+    for name in names:
+        if name not in unknown and has.isdisjoint(LORA_GROUPS.get(name, (name,))):
+            yield Problem(
+                key,
+                names,
+                f"this model has no {name}",
+                f"leave it out; there are {', '.join(m for m in matrices if m in has)}",
+            )
+
+
+# -- the optimiser --
+
+
 def optimiser(cfg: RunConfig) -> Iterator[Problem]:
     """AdamW and Muon."""
-    betas = cfg.model.optim.betas
+    betas, name = cfg.model.optim.betas, cfg.model.optim.name
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield Problem(
             "model.optim.betas",
@@ -261,14 +328,9 @@ def optimiser(cfg: RunConfig) -> Iterator[Problem]:
             "must be two numbers, each at least 0 and below 1",
             "use [0.9, 0.95]",
         )
-    momentum, default = cfg.model.optim.muon_momentum, LEAVES["model.optim.muon_momentum"].default
-    if cfg.model.optim.name != "muon" and momentum != default:
-        yield Problem(
-            "model.optim.muon_momentum",
-            momentum,
-            f"would be ignored, since model.optim.name={cfg.model.optim.name}",
-            f"use {default} (the default), or model.optim.name=muon",
-        )
+    if name != "muon":
+        because = f"model.optim.name={name}"
+        yield from idle(cfg, "model.optim.muon_momentum", because, "model.optim.name=muon")
 
 
 def learning_rates(cfg: RunConfig) -> Iterator[Problem]:
@@ -304,6 +366,9 @@ def schedule_steps(cfg: RunConfig) -> Iterator[Problem]:
         )
 
 
+# -- data, files, folders --
+
+
 def vocabulary(cfg: RunConfig) -> Iterator[Problem]:
     """The tokenizer trained for the built-in corpus fits the embedding."""
     if cfg.model.tokenizer.path is not None or cfg.model.data.data_prefix is not None:
@@ -320,22 +385,23 @@ def vocabulary(cfg: RunConfig) -> Iterator[Problem]:
 
 def validation(cfg: RunConfig) -> Iterator[Problem]:
     """There is something to validate on, given once."""
-    data, every = cfg.model.data, cfg.trainer.val_check_interval
-    default = LEAVES["model.data.validation_fraction"].default
-    if data.validation_prefix is not None and data.validation_fraction not in (0, default):
-        yield Problem(
-            "model.data.validation_fraction",
-            data.validation_fraction,
-            "would be ignored, since model.data.validation_prefix is given",
-            f"use {default} (the default), or model.data.validation_prefix=null",
+    key, every = "model.data.validation_fraction", cfg.trainer.val_check_interval
+    default = LEAVES[key].default
+    if cfg.model.data.validation_prefix is not None:
+        yield from idle(
+            cfg,
+            key,
+            "model.data.validation_prefix is given",
+            "model.data.validation_prefix=null",
+            harmless=(default, 0),
         )
-    if data.validation_prefix is None and data.validation_fraction == 0 and every > 0:
+    elif cfg.model.data.validation_fraction == 0 and every > 0:
         yield Problem(
             "trainer.val_check_interval",
             every,
             "there is nothing to validate on: model.data.validation_fraction=0 and "
             "model.data.validation_prefix=null",
-            "use trainer.val_check_interval=0, or model.data.validation_fraction=0.02",
+            f"use trainer.val_check_interval=0, or {key}={default}",
         )
 
 
@@ -359,35 +425,192 @@ def conversations(cfg: RunConfig) -> Iterator[Problem]:
             "another",
             "use true",
         )
-    if data.fim_rate:
-        yield Problem(
-            "model.data.fim_rate",
-            data.fim_rate,
-            "would be ignored, since model.data.chat=true keeps conversations in order",
-            "use 0",
-        )
+    because = "model.data.chat=true keeps conversations in order"
+    yield from idle(cfg, "model.data.fim_rate", because)
+
+
+def data_files(cfg: RunConfig) -> Iterator[Problem]:
+    """Prefixes and blends name files that exist."""
+    for key in ("data_prefix", "validation_prefix"):
+        yield from _prefix_problems(f"model.data.{key}", getattr(cfg.model.data, key))
+
+
+def tokenizer_file(cfg: RunConfig) -> Iterator[Problem]:
+    """A given tokenizer exists."""
+    path = cfg.model.tokenizer.path
+    if path is None:
+        return
+    if Path(path).is_dir() and not (Path(path) / "tokenizer.json").is_file():
+        fault = f"the folder {path} holds no tokenizer.json"
+    elif not Path(path).exists():
+        fault = f"there is no file {Path(path).absolute()}"
+    else:
+        return
+    yield Problem(
+        "model.tokenizer.path",
+        path,
+        fault,
+        _home_way_out(path) or "give a tokenizer.json, a folder that holds one, or null",
+    )
+
+
+def starting_weights(cfg: RunConfig) -> Iterator[Problem]:
+    """Weights to start from are there: a checkpoint, a folder with checkpoints, a .nemo file."""
+    path = cfg.model.restore_from
+    if path is None:
+        return
+    folder = Path(path)
+    if (folder / "manifest.json").is_file() or any(folder.glob("checkpoints/step_*/manifest.json")):
+        return
+    if folder.is_file() and folder.suffix == ".nemo":
+        return
+    way_out = (
+        "give a run folder, the result of `deepseek hf import`, a checkpoint, a .nemo file, or null"
+    )
+    if not folder.exists():
+        fault = f"there is no folder {folder.absolute()}"
+    elif folder.is_file():
+        fault = "is a file, but no .nemo file"
+    else:
+        fault = "holds no checkpoint (no manifest.json, and none in checkpoints/step_*)"
+        if (folder / "config.json").is_file():
+            fault = "holds Hugging Face files, which must be imported first"
+            way_out = f"run `deepseek hf import {path} NEW_FOLDER` and give NEW_FOLDER"
+    yield Problem("model.restore_from", path, fault, _home_way_out(path) or way_out)
+
+
+def folders(cfg: RunConfig) -> Iterator[Problem]:
+    """Folders to write to can be made, and names of runs are names."""
+    for key, folder in (
+        ("exp_manager.exp_dir", cfg.exp_manager.exp_dir),
+        ("model.data.cache_dir", cfg.model.data.cache_dir),
+    ):
+        if folder is None:
+            continue
+        if not folder:
+            yield Problem(key, folder, "must name a folder", f"use {LEAVES[key].default}")
+        elif _home_way_out(folder):
+            yield Problem(key, folder, "~ is not expanded in a file", str(_home_way_out(folder)))
+        elif Path(folder).exists() and not Path(folder).is_dir():
+            yield Problem(key, folder, "is a file", "give a folder, or a name that is free")
+
+
+def run_names(cfg: RunConfig) -> Iterator[Problem]:
+    """A name becomes one folder."""
+    for key, name in (
+        ("name", cfg.name),
+        ("exp_manager.name", cfg.exp_manager.name),
+        ("exp_manager.version", cfg.exp_manager.version),
+    ):
+        if name is None:
+            continue
+        plain = "".join("_" if c in "/\\\0" or not c.isprintable() else c for c in name).strip()
+        if plain != name or plain in ("", ".", ".."):
+            free = plain if plain not in ("", ".", "..") else "deepseek"
+            rule = "becomes one folder, so it holds no path separators and no surrounding spaces"
+            yield Problem(
+                key, name, rule, f"use {free}; folders above it go in exp_manager.exp_dir"
+            )
+
+
+def _prefix_problems(key: str, value: Any) -> Iterator[Problem]:
+    """Problems of a prefix, or of a blend ``[weight, prefix, weight, prefix]``."""
+    form = f"write {key}=PREFIX, or a blend [0.7, PREFIX1, 0.3, PREFIX2]"
+    if value is None:
+        return
+    if isinstance(value, str):
+        yield from _file_problems(key, value)
+        return
+    if not isinstance(value, list):
+        yield Problem(key, value, "must be a prefix, a blend or null", form)
+        return
+    weights, prefixes = value[0::2], value[1::2]
+    if value and all(isinstance(item, str) for item in value):
+        example = ", ".join(f"{1 / len(value):.2g}, {prefix}" for prefix in value)
+        yield Problem(key, value, "a blend needs a weight before each prefix", f"write [{example}]")
+        return
+    if not value or len(weights) != len(prefixes):
+        rule = f"a blend is pairs of weight and prefix, got {len(value)} entries"
+        yield Problem(key, value, rule, form)
+        return
+    for weight, prefix in zip(weights, prefixes, strict=True):
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not 0 < weight < math.inf:
+            rule = f"the weight {weight} must be a number above 0"
+            way_out = "use shares such as 0.7 and 0.3, or leave that prefix out"
+            yield Problem(key, value, rule, way_out)
+        if isinstance(prefix, str):
+            yield from _file_problems(key, prefix)
+        else:
+            yield Problem(key, value, f"the prefix {prefix} must be text", form)
+
+
+def _file_problems(key: str, prefix: str) -> Iterator[Problem]:
+    stem, suffix = os.path.splitext(prefix)
+    if suffix in (".bin", ".idx"):
+        rule = f"a prefix is given without {suffix}, since it names both P.bin and P.idx"
+        yield Problem(key, prefix, rule, f"use {stem}")
+        return
+    files = [Path(f"{prefix}{ending}").absolute() for ending in (".bin", ".idx")]
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        rule = f"there is no file {' and no file '.join(missing)}"
+        way_out = "make them with `deepseek prepare-data`, or use null for the built-in corpus"
+        yield Problem(key, prefix, rule, _home_way_out(prefix) or way_out)
+
+
+def _home_way_out(path: str) -> str | None:
+    return f"use {os.path.expanduser(path)}" if path.startswith("~") else None
+
+
+# -- what is written and recorded --
 
 
 def checkpoints(cfg: RunConfig) -> Iterator[Problem]:
     """Checkpoints that are asked for can be written."""
-    manager = cfg.exp_manager
-    section = "exp_manager.checkpoint_callback_params"
-    if manager.checkpoint_callback_params.save_top_k == 0:
+    section, writes = "exp_manager.checkpoint_callback_params", "create_checkpoint_callback"
+    if cfg.exp_manager.checkpoint_callback_params.save_top_k == 0:
         yield Problem(
             f"{section}.save_top_k",
             0,
             "would keep no checkpoint",
-            "use 1 or more, -1 for all, or exp_manager.create_checkpoint_callback=false",
+            f"use 1 or more, -1 for all, or exp_manager.{writes}=false",
         )
-    if manager.checkpoint_callback_params.save_nemo_on_train_end and (
-        not manager.create_checkpoint_callback
-    ):
+    if not cfg.exp_manager.create_checkpoint_callback:
+        key = f"{section}.save_nemo_on_train_end"
+        yield from idle(cfg, key, f"exp_manager.{writes}=false", f"exp_manager.{writes}=true")
+
+
+def loggers(cfg: RunConfig) -> Iterator[Problem]:
+    """No setting of a logger that is not made."""
+    for name in ("wandb", "mlflow"):
+        made = f"exp_manager.create_{name}_logger"
+        for path in LEAVES:
+            if path.startswith(f"exp_manager.{name}_logger_kwargs.") and not value_at(cfg, made):
+                yield from idle(cfg, path, f"{made}=false", f"{made}=true")
+
+
+def profile(cfg: RunConfig) -> Iterator[Problem]:
+    """The steps to profile are steps of the run; no setting is without effect."""
+    section, last = "exp_manager.profile", cfg.trainer.max_steps
+    wanted = cfg.exp_manager.profile.steps
+    if not wanted:
+        for key in ("with_stack", "record_shapes", "memory"):
+            because = f"{section}.steps names no step"
+            yield from idle(cfg, f"{section}.{key}", because, f"{section}.steps=[{min(10, last)}]")
+        return
+    outside = [step for step in wanted if not 1 <= step <= last]
+    inside = sorted({step for step in wanted if 1 <= step <= last})
+    if outside:
         yield Problem(
-            f"{section}.save_nemo_on_train_end",
-            True,
-            "would be ignored, since exp_manager.create_checkpoint_callback=false",
-            "use false, or exp_manager.create_checkpoint_callback=true",
+            f"{section}.steps",
+            wanted,
+            f"names step {outside[0]}, and the run has steps 1 to trainer.max_steps={last}",
+            f"use {inside or [min(10, last)]}",
         )
+    elif len(inside) < len(wanted):
+        twice = next(step for step in wanted if wanted.count(step) > 1)
+        yield Problem(f"{section}.steps", wanted, f"names step {twice} twice", f"use {inside}")
 
 
 RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
@@ -423,29 +646,3 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     profile,
     loggers,
 )
-
-
-# -- helpers --
-
-
-class _Unreadable(Exception):
-    """A rule read a field that is already known to be wrong."""
-
-
-class _View:
-    """A configuration in which reading a wrong field ends the rule that reads it."""
-
-    def __init__(self, section: object, bad: Collection[str], prefix: str = "") -> None:
-        self._section, self._bad, self._prefix = section, bad, prefix
-
-    def __getattr__(self, key: str) -> Any:
-        path = f"{self._prefix}{key}"
-        if path in self._bad:
-            raise _Unreadable(path)
-        value = getattr(self._section, key)
-        return _View(value, self._bad, f"{path}.") if is_dataclass(value) else value
-
-
-def _is_under(path: str, bad: Collection[str]) -> bool:
-    """True if ``path`` or a section above it is in ``bad``."""
-    return any(path == name or path.startswith(f"{name}.") for name in bad)

@@ -14,7 +14,7 @@ from typing import Any
 
 from deepseek.config import load_config
 from deepseek.config.errors import ConfigError, UserError, shown
-from deepseek.config.strict_yaml import dump_yaml, read_yaml
+from deepseek.config.yaml_file import dump_yaml, read_yaml
 from deepseek.console import complain, say
 
 _OFF = (None, False, "", "no", "none", "NO")

@@ -25,10 +25,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from deepseek.config.errors import UserError, shown
-from deepseek.config.foreign_names import nearest
+from deepseek.config.errors import UserError, nearest, shown
 from deepseek.config.schema import ModelConfig
-from deepseek.config.strict_yaml import dump_yaml, read_yaml
+from deepseek.config.yaml_file import dump_yaml, read_yaml
 from deepseek.interop.huggingface import Layout, hf_tensors
 
 _HELP = """\

@@ -38,7 +38,7 @@ from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.shards import TensorSpec
 from deepseek.config.errors import ConfigError, UserError
 from deepseek.config.schema import ModelConfig
-from deepseek.config.strict_yaml import dump_yaml, read_yaml
+from deepseek.config.yaml_file import dump_yaml, read_yaml
 from deepseek.files import require_room, sync_folder
 from deepseek.interop.huggingface import account, our_shapes
 from deepseek.parallel.mesh import local, local_slices

@@ -8,7 +8,7 @@ from typing import Any
 
 from deepseek.config import RunConfig
 from deepseek.config.errors import Problem
-from deepseek.config.fields import value_at
+from deepseek.config.schema import value_at
 
 
 def schedule(run: RunConfig) -> dict[str, Any]:

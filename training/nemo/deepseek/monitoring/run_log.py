@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from deepseek.config.errors import UserError
-from deepseek.config.strict_yaml import read_yaml
+from deepseek.config.yaml_file import read_yaml
 from deepseek.monitoring.array_history import (
     ExpertHistory,
     RankHistory,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -39,12 +40,36 @@ def read_yaml(text: str, name: str) -> Document:
 
     Raises ``ConfigError`` with file and line if the text is not YAML.
     """
+    document = Document(None)
     try:
-        document = Document(None, problems=_refused_events(text, name))
-        document.tree = _plain(yaml.compose(text, Loader=_Loader), "", name, document)
+        loader = _Loader(text, name, document)
+        document.tree = _plain(loader.get_single_node(), "", name, document)
     except yaml.YAMLError as error:
         raise ConfigError([_syntax_problem(error, text, name)], name) from None
     return document
+
+
+def read_yaml_file(path: Path, label: str, source: str) -> Document:
+    """Reads the one document in the file at ``path``, called ``label`` in messages.
+
+    Raises ``ConfigError`` about ``source`` for a file that cannot be read or is not YAML.
+    """
+
+    def refused(rule: str, way_out: str) -> ConfigError:
+        return ConfigError([Problem("", None, rule, way_out, label)], source)
+
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            rule = f"is longer than {MAX_BYTES:,} bytes, so it is no configuration"
+            raise refused(rule, "give a YAML file")
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        rule = f"is not UTF-8 text (byte {error.start})"
+        raise refused(rule, "save it as UTF-8") from None
+    except OSError as error:
+        rule = f"cannot be read: {error.strerror}"
+        raise refused(rule, "check the file's permissions") from None
+    return read_yaml(text, label)
 
 
 def dump_yaml(tree: object) -> str:
@@ -60,7 +85,25 @@ def dump_yaml(tree: object) -> str:
 
 
 class _Loader(yaml.SafeLoader):
+    """Notes on the way whatever says more than data."""
+
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def __init__(self, text: str, name: str, document: Document) -> None:
+        super().__init__(text)
+        self._name, self._document, self._depth = name, document, 0
+
+    def get_event(self) -> yaml.Event:
+        """The next event, of which the nodes are composed."""
+        event: yaml.Event = super().get_event()
+        self._document.problems += _refused(event, self._name)
+        self._depth += isinstance(event, yaml.CollectionStartEvent)
+        self._depth -= isinstance(event, yaml.CollectionEndEvent)
+        if self._depth > MAX_DEPTH:
+            where = f"{self._name}:{event.start_mark.line + 1}"
+            rule = f"is nested more than {MAX_DEPTH} deep"
+            raise ConfigError([Problem("", None, rule, "remove levels", where)], self._name)
+        return event
 
 
 class _Dumper(yaml.SafeDumper):
@@ -141,21 +184,6 @@ def _mapping(node: yaml.MappingNode, path: str, name: str, document: Document) -
         document.lines[full] = where
         found[key] = _plain(value_node, full, name, document)
     return found
-
-
-def _refused_events(text: str, name: str) -> list[Problem]:
-    """Everything in ``text`` that says more than data."""
-    problems: list[Problem] = []
-    depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        problems += _refused(event, name)
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            where = f"{name}:{event.start_mark.line + 1}"
-            rule = f"is nested more than {MAX_DEPTH} deep"
-            raise ConfigError([Problem("", None, rule, "remove levels", where)], name)
-    return problems
 
 
 def _refused(event: yaml.Event, name: str) -> list[Problem]:
