@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deepseek.config import load_config
 from deepseek.config.errors import ConfigError, UserError, shown
+from deepseek.config.foreign_names import NO_SUCH_KEY, RENAMED, TRANSFORMERS
 from deepseek.config.yaml_file import dump_yaml, read_yaml
 from deepseek.console import complain, say
 
@@ -167,38 +169,38 @@ class _Meant:
     call: Rule
 
 
-def _to(key: str, note: str = "") -> Rule:
-    return lambda found, theirs, value, flat: found.set(
-        f"{theirs}={shown(value)}", key, value, note
-    )
+def _copied(found: _Found, key: str, value: Any, flat: dict[str, Any], note: str = "") -> None:
+    """It means the same under another name."""
+    found.set(f"{key}={shown(value)}", _ours(key), value, note)
+
+
+def _ours(key: str) -> str:
+    """The dotted key that a key of ``_flat`` is about."""
+    return TRANSFORMERS[key.rpartition(".")[2]]
 
 
 def _same(what: str) -> Rule:
     return lambda found, theirs, value, flat: found.same(f"{theirs}={shown(value)}", what)
 
 
-def _machines(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    found.set(f"{key}={shown(value)}", "trainer.num_nodes", int(value))
-
-
 def _processes(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
     machines = int(flat.get("num_machines") or 1)
     if int(value) % machines:
         raise UserError(f"num_processes={value} is no multiple of num_machines={machines}")
-    found.set(f"{key}={shown(value)}", "trainer.devices", int(value) // machines, "per node")
+    found.set(f"{key}={shown(value)}", _ours(key), int(value) // machines, "per node")
 
 
 def _precision(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
     if value == "bf16":
-        found.set(f"{key}=bf16", "trainer.precision", "bf16-mixed")
+        found.set(f"{key}=bf16", _ours(key), "bf16-mixed")
     elif value in ("no", None, False):
-        found.set(f"{key}=no", "trainer.precision", "32")
+        found.set(f"{key}=no", _ours(key), "32")
     else:
         found.leave(f"{key}={shown(value)}", "precisions are 32, bf16-mixed and auto")
 
 
 def _bf16(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    found.set(f"{key}=true", "trainer.precision", "bf16-mixed")
+    found.set(f"{key}=true", _ours(key), "bf16-mixed")
 
 
 def _strategy(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
@@ -228,14 +230,14 @@ def _reshard(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
     elif not isinstance(value, bool):  # accelerate: with version 1, the sharding strategy
         _strategy(found, key, value, flat)
     elif int(flat.get("num_processes") or 1) > 1:
-        found.set(f"{key}={shown(value)}", "model.reshard_after_forward", value)
+        found.set(f"{key}={shown(value)}", _ours(key), value)
     else:
         found.same(f"{key}={shown(value)}", "one process gathers nothing")
 
 
 def _recompute(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
     if value is True:
-        found.set(f"{key}=true", "model.activations_checkpoint_granularity", "full")
+        found.set(f"{key}=true", _ours(key), "full")
 
 
 def _schedule(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
@@ -246,7 +248,7 @@ def _schedule(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None
     if kind in ("constant", "constant_with_warmup"):
         found.set(shown_as, least, rate, "a cosine from the peak to the peak")
     elif kind == "cosine":
-        found.set(shown_as, "model.optim.sched.name", "CosineAnnealing")
+        found.set(shown_as, _ours(key), "CosineAnnealing")
     elif kind == "cosine_with_min_lr" and isinstance(more, dict):
         floor = more.get("min_lr", float(rate) * float(more.get("min_lr_rate", 0.0)))
         found.set(shown_as, least, floor)
@@ -265,37 +267,38 @@ def _warmup(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
             return
         value = -(-float(value) * steps // 1)
     note = "step k of w has k/(w+1) of the peak here, k/w from 0 in transformers"
-    found.set(f"{key}={shown(flat[key])}", "model.optim.sched.warmup_steps", int(value), note)
+    found.set(f"{key}={shown(flat[key])}", _ours(key), int(value), note)
 
 
 def _steps(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
     if value and int(value) > 0:
-        found.set(f"{key}={value}", "trainer.max_steps", int(value))
+        found.set(f"{key}={value}", _ours(key), int(value))
     else:
         found.leave(f"{key}={shown(value)}", "a run has a number of steps; set trainer.max_steps")
 
 
 def _optimizer(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
     if str(value).lower().removeprefix("optimizernames.").startswith("adamw_torch"):
-        found.set(f"{key}={value}", "model.optim.name", "adamw")
+        found.set(f"{key}={value}", _ours(key), "adamw")
     else:
         found.leave(f"{key}={shown(value)}", "optimisers are adamw and muon")
 
 
 def _beta(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
     pair = [flat.get("adam_beta1", 0.9), flat.get("adam_beta2", 0.999)]
-    found.set(f"{key}={value}", "model.optim.betas", pair)
+    found.set(f"{key}={value}", _ours(key), pair)
 
 
 def _clip(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    found.set(f"{key}={shown(value)}", "trainer.gradient_clip_val", value or 0.0)
+    found.set(f"{key}={shown(value)}", _ours(key), value or 0.0)
 
 
-def _every(name: str, strategy: str, off: int) -> Rule:
+def _every(strategy: str) -> Rule:
     def rule(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
+        name = _ours(key)
         chosen = str(flat.get(strategy, "steps")).lower().rpartition(".")[2]
         if chosen == "no":
-            found.set(f"{key}={shown(value)}", name, off, f"{strategy}=no")
+            found.set(f"{key}={shown(value)}", name, 0, f"{strategy}=no")
         elif not isinstance(value, int) or chosen == "epoch":
             found.leave(f"{key}={shown(value)}", f"{name} counts steps; {strategy}={chosen}")
         else:
@@ -307,19 +310,19 @@ def _every(name: str, strategy: str, off: int) -> Rule:
 def _report_to(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
     names = [value] if isinstance(value, str) else list(value)
     board = "tensorboard" in names or "all" in names
-    found.set(f"{key}={shown(value)}", "exp_manager.create_tensorboard_logger", board)
+    found.set(f"{key}={shown(value)}", _ours(key), board)
     for name in names:
         if name not in ("tensorboard", "all", "none"):
             found.leave(f"{key}={name}", "metrics.jsonl of the run folder holds every step")
 
 
 def _timeout(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    found.set(f"{key}={value}", "trainer.collective_timeout_minutes", float(value) / 60)
+    found.set(f"{key}={value}", _ours(key), float(value) / 60)
 
 
 def _cpu(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
     if value is True:
-        found.set(f"{key}=true", "trainer.accelerator", "cpu")
+        found.set(f"{key}=true", _ours(key), "cpu")
 
 
 def _distributed(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
@@ -379,7 +382,7 @@ _ACCELERATE: dict[str, Rule | str | _Meant] = {
     "main_process_port": _LAUNCH,
     "main_training_function": "there is no training function; the command is deepseek train",
     "mixed_precision": _Meant(_precision),
-    "num_machines": _machines,
+    "num_machines": _copied,
     "num_processes": _processes,
     "rdzv_backend": _LAUNCH,
     "same_network": _LAUNCH,
@@ -409,14 +412,14 @@ _FSDP: dict[str, Rule | str | _Meant] = {
     "xla": "for TPUs",
 }
 _PARALLEL: dict[str, Rule | str | _Meant] = {
-    "parallelism_config_dp_replicate_size": _to("model.data_parallel_replicate_size"),
+    "parallelism_config_dp_replicate_size": _copied,
+    "parallelism_config_tp_size": _copied,
     "parallelism_config_dp_shard_size": "follows: devices x nodes / (TP x PP x replicas)",
-    "parallelism_config_tp_size": _to("model.tensor_model_parallel_size"),
-    "parallelism_config_cp_size": "there is no context parallelism",
+    "parallelism_config_cp_size": NO_SUCH_KEY["parallelism_config_cp_size"],
 }
 _DYNAMO: dict[str, Rule | str | _Meant] = {
     "dynamo_backend": lambda found, key, value, flat: (
-        found.set(f"{key}={value}", "model.torch_compile", True)
+        found.set(f"{key}={value}", _ours(key), True)
         if str(value).lower() == "inductor"
         else found.leave(f"{key}={value}", "only inductor is used (model.torch_compile)")
     ),
@@ -432,16 +435,22 @@ _NUMBERS = {
 _NO_EPOCHS = "a run has a number of steps; trainer.max_steps = epochs x tokens / tokens a step"
 _DATA = "the data come prepared (deepseek prepare-data), packed, in an order the seed decides"
 _HUB = "nothing is uploaded; deepseek hf export writes the folder"
+_COPIED = (
+    "output_dir",
+    "run_name",
+    "seed",
+    "learning_rate",
+    "adam_epsilon",
+    "torch_compile",
+    "save_total_limit",
+    "dataloader_num_workers",
+)
 _TRAINING: dict[str, Rule | str | _Meant] = {
-    "output_dir": _to("exp_manager.exp_dir"),
-    "run_name": _to("name"),
-    "seed": _to("seed"),
+    **dict.fromkeys(_COPIED, _copied),
     "data_seed": "one seed decides weights and order of the data (seed)",
-    "learning_rate": _to("model.optim.lr"),
-    "weight_decay": _Meant(_to("model.optim.weight_decay", "of matrices only")),
+    "weight_decay": _Meant(partial(_copied, note="of matrices only")),
     "adam_beta1": _beta,
     "adam_beta2": _beta,
-    "adam_epsilon": _to("model.optim.eps"),
     "max_grad_norm": _Meant(_clip),
     "max_steps": _steps,
     "num_train_epochs": _NO_EPOCHS,
@@ -457,30 +466,25 @@ _TRAINING: dict[str, Rule | str | _Meant] = {
     "tf32": "fp32 products are fp32",
     "gradient_checkpointing": _recompute,
     "gradient_checkpointing_kwargs": "blocks are recomputed without reentering",
-    "torch_compile": _to("model.torch_compile"),
     "optim": _optimizer,
     "logging_steps": lambda found, key, value, flat: (
-        found.set(f"{key}={value}", "trainer.log_every_n_steps", int(value))
+        found.set(f"{key}={value}", _ours(key), int(value))
         if value >= 1
-        else found.leave(f"{key}={value}", "trainer.log_every_n_steps counts steps")
+        else found.leave(f"{key}={value}", f"{_ours(key)} counts steps")
     ),
-    "eval_steps": _every("trainer.val_check_interval", "eval_strategy", 0),
-    "save_steps": _every(
-        "exp_manager.checkpoint_callback_params.every_n_train_steps", "save_strategy", 0
-    ),
+    "eval_steps": _every("eval_strategy"),
+    "save_steps": _every("save_strategy"),
     "eval_strategy": _same("see eval_steps"),
     "save_strategy": _same("see save_steps"),
-    "save_total_limit": _to("exp_manager.checkpoint_callback_params.save_top_k"),
     "logging_strategy": "metrics.jsonl of the run folder holds every step",
     "logging_dir": "logs lie in the run folder",
     "report_to": _report_to,
-    "dataloader_num_workers": _to("model.data.num_workers"),
     "ddp_timeout": _timeout,
     "use_cpu": _cpu,
     "resume_from_checkpoint": "deepseek train goes on by itself; migrate the checkpoint first",
     "fsdp": _same("FSDP2 always"),
     "fsdp_config": "not a section of keys",
-    "max_length": "model.data.seq_length",
+    "max_length": f"set {RENAMED['max_length']}",
     "do_train": _same("deepseek train"),
     "do_eval": "trainer.val_check_interval",
     "group_by_length": _DATA,

@@ -6,7 +6,9 @@ from typing import Any
 
 from deepseek.config import RunConfig
 from deepseek.config.errors import ConfigError, Problem
+from deepseek.config.foreign_names import MEGATRON
 from deepseek.config.layout import split_layers
+from deepseek.config.schema import value_at
 from deepseek.interop.peer_settings import in_bf16, lacking, schedule
 
 TARGET = "Megatron-Core 0.16"
@@ -29,12 +31,10 @@ def megatron_config(run: RunConfig) -> dict[str, Any]:
         raise ConfigError(problems, f"the configuration for {TARGET}")
     model, optim = run.model, run.model.optim
     sizes = {
-        "tensor_model_parallel_size": model.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+        **_taken(run, "parallel"),
         "virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size
         if model.virtual_pipeline_model_parallel_size > 1
         else None,
-        "expert_model_parallel_size": model.expert_model_parallel_size,
         "expert_tensor_parallel_size": 1,
     }
     dtype = "torch.bfloat16" if in_bf16(run) else "torch.float32"
@@ -58,11 +58,9 @@ def megatron_config(run: RunConfig) -> dict[str, Any]:
             **_recompute(run),
         },
         "GPTModel": {
-            "vocab_size": model.vocab_size,
-            "max_sequence_length": model.max_position_embeddings,
+            **_taken(run, "GPTModel"),
             "position_embedding_type": "rope",
             "rotary_base": _whole(model.rope_theta),
-            "share_embeddings_and_output_weights": False,
         },
         "initialize_model_parallel": {
             **sizes,
@@ -70,13 +68,9 @@ def megatron_config(run: RunConfig) -> dict[str, Any]:
         },
         "OptimizerConfig": {
             "optimizer": "adam",
-            "lr": optim.lr,
-            "min_lr": optim.sched.min_lr,
-            "weight_decay": optim.weight_decay,
+            **_taken(run, "OptimizerConfig"),
             "adam_beta1": optim.betas[0],
             "adam_beta2": optim.betas[1],
-            "adam_eps": optim.eps,
-            "clip_grad": run.trainer.gradient_clip_val,
             "bf16": in_bf16(run),
             "use_distributed_optimizer": True,
         },
@@ -87,55 +81,33 @@ def megatron_config(run: RunConfig) -> dict[str, Any]:
             "wd_incr_steps": 0,
             "wd_incr_style": "constant",
         },
-        "training": {
-            "seed": run.seed,
-            "micro_batch_size": model.micro_batch_size,
-            "global_batch_size": model.global_batch_size,
-            "seq_length": model.data.seq_length,
-            "train_iters": run.trainer.max_steps,
-            "data_path": model.data.data_prefix,
-            "reset_attention_mask": model.data.isolate_documents,
-            "reset_position_ids": model.data.isolate_documents,
-        },
+        "training": _taken(run, "training"),
     }
+
+
+def _taken(run: RunConfig, section: str) -> dict[str, Any]:
+    """What means the same under another name."""
+    return {theirs: value_at(run, ours) for theirs, ours in MEGATRON[section].items()}
 
 
 def _architecture(run: RunConfig) -> dict[str, Any]:
     model = run.model
     rope: dict[str, Any] = {"rope_type": "rope", "rotary_base": _whole(model.rope_theta)}
     if model.rope_scaling is not None:
-        yarn = model.rope_scaling
-        rope |= {
-            "rope_type": "yarn",
-            "rotary_scaling_factor": _whole(yarn.factor),
-            "original_max_position_embeddings": yarn.original_max_position_embeddings,
-            "beta_fast": _whole(yarn.beta_fast),
-            "beta_slow": _whole(yarn.beta_slow),
-            "mscale": yarn.mscale,
-            "mscale_all_dim": yarn.mscale_all_dim,
-        }
+        yarn = _taken(run, "YaRN")
+        whole = ("rotary_scaling_factor", "beta_fast", "beta_slow")
+        rope |= {"rope_type": "yarn", **yarn, **{key: _whole(yarn[key]) for key in whole}}
     return {
         "multi_latent_attention": True,
-        "num_layers": model.num_hidden_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.intermediate_size,
-        "num_attention_heads": model.num_attention_heads,
-        "q_lora_rank": model.q_lora_rank,
-        "kv_lora_rank": model.kv_lora_rank,
-        "qk_head_dim": model.qk_nope_head_dim,
-        "qk_pos_emb_head_dim": model.qk_rope_head_dim,
-        "v_head_dim": model.v_head_dim,
+        **_taken(run, "MLATransformerConfig"),
         "qk_layernorm": True,
         **rope,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": model.rms_norm_eps,
         "gated_linear_unit": True,
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "init_method_std": model.initializer_range,
         "mtp_num_layers": model.num_nextn_predict_layers or None,
-        "mtp_loss_scaling_factor": model.mtp_loss_scaling_factor,
     }
 
 
@@ -145,30 +117,19 @@ def _experts(run: RunConfig) -> dict[str, Any]:
         return {}
     dense = min(model.first_k_dense_replace, model.num_hidden_layers)
     shared = model.n_shared_experts * model.moe_intermediate_size
-    found: dict[str, Any] = {
-        "num_moe_experts": model.n_routed_experts,
+    return {
+        **_taken(run, "experts"),
         "moe_layer_freq": [0] * dense + [1] * model.num_moe_layers,
-        "moe_ffn_hidden_size": model.moe_intermediate_size,
         "moe_shared_expert_intermediate_size": shared or None,
-        "moe_router_topk": model.num_experts_per_tok,
-        "moe_router_score_function": model.scoring_func,
         "moe_router_pre_softmax": model.scoring_func == "softmax" and not model.norm_topk_prob,
-        "moe_router_topk_scaling_factor": model.routed_scaling_factor,
         "moe_router_enable_expert_bias": model.topk_method == "noaux_tc",
-        "moe_router_bias_update_rate": model.moe_router_bias_update_rate,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "seq_aux_loss",
-        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": True,
+        **(_taken(run, "groups") if _grouped(run) else {}),
     }
-    if _grouped(run):
-        found |= {
-            "moe_router_num_groups": model.n_group,
-            "moe_router_group_topk": model.topk_group,
-        }
-    return found
 
 
 def _stages(run: RunConfig) -> list[list[str]] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from deepseek.config import RunConfig
@@ -91,9 +90,8 @@ def lacking(
         ),
         *extra,
     ]
-    tree = asdict(run)
     return [
-        Problem(field, value_at(tree, field), why, way_out)
+        Problem(field, value_at(run, field), why, way_out)
         for field, wrong, why, way_out in common
         if wrong
     ]
