@@ -40,6 +40,32 @@ def train_command(
     train(config, overrides_of(overrides or []), run_dir, sample, report)
 
 
+@app.command("sweep", context_settings=PASS_ON)
+def sweep_command(
+    overrides: Overrides = None,
+    config: Config = "deepseek_v3_tiny",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; none: EXP_DIR/NAME/sweep.")
+    ] = None,
+    only: Annotated[int | None, typer.Option(help="Number of the one run to do, from 0.")] = None,
+    slurm: Annotated[
+        Path | None, typer.Option(help="Write a job array for sbatch to this file instead.")
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="With --slurm: time limit of a run.")] = None,
+    partition: Annotated[str | None, typer.Option(help="With --slurm: partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="With --slurm: account.")] = None,
+) -> None:
+    """Run a grid, such as model.optim.lr=1e-3,2e-3 seed=1,2, skip what is done, compare."""
+    from deepseek.commands.sweep import sweep
+    from deepseek.launch.slurm import JobSettings
+
+    of_jobs = {"--time": time, "--partition": partition, "--account": account}
+    if slurm is None:
+        refuse_idle({key: value is not None for key, value in of_jobs.items()}, "without --slurm")
+    settings = JobSettings(time, partition, account)
+    sweep(config, overrides_of(overrides or []), output, only, slurm, settings)
+
+
 @app.command("test")
 def test_command(
     config: Annotated[

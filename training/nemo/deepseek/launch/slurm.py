@@ -101,6 +101,57 @@ def slurm_script(
     )
 
 
+def array_script(run: RunConfig, command: str, runs: int, settings: JobSettings) -> str:
+    """A job array: task ``i`` does run ``i`` of a sweep on one node, which starts its processes.
+
+    Args:
+        run: configuration of the first run; all have its sizes.
+        command: the sweep, quoted for a shell.
+        runs: of the grid.
+        settings: what the configuration does not know of a cluster.
+
+    Raises:
+        UserError: a setting Slurm would not take, or runs of several nodes.
+    """
+    _check(settings)
+    trainer = run.trainer
+    if trainer.num_nodes > 1:
+        raise UserError(
+            f"trainer.num_nodes={trainer.num_nodes}: the runs of a job array have one node each; "
+            "write each job with `deepseek launch --slurm`"
+        )
+    options = {
+        "job-name": _job_name(run, settings),
+        "array": f"0-{runs - 1}",
+        "nodes": 1,
+        "ntasks": 1,
+        "gpus-per-node": None if trainer.accelerator == "cpu" else trainer.devices,
+        "cpus-per-task": trainer.devices
+        * (max(1, trainer.num_threads) + run.model.data.num_workers),
+        "time": settings.time,
+        "partition": settings.partition,
+        "account": settings.account,
+        "signal": f"B:TERM@{SECONDS_TO_SAVE}",
+        "output": "%x-%A_%a.log",
+        "open-mode": "append",
+    }
+    lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            "# Written by: deepseek sweep --slurm. Submit with sbatch where `deepseek` is on the",
+            "# PATH; again to go on with runs that were stopped. Then compare the runs with",
+            f"#   {command}",
+            *lines,
+            "#SBATCH --requeue",
+            "",
+            "set -euo pipefail",
+            f"exec {command} --only $SLURM_ARRAY_TASK_ID",
+            "",
+        ]
+    )
+
+
 def _train(config: str, overrides: Sequence[str]) -> str:
     """The command of every process, quoted for a shell."""
     return shlex.join(["deepseek", "train", "--config", config, *overrides])

@@ -1,0 +1,219 @@
+"""``deepseek sweep``: a grid of runs, one after another or as a Slurm array, then compared."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepseek.commands.report import report
+from deepseek.commands.versions import finished_steps
+from deepseek.config import ConfigError, RunConfig, UserError, load_config
+from deepseek.console import say, table
+from deepseek.launch.slurm import JobSettings, array_script
+from deepseek.run_folder import METRICS_FILE
+
+REPORT_FILE = "sweep.html"
+_MOST_RUNS = 10_000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a grid."""
+
+    name: str
+    """What sets it apart, as a folder's name: ``lr=1e-3,seed=2``."""
+    overrides: tuple[str, ...]
+    folder: Path
+    config: RunConfig
+
+    @property
+    def is_finished(self) -> bool:
+        """It has a checkpoint of its last step."""
+        return finished_steps(self.folder) >= self.config.trainer.max_steps
+
+
+def sweep(
+    config: str,
+    words: Sequence[str],
+    output: Path | None = None,
+    only: int | None = None,
+    slurm: Path | None = None,
+    settings: JobSettings | None = None,
+) -> None:
+    """Run every point of a grid that is not finished, then compare all of them.
+
+    A run that was stopped goes on where it was. A run that fails is told, and the others go on; a
+    signal stops the sweep.
+
+    Args:
+        config: name of a shipped configuration, or a YAML file.
+        words: ``a.b=c``; ``a.b=1,2,3`` is an axis of the grid. ``[1,2]`` and ``"1,2"`` are one
+            value.
+        output: folder of the runs; None: ``exp_dir/name/sweep``.
+        only: number of one run, from 0: the others are left to other jobs.
+        slurm: write a job array for sbatch to this file instead of running.
+        settings: of that job.
+
+    Raises:
+        ConfigError: the problems of the first point that has any.
+        UserError: no axis, too many runs, no such number.
+        SystemExit: 1 if a run failed, 128 + N after signal N.
+    """
+    points = grid(config, words, output)
+    if slurm is not None:
+        _write_array(slurm, config, words, output, points, settings or JobSettings())
+        return
+    if only is not None and not 0 <= only < len(points):
+        raise UserError(f"--only {only}: the grid has runs 0 to {len(points) - 1}")
+    chosen = points if only is None else [points[only]]
+    failed = []
+    for number, point in enumerate(chosen, start=1):
+        if point.is_finished:
+            say(f"sweep        {number} of {len(chosen)}: {point.name} is complete")
+            continue
+        say(f"sweep        {number} of {len(chosen)}: {point.name}")
+        code = _run(config, point)
+        if code < 0 or code > 128:
+            sys.exit(code if code > 0 else 128 - code)
+        if code or not point.is_finished:
+            failed.append(point)
+    if only is None:
+        compare(points)
+    for point in failed:
+        say(f"failed       {point.name}: see its messages above; {point.folder}")
+    if failed:
+        sys.exit(1)
+
+
+def grid(config: str, words: Sequence[str], output: Path | None) -> list[Point]:
+    """All runs of a sweep, the last axis turning fastest; every configuration is checked.
+
+    Raises:
+        ConfigError, UserError: as ``sweep``.
+    """
+    values = [_axis(word) for word in words]
+    axes = [row for row in values if len(row) > 1]
+    if not axes:
+        raise UserError(
+            "a sweep needs a setting with several values, such as model.optim.lr=1e-3,2e-3 seed=1,2"
+        )
+    runs = math.prod(map(len, values))
+    if runs > _MOST_RUNS:
+        raise UserError(f"the grid has {runs:,} runs, more than {_MOST_RUNS:,}; leave values out")
+    short = _short_names([row[0].partition("=")[0] for row in axes])
+    base = output
+    points = []
+    for overrides in itertools.product(*values):
+        told = [word for word, row in zip(overrides, values, strict=True) if len(row) > 1]
+        name = ",".join(
+            f"{short[key]}={re.sub(r'[^A-Za-z0-9.+-]+', '_', value)}"
+            for key, _, value in (word.partition("=") for word in told)
+        )
+        try:
+            run = load_config(config, overrides)
+        except ConfigError as error:
+            raise ConfigError(error.problems, f"run {name} of the sweep") from error
+        if base is None:
+            manager = run.exp_manager
+            base = Path(manager.exp_dir) / (manager.name or run.name) / "sweep"
+        points.append(Point(name, overrides, base / name, run))
+    if len({point.folder for point in points}) < len(points):
+        raise UserError("two runs of the grid are the same; write each value once")
+    return points
+
+
+def compare(points: Sequence[Point]) -> None:
+    """Print final losses with the best marked, and write one report of all runs."""
+    from deepseek.monitoring.run_log import read_run
+
+    begun = [point for point in points if (point.folder / METRICS_FILE).is_file()]
+    if not begun:
+        return
+    rows, scores = [], []
+    for point in begun:
+        log = read_run(point.folder)
+        loss = log.steps["loss"][-1] if "loss" in log.steps else math.nan
+        held = log.validations.get("val_loss")
+        held_out = held[-1] if held is not None and len(held) else math.nan
+        scores.append(loss if math.isnan(held_out) else held_out)
+        rows.append([point.name, str(int(log.steps["step"][-1])), _number(loss), _number(held_out)])
+    complete = [i for i, point in enumerate(begun) if point.is_finished and scores[i] == scores[i]]
+    if complete:
+        best = min(complete, key=lambda i: scores[i])
+        rows[best][0] += "  <- best"
+    table("the sweep", ("run", "steps", "loss", "validation loss"), [tuple(row) for row in rows])
+    report([point.folder for point in begun], begun[0].folder.parent / REPORT_FILE)
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.4f}"
+
+
+def _axis(word: str) -> list[str]:
+    """``a=1,2`` as ``a=1``, ``a=2``; commas inside brackets, braces and quotes divide nothing."""
+    key, equals, text = word.partition("=")
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        elif letter in "[{(":
+            depth += 1
+        elif letter in "]})":
+            depth -= 1
+        if letter == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    if len(parts) > 1 and not all(part.strip() for part in parts):
+        raise UserError(f"{word}: a value is missing beside a comma; write {key}=1,2")
+    return [f"{key.lstrip('-+')}{equals}{part.strip()}" for part in parts]
+
+
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """The last word of each key, or the whole key where two end alike."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return {
+        key: short if last.count(short) == 1 else key for key, short in zip(keys, last, strict=True)
+    }
+
+
+def _run(config: str, point: Point) -> int:
+    """Train one point in a process of its own; its exit code, negative after a signal."""
+    command = [sys.executable, "-m", "deepseek", "train", "--config", config]
+    command += ["--run-dir", str(point.folder), *point.overrides]
+    process = subprocess.Popen(command)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the run has it too: it saves, and its code says so
+            continue
+
+
+def _write_array(
+    file: Path,
+    config: str,
+    words: Sequence[str],
+    output: Path | None,
+    points: Sequence[Point],
+    settings: JobSettings,
+) -> None:
+    """A Slurm array with a task for each run."""
+    if file.exists():
+        raise UserError(f"{file} exists; choose another name, or remove it first")
+    command = ["deepseek", "sweep", "--config", config, *words]
+    if output is not None:
+        command += ["--output", str(output)]
+    try:
+        file.write_text(array_script(points[0].config, shlex.join(command), len(points), settings))
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error
+    say(f"wrote {file}, {len(points)} runs; submit it with: sbatch {shlex.quote(str(file))}")
