@@ -30,7 +30,7 @@ test-lightning: $(VENV)/.ready
 
 test-nemo: $(NEMO)/.ready
 	@echo "== the suite with NVIDIA NeMo, less what depends on torch alone"
-	$(NEMO)/bin/python -m pytest $(TEST_FLAGS) -m "not torch_alone"
+	$(NEMO)/bin/python -m pytest $(TEST_FLAGS) -m "not nightly"
 
 browser:
 	@command -v chromium chromium-browser google-chrome >/dev/null || { \

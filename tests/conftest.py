@@ -1,6 +1,7 @@
 """One thread per process: tests run side by side, and threads that wait for each other crawl."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -16,8 +17,23 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from support import profiles  # noqa: E402, F401
+from support.micro_runs import MicroRuns  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MicroRuns]:
+    """The server of forked runs of this test process, and a folder with data for them."""
+    runs = MicroRuns(tmp_path_factory.mktemp("micro"), NO_COLOR="")
+    yield runs
+    runs.cli.close()
+
+
+@pytest.fixture(scope="session")
+def whole(micro: MicroRuns) -> str:
+    """The uninterrupted run that others are compared with."""
+    return micro.make("whole")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+import shlex
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-GUIDE = ROOT / "training" / "nemo" / "deepseek" / "docs" / "nemo_migration_guide.md"
+from support.forked import FORK_WORKERS, SOURCE
+from support.micro_runs import MicroRuns
+
+PACKAGE = SOURCE / "deepseek"
+GUIDE = PACKAGE / "docs" / "nemo_migration_guide.md"
 ACCELERATE = """\
 distributed_type: FSDP
 num_processes: 2
@@ -32,7 +32,6 @@ ARGUMENTS = {
     "group_by_length": True,
     "fp16": False,
 }
-DRIVER = Path(__file__).parent / "support" / "migration_guide_driver.py"
 
 
 def blocks(kind: str) -> list[str]:
@@ -72,38 +71,29 @@ def in_order(expected: list[str], output: str) -> str | None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, list[str], int, str]]:
+def results(
+    micro: MicroRuns, tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[str, list[str], int, str]]:
     folder = tmp_path_factory.mktemp("guide")
     for name, text in files().items():
         (folder / name).write_text(text)
     (folder / "accelerate.yaml").write_text(ACCELERATE)
     (folder / "args.json").write_text(json.dumps(ARGUMENTS))
     (folder / "texts").mkdir()
-    for path in (ROOT / "training" / "nemo" / "deepseek" / "models" / "components").glob("*.py"):
+    for path in (PACKAGE / "models" / "components").glob("*.py"):
         (folder / "texts" / f"{path.stem}.txt").write_text(path.read_text())
+    micro.cli.preload("transformers.models.deepseek_v3.modeling_deepseek_v3")
     listed = [*commands(), ("python check.py logits fsdp2/step_21.pt again", [])]  # another step's
-    env = os.environ | {
-        "PYTHONPATH": str(ROOT / "training" / "nemo"),
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "250",
-        "DEEPSEEK_FRAMEWORK": "lightning",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONWARNINGS": "ignore",
-    }
-    ran = subprocess.run(
-        [
-            sys.executable,
-            str(Path(__file__).parent / "support" / "migration_guide_driver.py"),
-            str(folder),
-        ],
-        input=json.dumps([command for command, _ in listed]),
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
-    done = json.loads(ran.stdout.splitlines()[-1])
-    return [(*said, *got) for said, got in zip(listed, done, strict=False)]
+    results = []
+    for command, expected in listed:
+        program, *words = shlex.split(command)
+        if program == "torchrun":  # at a port that is free
+            words = ["--standalone", "--monitor-interval", "0.1", *words]
+        env = {"COLUMNS": "250"}
+        started = micro.cli.start(*words, cwd=folder, program=program, before=FORK_WORKERS, env=env)
+        ran = started.wait()
+        results.append((command, expected, ran.code, ran.out + ran.err))
+    return results
 
 
 def test_every_command_prints_what_the_guide_says(

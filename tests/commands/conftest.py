@@ -1,6 +1,4 @@
-"""The forked runs of ``tests/training``, for the tests of the commands."""
-
-from collections.abc import Iterator
+"""A finished run for the tests of the commands."""
 
 import pytest
 
@@ -8,9 +6,7 @@ from support.micro_runs import MicroRuns
 
 
 @pytest.fixture(scope="session")
-def micro(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MicroRuns]:
+def micro(micro: MicroRuns) -> MicroRuns:
     """A folder with data, and one finished run named ``run``."""
-    runs = MicroRuns(tmp_path_factory.mktemp("commands"), NO_COLOR="")
-    runs.train("run").assert_done()
-    yield runs
-    runs.cli.close()
+    micro.make("run")
+    return micro

@@ -140,7 +140,6 @@ def test_mtp_that_config_json_promises_and_the_weights_lack(
 # -- as large as life --
 
 
-@pytest.mark.slow
 def test_every_name_of_deepseek_v3(tmp_path: Path) -> None:
     """61 layers, 256 experts, MTP, FP8 with scales: 91,000 tensors in 163 files, but tiny."""
     cfg = small(

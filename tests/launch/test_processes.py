@@ -3,8 +3,6 @@
 import contextlib
 import os
 import socket
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,6 +19,8 @@ from deepseek.launch.processes import (
     join,
     quiet,
 )
+from support.forked import FORK_WORKERS
+from support.micro_runs import MicroRuns
 
 TORCHRUN = {
     "RANK": "5",
@@ -315,25 +315,21 @@ guarded(call)
 
 
 @pytest.mark.parametrize("ranks", ["01", "1"])
-def test_what_ranks_say_when_they_end(ranks: str, tmp_path: Path) -> None:
+def test_what_ranks_say_when_they_end(micro: MicroRuns, ranks: str, tmp_path: Path) -> None:
     """First rank 1 is killed, then some ranks have an error that the user can mend."""
     (tmp_path / "joined.py").write_text(JOINED)
-    driver = (
+    (tmp_path / "driver.py").write_text(
         "import sys; from deepseek.launch.supervisor import supervise; "
         f"sys.exit(supervise([sys.executable, 'joined.py', '{ranks}'], 2, 3, print))"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", driver],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 2, ran.stderr
-    lines = ran.stderr.splitlines()
+    words = {"cwd": tmp_path, "program": "python", "before": FORK_WORKERS}
+    ran = micro.cli.start("driver.py", **words).wait()  # type: ignore[arg-type]
+    assert ran.code == 2, ran.err
+    lines = ran.err.splitlines()
     lost = "error: contact lost with another rank, which ended or cannot be reached"
-    assert lines[:2] == [lost, f"error: trouble of {ranks}"], ran.stderr
+    assert lines[:2] == [lost, f"error: trouble of {ranks}"], ran.err
     assert lines[2:] in ([], [lost])  # of rank 0, if it is not the one with the trouble
-    assert ran.stdout == "rank 1 was killed by SIGKILL; all start again, restart 1 of 3\n"
+    assert ran.out == "rank 1 was killed by SIGKILL; all start again, restart 1 of 3\n"
 
 
 def test_a_meeting_point_that_nobody_serves() -> None:

@@ -1,10 +1,7 @@
 """One strategy under every launcher: the losses are those of one process, also after a loss."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +15,11 @@ from deepseek.config.layout import Layout
 from deepseek.frameworks import LightningModule, Trainer
 from deepseek.launch.processes import Processes
 from deepseek.launch.strategy import DeepSeekStrategy
+from support.forked import FORK_WORKERS, Started
+from support.micro_runs import MicroRuns
 
 SCRIPT = Path(__file__).parents[1] / "support" / "toy_run.py"
 STEPS = 6
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_", "TORCHELASTIC_", "MASTER_")
 
 
 @dataclass(frozen=True)
@@ -31,59 +29,53 @@ class Ran:
     text: str
 
 
-def environment(**more: str) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
-    return env | more
-
-
-def run(folder: Path, commands: list[list[str]], envs: list[dict[str, str]]) -> Ran:
-    """Start the commands together, wait, and read what rank 0 has written."""
-    started = [
-        subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for command, env in zip(commands, envs, strict=True)
-    ]
-    texts = [process.communicate(timeout=280)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * len(started), "\n".join(texts)
+def run(folder: Path, started: list[Started]) -> Ran:
+    """Wait for commands that started together, and read what rank 0 has written."""
+    rans = [process.wait().assert_done() for process in started]
     rows = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     facts = json.loads((folder / "facts.json").read_text())
-    return Ran([row["loss"] for row in rows], facts, "\n".join(texts))
+    text = "\n".join(ran.out + ran.err for ran in rans)
+    return Ran([row["loss"] for row in rows], facts, text)
 
 
-def toy(folder: Path, devices: int, precision: str, *more: str) -> list[str]:
-    return [str(SCRIPT), str(folder), str(STEPS), str(devices), precision, *more]
+def toy(folder: Path, devices: int, precision: str, *more: str) -> list[object]:
+    return [SCRIPT, folder, STEPS, devices, precision, *more]
+
+
+def start(
+    micro: MicroRuns, *words: object, program: str = "python", env: dict[str, str] | None = None
+) -> Started:
+    return micro.cli.start(*words, program=program, before=FORK_WORKERS, env=env)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+def alone(micro: MicroRuns, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    ran = run(folder, [[sys.executable, *toy(folder, 1, "32-true")]], [environment()])
+    ran = run(folder, [start(micro, *toy(folder, 1, "32-true"))])
     assert ran.facts["world"] == [1, 1, 1] and ran.facts["started_by"] == "none"
     assert ran.losses[0] != ran.losses[-1]
     return ran.losses
 
 
-def by_itself(folder: Path) -> Ran:
+def by_itself(micro: MicroRuns, folder: Path) -> Ran:
     """``python script.py``: the Trainer's devices decide."""
-    command = [sys.executable, *toy(folder, 2, "32-true", "kill")]
-    ran = run(folder, [command], [environment()])
+    ran = run(folder, [start(micro, *toy(folder, 2, "32-true", "kill"))])
     assert "rank 1 was killed by SIGKILL; all start again, restart 1 of 1" in ran.text
     assert ran.facts["started_by"] == "supervisor"
     return ran
 
 
-def by_torchrun(folder: Path) -> Ran:
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1".split()
-    command = [sys.executable, *torchrun, "--monitor-interval", "0.2"]
-    ran = run(folder, [[*command, *toy(folder, 2, "bf16-mixed", "kill")]], [environment()])
+def by_torchrun(micro: MicroRuns, folder: Path) -> Ran:
+    words = "--standalone --nproc-per-node 2 --max-restarts 1 --monitor-interval 0.1".split()
+    script = toy(folder, 2, "bf16-mixed", "kill")
+    ran = run(folder, [start(micro, *words, *script, program="torchrun")])
     assert ran.facts["started_by"] == "torchrun"
     return ran
 
 
-def by_srun(folder: Path) -> Ran:
+def by_srun(micro: MicroRuns, folder: Path) -> Ran:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     variables = {
@@ -97,22 +89,21 @@ def by_srun(folder: Path) -> Ran:
         "SLURM_RESTART_COUNT": "1",  # requeued
         "MASTER_PORT": port,
     }
-    command = [sys.executable, *toy(folder, 2, "64-true")]
-    envs = [
-        environment(**variables, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
-        for rank in range(2)
-    ]
-    ran = run(folder, [command, command], envs)
+    tasks = [variables | {"SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)} for r in range(2)]
+    script = toy(folder, 2, "64-true")
+    ran = run(folder, [start(micro, *script, env=variables) for variables in tasks])
     assert ran.facts["started_by"] == "slurm"
     return ran
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [by_itself, by_torchrun, by_srun])
 def test_every_launcher(
-    launcher: Callable[[Path], Ran], alone: list[float], tmp_path: Path
+    micro: MicroRuns,
+    launcher: Callable[[MicroRuns, Path], Ran],
+    alone: list[float],
+    tmp_path: Path,
 ) -> None:
-    ran = launcher(tmp_path)
+    ran = launcher(micro, tmp_path)
     assert ran.losses == pytest.approx(alone, rel=1e-13)
     facts = ran.facts
     assert facts["attempt"] == 1

@@ -220,7 +220,6 @@ def test_a_hostile_name_is_only_text(browser: Chromium, tmp_path: Path) -> None:
 
 
 @browser_only
-@pytest.mark.slow
 def test_the_largest_report_is_small_and_opens_fast(
     browser: Chromium, big_page: Path, record_property: pytest.RecordProperty
 ) -> None:

@@ -39,8 +39,6 @@ BY_HAND = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.torch_alone
 @pytest.mark.parametrize("chain", PAIRS + BY_HAND, ids=str)
 def test_training_goes_on_in_another_layout(tmp_path: Path, chain: Chain) -> None:
     error, what = worst_of_chain(chain, tmp_path)

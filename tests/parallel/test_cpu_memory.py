@@ -29,8 +29,6 @@ from deepseek.parallel.mesh import local
 from support.layouts import Case, batches, small_config, spread
 from support.ranks import RankFailed, run_ranks
 
-pytestmark = pytest.mark.torch_alone
-
 CPU = torch.device("cpu")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64]
 SMALL_REGION = 4096

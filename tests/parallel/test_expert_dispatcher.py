@@ -27,8 +27,6 @@ from deepseek.parallel.expert_dispatcher import (
 from support.device_waits import watched
 from support.ranks import run_ranks
 
-pytestmark = pytest.mark.torch_alone
-
 DIM, HIDDEN, LENGTH = 16, 8, 3
 
 

@@ -23,8 +23,6 @@ from support.draw import ADAM_EPS, WEIGHTS, draw_cases
 from support.layouts import Case, Driven, batches, compare, in_one_process, small_config, spread
 from support.ranks import run_ranks
 
-pytestmark = pytest.mark.torch_alone
-
 FP64, FP32 = 1e-12, 1e-5
 
 SHORT = {

@@ -15,8 +15,6 @@ from deepseek.parallel.mesh import SingleProcess, local, local_slices
 from support.layouts import Case, Driven, batches, compare, small_config
 from support.ranks import run_ranks
 
-pytestmark = pytest.mark.torch_alone
-
 FP64 = 1e-12
 ALL = ["attention", "feed_forward", "experts"]
 

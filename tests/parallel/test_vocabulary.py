@@ -29,8 +29,6 @@ from deepseek.parallel.tensor import (
 )
 from support.ranks import run_ranks
 
-pytestmark = pytest.mark.torch_alone
-
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """Relative to the largest number, by the dtype of the products."""
 

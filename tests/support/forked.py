@@ -13,8 +13,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import importlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -80,7 +82,10 @@ class Forked:
         program: str = "deepseek",
         env: Mapping[str, str] | None = None,
     ) -> Started:
-        """Start ``deepseek`` or ``torchrun`` and leave it running. ``env``: on top of ours."""
+        """Start ``deepseek``, ``torchrun`` or ``python FILE`` and leave it running.
+
+        ``env``: on top of ours.
+        """
         self._count += 1
         files = [self._folder / f"{self._count}.{kind}" for kind in ("out", "err")]
         for file in files:
@@ -96,6 +101,10 @@ class Forked:
         )
         self._running.add(pid)
         return Started(self, pid, *files)
+
+    def preload(self, *modules: str) -> None:
+        """Import what several of the commands to come would import, each for itself."""
+        assert self.ask(do="import", modules=modules) == len(modules)
 
     def ask(self, **request: Any) -> int:
         """One request, one answer."""
@@ -180,7 +189,12 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)
-        answer = child(request) if request["do"] == "start" else ended(request["pid"])
+        if request["do"] == "start":
+            answer = child(request)
+        elif request["do"] == "import":
+            answer = len(list(map(importlib.import_module, request["modules"])))
+        else:
+            answer = ended(request["pid"])
         print(answer, file=answers, flush=True)
 
 
@@ -217,7 +231,7 @@ def child(request: dict[str, Any]) -> int:
 
 
 def become(program: str, args: Sequence[str], before: str = "") -> NoReturn:
-    """Be ``deepseek`` or ``torchrun`` until it ends, and end."""
+    """Be ``deepseek``, ``torchrun`` or ``python`` until it ends, and end."""
     code: Any = 0
     try:
         import torch.distributed.run
@@ -228,8 +242,12 @@ def become(program: str, args: Sequence[str], before: str = "") -> NoReturn:
         exec(before, {})
         if program == "deepseek":
             main()
-        else:
+        elif program == "torchrun":
             torch.distributed.run.main(list(args))
+        else:
+            sys.argv = list(args)
+            sys.path.insert(0, str(Path(args[0]).resolve().parent))
+            runpy.run_path(args[0], run_name="__main__")
     except SystemExit as end:
         code = end.code or 0
     except BaseException:
@@ -262,7 +280,8 @@ def fork_workers() -> None:
 
 
 class ForkedPopen:
-    """A ``subprocess.Popen`` of ``... -m deepseek ARGS`` that forks; it dies with its parent."""
+    """A ``subprocess.Popen`` of ``python -u -m deepseek ARGS`` or ``python -u FILE ARGS`` that
+    forks; it dies with its parent."""
 
     def __init__(
         self,
@@ -288,7 +307,13 @@ class ForkedPopen:
             _close_all_but({0, 1, 2, *pass_fds})
             os.environ.clear()
             os.environ.update(env)
-            become("deepseek", args[args.index("deepseek") + 1 :])
+            words = list(args)
+            while sys.executable in words:  # twice: the supervisor's tether starts the other
+                words = words[words.index(sys.executable) + 1 :]
+            words = [word for word in words if word != "-u"]
+            if words[:2] == ["-m", "deepseek"]:
+                become("deepseek", words[2:])
+            become("python", words)
         if process_group == 0 or start_new_session:
             with contextlib.suppress(PermissionError, ProcessLookupError):
                 os.setpgid(self.pid, self.pid)  # whoever comes first

@@ -73,6 +73,12 @@ class MicroRuns:
         self.config.write_text(dump_yaml(CONFIG))
         self.cli = Forked(folder, **environment)
 
+    def make(self, name: str) -> str:
+        """The run of this name, uninterrupted and with no settings; it is trained once."""
+        if not (self.folder / name).exists():
+            self.train(name).assert_done()
+        return name
+
     def train(self, name: str, *settings: str, before: str = "") -> Ran:
         """Train in the run folder ``name`` until it ends."""
         return self.start(name, *settings, before=before).wait()
