@@ -1,8 +1,10 @@
 # Two commands do everything on a fresh machine:
 #   make train    environment, corpus, tokenizer, a real training run of a few minutes, a sample, a report
-#   make test     environments, style, types, layers, the suite, and again with NeMo
-# and others measure: make bench    training and decoding against Hugging Face transformers
-#                     make sweep    400 random parallel layouts against one process
+#   make test     environments, style, types, layers, the suite, and what may differ again with NeMo
+# Others take hours, or measure:
+#   make test-all the suite in its long version: more layouts, kills and drawn examples
+#   make sweep    400 random parallel layouts against one process, and checkpoints between layouts
+#   make bench    training and decoding against Hugging Face transformers
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 PIP_FLAGS := --quiet --disable-pip-version-check
 VENV := .venv
@@ -11,7 +13,7 @@ TEST_FLAGS ?= -n 2
 # What NVIDIA's AutoModel and Megatron-Core need to be built on a CPU, without what needs a GPU.
 PEERS := nemo-automodel megatron-core torchao torchdata flashoptim
 
-.PHONY: train test test-lightning test-nemo lint browser bench sweep format clean
+.PHONY: train test test-all test-lightning test-nemo lint browser bench sweep format clean
 
 train: $(VENV)/.ready
 	$(VENV)/bin/deepseek train --config deepseek_v3_tiny --sample --report
@@ -29,8 +31,15 @@ test-lightning: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest $(TEST_FLAGS)
 
 test-nemo: $(NEMO)/.ready
-	@echo "== the suite with NVIDIA NeMo, less what depends on torch alone"
-	$(NEMO)/bin/python -m pytest $(TEST_FLAGS) -m "not nightly"
+	@echo "== the tests that may differ with NVIDIA NeMo"
+	$(NEMO)/bin/python -m pytest $(TEST_FLAGS) -m "framework and not nightly"
+
+test-all: export HYPOTHESIS_PROFILE := nightly
+test-all: lint browser $(VENV)/.ready $(NEMO)/.ready
+	@echo "== the long version of the suite with PyTorch Lightning alone"
+	$(VENV)/bin/python -m pytest $(TEST_FLAGS) -m "" --timeout 3600
+	@echo "== and with NVIDIA NeMo"
+	$(NEMO)/bin/python -m pytest $(TEST_FLAGS) -m "" --timeout 3600
 
 browser:
 	@command -v chromium chromium-browser google-chrome >/dev/null || { \
@@ -45,6 +54,7 @@ bench: $(VENV)/.ready
 sweep: $(VENV)/.ready
 	cd tests && ../$(VENV)/bin/python -m support.sweep --cases 200 --dtype float64
 	cd tests && ../$(VENV)/bin/python -m support.sweep --cases 200 --dtype float32
+	cd tests && ../$(VENV)/bin/python -m support.checkpoint_sweep --pairs 30 --chains 5
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff format .

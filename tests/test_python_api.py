@@ -43,6 +43,7 @@ def test_importing_it_and_loading_a_configuration_needs_no_torch() -> None:
     assert ran.stdout.strip() == "[]"
 
 
+@pytest.mark.framework
 def test_the_guide_runs_from_top_to_bottom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

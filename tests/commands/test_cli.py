@@ -80,6 +80,7 @@ def test_a_reader_that_goes_away(cli: Forked) -> None:
 # -- train --
 
 
+@pytest.mark.framework
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -118,6 +119,7 @@ def test_a_vocabulary_too_small_for_the_data(micro: MicroRuns) -> None:
     ran.assert_refused("model.vocab_size=280", "300 ids", "set model.vocab_size=384")
 
 
+@pytest.mark.framework
 def test_training_prints_where_and_what_next(micro: MicroRuns) -> None:
     ran = micro.train("printed", "trainer.max_steps=2", "trainer.log_every_n_steps=2")
     lines = ran.assert_done().out.splitlines()
@@ -181,6 +183,7 @@ for name in ("deepseek.frameworks", "deepseek.commands.fit"):
 """
 
 
+@pytest.mark.framework
 @pytest.mark.parametrize(
     ("choice", "versions", "parts"),
     [
@@ -365,6 +368,7 @@ def test_validate(cli: Forked, micro: MicroRuns) -> None:
 # -- prepare-data --
 
 
+@pytest.mark.framework
 def test_prepare_data_then_train(micro: MicroRuns, tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -442,6 +446,7 @@ os.environ.update({more})
 COLOUR = re.compile("\x1b\\[[0-9;]*m")
 
 
+@pytest.mark.framework
 def test_no_escapes_without_a_terminal(micro: MicroRuns) -> None:
     for words in (["ls"], ["ls", "run"], ["validate", "deepseek_v3_tiny"], ["--help"]):
         ran = micro.cli(*words).assert_done()
@@ -449,6 +454,7 @@ def test_no_escapes_without_a_terminal(micro: MicroRuns) -> None:
     assert ESCAPE not in micro.cli("nonsense").err
 
 
+@pytest.mark.framework
 def test_a_bar_and_colours_on_a_terminal(micro: MicroRuns) -> None:
     steps = ["trainer.max_steps=3", "trainer.val_check_interval=2"]
     code = TERMINAL.format(term="xterm-256color", more={"FORCE_COLOR": "1"})
@@ -464,6 +470,7 @@ def test_a_bar_and_colours_on_a_terminal(micro: MicroRuns) -> None:
     assert ESCAPE not in ran.out and "step      2/3" in ran.out
 
 
+@pytest.mark.framework
 def test_log_of_the_run_is_json(micro: MicroRuns) -> None:
     lines = (micro.folder / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

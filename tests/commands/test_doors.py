@@ -52,6 +52,7 @@ def test_the_model_is_tested_from_a_clone() -> None:
     assert ran.err == SILENT
 
 
+@pytest.mark.framework
 def test_a_model_is_trained_from_a_clone(micro: MicroRuns, tmp_path: Path) -> None:
     words = ["--config", str(micro.config), "--run-dir", str(tmp_path / "run")]
     settings = [f"model.data.data_prefix={micro.folder / 'data'}", "--trainer.max_steps=12"]
@@ -145,6 +146,7 @@ assert not any(sys.modules[name] for name in names)
 """
 
 
+@pytest.mark.framework
 def test_lightning_and_omegaconf_are_enough(micro: MicroRuns, tmp_path: Path) -> None:
     names = {"typer", "rich", "tokenizers", "pyarrow", "zstandard", "tensorboard", "safetensors",
              "transformers", "nemo_toolkit"}  # fmt: skip

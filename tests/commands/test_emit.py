@@ -75,6 +75,7 @@ def same_lr(found: list[float], **settings: Any) -> bool:
 # -- AutoModel --
 
 
+@pytest.mark.framework
 @needs_peers
 def test_automodel_builds_and_trains_what_is_emitted(micro: MicroRuns) -> None:
     """Its model and ours, found through the entry point, have equal logits and take equal steps."""
@@ -137,6 +138,7 @@ def test_what_automodel_lacks_is_refused_at_once(micro: MicroRuns) -> None:
 # -- Megatron-Core --
 
 
+@pytest.mark.framework
 @needs_peers
 def test_megatron_builds_the_same_model(micro: MicroRuns) -> None:
     """With our weights, MTP's too, it gives our losses token by token."""
@@ -150,6 +152,7 @@ def test_megatron_builds_the_same_model(micro: MicroRuns) -> None:
     assert same_lr(found["lr"], name="WarmupConstantCosine", warmup_steps=3, constant_steps=4)
 
 
+@pytest.mark.framework
 @needs_peers
 def test_megatron_knows_yarn_and_v2(micro: MicroRuns) -> None:
     settings = ["trainer.max_steps=1", "trainer.val_check_interval=0", *YARN, *V2]
@@ -160,6 +163,7 @@ def test_megatron_knows_yarn_and_v2(micro: MicroRuns) -> None:
     assert found["differ by"] < 1e-5
 
 
+@pytest.mark.framework
 @needs_peers
 def test_megatron_takes_the_layout(micro: MicroRuns) -> None:
     sizes = ["trainer.devices=4", "model.pipeline_model_parallel_size=2"]

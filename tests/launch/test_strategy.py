@@ -18,6 +18,8 @@ from deepseek.launch.strategy import DeepSeekStrategy
 from support.forked import FORK_WORKERS, Started
 from support.micro_runs import MicroRuns
 
+pytestmark = pytest.mark.framework
+
 SCRIPT = Path(__file__).parents[1] / "support" / "toy_run.py"
 STEPS = 6
 

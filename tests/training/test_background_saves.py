@@ -6,6 +6,8 @@ import pytest
 
 from support.micro_runs import MicroRuns
 
+pytestmark = pytest.mark.framework
+
 ASYNC = "exp_manager.checkpoint_callback_params.async_save=true"
 EVERY_TWO = "exp_manager.checkpoint_callback_params.every_n_train_steps=2"
 

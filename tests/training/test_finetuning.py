@@ -71,6 +71,7 @@ def test_full_fine_tuning_lowers_the_loss_of_answers(micro: MicroRuns, base: str
     assert losses(micro, "scratch")[0] > found[0]
 
 
+@pytest.mark.framework
 def test_adapters_lower_the_loss_of_answers(micro: MicroRuns, adapted: str) -> None:
     found = losses(micro, adapted)
     assert found[-1] < 0.9 * found[0]
@@ -119,6 +120,7 @@ def test_merging_changes_nothing_but_what_has_adapters(micro: MicroRuns, adapted
     assert losses(micro, "tuned_again")[0] < losses(micro, adapted)[0]
 
 
+@pytest.mark.framework
 def test_adapters_go_on_where_they_were(micro: MicroRuns, adapted: str) -> None:
     given = settings(micro, *PEFT, "model.optim.lr=2e-2")
     micro.train("halves", *given, "trainer.max_steps=9").assert_done()

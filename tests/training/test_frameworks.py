@@ -16,6 +16,8 @@ from deepseek.frameworks import NEMO_TARGET, USES_NEMO, ModelBase, Trainer, atta
 from deepseek.training.schedule import learning_rate
 from deepseek.training.step import DeepSeekModel
 
+pytestmark = pytest.mark.framework
+
 SMALL = ModelConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, kv_lora_rank=8)
 PRETEND = """
 import importlib.metadata as metadata

@@ -7,6 +7,8 @@ import pytest
 
 from support.micro_runs import MicroRuns
 
+pytestmark = pytest.mark.framework
+
 # The process kills itself before the n-th of the calls named, at or after step 4, when a log row, a
 # validation of two batches and a checkpoint follow each other.
 KILL_AT = """

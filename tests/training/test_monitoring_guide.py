@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 import deepseek
 from deepseek.monitoring.array_log import read_arrays
 from deepseek.monitoring.record import alarms as detectors
@@ -12,6 +14,8 @@ from deepseek.monitoring.record.alarms import detectors as all_detectors
 from deepseek.monitoring.record.metrics_log import SCALARS
 from support.log_rows import all_rows
 from support.micro_runs import MicroRuns
+
+pytestmark = pytest.mark.framework
 
 GUIDE = (Path(deepseek.__file__).parent / "docs" / "monitoring.md").read_text()
 NAMED = set(re.findall(r"`([a-z0-9_]+)`", GUIDE))

@@ -59,6 +59,7 @@ def test_of_any_layout_it_holds_the_tensors_of_the_checkpoint(
         assert archive.testzip() is None
 
 
+@pytest.mark.framework
 @pytest.mark.skipif(not USES_NEMO, reason="restored by NeMo")
 def test_nemo_restores_it(micro: MicroRuns, nemo: Path, tmp_path: Path) -> None:
     from deepseek.training.step import DeepSeekModel
@@ -96,6 +97,7 @@ def test_runs_in_other_layouts_start_from_it(micro: MicroRuns, nemo: Path, name:
     assert all(torch.equal(read[key], expected[key]) for key in expected)
 
 
+@pytest.mark.framework
 def test_other_commands_take_it(micro: MicroRuns, nemo: Path) -> None:
     micro.cli("hf", "export", nemo, "nemo_files_of_file").assert_done()
     micro.cli("hf", "export", "nemo_source", "nemo_files_of_run").assert_done()
@@ -122,6 +124,7 @@ def test_adapters_on_it(micro: MicroRuns, nemo: Path) -> None:
     assert merged.tensor_names() == sorted(weights(micro, "nemo_merged"))
 
 
+@pytest.mark.framework
 def test_it_is_written_again_when_it_is_not_of_the_last_step(micro: MicroRuns, nemo: Path) -> None:
     """As after a kill while it was written, and after more steps."""
     run = micro.folder / "nemo_kept"

@@ -24,6 +24,8 @@ from support.launchers import (
 )
 from support.micro_runs import OF_THE_LAYOUT, MicroRuns
 
+pytestmark = pytest.mark.framework
+
 SAME = 1e-5
 """Relative, in fp32: sums are taken in another order. Measured: 4e-7 for rows of the log, 2e-6 for
 weights and moments after 12 steps."""

@@ -12,6 +12,8 @@ from deepseek.monitoring.run_log import read_run
 from support.forked import FORK_WORKERS, Ran
 from support.micro_runs import MicroRuns
 
+pytestmark = pytest.mark.framework
+
 PLANTED = """
 import torch
 from deepseek.models.components.router import Router

@@ -11,6 +11,8 @@ from deepseek.frameworks import USES_NEMO
 from support.log_rows import latest_rows
 from support.micro_runs import MicroRuns, by_step
 
+pytestmark = pytest.mark.framework
+
 
 @pytest.fixture(scope="module")
 def short(micro: MicroRuns) -> str:

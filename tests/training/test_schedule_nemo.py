@@ -10,6 +10,8 @@ import torch
 from deepseek.config.schema import SchedConfig
 from deepseek.training.schedule import learning_rate
 
+pytestmark = pytest.mark.framework
+
 nemo_schedulers = pytest.importorskip("nemo.core.optim.lr_scheduler")
 
 

@@ -41,6 +41,7 @@ def test_the_weights_are_those_that_went_out(micro: MicroRuns, model: Path) -> N
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.framework
 def test_a_run_starts_from_them(micro: MicroRuns, model: Path) -> None:
     """At step 0: as the run that made them, and much better than from random ones."""
     ran = micro.train("from_model", *ONE_STEP, f"model.restore_from={model}").assert_done()

@@ -2,12 +2,15 @@
 
 import json
 
+import pytest
 from test_interruptions import terminate_at
 
 from deepseek.monitoring.array_log import read_arrays
 from deepseek.monitoring.run_log import read_run
 from support.log_rows import all_rows
 from support.micro_runs import MicroRuns
+
+pytestmark = pytest.mark.framework
 
 
 def events(micro: MicroRuns, name: str) -> list[tuple[str, int, object]]:
