@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from deepseek.checkpoint import checkpoint as checkpoint_module
+from deepseek.checkpoint import manifest as manifest_module
+from deepseek.checkpoint.checkpoint import describe, newest_sound
 from deepseek.checkpoint.manager import CheckpointManager
+from deepseek.checkpoint.manifest import complete_steps, step_folders, step_name
 from deepseek.config.errors import UserError
 from support.stored import flip, flip_number, save, shard_of, value_of
 
@@ -124,3 +129,68 @@ def test_steps_beyond_eight_digits(manager: CheckpointManager) -> None:
     assert manager.steps() == [99_999_999, 100_000_000]
     checkpoint = manager.newest_sound(pytest.fail)
     assert checkpoint is not None and checkpoint.step == 100_000_000
+
+
+# -- readers beside a writer ----------------------------------------------------------------------
+
+
+def test_what_is_being_read_is_not_retired(manager: CheckpointManager) -> None:
+    manager.keep = 1
+    save(manager, 1)
+    checkpoint = newest_sound(manager.folder, pytest.fail)
+    for step in (2, 3):
+        save(manager, step)
+    assert manager.steps() == [1, 3]
+    assert value_of(checkpoint) == 1
+    del checkpoint
+    save(manager, 4)
+    assert manager.steps() == [4]
+    # Its own writer does not stand in its own way.
+    own = manager.newest_sound(pytest.fail)
+    save(manager, 5)
+    assert own is not None and manager.steps() == [5]
+
+
+def test_a_checkpoint_that_goes_before_it_is_held(
+    manager: CheckpointManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The listing was read, then the writer came: a reader takes what is there now."""
+    manager.keep = 1
+    save(manager, 1)
+
+    def listing(folder: Path) -> list[Path]:
+        monkeypatch.undo()
+        paths = step_folders(folder)
+        save(manager, 2)
+        return paths
+
+    for module, reads in (
+        (checkpoint_module, lambda: value_of(newest_sound(manager.folder, pytest.fail))),
+        (manifest_module, lambda: complete_steps(manager.folder)[0]),
+    ):
+        monkeypatch.setattr(module, "step_folders", listing)
+        assert reads() == 2
+    monkeypatch.setattr(checkpoint_module, "step_folders", lambda folder: [folder / step_name(1)])
+    assert describe(manager.folder) == []
+    monkeypatch.undo()
+    (manager.folder / step_name(9)).symlink_to("nowhere")
+    assert complete_steps(manager.folder) == [2]
+
+
+def test_readers_beside_a_writer(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=1)
+    save(manager, 1)
+    writer = threading.Thread(target=lambda: [save(manager, step) for step in range(2, 30)])
+    writer.start()
+    seen = set()
+    while writer.is_alive():
+        checkpoint = newest_sound(tmp_path, pytest.fail)
+        assert checkpoint is not None and value_of(checkpoint) == checkpoint.step
+        seen.add(checkpoint.step)
+        del checkpoint
+        assert all(row.problem is None for row in describe(tmp_path))
+        assert complete_steps(tmp_path)
+    writer.join()
+    assert len(seen) > 3
+    save(manager, 30)
+    assert manager.steps() == [30]

@@ -245,6 +245,45 @@ def _holder(path: Path) -> tuple[str, bool]:
     return f"process {pid} on host {host}", host == socket.gethostname()
 
 
+class Hold:
+    """A reader's hold on the file ``path``, until ``release``, garbage collection or death.
+
+    It keeps away who asks ``unless_held`` before deleting. Nothing is written. Where the file
+    system has no locks, nothing is held. Raises ``OSError`` if the file is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.release = weakref.finalize(self, os.close, handle)
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        if not os.path.samestat(os.fstat(handle), os.stat(path)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+
+@contextmanager
+def unless_held(path: Path) -> Iterator[bool]:
+    """Whether no reader has a ``Hold`` on ``path``; none gets one before the block ends."""
+    try:
+        import fcntl
+
+        handle = os.open(path, os.O_RDWR)
+    except (ImportError, OSError):
+        yield True
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as failure:
+            yield failure.errno not in (errno.EAGAIN, errno.EACCES)
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
 # -- folders that take long ----------------------------------------------------------------------
 
 _NOTES = ".done"

@@ -1,11 +1,13 @@
 """Reading checkpoints: one that has been verified, and a folder of them.
 
-No lock is needed and nothing is changed.
+No lock is needed and nothing is changed. A writer who retires old checkpoints leaves alone what is
+being read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from deepseek.checkpoint.manifest import (
+    MANIFEST,
     Manifest,
     check_step,
     damage_of,
@@ -26,6 +29,7 @@ from deepseek.checkpoint.metadata import read_metadata
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.shards import read_shards
 from deepseek.config.errors import UserError
+from deepseek.files import Hold
 
 _NAMED = 8
 """How many tensors an error names before it counts the rest."""
@@ -42,6 +46,8 @@ class Checkpoint:
     _metadata: Metadata = field(repr=False)
     ranks: Ranks = field(repr=False)
     """Who opened it, and loads together."""
+    _hold: Hold | None = field(default=None, repr=False, kw_only=True)
+    """Of rank 0: the directory is not retired as long as this object lives."""
 
     @classmethod
     def open(cls, path: Path, ranks: Ranks | None = None) -> Checkpoint:
@@ -50,6 +56,7 @@ class Checkpoint:
         Raises ``UserError`` with every file that is missing or differs.
         """
         ranks = ranks or Ranks()
+        held = _held(path) if ranks.rank == 0 else None
         manifest = ranks.lead(lambda: Manifest.read(path))
         problems = ranks.lead(lambda: manifest.wrong_sizes(path))
         if not problems:
@@ -64,10 +71,15 @@ class Checkpoint:
 
         def read() -> None:
             state, metadata = read_state(path), read_metadata(path, sizes)
-            opened.append(cls(path, manifest.step, state, metadata, ranks))
+            opened.append(cls(path, manifest.step, state, metadata, ranks, _hold=held))
 
         ranks.together(read)
         return opened[0]
+
+    def release(self) -> None:
+        """Let it be retired; for its own writer, which knows what it still needs."""
+        if self._hold is not None:
+            self._hold.release()
 
     def state(self) -> dict[str, Any]:
         """The run state, equal to what ``save`` was given on rank 0."""
@@ -145,21 +157,21 @@ def newest_sound(
         UserError: there are checkpoints, and every one is damaged.
     """
     ranks = ranks or Ranks()
-    problems = []
-    for path in ranks.lead(lambda: step_folders(folder)):
+    problems: dict[Path, str] = {}
+    while paths := [p for p in ranks.lead(lambda: step_folders(folder)) if p not in problems]:
         try:
-            checkpoint = Checkpoint.open(path, ranks)
-            check_step(path, checkpoint.step)
+            checkpoint = Checkpoint.open(paths[0], ranks)
+            check_step(paths[0], checkpoint.step)
             return checkpoint
         except UserError as failure:
-            # A writer elsewhere may have retired it meanwhile: that is no damage.
-            if not ranks.lead(path.exists):
+            # Its writer may have retired it meanwhile: that is no damage, and a newer one is there.
+            if not ranks.lead(paths[0].exists):
                 continue
-            problems.append(str(failure))
+            problems[paths[0]] = str(failure)
             if ranks.rank == 0:
                 report(f"{failure}; trying the one before")
     if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
+        lines = "\n".join(f"  {problem}" for problem in problems.values())
         raise UserError(
             f"no checkpoint in {folder} is sound:\n{lines}\n"
             "restore one from a copy, or move them away to start from step 0"
@@ -186,16 +198,29 @@ def describe(folder: Path, digests: bool = True) -> list[Summary]:
 
     ``digests=False`` compares sizes only, which takes no reading of the shards.
     """
-    return [_summary(path, digests) for path in step_folders(folder)]
+    rows = (_summary(path, digests) for path in step_folders(folder))
+    return [row for row in rows if row is not None]
 
 
-def _summary(path: Path, digests: bool) -> Summary:
-    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-    problem, tensors = damage_of(path, digests), None
-    if problem is None:
-        try:
+def _summary(path: Path, digests: bool) -> Summary | None:
+    """None if it was retired meanwhile."""
+    held, tensors = _held(path), None
+    problem = damage_of(path, digests)
+    try:
+        size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+        if problem is None:
             sizes = {name: entry.size for name, entry in Manifest.read(path).files.items()}
             tensors = len(read_metadata(path, sizes).state_dict_metadata)
-        except UserError as failure:
-            problem = str(failure)
+    except FileNotFoundError:
+        return None
+    except UserError as failure:
+        problem = str(failure)
+    del held  # until here
     return Summary(path, step_of(path), size, tensors, problem)
+
+
+def _held(path: Path) -> Hold | None:
+    """A hold on the checkpoint ``path``; None if it has no manifest (any more)."""
+    with suppress(OSError):
+        return Hold(path / MANIFEST)
+    return None

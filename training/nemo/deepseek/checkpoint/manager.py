@@ -57,6 +57,7 @@ from deepseek.files import (
     disk_errors,
     require_room,
     sync_folder,
+    unless_held,
     write_durably,
 )
 
@@ -164,6 +165,7 @@ class CheckpointManager:
         """
         checkpoint = newest_sound(self.folder, report, self._ranks)
         if checkpoint is not None:
+            checkpoint.release()
             self._damaged |= {step for step in self.steps() if step > checkpoint.step}
         return checkpoint
 
@@ -289,14 +291,19 @@ class CheckpointManager:
             _log.warning("%s: old checkpoints could not be deleted: %s", self.folder, failure)
 
     def _retire(self) -> None:
-        """Keep the newest ``keep`` that are good; the damaged keep no place."""
+        """Keep the newest ``keep`` that are good; the damaged keep no place.
+
+        What is being read goes with a later save.
+        """
         if self.keep == -1:
             return
         good = [step for step in complete_steps(self.folder) if step not in self._damaged]
         kept = good[-self.keep :]
         for path in step_folders(self.folder):
             if step_of(path) not in kept:
-                self._discard(path)
+                with unless_held(path / MANIFEST) as free:
+                    if free:
+                        self._discard(path)
 
     def _discard(self, path: Path) -> None:
         """Delete a checkpoint; from its first moment on it no longer looks like one."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -106,9 +107,11 @@ class Manifest:
 
 def complete_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints that are whole by their manifest's sizes, ascending."""
-    return sorted(
-        step_of(path) for path in step_folders(folder) if not damage_of(path, digests=False)
-    )
+    while True:
+        paths = step_folders(folder)
+        steps = [step_of(path) for path in paths if not damage_of(path, digests=False)]
+        if all(path.exists() for path in paths):  # none was retired meanwhile
+            return sorted(steps)
 
 
 def step_name(step: int) -> str:
@@ -125,14 +128,16 @@ def step_folders(folder: Path) -> list[Path]:
     """The directories that are named as checkpoints, newest first, whole or not."""
     if not folder.is_dir():
         return []
-    found = [
-        path
-        for path in folder.iterdir()
-        if re.fullmatch(r"step_[0-9]{8,18}", path.name)
-        and path.name == step_name(step_of(path))
-        and path.is_dir()
-    ]
-    return sorted(found, key=step_of, reverse=True)
+    while True:
+        named = [
+            path
+            for path in folder.iterdir()
+            if re.fullmatch(r"step_[0-9]{8,18}", path.name)
+            and path.name == step_name(step_of(path))
+        ]
+        found = [path for path in named if path.is_dir()]
+        if all(map(os.path.lexists, named)):  # none was retired meanwhile
+            return sorted(found, key=step_of, reverse=True)
 
 
 def check_step(path: Path, step: int) -> None:
