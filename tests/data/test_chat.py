@@ -14,15 +14,21 @@ from hypothesis import strategies as st
 from deepseek.config.errors import ConfigError, UserError
 from deepseek.config.load import load_config
 from deepseek.config.schema import DataConfig, ModelConfig
-from deepseek.data.chat import PLAIN_TEMPLATE, ChatError, ChatTemplate, conversation_of
-from deepseek.data.chat_dataset import ChatDataset
+from deepseek.data.chat import (
+    PLAIN_TEMPLATE,
+    ChatError,
+    ChatTemplate,
+    answers_of,
+    conversation_of,
+    prepare_chat,
+)
+from deepseek.data.dataset import ChatDataset
 from deepseek.data.indexed import IndexedDataset, IndexedWriter
 from deepseek.data.open_data import open_data
-from deepseek.data.prepare_chat import answers_of, prepare_chat
-from deepseek.data.prepared import PreparedData
+from deepseek.data.prepare import PreparedData
 from deepseek.data.tokenizer import EOS, Tokenizer, byte_tokenizer, load_tokenizer
 
-IGNORED = -100
+IGNORE_INDEX = -100
 Row = dict[str, Any]
 
 SPECIAL_TURNS = (
@@ -321,11 +327,11 @@ def oracle(documents: list[list[tuple[int, bool]]], size: int) -> tuple[list[Exa
     found, cut, lost = [], 0, 0
     for document in documents:
         pairs = [
-            (document[k][0], document[k + 1][0] if document[k + 1][1] else IGNORED)
+            (document[k][0], document[k + 1][0] if document[k + 1][1] else IGNORE_INDEX)
             for k in range(len(document) - 1)
         ]
-        learnt = [label for _, label in pairs if label != IGNORED]
-        kept = [label for _, label in pairs[:size] if label != IGNORED]
+        learnt = [label for _, label in pairs if label != IGNORE_INDEX]
+        kept = [label for _, label in pairs[:size] if label != IGNORE_INDEX]
         cut += len(kept) < len(learnt)
         lost += not kept
         if kept:
@@ -337,7 +343,7 @@ def oracle(documents: list[list[tuple[int, bool]]], size: int) -> tuple[list[Exa
 def taken_apart(sample: dict[str, np.ndarray]) -> list[Example]:
     documents = sample["documents"]
     padding = documents == -1
-    assert (sample["labels"][padding] == IGNORED).all()
+    assert (sample["labels"][padding] == IGNORE_INDEX).all()
     assert (sample["tokens"][padding] == 7).all() and (sample["positions"][padding] == 0).all()
     found = []
     for number in range(documents.max() + 1):
@@ -372,7 +378,7 @@ def test_every_conversation_is_whole_in_one_sequence_once_an_epoch(
         return
     data = packed(folder, documents, **options)
     assert (data.cut, data.left_out) == (cut, lost)
-    assert data.answer_tokens == sum(label != IGNORED for _, ls in wanted for label in ls)
+    assert data.answer_tokens == sum(label != IGNORE_INDEX for _, ls in wanted for label in ls)
     for epoch in range(2 if endless else 1):
         samples = [data[epoch * len(data) + k] for k in range(len(data))]
         found = [example for sample in samples for example in taken_apart(sample)]

@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,18 @@ from hypothesis import strategies as st
 
 from deepseek.config.errors import UserError
 from deepseek.data import corpus
-from deepseek.data.corpus import Corpus, cut, documents, pieces
+from deepseek.data.corpus import Corpus, Source, chunks, cut
 from deepseek.data.tokenizer import Tokenizer
 from support.sample_texts import TEXTS
+
+
+def documents(source: Source, key: str = "text") -> Iterator[str]:
+    parts: list[str] = []
+    for chunk in chunks(source, key):
+        parts.append(chunk.text)
+        if chunk.last:
+            yield "".join(parts)
+            parts = []
 
 
 def read(path: Path, key: str = "text") -> list[str]:
@@ -103,7 +113,7 @@ def test_digest_is_that_of_the_file(tmp_path: Path, name: str) -> None:
         path = put(tmp_path / name, '{"text": "x"}\n' * 5)
     digest = hashlib.sha256()
     source = Corpus.from_paths([path]).sources[0]
-    last = list(pieces(source, digest=digest))[-1]
+    last = list(chunks(source, digest=digest))[-1]
     assert digest.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
     assert last.position == path.stat().st_size
 
@@ -161,17 +171,17 @@ def test_a_text_without_a_place_to_cut_is_cut_anyway() -> None:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.zst"])
-def test_long_files_come_in_pieces_whatever_the_blocks(
+def test_long_files_come_in_chunks_whatever_the_blocks(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "".join(f"line {k} é東🗼\n" for k in range(150_000))
     path = put(tmp_path / name, text)
     source = Corpus.from_paths([path]).sources[0]
-    whole = [(piece.text, piece.last) for piece in pieces(source)]
+    whole = [(chunk.text, chunk.last) for chunk in chunks(source)]
     assert len(whole) >= 3
     assert [last for _, last in whole] == [False] * (len(whole) - 1) + [True]
     monkeypatch.setattr(corpus, "_BLOCK", 100_003)
-    assert [(piece.text, piece.last) for piece in pieces(source)] == whole
+    assert [(chunk.text, chunk.last) for chunk in chunks(source)] == whole
     assert list(documents(source)) == [text]
 
 
@@ -184,7 +194,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
     source = Corpus.from_paths([path]).sources[0]
     del lines
     tracemalloc.start()
-    count = sum(1 for _ in pieces(source))
+    count = sum(1 for _ in chunks(source))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count >= 20 and peak < 8_000_000  # of 20 MB
@@ -318,4 +328,4 @@ def test_a_file_that_grows_is_named(tmp_path: Path) -> None:
     source = Corpus.from_paths([path]).sources[0]
     put(path, "xyz")
     with pytest.raises(UserError, match=r"a\.txt changed while it was read \(1 -> 3 bytes\)"):
-        list(pieces(source))
+        list(chunks(source))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.config.errors import UserError
-from deepseek.data.dataset import IGNORED, PackedDataset, Sample, split_documents
+from deepseek.data.dataset import IGNORE_INDEX, PackedDataset, Sample, permuted, split_documents
 from deepseek.data.indexed import IndexedDataset, IndexedWriter
 from deepseek.data.tokenizer import FimIds
 
@@ -104,20 +104,20 @@ def test_samples_tile_the_stream_of_whole_epochs(
                 "int32",
             ]
             # 2. Labels are the next ids, in the sample and across its end.
-            inside = labels[:-1] != IGNORED
+            inside = labels[:-1] != IGNORE_INDEX
             assert np.array_equal(labels[:-1][inside], tokens[1:][inside])
-            if previous not in (None, IGNORED):
+            if previous not in (None, IGNORE_INDEX):
                 assert tokens[0] == previous
             previous = labels[-1]
             # 3. Borders.
             if not isolate:
-                assert not (labels == IGNORED).any()
+                assert not (labels == IGNORE_INDEX).any()
                 assert sample["positions"].tolist() == list(range(seq_length))
                 assert not sample["documents"].any()
             elif not chosen:
                 begins = np.array([t in starts and k > 0 for k, t in enumerate(tokens)])
                 assert sample["documents"].tolist() == np.cumsum(begins).tolist()
-                assert np.array_equal(labels[:-1] == IGNORED, begins[1:])
+                assert np.array_equal(labels[:-1] == IGNORE_INDEX, begins[1:])
                 expected, position = [], -1
                 for begin in begins:
                     position = 0 if begin else position + 1
@@ -278,7 +278,7 @@ def test_documents_of_several_sequences_are_whole(tmp_path: Path) -> None:
     assert data.num_documents == 4
     for i in range(8):
         assert np.diff(data[i]["tokens"]).tolist() == [1, 1]
-        assert data[i]["labels"][2] == IGNORED
+        assert data[i]["labels"][2] == IGNORE_INDEX
 
 
 @given(st.integers(2, 500), st.floats(0.001, 0.999))
@@ -303,7 +303,9 @@ def test_no_token_of_training_is_in_validation(write: Write) -> None:
         for token, document in zip(*map(validating[i].get, ("tokens", "documents")), strict=True)
         if document >= 0
     ]
-    labels = [t for i in range(len(validating)) for t in validating[i]["labels"] if t != IGNORED]
+    labels = [
+        t for i in range(len(validating)) for t in validating[i]["labels"] if t != IGNORE_INDEX
+    ]
     assert trained | set(validated) == set(range(indexed.num_tokens))
     assert not trained & set(validated)
     assert labels == validated[1:]
@@ -332,3 +334,51 @@ def test_errors(write: Write) -> None:
     with pytest.raises(UserError, match=message):
         split_documents(1, 0.02)
     assert [len(part) for part in split_documents(1, 0.0)] == [1, 0]
+
+
+# -- the order of training: every stretch once, in an order that mixes the documents --
+
+FROZEN = [8, 0, 4, 9, 3, 5, 6, 7, 1, 2]
+
+
+@given(st.integers(1, 300), st.integers(0, 2**40), st.integers(0, 5))
+def test_it_is_a_permutation(size: int, seed: int, group: int) -> None:
+    assert sorted(permuted(i, size, seed, group) for i in range(size)) == list(range(size))
+
+
+def test_the_key_decides() -> None:
+    def order(*key: int) -> list[int]:
+        return [permuted(i, 1000, *key) for i in range(1000)]
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1) != order(2, 1)
+    # no place keeps near its own: the mean distance of a random order is a third of the size
+    distance = np.abs(np.array(order(1, 0)) - np.arange(1000)).mean()
+    assert 280 < distance < 390
+
+
+def test_the_permutation_is_frozen() -> None:
+    """A change here breaks the exact resumption of every run."""
+    assert [permuted(i, 10, 1234, 0, 2) for i in range(10)] == FROZEN
+
+
+def test_large_data_needs_no_table() -> None:
+    size = 10**12
+    places = {permuted(i, size, 7) for i in range(500)}
+    assert len(places) == 500 and max(places) < size and max(places) > size // 2
+
+
+def test_a_pass_has_every_stretch_once_and_mixes_documents(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "p", np.dtype("<u2")) as writer:
+        for document in range(10):
+            writer.add_document([document] * 400)
+    data = PackedDataset(IndexedDataset(tmp_path / "p"), np.arange(10), seq_length=20, seed=3)
+    for group in range(3):
+        numbers = range(group * len(data), (group + 1) * len(data))
+        shown = Counter(bytes(data[i]["tokens"]) for i in numbers)
+        there = Counter(bytes(data.stretch(i)["tokens"]) for i in numbers)
+        assert shown == there
+    batches = [
+        {int(data[i]["tokens"][0]) for i in range(first, first + 8)} for first in range(0, 160, 8)
+    ]
+    assert np.mean([len(batch) for batch in batches]) > 4  # eight neighbours would show one or two

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers
 
 from deepseek.config.errors import UserError
 from deepseek.data.tokenizer import (
@@ -26,7 +27,6 @@ from deepseek.data.tokenizer import (
     load_tokenizer,
     train_bpe,
 )
-from deepseek.data.tokenizer_backend import ByteBackend, HuggingFaceBackend
 from support.sample_texts import TEXTS
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -68,16 +68,23 @@ def test_half_a_character_at_the_end_becomes_the_replacement() -> None:
 
 @given(st.lists(st.integers(0, 399), max_size=30))
 def test_the_table_decodes_as_the_library_does(ids: list[int]) -> None:
-    backend = HuggingFaceBackend(BPE._source, "test")
-    assert BPE.decode(ids) == backend.decode(ids)
+    assert BPE.decode(ids) == Library.from_str(BPE._source).decode(ids, skip_special_tokens=False)
 
 
-@given(st.lists(st.sampled_from([EOS, FIM_HOLE, "a", "é", "\n", "<｜"]), max_size=8).map("".join))
-def test_bytes_in_python_are_the_twin_of_the_library(text: str) -> None:
-    assert isinstance(BYTE._backend, ByteBackend)
-    library = HuggingFaceBackend(BYTE._source, "test")
-    for special in (False, True):
-        assert library.encode([text], special) == [BYTE.encode(text, parse_special=special)]
+def test_bytes_without_the_library_are_those_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    alone = byte_tokenizer()
+    monkeypatch.undo()
+
+    @given(st.lists(st.sampled_from([EOS, FIM_HOLE, "a", "é", "\n", "<｜"]), max_size=8))
+    def compare(parts: list[str]) -> None:
+        text = "".join(parts)
+        for special in (False, True):
+            assert alone.encode(text, special) == BYTE.encode(text, special)
+        assert alone.encode_many([text, text]) == [list(text.encode())] * 2
+
+    compare()
+    assert alone.fingerprint == BYTE.fingerprint
 
 
 def test_training_is_repeatable_and_splits_numbers() -> None:
@@ -205,9 +212,6 @@ def test_truncation_and_padding_of_the_file_are_off() -> None:
 
 def metaspace() -> Tokenizer:
     """A tokenizer that is not byte-level: words with a leading mark, bytes as a fallback."""
-    from tokenizers import Tokenizer as Library
-    from tokenizers import decoders, models, pre_tokenizers
-
     names = ["</s>", "▁", "a", "b", "▁a", "▁ab", "ab", *(f"<0x{k:02X}>" for k in range(256))]
     merges = [("a", "b"), ("▁", "a"), ("▁", "ab")]
     library = Library(
@@ -250,13 +254,13 @@ def test_transformers_reads_what_is_saved(tmp_path: Path) -> None:
 
 
 def test_without_the_library_bytes_are_used_aloud(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     BPE.save(tmp_path / "bpe")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with caplog.at_level(logging.WARNING):
-        trained = train_bpe(TEXTS, 400)
-    assert "tokenizers is not installed" in caplog.text and "pip install tokenizers" in caplog.text
+    trained = train_bpe(TEXTS, 400)
+    said = capsys.readouterr().err
+    assert "tokenizers is not installed" in said and "pip install tokenizers" in said
     assert trained.encode("é") == list("é".encode())
     trained.save(tmp_path / "bytes")
     assert load_tokenizer(tmp_path / "bytes").fingerprint == BYTE.fingerprint

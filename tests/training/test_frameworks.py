@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from deepseek.config.schema import ModelConfig, SchedConfig
-from deepseek.data.sampler import StepBatches
+from deepseek.data.loader import StepBatches
 from deepseek.frameworks import NEMO_TARGET, USES_NEMO, ModelBase, Trainer, attach_loggers, pl
 from deepseek.training.schedule import learning_rate
 from deepseek.training.step import DeepSeekModel

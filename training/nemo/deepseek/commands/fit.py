@@ -20,9 +20,8 @@ from deepseek.config import RunConfig, UserError
 from deepseek.config.cost import count_parameters
 from deepseek.config.layout import Layout, num_stages
 from deepseek.console import StageProgress, say
+from deepseek.data.loader import TimedLoader, build_train_loader, build_validation_loader
 from deepseek.data.open_data import OpenedData, open_data
-from deepseek.data.sampler import build_train_loader, build_validation_loader
-from deepseek.data.timed import TimedLoader
 from deepseek.frameworks import (
     Trainer,
     attach_loggers,

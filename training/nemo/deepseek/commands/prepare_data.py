@@ -8,9 +8,8 @@ from pathlib import Path
 
 from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, say
-from deepseek.data.prepare import Progress, prepare
-from deepseek.data.prepare_chat import prepare_chat
-from deepseek.data.prepared import PreparedData
+from deepseek.data.chat import prepare_chat
+from deepseek.data.prepare import PreparedData, Progress, prepare
 
 
 def prepare_data(

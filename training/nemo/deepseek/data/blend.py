@@ -18,8 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from deepseek.config.errors import UserError
-from deepseek.data.chat_dataset import ChatDataset
-from deepseek.data.dataset import PackedDataset, Sample
+from deepseek.data.dataset import ChatDataset, PackedDataset, Sample
 
 _FINEST = 1_000_000
 _BLOCK = 128

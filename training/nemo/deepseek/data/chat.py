@@ -1,4 +1,4 @@
-"""Conversations to ids, and which of the ids are answers.
+"""Conversations to ids, and which of the ids are answers; ``prepare_chat`` writes both to files.
 
 A line of chat data is an object with ``messages`` (a list of ``{"role", "content"}``, roles as the
 chat template knows them) or with ``prompt`` and ``response``. The tokenizer's chat template, a
@@ -23,14 +23,32 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import numpy as np
 
 from deepseek.config.errors import UserError
-from deepseek.data.tokenizer import Tokenizer
+from deepseek.data.corpus import Corpus, json_lines, json_type
+from deepseek.data.indexed import IndexedDataset, IndexedWriter, dtype_for
+from deepseek.data.prepare import (
+    PreparedData,
+    Progress,
+    Report,
+    already_there,
+    input_sha256,
+    is_output,
+    one_writer,
+)
+from deepseek.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek.files import add_suffix, atomic_open, disk_errors, require_room
+
+ANSWERS = ".answers"
+"""Suffix of the file that tells which ids are answers: one byte for each id of ``P.bin``, 1 if a
+model is to say it, else 0."""
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -64,7 +82,7 @@ class Conversation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedConversation:
     """The ids of a conversation."""
 
     ids: np.ndarray
@@ -84,8 +102,7 @@ class ChatTemplate:
         answers: ``all``: every message of the assistant; ``last``: only the last.
 
     Raises:
-        UserError: the template is not Jinja, ``jinja2`` is missing, or there are several templates
-            and none is called ``default``.
+        UserError: the template is not Jinja, or there are several and none is called ``default``.
     """
 
     def __init__(self, tokenizer: Tokenizer, answers: str = "all") -> None:
@@ -132,7 +149,7 @@ class ChatTemplate:
         last = int(encoded.ids[encoded.is_answer][-1])
         return last if self.tokenizer.is_special(last) else self.tokenizer.eos_id
 
-    def encode(self, conversation: Conversation) -> Encoded:
+    def encode(self, conversation: Conversation) -> EncodedConversation:
         """Ids and answers.
 
         Raises:
@@ -156,7 +173,7 @@ class ChatTemplate:
                 ends &= length > 0 and self.tokenizer.is_special(found[length - 1])
             ids += found
             is_answer += [answer and k < length for k in range(len(found))]
-        return Encoded(np.array(ids, np.int64), np.array(is_answer, bool), ends)
+        return EncodedConversation(np.array(ids, np.int64), np.array(is_answer, bool), ends)
 
     # -- text --
 
@@ -222,11 +239,9 @@ class ChatTemplate:
             raise ChatError(f"the chat template refuses this conversation: {error}") from error
 
     def _compiled(self) -> Any:
-        try:
-            from jinja2.exceptions import TemplateError, TemplateSyntaxError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError as error:
-            raise UserError("chat data need jinja2; pip install jinja2") from error
+        from jinja2.exceptions import TemplateError, TemplateSyntaxError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -302,7 +317,7 @@ def conversation_of(row: Any) -> Conversation:
         ChatError: what is wrong with it, and the way out.
     """
     if not isinstance(row, Mapping):
-        raise ChatError(f'a JSON {_kind(row)}, expected an object such as {{"messages": [...]}}')
+        raise ChatError(f'a JSON {json_type(row)}, expected an object: {{"messages": [...]}}')
     if "messages" in row:
         messages = row["messages"]
     elif "prompt" in row and "response" in row:
@@ -316,13 +331,13 @@ def conversation_of(row: Any) -> Conversation:
             'and response; write {"messages": [{"role": "user", "content": "..."}, ...]}'
         )
     if not isinstance(messages, list):
-        raise ChatError(f"messages is a JSON {_kind(messages)}, expected a list of messages")
+        raise ChatError(f"messages is a JSON {json_type(messages)}, expected a list of messages")
     for k, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise ChatError(f"message {k} is a JSON {_kind(message)}, expected an object")
+            raise ChatError(f"message {k} is a JSON {json_type(message)}, expected an object")
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                found = f"a JSON {_kind(message[key])}" if key in message else "missing"
+                found = f"a JSON {json_type(message[key])}" if key in message else "missing"
                 raise ChatError(f"message {k}: {key} is {found}, expected text")
     answers = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
     for k in answers:
@@ -337,8 +352,179 @@ def conversation_of(row: Any) -> Conversation:
         raise ChatError("message 0 is the assistant's: an answer needs something before it")
     tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):
-        raise ChatError(f"tools is a JSON {_kind(tools)}, expected a list")
+        raise ChatError(f"tools is a JSON {json_type(tools)}, expected a list")
     return Conversation([dict(message) for message in messages[: answers[-1] + 1]], tools)
+
+
+# -- files --
+
+
+def prepare_chat(
+    inputs: Sequence[Path],
+    output_prefix: Path,
+    tokenizer: Path,
+    *,
+    answers: str = "all",
+    overwrite: bool = False,
+    progress: Report | None = None,
+) -> PreparedData:
+    """Turn conversations into ``P.bin``, ``P.idx``, ``P.answers``, ``P.json`` and ``P.tokenizer/``.
+
+    A document is a conversation. Nothing is cut here: how long a sequence may be is the run's to
+    say. If the same data is already there it returns at once.
+
+    Args:
+        inputs: ``.jsonl`` files, or folders of them, also ``.zst``.
+        output_prefix: ``P``.
+        tokenizer: of the model that is to be fine-tuned.
+        answers: ``all`` messages of the assistant are learnt, or the ``last`` of each conversation.
+        overwrite: replace other data under the same prefix.
+        progress: called as the work goes on.
+
+    Raises:
+        UserError: a line that is no conversation (with file and line), unreadable input, no room on
+            the disk, other data under the prefix.
+    """
+    prefix = Path(output_prefix)
+    template = ChatTemplate(load_tokenizer(tokenizer), answers)
+    with disk_errors(f"preparing {prefix}"):
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        answer_file = add_suffix(prefix, ANSWERS)
+        corpus = Corpus.from_paths(
+            inputs, exclude=lambda path: is_output(path, prefix) or path == answer_file
+        )
+        for source in corpus.sources:
+            if source.kind != "jsonl":
+                raise UserError(
+                    f"{source.path}: conversations are read from .jsonl files (also .jsonl.zst), "
+                    "one on each line; convert it, or leave out --chat to read it as text"
+                )
+        settings = {
+            "inputs": "conversations",
+            "chat_template": template.fingerprint,
+            "answers": answers,
+            "tokenizer": f"given {template.tokenizer.fingerprint}",
+        }
+        with one_writer(prefix):
+            done = already_there(prefix, corpus, settings, overwrite)
+            if done is not None and answers_of(done) is not None:
+                return done
+            report = progress or (lambda state: None)
+            return _write(prefix, corpus, settings, template, report)
+
+
+def answers_of(record: PreparedData) -> np.ndarray | None:
+    """Which ids of ``P.bin`` are answers.
+
+    Returns:
+        uint8 [tokens], mapped from the file; None if it is missing or of another size.
+    """
+    path = add_suffix(record.prefix, ANSWERS)
+    if not path.is_file() or path.stat().st_size != record.tokens:
+        return None
+    return np.memmap(path, np.uint8, "r")
+
+
+def _write(
+    prefix: Path,
+    corpus: Corpus,
+    settings: dict[str, str],
+    template: ChatTemplate,
+    report: Report,
+) -> PreparedData:
+    tokenizer = template.tokenizer
+    dtype = dtype_for(tokenizer.vocab_size)
+    packed = sum(source.size for source in corpus.sources if source.compressed)
+    # English has 3 to 5 bytes an id, and each id takes a byte in the answers as well.
+    needed = (corpus.total_bytes + 3 * packed) * (dtype.itemsize + 1) // 2
+    require_room(prefix.parent, needed, f"{prefix.name}.bin")
+    digests: list[str] = []
+    counts: Counter[str] = Counter()
+    bin_digest, answers_digest = hashlib.sha256(), hashlib.sha256()
+    # Without a record nothing of this prefix is taken for whole.
+    add_suffix(prefix, ".json").unlink(missing_ok=True)
+    with (
+        atomic_open(add_suffix(prefix, ANSWERS)) as answers,
+        IndexedWriter(prefix, dtype) as writer,
+    ):
+        for ids, is_answer, ends, said, done in _encoded(corpus, template, digests):
+            writer.add_document(ids)
+            answers.write(is_answer.tobytes())
+            bin_digest.update(ids.astype(writer.dtype).tobytes())
+            answers_digest.update(is_answer.tobytes())
+            counts["documents"] += 1
+            counts["tokens"] += len(ids)
+            counts["answer_tokens"] += int(is_answer.sum())
+            counts["text_bytes"] += said
+            counts["unended"] += not ends
+            counts["longest"] = max(counts["longest"], len(ids))
+            counts["max_id"] = max(counts["max_id"], int(ids.max()))
+            if counts["documents"] % 256 == 0:
+                report(_progress(corpus, counts, done))
+        if not counts["documents"]:
+            raise UserError(
+                f"{prefix}: the input holds no conversation: {len(corpus.sources)} empty files"
+            )
+    report(_progress(corpus, counts, corpus.total_bytes))
+    prepared = PreparedData(
+        prefix=prefix,
+        documents=counts["documents"],
+        empty_documents=0,
+        tokens=counts["tokens"],
+        text_bytes=counts["text_bytes"],
+        max_id=counts["max_id"],
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        bin_sha256=bin_digest.hexdigest(),
+        settings=settings,
+        input_stat=corpus.stat_digest(),
+        input_sha256=input_sha256(corpus, digests),
+        chat={
+            "answer_tokens": counts["answer_tokens"],
+            "longest": counts["longest"],
+            "without_end": counts["unended"],
+            "answers_sha256": answers_digest.hexdigest(),
+        },
+    )
+    if template.is_plain:  # runs on these data are asked as they were taught
+        tokenizer = tokenizer.with_chat_template(template.source)
+    tokenizer.save(prepared.tokenizer_folder)
+    IndexedDataset(prefix)
+    prepared.save()
+    return replace(prepared, note="prepared")
+
+
+def _encoded(
+    corpus: Corpus, template: ChatTemplate, digests: list[str]
+) -> Iterator[tuple[np.ndarray, np.ndarray, bool, int, int]]:
+    """Ids, answers (uint8), whether all answers end, bytes said, and input bytes done."""
+    before = 0
+    for source in corpus.sources:
+        digest = hashlib.sha256()
+        for where, row, position in json_lines(source, digest):
+            try:
+                conversation = conversation_of(row)
+                encoded = template.encode(conversation)
+            except ChatError as error:
+                raise UserError(f"{where}: {error}") from error
+            said = sum(len(message["content"].encode()) for message in conversation.messages)
+            yield (
+                encoded.ids,
+                encoded.is_answer.astype(np.uint8),
+                encoded.ends,
+                said,
+                before + position,
+            )
+        before += source.size
+        digests.append(digest.hexdigest())
+
+
+def _progress(corpus: Corpus, counts: Counter[str], done: int) -> Progress:
+    total = corpus.total_bytes
+    return Progress("tokenizing", done, total, counts["documents"], counts["tokens"])
+
+
+# -- templates --
 
 
 def _generation_extension() -> type:
@@ -360,8 +546,3 @@ def _generation_extension() -> type:
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "boolean", str: "string", list: "array", dict: "object"}
-    return names.get(type(value), "number")

@@ -1,7 +1,7 @@
 """Input documents: text, JSON lines and parquet files, each also ``.zst``; or Python's own library.
 
-A ``Corpus`` is a sorted list of files. ``pieces`` streams one of them in constant memory: long
-texts come in several pieces, cut where byte-level tokenizers join nothing.
+A ``Corpus`` is a sorted list of files. ``chunks`` streams one of them in constant memory: long
+texts come in several chunks, cut where byte-level tokenizers join nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import IO, Any, NamedTuple
 
 from deepseek.config.errors import UserError
 
-PIECE = 1 << 20
-"""Characters after which a text is cut into another piece."""
+CHUNK = 1 << 20
+"""Characters after which a text is cut into another chunk."""
 _BLOCK = 1 << 20
 _JSONL = (".jsonl", ".ndjson", ".json")
 # Not text that somebody wrote: tests, tables of character sets, builds of this machine.
@@ -39,7 +39,7 @@ _STDLIB_SKIPPED = {
 }
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """A document, or a part of a long one."""
 
     text: str
@@ -79,6 +79,10 @@ class Corpus:
         cls, inputs: Sequence[Path], exclude: Callable[[Path], bool] = lambda path: False
     ) -> Corpus:
         """Files as given; of folders everything below, sorted, but hidden and binary files.
+
+        Args:
+            inputs: files and folders.
+            exclude: files of folders to leave out.
 
         Raises:
             UserError: a path does not exist, a folder holds no text, a file is given twice.
@@ -162,45 +166,45 @@ def digest_lines(lines: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def documents(source: Source, json_key: str = "text") -> Iterator[str]:
-    """Whole documents of a file."""
-    parts: list[str] = []
-    for piece in pieces(source, json_key):
-        parts.append(piece.text)
-        if piece.last:
-            yield "".join(parts)
-            parts = []
-
-
-def pieces(
+def chunks(
     source: Source, json_key: str = "text", digest: hashlib._Hash | None = None
-) -> Iterator[Piece]:
-    """Stream the documents of a file; an empty document is one empty piece.
+) -> Iterator[Chunk]:
+    """Stream the documents of a file; an empty document is one empty chunk.
 
-    json_key: the key of a JSON line, or the column of a parquet file, that holds the text; digest:
-    updated with every byte of the file.
+    Args:
+        source: the file.
+        json_key: the key of a JSON line, or the column of a parquet file, that holds the text.
+        digest: updated with every byte of the file.
 
     Raises:
         UserError: not UTF-8, not JSON, no such key, damaged or truncated compression, a library
             missing, the file changed while it was read; with file, and line or byte.
     """
     if source.kind == "parquet":
-        yield from _parquet_pieces(source, json_key, digest)
+        yield from _parquet_chunks(source, json_key, digest)
     else:
         blocks = _blocks(source, digest)
         if source.kind == "jsonl":
-            yield from _jsonl_pieces(source, blocks, json_key)
+            yield from _jsonl_chunks(source, blocks, json_key)
         else:
-            yield from _text_pieces(source, blocks)
+            yield from _text_chunks(source, blocks)
     _refuse_change(source)
 
 
-def cut(text: str, final: bool, limit: int = PIECE) -> tuple[list[str], str]:
-    """Cut a text into pieces of about ``limit`` characters, and the rest that is not yet one.
+def cut(text: str, final: bool, limit: int) -> tuple[list[str], str]:
+    """Cut a text into chunks of about ``limit`` characters.
 
     Cuts lie after a newline, or else before a space, between visible characters: places where
     byte-level tokenizers never join, so the ids are those of the whole text. A text without such a
-    place is cut after 16 times the limit. With ``final`` the rest is empty.
+    place is cut after 16 times the limit.
+
+    Args:
+        text: what is known of the document.
+        final: nothing follows.
+        limit: characters.
+
+    Returns:
+        The chunks, and the rest that is not yet one, "" with ``final``.
     """
     found = []
     start = window = 0
@@ -233,7 +237,7 @@ def _cut_place(text: str, start: int, stop: int) -> int | None:
     return None
 
 
-def _text_pieces(source: Source, blocks: Iterable[tuple[bytes, int]]) -> Iterator[Piece]:
+def _text_chunks(source: Source, blocks: Iterable[tuple[bytes, int]]) -> Iterator[Chunk]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     rest, offset, position = "", 0, 0
     first = True
@@ -242,22 +246,29 @@ def _text_pieces(source: Source, blocks: Iterable[tuple[bytes, int]]) -> Iterato
         offset += len(block)
         if first:
             text, first = text.removeprefix("\ufeff"), False
-        found, rest = cut(rest + text, final=False)
+        found, rest = cut(rest + text, final=False, limit=CHUNK)
         for part in found:
-            yield Piece(part, False, position)
+            yield Chunk(part, False, position)
     rest += _decode(source, decoder, b"", offset, final=True)
-    found, _ = cut(rest, final=True)
+    found, _ = cut(rest, final=True, limit=CHUNK)
     for k, part in enumerate(found):
-        yield Piece(part, k == len(found) - 1, position)
+        yield Chunk(part, k == len(found) - 1, position)
 
 
 def json_lines(
     source: Source, digest: hashlib._Hash | None = None
 ) -> Iterator[tuple[str, Any, int]]:
-    """(file:line, value, bytes of the file consumed) of each line of a JSON lines file.
+    """Every line of a JSON lines file.
+
+    Args:
+        source: the file.
+        digest: updated with every byte of the file.
+
+    Yields:
+        file:line, the value, and the bytes of the file consumed.
 
     Raises:
-        UserError: as ``pieces``.
+        UserError: as ``chunks``.
     """
     yield from _json_rows(source, _blocks(source, digest))
     _refuse_change(source)
@@ -296,24 +307,24 @@ def _json_rows(
         yield where, row, position
 
 
-def _jsonl_pieces(source: Source, blocks: Iterable[tuple[bytes, int]], key: str) -> Iterator[Piece]:
+def _jsonl_chunks(source: Source, blocks: Iterable[tuple[bytes, int]], key: str) -> Iterator[Chunk]:
     for where, row, position in _json_rows(source, blocks):
         if not isinstance(row, dict):
             raise UserError(
-                f"{where}: a JSON {_json_type(row)}, expected an object with the key {key!r}"
+                f"{where}: a JSON {json_type(row)}, expected an object with the key {key!r}"
             )
         if key not in row:
             raise UserError(f"{where}: {_no_key('key', key, list(row))}")
         text = row[key]
         if not isinstance(text, str):
             raise UserError(
-                f"{where}: {key!r} holds a JSON {_json_type(text)}, expected a string; "
+                f"{where}: {key!r} holds a JSON {json_type(text)}, expected a string; "
                 "choose another --json-key or mend the line"
             )
         yield from _whole(text, where, position)
 
 
-def _parquet_pieces(source: Source, column: str, digest: hashlib._Hash | None) -> Iterator[Piece]:
+def _parquet_chunks(source: Source, column: str, digest: hashlib._Hash | None) -> Iterator[Chunk]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -362,8 +373,8 @@ def _parquet_pieces(source: Source, column: str, digest: hashlib._Hash | None) -
                 yield from _whole(text or "", where, source.size * rows // total)
 
 
-def _whole(text: str, where: str, position: int) -> Iterator[Piece]:
-    """The pieces of a document that is in memory."""
+def _whole(text: str, where: str, position: int) -> Iterator[Chunk]:
+    """The chunks of a document that is in memory."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -371,9 +382,9 @@ def _whole(text: str, where: str, position: int) -> Iterator[Piece]:
             f"{where}: character {error.start} of the text is half of a surrogate pair, which no "
             "UTF-8 can hold; mend or drop it"
         ) from error
-    found, _ = cut(text, final=True)
+    found, _ = cut(text, final=True, limit=CHUNK)
     for k, part in enumerate(found):
-        yield Piece(part, k == len(found) - 1, position)
+        yield Chunk(part, k == len(found) - 1, position)
 
 
 def _lines(blocks: Iterable[tuple[bytes, int]]) -> Iterator[tuple[bytes, int, int]]:
@@ -511,7 +522,8 @@ def _nearest_file(path: Path) -> str:
     return f"; nearest: {path.parent / near[0]}" if near else f"; look into {path.parent}"
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """What JSON calls the type of ``value``, for messages."""
     names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
 

@@ -20,41 +20,50 @@ begins inside a token, though a writer's cursor may.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 import numpy as np
 
 from deepseek.config.errors import UserError
 from deepseek.data.indexed import IndexedDataset
-from deepseek.data.shuffle import mix, permuted
 from deepseek.data.tokenizer import FimIds
 
 Sample = dict[str, np.ndarray]
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """Label of a position that predicts nothing."""
 _FIM_SHORTEST = 4
+_FEISTEL_ROUNDS = 4
 _ORDER, _REARRANGED, _SHUFFLED = 0, 1, 2
 
 
 class PackedDataset:
     """Sequences cut from some documents of an indexed dataset.
 
-    documents: which documents, increasing; seed: decides order and rearrangement;
-    isolate_documents: nothing is predicted across the border of documents, and positions start at 0
-    in each; fim_rate: share of the documents (of at least four ids) rearranged in every epoch;
-    eos_id: kept at the end of rearranged documents; endless: epochs without end in random order
-    (training), else one pass in the order given whose last sample is padded (validation).
-
-    Memory: 24 bytes a document, and 17 more for each of the two epochs kept.
-
-    A sample is a dictionary of arrays of ``seq_length``:
+    A sample is a dictionary of arrays [seq_length]:
 
     - ``tokens`` int64;
     - ``labels`` int64: the next id, -100 where there is none to predict;
     - ``positions`` int64: from 0 in each sample, or in each document if isolated;
     - ``documents`` int32: which ids may see each other: 0, 1, ... for the documents of the sample
       if isolated, else 0 everywhere; -1 for padding.
+
+    Memory: 24 bytes a document, and 17 more for each of the two epochs kept.
+
+    Args:
+        indexed: the ids.
+        documents: which of its documents, increasing.
+        seq_length: ids in a sample.
+        seed: decides the order, and what fill-in-the-middle does.
+        isolate_documents: nothing is predicted across the border of documents, and positions start
+            at 0 in each.
+        fim_rate: share of the documents (of at least four ids) rearranged in every epoch.
+        fim: the sentinels for that.
+        eos_id: kept at the end of rearranged documents.
+        pad_id: fills the rest of a sample.
+        endless: epochs without end in random order (training), else one pass in the order given
+            whose last sample is padded (validation).
 
     Raises:
         UserError: too few ids for one sequence, ids are not integers, fim_rate without sentinels.
@@ -145,7 +154,7 @@ class PackedDataset:
         real = min(len(ids), size)
         tokens = np.full(size, self.pad_id, np.int64)
         tokens[:real] = ids[:real]
-        labels = np.full(size, IGNORED, np.int64)
+        labels = np.full(size, IGNORE_INDEX, np.int64)
         labels[: max(0, len(ids) - 1)] = ids[1:]
         positions = np.zeros(size, np.int64)
         positions[:real] = np.arange(real)
@@ -156,7 +165,7 @@ class PackedDataset:
             documents[:real] = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[:real]
             positions[:real] -= np.repeat(begins, counts)[:real]
             # The last id of a document must not predict the first of the next.
-            labels[begins[1:] - 1] = IGNORED
+            labels[begins[1:] - 1] = IGNORE_INDEX
         return {
             "tokens": tokens,
             "labels": labels,
@@ -259,6 +268,117 @@ class _Epoch:
     """Whether the document in each slot is rearranged, bool [count]."""
 
 
+class ChatDataset:
+    """Conversations packed whole into training sequences, with a loss on answers only.
+
+    A sequence takes as many conversations as fit, and the rest of it is padding; none is divided
+    over two sequences, where its second half would not see its first. They are isolated: attention,
+    positions and labels stop at their borders. What goes with what is decided once, from lengths
+    and seed; every epoch takes the sequences in another order. So sample ``i`` is a function of
+    (data, seed, i), as it is for text.
+
+    A conversation longer than a sequence loses its end. If no answer is left of it, it is left out.
+
+    Args:
+        indexed: a conversation is a document.
+        is_answer: of every id of ``indexed``, 0 or 1, uint8.
+        documents: which conversations, increasing.
+        seq_length: ids in a sequence; a conversation of n ids takes n - 1 of them, since nothing
+            follows its last.
+        seed: decides what is packed together, and the order.
+        pad_id: fills the rest of a sequence.
+        endless: epochs without end (training), else one pass (validation).
+
+    Attributes:
+        num_documents, num_tokens: conversations, and ids of them, in one epoch.
+        cut: conversations of which some answer's ids were cut off, those left out among them.
+        left_out: conversations of which no answer was left.
+        answer_tokens: labels in one epoch.
+
+    Raises:
+        UserError: no answer is left at all.
+    """
+
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        is_answer: np.ndarray,
+        documents: np.ndarray,
+        *,
+        seq_length: int,
+        seed: int = 0,
+        pad_id: int = 0,
+        endless: bool = True,
+    ) -> None:
+        self.indexed, self.is_answer = indexed, is_answer
+        self.seq_length, self.seed, self.pad_id, self.endless = seq_length, seed, pad_id, endless
+        lengths = np.minimum(indexed.document_lengths[documents], seq_length + 1)
+        wanted = np.array([self._answers(int(d)) for d in documents], np.int64)
+        kept = np.array(
+            [self._answers(int(d), int(n)) for d, n in zip(documents, lengths, strict=True)],
+            np.int64,
+        )
+        self.cut = int((kept < wanted).sum())
+        self.left_out = int((kept == 0).sum())
+        self._documents = np.asarray(documents, np.int64)[kept > 0]
+        self._lengths = lengths[kept > 0]
+        self.num_documents = len(self._documents)
+        self.num_tokens = int(self._lengths.sum())
+        self.answer_tokens = int(kept.sum())
+        if not self.num_documents:
+            raise UserError(
+                f"{indexed.prefix}: no answer of the {len(documents)} conversations for "
+                f"{'training' if endless else 'validation'} begins within "
+                f"model.data.seq_length={seq_length} ids; use a longer one"
+            )
+        self._packs = _packed(self._lengths - 1, seq_length, seed)
+
+    def __len__(self) -> int:
+        """Sequences in one epoch."""
+        return len(self._packs)
+
+    def __getitem__(self, sample: int) -> Sample:
+        """Sample number ``sample`` >= 0; see ``PackedDataset``. After the end of a dataset that is
+        not endless it is all padding."""
+        count = len(self._packs)
+        if self.endless:
+            epoch, place = divmod(sample, count)
+            return self._sample(self._packs[permuted(place, count, self.seed, epoch)])
+        return self._sample(self._packs[sample] if sample < count else [])
+
+    def _sample(self, slots: list[int]) -> Sample:
+        size = self.seq_length
+        tokens = np.full(size, self.pad_id, np.int64)
+        labels = np.full(size, IGNORE_INDEX, np.int64)
+        positions = np.zeros(size, np.int64)
+        documents = np.full(size, -1, np.int32)
+        begin = 0
+        for number, slot in enumerate(slots):
+            document, length = int(self._documents[slot]), int(self._lengths[slot])
+            ids = self.indexed.document(document, 0, length).astype(np.int64)
+            start = int(self.indexed.document_offsets[document])
+            answer = self.is_answer[start + 1 : start + length] == 1
+            here = slice(begin, begin + length - 1)
+            tokens[here] = ids[:-1]
+            labels[here] = np.where(answer, ids[1:], IGNORE_INDEX)
+            positions[here] = np.arange(length - 1)
+            documents[here] = number
+            begin += length - 1
+        return {
+            "tokens": tokens,
+            "labels": labels,
+            "positions": positions,
+            "documents": documents,
+        }
+
+    def _answers(self, document: int, length: int | None = None) -> int:
+        """Labels that the first ``length`` ids of a conversation give."""
+        start = int(self.indexed.document_offsets[document])
+        whole = int(self.indexed.document_lengths[document])
+        stop = start + (whole if length is None else length)
+        return int(np.count_nonzero(self.is_answer[start + 1 : stop]))
+
+
 def split_documents(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the documents for training and for validation, both increasing.
 
@@ -282,6 +402,70 @@ def split_documents(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray
     return documents[~validation], documents[validation]
 
 
+# -- random numbers and permutations that are functions of integers: nothing to store --
+
+
+def permuted(place: int, size: int, *key: int) -> int:
+    """Where ``place`` goes in a permutation of ``range(size)`` that ``key`` decides.
+
+    A Feistel network over the next even number of bits, walked until it lands inside (fewer than
+    four times on average): no table, however large the data.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = place >> half, place & mask
+        for number in range(_FEISTEL_ROUNDS):
+            left, right = right, left ^ (mix(*key, number, right) & mask)
+        place = left << half | right
+        if place < size:
+            return place
+
+
+def mix(*numbers: int) -> int:
+    """64 random bits that depend on integers only (splitmix64)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state
+
+
 def _random(seed: int, epoch: int, purpose: int) -> np.random.RandomState:
     """A source of random numbers whose stream numpy has frozen, unlike that of Generator."""
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch, purpose])))
+
+
+def _packed(lengths: np.ndarray, size: int, seed: int) -> list[list[int]]:
+    """Which of ``lengths`` go together, at most ``size`` in a pack: best fit, the longest first.
+
+    Equal lengths come in random order, and so do the packs.
+    """
+    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, 0])))
+    order = random.permutation(len(lengths))
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    packs: list[list[int]] = []
+    open_packs: dict[int, list[int]] = {}  # room left -> packs with that much
+    rooms: list[int] = []  # the keys of open_packs, sorted
+    for slot in map(int, order):
+        length = int(lengths[slot])
+        place = bisect_left(rooms, length)
+        if place == len(rooms):
+            pack, room = len(packs), size
+            packs.append([])
+        else:
+            room = rooms[place]
+            pack = open_packs[room].pop()
+            if not open_packs[room]:
+                del open_packs[room]
+                del rooms[place]
+        packs[pack].append(slot)
+        left = room - length
+        if left > 0:
+            if left not in open_packs:
+                open_packs[left] = []
+                insort(rooms, left)
+            open_packs[left].append(pack)
+    return [packs[int(k)] for k in random.permutation(len(packs))]

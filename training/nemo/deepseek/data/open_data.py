@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import platform
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +15,14 @@ import numpy as np
 
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
+from deepseek.console import complain
 from deepseek.data.blend import Blend, BlendedDataset, parse_blend
-from deepseek.data.chat_dataset import ChatDataset
-from deepseek.data.dataset import PackedDataset, split_documents
+from deepseek.data.chat import ANSWERS, answers_of
+from deepseek.data.dataset import ChatDataset, PackedDataset, split_documents
 from deepseek.data.indexed import IndexedDataset
-from deepseek.data.prepare import Progress, prepare
-from deepseek.data.prepare_chat import ANSWERS, answers_of
-from deepseek.data.prepared import PreparedData
-from deepseek.data.tokenizer import Tokenizer, load_tokenizer
-from deepseek.data.tokenizer_backend import tokenizers_installed
+from deepseek.data.prepare import PreparedData, Report, prepare
+from deepseek.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_installed
 from deepseek.files import add_suffix, atomic_open
-
-log = logging.getLogger("deepseek.data")
 
 _COUNTED = 1 << 20
 """Ids looked at to find bytes per id where they are not recorded."""
@@ -57,9 +51,7 @@ class OpenedData:
     """What people should know of conversations: how many there are, and how many were cut."""
 
 
-def open_data(
-    cfg: ModelConfig, seed: int = 1234, progress: Callable[[Progress], None] | None = None
-) -> OpenedData:
+def open_data(cfg: ModelConfig, seed: int = 1234, progress: Report | None = None) -> OpenedData:
     """Open the data of a run; with ``data_prefix: null`` prepare the built-in corpus first.
 
     Every process of a run may call this: one prepares, the others wait for it.
@@ -162,14 +154,14 @@ class _File:
                 return found["smallest"], found["largest"]
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        log.warning("%s: reading all ids once to find the largest", bin_)
+        complain(f"{bin_}: reading all ids once to find the largest")
         smallest, largest = self.indexed.id_range()
         try:
             with atomic_open(cache) as stream:
                 content = {"file": key, "smallest": smallest, "largest": largest}
                 stream.write((json.dumps(content) + "\n").encode())
         except OSError:
-            log.warning("%s cannot be written; the ids will be read again next time", cache)
+            complain(f"{cache} cannot be written; the ids will be read again next time")
         return smallest, largest
 
 
@@ -254,9 +246,7 @@ def _bytes_per_token(
     return text_bytes / ids if text_bytes else None
 
 
-def _built_in(
-    cfg: ModelConfig, given: Tokenizer | None, progress: Callable[[Progress], None] | None
-) -> Path:
+def _built_in(cfg: ModelConfig, given: Tokenizer | None, progress: Report | None) -> Path:
     """Prepare the built-in corpus in the cache; return its prefix."""
     if cfg.data.cache_dir is not None:
         cache = Path(cfg.data.cache_dir)
@@ -271,7 +261,7 @@ def _built_in(
     build = hashlib.sha256(sys.version.encode()).hexdigest()[:8]
     prefix = cache / f"python{platform.python_version()}-{build}-{kind}"
     try:
-        prepared = prepare(
+        prepare(
             None,
             prefix,
             None if cfg.tokenizer.path is None else Path(cfg.tokenizer.path),
@@ -286,7 +276,6 @@ def _built_in(
             f"{cache} cannot be written, and the built-in corpus is prepared there; set "
             "model.data.cache_dir to a folder of yours"
         ) from error
-    log.info("%s: %s", prefix, prepared.note)
     return prefix
 
 
@@ -319,10 +308,9 @@ def _common_tokenizer(files: list[_File], given: Tokenizer | None) -> Tokenizer 
             recorded = load_tokenizer(file.tokenizer_file).chat_template
             chosen = chosen.with_chat_template(recorded) if recorded else chosen
     if chosen is None:
-        log.warning(
-            "%s has no record of its tokenizer and model.tokenizer.path is not set: no text can be "
-            "generated, and bits per byte are unknown",
-            files[0].prefix,
+        complain(
+            f"{files[0].prefix} has no record of its tokenizer and model.tokenizer.path is not "
+            "set: no text can be generated, and bits per byte are unknown"
         )
     return chosen
 

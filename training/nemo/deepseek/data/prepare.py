@@ -11,10 +11,8 @@ counts, digests).
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -22,10 +20,11 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,23 +32,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deepseek.config.errors import UserError
-from deepseek.data.corpus import Corpus, pieces
+from deepseek.console import complain
+from deepseek.data.corpus import Corpus, chunks, digest_lines
 from deepseek.data.indexed import IndexedDataset, dtype_for, write_index
-from deepseek.data.prepared import FORMAT, PreparedData, already_there, input_sha256, is_output
-from deepseek.data.tokenizer import (
-    Tokenizer,
-    load_tokenizer,
-    train_bpe,
+from deepseek.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_installed, train_bpe
+from deepseek.files import (
+    Lock,
+    add_suffix,
+    atomic_open,
+    disk_errors,
+    require_room,
+    sha256_of,
+    sync,
+    sync_folder,
 )
-from deepseek.data.tokenizer_backend import tokenizers_installed
-from deepseek.files import Lock, add_suffix, atomic_open, require_room, sync, sync_folder
 
-log = logging.getLogger("deepseek.data")
-
+FORMAT = "deepseek-data/1"
 _BATCH = 1 << 20
 """Characters sent to a worker at once."""
 _TRAINING_BYTES = 64 << 20
-"""Text that a BPE is trained on; of more, evenly spaced pieces are taken."""
+"""Text that a BPE is trained on; of more, evenly spaced chunks are taken."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,83 @@ class Progress:
     total: int
     """Input bytes in all."""
     documents: int
+    """Written so far, the empty ones left out."""
     tokens: int
+    """Ids written so far."""
+
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The record of prepared data, ``P.json``."""
+
+    prefix: Path
+    documents: int
+    empty_documents: int
+    """Left out."""
+    tokens: int
+    """Ids in ``P.bin``, ends of documents included."""
+    text_bytes: int
+    """UTF-8 bytes of the text behind them."""
+    max_id: int
+    """Largest id."""
+    vocab_size: int
+    """Size of the tokenizer."""
+    tokenizer_fingerprint: str
+    bin_sha256: str
+    settings: dict[str, Any]
+    """What the result depends on, apart from the text."""
+    input_stat: str
+    """Digest of names, sizes and times of the input files."""
+    input_sha256: str
+    """Digest of names and contents of the input files."""
+    chat: dict[str, Any] | None = None
+    """Of conversations: what ``chat.prepare_chat`` counted; then ``P.answers`` tells which ids are
+    answers. None: text."""
+    note: str = field(default="", compare=False)
+    """What happened, for people: prepared, continued, or already there. Not stored."""
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Holds ``tokenizer.json``."""
+        return add_suffix(self.prefix, ".tokenizer")
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text per id: bits per byte = nats per id / ln 2 / this."""
+        return self.text_bytes / self.tokens
+
+    @classmethod
+    def load(cls, prefix: Path) -> PreparedData | None:
+        """Read the record of ``prefix``; None if ``P.json`` is absent or is not a record.
+
+        Raises:
+            UserError: it is a record that this version cannot read.
+        """
+        path = add_suffix(prefix, ".json")
+        try:
+            content = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            return None
+        if not isinstance(content, dict) or "format" not in content:
+            return None
+        if content.pop("format") != FORMAT:
+            raise UserError(f"{path}: not written by this version; prepare the data again")
+        try:
+            return cls(prefix=prefix, **content)
+        except TypeError as error:
+            raise UserError(f"{path} is damaged ({error}); prepare the data again") from error
+
+    def save(self) -> None:
+        """Write ``P.json`` atomically."""
+        content = {"format": FORMAT, **asdict(self)}
+        del content["prefix"], content["note"]
+        if self.chat is None:
+            del content["chat"]
+        with atomic_open(add_suffix(self.prefix, ".json")) as stream:
+            stream.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def prepare(
@@ -76,27 +154,35 @@ def prepare(
     workers: int = 1,
     append_eos: bool = True,
     overwrite: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Report | None = None,
     journal_bytes: int = 4 << 20,
 ) -> PreparedData:
     """Turn documents into ``P.bin``, ``P.idx``, ``P.json`` and ``P.tokenizer/``.
 
-    inputs: files and folders, or None for the built-in corpus; tokenizer: a ``tokenizer.json`` or
-    its folder, or None to train a byte-level BPE of ``vocab_size`` ids; workers: processes (1: this
-    one, with the threads of ``tokenizers``); append_eos: end every document with the end token;
-    overwrite: replace data of other settings under the same prefix; journal_bytes: bytes of text
-    after which progress is made safe.
-
     If the same data is already there it returns at once. A second process for the same prefix waits
     for the first.
+
+    Args:
+        inputs: files and folders; None: the built-in corpus.
+        output_prefix: ``P``.
+        tokenizer: a ``tokenizer.json`` or its folder; None: a byte-level BPE is trained on the
+            text.
+        vocab_size: ids of that BPE.
+        json_key: key of a JSON line, or column of a parquet file, that holds the text.
+        workers: processes; 1: this one, with the threads of ``tokenizers``.
+        append_eos: end every document with the end token.
+        overwrite: replace data of other settings under the same prefix.
+        progress: called as the work goes on.
+        journal_bytes: bytes of text after which what is written is made durable.
 
     Raises:
         UserError: unreadable input, no documents, no room on the disk, other data under the prefix.
     """
     prefix = Path(output_prefix)
+    report = progress or (lambda state: None)
     if workers < 1:
         raise UserError(f"workers={workers}: give at least 1")
-    try:
+    with disk_errors(f"preparing {prefix}", add_suffix(prefix, ".partial")):
         prefix.parent.mkdir(parents=True, exist_ok=True)
         given = None if tokenizer is None else load_tokenizer(tokenizer)
         if inputs is None:
@@ -104,44 +190,130 @@ def prepare(
         else:
             corpus = Corpus.from_paths(inputs, exclude=lambda path: is_output(path, prefix))
         if corpus.skipped:
-            log.warning(
-                "left out %d binary files, the first is %s", len(corpus.skipped), corpus.skipped[0]
-            )
+            count, first = len(corpus.skipped), corpus.skipped[0]
+            complain(f"left out {count} binary files, the first is {first}")
         settings = {
             "inputs": "the Python standard library" if inputs is None else "files",
             "json_key": json_key,
             "append_eos": append_eos,
             "tokenizer": _tokenizer_setting(given, vocab_size),
         }
-        with Lock(
-            add_suffix(prefix, ".lock"),
-            on_wait=lambda holder: log.warning("%s: waiting for %s", prefix, holder),
-        ):
+        with one_writer(prefix):
             done = already_there(prefix, corpus, settings, overwrite)
             if done is not None:
                 # Left over if the run that made it was killed while it tidied up.
                 shutil.rmtree(add_suffix(prefix, ".partial"), ignore_errors=True)
                 return done
-            report = progress or (lambda state: None)
-            work = _Work(prefix, corpus, settings, given, vocab_size, journal_bytes, report)
-            return work.run(workers)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+            # 1. take up what an earlier run left, or begin with the tokenizer
+            partial = _Partial(prefix, corpus, settings)
+            if not partial.load():
+                partial.create(given or _trained(corpus, json_key, vocab_size, report))
+            used = given or load_tokenizer(partial.tokenizer_folder)
+            dtype = dtype_for(used.vocab_size)
+            partial.cut_back(dtype)
+            # 2. the rest of the input
+            if not partial.state.complete:
+                _check_room(partial, used, dtype)
+                eos = used.eos_id if append_eos else None
+                batches = _batches(corpus, json_key, partial.state)
+                if workers == 1:
+                    encoded = _encoded_here(batches, used, dtype, eos)
+                else:
+                    encoded = _encoded_by_workers(batches, partial, dtype, eos, workers)
+                _write(partial, encoded, journal_bytes, report)
+            # 3. give everything its name
+            report(partial.progress("finishing", corpus.total_bytes))
+            return _finish(partial, used, dtype)
+
+
+@contextmanager
+def one_writer(prefix: Path) -> Iterator[None]:
+    """Within, no other process prepares data under ``prefix``; it is waited for."""
+    with Lock(
+        add_suffix(prefix, ".lock"),
+        on_wait=lambda holder: complain(f"{prefix}: waiting for {holder}"),
+    ):
+        yield
+
+
+# -- what lies under a prefix already --
+
+
+def already_there(
+    prefix: Path, corpus: Corpus, settings: dict[str, Any], overwrite: bool
+) -> PreparedData | None:
+    """The record if the same data is there; None if there is none or it may be replaced.
+
+    Args:
+        prefix: of the output.
+        corpus: the input.
+        settings: what the result depends on, apart from the text.
+        overwrite: other data of ours may be replaced, and files of others.
+
+    Raises:
+        UserError: the prefix holds other data.
+    """
+    record = PreparedData.load(prefix)
+    files = [add_suffix(prefix, suffix) for suffix in (".json", ".bin", ".idx")]
+    foreign = [path.name for path in files if path.exists()]
+    if record is None:
+        if foreign and not overwrite:
             raise UserError(
-                f"{prefix}: the disk is full; free some room and run again, it goes on from where "
-                "it is"
-            ) from error
-        raise UserError(f"{error.filename or prefix}: {error.strerror or error}") from error
+                f"{prefix}: {', '.join(foreign)} exists and was not made by prepare-data; choose "
+                "another output, or delete them"
+            )
+        return None
+    changes = [
+        f"{key}: {record.settings.get(key)} -> {settings[key]}"
+        for key in settings
+        if record.settings.get(key) != settings[key]
+    ]
+    if not changes and record.input_stat != corpus.stat_digest():
+        digests = [sha256_of(source.path) for source in corpus.sources]
+        if input_sha256(corpus, digests) != record.input_sha256:
+            changes = ["the input files have changed"]
+    if changes:
+        if overwrite:
+            return None
+        raise UserError(
+            f"{prefix} holds data prepared differently ({'; '.join(changes)}); choose another "
+            f"output, or delete {prefix}.*"
+        )
+    try:
+        there = IndexedDataset(prefix)
+    except UserError:
+        return None
+    if there.num_tokens != record.tokens:
+        return None
+    return replace(record, note="already prepared, nothing to do")
+
+
+def input_sha256(corpus: Corpus, digests: Sequence[str]) -> str:
+    """Digest of names and contents, from the sha256 of each file."""
+    names = (source.name for source in corpus.sources)
+    return digest_lines(map("\0".join, zip(names, digests, strict=True)))
+
+
+def is_output(path: Path, prefix: Path) -> bool:
+    """True for what prepare writes itself, should the output lie inside an input folder."""
+    own = {".bin", ".idx", ".json", ".lock"}
+    if path.parent.resolve() == prefix.parent.resolve():
+        return path.name in {prefix.name + suffix for suffix in own}
+    folders = {add_suffix(prefix, suffix).resolve() for suffix in (".partial", ".tokenizer")}
+    return not folders.isdisjoint(path.resolve().parents)
+
+
+# -- the unfinished files --
 
 
 @dataclass(frozen=True)
-class _Mark:
+class _State:
     """How far the files of ``P.partial`` are complete: one line of the journal."""
 
     source: int = 0
     """Files read to their end."""
-    pieces: int = 0
-    """Pieces of the next file that are done."""
+    chunks: int = 0
+    """Chunks of the next file that are done."""
     documents: int = 0
     empty_documents: int = 0
     tokens: int = 0
@@ -154,13 +326,14 @@ class _Mark:
 
 
 class _Batch(NamedTuple):
-    """Consecutive pieces, as sent to a worker."""
+    """Consecutive chunks, as sent to a worker."""
 
     texts: list[str]
     lasts: list[bool]
+    """Whether a chunk ends its document."""
     source: int
-    pieces: int
-    """Place in the input after this batch, as in ``_Mark``."""
+    chunks: int
+    """Place in the input after this batch, as in ``_State``."""
     digests: list[str]
     """sha256 of the files that end in this batch."""
     done: int
@@ -171,118 +344,68 @@ class _Encoded(NamedTuple):
     """A batch after a worker."""
 
     ids: bytes
-    """Ids of all pieces, in the dtype of the file."""
+    """Ids of all chunks, in the dtype of the file."""
     counts: list[int]
-    """Ids of each piece; 0 for an empty document."""
+    """Ids of each chunk; 0 for an empty document."""
     text_bytes: int
     max_id: int
 
 
-class _Work:
-    """The folder ``P.partial`` and the way from there to the finished files."""
+class _Partial:
+    """The folder ``P.partial``: ids, lengths of documents, and the journal.
 
-    def __init__(
-        self,
-        prefix: Path,
-        corpus: Corpus,
-        settings: dict[str, Any],
-        given: Tokenizer | None,
-        vocab_size: int,
-        journal_bytes: int,
-        report: Callable[[Progress], None],
-    ) -> None:
+    Attributes:
+        state: how far ids and lengths are written; durable after ``commit``.
+        digests: sha256 of the files read to their end.
+        resumed: an earlier run has begun it.
+    """
+
+    def __init__(self, prefix: Path, corpus: Corpus, settings: dict[str, Any]) -> None:
         self.prefix, self.corpus, self.settings = prefix, corpus, settings
-        self.given, self.vocab_size = given, vocab_size
-        self.journal_bytes, self.report = journal_bytes, report
         self.folder = add_suffix(prefix, ".partial")
         self.journal = self.folder / "journal.jsonl"
         self.bin, self.lengths = self.folder / "ids.bin", self.folder / "lengths.bin"
-        self.mark = _Mark()
-        self.digests: list[str] = []
-        self.resumed = False
+        self.tokenizer_folder = self.folder / "tokenizer"
+        self._noted = 0
+        self._forget()
 
-    def run(self, workers: int) -> PreparedData:
-        self._open()
-        tokenizer = self._tokenizer()
-        dtype = dtype_for(tokenizer.vocab_size)
-        self._cut_back(dtype)
-        if not self.mark.complete:
-            self._check_room(tokenizer, dtype)
-            self._tokenize(tokenizer, dtype, workers)
-        return self._finish(tokenizer, dtype)
+    def load(self) -> bool:
+        """Read the journal; False if there is none of this input and these settings."""
+        if not self.journal.is_file():
+            return False
+        head, *lines = _json_lines(self.journal) or [{}]
+        if head != self._head() or not self.tokenizer_folder.is_dir():
+            complain(f"{self.folder} belongs to other settings or other input: starting anew")
+            return False
+        for line in lines:
+            self.digests += line.pop("digests")
+            self.state = _State(**line)
+        self.resumed = True
+        return True
 
-    def _open(self) -> None:
-        """Read the journal, or begin a new one."""
-        head = {
-            "format": FORMAT,
-            "settings": self.settings,
-            "input_stat": self.corpus.stat_digest(),
-        }
-        if self.journal.is_file():
-            lines = _json_lines(self.journal)
-            if lines and lines[0] == head and (self.folder / "tokenizer").is_dir():
-                for line in lines[1:]:
-                    self.digests += line.pop("digests")
-                    self.mark = _Mark(**line)
-                self.resumed = True
-                return
-            log.warning("%s belongs to other settings or other input: starting anew", self.folder)
+    def create(self, tokenizer: Tokenizer) -> None:
+        """Begin anew."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        self.report(self._progress("training tokenizer", 0))
-        (self.given or self._train()).save(self.folder / "tokenizer")
+        tokenizer.save(self.tokenizer_folder)
         self.bin.touch()
         self.lengths.touch()
         with atomic_open(self.journal) as stream:
-            stream.write((json.dumps(head) + "\n").encode())
+            stream.write((json.dumps(self._head()) + "\n").encode())
 
-    def _train(self) -> Tokenizer:
-        stride = max(1, math.ceil(self.corpus.total_bytes / _TRAINING_BYTES))
-
-        def texts() -> Iterator[str]:
-            count = done = 0
-            for source in self.corpus.sources:
-                for piece in pieces(source, self.settings["json_key"]):
-                    if count % stride == 0:
-                        yield piece.text
-                    count += 1
-                done += source.size
-                self.report(self._progress("training tokenizer", done))
-
-        tokenizer = train_bpe(texts(), self.vocab_size)
-        if tokenizers_installed() and tokenizer.vocab_size < self.vocab_size:
-            log.warning(
-                "the text gives a tokenizer of %d ids, %d were asked for",
-                tokenizer.vocab_size,
-                self.vocab_size,
-            )
-        return tokenizer
-
-    def _tokenizer(self) -> Tokenizer:
-        return self.given or load_tokenizer(self.folder / "tokenizer")
-
-    def _check_room(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
-        packed = sum(s.size for s in self.corpus.sources if s.compressed or s.kind == "parquet")
-        text = self.corpus.total_bytes + 3 * packed
-        # English and code have 3 to 5 bytes an id; 256 byte values have one.
-        per_id = 4 if tokenizer.vocab_size > 300 else 1
-        needed = text // per_id * dtype.itemsize - self.bin.stat().st_size
-        require_room(self.folder, needed, f"{add_suffix(self.prefix, '.bin').name}")
-
-    def _cut_back(self, dtype: np.dtype) -> None:
+    def cut_back(self, dtype: np.dtype) -> None:
         """Drop what was written after the last line of the journal."""
         wanted = {
-            self.bin: self.mark.tokens * dtype.itemsize,
-            self.lengths: self.mark.documents * 4,
+            self.bin: self.state.tokens * dtype.itemsize,
+            self.lengths: self.state.documents * 4,
         }
         final = add_suffix(self.prefix, ".bin")
-        if self.mark.complete and not self.bin.exists() and _size(final) == wanted[self.bin]:
+        if self.state.complete and not self.bin.exists() and _size(final) == wanted[self.bin]:
             del wanted[self.bin]  # _finish has moved it there
         if any(_size(path) < size for path, size in wanted.items()):
-            log.warning("%s is damaged: starting anew", self.folder)
-            self.mark, self.digests, self.resumed = _Mark(), [], False
-            head = self.journal.read_bytes().split(b"\n", 1)[0]
-            self.journal.write_bytes(head + b"\n")
+            complain(f"{self.folder} is damaged: starting anew")
+            self._forget()
+            self.journal.write_bytes(self.journal.read_bytes().split(b"\n", 1)[0] + b"\n")
             wanted = {self.bin: 0, self.lengths: 0}
         # The journal itself may end in half a line.
         content = self.journal.read_bytes()
@@ -291,176 +414,247 @@ class _Work:
             with open(path, "ab") as stream:
                 stream.truncate(size)
 
-    def _tokenize(self, tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> None:
-        eos = tokenizer.eos_id if self.settings["append_eos"] else None
-        mark = self.mark
-        digests: list[str] = []
-        unsafe = 0
+    @contextmanager
+    def appending(self) -> Iterator[None]:
+        """Within, ``append`` and ``commit`` may be called."""
         with (
             open(self.bin, "ab") as ids,
             open(self.lengths, "ab") as lengths,
             open(self.journal, "ab") as journal,
         ):
+            self._streams = ids, lengths, journal
+            yield
 
-            def make_safe() -> None:
-                nonlocal digests, unsafe
-                for stream in (ids, lengths):
-                    sync(stream)
-                line = json.dumps({**asdict(mark), "digests": digests})
-                journal.write(line.encode() + b"\n")
-                sync(journal)
-                self.digests += digests
-                digests, unsafe = [], 0
+    def append(self, batch: _Batch, encoded: _Encoded) -> None:
+        """Write a batch behind those before it.
 
-            for batch, encoded in self._encoded(tokenizer, dtype, eos, workers):
-                complete, empty, open_tokens = [], 0, mark.open_tokens
-                for count, last in zip(encoded.counts, batch.lasts, strict=True):
-                    open_tokens += count
-                    if last and open_tokens:
-                        complete.append(open_tokens)
-                    elif last:
-                        empty += 1
-                    open_tokens = 0 if last else open_tokens
-                if complete and max(complete) >= 2**31:
-                    raise UserError(
-                        f"{self.prefix}: a document has {max(complete)} ids, the .idx format ends "
-                        f"at {2**31 - 1}; split the largest input file"
-                    )
-                ids.write(encoded.ids)
-                lengths.write(np.array(complete, "<i4").tobytes())
-                mark = _Mark(
-                    source=batch.source,
-                    pieces=batch.pieces,
-                    documents=mark.documents + len(complete),
-                    empty_documents=mark.empty_documents + empty,
-                    tokens=mark.tokens + sum(encoded.counts),
-                    open_tokens=open_tokens,
-                    text_bytes=mark.text_bytes + encoded.text_bytes,
-                    max_id=max(mark.max_id, encoded.max_id),
-                )
-                digests += batch.digests
-                unsafe += encoded.text_bytes
-                if unsafe >= self.journal_bytes:
-                    make_safe()
-                self.mark = mark
-                self.report(self._progress("tokenizing", batch.done))
-            mark = self.mark = replace(mark, complete=True)
-            make_safe()
-
-    def _encoded(
-        self, tokenizer: Tokenizer, dtype: np.dtype, eos: int | None, workers: int
-    ) -> Iterator[tuple[_Batch, _Encoded]]:
-        """Batches in order with their ids, whoever computes them."""
-        batches = self._batches()
-        if workers == 1:
-            for batch in batches:
-                yield batch, _encode(tokenizer, batch.texts, batch.lasts, dtype.str, eos)
-            return
-        folder = str(self.folder / "tokenizer")
-        waiting: deque[tuple[_Batch, Future[_Encoded]]] = deque()
-        # spawn: a fork would copy the locks of other threads in whatever state they are.
-        pool = ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), initializer=_start_worker
-        )
-        try:
-            for batch in batches:
-                task = (folder, batch.texts, batch.lasts, dtype.str, eos)
-                waiting.append((batch, pool.submit(_encode_in_worker, *task)))
-                if len(waiting) > 2 * workers:
-                    first, job = waiting.popleft()
-                    yield first, job.result()
-            while waiting:
-                first, job = waiting.popleft()
-                yield first, job.result()
-        except BrokenProcessPool as error:
+        Raises:
+            UserError: a document is too long for the ``.idx`` format.
+        """
+        complete, empty, open_tokens = [], 0, self.state.open_tokens
+        for count, last in zip(encoded.counts, batch.lasts, strict=True):
+            open_tokens += count
+            if last and open_tokens:
+                complete.append(open_tokens)
+            elif last:
+                empty += 1
+            open_tokens = 0 if last else open_tokens
+        if complete and max(complete) >= 2**31:
             raise UserError(
-                f"{self.prefix}: a worker process died (out of memory?); run again, it goes on "
-                f"from where it is; fewer than {workers} workers need less memory"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def _batches(self) -> Iterator[_Batch]:
-        """What is left of the input, from the mark on."""
-        begun, skip = self.mark.source, self.mark.pieces
-        done = sum(source.size for source in self.corpus.sources[:begun])
-        texts: list[str] = []
-        lasts: list[bool] = []
-        digests: list[str] = []
-        size = 0
-        for k, source in enumerate(self.corpus.sources[begun:], begun):
-            digest = hashlib.sha256()
-            count = 0
-            for piece in pieces(source, self.settings["json_key"], digest):
-                count += 1
-                if count <= skip:
-                    continue
-                texts.append(piece.text)
-                lasts.append(piece.last)
-                size += len(piece.text)
-                if size >= _BATCH:
-                    yield _Batch(texts, lasts, k, count, digests, done + piece.position)
-                    texts, lasts, digests, size = [], [], [], 0
-            skip = 0
-            done += source.size
-            digests.append(digest.hexdigest())
-            if k == len(self.corpus.sources) - 1:
-                yield _Batch(texts, lasts, k + 1, 0, digests, done)
-            elif size >= _BATCH // 2:
-                yield _Batch(texts, lasts, k + 1, 0, digests, done)
-                texts, lasts, digests, size = [], [], [], 0
-
-    def _finish(self, tokenizer: Tokenizer, dtype: np.dtype) -> PreparedData:
-        """Move everything to its place, the index last; may be interrupted and repeated."""
-        mark = self.mark
-        self.report(self._progress("finishing", self.corpus.total_bytes))
-        if mark.documents == 0:
-            shutil.rmtree(self.folder)
-            raise UserError(
-                f"{self.prefix}: the input holds no text: {len(self.corpus.sources)} files, "
-                f"{mark.empty_documents} empty documents"
+                f"{self.prefix}: a document has {max(complete)} ids, the .idx format ends "
+                f"at {2**31 - 1}; split the largest input file"
             )
-        bin_ = add_suffix(self.prefix, ".bin")
-        idx = add_suffix(self.prefix, ".idx")
-        content = self.bin if self.bin.is_file() else bin_
-        with open(content, "rb") as stream:
-            bin_sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        prepared = PreparedData(
-            prefix=self.prefix,
-            documents=mark.documents,
-            empty_documents=mark.empty_documents,
-            tokens=mark.tokens,
-            text_bytes=mark.text_bytes,
-            max_id=mark.max_id,
-            vocab_size=tokenizer.vocab_size,
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            bin_sha256=bin_sha256,
-            settings=self.settings,
-            input_stat=self.corpus.stat_digest(),
-            input_sha256=input_sha256(self.corpus, self.digests),
-            note="continued an interrupted run" if self.resumed else "prepared",
+        ids, lengths, _ = self._streams
+        ids.write(encoded.ids)
+        lengths.write(np.array(complete, "<i4").tobytes())
+        state = self.state
+        self.state = _State(
+            source=batch.source,
+            chunks=batch.chunks,
+            documents=state.documents + len(complete),
+            empty_documents=state.empty_documents + empty,
+            tokens=state.tokens + sum(encoded.counts),
+            open_tokens=open_tokens,
+            text_bytes=state.text_bytes + encoded.text_bytes,
+            max_id=max(state.max_id, encoded.max_id),
         )
-        idx.unlink(missing_ok=True)
-        tokenizer.save(prepared.tokenizer_folder)
-        prepared.save()
-        if content == self.bin:
-            os.replace(self.bin, bin_)
-        lengths = np.fromfile(self.lengths, "<i4")
-        write_index(idx, dtype, lengths, np.arange(len(lengths) + 1))
-        sync_folder(self.prefix.parent)
-        IndexedDataset(self.prefix)
-        shutil.rmtree(self.folder)
-        return prepared
+        self.digests += batch.digests
 
-    def _progress(self, stage: str, done: int) -> Progress:
+    def commit(self) -> None:
+        """Make all that is appended durable, and note in the journal how far it goes."""
+        ids, lengths, journal = self._streams
+        sync(ids)
+        sync(lengths)
+        line = {**asdict(self.state), "digests": self.digests[self._noted :]}
+        journal.write(json.dumps(line).encode() + b"\n")
+        sync(journal)
+        self._noted = len(self.digests)
+
+    def progress(self, stage: str, done: int) -> Progress:
+        """For people."""
         total = self.corpus.total_bytes
-        return Progress(stage, done, total, self.mark.documents, self.mark.tokens)
+        return Progress(stage, done, total, self.state.documents, self.state.tokens)
+
+    def _head(self) -> dict[str, Any]:
+        """First line of the journal."""
+        digest = self.corpus.stat_digest()
+        return {"format": FORMAT, "settings": self.settings, "input_stat": digest}
+
+    def _forget(self) -> None:
+        self.state, self.resumed = _State(), False
+        self.digests: list[str] = []
+        self._noted = 0  # digests that are in the journal
+
+
+# -- the steps --
+
+
+def _trained(corpus: Corpus, json_key: str, vocab_size: int, report: Report) -> Tokenizer:
+    """A BPE of the text."""
+    stride = max(1, math.ceil(corpus.total_bytes / _TRAINING_BYTES))
+
+    def tell(done: int) -> None:
+        report(Progress("training tokenizer", done, corpus.total_bytes, 0, 0))
+
+    def texts() -> Iterator[str]:
+        count = done = 0
+        for source in corpus.sources:
+            for chunk in chunks(source, json_key):
+                if count % stride == 0:
+                    yield chunk.text
+                count += 1
+            done += source.size
+            tell(done)
+
+    tell(0)
+    tokenizer = train_bpe(texts(), vocab_size)
+    if tokenizers_installed() and tokenizer.vocab_size < vocab_size:
+        complain(
+            f"the text gives a tokenizer of {tokenizer.vocab_size} ids, {vocab_size} were asked for"
+        )
+    return tokenizer
+
+
+def _check_room(partial: _Partial, tokenizer: Tokenizer, dtype: np.dtype) -> None:
+    packed = sum(s.size for s in partial.corpus.sources if s.compressed or s.kind == "parquet")
+    text = partial.corpus.total_bytes + 3 * packed
+    # English and code have 3 to 5 bytes an id; 256 byte values have one.
+    per_id = 4 if tokenizer.vocab_size > 300 else 1
+    needed = text // per_id * dtype.itemsize - partial.bin.stat().st_size
+    require_room(partial.folder, needed, f"{partial.prefix.name}.bin")
+
+
+def _batches(corpus: Corpus, json_key: str, state: _State) -> Iterator[_Batch]:
+    """What is left of the input after ``state``."""
+    begun, skip = state.source, state.chunks
+    done = sum(source.size for source in corpus.sources[:begun])
+    texts: list[str] = []
+    lasts: list[bool] = []
+    digests: list[str] = []
+    size = 0
+    for k, source in enumerate(corpus.sources[begun:], begun):
+        digest = hashlib.sha256()
+        count = 0
+        for chunk in chunks(source, json_key, digest):
+            count += 1
+            if count <= skip:
+                continue
+            texts.append(chunk.text)
+            lasts.append(chunk.last)
+            size += len(chunk.text)
+            if size >= _BATCH:
+                yield _Batch(texts, lasts, k, count, digests, done + chunk.position)
+                texts, lasts, digests, size = [], [], [], 0
+        skip = 0
+        done += source.size
+        digests.append(digest.hexdigest())
+        if k == len(corpus.sources) - 1 or size >= _BATCH // 2:
+            yield _Batch(texts, lasts, k + 1, 0, digests, done)
+            texts, lasts, digests, size = [], [], [], 0
+
+
+def _write(
+    partial: _Partial,
+    encoded: Iterable[tuple[_Batch, _Encoded]],
+    journal_bytes: int,
+    report: Report,
+) -> None:
+    uncommitted = 0
+    with partial.appending():
+        for batch, result in encoded:
+            partial.append(batch, result)
+            uncommitted += result.text_bytes
+            if uncommitted >= journal_bytes:
+                partial.commit()
+                uncommitted = 0
+            report(partial.progress("tokenizing", batch.done))
+        partial.state = replace(partial.state, complete=True)
+        partial.commit()
+
+
+def _finish(partial: _Partial, tokenizer: Tokenizer, dtype: np.dtype) -> PreparedData:
+    """Move everything to its place, the index last; may be interrupted and repeated."""
+    prefix, state, corpus = partial.prefix, partial.state, partial.corpus
+    if state.documents == 0:
+        shutil.rmtree(partial.folder)
+        raise UserError(
+            f"{prefix}: the input holds no text: {len(corpus.sources)} files, "
+            f"{state.empty_documents} empty documents"
+        )
+    bin_, idx = add_suffix(prefix, ".bin"), add_suffix(prefix, ".idx")
+    moved = not partial.bin.is_file()
+    prepared = PreparedData(
+        prefix=prefix,
+        documents=state.documents,
+        empty_documents=state.empty_documents,
+        tokens=state.tokens,
+        text_bytes=state.text_bytes,
+        max_id=state.max_id,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        bin_sha256=sha256_of(bin_ if moved else partial.bin),
+        settings=partial.settings,
+        input_stat=corpus.stat_digest(),
+        input_sha256=input_sha256(corpus, partial.digests),
+        note="continued an interrupted run" if partial.resumed else "prepared",
+    )
+    idx.unlink(missing_ok=True)
+    tokenizer.save(prepared.tokenizer_folder)
+    prepared.save()
+    if not moved:
+        os.replace(partial.bin, bin_)
+    lengths = np.fromfile(partial.lengths, "<i4")
+    write_index(idx, dtype, lengths, np.arange(len(lengths) + 1))
+    sync_folder(prefix.parent)
+    IndexedDataset(prefix)
+    shutil.rmtree(partial.folder)
+    return prepared
 
 
 def _tokenizer_setting(given: Tokenizer | None, vocab_size: int) -> str:
     if given is not None:
         return f"given {given.fingerprint}"
     return f"BPE of {vocab_size} trained on the text" if tokenizers_installed() else "bytes"
+
+
+# -- encoding --
+
+
+def _encoded_here(
+    batches: Iterable[_Batch], tokenizer: Tokenizer, dtype: np.dtype, eos: int | None
+) -> Iterator[tuple[_Batch, _Encoded]]:
+    """Batches in order with their ids."""
+    for batch in batches:
+        yield batch, _encode(tokenizer, batch.texts, batch.lasts, dtype.str, eos)
+
+
+def _encoded_by_workers(
+    batches: Iterable[_Batch], partial: _Partial, dtype: np.dtype, eos: int | None, workers: int
+) -> Iterator[tuple[_Batch, _Encoded]]:
+    """The same, computed by ``workers`` processes."""
+    folder = str(partial.tokenizer_folder)
+    waiting: deque[tuple[_Batch, Future[_Encoded]]] = deque()
+    # spawn: a fork would copy the locks of other threads in whatever state they are.
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
+    try:
+        for batch in batches:
+            task = (folder, batch.texts, batch.lasts, dtype.str, eos)
+            waiting.append((batch, pool.submit(_encode_in_worker, *task)))
+            if len(waiting) > 2 * workers:
+                first, job = waiting.popleft()
+                yield first, job.result()
+        while waiting:
+            first, job = waiting.popleft()
+            yield first, job.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"{partial.prefix}: a worker process died (out of memory?); run again, it goes on "
+            f"from where it is; fewer than {workers} workers need less memory"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _encode(

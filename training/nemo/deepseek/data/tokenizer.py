@@ -1,9 +1,10 @@
-"""Tokenizer: text to ids and back, from any ``tokenizer.json``, trained here, or plain bytes.
+"""Tokenizer: text to ids and back, from any ``tokenizer.json`` or trained here.
 
-One ``Tokenizer`` serves all three. What differs is who encodes: the ``tokenizers`` library, or a
-few lines of Python for a byte vocabulary without merges (``byte_tokenizer``), which is stored in
-the same file format. Ids become bytes by a table where the vocabulary is byte-level, so text
-streams out without ever cutting a character.
+The ``tokenizers`` library encodes. Ids become bytes by a table where the vocabulary is byte-level,
+so text streams out without ever cutting a character.
+
+PyTorch Lightning and OmegaConf are enough for the scripts. So where ``tokenizers`` is not installed
+the vocabulary trained here is the 256 bytes, in the same file format, and needs no library.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import logging
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -20,17 +21,8 @@ from typing import Any, NamedTuple, final
 import numpy as np
 
 from deepseek.config.errors import UserError
-from deepseek.data.tokenizer_backend import (
-    Backend,
-    ByteBackend,
-    HuggingFaceBackend,
-    byte_characters,
-    is_bytes_only,
-    tokenizers_installed,
-)
+from deepseek.console import complain
 from deepseek.files import atomic_open
-
-log = logging.getLogger("deepseek.data")
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
@@ -69,10 +61,12 @@ class FimIds(NamedTuple):
 
 @final
 class Tokenizer:
-    """Text to ids and back; make one with ``load_tokenizer``, ``train_bpe`` or ``byte_tokenizer``.
+    """Text to ids and back; make one with ``load_tokenizer`` or ``train_bpe``.
 
-    source: text of the ``tokenizer.json``; config: content of the ``tokenizer_config.json`` beside
-    it, or {}; origin: what to call it in errors.
+    Args:
+        source: text of the ``tokenizer.json``.
+        config: content of the ``tokenizer_config.json`` beside it, or {}.
+        origin: what to call it in errors.
 
     Raises:
         UserError: no token ends a document; the file is not a tokenizer; ``tokenizers`` is needed
@@ -91,11 +85,10 @@ class Tokenizer:
         added = self._parsed.get("added_tokens") or []
         self._added: dict[str, int] = {token["content"]: token["id"] for token in added}
         self._special = {token["id"] for token in added if token.get("special")}
-        self._backend: Backend
-        if is_bytes_only(self._parsed):
-            self._backend = ByteBackend(model["vocab"], self._added)
-        else:
-            self._backend = HuggingFaceBackend(source, origin)
+        self._library = _library(source, origin)
+        bytes_alone = set(model["vocab"]) == set(byte_characters())
+        if self._library is None and (not bytes_alone or self._parsed.get("normalizer")):
+            raise UserError(f"{origin} needs the tokenizers library; pip install tokenizers")
 
         self.bos_id = self._named("bos_token", _BOS_NAMES)
         """Begins a text; None if there is none. Never added by ``encode``."""
@@ -122,21 +115,26 @@ class Tokenizer:
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """Ids of ``text``; nothing is added at its ends.
 
-        parse_special: true reads ``<｜end▁of▁sentence｜>`` and other tokens marked special as one
-        id (prompts); false reads them as the characters they are, so that data cannot forge them.
+        Args:
+            text: valid Unicode.
+            parse_special: true reads ``<｜end▁of▁sentence｜>`` and other tokens marked special as
+                one id (prompts); false reads them as the characters they are, so that data cannot
+                forge them.
         """
-        return self._backend.encode([text], parse_special)[0]
+        return self._encoded([text], parse_special)[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of each text, faster."""
-        return self._backend.encode(texts, False)
+        return self._encoded(texts, False)
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of ``ids``: broken UTF-8 becomes U+FFFD, ids outside the vocabulary nothing."""
         if skip_special:
             ids = [token for token in ids if token not in self._special]
         if self._bytes is None:
-            return self._backend.decode([token for token in ids if token < self.vocab_size])
+            assert self._library is not None, "bytes are decoded by their table"
+            known = [token for token in ids if token < self.vocab_size]
+            return self._library.decode(known, skip_special_tokens=False)
         return b"".join(map(self.id_bytes, ids)).decode("utf-8", "replace")
 
     def stream(self, skip_special: bool = False) -> StreamDecoder:
@@ -239,6 +237,26 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             **self.special_texts,
         }
+
+    def _encoded(self, texts: Sequence[str], parse_special: bool) -> list[list[int]]:
+        if self._library is None:
+            return [list(self._byte_ids(text, parse_special)) for text in texts]
+        self._library.encode_special_tokens = not parse_special
+        encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def _byte_ids(self, text: str, parse_special: bool) -> Iterator[int]:
+        """What the library does with a vocabulary of bytes."""
+        names = map(re.escape, sorted(self._added, key=len, reverse=True))
+        for part in re.split(f"({'|'.join(names)})", text) if parse_special else [text]:
+            if parse_special and part in self._added:
+                yield self._added[part]
+            else:
+                yield from map(self._ids_of_bytes.__getitem__, part.encode())
+
+    @cached_property
+    def _ids_of_bytes(self) -> list[int]:
+        return [self._vocab[character] for character in byte_characters()]
 
     @cached_property
     def _vocab(self) -> dict[str, int]:
@@ -344,8 +362,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE; numbers are cut into groups of up to three digits, as DeepSeek does.
 
     The result depends on the texts only, not on threads. It has fewer ids than ``vocab_size`` if
-    the texts have no more pairs to merge. Without ``tokenizers`` a warning is logged and the
-    tokenizer of plain bytes is returned.
+    the texts have no more pairs to merge. Without ``tokenizers`` it complains and is that of bytes.
+
+    Args:
+        texts: to count pairs in.
+        vocab_size: ids, special tokens included.
 
     Raises:
         UserError: ``vocab_size`` leaves no room for 256 bytes and the special tokens.
@@ -357,10 +378,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"take {floor}; use at least {floor}"
         )
     if not tokenizers_installed():
-        log.warning(
-            "tokenizers is not installed: every byte becomes a token (%d ids, about four times as "
-            "many tokens). For a BPE: pip install tokenizers",
-            floor,
+        complain(
+            f"tokenizers is not installed: every byte becomes a token ({floor} ids, about four "
+            "times as many tokens). For a BPE: pip install tokenizers"
         )
         return byte_tokenizer()
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -385,35 +405,56 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """The tokenizer of plain bytes: id = byte, then the special tokens. Needs no library."""
+    """A BPE without merges, made without the library: id = byte, then the special tokens."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    byte_level["use_regex"] = False
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    vocab = {character: value for value, character in enumerate(byte_characters())}
     content: dict[str, Any] = {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": [
             {"id": 256 + k, "content": name, **flags, "special": True}
             for k, name in enumerate(SPECIAL)
         ],
-        "normalizer": None,
-        "pre_tokenizer": {**byte_level, "use_regex": False},
-        "post_processor": None,
-        "decoder": {**byte_level, "use_regex": False},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {character: value for value, character in enumerate(byte_characters())},
-            "merges": [],
-        },
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
     }
     return Tokenizer(json.dumps(content, indent=2, ensure_ascii=False), {}, "the byte tokenizer")
+
+
+def _library(source: str, origin: str) -> Any | None:
+    """``source`` as the ``tokenizers`` library reads it; None without that library."""
+    if not tokenizers_installed():
+        return None
+    from tokenizers import Tokenizer as Library
+
+    try:
+        library = Library.from_str(source)
+    except Exception as error:
+        raise UserError(
+            f"{origin} cannot be read by this version of tokenizers ({error}); "
+            "pip install -U tokenizers, or give a tokenizer.json of a known model"
+        ) from error
+    library.no_truncation()
+    library.no_padding()
+    return library
+
+
+def tokenizers_installed() -> bool:
+    """Whether the ``tokenizers`` library can be imported."""
+    try:
+        import tokenizers  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def byte_characters() -> list[str]:
+    """The printable character that byte-level vocabularies write for each byte, [256] (GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(value if value in printable else next(others)) for value in range(256)]
 
 
 def _read_text(path: Path) -> str:

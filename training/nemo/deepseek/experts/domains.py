@@ -16,11 +16,10 @@ from typing import TypeVar
 import numpy as np
 
 from deepseek.config.errors import UserError
-from deepseek.data.chat_dataset import ChatDataset
-from deepseek.data.corpus import Corpus, Source, pieces
-from deepseek.data.dataset import PackedDataset, Sample
+from deepseek.data.corpus import Corpus, Source, chunks
+from deepseek.data.dataset import ChatDataset, PackedDataset, Sample
 from deepseek.data.indexed import IndexedDataset
-from deepseek.data.prepared import PreparedData
+from deepseek.data.prepare import PreparedData
 from deepseek.data.tokenizer import Tokenizer
 from deepseek.files import add_suffix
 
@@ -196,9 +195,9 @@ def _texts(
     longest = _CHARACTERS * max_tokens
 
     def documents(source: Source) -> Iterator[np.ndarray]:
-        for piece in pieces(source, json_key):
-            ids = tokenizer.encode(piece.text[:longest])
-            if piece.last and piece.text:
+        for chunk in chunks(source, json_key):
+            ids = tokenizer.encode(chunk.text[:longest])
+            if chunk.last and chunk.text:
                 ids.append(tokenizer.eos_id)
             yield np.array(ids, np.int64)
 

@@ -9,6 +9,7 @@ workers.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,8 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
 from deepseek.data.blend import BlendedDataset
-from deepseek.data.chat_dataset import ChatDataset
-from deepseek.data.dataset import PackedDataset, Sample
+from deepseek.data.dataset import ChatDataset, PackedDataset, Sample
 
 Batch = dict[str, torch.Tensor]
 Packed = PackedDataset | ChatDataset | BlendedDataset
@@ -114,6 +114,32 @@ def build_validation_loader(
         for places in StepBatches(step, count, dp_rank=dp_rank, dp_size=dp_size)
     ]
     return _loader(dataset, batches, cfg.data.num_workers)
+
+
+class TimedLoader:
+    """Iterates over another loader.
+
+    Attributes:
+        seconds: that the last batch was waited for.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+        self.seconds = 0.0
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self._loader)
+        while True:
+            begin = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.seconds = time.perf_counter() - begin
+            yield batch
 
 
 def stack(samples: Sequence[Sample]) -> Batch:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -244,7 +243,7 @@ def open_foreign(
 def test_files_of_megatron_need_no_record(
     cfg: ModelConfig,
     write: Callable[..., IndexedDataset],
-    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
     bpe: Tokenizer,
     tmp_path: Path,
 ) -> None:
@@ -252,11 +251,11 @@ def test_files_of_megatron_need_no_record(
     opened = open_data(cfg)
     assert opened.tokenizer is None and opened.bytes_per_token is None
     assert opened.train[0]["tokens"].shape == (32,)
-    assert "has no record of its tokenizer" in caplog.text
-    assert "reading all ids once to find the largest" in caplog.text
-    caplog.clear()
+    said = capsys.readouterr().err
+    assert "has no record of its tokenizer" in said
+    assert "reading all ids once to find the largest" in said
     open_data(cfg)
-    assert "reading all ids once" not in caplog.text
+    assert "reading all ids once" not in capsys.readouterr().err
 
     bpe.save(tmp_path / "bpe")
     cfg = changed(cfg, {"tokenizer.path": str(tmp_path / "bpe")})
@@ -279,7 +278,7 @@ def test_a_changed_file_is_read_again(
 def test_a_folder_that_cannot_be_written_is_no_obstacle(
     cfg: ModelConfig,
     write: Callable[..., IndexedDataset],
-    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(path: Path) -> None:
@@ -287,15 +286,14 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(
 
     monkeypatch.setattr("deepseek.data.open_data.atomic_open", refuse)
     assert open_foreign(cfg, write, 300).train.num_documents == 18
-    assert "cannot be written; the ids will be read again next time" in caplog.text
+    assert "cannot be written; the ids will be read again next time" in capsys.readouterr().err
 
 
 def test_small_dtypes_need_no_reading(
-    cfg: ModelConfig, write: Callable[..., IndexedDataset], caplog: pytest.LogCaptureFixture
+    cfg: ModelConfig, write: Callable[..., IndexedDataset], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert open_foreign(cfg, write, 255, "uint8").train.num_documents == 18
-    assert "reading all ids" not in caplog.text
+    assert open_foreign(cfg, write, 255, "uint8").train.num_documents == 18
+    assert "reading all ids" not in capsys.readouterr().err
 
 
 def test_ids_outside_the_vocabulary(cfg: ModelConfig, write: Callable[..., IndexedDataset]) -> None:

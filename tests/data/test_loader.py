@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +14,20 @@ import torch
 from deepseek.config import changed
 from deepseek.config.errors import UserError
 from deepseek.config.schema import DataConfig, ModelConfig
+from deepseek.data import loader as loader_module
 from deepseek.data.blend import Blend, BlendedDataset
 from deepseek.data.dataset import PackedDataset
 from deepseek.data.indexed import IndexedDataset
-from deepseek.data.sampler import (
+from deepseek.data.loader import (
     Batch,
     StepBatches,
+    TimedLoader,
     _loader,
     build_train_loader,
     build_validation_loader,
 )
+from deepseek.frameworks import LightningModule, Trainer
+from support.fake_clock import FakeClock
 
 Write = Callable[..., IndexedDataset]
 
@@ -202,3 +207,65 @@ def test_a_signal_to_the_group_does_not_reach_the_workers() -> None:
     assert batch["session"].item() != os.getsid(0)
     (batch,) = _loader(SessionOfReader(), [[0]], 0)
     assert batch["session"].item() == os.getsid(0)
+
+
+# -- how long batches are waited for --
+
+WAITS = (0.0, 8.0, 0.0, 4.0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    fake = FakeClock()
+    monkeypatch.setattr(loader_module, "time", fake)
+    return fake
+
+
+class Slow:
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock = clock
+
+    def __len__(self) -> int:
+        return len(WAITS)
+
+    def __iter__(self) -> Iterator[int]:
+        for index, wait in enumerate(WAITS):
+            self.clock.now += wait
+            yield index
+
+
+def test_the_wait_for_each_batch(clock: FakeClock) -> None:
+    loader = TimedLoader(Slow(clock))
+    assert len(loader) == 4
+    assert [(batch, loader.seconds) for batch in loader] == list(enumerate(WAITS))
+
+
+class Module(LightningModule):
+    """Notes how long the batch that it gets was waited for."""
+
+    def __init__(self, loader: TimedLoader, clock: FakeClock) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.loader, self.clock = loader, clock
+        self.seconds: list[float] = []
+
+    def train_dataloader(self) -> Any:
+        return self.loader
+
+    def training_step(self, batch: Any, index: int) -> None:
+        self.seconds.append(self.loader.seconds)
+        self.clock.now += 1  # the step itself is no wait
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
+
+
+def test_in_a_trainer_the_wait_is_that_of_the_batch_at_hand(clock: FakeClock) -> None:
+    """It must not fetch ahead: the wait would be put down to the wrong step."""
+    module = Module(TimedLoader(Slow(clock)), clock)
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module)
+    assert module.seconds == list(WAITS)
