@@ -114,10 +114,9 @@ class Driven:
         self.config, self.meshes = config, meshes
         self.module: Any = DeepSeekModel(config, seed=1, max_steps=10**6, parallelize_later=True)
         self.module.parallelize(meshes, torch.device("cpu"))
-        optimizer = self.module.configure_optimizers()
-        self.module.optimizers = lambda: optimizer
+        self.optimizer = self.module.configure_optimizers()
         leads = meshes.rank == 0
-        ranks = RankMonitor(folder / "monitor", 1, leads, lambda: 0.0)
+        ranks = RankMonitor(folder / "monitor", 1, leads)
         experts = ExpertMonitor(folder / "monitor" / "experts.arrays", 1, leads)
         self.callbacks: list[Any] = [ranks, experts]
         if leads:
@@ -158,11 +157,10 @@ class Driven:
                 dist.barrier()
             begin = time.perf_counter()
             self._call(callbacks, "on_train_batch_start", batch, 0)
-            module.training_step(batch, 0)
+            record = module.train_step(batch, self.optimizer)
             self._call(callbacks, "on_train_batch_end", None, batch, 0)
             if monitored:
-                self.own_seconds.append(module.step_facts["monitor_seconds"])
-            module.on_train_batch_end(None, batch, 0)
+                self.own_seconds.append(record.monitor_seconds)
             seconds.append(time.perf_counter() - begin)
         for callback in callbacks[:2]:
             callback.on_exception(self.trainer, module, RuntimeError())  # leaves the model alone

@@ -154,11 +154,9 @@ def one_rank(rank: int, folder: str, rounds: int, batch: int, layout: str) -> No
 
 
 def model(config: ModelConfig, meshes: Meshes | SingleProcess, balanced: bool) -> Any:
-    """A module with its optimiser, that takes steps without a trainer."""
+    """A module on these ranks."""
     module: Any = DeepSeekModel(config, max_steps=1000, parallelize_later=True)
     module.parallelize(meshes, torch.device("cpu"))
-    optimizer = module.configure_optimizers()
-    module.optimizers = lambda: optimizer
     for router in module.model.routers().values() if balanced else ():
         router._choose = all_in_turn
     return module
@@ -175,10 +173,11 @@ def steps(module: Any, batch: int) -> Callable[[], None]:
     """Takes one optimiser step, each on other tokens."""
     chance = torch.Generator().manual_seed(module.meshes.data_rank)
     shape = (batch, MODEL.data.seq_length)
+    optimizer = module.configure_optimizers()
 
     def step() -> None:
         tokens_BS = torch.randint(MODEL.vocab_size, shape, generator=chance)
-        module.training_step(whole_batch(tokens_BS), 0)
+        module.train_step(whole_batch(tokens_BS), optimizer)
 
     return step
 

@@ -18,7 +18,7 @@ from deepseek.config.schema import RopeScaling, SchedConfig, value_at
 from deepseek.frameworks import USES_NEMO
 from deepseek.interop.automodel_recipe import automodel_recipe
 from deepseek.interop.megatron_config import megatron_config
-from deepseek.training.schedule import learning_rate
+from deepseek.training.optim import learning_rate
 from support.micro_runs import MicroRuns
 
 needs_peers = pytest.mark.skipif(

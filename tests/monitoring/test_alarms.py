@@ -23,8 +23,8 @@ from support.log_rows import all_rows
 
 
 def module(step: int) -> Any:
-    metrics = SimpleNamespace(step=step, loss=2.0, grad_norm=1.0, skipped=False)
-    return SimpleNamespace(step_metrics=metrics)
+    record = SimpleNamespace(step=step, loss=2.0, grad_norm=1.0, skipped=False)
+    return SimpleNamespace(step_record=record)
 
 
 def test_planted_troubles_are_in_the_log(

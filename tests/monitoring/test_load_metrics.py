@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from deepseek.monitoring import load_metrics as lm
-from deepseek.monitoring.record.expert_monitor import ExpertRecord, scalars
+from deepseek.monitoring.record.expert_monitor import ExpertRecord, add_loads
+from deepseek.training.step import StepRecord
 from support.workloads import NAMES, Workload, workload
 
 
@@ -224,7 +225,8 @@ def test_the_numbers_of_a_row_equal_their_oracles(name: str, ranks: int) -> None
         record = ExpertRecord(
             step, layers, load.top_k, np.concatenate([tokens_LE, nothing]), bias_LE, margin_L
         )
-        found = scalars(record, ranks)
+        row = StepRecord(step, 0.0, None, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, False)
+        add_loads(row, record, ranks)
         n_LE = [counts(load, step, layer) for layer in range(len(layers) - 1)]
         n_LR = [
             [sum(n[r * len(n) // ranks : (r + 1) * len(n) // ranks]) for r in range(ranks)]
@@ -242,4 +244,5 @@ def test_the_numbers_of_a_row_equal_their_oracles(name: str, ranks: int) -> None
             "dead_experts": sum(x == 0 for n in n_LE for x in n),
             "starved_experts": sum(x < 0.1 * m for n, m in zip(n_LE, mean, strict=True) for x in n),
         }
+        found = {name: getattr(row, name) for name in expected}
         assert found == pytest.approx(expected, abs=1e-6)

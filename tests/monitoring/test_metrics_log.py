@@ -15,7 +15,8 @@ from deepseek.monitoring.record.metrics_log import (
     MetricsLog,
     drop_partial_line,
 )
-from deepseek.training.step import StepMetrics, ValidationMetrics
+from deepseek.training.phases import Memory
+from deepseek.training.step import SaveRecord, StepRecord, ValidationRecord
 from support.fake_clock import FakeClock
 from support.log_rows import all_rows
 
@@ -30,18 +31,18 @@ class Logger:
         self.told.append((step, metrics))
 
 
-def step(number: int, **changes: Any) -> StepMetrics:
+def step(number: int, **changes: Any) -> StepRecord:
     values: dict[str, Any] = {
         "loss": 5.5, "mtp_loss": None, "balance_loss": 0.1, "grad_norm": 2.0,
         "grad_norm_dense": 1.5, "grad_norm_expert": 1.2, "grad_norm_router": 0.5, "lr": 0.1,
         "tokens": 8, "skipped": False}  # fmt: skip
-    return StepMetrics(number, **(values | changes))
+    return StepRecord(number, **(values | changes))
 
 
 def module(**changes: Any) -> Any:
     values = {
-        "finished_steps": 0, "max_steps": 9, "step_metrics": None, "validation_metrics": None,
-        "step_facts": {}}  # fmt: skip
+        "finished_steps": 0, "max_steps": 9, "step_record": None, "validation_record": None,
+        "save_record": None, "stop_signal": None}  # fmt: skip
     return SimpleNamespace(**(values | changes))
 
 
@@ -73,22 +74,22 @@ def strict(line: str) -> dict[str, Any]:
 
 def test_a_row_a_step_and_one_a_validation(tmp_path: Path, clock: FakeClock) -> None:
     log, logger = MetricsLog(tmp_path / "m.jsonl", 1e3, 1e5), Logger()
-    run, here = trainer(logger), module(step_metrics=step(1))
+    measured = step(1, data_seconds=0.1234567, monitor_seconds=0.25, dead_experts=0)
+    run, here = trainer(logger), module(step_record=measured)
     log.on_train_start(run, here)
     clock.now += 2.0
-    here.step_facts = {"data_seconds": 0.5, "per_layer": [1, 2], "monitor_seconds": 0.25}
     log.on_train_batch_end(run, here)
     log.on_validation_start(run, here)
     clock.now += 50.0
-    log.on_validation_end(run, module(validation_metrics=ValidationMetrics(1, 5.25, None)))
+    log.on_validation_end(run, module(validation_record=ValidationRecord(1, 5.25, None)))
     clock.now += 4.0
-    log.on_train_batch_end(run, module(step_metrics=step(2)))
+    log.on_train_batch_end(run, module(step_record=step(2)))
     log.on_train_end(run, module(finished_steps=9))
     first, second, third, _ = (strict(line) for line in log.path.read_text().splitlines())
     assert first == {
         "step": 1, "loss": 5.5, "mtp_loss": None, "balance_loss": 0.1, "grad_norm": 2.0,
         "grad_norm_dense": 1.5, "grad_norm_expert": 1.2, "grad_norm_router": 0.5, "lr": 0.1,
-        "tokens": 8, "skipped": False, "data_seconds": 0.5, "per_layer": [1, 2],
+        "tokens": 8, "skipped": False, "data_seconds": 0.123457, "dead_experts": 0,
         "monitor_seconds": 0.25, "seconds": 2.0, "time": 1.7e9 + 102, "tokens_per_second": 4.0,
         # 4 tokens a second of 1,000 operations each, of 100,000 that the devices could do.
         "mfu": 0.04}  # fmt: skip
@@ -96,7 +97,7 @@ def test_a_row_a_step_and_one_a_validation(tmp_path: Path, clock: FakeClock) -> 
     assert (third["seconds"], third["tokens_per_second"]) == (4.0, 2.0)  # the validation is not in
     # Loggers get the numbers that there are, and nothing that grows with the model.
     assert [number for number, _ in logger.told] == [1, 1, 2]
-    assert logger.told[0][1].keys() == first.keys() - {"step", "time", "mtp_loss", "per_layer"}
+    assert logger.told[0][1].keys() == first.keys() - {"step", "time", "mtp_loss"}
     assert logger.told[1][1] == {"val_loss": 5.25}
     assert len(SCALARS) <= 60
 
@@ -105,7 +106,7 @@ def test_mfu_is_unknown_without_a_denominator(tmp_path: Path, clock: FakeClock) 
     log = MetricsLog(tmp_path / "m.jsonl", 1e3, None)
     log.on_train_start(trainer(), module())
     clock.now += 1.0
-    log.on_train_batch_end(trainer(), module(step_metrics=step(1)))
+    log.on_train_batch_end(trainer(), module(step_record=step(1)))
     assert strict(log.path.read_text())["mfu"] is None
 
 
@@ -123,7 +124,7 @@ def test_its_own_cost_is_in_the_row_that_follows(
     monkeypatch.setattr(log, "write", slow)
     for number in (1, 2):
         clock.now += 1.0
-        log.on_train_batch_end(trainer(), module(step_metrics=step(number)))
+        log.on_train_batch_end(trainer(), module(step_record=step(number)))
         log.add_cost(0.125)
     rows = [strict(line) for line in log.path.read_text().splitlines()]
     assert [row["monitor_seconds"] for row in rows] == [0.0, 0.625]
@@ -183,10 +184,11 @@ def test_each_start_says_of_what_kind_it_is(tmp_path: Path, clock: FakeClock) ->
 
 def test_checkpoints_are_events(tmp_path: Path, clock: FakeClock) -> None:
     log = MetricsLog(tmp_path / "m.jsonl")
-    saved = {"checkpoint_seconds": 0.75}
     log.on_train_batch_start(trainer(), module(finished_steps=3))
-    log.on_train_batch_start(trainer(), module(finished_steps=4, step_facts=saved))
-    log.on_train_end(trainer(), module(finished_steps=9, step_facts=saved))
+    for finished in (4, 5):  # of step 4 alone
+        saved = SaveRecord(4, 0.75, Memory(1, 2, 3))
+        log.on_train_batch_start(trainer(), module(finished_steps=finished, save_record=saved))
+    log.on_train_end(trainer(), module(finished_steps=9, save_record=saved._replace(step=9)))
     assert events(log) == [
         {"event": "checkpoint", "step": 4, "time": 1.7e9 + 100, "seconds": 0.75},
         {"event": "checkpoint", "step": 9, "time": 1.7e9 + 100, "seconds": 0.75},
@@ -201,8 +203,8 @@ def test_checkpoints_are_events(tmp_path: Path, clock: FakeClock) -> None:
 def test_the_end_has_a_reason(
     tmp_path: Path, finished: int, number: int | None, reason: str
 ) -> None:
-    log = MetricsLog(tmp_path / "m.jsonl", signal_received=lambda: number)
-    log.on_train_end(trainer(), module(finished_steps=finished))
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.on_train_end(trainer(), module(finished_steps=finished, stop_signal=number))
     assert [(e["event"], e["step"], e["reason"]) for e in events(log)] == [
         ("stopped", finished, reason)]  # fmt: skip
 
@@ -290,6 +292,6 @@ def test_a_disk_that_takes_half_a_line(tmp_path: Path) -> None:
 def test_a_check_of_the_validation_before_training_is_no_validation(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "m.jsonl")
     checking = SimpleNamespace(loggers=[], sanity_checking=True)
-    log.on_validation_end(checking, module(validation_metrics=ValidationMetrics(0, 1.0, None)))
+    log.on_validation_end(checking, module(validation_record=ValidationRecord(0, 1.0, None)))
     log.on_validation_end(trainer(), module())
     assert not log.path.exists()

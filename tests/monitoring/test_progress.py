@@ -7,25 +7,24 @@ import pytest
 
 from deepseek.monitoring.record import progress
 from deepseek.monitoring.record.progress import Progress, clock, step_line
-from deepseek.training.step import StepMetrics, ValidationMetrics
+from deepseek.training.step import StepRecord, ValidationRecord
 from support.fake_clock import FakeClock
 
 
-def metrics(step: int, **changes: Any) -> StepMetrics:
+def record(step: int, **changes: Any) -> StepRecord:
     values: dict[str, Any] = {
         "loss": 5.4321, "mtp_loss": 5.6, "balance_loss": 0.0, "grad_norm": 1.2,
         "grad_norm_dense": 1.0, "grad_norm_expert": 0.6, "grad_norm_router": 0.2, "lr": 2.2e-4,
         "tokens": 1000, "skipped": False}  # fmt: skip
-    return StepMetrics(step, **(values | changes))
+    return StepRecord(step, **(values | changes))
 
 
 def module(step: int, max_steps: int = 10, finished: int = 0) -> Any:
     return SimpleNamespace(
-        step_metrics=metrics(step) if step else None,
-        validation_metrics=ValidationMetrics(step, 4.5, 2.25),
+        step_record=record(step) if step else None,
+        validation_record=ValidationRecord(step, 4.5, 2.25),
         max_steps=max_steps,
         finished_steps=finished,
-        step_facts={},
     )
 
 
@@ -57,22 +56,22 @@ def time(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
 
 
 def test_step_line() -> None:
-    assert step_line(metrics(12), 400, 3210.4) == (
+    assert step_line(record(12), 400, 3210.4) == (
         "step     12/400 loss 5.4321 mtp 5.6000 3,210 tok/s grad 1.200 lr 2.20e-04"
     )
-    facts = {
+    measured: dict[str, Any] = {
         "mfu": 0.314, "memory_bytes": 3 * 2**29, "load_max_over_mean": 1.316, "dead_experts": 2,
         "all_to_all_seconds": 0.25, "seconds": 2.0}  # fmt: skip
-    assert step_line(metrics(12, mtp_loss=None), 400, 3210.4, facts) == (
+    assert step_line(record(12, mtp_loss=None, **measured), 400, 3210.4) == (
         "step     12/400 loss 5.4321 3,210 tok/s mfu 31.4% grad 1.200 lr 2.20e-04 mem 1.5G "
         "| load 1.32 dead 2 a2a 12%"
     )
     # Alone, on an unknown GPU, without experts.
-    facts = {"mfu": None, "memory_bytes": 2**30, "all_to_all_seconds": None, "seconds": 2.0}
-    assert step_line(metrics(12, mtp_loss=None), 400, 3210.4, facts) == (
+    alone = record(12, mtp_loss=None, memory_bytes=2**30, seconds=2.0)
+    assert step_line(alone, 400, 3210.4) == (
         "step     12/400 loss 5.4321 3,210 tok/s grad 1.200 lr 2.20e-04 mem 1.0G"
     )
-    line = step_line(metrics(1, mtp_loss=None, skipped=True, grad_norm=float("nan")), 1, 0.0)
+    line = step_line(record(1, mtp_loss=None, skipped=True, grad_norm=float("nan")), 1, 0.0)
     assert "mtp" not in line
     assert line.endswith("grad nan lr 2.20e-04 SKIPPED: gradient not finite")
 
@@ -113,10 +112,10 @@ def test_validation_line(capsys: pytest.CaptureFixture[str]) -> None:
     shown = Progress(every_n_steps=1)
     shown.on_validation_end(None, module(3))
     assert capsys.readouterr().out == "step      3 val loss 4.5000  2.2500 bits/byte\n"
-    without = SimpleNamespace(validation_metrics=ValidationMetrics(3, 4.5, None))
+    without = SimpleNamespace(validation_record=ValidationRecord(3, 4.5, None))
     shown.on_validation_end(None, without)
     assert capsys.readouterr().out == "step      3 val loss 4.5000\n"
-    shown.on_validation_end(None, SimpleNamespace(validation_metrics=None))
+    shown.on_validation_end(None, SimpleNamespace(validation_record=None))
     assert capsys.readouterr().out == ""
 
 

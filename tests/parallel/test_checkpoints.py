@@ -325,7 +325,7 @@ def _signalled(rank: int, case: Case, folder: Path, target: int) -> tuple[int, l
     lines: list[str] = []
     callback = Checkpointing(folder, CheckpointConfig(), {}, "", True, lines.append)
     trainer: Any = SimpleNamespace(should_stop=False, val_check_batch=7, limit_val_batches=3)
-    callback._listen()
+    callback._listen(driven.module)
     try:
         for step in range(1, 4):
             driven.module.finished_steps = step

@@ -24,6 +24,7 @@ from deepseek.monitoring.record.expert_monitor import MARGIN_TOKENS, ExpertMonit
 from deepseek.monitoring.record.rank_monitor import COLUMNS, RankMonitor
 from deepseek.parallel.mesh import SingleProcess
 from deepseek.training.phases import Memory
+from deepseek.training.step import SaveRecord
 from support.layouts import Case, Driven, batches, small_config, spread
 from support.ranks import run_ranks
 
@@ -31,7 +32,7 @@ TRAINER = SimpleNamespace(loggers=[])
 
 
 def watched(driven: Driven, callbacks: list[Any]) -> list[dict[str, Any]]:
-    """Steps as a trainer takes them; the facts of each."""
+    """Steps as a trainer takes them; the row of each."""
     module, found = driven.module, []
     for callback in callbacks:
         callback.on_train_start(TRAINER, module)
@@ -39,10 +40,10 @@ def watched(driven: Driven, callbacks: list[Any]) -> list[dict[str, Any]]:
         for callback in callbacks:
             callback.on_train_batch_start(TRAINER, module, batch, index)
         driven.run([batch])
+        module.step_record.data_seconds = 0.125
         for callback in callbacks:
             callback.on_train_batch_end(TRAINER, module, None, batch, index)
-        found.append(dict(module.step_facts))
-        module.on_train_batch_end(None, batch, index)
+        found.append(module.step_record.row())
     for callback in callbacks:
         callback.on_train_end(TRAINER, module)
     return found
@@ -50,7 +51,7 @@ def watched(driven: Driven, callbacks: list[Any]) -> list[dict[str, Any]]:
 
 def monitors(folder: Path, leads: bool, every: int = 1) -> list[Any]:
     return [
-        RankMonitor(folder, every, leads, lambda: 0.125, ranks_per_node=2),
+        RankMonitor(folder, every, leads, ranks_per_node=2),
         ExpertMonitor(folder / "experts.arrays", every, leads),
     ]
 
@@ -296,11 +297,15 @@ def chosen_of_rank(rank: int, case: Case, folder: Path) -> list[list[int]]:
 
     for router in driven.module.model.routers().values():
         router.register_forward_hook(hear)
-    start = driven.module.on_train_batch_end
-    found.append([0] * case.layout.ep)
-    driven.module.on_train_batch_end = lambda *a: (start(*a), found.append([0] * case.layout.ep))
+    step = driven.module.train_step
+
+    def new_row(*args: Any) -> Any:
+        found.append([0] * case.layout.ep)
+        return step(*args)
+
+    driven.module.train_step = new_row
     watched(driven, monitors(folder, rank == 0))
-    return found[:-1]
+    return found
 
 
 @pytest.mark.parametrize("granularity", [None, "full"])
@@ -347,17 +352,16 @@ def test_memory_of_each_phase_and_rank(tmp_path: Path) -> None:
 
 def hungry_of_rank(rank: int, case: Case, folder: Path) -> None:
     driven = spread(case)
-    optimizer = driven.module.optimizers()
-    step = optimizer.step
+    step = driven.optimizer.step
 
     def hungry(*args: Any, **options: Any) -> Any:
         if rank == 1:
             torch.ones(2**24)  # 64 MiB, for a moment
         return step(*args, **options)
 
-    optimizer.step = hungry
-    saved = Memory(5_000_000, 6_000_000, 7_000_000)
-    watching = RankMonitor(folder, 1, rank == 0, lambda: 0.0, checkpoint_memory=lambda: saved)
+    driven.optimizer.step = hungry  # type: ignore[method-assign]
+    driven.module.save_record = SaveRecord(0, 1.0, Memory(5_000_000, 6_000_000, 7_000_000))
+    watching = RankMonitor(folder, 1, rank == 0)
     watched(driven, [watching])
 
 

@@ -142,7 +142,6 @@ class Driven:
         )
         self.module.parallelize(meshes, torch.device("cpu"), case.dtype)
         self.optimizer = self.module.configure_optimizers()
-        self.module.optimizers = lambda: self
         self.gradients: dict[str, Tensor] = {}
         self.metrics: list[Any] = []
         case.prepare(self)
@@ -166,8 +165,7 @@ class Driven:
         """One optimiser step for each global batch."""
         for batch in steps:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.case.autocast):
-                self.module.training_step(self.share(batch), 0)
-            self.metrics.append(self.module.step_metrics)
+                self.metrics.append(self.module.train_step(self.share(batch), self))
 
     def validate(self, steps: Iterable[dict[str, Tensor]]) -> float:
         """Loss per label of these batches, a micro-batch at a time."""
@@ -178,7 +176,7 @@ class Driven:
                 micro = {name: rows[start : start + size] for name, rows in batch.items()}
                 self.module.validation_step(micro, 0)
         self.module.on_validation_epoch_end()
-        return self.module.validation_metrics.val_loss
+        return self.module.validation_record.val_loss
 
     def share(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's rows of a global batch."""

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from deepseek.config.schema import ModelConfig, SchedConfig
 from deepseek.data.loader import StepBatches
 from deepseek.frameworks import NEMO_TARGET, USES_NEMO, ModelBase, Trainer, attach_loggers, pl
-from deepseek.training.schedule import learning_rate
+from deepseek.training.optim import learning_rate
 from deepseek.training.step import DeepSeekModel
 
 pytestmark = pytest.mark.framework

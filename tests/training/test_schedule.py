@@ -7,7 +7,7 @@ import math
 import pytest
 
 from deepseek.config.schema import SchedConfig
-from deepseek.training.schedule import learning_rate
+from deepseek.training.optim import learning_rate
 
 PEAK = 8.0
 

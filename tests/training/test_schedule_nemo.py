@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deepseek.config.schema import SchedConfig
-from deepseek.training.schedule import learning_rate
+from deepseek.training.optim import learning_rate
 
 pytestmark = pytest.mark.framework
 

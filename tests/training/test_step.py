@@ -12,6 +12,7 @@ from deepseek.training.step import (
     MAX_SKIPPED_IN_A_ROW,
     DeepSeekModel,
     NonFiniteError,
+    StepRecord,
 )
 
 CONFIG = ModelConfig(
@@ -47,15 +48,9 @@ class Driven:
             config, seed=3, max_steps=20, gradient_clip_val=clip
         ).double()
         self.optimizer = self.module.configure_optimizers()
-        self.module.optimizers = lambda: self.optimizer
-        self.module.manual_backward = lambda loss: loss.backward()
 
-    def run(self, batches: list[dict[str, Tensor]]) -> list[Any]:
-        metrics = []
-        for i, batch in enumerate(batches):
-            self.module.training_step(batch, i)
-            metrics.append(self.module.step_metrics)
-        return metrics
+    def run(self, batches: list[dict[str, Tensor]]) -> list[StepRecord]:
+        return [self.module.train_step(batch, self.optimizer) for batch in batches]
 
 
 def batch(seed: int, padding: int = 0) -> dict[str, Tensor]:
@@ -116,9 +111,8 @@ def test_padding_changes_nothing() -> None:
 
 def test_clipping_bounds_the_update_and_reports_the_norm_before() -> None:
     free, clipped = Driven(CONFIG, clip=0.0), Driven(CONFIG, clip=1e-3)
-    free.module.training_step(batch(0), 0)
-    clipped.module.training_step(batch(0), 0)
-    assert free.module.step_metrics.grad_norm == clipped.module.step_metrics.grad_norm > 1e-3
+    norms = [driven.run([batch(0)])[0].grad_norm for driven in (free, clipped)]
+    assert norms[0] == norms[1] > 1e-3
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
@@ -127,8 +121,8 @@ def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
     with torch.no_grad():
         driven.module.model.layers["0"].attn.wo.weight[0, 0] = float("nan")
     before = {k: v.clone() for k, v in driven.module.model.state_dict().items()}
-    driven.module.training_step(batch(1), 1)
-    assert driven.module.step_metrics.skipped
+    (record,) = driven.run([batch(1)])
+    assert record.skipped
     assert driven.module.finished_steps == 2
     for name, value in driven.module.model.state_dict().items():
         assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name

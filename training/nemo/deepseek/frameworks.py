@@ -106,13 +106,15 @@ pl = _import_lightning()
 """The Lightning namespace of this process."""
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning import LightningModule, Trainer
 else:
-    Callback, Trainer = pl.Callback, pl.Trainer
+    Trainer = pl.Trainer
     LightningModule = pl.LightningModule
 
 ModelBase: Any = _ModelPT if USES_NEMO else LightningModule
 """Base class of ``DeepSeekModel``."""
+Callback: Any = pl.Callback
+"""Base class of ``DeepSeekCallback``, which has the types."""
 
 
 def model_config(section: ModelConfig | Mapping[str, Any]) -> ModelConfig:

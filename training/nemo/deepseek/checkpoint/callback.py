@@ -15,9 +15,10 @@ from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.training_state import Base, collect_tensors, restore, run_state
 from deepseek.config.errors import UserError
 from deepseek.config.schema import CheckpointConfig
-from deepseek.frameworks import Callback
+from deepseek.frameworks import Trainer
 from deepseek.parallel.gradients import sum_over
-from deepseek.training.phases import Memory, measured_memory
+from deepseek.training.phases import measured_memory
+from deepseek.training.step import DeepSeekCallback, DeepSeekModel, SaveRecord
 
 FIXED = {
     "seed",
@@ -52,7 +53,7 @@ FIXED = {
 """Keys a run keeps for life: they decide the tensors, or which sample comes when."""
 
 
-class Checkpointing(Callback):
+class Checkpointing(DeepSeekCallback):
     """Restores before the first step; saves every so many steps, at the end, and on a signal.
 
     All ranks have one, and all stop after the same step, whichever of them got the signal.
@@ -64,9 +65,6 @@ class Checkpointing(Callback):
         fingerprint: what identifies the data and the tokenizer; a resumed run must have the same.
         resume: continue from the newest sound checkpoint, if there is one.
         report: where messages go; called on rank 0 only.
-
-    Attributes:
-        memory: of the newest save.
     """
 
     def __init__(
@@ -86,14 +84,11 @@ class Checkpointing(Callback):
         self.config = config
         self.fingerprint = fingerprint
         self.resume = resume
-        self.signal_received: int | None = None
-        """Here; perhaps not yet on the other ranks."""
         self._report = report
         self._ranks = Ranks()
         self._stopping = False
         self._handlers: dict[int, Any] = {}
         self._saved_step = -1
-        self.memory: Memory | None = None
 
     @property
     def manager(self) -> CheckpointManager:
@@ -107,65 +102,68 @@ class Checkpointing(Callback):
         if self._ranks.rank == 0:
             self._report(message)
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Resume, and start listening for signals."""
         if self.resume:
-            self._resume(trainer, pl_module)
+            self._resume(trainer, module)
         elif self.manager.steps():
             raise UserError(
                 f"{self.folder} already holds checkpoints and "
                 "exp_manager.resume_if_exists=false; use another --run-dir or name, "
                 "or set exp_manager.resume_if_exists=true"
             )
-        self._listen()
+        self._listen(module)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Listen again: Lightning's own handler, set meanwhile, would end a validation half-way."""
-        self._listen()
+        self._listen(module)
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Save the step before, if it is due.
 
         Only now are its row and its validation in the log: a run killed between them and the
         checkpoint repeats both, where the other order would lose them.
         """
-        step = pl_module.finished_steps
+        step = module.finished_steps
         if step > 0 and self.every_n_steps > 0 and step % self.every_n_steps == 0:
-            self._save(trainer, pl_module, self.in_background)
+            self._save(trainer, module, self.in_background)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Stop after this step if a signal to any rank asks for it."""
-        if not self._signal_anywhere(pl_module):
+        if not self._signal_anywhere(module):
             return
         self._stopping = trainer.should_stop = True
-        if pl_module.finished_steps % trainer.val_check_batch:
+        every = trainer.val_check_batch
+        if every is None or module.finished_steps % every:
             trainer.limit_val_batches = 0  # Lightning would validate at whatever step it stops
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Save first if a signal asks to stop: the validation may outlast what time is left."""
         if self._stopping:
-            self._save(trainer, pl_module)
+            self._save(trainer, module)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """The last step is always kept."""
-        self._save(trainer, pl_module)
+        self._save(trainer, module)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, module: DeepSeekModel, exception: BaseException
+    ) -> None:
         """Give signals and folder back; the exception itself must not be hidden by another."""
         try:
             self._release()
         except UserError as failure:
             self.report(str(failure))
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Trainer, module: DeepSeekModel, stage: str) -> None:
         """Give signals and folder back."""
         self._release()
 
-    def _listen(self) -> None:
+    def _listen(self, module: DeepSeekModel) -> None:
         # A signal only sets a flag: the checkpoint is written between two steps, never inside one.
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers.setdefault(number, signal.getsignal(number))
-            signal.signal(number, self._on_signal)
+            signal.signal(number, lambda number, frame: self._on_signal(module, number))
 
     def _release(self) -> None:
         for number, handler in self._handlers.items():
@@ -174,35 +172,34 @@ class Checkpointing(Callback):
         if self._manager is not None:
             self._manager.close()
 
-    def _save(self, trainer: Any, pl_module: Any, in_background: bool = False) -> None:
+    def _save(self, trainer: Trainer, module: DeepSeekModel, in_background: bool = False) -> None:
         """Make sure that this step is saved, or, in the background, that it is being saved."""
-        begin, step = time.perf_counter(), pl_module.finished_steps
+        begin, step = time.perf_counter(), module.finished_steps
         saves = self._saved_step != step
-        device = next(pl_module.model.parameters()).device
+        device = next(module.model.parameters()).device
         with measured_memory(device) as memory:
             if saves:
-                tensors = collect_tensors(pl_module.model, _optimizer(trainer))
-                state = run_state(pl_module, self.config, self.fingerprint)
+                tensors = collect_tensors(module.model, _optimizer(trainer))
+                state = run_state(module, self.config, self.fingerprint)
                 save = self.manager.save_in_background if in_background else self.manager.save
                 save(step, tensors, state)
                 self._saved_step = step
             if not in_background:
                 self.manager.wait()
         if saves:  # a repeated call must not shorten the time of the first
-            pl_module.step_facts["checkpoint_seconds"] = round(time.perf_counter() - begin, 6)
-            self.memory = memory[0]
+            module.save_record = SaveRecord(step, time.perf_counter() - begin, memory[0])
 
-    def _resume(self, trainer: Any, pl_module: Any) -> None:
+    def _resume(self, trainer: Trainer, module: DeepSeekModel) -> None:
         checkpoint = self.manager.newest_sound(self.report)
         if checkpoint is None:
             return
         state = checkpoint.state()
         self._ranks.together(lambda: self._check_same_run(state, checkpoint.path))
-        restore(checkpoint, pl_module.model, _optimizer(trainer))
-        pl_module.base = Base(**state["base"]) if "base" in state else None
-        pl_module.finished_steps = self._saved_step = int(state["step"])
-        continue_loops(trainer, pl_module.finished_steps)
-        self.report(f"resumed from {checkpoint.path} at step {pl_module.finished_steps}")
+        restore(checkpoint, module.model, _optimizer(trainer))
+        module.base = Base(**state["base"]) if "base" in state else None
+        module.finished_steps = self._saved_step = int(state["step"])
+        continue_loops(trainer, module.finished_steps)
+        self.report(f"resumed from {checkpoint.path} at step {module.finished_steps}")
 
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
         """What would change the model or the order of the data is refused, the rest reported."""
@@ -233,21 +230,21 @@ class Checkpointing(Callback):
                     f"changed since the checkpoint: {key} {before.get(key)} -> {now.get(key)}"
                 )
 
-    def _signal_anywhere(self, pl_module: Any) -> bool:
-        received = self.signal_received is not None
-        if pl_module.meshes.world is None:
+    def _signal_anywhere(self, module: DeepSeekModel) -> bool:
+        received = module.stop_signal is not None
+        if module.meshes.world is None:
             return received
-        flag = torch.tensor(int(received), device=next(pl_module.model.parameters()).device)
-        if not sum_over(flag, pl_module.meshes.world).item():
+        flag = torch.tensor(int(received), device=next(module.model.parameters()).device)
+        if not sum_over(flag, module.meshes.world).item():
             return False
         if not received and not self._stopping:
             self.report("a signal to another rank: saving a checkpoint, then stopping")
         return True
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self.signal_received is not None:
+    def _on_signal(self, module: DeepSeekModel, number: int) -> None:
+        if module.stop_signal is not None:
             raise KeyboardInterrupt  # the second one does not wait
-        self.signal_received = number
+        module.stop_signal = number
         if not self._stopping:
             self.report(
                 f"{signal.Signals(number).name}: saving a checkpoint after this step, then "
@@ -266,7 +263,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def continue_loops(trainer: Any, step: int) -> None:
+def continue_loops(trainer: Trainer, step: int) -> None:
     """Tell Lightning's loops that ``step`` batches are done.
 
     Lightning's own loop state is not stored: it is a function of the step, and storing it would
@@ -282,5 +279,5 @@ def continue_loops(trainer: Any, step: int) -> None:
         total.ready = total.completed = step
 
 
-def _optimizer(trainer: Any) -> Any:
+def _optimizer(trainer: Trainer) -> Any:
     return trainer.optimizers[0]

@@ -12,7 +12,7 @@ from deepseek.config import RunConfig, resolved_yaml
 from deepseek.config.cost import flops_per_token
 from deepseek.console import say
 from deepseek.data.open_data import OpenedData
-from deepseek.frameworks import Callback
+from deepseek.frameworks import Trainer
 from deepseek.interop.open_weights import fill_start
 from deepseek.monitoring.record.alarms import Alarms
 from deepseek.monitoring.record.expert_monitor import ExpertMonitor
@@ -31,6 +31,7 @@ from deepseek.run_folder import (
     PROFILE,
     TOKENIZER,
 )
+from deepseek.training.step import DeepSeekCallback, DeepSeekModel
 
 
 def callbacks(
@@ -40,7 +41,6 @@ def callbacks(
     *,
     resume: bool,
     leads: bool,
-    data_seconds: Callable[[], float],
     peak: Peak,
     attempt: int,
     loggers: Mapping[str, Callable[[], Any]],
@@ -56,24 +56,17 @@ def callbacks(
         data: what it trains on.
         resume: go on from the newest checkpoint.
         leads: this is rank 0.
-        data_seconds: how long this rank waited for the step's data.
         peak: of one device.
         attempt: how often a launcher has started the run anew.
         loggers: by name, what opens loggers that the trainer does not know.
     """
     manager = run.exp_manager
     found: list[Any] = []
-    saving = None
     if manager.create_checkpoint_callback:
-        saving = Checkpointing(
-            folder / CHECKPOINTS,
-            manager.checkpoint_callback_params,
-            asdict(run),
-            data.fingerprint,
-            resume,
-            say,
+        params = manager.checkpoint_callback_params
+        found.append(
+            Checkpointing(folder / CHECKPOINTS, params, asdict(run), data.fingerprint, resume, say)
         )
-        found.append(saving)
     if run.model.restore_from is not None:
         found.append(StartingWeights(Path(run.model.restore_from)))
     if manager.profile.steps:
@@ -85,9 +78,7 @@ def callbacks(
             folder / MONITOR,
             every,
             leads,
-            data_seconds,
             run.trainer.devices,
-            lambda: saving.memory if saving else None,
         )
         experts = ExpertMonitor(folder / MONITOR / EXPERTS_FILE, every, leads)
         found += [ranks, experts]
@@ -106,7 +97,6 @@ def callbacks(
         flops,
         peak.flops and peak.flops * world,
         attempt=attempt,
-        signal_received=lambda: saving.signal_received if saving else None,
         loggers=loggers,
     )
     return [
@@ -125,7 +115,7 @@ def callbacks(
     ]
 
 
-class StartingWeights(Callback):
+class StartingWeights(DeepSeekCallback):
     """Fills the model with weights that exist; comes after ``Checkpointing``.
 
     Args:
@@ -135,5 +125,6 @@ class StartingWeights(Callback):
     def __init__(self, source: Path) -> None:
         self.source = source
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        fill_start(pl_module, self.source, say)
+    def on_fit_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
+        """Start the weights, or go on with those of a resumed run."""
+        fill_start(module, self.source, say)

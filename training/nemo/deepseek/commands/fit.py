@@ -20,7 +20,7 @@ from deepseek.config import RunConfig, UserError
 from deepseek.config.cost import count_parameters
 from deepseek.config.layout import Layout, num_stages
 from deepseek.console import StageProgress, say
-from deepseek.data.loader import TimedLoader, build_train_loader, build_validation_loader
+from deepseek.data.loader import build_train_loader, build_validation_loader
 from deepseek.data.open_data import OpenedData, open_data
 from deepseek.frameworks import (
     Trainer,
@@ -82,17 +82,14 @@ def fit(run: RunConfig, run_dir: Path | None, processes: Processes) -> FitResult
         bytes_per_token=data.validation_bytes_per_token,
         parallelize_later=together,
     )
-    timed: list[TimedLoader] = []
-
-    def train_loader(step: int, rank: int, size: int) -> TimedLoader:
-        steps = run.trainer.max_steps
-        loader = build_train_loader(
-            data.train, run.model, max_steps=steps, start_step=step, dp_rank=rank, dp_size=size
-        )
-        timed[:] = [TimedLoader(loader)]
-        return timed[0]
-
-    module.train_loader = train_loader
+    module.train_loader = lambda step, rank, size: build_train_loader(
+        data.train,
+        run.model,
+        max_steps=run.trainer.max_steps,
+        start_step=step,
+        dp_rank=rank,
+        dp_size=size,
+    )
     validates = data.validation is not None and run.trainer.val_check_interval > 0
     validation = data.validation
     if validation is not None and validates:
@@ -126,7 +123,6 @@ def fit(run: RunConfig, run_dir: Path | None, processes: Processes) -> FitResult
                 data,
                 resume=resume,
                 leads=processes.rank == 0,
-                data_seconds=lambda: timed[0].seconds,
                 peak=peak_of(_device(processes, on_gpu), run.exp_manager.monitor.peak_tflops),
                 attempt=processes.attempt,
                 loggers=loggers,
@@ -145,7 +141,7 @@ def fit(run: RunConfig, run_dir: Path | None, processes: Processes) -> FitResult
             if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's exit(1) for Ctrl-C
                 raise end.__context__ from None
             raise
-    metrics = module.validation_metrics
+    metrics = module.validation_record
     return FitResult(
         folder,
         module.finished_steps,

@@ -198,7 +198,7 @@ def _write_table(file: Path, table: Any, source: Any) -> None:
 def _notes(objects: dict[str, Any], migration: Any, run: RunConfig, step: int) -> list[str]:
     """Settings under which the run would go on otherwise than it went so far."""
     from deepseek.interop.fsdp_migration import param_groups
-    from deepseek.training.schedule import learning_rate
+    from deepseek.training.optim import learning_rate
 
     optim = run.model.optim
     notes: list[str] = []

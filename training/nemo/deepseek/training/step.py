@@ -1,27 +1,28 @@
 """``DeepSeekModel``: the trained module, and the training step, written once.
 
 A NeMo ``ModelPT`` where NeMo works, a ``LightningModule`` otherwise; the code is the same. The
-optimisation is manual: one call of ``training_step`` is one optimiser step over all its
-micro-batches, with or without accumulation.
-
-B batch, S sequence, E experts.
+optimisation is manual: one call of ``train_step`` is one optimiser step over all its micro-batches,
+with or without accumulation. Shapes: ``models/__init__.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
-from deepseek.frameworks import USES_NEMO, ModelBase, model_config, nemo_config
+from deepseek.data.loader import TimedLoader
+from deepseek.frameworks import USES_NEMO, Callback, ModelBase, Trainer, model_config, nemo_config
 from deepseek.models.components.router import Router
 from deepseek.ops.cross_entropy import IGNORE_INDEX
 from deepseek.parallel.gradients import (
+    GradientNorms,
     clip_gradients,
     finish_gradients,
     gradient_norms,
@@ -29,50 +30,17 @@ from deepseek.parallel.gradients import (
 )
 from deepseek.parallel.mesh import Meshes, SingleProcess, whole_matrices
 from deepseek.parallel.parallelize import parallelize
+from deepseek.parallel.pipeline import Batch
 from deepseek.training.muon import newton_schulz
-from deepseek.training.optim import build_optimizer
-from deepseek.training.phases import Phases
-from deepseek.training.schedule import learning_rate
+from deepseek.training.optim import build_optimizer, learning_rate
+from deepseek.training.phases import Memory, Phases
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Consecutive steps with a non-finite gradient after which training stops."""
 
 
-Loader = Callable[[int, int, int], Iterable[dict[str, Tensor]]]
+Loader = Callable[[int, int, int], Iterable[Batch]]
 """From the first step, the data-parallel rank and their number to this rank's batches."""
-
-
-class NonFiniteError(UserError):
-    """The gradients are not finite, step after step."""
-
-
-@dataclass
-class StepMetrics:
-    """What one optimiser step reports; losses are per label token, in nats."""
-
-    step: int
-    loss: float
-    mtp_loss: float | None
-    balance_loss: float
-    grad_norm: float
-    grad_norm_dense: float
-    """Of what is neither a routed expert nor a router."""
-    grad_norm_expert: float
-    grad_norm_router: float
-    lr: float
-    tokens: int
-    """Tokens of this step, padding not counted."""
-    skipped: bool
-    """True if the gradient was not finite and no weight was changed."""
-
-
-@dataclass
-class ValidationMetrics:
-    """Loss over the fixed validation sequences, in nats per token."""
-
-    step: int
-    val_loss: float
-    val_bits_per_byte: float | None
 
 
 class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
@@ -117,27 +85,31 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         if not parallelize_later:
             self.parallelize(self.meshes, torch.device("cpu"))
         self.phases = Phases()
-        self.step_facts: dict[str, Any] = {}
-        """What callbacks add to the row of the step."""
         self.finished_steps = 0
         self.skipped_in_a_row = 0
         self.train_loader: Loader | None = None
         self.validation_loader: Loader | None = None
-        self.step_metrics: StepMetrics | None = None
-        self.validation_metrics: ValidationMetrics | None = None
+        self.step_record: StepRecord | None = None
+        self.validation_record: ValidationRecord | None = None
+        self.save_record: SaveRecord | None = None
+        self.stop_signal: int | None = None
+        """The signal to this process that ends the run after this step."""
+        self._loading: TimedLoader | None = None
         self._validation_sums = torch.zeros(2, dtype=torch.float64)
 
     # -- the step --
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """One optimiser step over the whole batch of this rank.
+    def train_step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> StepRecord:
+        """One optimiser step over the whole batch of this rank; needs no trainer.
 
         Args:
             batch: ``tokens``, ``labels``, ``positions`` (int64) and ``documents`` (int32, -1 for
                 padding), each (B, S) with B a multiple of ``micro_batch_size``.
-            batch_idx: ignored; the module counts its own steps.
+            optimizer: of ``configure_optimizers``.
+
+        Raises:
+            NonFiniteError: this and the steps before it had no finite gradient.
         """
-        optimizer = self.optimizers()
         self.phases.start_step(batch["tokens"].device)
         lr = learning_rate(
             self.finished_steps, self.config.optim.lr, self.config.optim.sched, self.max_steps
@@ -163,9 +135,8 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
             if self.gradient_clip_val > 0:
                 clip_gradients(self.model, self.gradient_clip_val, norms.total)
             # 4. update, unless a gradient is not finite: then no weight changes
-            finite = bool(torch.isfinite(norms.total))
             self._count_everywhere(routers)
-            if finite:
+            if isfinite(norms.total):
                 optimizer.step()
                 # 5. correction bias, once per step, from the counts of the whole batch
                 for router in routers:
@@ -174,22 +145,10 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
                     )
             optimizer.zero_grad()
         # 6. report
+        losses = self._sum_of_ranks(*sums, *[router.balance_loss for router in routers])
+        self.step_record = self._record(losses, float(num_labels), int(num_real), norms, lr)
         self.finished_steps += 1
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        main, mtp, balance = self._sum_of_ranks(*sums, *[r.balance_loss for r in routers])
-        self.step_metrics = StepMetrics(
-            step=self.finished_steps,
-            loss=main / float(num_labels),
-            mtp_loss=mtp / float(num_labels) if self.config.num_nextn_predict_layers else None,
-            balance_loss=balance,
-            grad_norm=float(norms.total),
-            grad_norm_dense=float(norms.dense),
-            grad_norm_expert=float(norms.expert),
-            grad_norm_router=float(norms.router),
-            lr=lr,
-            tokens=int(num_real),
-            skipped=not finite,
-        )
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.step_record.skipped else 0
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
                 f"step {self.finished_steps}: the gradient norm was not finite for "
@@ -198,6 +157,33 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
                 f"{self.config.optim.lr:g}, "
                 "or look at the data of these steps"
             )
+        return self.step_record
+
+    def _record(
+        self, losses: list[float], num_labels: float, num_real: int, norms: GradientNorms, lr: float
+    ) -> StepRecord:
+        """Of the step that ends, before it is counted."""
+        main, mtp, balance = losses
+        seconds, saved = self.phases.seconds(), self.save_record
+        saved_before = saved is not None and saved.step == self.finished_steps
+        return StepRecord(
+            step=self.finished_steps + 1,
+            loss=main / num_labels,
+            mtp_loss=mtp / num_labels if self.config.num_nextn_predict_layers else None,
+            balance_loss=balance,
+            grad_norm=float(norms.total),
+            grad_norm_dense=float(norms.dense),
+            grad_norm_expert=float(norms.expert),
+            grad_norm_router=float(norms.router),
+            lr=lr,
+            tokens=num_real,
+            skipped=not isfinite(norms.total),
+            data_seconds=self._loading.seconds if self._loading else None,
+            forward_backward_seconds=seconds["forward_backward"],
+            optimizer_seconds=seconds["optimizer"],
+            memory_bytes=max(memory.peak for memory in self.phases.memory.values()),
+            checkpoint_seconds=saved.seconds if saved and saved_before else None,
+        )
 
     def _count_everywhere(self, routers: list[Router]) -> None:
         """Each router's counts, over every rank that sees tokens of its layer."""
@@ -220,9 +206,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         """Start new sums."""
         self._validation_sums.zero_()
 
-    def validation_step(
-        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one micro-batch to the sums."""
         main, _ = self.micro_batches.evaluate(batch)
         if self.meshes.coordinate.tp > 0:
@@ -239,13 +223,13 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         bits = None
         if self.bytes_per_token:
             bits = loss / torch.log(torch.tensor(2.0)).item() / self.bytes_per_token
-        self.validation_metrics = ValidationMetrics(self.finished_steps, loss, bits)
+        self.validation_record = ValidationRecord(self.finished_steps, loss, bits)
 
     # -- what the frameworks call --
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The callbacks have had their turn: the next step has facts of its own."""
-        self.step_facts.clear()
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """``train_step`` with the trainer's optimiser; the module counts its own steps."""
+        self.train_step(batch, self.optimizers())
 
     def parallelize(
         self,
@@ -265,12 +249,15 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         if self.config.torch_compile:
             self.model.compile_attention()
 
-    def train_dataloader(self) -> Iterable[dict[str, Tensor]]:
+    def train_dataloader(self) -> Iterable[Batch]:
         """The steps that are left: called after a checkpoint has been restored."""
         assert self.train_loader is not None, "set train_loader before fit"
-        return self.train_loader(self.finished_steps, self.meshes.data_rank, self.meshes.layout.dp)
+        self._loading = TimedLoader(
+            self.train_loader(self.finished_steps, self.meshes.data_rank, self.meshes.layout.dp)
+        )
+        return self._loading
 
-    def val_dataloader(self) -> Iterable[dict[str, Tensor]]:
+    def val_dataloader(self) -> Iterable[Batch]:
         """The fixed validation micro-batches."""
         if self.validation_loader is None:
             return []
@@ -296,3 +283,126 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
     def list_available_models(cls) -> list[Any]:
         """NeMo's hook: no pretrained models are hosted."""
         return []
+
+
+class NonFiniteError(UserError):
+    """The gradients are not finite, step after step."""
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """What is known of one optimiser step; None where it was not measured in this step.
+
+    Losses are in nats per label token. The step fills all but the last two groups: monitors fill
+    the first of them in the steps they record, the log fills the second.
+    """
+
+    step: int
+    loss: float
+    mtp_loss: float | None
+    """None without MTP."""
+    balance_loss: float
+    grad_norm: float
+    grad_norm_dense: float
+    """Of what is neither a routed expert nor a router."""
+    grad_norm_expert: float
+    grad_norm_router: float
+    lr: float
+    tokens: int
+    """Tokens of this step, padding not counted."""
+    skipped: bool
+    """True if the gradient was not finite and no weight was changed."""
+
+    data_seconds: float | None = None
+    """This rank's wait for its batch."""
+    forward_backward_seconds: float | None = None
+    optimizer_seconds: float | None = None
+    memory_bytes: int | None = None
+    """Most that was allocated on this rank; in recorded steps, on any rank."""
+    checkpoint_seconds: float | None = None
+    """Of the save between the step before and this one."""
+
+    all_to_all_seconds: float | None = None
+    """Mean over ranks."""
+    load_max_over_mean: float | None = None
+    """Most tokens of an expert over the mean, of the worst layer; ``load_metrics`` has formulas."""
+    load_cv: float | None = None
+    load_entropy: float | None = None
+    rank_load_max_over_mean: float | None = None
+    bias_range: float | None = None
+    router_margin: float | None = None
+    dead_experts: int | None = None
+    starved_experts: int | None = None
+    monitor_seconds: float = 0.0
+    """What watching cost on this rank."""
+
+    seconds: float | None = None
+    """From the end of the step before, without validations."""
+    time: float | None = None
+    """Seconds since 1970, at the end."""
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    """Share of the devices' peak; None where that is unknown."""
+
+    def row(self) -> dict[str, Any]:
+        """What the log keeps of it: seconds to the microsecond, nothing that was not measured."""
+        values = {
+            name: round(value, 6) if name.endswith("seconds") and value is not None else value
+            for name, value in asdict(self).items()
+        }
+        always = ("mtp_loss", "mfu")  # None says something there
+        return {n: value for n, value in values.items() if value is not None or n in always}
+
+
+@dataclass(frozen=True)
+class ValidationRecord:
+    """Loss over the fixed validation sequences, in nats per token."""
+
+    step: int
+    val_loss: float
+    val_bits_per_byte: float | None
+
+
+class SaveRecord(NamedTuple):
+    """What the newest checkpoint of this process cost."""
+
+    step: int
+    """That was saved."""
+    seconds: float
+    memory: Memory
+
+
+class DeepSeekCallback(Callback):  # type: ignore[misc]
+    """A callback of a ``DeepSeekModel``: Lightning's hooks, with the types of this project.
+
+    ``module.step_record`` is that of the step that has ended, until the next one ends.
+    """
+
+    def on_fit_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
+        """Before training, when the model is in place."""
+
+    def on_train_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
+        """Before the first step of this process."""
+
+    def on_train_batch_start(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
+        """Before a step."""
+
+    def on_train_batch_end(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
+        """After a step."""
+
+    def on_validation_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
+        """Before a validation."""
+
+    def on_validation_end(self, trainer: Trainer, module: DeepSeekModel) -> None:
+        """After a validation."""
+
+    def on_train_end(self, trainer: Trainer, module: DeepSeekModel) -> None:
+        """After the last step."""
+
+    def on_exception(
+        self, trainer: Trainer, module: DeepSeekModel, exception: BaseException
+    ) -> None:
+        """When training ends by an error."""
+
+    def teardown(self, trainer: Trainer, module: DeepSeekModel, stage: str) -> None:
+        """At the very end."""

@@ -15,17 +15,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from deepseek.console import say
-from deepseek.frameworks import Callback
+from deepseek.frameworks import Trainer
 from deepseek.monitoring.load_metrics import DeadSince, effective_experts
 from deepseek.monitoring.record.expert_monitor import ExpertMonitor, ExpertRecord
 from deepseek.monitoring.record.metrics_log import MetricsLog
 from deepseek.monitoring.record.rank_monitor import RankMonitor, RankRecord
+from deepseek.training.step import DeepSeekCallback, DeepSeekModel
 
 MOST_SHOWN = 3
 """Alarms of one kind that are shown of one step; the log has all."""
 
 
-class Alarms(Callback):
+class Alarms(DeepSeekCallback):
     """Shows every step to the detectors. On rank 0, after the monitors and the log.
 
     Args:
@@ -41,25 +42,26 @@ class Alarms(Callback):
         self._experts, self._ranks = experts, ranks
         self._detectors = detectors()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Look at the step that has ended."""
         begin = time.perf_counter()
-        metrics = pl_module.step_metrics
+        record = module.step_record
+        assert record is not None
         experts = self._experts.latest if self._experts else None
         ranks = self._ranks.latest if self._ranks else None
         seen = Seen(
-            metrics.step,
-            metrics.loss,
-            metrics.grad_norm,
-            metrics.skipped,
-            experts if experts and experts.step == metrics.step else None,
-            ranks if ranks and ranks.step == metrics.step else None,
+            record.step,
+            record.loss,
+            record.grad_norm,
+            record.skipped,
+            experts if experts and experts.step == record.step else None,
+            ranks if ranks and ranks.step == record.step else None,
         )
         alarms = [alarm for detector in self._detectors for alarm in detector.look(seen)]
         for alarm in alarms:
             told = {"kind": alarm.kind, "message": alarm.message, "remedy": alarm.remedy}
-            self._log.event("alarm", metrics.step, **told, **alarm.numbers)
-        for line in shown(metrics.step, alarms):
+            self._log.event("alarm", record.step, **told, **alarm.numbers)
+        for line in shown(record.step, alarms):
             say(line)
         self._log.add_cost(time.perf_counter() - begin)
 

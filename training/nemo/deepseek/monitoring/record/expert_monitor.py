@@ -16,12 +16,13 @@ from torch import Tensor
 
 from deepseek.config.schema import ModelConfig
 from deepseek.console import complain
-from deepseek.frameworks import Callback
+from deepseek.frameworks import Trainer
 from deepseek.models.components.moe import MoE
 from deepseek.models.components.router import Router, Routing
 from deepseek.monitoring import load_metrics
 from deepseek.monitoring.array_log import ArrayLog
 from deepseek.parallel.gradients import sum_over
+from deepseek.training.step import DeepSeekCallback, DeepSeekModel, StepRecord
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ExpertRecord:
     """fp32: how far the last chosen expert lay above the next one, mean over a sample."""
 
 
-class ExpertMonitor(Callback):
+class ExpertMonitor(DeepSeekCallback):
     """Writes ``experts.arrays`` and adds the worst load and the dead experts to the step's row.
 
     Everything comes from one collective per recorded step. The counts are those the correction bias
@@ -63,42 +64,45 @@ class ExpertMonitor(Callback):
         self._log: ArrayLog | None = ArrayLog(path) if leads else None
         self._margins: dict[str, RouterMargin] = {}
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Listen to the routers that are here."""
         self._forget()
-        owners = {id(m.gate): m for m in pl_module.model.modules() if isinstance(m, MoE)}
-        for name, router in pl_module.model.routers().items():
+        owners = {id(m.gate): m for m in module.model.modules() if isinstance(m, MoE)}
+        for name, router in module.model.routers().items():
             self._margins[name] = RouterMargin(owners[id(router)])
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Measure margins only in steps that are recorded."""
-        if self._is_due(pl_module.finished_steps + 1):
+        if self._is_due(module.finished_steps + 1):
             for margin in self._margins.values():
                 margin.measure_next()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Collect, on every rank; write, on rank 0."""
-        step, config = pl_module.finished_steps, pl_module.config
+        step, config = module.finished_steps, module.config
         layers = expert_layers(config)
         if not layers or not self._is_due(step):
             return
         begin = time.perf_counter()
-        record = self._collect(pl_module, step, layers)
-        facts = pl_module.step_facts
+        record = self._collect(module, step, layers)
+        row = module.step_record
+        assert row is not None
         if self._leads:
             self.latest = record
             if record.tokens_LE.any():
-                facts |= scalars(record, config.expert_model_parallel_size)
+                add_loads(row, record, config.expert_model_parallel_size)
             self._write(record, config)
         spent = sum(margin.take_seconds() for margin in self._margins.values())
         spent += time.perf_counter() - begin
-        facts["monitor_seconds"] = facts.get("monitor_seconds", 0.0) + spent
+        row.monitor_seconds += spent
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Stop listening."""
         self._forget()
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, module: DeepSeekModel, exception: BaseException
+    ) -> None:
         """The same."""
         self._forget()
 
@@ -110,11 +114,11 @@ class ExpertMonitor(Callback):
     def _is_due(self, step: int) -> bool:
         return step % self.every_n_steps == 0
 
-    def _collect(self, pl_module: Any, step: int, layers: list[str]) -> ExpertRecord:
+    def _collect(self, module: DeepSeekModel, step: int, layers: list[str]) -> ExpertRecord:
         """All layers, on every rank: one sum of a table with a row for each."""
-        num_experts = pl_module.config.n_routed_experts
-        coordinate, routers = pl_module.meshes.coordinate, pl_module.model.routers()
-        device = next(pl_module.model.parameters()).device
+        num_experts = module.config.n_routed_experts
+        coordinate, routers = module.meshes.coordinate, module.model.routers()
+        device = next(module.model.parameters()).device
         table = torch.zeros(
             len(layers), 2 * num_experts + 2, dtype=torch.float64, device=device
         )  # counts below 2^53 are exact
@@ -131,11 +135,11 @@ class ExpertMonitor(Callback):
                     table[row, num_experts : 2 * num_experts] = router.bias
             if name in measured:
                 table[row, -2:] = measured[name]
-        found = sum_over(table, pl_module.meshes.world).cpu().numpy()
+        found = sum_over(table, module.meshes.world).cpu().numpy()
         return ExpertRecord(
             step,
             layers,
-            pl_module.config.num_experts_per_tok,
+            module.config.num_experts_per_tok,
             found[:, :num_experts].round().astype(np.int64),
             found[:, num_experts:-2].astype(np.float32),
             (found[:, -2] / np.maximum(found[:, -1], 1)).astype(np.float32),
@@ -155,28 +159,29 @@ class ExpertMonitor(Callback):
             self._log = None
 
 
-def scalars(record: ExpertRecord, ranks: int) -> dict[str, float]:
-    """A record in the few numbers that stand in the row of a step; layers without tokens are left
-    out. See ``load_metrics`` for the formulas.
+def add_loads(row: StepRecord, record: ExpertRecord, ranks: int) -> None:
+    """Put a record into the row of its step, in few numbers; layers without tokens are left out.
 
     Args:
+        row: gets the numbers; ``load_metrics`` has their formulas.
+        record: with tokens in some layer.
         ranks: that the experts are divided over.
     """
     used = record.tokens_LE.sum(axis=1) > 0
     tokens_LE = record.tokens_LE[used]
     load = load_metrics.rank_load(tokens_LE, ranks)
-    found = {
-        "load_max_over_mean": load_metrics.max_violation(tokens_LE).max() + 1,
-        "load_cv": load_metrics.variation(tokens_LE).mean(),
-        "load_entropy": load_metrics.entropy(tokens_LE).mean(),
-        "rank_load_max_over_mean": load_metrics.imbalance(load).max(),
-        "bias_range": load_metrics.bias_range(record.bias_LE).max(),
-        "router_margin": record.margin_L[used].mean(),
-    }
-    return {name: round(float(value), 6) for name, value in found.items()} | {
-        "dead_experts": int(load_metrics.dead(tokens_LE).sum()),
-        "starved_experts": int(load_metrics.starved(tokens_LE).sum()),
-    }
+    row.load_max_over_mean = _rounded(load_metrics.max_violation(tokens_LE).max() + 1)
+    row.load_cv = _rounded(load_metrics.variation(tokens_LE).mean())
+    row.load_entropy = _rounded(load_metrics.entropy(tokens_LE).mean())
+    row.rank_load_max_over_mean = _rounded(load_metrics.imbalance(load).max())
+    row.bias_range = _rounded(load_metrics.bias_range(record.bias_LE).max())
+    row.router_margin = _rounded(record.margin_L[used].mean())
+    row.dead_experts = int(load_metrics.dead(tokens_LE).sum())
+    row.starved_experts = int(load_metrics.starved(tokens_LE).sum())
+
+
+def _rounded(value: np.floating) -> float:
+    return round(float(value), 6)
 
 
 def expert_layers(config: ModelConfig) -> list[str]:

@@ -12,51 +12,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from deepseek.config.errors import UserError
 from deepseek.console import complain
-from deepseek.frameworks import Callback
+from deepseek.frameworks import Trainer
+from deepseek.training.step import (
+    DeepSeekCallback,
+    DeepSeekModel,
+    StepRecord,
+    ValidationRecord,
+)
 
-SCALARS = {
-    "loss",
-    "mtp_loss",
-    "balance_loss",
-    "grad_norm",
-    "grad_norm_dense",
-    "grad_norm_expert",
-    "grad_norm_router",
-    "lr",
-    "tokens",
-    "skipped",
-    "seconds",
-    "tokens_per_second",
-    "mfu",
-    "data_seconds",
-    "forward_backward_seconds",
-    "optimizer_seconds",
-    "checkpoint_seconds",
-    "monitor_seconds",
-    "memory_bytes",
-    "load_max_over_mean",
-    "load_cv",
-    "load_entropy",
-    "rank_load_max_over_mean",
-    "bias_range",
-    "router_margin",
-    "dead_experts",
-    "starved_experts",
-    "all_to_all_seconds",
-    "val_loss",
-    "val_bits_per_byte",
-}
+SCALARS = {field.name for record in (StepRecord, ValidationRecord) for field in fields(record)}
+SCALARS -= {"step", "time"}
 """What loggers get, whatever the size of the model; matrices stay in the local log."""
 _BLOCK = 1 << 16
 
 
-class MetricsLog(Callback):
+class MetricsLog(DeepSeekCallback):
     """Writes every step and every validation; each line is complete or absent after a kill.
 
     Args:
@@ -64,7 +40,6 @@ class MetricsLog(Callback):
         flops_per_token: training FLOPs, for MFU.
         peak_flops: per second, of all devices together; None: MFU is unknown.
         attempt: how often a launcher has started the run anew.
-        signal_received: tells which signal, if any, ends the run.
         loggers: by name, what opens loggers that the trainer does not know; all loggers are told
             the scalars of each row.
     """
@@ -76,7 +51,6 @@ class MetricsLog(Callback):
         peak_flops: float | None = None,
         *,
         attempt: int = 0,
-        signal_received: Callable[[], int | None] = lambda: None,
         loggers: Mapping[str, Callable[[], Any]] | None = None,
     ) -> None:
         self._begun = False
@@ -84,7 +58,6 @@ class MetricsLog(Callback):
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
         self.attempt = attempt
-        self._signal_received = signal_received
         self._mirrors = [Mirror(name, make, path) for name, make in (loggers or {}).items()]
         self._last_end = 0.0
         self._validation_start = 0.0
@@ -110,7 +83,7 @@ class MetricsLog(Callback):
         """Count what another callback spent on watching after this one had written its row."""
         self._own_seconds += seconds
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Remove a line cut short by a kill; note the start and what kind of start it is.
 
         Raises:
@@ -119,82 +92,80 @@ class MetricsLog(Callback):
         self._begun = True
         with _reported(self.path):
             drop_partial_line(self.path)
-        step = pl_module.finished_steps
+        step = module.finished_steps
         if self.attempt:
             self.event("restart", step, attempt=self.attempt, reason=f"restart {self.attempt}")
         self.event("resumed" if step else "started", step)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Start the clock of the first step; see which loggers there are."""
         known = [_opener(logger) for logger in trainer.loggers]
         self._mirrors += [Mirror(name, make, self.path) for name, make in known]
         self._last_end = time.perf_counter()
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Note the checkpoint of the step before, if there was one."""
-        self._note_checkpoint(pl_module)
+        self._note_checkpoint(module)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """The step's row. Its seconds begin where those of the step before end, so that waiting for
         data, checkpoints and monitoring are in them; validations are not."""
         begin = time.perf_counter()
         seconds, self._last_end = begin - self._last_end, begin
-        row, facts = asdict(pl_module.step_metrics), pl_module.step_facts
-        speed = row["tokens"] / seconds
-        peak = self.peak_flops
+        record = module.step_record
+        assert record is not None
+        speed = record.tokens / seconds
+        record.seconds, record.time = seconds, round(time.time(), 3)
+        record.tokens_per_second = round(speed, 1)
+        if self.peak_flops:
+            record.mfu = round(speed * self.flops_per_token / self.peak_flops, 6)
         # What this callback cost in the step before: that of this row is not over yet.
-        monitor_seconds = facts.get("monitor_seconds", 0.0) + self._own_seconds
-        facts |= {
-            "seconds": round(seconds, 6),
-            "time": round(time.time(), 3),
-            "tokens_per_second": round(speed, 1),
-            "mfu": round(speed * self.flops_per_token / peak, 6) if peak else None,
-            "monitor_seconds": round(monitor_seconds, 6),
-        }
-        row |= facts
+        record.monitor_seconds += self._own_seconds
+        row = record.row()
         self.write(row)
         self._mirror(row)
         self._own_seconds = time.perf_counter() - begin
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Stop the clock."""
         self._validation_start = time.perf_counter()
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """The validation row."""
         self._last_end += time.perf_counter() - self._validation_start
-        if trainer.sanity_checking or pl_module.validation_metrics is None:
+        if trainer.sanity_checking or module.validation_record is None:
             return
-        row = asdict(pl_module.validation_metrics)
+        row = asdict(module.validation_record)
         self.write(row)
         self._mirror(row)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Note the last checkpoint, and the end and its reason."""
-        step = pl_module.finished_steps
-        self._note_checkpoint(pl_module)
-        number = self._signal_received()
+        step = module.finished_steps
+        self._note_checkpoint(module)
+        number = module.stop_signal
         name = signal.Signals(number).name if number is not None else None
-        complete = step >= pl_module.max_steps
+        complete = step >= module.max_steps
         reason = "complete" if complete else name or "a signal to another rank"
         self.event("stopped", step, reason=reason)
         self._close()
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, module: DeepSeekModel, exception: BaseException
+    ) -> None:
         """The same, as far as the file can still be written; a refused start leaves no trace."""
         if not self._begun:
             return
         with suppress(UserError):
             first_line = (str(exception).splitlines() or [""])[0]
             reason = f"{type(exception).__name__}: {first_line}".removesuffix(": ")
-            self.event("stopped", pl_module.finished_steps, reason=reason)
+            self.event("stopped", module.finished_steps, reason=reason)
         self._close()
 
-    def _note_checkpoint(self, pl_module: Any) -> None:
-        facts = pl_module.step_facts
-        if "checkpoint_seconds" in facts:
-            seconds = facts["checkpoint_seconds"]
-            self.event("checkpoint", pl_module.finished_steps, seconds=seconds)
+    def _note_checkpoint(self, module: DeepSeekModel) -> None:
+        saved = module.save_record
+        if saved is not None and saved.step == module.finished_steps:
+            self.event("checkpoint", saved.step, seconds=round(saved.seconds, 6))
 
     def _close(self) -> None:
         mirrors, self._mirrors = self._mirrors, []

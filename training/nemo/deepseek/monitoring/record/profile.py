@@ -22,12 +22,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from deepseek.config.schema import ProfileConfig
 from deepseek.console import complain, say
-from deepseek.frameworks import Callback
+from deepseek.frameworks import Trainer
 from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.block import DeepSeekBlock
 from deepseek.models.components.moe import GroupedExperts, MoE
 from deepseek.models.components.router import Router
 from deepseek.models.transformer import Head
+from deepseek.training.step import DeepSeekCallback, DeepSeekModel
 
 REGIONS = ("attention", "router", "dispatch", "experts", "combine", "head", "optimizer")
 """Named in every trace, each inside the region of its block (``layers.3``); with recomputation they
@@ -41,7 +42,7 @@ _OF_MODULE: dict[type[nn.Module], str] = {
 }
 
 
-class Profile(Callback):
+class Profile(DeepSeekCallback):
     """Writes ``steps_00000010-00000012.rank0.json.gz`` for each run of consecutive steps.
 
     Args:
@@ -57,13 +58,13 @@ class Profile(Callback):
         self._regions: Regions | None = None
         self._first = self._last = 0
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Start where the coming step is the first of its range."""
-        step = pl_module.finished_steps + 1
+        step = module.finished_steps + 1
         if step not in self._steps or self._profiler is not None:
             return
         self._first = step
-        self._regions = Regions(pl_module.model, trainer.optimizers)
+        self._regions = Regions(module.model, trainer.optimizers)
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
@@ -75,20 +76,22 @@ class Profile(Callback):
         )
         self._profiler.start()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Stop and write where the next step is not in the range."""
-        self._last = pl_module.finished_steps
+        self._last = module.finished_steps
         if self._profiler is not None and self._last + 1 not in self._steps:
             self._write(trainer.global_rank)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Write what was recorded if the run ends inside a range."""
         if self._profiler is not None:
             self._write(trainer.global_rank)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, module: DeepSeekModel, exception: BaseException
+    ) -> None:
         """The same where it ends by an error: its trace may tell why."""
-        self.on_train_end(trainer, pl_module)
+        self.on_train_end(trainer, module)
 
     def _write(self, rank: int) -> None:
         """A trace that cannot be written is reported and costs the run nothing."""

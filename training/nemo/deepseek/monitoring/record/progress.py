@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from deepseek.console import progress_bar, say
-from deepseek.frameworks import Callback
+from deepseek.frameworks import Trainer
 from deepseek.monitoring.run_log import clock
-from deepseek.training.step import StepMetrics
+from deepseek.training.step import DeepSeekCallback, DeepSeekModel, StepRecord
 
 
-class Progress(Callback):
+class Progress(DeepSeekCallback):
     """Shows step, losses, speed and time left."""
 
     def __init__(self, every_n_steps: int) -> None:
@@ -24,42 +23,41 @@ class Progress(Callback):
         self._last = (0.0, 0)
         self._validation = ""
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Open the bar where there is a terminal."""
-        self._first_step = pl_module.finished_steps
+        self._first_step = module.finished_steps
         self._start = time.monotonic()
         self._last = (self._start, 0)
         self._bar = progress_bar()
         if self._bar is not None:
             self._bar.start()
-            self._task = self._bar.add_task(
-                "", total=pl_module.max_steps, completed=self._first_step
-            )
+            self._task = self._bar.add_task("", total=module.max_steps, completed=self._first_step)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Advance."""
-        metrics = pl_module.step_metrics
-        now, tokens = time.monotonic(), self._last[1] + metrics.tokens
+        record = module.step_record
+        assert record is not None
+        now, tokens = time.monotonic(), self._last[1] + record.tokens
         if self._bar is not None:
-            speed = metrics.tokens / max(now - self._last[0], 1e-9)
+            speed = record.tokens / max(now - self._last[0], 1e-9)
             self._last = (now, 0)
-            line = step_line(metrics, pl_module.max_steps, speed, pl_module.step_facts)
+            line = step_line(record, module.max_steps, speed)
             line += self._validation
-            self._bar.update(self._task, completed=metrics.step, description=line)
+            self._bar.update(self._task, completed=record.step, description=line)
             return
         self._last = (self._last[0], tokens)
-        if metrics.step % self.every_n_steps and metrics.step != pl_module.max_steps:
+        if record.step % self.every_n_steps and record.step != module.max_steps:
             return
         speed = tokens / max(now - self._last[0], 1e-9)
         self._last = (now, 0)
-        done = metrics.step - self._first_step
-        left = (now - self._start) / done * (pl_module.max_steps - metrics.step)
-        line = step_line(metrics, pl_module.max_steps, speed, pl_module.step_facts)
+        done = record.step - self._first_step
+        left = (now - self._start) / done * (module.max_steps - record.step)
+        line = step_line(record, module.max_steps, speed)
         say(f"{line} | {clock(left)} left")
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Show the validation loss."""
-        metrics = pl_module.validation_metrics
+        metrics = module.validation_record
         if metrics is None:
             return
         text = f"val loss {metrics.val_loss:.4f}"
@@ -69,11 +67,13 @@ class Progress(Callback):
         if self._bar is None:
             say(f"step {metrics.step:>6} {text}")
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Close the bar."""
         self._close()
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, module: DeepSeekModel, exception: BaseException
+    ) -> None:
         """Close the bar, so that the message below it can be read."""
         self._close()
 
@@ -83,32 +83,22 @@ class Progress(Callback):
             self._bar = None
 
 
-def step_line(
-    metrics: StepMetrics,
-    max_steps: int,
-    tokens_per_second: float,
-    facts: Mapping[str, Any] | None = None,
-) -> str:
+def step_line(record: StepRecord, max_steps: int, tokens_per_second: float) -> str:
     """``step 12/400 loss 5.43 mtp 5.61 3,210 tok/s mfu 31.0% grad 1.20 lr 2.2e-04 mem 0.4G | load
-    1.32 dead 0 a2a 12%``; what was not measured is left out.
-
-    Args:
-        facts: what callbacks have found of the step, see ``DeepSeekModel.step_facts``.
-    """
-    facts = facts or {}
-    parts = [f"step {metrics.step:>6}/{max_steps} loss {metrics.loss:.4f}"]
-    if metrics.mtp_loss is not None:
-        parts.append(f"mtp {metrics.mtp_loss:.4f}")
+    1.32 dead 0 a2a 12%``; what was not measured is left out."""
+    parts = [f"step {record.step:>6}/{max_steps} loss {record.loss:.4f}"]
+    if record.mtp_loss is not None:
+        parts.append(f"mtp {record.mtp_loss:.4f}")
     parts.append(f"{tokens_per_second:,.0f} tok/s")
-    if facts.get("mfu") is not None:
-        parts.append(f"mfu {facts['mfu']:.1%}")
-    parts.append(f"grad {metrics.grad_norm:.3f} lr {metrics.lr:.2e}")
-    if "memory_bytes" in facts:
-        parts.append(f"mem {facts['memory_bytes'] / 2**30:.1f}G")
-    if "load_max_over_mean" in facts:
-        parts.append(f"| load {facts['load_max_over_mean']:.2f} dead {facts['dead_experts']}")
-    if facts.get("all_to_all_seconds") and facts.get("seconds"):
-        parts.append(f"a2a {facts['all_to_all_seconds'] / facts['seconds']:.0%}")
-    if metrics.skipped:
+    if record.mfu is not None:
+        parts.append(f"mfu {record.mfu:.1%}")
+    parts.append(f"grad {record.grad_norm:.3f} lr {record.lr:.2e}")
+    if record.memory_bytes is not None:
+        parts.append(f"mem {record.memory_bytes / 2**30:.1f}G")
+    if record.load_max_over_mean is not None:
+        parts.append(f"| load {record.load_max_over_mean:.2f} dead {record.dead_experts}")
+    if record.all_to_all_seconds and record.seconds:
+        parts.append(f"a2a {record.all_to_all_seconds / record.seconds:.0%}")
+    if record.skipped:
         parts.append("SKIPPED: gradient not finite")
     return " ".join(parts)

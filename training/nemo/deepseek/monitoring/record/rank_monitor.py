@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from deepseek.console import complain
-from deepseek.frameworks import Callback
+from deepseek.frameworks import Trainer
 from deepseek.models.components.moe import GroupedExperts
 from deepseek.monitoring.array_log import ArrayLog
 from deepseek.monitoring.record.recorder import (
@@ -31,6 +30,7 @@ from deepseek.parallel.gradients import sum_over
 from deepseek.parallel.mesh import Meshes
 from deepseek.run_folder import COLLECTIVES_FILE, RANKS_FILE, TRAFFIC_FILE
 from deepseek.training.phases import Memory, resident_bytes
+from deepseek.training.step import DeepSeekCallback, DeepSeekModel, StepRecord
 
 MEASURED_PHASES = ("forward_backward", "optimizer", "checkpoint")
 """Whose memory is recorded."""
@@ -71,16 +71,14 @@ class RankRecord:
         return self.ranks_RM[:, COLUMNS.index(name)]
 
 
-class RankMonitor(Callback):
+class RankMonitor(DeepSeekCallback):
     """Writes ``ranks.arrays``, ``traffic.arrays`` and ``collectives.jsonl``.
 
     Args:
         folder: of the files; only rank 0 writes them.
         every_n_steps: steps between records.
         leads: whether this is rank 0.
-        data_seconds: gives the seconds this rank waited for the step's data.
         ranks_per_node: tells which rank is where.
-        checkpoint_memory: of the newest checkpoint, None before there is one.
 
     Attributes:
         latest: the newest record; on rank 0 alone.
@@ -91,62 +89,56 @@ class RankMonitor(Callback):
         folder: Path,
         every_n_steps: int,
         leads: bool,
-        data_seconds: Callable[[], float],
         ranks_per_node: int = 1,
-        checkpoint_memory: Callable[[], Memory | None] = lambda: None,
     ) -> None:
         self.every_n_steps = every_n_steps
         self.latest: RankRecord | None = None
         self._leads = leads
         self._files = _Files(folder, ranks_per_node) if leads else None
-        self._data_seconds = data_seconds
-        self._checkpoint_memory = checkpoint_memory
         self._recorder: CommunicationRecorder | None = None
         self._rows: ReceivedRows | None = None
         self._clock = 0.0
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Get ready to record, where there is something to record."""
-        if isinstance(pl_module.meshes, Meshes):
-            self._recorder = CommunicationRecorder(pl_module.meshes)
-        self._rows = ReceivedRows(pl_module.model)
+        if isinstance(module.meshes, Meshes):
+            self._recorder = CommunicationRecorder(module.meshes)
+        self._rows = ReceivedRows(module.model)
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Start the clock, and the recorder if this step is recorded."""
-        if self._recorder is not None and self._is_due(pl_module.finished_steps + 1):
+        if self._recorder is not None and self._is_due(module.finished_steps + 1):
             self._recorder.start()
         if self._rows is not None:
             self._rows.start()
         self._clock = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Collect, on every rank; write, on rank 0."""
         step_seconds = time.perf_counter() - self._clock
-        step = pl_module.finished_steps
+        step = module.finished_steps
         if self._is_due(step):
-            _meet(pl_module)
+            _meet(module)
         begin = time.perf_counter()
-        phases = pl_module.phases.seconds()
-        facts = pl_module.step_facts
-        facts["data_seconds"] = round(self._data_seconds(), 6)
-        facts["forward_backward_seconds"] = round(phases["forward_backward"], 6)
-        facts["optimizer_seconds"] = round(phases["optimizer"], 6)
-        facts["memory_bytes"] = max(m.peak for m in pl_module.phases.memory.values())
+        row = module.step_record
+        assert row is not None
         if self._is_due(step):
             summary = None
             if self._recorder is not None:
                 self._recorder.stop()
                 begin -= self._recorder.own_seconds
                 summary = self._recorder.summary()
-            self._record(pl_module, step, step_seconds, summary)
-        facts["monitor_seconds"] = facts.get("monitor_seconds", 0.0) + time.perf_counter() - begin
+            self._record(module, row, step_seconds, summary)
+        row.monitor_seconds += time.perf_counter() - begin
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Leave the model as it was."""
         if self._rows is not None:
             self._rows.remove()
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, module: DeepSeekModel, exception: BaseException
+    ) -> None:
         """Leave torch's functions and the model as they were."""
         if self._recorder is not None:
             self._recorder.stop()
@@ -157,68 +149,66 @@ class RankMonitor(Callback):
         return step % self.every_n_steps == 0
 
     def _record(
-        self, pl_module: Any, step: int, step_seconds: float, summary: Summary | None
+        self, module: DeepSeekModel, row: StepRecord, step_seconds: float, summary: Summary | None
     ) -> None:
-        memory = pl_module.phases.memory | {"checkpoint": self._checkpoint_memory()}
-        own = _measurements(pl_module, step_seconds, summary, memory, self._rows)
+        own = _measurements(module, row, step_seconds, summary, self._rows)
         kinds = self._recorder.kinds() if self._recorder is not None else []
-        rank, size = pl_module.meshes.rank, pl_module.meshes.layout.world_size
+        rank, size = module.meshes.rank, module.meshes.layout.world_size
         # One collective: each rank fills its row of one table; at its end what it sent to whom.
         width = len(COLUMNS) + len(kinds) * len(NUMBERS) + 1 + size
-        device = next(pl_module.model.parameters()).device
+        device = next(module.model.parameters()).device
         table = torch.zeros(size, width, dtype=torch.float64, device=device)
-        row = [own]
+        mine = [own]
         if summary is not None:
-            row += [summary.numbers.get(kind, np.zeros(len(NUMBERS))) for kind in kinds]
-            row += [np.array([float(summary.row_bytes)]), summary.expert_bytes.astype(np.float64)]
+            mine += [summary.numbers.get(kind, np.zeros(len(NUMBERS))) for kind in kinds]
+            mine += [np.array([float(summary.row_bytes)]), summary.expert_bytes.astype(np.float64)]
         else:
-            row.append(np.zeros(1 + size))
-        table[rank] = torch.from_numpy(np.concatenate(row))
-        found = sum_over(table, pl_module.meshes.world).cpu().numpy()
+            mine.append(np.zeros(1 + size))
+        table[rank] = torch.from_numpy(np.concatenate(mine))
+        found = sum_over(table, module.meshes.world).cpu().numpy()
         if not self._leads:
             return
         ranks_RM = found[:, : len(COLUMNS)]
-        layout = pl_module.meshes.layout
+        layout = module.meshes.layout
         stages = [layout.coordinate(rank).pp for rank in range(size)]
-        self.latest = RankRecord(step, stages, ranks_RM)
+        self.latest = RankRecord(row.step, stages, ranks_RM)
         peak = self.latest.column("peak_memory_bytes")
-        pl_module.step_facts["memory_bytes"] = int(peak.max())
+        row.memory_bytes = int(peak.max())
         numbers_RKN = found[:, len(COLUMNS) : width - size - 1].reshape(
             size, len(kinds), len(NUMBERS)
         )
         all_to_all = [k for k, kind in enumerate(kinds) if kind.operation == "all_to_all"]
         if all_to_all:
             seconds_R = numbers_RKN[:, all_to_all, NUMBERS.index("seconds")].sum(axis=1)
-            pl_module.step_facts["all_to_all_seconds"] = round(float(seconds_R.mean()), 6)
+            row.all_to_all_seconds = float(seconds_R.mean())
         if self._files is None:
             return
         try:
-            self._files.write(step, ranks_RM, kinds, numbers_RKN)
-            self._files.write_traffic(step, found[:, -size:], int(found[:, -size - 1].max()))
+            self._files.write(row.step, ranks_RM, kinds, numbers_RKN)
+            self._files.write_traffic(row.step, found[:, -size:], int(found[:, -size - 1].max()))
         except OSError as error:  # watching must not stop what is watched
             complain(f"{error.filename}: {error.strerror}; ranks are no longer recorded")
             self._files = None
 
 
-def _meet(pl_module: Any) -> None:
+def _meet(module: DeepSeekModel) -> None:
     """Wait for the ranks that are still busy with the step.
 
     Not a cost of watching: who is early waits now instead of at the next step's first collective.
     What the monitors' own collectives take afterwards is their cost.
     """
-    device = next(pl_module.model.parameters()).device
-    sum_over(torch.zeros(1, device=device), pl_module.meshes.world).item()
+    device = next(module.model.parameters()).device
+    sum_over(torch.zeros(1, device=device), module.meshes.world).item()
 
 
 def _measurements(
-    pl_module: Any,
+    module: DeepSeekModel,
+    row: StepRecord,
     step_seconds: float,
     summary: Summary | None,
-    memory: Mapping[str, Memory | None],
     rows: ReceivedRows | None,
 ) -> np.ndarray:
     """One rank's ``COLUMNS``, fp64."""
-    facts = pl_module.step_facts
     seconds = transfer = exposed = 0.0
     if summary is not None:
         numbers = np.array(list(summary.numbers.values()))
@@ -227,23 +217,26 @@ def _measurements(
             for name in ("seconds", "transfer_seconds", "exposed_seconds")
         )
     now, reserved = resident_bytes(), 0
-    device = next(pl_module.model.parameters()).device
+    device = next(module.model.parameters()).device
     if device.type == "cuda":
         now = torch.cuda.memory_allocated(device)
         reserved = torch.cuda.memory_reserved(device)
     values = {
         "step_seconds": step_seconds,
-        "data_seconds": facts["data_seconds"],
+        "data_seconds": row.data_seconds or 0.0,
         "compute_seconds": max(0.0, step_seconds - exposed),
         "wait_seconds": seconds - transfer,
         "transfer_seconds": transfer,
-        "optimizer_seconds": facts["optimizer_seconds"],
+        "optimizer_seconds": row.optimizer_seconds,
         "memory_bytes": now,
-        "peak_memory_bytes": max(now, facts["memory_bytes"]),
+        "peak_memory_bytes": max(now, row.memory_bytes or 0),
         "reserved_bytes": reserved,
         "received_rows": rows.total if rows else 0,
         "largest_received_rows": rows.largest if rows else 0,
     }
+    saved = module.save_record
+    memory: dict[str, Memory | None] = {**module.phases.memory}
+    memory["checkpoint"] = saved.memory if saved else None
     for phase, used in memory.items():
         for kind in ("allocated", "reserved", "peak"):
             values[f"{phase}_{kind}_bytes"] = getattr(used, kind) if used else 0

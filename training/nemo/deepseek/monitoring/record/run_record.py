@@ -21,10 +21,11 @@ import torch
 
 from deepseek.data.tokenizer import Tokenizer
 from deepseek.files import atomic_open
-from deepseek.frameworks import Callback, framework_name
+from deepseek.frameworks import Trainer, framework_name
+from deepseek.training.step import DeepSeekCallback, DeepSeekModel
 
 
-class RunRecord(Callback):
+class RunRecord(DeepSeekCallback):
     """Writes them at the start, after a checkpoint has been restored.
 
     A start that is refused, since its configuration or its data differ or another process has the
@@ -55,7 +56,7 @@ class RunRecord(Callback):
         self.environment_path = environment_path
         self.environment = environment
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Each file is whole or absent after a kill."""
         with atomic_open(self.config_path) as file:
             file.write(self.config.encode())
