@@ -10,12 +10,17 @@ Which part of that text is an answer is found exactly, in one of two ways:
 - else by rendering prefixes: the answer of message k is what the text of messages 0 to k has beyond
   the text of messages 0 to k - 1 with its generation prompt.
 
-Answers and what lies between them are encoded piece by piece, as they are when a model is asked:
-the prompt is encoded alone, and the answer's tokens come after it. The end token that the template
-writes after an answer belongs to it, white space after that does not.
+The whole text is encoded once, as everybody else encodes it who is asked the same; an id is an
+answer's if it holds a character of an answer. Cut at the marks and encoded piece by piece, an
+answer that begins with a space would get ids that no model is ever asked with.
+
+A message's ``weight``, ``trainable``, ``train``, ``training`` or ``loss`` tells whether its answer
+is learnt. The end token that a template without marks writes after an answer belongs to it, white
+space after that does not.
 
 What a message says is never read as a special token: a ``<｜end▁of▁sentence｜>`` that somebody
-wrote becomes the characters it is made of.
+wrote becomes the characters it is made of. What a message says and the template leaves out is
+refused where it is an answer, else counted and told.
 """
 
 from __future__ import annotations
@@ -23,15 +28,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import signal
+import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import numpy as np
 
 from deepseek.config.errors import UserError
+from deepseek.console import complain
 from deepseek.data.corpus import Corpus, json_lines, json_type
 from deepseek.data.indexed import IndexedDataset, IndexedWriter, dtype_for
 from deepseek.data.prepare import (
@@ -64,6 +74,13 @@ PLAIN_TEMPLATE = (
 
 _MARKS = ("\ue0f0", "\ue0f1")
 """Written by ``{% generation %}`` and ``{% endgeneration %}``."""
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+RENDER_SECONDS = 5.0
+"""How long a chat template may take for one conversation."""
+MOST_CHARACTERS = 1 << 26
+"""That a chat template may write for one conversation."""
+Span = tuple[int, int]
+"""Characters [start, end) of a rendered text."""
 
 Message = dict[str, Any]
 
@@ -79,6 +96,8 @@ class Conversation(NamedTuple):
     """Up to the last answer."""
     tools: list[Any] | None
     """Handed to the template, if given."""
+    learnt: list[bool] | None = None
+    """For each answer, in order, whether it is learnt; None: all are."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +110,8 @@ class EncodedConversation:
     """bool [n]: which ids a model is to say itself."""
     ends: bool
     """Every answer ends with a special token, so that a model learns to stop."""
+    lost: tuple[str, ...] = ()
+    """What the messages say and the text does not, such as ``reasoning_content of assistant``."""
 
 
 @final
@@ -112,7 +133,11 @@ class ChatTemplate:
         self.source = tokenizer.chat_template or PLAIN_TEMPLATE
         """The Jinja text."""
         self.is_plain = tokenizer.chat_template is None
-        self._template = self._compiled()
+        self._template = self._compiled(self.source)
+        # A template called tool_use is taken where a conversation has tools, as transformers does.
+        self._tool_source = tokenizer.tool_chat_template or self.source
+        self._tool_template = self._compiled(self._tool_source)
+        self._eos = tokenizer.eos_id
         self._special = re.compile(
             "|".join(map(re.escape, sorted(tokenizer.special_names, key=len, reverse=True)))
             or r"(?!)"
@@ -121,7 +146,9 @@ class ChatTemplate:
     @property
     def fingerprint(self) -> str:
         """sha256 of the template and of which answers are taken."""
-        return hashlib.sha256(f"{self.source}\nanswers={self.answers}".encode()).hexdigest()
+        tools = "" if self._tool_source == self.source else f"\ntools={self._tool_source}"
+        text = f"{self.source}{tools}\nanswers={self.answers}"
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def render(
         self,
@@ -140,65 +167,85 @@ class ChatTemplate:
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids that a model is asked to go on from. Raises ``ChatError`` as ``render``."""
         (guarded, _), guard = self._guarded((list(messages), None))
-        return self._ids(self.render(guarded, True), guard)
+        return self._ids(self.render(guarded, True), guard)[0]
 
     def end_id(self) -> int:
         """The token after an answer: what the template writes there, else the end of a document."""
         asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         encoded = self.encode(Conversation(asked, None))
-        last = int(encoded.ids[encoded.is_answer][-1])
-        return last if self.tokenizer.is_special(last) else self.tokenizer.eos_id
+        said = encoded.ids[encoded.is_answer].tolist()
+        return next((id_ for id_ in reversed(said) if self.tokenizer.is_special(id_)), self._eos)
 
     def encode(self, conversation: Conversation) -> EncodedConversation:
         """Ids and answers.
 
         Raises:
-            ChatError: the template refuses the conversation, or renders an earlier answer otherwise
-                once more messages follow, so that its tokens cannot be told.
+            ChatError: the template refuses the conversation, leaves an answer out, or renders an
+                earlier answer otherwise once more messages follow, so that its tokens cannot be
+                told.
         """
-        (messages, tools), guard = self._guarded(conversation)
-        find = self._parts_by_marks if self._has_marks else self._parts_by_prefixes
-        parts = find(messages, tools)
+        (messages, tools), guard = self._guarded(conversation[:2])
+        find = self._answers_by_marks if self._has_marks else self._answers_by_prefixes
+        text, spans = find(messages, tools)
+        lost = _lost(messages, tools, text)
         if self.answers == "last":
-            last = max(k for k, (_, is_answer) in enumerate(parts) if is_answer)
-            parts = [(text, is_answer and k == last) for k, (text, is_answer) in enumerate(parts)]
-        ids: list[int] = []
-        is_answer: list[bool] = []
-        ends = True
-        for text, answer in parts:
-            found = self._ids(text, guard)
-            length = len(found)
-            if answer:
-                length = self._answer_length(found)
-                ends &= length > 0 and self.tokenizer.is_special(found[length - 1])
-            ids += found
-            is_answer += [answer and k < length for k in range(len(found))]
-        return EncodedConversation(np.array(ids, np.int64), np.array(is_answer, bool), ends)
+            spans = spans[-1:]
+        spans = self._learnt(spans, conversation)
+        ids, places = self._ids(text, guard)
+        starts, ends = places[:, 0], places[:, 1]
+        is_answer = np.zeros(len(ids), bool)
+        ended = True
+        for start, end in spans:
+            # An id of no width is white space that the tokenizer cuts off: it stands at its start.
+            of_span = np.flatnonzero((starts < end) & (np.maximum(ends, starts + 1) > start))
+            length = self._answer_length([ids[k] for k in of_span])
+            ended &= length > 0 and self.tokenizer.is_special(ids[of_span[length - 1]])
+            # As transformers marks: of a last character of several ids the first alone counts.
+            marked = of_span[: int(np.argmax(ends[of_span] >= end)) + 1]
+            is_answer[marked if self._has_marks else of_span[:length]] = True
+        return EncodedConversation(np.array(ids, np.int64), is_answer, ended, lost)
+
+    def _learnt(self, spans: list[Span], conversation: Conversation) -> list[Span]:
+        """The answers that the conversation's own switches leave on."""
+        learnt = conversation.learnt
+        if learnt is None or all(learnt):
+            return spans
+        if self.answers == "last":
+            learnt = learnt[-1:]
+        if len(learnt) != len(spans):
+            raise ChatError(
+                f"switches off some of {len(learnt)} answers, but the chat template marks "
+                f"{len(spans)}, so which is meant cannot be told; give the template one "
+                "{% generation %} block for each answer"
+            )
+        kept = [span for span, on in zip(spans, learnt, strict=True) if on]
+        if not kept:
+            raise ChatError("no answer is to be learnt: all are switched off; leave the line out")
+        return kept
 
     # -- text --
 
     @property
     def _has_marks(self) -> bool:
-        return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
+        return _GENERATION.search(self.source + self._tool_source) is not None
 
-    def _parts_by_marks(
+    def _answers_by_marks(
         self, messages: list[Message], tools: list[Any] | None
-    ) -> list[tuple[str, bool]]:
-        """(text, is it an answer), from the template's own marks."""
-        text = self._rendered(messages, False, tools)
-        pieces = re.split(f"[{''.join(_MARKS)}]", text)
-        parts = [(piece, k % 2 == 1) for k, piece in enumerate(pieces) if piece]
-        if not any(is_answer for _, is_answer in parts):
+    ) -> tuple[str, list[Span]]:
+        """The text and where its answers are, from the template's own marks."""
+        pieces = re.split(f"[{''.join(_MARKS)}]", self._rendered(messages, False, tools))
+        ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+        spans = [(ends[k - 1], ends[k]) for k in range(1, len(pieces), 2) if pieces[k]]
+        if not spans:
             raise ChatError("the chat template marks no answer in this conversation")
-        return parts
+        return "".join(pieces), spans
 
-    def _parts_by_prefixes(
+    def _answers_by_prefixes(
         self, messages: list[Message], tools: list[Any] | None
-    ) -> list[tuple[str, bool]]:
-        """(text, is it an answer), from the texts of the first messages."""
+    ) -> tuple[str, list[Span]]:
+        """The text and where its answers are, from the texts of the first messages."""
         whole = self._rendered(messages, False, tools)
-        parts: list[tuple[str, bool]] = []
-        done = 0
+        spans: list[Span] = []
         for k, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -218,31 +265,50 @@ class ChatTemplate:
                     "messages follow (some drop earlier reasoning); use --answers last, or add "
                     "{% generation %} marks to the template"
                 )
-            parts += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
-            done = len(after)
-        return [part for part in [*parts, (whole[done:], False)] if part[0]]
+            spans.append((len(before), len(after)))
+        return whole, spans
 
     def _rendered(
         self, messages: Sequence[Message], add_generation_prompt: bool, tools: list[Any] | None
     ) -> str:
-        from jinja2.exceptions import TemplateError
-
+        template = self._tool_template if tools is not None else self._template
         try:
-            return self._template.render(
-                messages=list(messages),
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_texts,
-            )
-        except (TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
-            raise ChatError(f"the chat template refuses this conversation: {error}") from error
+            with time_limit(RENDER_SECONDS):
+                text = "".join(
+                    bounded(
+                        template.generate(
+                            messages=list(messages),
+                            tools=tools,
+                            documents=None,
+                            add_generation_prompt=add_generation_prompt,
+                            **self.tokenizer.special_texts,
+                        )
+                    )
+                )
+        except Exception as error:  # a template is a program of somebody else's
+            what = str(error) or type(error).__name__
+            raise ChatError(f"the chat template refuses this conversation: {what}") from error
+        if not text:
+            raise ChatError("the chat template renders this conversation as no text at all")
+        return text
 
-    def _compiled(self) -> Any:
+    def _compiled(self, source: str) -> Any:
         from jinja2.exceptions import TemplateError, TemplateSyntaxError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(
+        class Bounded(ImmutableSandboxedEnvironment):
+            """Refuses products and powers that would not end or not fit."""
+
+            intercepted_binops = frozenset({"*", "**"})
+
+            def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+                sizes = [len(x) if hasattr(x, "__len__") else x for x in (left, right)]
+                power = operator == "**" and max(map(abs, sizes)) > 1000
+                if power or abs(sizes[0] * sizes[1]) > MOST_CHARACTERS:
+                    raise OverflowError(f"{sizes[0]} {operator} {sizes[1]} is too large")
+                return super().call_binop(context, operator, left, right)
+
+        environment = Bounded(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=["jinja2.ext.loopcontrols", _generation_extension()],
@@ -253,8 +319,9 @@ class ChatTemplate:
 
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
-            return environment.from_string(self.source)
+            return environment.from_string(source)
         except TemplateSyntaxError as error:
             raise UserError(
                 f"the chat template of {self.tokenizer.origin} is not Jinja: line {error.lineno}: "
@@ -290,16 +357,30 @@ class ChatTemplate:
 
         return (guarded(said[0]), guarded(said[1])), guard
 
-    def _ids(self, text: str, guard: str) -> list[int]:
+    def _ids(self, text: str, guard: str) -> tuple[list[int], np.ndarray]:
+        """Ids of a rendered text, and the characters [start, end) of each, int64 [n, 2]."""
         if not guard:
-            return self.tokenizer.encode(text, parse_special=True)
+            return self.tokenizer.encode_with_places(text, parse_special=True)
         ids: list[int] = []
+        places: list[np.ndarray] = [np.zeros((0, 2), np.int64)]
         start = 0
+
+        def add(piece: str, special: bool) -> None:
+            kept = np.array([k for k, c in enumerate(piece) if c != guard], np.int64)
+            found, where = self.tokenizer.encode_with_places(piece.replace(guard, ""), special)
+            last = len(kept) - 1
+            if found:
+                begin, end = kept[where[:, 0].clip(0, last)], kept[(where[:, 1] - 1).clip(0, last)]
+                places.append(np.stack([begin, end + 1], axis=1) + start)
+            ids.extend(found)
+
         for match in self._special.finditer(text):
-            ids += self.tokenizer.encode(text[start : match.start()].replace(guard, ""))
-            ids += self.tokenizer.encode(match[0], parse_special=True)
+            add(text[start : match.start()], False)
+            start = match.start()
+            add(match[0], True)
             start = match.end()
-        return ids + self.tokenizer.encode(text[start:].replace(guard, ""))
+        add(text[start:], False)
+        return ids, np.concatenate(places)
 
     def _answer_length(self, ids: list[int]) -> int:
         """Without white space after the last special token."""
@@ -332,20 +413,8 @@ def conversation_of(row: Any) -> Conversation:
         )
     if not isinstance(messages, list):
         raise ChatError(f"messages is a JSON {json_type(messages)}, expected a list of messages")
-    for k, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise ChatError(f"message {k} is a JSON {json_type(message)}, expected an object")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                found = f"a JSON {json_type(message[key])}" if key in message else "missing"
-                raise ChatError(f"message {k}: {key} is {found}, expected text")
-    answers = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    for k in answers:
-        if not messages[k]["content"].strip() and not messages[k].get("tool_calls"):
-            raise ChatError(
-                f"message {k}: the answer is empty, so a model would learn to say nothing; write "
-                "the answer or leave the line out"
-            )
+    told = [_message(k, message) for k, message in enumerate(messages)]
+    answers = [k for k, message in enumerate(told) if message["role"] == "assistant"]
     if not answers:
         raise ChatError("no message has the role assistant, so there is nothing to learn")
     if answers[0] == 0:
@@ -353,7 +422,146 @@ def conversation_of(row: Any) -> Conversation:
     tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise ChatError(f"tools is a JSON {json_type(tools)}, expected a list")
-    return Conversation([dict(message) for message in messages[: answers[-1] + 1]], tools)
+    _check_unicode("tools", tools)
+    learnt = [_is_learnt(k, messages[k]) for k in answers]
+    for k, on in zip(answers, learnt, strict=True):
+        content = told[k].get("content")
+        if on and not (content or "").strip() and not told[k].get("tool_calls"):
+            raise ChatError(
+                f"message {k}: the answer is empty, so a model would learn to say nothing; write "
+                "the answer or leave the line out"
+            )
+    return Conversation(told[: answers[-1] + 1], tools, learnt)
+
+
+_SWITCHES = ("weight", "trainable", "train", "training", "loss")
+"""Keys by which data sets say whether an answer is learnt."""
+_UNREAD = ("train_detail", "mask", "loss_mask", "loss_weight")
+"""Keys of finer switches, which are not done here and so are refused."""
+
+
+def _message(number: int, message: Any) -> Message:
+    """Checks a message; text in parts becomes one text, and switches are taken out."""
+    if not isinstance(message, Mapping):
+        raise ChatError(f"message {number} is a JSON {json_type(message)}, expected an object")
+    told = {key: value for key, value in message.items() if key not in _SWITCHES}
+    role, content = told.get("role"), told.get("content")
+    if not isinstance(role, str):
+        found = f"a JSON {json_type(role)}" if "role" in told else "missing"
+        raise ChatError(f"message {number}: role is {found}, expected text")
+    for key in _UNREAD:
+        if key in told:
+            raise ChatError(
+                f"message {number}: {key} is not read here; use weight 0 or 1 on the whole message"
+            )
+    if isinstance(content, list):
+        told["content"] = _joined(number, content)
+    elif content is None and role == "assistant" and told.get("tool_calls"):
+        told["content"] = None  # OpenAI's form: the call is all that is said
+    elif not isinstance(content, str):
+        found = f"a JSON {json_type(content)}" if "content" in told else "missing"
+        raise ChatError(f"message {number}: content is {found}, expected text")
+    _check_unicode(f"message {number}", told)
+    return told
+
+
+def _check_unicode(what: str, value: Any) -> None:
+    for text in _texts(value):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ChatError(
+                f"{what}: character {error.start} of the text is half of a surrogate pair, which "
+                "no tokenizer can read; write the whole character"
+            ) from error
+
+
+def _joined(number: int, parts: list[Any]) -> str:
+    """OpenAI's list of parts as one text."""
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else json_type(part)
+        text = part.get("text") if kind == "text" else part if isinstance(part, str) else None
+        if not isinstance(text, str):
+            raise ChatError(
+                f"message {number}: content has a part of type {kind}, and this model reads text "
+                'alone; write {"type": "text", "text": "..."} or leave the line out'
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _is_learnt(number: int, message: Mapping[str, Any]) -> bool:
+    """What a message's own switch says; no switch: learnt."""
+    given = {key: message[key] for key in _SWITCHES if message.get(key) is not None}
+    for key, value in given.items():
+        if value not in (0, 1):  # True and False among them
+            raise ChatError(
+                f"message {number}: {key}={value!r} must be 0 or 1, false or true: an answer is "
+                "learnt or not"
+            )
+    if len({bool(value) for value in given.values()}) > 1:
+        told = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        raise ChatError(f"message {number}: {told} contradict each other; keep one")
+    return all(given.values())
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text inside a JSON value, keys of objects aside."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+_BOOKKEEPING = {"role", "tool_call_id", "name", "id"}
+"""Keys of a message that templates may leave out without losing what it says."""
+
+
+def _lost(messages: Sequence[Message], tools: list[Any] | None, text: str) -> tuple[str, ...]:
+    """What messages say and the rendered text does not.
+
+    Raises:
+        ChatError: an answer, or a call of a tool, is left out.
+    """
+    lost: list[str] = []
+    if tools and not any(name in text for name in _texts(tools)):
+        lost.append("tools")
+    for k, message in enumerate(messages):
+        for call in message.get("tool_calls") or []:
+            called = call.get("function", call) if isinstance(call, Mapping) else {}
+            name = called.get("name") if isinstance(called, Mapping) else None
+            if not isinstance(name, str) or name not in text:
+                raise ChatError(
+                    f"message {k}: the chat template has no place for its tool_calls, so what is "
+                    "to be learnt would be lost; use a tokenizer whose template writes them"
+                )
+        for key, value in message.items():
+            if key in _BOOKKEEPING or key == "tool_calls" or value in (None, "", [], {}):
+                continue
+            if all(_is_told(said, text) for said in _texts(value)):
+                continue
+            if key == "content" and message["role"] == "assistant":
+                answer = str(value).rpartition("</think>")[2]
+                if answer == value or not _is_told(answer, text):
+                    raise ChatError(
+                        f"message {k}: the chat template leaves the answer out of its text; use a "
+                        "template that writes it, or leave the line out"
+                    )
+                lost.append("reasoning before </think> in content of assistant")
+            else:
+                lost.append(f"{key} of {message['role']}")
+    return tuple(sorted(set(lost)))
+
+
+def _is_told(said: str, text: str) -> bool:
+    """Whether a text stands in the rendered one, as it is or as JSON writes it."""
+    said = said.strip()
+    return said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text
 
 
 # -- files --
@@ -440,6 +648,7 @@ def _write(
     require_room(prefix.parent, needed, f"{prefix.name}.bin")
     digests: list[str] = []
     counts: Counter[str] = Counter()
+    lost: Counter[str] = Counter()
     bin_digest, answers_digest = hashlib.sha256(), hashlib.sha256()
     # Without a record nothing of this prefix is taken for whole.
     add_suffix(prefix, ".json").unlink(missing_ok=True)
@@ -447,7 +656,7 @@ def _write(
         atomic_open(add_suffix(prefix, ANSWERS)) as answers,
         IndexedWriter(prefix, dtype) as writer,
     ):
-        for ids, is_answer, ends, said, done in _encoded(corpus, template, digests):
+        for ids, is_answer, ends, said, done in _encoded(corpus, template, digests, lost):
             writer.add_document(ids)
             answers.write(is_answer.tobytes())
             bin_digest.update(ids.astype(writer.dtype).tobytes())
@@ -466,6 +675,11 @@ def _write(
                 f"{prefix}: the input holds no conversation: {len(corpus.sources)} empty files"
             )
     report(_progress(corpus, counts, corpus.total_bytes))
+    for what, times in lost.most_common():
+        complain(
+            f"note: in {times:,} of {counts['documents']:,} conversations the chat template leaves "
+            f"out {what}, so it is not learnt"
+        )
     prepared = PreparedData(
         prefix=prefix,
         documents=counts["documents"],
@@ -495,7 +709,7 @@ def _write(
 
 
 def _encoded(
-    corpus: Corpus, template: ChatTemplate, digests: list[str]
+    corpus: Corpus, template: ChatTemplate, digests: list[str], lost: Counter[str]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, bool, int, int]]:
     """Ids, answers (uint8), whether all answers end, bytes said, and input bytes done."""
     before = 0
@@ -507,7 +721,10 @@ def _encoded(
                 encoded = template.encode(conversation)
             except ChatError as error:
                 raise UserError(f"{where}: {error}") from error
-            said = sum(len(message["content"].encode()) for message in conversation.messages)
+            lost.update(encoded.lost)
+            said = sum(
+                len((message["content"] or "").encode()) for message in conversation.messages
+            )
             yield (
                 encoded.ids,
                 encoded.is_answer.astype(np.uint8),
@@ -544,5 +761,46 @@ def _generation_extension() -> type:
     return Generation
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def bounded(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of a text, as long as they are no more than ``MOST_CHARACTERS`` together."""
+    total = 0
+    for piece in pieces:
+        total += len(piece)
+        if total > MOST_CHARACTERS:
+            raise OverflowError(f"it writes more than {MOST_CHARACTERS:,} characters")
+        yield piece
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Ends what takes longer, in the main thread; elsewhere there is no such means."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"it does not end within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -123,6 +123,31 @@ class Tokenizer:
         """
         return self._encoded([text], parse_special)[0]
 
+    def encode_with_places(
+        self, text: str, parse_special: bool = False
+    ) -> tuple[list[int], np.ndarray]:
+        """Ids of ``text`` as ``encode``, and which of its characters each id stands for.
+
+        Returns:
+            The ids, and int64 [n, 2]: characters [start, end). Where the vocabulary is byte-level
+            and nothing is normalised they are exact, white space included; elsewhere they are the
+            library's.
+        """
+        ids = self.encode(text, parse_special)
+        if self._bytes is not None:
+            pieces = [self.id_bytes(token) for token in ids]
+            if b"".join(pieces) == text.encode():
+                widths = np.array([len(piece) for piece in pieces], np.int64)
+                character = np.repeat(np.arange(len(text)), [len(c.encode()) for c in text])
+                ends = np.cumsum(widths)
+                starts = ends - widths
+                last = len(character) - 1
+                places = [character[starts.clip(0, last)], character[(ends - 1).clip(0, last)] + 1]
+                return ids, np.stack(places, axis=1) if ids else np.zeros((0, 2), np.int64)
+        assert self._library is not None, "bytes are exact"
+        found = self._library.encode(text, add_special_tokens=False)
+        return found.ids, np.array(found.offsets, np.int64).reshape(-1, 2)
+
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of each text, faster."""
         return self._encoded(texts, False)
@@ -172,6 +197,15 @@ class Tokenizer:
                 f"{', '.join(map(str, named))} and none is called default; rename one"
             )
         return named["default"]
+
+    @property
+    def tool_chat_template(self) -> str | None:
+        """The template called ``tool_use``, for conversations with tools; None if there is none."""
+        given = self._config.get("chat_template")
+        if not isinstance(given, list):
+            return None
+        named = {entry.get("name"): entry.get("template") for entry in given}
+        return named.get("tool_use")
 
     def with_chat_template(self, source: str) -> Tokenizer:
         """The same tokenizer with another chat template, a Jinja text."""
@@ -351,11 +385,86 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         beside = file.with_name(name)
         if beside.is_file():
-            config.update(_parse_json(_read_text(beside), str(beside)))
+            told = _parse_json(_read_text(beside), str(beside))
+            # A null says nothing: the token of the other file stands.
+            config.update({key: value for key, value in told.items() if value is not None})
     template = file.with_name("chat_template.jinja")
     if template.is_file():
         config["chat_template"] = _read_text(template)
-    return Tokenizer(_read_text(file), config, str(file))
+    source = _with_added_tokens(_read_text(file), config, str(file))
+    return Tokenizer(source, config, str(file))
+
+
+def _with_added_tokens(source: str, config: dict[str, Any], origin: str) -> str:
+    """``tokenizer.json`` with the tokens that stand in ``tokenizer_config.json`` alone.
+
+    transformers adds them too; without them a ``<|im_start|>`` would be read as its characters.
+
+    Raises:
+        UserError: an entry that cannot be read, an id that is another token's or leaves a gap, or
+            the name of a special token that has no id.
+    """
+    entries = config.get("added_tokens_decoder") or {}
+    parsed = _parse_json(source, origin)
+    model = parsed.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), (dict, list)):
+        return source  # told by Tokenizer
+    vocab = model["vocab"]
+    names = list(vocab) if isinstance(vocab, dict) else [piece for piece, _ in vocab]
+    ids = dict(vocab) if isinstance(vocab, dict) else {name: k for k, name in enumerate(names)}
+    added = list(parsed.get("added_tokens") or [])
+    ids.update({token["content"]: token["id"] for token in added})
+    listed = {token["content"] for token in added}
+    taken = {number: name for name, number in ids.items()}
+    where = f"{origin}: added_tokens_decoder of tokenizer_config.json"
+    if not isinstance(entries, dict):
+        raise UserError(f"{where} is no object; write {{id: {{content: ...}}}}")
+    new = []
+    for key, entry in entries.items():
+        if not str(key).isdecimal() or not isinstance(entry, dict):
+            raise UserError(f"{where} has the entry {key!r}, which is no id with an object")
+        content = entry.get("content")
+        if not isinstance(content, str) or not content:
+            raise UserError(f"{where} has an entry {key} without content; write its text")
+        new.append((int(key), content, entry))
+    for number, content, entry in sorted(new, key=lambda item: item[0]):
+        if content in listed:
+            if ids[content] != number:
+                raise UserError(
+                    f"{where} gives {content!r} the id {number}, and tokenizer.json {ids[content]};"
+                    " correct one of them"
+                )
+            continue
+        if taken.get(number, content) != content or ids.get(content, number) != number:
+            raise UserError(
+                f"{where} gives {content!r} the id {number}, which tokenizer.json gives to "
+                f"{taken.get(number)!r}; correct one of them"
+            )
+        if number > len(taken) and content not in ids:
+            raise UserError(
+                f"{where} gives {content!r} the id {number}, but the ids end at {len(taken) - 1}; "
+                f"use {len(taken)}"
+            )
+        flags = {flag: bool(entry.get(flag)) for flag in _FLAGS}
+        added.append({"id": number, "content": content, **flags})
+        ids[content], taken[number] = number, content
+        listed.add(content)
+    more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    for token in more.values() if isinstance(more, dict) else more:
+        name = token.get("content") if isinstance(token, dict) else token
+        if isinstance(name, str) and name not in ids:
+            raise UserError(
+                f"{origin}: tokenizer_config.json names the special token {name!r}, which has no "
+                "id; add it to added_tokens_decoder there"
+            )
+    if len(added) == len(parsed.get("added_tokens") or []):
+        return source
+    parsed["added_tokens"] = sorted(added, key=lambda token: token["id"])
+    return json.dumps(parsed, ensure_ascii=False, indent=2)
+
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+"""Of an added token."""
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

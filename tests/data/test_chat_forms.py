@@ -1,0 +1,297 @@
+"""Conversations in the forms that people bring: ids and masks equal those of transformers."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepseek.config.errors import UserError
+from deepseek.data.chat import ChatError, ChatTemplate, conversation_of, prepare_chat
+from deepseek.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from support.sample_texts import TEXTS
+
+G, H = "{% generation %}", "{% endgeneration %}"
+MARKED = {
+    "V2, a space before the mark": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}\n\n"
+        "{% elif m.role == 'assistant' %}Assistant: " + G + "{{ m.content + eos_token }}" + H +
+        "{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}"
+    ),
+    "V3": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+        "{% elif m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}<｜Assistant｜>" + G +
+        "{{ m.content + eos_token }}" + H + "{% endif %}{% endfor %}"
+    ),
+    "R1, earlier reasoning dropped": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
+        "{% elif m.role == 'assistant' %}<｜Assistant｜>" + G +
+        "{{ m.content.split('</think>')[-1] + eos_token }}" + H + "{% endif %}{% endfor %}"
+    ),
+    "V3.1, think tag outside the mark": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
+        "{% elif m.role == 'assistant' %}<｜Assistant｜></think>" + G + "{{ m.content }}" +
+        "{{ eos_token }}" + H + "{% endif %}{% endfor %}"
+    ),
+    "Kimi-K2": (
+        "{% for m in messages %}<|im_{{ m.role }}|>{{ m.role }}<|im_middle|>"
+        "{% if m.role == 'assistant' %}" + G + "{{ m.content }}<|im_end|>" + H +
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    ),
+    "ChatML, new line inside the mark": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}" + G +
+        "{{ m.content }}<|im_end|>\n" + H + "{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
+        "{% endfor %}"
+    ),
+    "Qwen, default system and white space control": (
+        "{%- if messages[0].role != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{%- endif %}"
+        "{%- for m in messages %}\n<|im_start|>{{ m.role }}\n{%- if m.role == 'assistant' %}\n"
+        "{%- generation %}{{- m.content }}<|im_end|>{%- endgeneration %}{%- else %}"
+        "{{- m.content }}<|im_end|>{%- endif %}{%- endfor %}"
+    ),
+    "Llama 3, trimmed": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+        "{% if m.role == 'assistant' %}" + G + "{{ m.content | trim }}<|eot_id|>" + H +
+        "{% else %}{{ m.content | trim }}<|eot_id|>{% endif %}{% endfor %}"
+    ),
+    "Mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} "
+        "[/INST]{% elif m.role == 'assistant' %} " + G + "{{ m.content }}{{ eos_token }}" + H +
+        "{% endif %}{% endfor %}"
+    ),
+    "plain": (
+        "{% for m in messages %}{{ m.role | upper }}: {% if m.role == 'assistant' %}" + G +
+        "{{ m.content }}" + H + "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    ),
+}  # fmt: skip
+WORDS = "a is two, don't for x in\nrange(3): ünï 中文 1234 <b> \t end. 🙂 def f".split(" ")
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return train_bpe(TEXTS * 3, 500)
+
+
+def folder_of(bpe: Tokenizer, folder: Path, template: Any, **config: Any) -> Path:
+    """A tokenizer folder as transformers and we read it."""
+    bpe.save(folder)
+    file = folder / "tokenizer_config.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps({**told, "chat_template": template, **config}))
+    return folder
+
+
+def talks(count: int) -> list[list[dict[str, Any]]]:
+    rng = random.Random(7)
+
+    def text() -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, 9))).strip() or "x"
+
+    made = []
+    for number in range(count):
+        turns = [{"role": "system", "content": text()}] if number % 3 == 0 else []
+        for _ in range(rng.randint(1, 3)):
+            turns += [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]
+        made.append(turns)
+    return made
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_ids_and_masks_equal_those_of_transformers(
+    name: str, bpe: Tokenizer, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = folder_of(bpe, tmp_path, MARKED[name])
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    ours = ChatTemplate(load_tokenizer(folder))
+    for messages in talks(60):
+        found = ours.encode(conversation_of({"messages": messages}))
+        wanted = theirs.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert found.ids.tolist() == wanted["input_ids"]
+        assert found.is_answer.tolist() == [bit == 1 for bit in wanted["assistant_masks"]]
+
+
+@pytest.mark.parametrize("key", ["weight", "trainable", "train", "training", "loss"])
+@pytest.mark.parametrize("template", [None, MARKED["V3"], MARKED["V2, a space before the mark"]])
+def test_answers_that_are_switched_off_are_context(
+    key: str, template: str | None, bpe: Tokenizer, tmp_path: Path
+) -> None:
+    ours = ChatTemplate(load_tokenizer(folder_of(bpe, tmp_path, template)))
+    turns = [
+        {"role": "user", "content": "a?"}, {"role": "assistant", "content": "bad", key: False},
+        {"role": "user", "content": "b?"}, {"role": "assistant", "content": "good", key: True},
+    ]  # fmt: skip
+    found = ours.encode(conversation_of({"messages": turns}))
+    learnt = ours.tokenizer.decode(found.ids[found.is_answer].tolist())
+    assert "good" in learnt and "bad" not in learnt
+    assert "bad" in ours.tokenizer.decode(found.ids.tolist())
+    turns[3][key] = False
+    with pytest.raises(ChatError, match="all are switched off"):
+        ours.encode(conversation_of({"messages": turns}))
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+CALLING = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.content is not none %}{{ m.content }}"
+    "{% endif %}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} "
+    "{{ c.function.arguments }}</call>"
+    "{% endfor %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def row(**answer: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", **answer}]}
+
+
+def test_a_call_of_a_tool_may_have_no_content(bpe: Tokenizer, tmp_path: Path) -> None:
+    ours = ChatTemplate(load_tokenizer(folder_of(bpe, tmp_path, CALLING)))
+    for answer in ({"content": None, "tool_calls": [CALL]}, {"tool_calls": [CALL]}):
+        found = ours.encode(conversation_of(row(**answer)))
+        assert "<call>add" in ours.tokenizer.decode(found.ids[found.is_answer].tolist())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (row(content=None), "content is a JSON null, expected text"),
+        (row(content="", tool_calls=[CALL]), "no place for its tool_calls"),
+        (row(content=[{"type": "image_url"}]), "a part of type image_url"),
+        (row(content="4", weight=0.5), "weight=0.5 must be 0 or 1"),
+        (row(content="4", weight=1, trainable=False), "contradict each other"),
+        (row(content="4", train_detail=[]), "train_detail is not read here"),
+        (row(content="hi \ud83d"), "half of a surrogate pair"),
+        (row(content="4") | {"tools": ["\udc00"]}, "tools: character 0"),
+    ],
+)
+def test_what_would_be_read_half_is_refused(
+    data: dict[str, Any], message: str, bpe: Tokenizer
+) -> None:
+    with pytest.raises(ChatError, match=message):
+        ChatTemplate(bpe).encode(conversation_of(data))
+
+
+def test_parts_of_text_are_joined(bpe: Tokenizer) -> None:
+    parts = [{"type": "text", "text": "fo"}, {"type": "text", "text": "ur"}]
+    whole, joined = row(content="four"), row(content=parts)
+    ids = [ChatTemplate(bpe).encode(conversation_of(data)).ids.tolist() for data in (whole, joined)]
+    assert ids[0] == ids[1]
+
+
+def test_what_a_template_leaves_out_is_told(
+    bpe: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = ChatTemplate(bpe).encode(conversation_of(row(content="4", reasoning_content="two")))
+    assert found.lost == ("reasoning_content of assistant",)
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps(row(content="4", reasoning_content="two")) + "\n")
+    bpe.save(tmp_path / "tok")
+    prepare_chat([file], tmp_path / "out", tmp_path / "tok")
+    assert "in 1 of 1 conversations the chat template leaves out reasoning_content" in (
+        capsys.readouterr().err
+    )
+    silent = folder_of(bpe, tmp_path / "silent", "{% for m in messages %}x{% endfor %}")
+    with pytest.raises(ChatError, match="leaves the answer out"):
+        ChatTemplate(load_tokenizer(silent)).encode(conversation_of(row(content="4")))
+
+
+def test_tojson_takes_what_transformers_takes(bpe: Tokenizer, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tools = [{"type": "function", "function": {"name": "é", "b": [1, {"z": 1, "a": 2}]}}]
+    messages = row(content="four")["messages"]
+    for number, options in enumerate(
+        ["", "separators=(',', ':')", "sort_keys=true", "indent=2", "ensure_ascii=true, indent=1"]
+    ):
+        template = "{{ tools | tojson(" + options + ") }}{% for m in messages %}{{ m.content }}"
+        template += "{% endfor %}{{ eos_token }}{% if strftime_now('%Y') %}!{% endif %}"
+        folder = folder_of(bpe, tmp_path / str(number), template)
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        wanted = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+        assert ChatTemplate(load_tokenizer(folder)).render(messages, tools=tools) == wanted
+
+
+def test_the_template_called_tool_use_is_taken_with_tools(bpe: Tokenizer, tmp_path: Path) -> None:
+    plain = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    named = [
+        {"name": "default", "template": plain},
+        {"name": "tool_use", "template": "<T>{{ tools | tojson }}" + plain},
+    ]
+    ours = ChatTemplate(load_tokenizer(folder_of(bpe, tmp_path, named)))
+    messages = row(content="four")["messages"]
+    assert ours.render(messages, tools=[{"name": "add"}]).startswith('<T>[{"name": "add"}]')
+    assert not ours.render(messages).startswith("<T>")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 10**10 }}",
+        "{{ 9 ** 9 ** 9 }}",
+        "{{ 1 / 0 }}",
+        "{{ range(10**9) | list }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "",
+    ],
+)
+def test_hostile_templates_are_a_message(
+    body: str, bpe: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deepseek.data.chat.RENDER_SECONDS", 0.3)
+    ours = ChatTemplate(load_tokenizer(folder_of(bpe, tmp_path, body or "{# nothing #}")))
+    with pytest.raises(ChatError, match="the chat template re"):
+        ours.encode(conversation_of(row(content="4")))
+
+
+def test_tokens_that_stand_in_the_config_alone_are_tokens(bpe: Tokenizer, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    size = bpe.vocab_size
+    more = {
+        str(size + k): {"content": name, "special": True}
+        for k, name in enumerate(["<|im_start|>", "<|im_end|>"])
+    }
+    folder = folder_of(bpe, tmp_path, MARKED["ChatML, new line inside the mark"],
+                       added_tokens_decoder=more)  # fmt: skip
+    ours = load_tokenizer(folder)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    text = "<|im_start|>user\na<|im_end|>"
+    assert ours.encode(text, parse_special=True) == theirs.encode(text, add_special_tokens=False)
+    assert ours.vocab_size == size + 2
+    ours.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").fingerprint == ours.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"added_tokens_decoder": {"x": {"content": "a"}}}, "no id with an object"),
+        ({"added_tokens_decoder": {"9000": {"content": "<|new|>"}}}, "but the ids end at"),
+        ({"added_tokens_decoder": {"5": {"content": "<|new|>"}}}, "which tokenizer.json gives to"),
+        ({"added_tokens_decoder": {"5": {}}}, "without content"),
+        ({"added_tokens_decoder": []}, None),
+        ({"added_tokens_decoder": [1]}, "is no object"),
+        ({"additional_special_tokens": ["<|new|>"]}, "which has no id"),
+    ],
+)
+def test_added_tokens_that_cannot_be(
+    config: dict[str, Any], message: str | None, bpe: Tokenizer, tmp_path: Path
+) -> None:
+    folder = folder_of(bpe, tmp_path, None, **config)
+    if message is None:
+        load_tokenizer(folder)
+        return
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(folder)
+
+
+def test_a_null_in_one_file_leaves_what_the_other_says(bpe: Tokenizer, tmp_path: Path) -> None:
+    bpe.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": null}')
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<｜▁pad▁｜>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_id == tokenizer.pad_id
