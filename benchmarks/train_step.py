@@ -22,7 +22,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from deepseek.config.schema import ModelConfig
-from deepseek.inference.cache import LatentCache
+from deepseek.inference.generation import LatentCache
 from deepseek.interop.hf_config import hf_config
 from deepseek.interop.huggingface import to_hf
 from deepseek.models.transformer import Transformer

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.config.schema import ModelConfig
-from deepseek.inference.cache import LatentCache
+from deepseek.inference.generation import LatentCache
 
 CONFIG = ModelConfig(kv_lora_rank=5, qk_rope_head_dim=2, num_attention_heads=64)
 

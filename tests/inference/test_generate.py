@@ -11,9 +11,7 @@ from torch import Tensor
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig, RopeScaling
 from deepseek.inference import generation as module
-from deepseek.inference.cache import LatentCache
-from deepseek.inference.generation import generate, stream_tokens
-from deepseek.inference.sampling import Sampling
+from deepseek.inference.generation import LatentCache, Sampling, generate, stream_tokens
 from deepseek.models.transformer import Transformer
 from support.profiles import fewer
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek.config.errors import UserError
-from deepseek.inference.sampling import Sampling, sample
+from deepseek.inference.generation import Sampling, sample
 
 
 def probabilities(logits: list[list[float]] | Tensor, sampling: Sampling) -> list[list[float]]:

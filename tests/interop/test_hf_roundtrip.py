@@ -18,8 +18,7 @@ from deepseek.commands.convert import export_hf, import_hf
 from deepseek.commands.generate import generate_text
 from deepseek.config import RunConfig, load_config
 from deepseek.config.schema import ModelConfig, RopeScaling
-from deepseek.inference.generation import generate
-from deepseek.inference.sampling import Sampling
+from deepseek.inference.generation import Sampling, generate
 from deepseek.interop.hf_config import hf_config, model_config
 from deepseek.interop.hf_folder import HfFolder
 from deepseek.interop.hf_import import WeightImport

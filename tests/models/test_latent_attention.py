@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek.config.schema import ModelConfig, RopeScaling
-from deepseek.inference.cache import LatentCache
+from deepseek.inference.generation import LatentCache
 from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.block import build_attention
 from deepseek.models.components.rope import rotation

@@ -15,7 +15,7 @@ from deepseek.commands.train import train_run
 from deepseek.config import RunConfig, UserError, load_config, resolved_yaml
 from deepseek.data import open_data as data
 from deepseek.inference import generation
-from deepseek.inference.sampling import Sampling
+from deepseek.inference.generation import Sampling
 from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint
 
 

@@ -221,7 +221,7 @@ def gradients(config: ModelConfig) -> Iterator[Check]:
 
 def decoding(config: ModelConfig) -> Iterator[Check]:
     """Absorbed attention over the latent cache equals expanded attention."""
-    from deepseek.inference.cache import LatentCache
+    from deepseek.inference.generation import LatentCache
 
     model = build(config)
     tokens_BS = tokens()

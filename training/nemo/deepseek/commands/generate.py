@@ -43,8 +43,7 @@ def generate_text(
         UserError: no run, no sound checkpoint, a prompt that does not fit; with ``chat``, no chat
             template or no prompt.
     """
-    from deepseek.inference.generation import generate, stream_tokens
-    from deepseek.inference.sampling import Sampling
+    from deepseek.inference.generation import Sampling, generate, stream_tokens
 
     sampling = Sampling(temperature, top_k, top_p)
     if chat and not all(prompt.strip() for prompt in prompts):

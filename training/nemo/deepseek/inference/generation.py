@@ -1,22 +1,42 @@
 """Token generation with the latent cache, for batches of prompts of any lengths.
 
-B batch, S new tokens.
+B batch, S new tokens, M tokens in the cache, V vocabulary; shapes: ``models/__init__.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from deepseek.config.errors import UserError
-from deepseek.inference.cache import LatentCache
-from deepseek.inference.sampling import Sampling, sample
+from deepseek.config.schema import ModelConfig
 from deepseek.models.transformer import Transformer
 
 PREFILL_TOKENS = 512
 """Prompt tokens read at one time: bounds the score matrix of a long prompt."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    temperature: float = 1.0
+    """0: always the most probable token."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0: all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches p, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:  # so that nan is refused too
+            raise UserError(f"temperature={self.temperature}: must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise UserError(f"top_k={self.top_k}: must be 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: must be above 0 and at most 1 (off)")
 
 
 @torch.no_grad()
@@ -90,6 +110,77 @@ def generate(
             if token is not None:
                 row.append(token)
     return rows
+
+
+def sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Draw one token per row.
+
+    Args:
+        logits_BV: of the next token; computed with in fp32.
+        sampling: how.
+        generator: of the draws, on the same device.
+
+    Returns:
+        int64 (B,).
+    """
+    if sampling.temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    logits_BV = logits_BV.float() / sampling.temperature
+    if 0 < sampling.top_k < logits_BV.shape[-1]:
+        kth_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, float("-inf"))
+    probs_BV = logits_BV.softmax(dim=-1)
+    if sampling.top_p < 1:
+        sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True)
+        before_BV = sorted_BV.cumsum(dim=-1) - sorted_BV  # the token that crosses p stays in
+        sorted_BV = sorted_BV.masked_fill(before_BV >= sampling.top_p, 0.0)
+        probs_BV = torch.zeros_like(probs_BV).scatter_(-1, order_BV, sorted_BV)
+    return torch.multinomial(probs_BV, 1, generator=generator).squeeze(-1)
+
+
+class LatentCache:
+    """One layer's latent KV cache: ``kv_lora_rank + qk_rope_head_dim`` numbers per token.
+
+    The prompts of a batch are aligned at their right end.
+
+    Args:
+        batch_size: rows.
+        capacity: tokens per row, prompt padding included.
+        config: sizes.
+        padding_B: int64, slots at the left of each row that hold no token.
+        dtype: of the latents.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        capacity: int,
+        config: ModelConfig,
+        padding_B: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        device = padding_B.device
+        self.latent_BMC = torch.zeros(
+            batch_size, capacity, config.kv_lora_rank, dtype=dtype, device=device
+        )
+        self.k_rope_BMH = torch.zeros(
+            batch_size, capacity, config.qk_rope_head_dim, dtype=dtype, device=device
+        )
+        self.padding_B = padding_B
+        self.length = 0
+
+    def append(self, latent_BSC: Tensor, k_rope_BSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Store the new tokens; return everything stored and who may see what (bool (B, S, M))."""
+        start, end = self.length, self.length + latent_BSC.shape[1]
+        self.latent_BMC[:, start:end] = latent_BSC
+        self.k_rope_BMH[:, start:end] = k_rope_BSH
+        self.length = end
+        slots_M = torch.arange(end, device=self.padding_B.device)
+        new_S1 = torch.arange(start, end, device=self.padding_B.device).unsqueeze(-1)
+        visible_BSM = (slots_M >= self.padding_B.view(-1, 1, 1)) & (slots_M <= new_S1)
+        # A padding slot sees itself: a row of the softmax with nothing in it would be NaN.
+        visible_BSM = visible_BSM | (slots_M == new_S1)
+        return self.latent_BMC[:, :end], self.k_rope_BMH[:, :end], visible_BSM
 
 
 def _read(
