@@ -156,6 +156,27 @@ def test_one_bad_step_is_skipped_and_said(micro: MicroRuns) -> None:
     assert float(rows[4, "train"]["loss"]) > 0
 
 
+def test_a_skipped_step_counts_also_after_a_kill(micro: MicroRuns) -> None:
+    """12 steps are 12, on their own samples: one skipped, the run killed, or both."""
+    bad = NAN_FROM.format(first=4, end=5)
+    whole = micro.train("skipped_whole", before=bad).assert_done()
+    assert "step     13" not in whole.out
+    assert sorted(
+        step for step, kind in by_step(micro.rows("skipped_whole")) if kind == "train"
+    ) == (list(range(1, 13)))
+    assert micro.steps("skipped_whole")[-1] == 12
+    kill = (
+        "import os\nfrom deepseek.monitoring.record.metrics_log import MetricsLog\n"
+        "write = MetricsLog.write\n"
+        "def deadly(self, row, *more):\n"
+        "    if row.get('step') == 10:\n        os.kill(os.getpid(), 9)\n"
+        "    return write(self, row, *more)\nMetricsLog.write = deadly\n"
+    )
+    assert micro.train("skipped_cut", before=bad + kill).code == -9
+    micro.train("skipped_cut", before=bad).assert_done()
+    assert micro.differences("skipped_whole", "skipped_cut") == []
+
+
 def test_ten_bad_steps_end_the_run(micro: MicroRuns) -> None:
     ran = micro.train("bad", "trainer.max_steps=50", before=NAN_FROM.format(first=2, end=99))
     ran.assert_refused("was not finite for 10 steps in a row", "the weights are those of step 2",

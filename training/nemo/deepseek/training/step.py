@@ -229,7 +229,12 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """``train_step`` with the trainer's optimiser; the module counts its own steps."""
-        self.train_step(batch, self.optimizers())
+        if self.train_step(batch, self.optimizers()).skipped:
+            # The trainer counts updates, and a step is a step also without one. Otherwise its loop
+            # goes on past max_steps, with the samples of the first steps again.
+            progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+            progress.increment_ready()
+            progress.increment_completed()
 
     def parallelize(
         self,
