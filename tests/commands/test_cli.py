@@ -8,11 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from deepseek import __version__
+from deepseek.cli import app
 from deepseek.config.load import shipped_configs
 from support.forked import Forked
 from support.micro_runs import MicroRuns
@@ -57,18 +61,77 @@ def test_no_command_shows_the_help(cli: Forked) -> None:
     [
         (["nonsense"], ["No such command 'nonsense'"]),
         (["generate"], ["Missing argument", "run"]),
-        (["cp", "deepseek_v3_tiny"], ["Missing argument", "target"]),
+        (["cp", "deepseek_v3_tiny"], ["give the file to write after the configuration"]),
         (["generate", "r", "--max-new-tokens", "many"], ["--max-new-tokens", "valid integer"]),
         (["ls", "--all"], ["No such option: --all"]),
         (["train", "--confg", "x"], ["there is no option --confg; --help lists them"]),
         (["train", "--resume"], ["there is no option --resume"]),
         (["validate", "deepseek_v3_tiny", "-x"], ["there is no option -x"]),
-        (["validate", "--config", "deepseek_v3_tiny"], ["there is no option --config"]),
-        (["launch", "--config", "deepseek_v3_tiny"], ["there is no option --config"]),
+        (["launch", "--slurm"], ["give a configuration, NAME or --config NAME"]),
+        (["cat", "--config", "a.yaml", "b.yaml"], ["--config a.yaml and b.yaml: give one"]),
+        (["test", "model.n_group=7"], ["model.n_group=7: one configuration is taken here"]),
+        (["emit", "megatron", "deepseek_v3_tiny"], ["give the new file after"]),
     ],
 )
 def test_words_that_are_not_understood(cli: Forked, words: list[str], parts: list[str]) -> None:
     cli(*words).assert_refused(*parts)
+
+
+def test_the_version(cli: Forked) -> None:
+    assert cli("--version").assert_done().out == f"deepseek {__version__}\n"
+
+
+# verb -> words before and behind the configuration; all of them read it before anything else
+READERS: dict[str, tuple[list[str], list[str]]] = {
+    "train": ([], ["seed=3"]),
+    "sweep": ([], ["seed=3,4"]),
+    "test": ([], []),
+    "validate": ([], ["seed=3"]),
+    "launch": ([], ["--slurm", "seed=3"]),
+    "cat": ([], ["--resolved"]),
+    "cp": ([], ["copied.yaml"]),
+    "emit automodel": ([], ["new.yaml", "seed=3"]),
+    "emit megatron": ([], ["new.yaml", "seed=3"]),
+    "migrate fsdp-checkpoint": (["source", "target"], ["seed=3"]),
+}
+
+
+def verbs(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from verbs(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
+def test_a_configuration_is_given_bare_or_by_its_option(cli: Forked) -> None:
+    """The same broken one, with the same words of all verbs."""
+    takes = [name for name, command in verbs(get_command(app)) if "config" in names_of(command)]
+    assert sorted(takes) == sorted(READERS)
+    for verb, (before, behind) in READERS.items():
+        for config in [["nowhere"], ["--config", "nowhere"], ["--config=nowhere"]]:
+            ran = cli(*verb.split(), *before, *config, *behind)
+            ran.assert_refused("nowhere")
+            told = "no shipped configuration nowhere"
+            assert told in ran.err or verb in ("cp", "cat"), (verb, ran.err)
+
+
+def names_of(command: Any) -> set[str]:
+    return {parameter.name for parameter in command.params}
+
+
+def test_completion_in_a_shell(cli: Forked) -> None:
+    """Verbs, shipped configurations, and keys of settings."""
+    for words, found in (
+        ("deepseek val", {"validate"}),
+        ("deepseek train --config moon", {"moonlight_16b"}),
+        ("deepseek validate moon", {"moonlight_16b"}),
+        ("deepseek train model.hid", {"model.hidden_size="}),
+    ):
+        asked = f"_DEEPSEEK_COMPLETE=complete_bash COMP_CWORD={len(words.split()) - 1}"
+        code = f"import os\nos.environ.update(dict(e.split('=') for e in {asked!r}.split()))\n"
+        code += f"os.environ['COMP_WORDS'] = {words!r}\n"
+        assert set(cli(before=code).out.split()) == found
 
 
 def test_a_reader_that_goes_away(cli: Forked) -> None:

@@ -7,29 +7,79 @@ from typing import Annotated
 
 import typer
 
-from deepseek.commands.doors import guarded, no_option, overrides_of, refuse_idle
+from deepseek import __version__
+from deepseek.commands.doors import chosen, guarded, refuse_idle, refuse_words
 
 app = typer.Typer(
     name="deepseek",
-    help="Train DeepSeek-V3-class models from one YAML file, on a laptop or a cluster.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Config = Annotated[str, typer.Option(help="Name of a shipped configuration, or a YAML file.")]
-ConfigFirst = Annotated[str, typer.Argument(help="Name or YAML file.", callback=no_option)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings that override the file.")
+
+def _names(incomplete: str) -> list[str]:
+    """Shipped configurations, for completion in a shell."""
+    from deepseek.config import shipped_configs
+
+    return [name for name in shipped_configs() if name.startswith(incomplete)]
+
+
+def _words(incomplete: str) -> list[str]:
+    """Shipped configurations, and keys of settings."""
+    from deepseek.config.schema import LEAVES
+
+    keys = [f"{key}=" for key in LEAVES if key.startswith(incomplete)]
+    return [*_names(incomplete), *(keys if incomplete else [])]
+
+
+Config = Annotated[
+    str | None,
+    typer.Option(help="Name of a shipped configuration, or a YAML file.", autocompletion=_names),
+]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG] [a.b=c ...]",
+        help="The configuration, if not given by --config, and settings that override it.",
+        autocompletion=_words,
+    ),
+]
+ConfigAndFile = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG] OUTPUT [a.b=c ...]",
+        help="The configuration, if not given by --config; the new file; settings.",
+        autocompletion=_words,
+    ),
+]
+Bare = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CONFIG]", help="The same, bare.", autocompletion=_names),
 ]
 PASS_ON = {"ignore_unknown_options": True}  # `--a.b=c` is an override too
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"deepseek {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print it.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Train DeepSeek-V3-class models from one YAML file, on a laptop or a cluster."""
+
+
 @app.command("train", context_settings=PASS_ON)
 def train_command(
-    overrides: Overrides = None,
-    config: Config = "deepseek_v3_tiny",
+    words: Words = None,
+    config: Config = None,
     run_dir: Annotated[Path | None, typer.Option(help="The run folder itself.")] = None,
     sample: Annotated[bool, typer.Option(help="Print a generated sample at the end.")] = False,
     report: Annotated[bool, typer.Option(help="Write the run's report at the end.")] = False,
@@ -37,13 +87,13 @@ def train_command(
     """Train, or continue, a run."""
     from deepseek.commands.train import train
 
-    train(config, overrides_of(overrides or []), run_dir, sample, report)
+    train(*chosen(words or [], config, "deepseek_v3_tiny"), run_dir, sample, report)
 
 
 @app.command("sweep", context_settings=PASS_ON)
 def sweep_command(
-    overrides: Overrides = None,
-    config: Config = "deepseek_v3_tiny",
+    words: Words = None,
+    config: Config = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the runs; none: EXP_DIR/NAME/sweep.")
     ] = None,
@@ -63,25 +113,23 @@ def sweep_command(
     if slurm is None:
         refuse_idle({key: value is not None for key, value in of_jobs.items()}, "without --slurm")
     settings = JobSettings(time, partition, account)
-    sweep(config, overrides_of(overrides or []), output, only, slurm, settings)
+    sweep(*chosen(words or [], config, "deepseek_v3_tiny"), output, only, slurm, settings)
 
 
 @app.command("test")
-def test_command(
-    config: Annotated[
-        str | None, typer.Option(help="Take the model's kind from this configuration.")
-    ] = None,
-) -> None:
+def test_command(name: Bare = None, config: Config = None) -> None:
     """Check the model: shapes, causality, routing, gradients, agreement with the reference."""
     from deepseek.commands.check import test_model
 
+    config, words = chosen(name or [], config, "deepseek_v3_tiny")
+    refuse_words(words)
     raise typer.Exit(0 if test_model(config) else 1)
 
 
 @app.command("validate", context_settings=PASS_ON)
 def validate_command(
-    config: ConfigFirst = "deepseek_v3_tiny",
-    overrides: Overrides = None,
+    words: Words = None,
+    config: Config = None,
     world: Annotated[
         int | None, typer.Option(help="Processes of a cluster that need not be there.")
     ] = None,
@@ -89,13 +137,13 @@ def validate_command(
     """Print every error of a configuration; of a sound one, its numbers and what lies where."""
     from deepseek.commands.validate import validate
 
-    validate(config, overrides_of(overrides or []), world)
+    validate(*chosen(words or [], config, "deepseek_v3_tiny"), world)
 
 
 @app.command("launch", context_settings=PASS_ON)
 def launch_command(
-    config: ConfigFirst,
-    overrides: Overrides = None,
+    words: Words = None,
+    config: Config = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Write a job for sbatch.")] = False,
     nemo_run: Annotated[
         bool, typer.Option("--nemo-run", help="Submit through NeMo-Run, which must be installed.")
@@ -110,7 +158,7 @@ def launch_command(
     from deepseek.launch.slurm import JobSettings, launch
 
     settings = JobSettings(time, partition, account, job_name)
-    launch(config, overrides_of(overrides or []), settings, slurm, nemo_run, output)
+    launch(*chosen(words or [], config), settings, slurm, nemo_run, output)
 
 
 @app.command("prepare-data")
@@ -290,31 +338,30 @@ emitting = typer.Typer(
     help="A configuration in the words of NVIDIA's other programs.", no_args_is_help=True
 )
 app.add_typer(emitting, name="emit")
-Emitted = Annotated[Path, typer.Argument(help="New file.")]
 
 
 @emitting.command("automodel", context_settings=PASS_ON)
 def emit_automodel_command(
-    config: ConfigFirst,
-    output: Emitted,
-    overrides: Overrides = None,
+    words: ConfigAndFile = None,
+    config: Config = None,
 ) -> None:
     """Write a recipe of NeMo AutoModel, or say what it lacks."""
     from deepseek.commands.emit import emit
 
-    emit("automodel", config, output, overrides_of(overrides or []))
+    config, (output, *overrides) = chosen(words or [], config, then="the new file")
+    emit("automodel", config, Path(output), overrides)
 
 
 @emitting.command("megatron", context_settings=PASS_ON)
 def emit_megatron_command(
-    config: ConfigFirst,
-    output: Emitted,
-    overrides: Overrides = None,
+    words: ConfigAndFile = None,
+    config: Config = None,
 ) -> None:
     """Write the arguments of Megatron-Core's classes, or say what it lacks."""
     from deepseek.commands.emit import emit
 
-    emit("megatron", config, output, overrides_of(overrides or []))
+    config, (output, *overrides) = chosen(words or [], config, then="the new file")
+    emit("megatron", config, Path(output), overrides)
 
 
 lora = typer.Typer(help="Adapters of a run.", no_args_is_help=True)
@@ -355,8 +402,8 @@ app.add_typer(migrate, name="migrate")
 def migrate_checkpoint_command(
     source: Annotated[Path, typer.Argument(help="A .pt file, or a folder of DCP or accelerate.")],
     target: Annotated[Path, typer.Argument(help="The new run folder.")],
-    config: Annotated[str, typer.Option(help="Configuration of the run that goes on.")],
-    overrides: Overrides = None,
+    words: Words = None,
+    config: Config = None,
     names: Annotated[
         Path | None, typer.Option(help="Table of names; none: those of Hugging Face.")
     ] = None,
@@ -376,10 +423,8 @@ def migrate_checkpoint_command(
     """Turn a checkpoint of FSDP into a run that `deepseek train` continues."""
     from deepseek.commands.migrate import migrate_checkpoint
 
-    words = overrides_of(overrides or [])
-    migrate_checkpoint(
-        source, target, config, words, names, write_names, step, optimizer, weights_only
-    )
+    of_run = chosen(words or [], config)
+    migrate_checkpoint(source, target, *of_run, names, write_names, step, optimizer, weights_only)
 
 
 @migrate.command("to-fsdp")
@@ -424,29 +469,41 @@ def ls_command(
 
 @app.command("cp")
 def cp_command(
-    name: Annotated[str, typer.Argument(help="Shipped configuration.")],
-    target: Annotated[Path, typer.Argument(help="File to write.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] TARGET",
+            help="The shipped configuration, if not given by --config; the file to write.",
+            autocompletion=_names,
+        ),
+    ] = None,
+    config: Config = None,
 ) -> None:
     """Copy a shipped configuration to a file of your own."""
     from deepseek.commands.shipped import copy_config
 
-    copy_config(name, target)
+    config, (target, *more) = chosen(words or [], config, then="the file to write")
+    refuse_words(more)
+    copy_config(config, Path(target))
 
 
 @app.command("cat")
 def cat_command(
-    name: Annotated[str, typer.Argument(help="Shipped configuration or YAML file.")],
+    name: Bare = None,
+    config: Config = None,
     resolved: Annotated[bool, typer.Option(help="Every key, after `extends`.")] = False,
 ) -> None:
     """Print a configuration."""
     from deepseek.commands.shipped import print_config
 
-    print_config(name, resolved)
+    config, words = chosen(name or [], config)
+    refuse_words(words)
+    print_config(config, resolved)
 
 
 def main() -> None:
     """Entry point of the ``deepseek`` command."""
-    guarded(app)
+    guarded(lambda: app(prog_name="deepseek"))
 
 
 if __name__ == "__main__":

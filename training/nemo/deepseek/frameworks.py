@@ -130,8 +130,9 @@ def model_config(section: ModelConfig | Mapping[str, Any]) -> ModelConfig:
 
 def nemo_config(model: ModelConfig) -> Any:
     """``model`` as NeMo's ModelPT wants it: a DictConfig, without types since it adds keys."""
-    omegaconf = importlib.import_module("omegaconf")
-    return omegaconf.OmegaConf.create({**asdict(model), "target": NEMO_TARGET})
+    from omegaconf import OmegaConf  # comes with NeMo
+
+    return OmegaConf.create({**asdict(model), "target": NEMO_TARGET})
 
 
 def framework_name() -> str:

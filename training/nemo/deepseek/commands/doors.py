@@ -1,5 +1,5 @@
-"""Doors for the scripts: they parse with the standard library alone, so that PyTorch Lightning and
-OmegaConf are enough to test and to train. The full command line is ``cli.py``.
+"""Doors for the scripts: they parse with the standard library alone, so that PyTorch Lightning is
+enough to test and to train. The full command line is ``cli.py``.
 """
 
 from __future__ import annotations
@@ -55,6 +55,42 @@ def overrides_of(words: Sequence[str]) -> list[str]:
     return [no_option(word) for word in words]
 
 
+def chosen(
+    words: Sequence[str], option: str | None, default: str | None = None, then: str = ""
+) -> tuple[str, list[str]]:
+    """The configuration, given bare as the first word or by ``--config``, and the other words.
+
+    Args:
+        words: the words that are not options.
+        option: of ``--config``.
+        default: the configuration if none is given; None: one must be.
+        then: what the next word is, if it is no setting.
+
+    Raises:
+        UserError: an option that does not exist, no configuration, two, or no next word.
+    """
+    left = overrides_of(words)
+    if option is None and left and (then or _is_name(left[0])):
+        option, *left = left
+    elif option is not None and left and not then and _is_name(left[0]):
+        raise UserError(f"--config {option} and {left[0]}: give one configuration")
+    name = option or default
+    if name is None:
+        raise UserError(
+            "give a configuration, NAME or --config NAME: a YAML file or one of `deepseek ls`"
+        )
+    if then and not left:
+        raise UserError(f"give {then} after the configuration")
+    return name, left
+
+
+def _is_name(word: str) -> bool:
+    """Of a configuration, not a setting; a key without a value is half a setting."""
+    from deepseek.config.schema import FIELDS
+
+    return Path(word).is_file() or ("=" not in word and word not in FIELDS)
+
+
 def no_option(word: str) -> str:
     """``word``, unless it is an option: one that exists would not have been left over.
 
@@ -66,6 +102,12 @@ def no_option(word: str) -> str:
     return word
 
 
+def refuse_words(words: Sequence[str]) -> None:
+    """Raise ``UserError`` for words where none is expected."""
+    if words:
+        raise UserError(f"{' '.join(words)}: one configuration is taken here, and no settings")
+
+
 def refuse_idle(given: Mapping[str, bool], why: str) -> None:
     """Raise ``UserError`` for the first option that is given and would be ignored."""
     for option, is_given in given.items():
@@ -74,9 +116,9 @@ def refuse_idle(given: Mapping[str, bool], why: str) -> None:
 
 
 def train_door(argv: Sequence[str] | None = None) -> None:
-    """``train_deepseek.py --config NAME [--run-dir DIR] [a.b=c ...]``."""
+    """``train_deepseek.py [--config] NAME [--run-dir DIR] [a.b=c ...]``."""
     parser = argparse.ArgumentParser(description="Train, or continue, a run.", allow_abbrev=False)
-    parser.add_argument("--config", default="deepseek_v3_base", help="shipped name or YAML file")
+    parser.add_argument("--config", help="shipped name or YAML file; none: deepseek_v3_base")
     parser.add_argument("--run-dir", type=Path, help="the run folder itself")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override")
     options, more = parser.parse_known_args(argv)  # `--a.b=c` is an override too
@@ -84,21 +126,24 @@ def train_door(argv: Sequence[str] | None = None) -> None:
     def call() -> None:
         from deepseek.commands.train import train
 
-        overrides = overrides_of([*options.overrides, *more])
-        train(options.config, overrides, options.run_dir)
+        words = [*options.overrides, *more]
+        train(*chosen(words, options.config, "deepseek_v3_base"), options.run_dir)
 
     guarded(call)
 
 
 def test_door(argv: Sequence[str] | None = None) -> None:
-    """``test_model.py [--config NAME]``."""
+    """``test_model.py [[--config] NAME]``."""
     parser = argparse.ArgumentParser(description="Check the model.", allow_abbrev=False)
     parser.add_argument("--config", help="take the model's kind from this configuration")
+    parser.add_argument("name", nargs="*", help="the same without --config")
     options = parser.parse_args(argv)
 
     def call() -> None:
         from deepseek.commands.check import test_model
 
-        sys.exit(0 if test_model(options.config) else 1)
+        config, words = chosen(options.name, options.config, "deepseek_v3_tiny")
+        refuse_words(words)
+        sys.exit(0 if test_model(config) else 1)
 
     guarded(call)

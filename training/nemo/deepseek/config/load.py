@@ -240,7 +240,8 @@ class _Draft:
         found = single_problems(kept)
         self.problems += found
         self._give_up(values, *(problem.field for problem in found))
-        return _built(RunConfig, values)
+        config: RunConfig = _built(RunConfig, values)
+        return config
 
     def located(self, problem: Problem) -> Problem:
         """``problem`` with the file and line, or the override, that set its key."""

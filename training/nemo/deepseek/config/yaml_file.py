@@ -74,7 +74,7 @@ def read_yaml_file(path: Path, label: str, source: str) -> Document:
 
 def dump_yaml(tree: object) -> str:
     """``tree`` as YAML that ``read_yaml`` and YAML 1.1 readers turn into the same values."""
-    return yaml.dump(
+    text: str = yaml.dump(
         tree,
         Dumper=_Dumper,
         sort_keys=False,
@@ -82,6 +82,7 @@ def dump_yaml(tree: object) -> str:
         allow_unicode=True,
         width=1_000_000,
     )
+    return text
 
 
 class _Loader(yaml.SafeLoader):

@@ -3,7 +3,7 @@
 The ``tokenizers`` library encodes. Ids become bytes by a table where the vocabulary is byte-level,
 so text streams out without ever cutting a character.
 
-PyTorch Lightning and OmegaConf are enough for the scripts. So where ``tokenizers`` is not installed
+PyTorch Lightning is enough for the scripts. So where ``tokenizers`` is not installed
 the vocabulary trained here is the 256 bytes, in the same file format, and needs no library.
 """
 
