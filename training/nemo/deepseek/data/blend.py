@@ -27,9 +27,14 @@ _BLOCK = 128
 class Blend:
     """The order of a blend, a pure function of the sample number.
 
-    weights: positive, any scale. They are exact if their shares have a common denominator of up to
-    a million, otherwise rounded to millionths. Memory: one period of the order, at most 10 MB, made
-    as far as it is used.
+    Memory: one period of the order, at most 10 MB, made as far as it is used.
+
+    Args:
+        weights: positive, any scale. They are exact if their shares have a common denominator of up
+            to a million, otherwise rounded to millionths.
+
+    Raises:
+        UserError: a weight is not positive.
     """
 
     def __init__(self, weights: Sequence[Fraction | float | int]) -> None:
@@ -116,7 +121,9 @@ class BlendedDataset:
 def parse_blend(value: Any, field: str) -> list[tuple[Fraction, str]]:
     """Weights and prefixes of ``"P"`` or of ``[0.7, "P1", 0.3, "P2"]``.
 
-    field: the key to name in errors, such as ``model.data.data_prefix``.
+    Args:
+        value: as configured.
+        field: the key to name in errors, such as ``model.data.data_prefix``.
 
     Raises:
         UserError: any other form, a weight that is not positive.

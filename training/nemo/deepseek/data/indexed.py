@@ -52,6 +52,9 @@ class IndexedDataset:
     Memory: 8 bytes per document, the rest is mapped. Copies sent to other processes map the files
     anew.
 
+    Args:
+        prefix: ``P``.
+
     Raises:
         UserError: a file is missing, empty, truncated, not of this format, or the two do not belong
             together; the message has the numbers.
@@ -131,6 +134,13 @@ class IndexedWriter:
     Both files are written under temporary names and renamed at the end, ``.idx`` last, so a pair
     that can be opened is whole. An exception leaves nothing behind. Memory: 4 bytes a sequence and
     8 a document.
+
+    Args:
+        prefix: ``P``.
+        dtype: of the ids in the file; see ``dtype_for``.
+
+    Raises:
+        UserError: the format has no code for ``dtype``.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.typing.DTypeLike) -> None:
@@ -194,8 +204,11 @@ def write_index(
 ) -> None:
     """Write an ``.idx`` file atomically.
 
-    lengths_S: ids in each sequence, [S]; document_indices: first sequence of each document and S,
-    [D+1].
+    Args:
+        path: of the file.
+        dtype: of the ids in ``P.bin``.
+        lengths_S: ids in each sequence, [S].
+        document_indices: first sequence of each document, and S, [D+1].
     """
     with atomic_open(path) as stream:
         code = dtype_code(dtype)

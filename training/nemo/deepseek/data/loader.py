@@ -75,8 +75,17 @@ def build_train_loader(
 ) -> DataLoader[Sample]:
     """A loader whose items are one optimiser step for this rank.
 
-    An item is a dictionary of tensors [global_batch_size / dp_size, S]: ``tokens``, ``labels``,
-    ``positions`` (int64) and ``documents`` (int32), see ``PackedDataset``.
+    Args:
+        dataset: endless.
+        cfg: batch size, workers.
+        max_steps: steps of the whole run.
+        start_step: steps that are done.
+        dp_rank: number of this rank among those with batches of their own.
+        dp_size: how many these are.
+
+    Returns:
+        An item is a dictionary of tensors [global_batch_size / dp_size, S]: ``tokens``, ``labels``,
+        ``positions`` (int64) and ``documents`` (int32), see ``PackedDataset``.
     """
     batches = StepBatches(
         cfg.global_batch_size,
@@ -98,12 +107,21 @@ def build_validation_loader(
     dp_rank: int = 0,
     dp_size: int = 1,
 ) -> DataLoader[Sample]:
-    """A loader over a validation set, the same samples in every pass.
+    """A loader over a validation set, the same samples in every pass and for any number of ranks.
 
-    An item is one micro-batch of this rank, tensors [micro_batch_size, S]; every rank gets as many.
-    Together they are ``limit_batches`` global batches, the same samples for any number of ranks. If
-    these cannot hold all samples, those taken are spread evenly over the set; if they can, rows
-    after its end are padding (labels -100, documents -1).
+    If the batches cannot hold all samples, those taken are spread evenly over the set; if they can,
+    rows after its end are padding (labels -100, documents -1).
+
+    Args:
+        dataset: not endless.
+        cfg: batch sizes, workers.
+        limit_batches: global batches that the ranks read together.
+        dp_rank: number of this rank among those with batches of their own.
+        dp_size: how many these are.
+
+    Returns:
+        An item is one micro-batch of this rank, tensors [micro_batch_size, S]; every rank gets as
+        many.
     """
     step = cfg.micro_batch_size * dp_size
     count = -(-min(limit_batches * cfg.global_batch_size, len(dataset)) // step)

@@ -56,6 +56,11 @@ def open_data(cfg: ModelConfig, seed: int = 1234, progress: Report | None = None
 
     Every process of a run may call this: one prepares, the others wait for it.
 
+    Args:
+        cfg: ``model`` of the configuration.
+        seed: decides the order of samples.
+        progress: called while the built-in corpus is prepared.
+
     Raises:
         UserError: files missing or damaged, ids or tokenizer larger than ``model.vocab_size``,
             another tokenizer than the one the data was made with, too little text.
@@ -215,8 +220,11 @@ class _Mixture:
     ) -> float | None:
         """Bytes per id of the mixture; None if it is neither recorded nor can be counted.
 
-        recorded_first: take what is recorded for all documents of a file, and count only without a
-        record; else the other way round.
+        Args:
+            documents: of each file.
+            tokenizer: knows the bytes of each id.
+            recorded_first: take what is recorded for all documents of a file, and count only
+                without a record; else the other way round.
         """
         found = [
             _bytes_per_token(file, chosen, tokenizer, recorded_first)
