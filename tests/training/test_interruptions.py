@@ -1,6 +1,7 @@
 """A run ended at the worst moments, then continued, leaves what the uninterrupted one leaves."""
 
 import json
+import re
 import signal
 
 import pytest
@@ -169,14 +170,17 @@ def test_a_longer_schedule_is_continued_as_if_never_stopped(micro: MicroRuns, wh
     sched = "model.optim.sched.max_steps=12"
     micro.train("longer", sched, "trainer.max_steps=5").assert_done()
     ran = micro.train("longer", sched).assert_done()
-    assert "changed since" not in ran.out
+    assert "changed since the checkpoint: trainer.max_steps 5 -> 12" in ran.out
+    assert "the schedule moves" not in ran.out
     assert micro.differences(whole, "longer") == []
-    # Without it the schedule ends with the run, and extending stretches it: said by lr alone.
+    # Without it the schedule ends with the run, and extending stretches it, which is said.
     micro.train("stretched", "trainer.max_steps=5").assert_done()
-    micro.train("stretched").assert_done()
+    ran = micro.train("stretched").assert_done()
+    moved = re.search(r"learning rate of step 6 is (\S+) instead of (\S+); (\S+) keeps", ran.out)
+    assert moved and moved[3] == "model.optim.sched.max_steps=5"
     rates = [row["lr"] for row in micro.rows("stretched") if "lr" in row]
     assert rates[5:] == [row["lr"] for row in micro.rows(whole) if "lr" in row][5:]
-    assert rates[4] < rates[5]
+    assert rates[4] < rates[5] == pytest.approx(float(moved[1]), rel=0.01)
 
 
 DEAD_LOADER = """

@@ -14,9 +14,11 @@ from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.training_state import Base, collect_tensors, restore, run_state
 from deepseek.config.errors import UserError
-from deepseek.config.schema import CheckpointConfig
+from deepseek.config.load import stored_config
+from deepseek.config.schema import CheckpointConfig, RunConfig
 from deepseek.frameworks import Trainer
 from deepseek.parallel.gradients import sum_over
+from deepseek.training.optim import learning_rate
 from deepseek.training.phases import measured_memory
 from deepseek.training.step import DeepSeekCallback, DeepSeekModel, SaveRecord
 
@@ -225,10 +227,27 @@ class Checkpointing(DeepSeekCallback):
                 "data it was made with, or start a new run (another name, or another --run-dir)"
             )
         for key in changed:
-            if not key.startswith(("trainer.max_steps", "exp_manager.", "name")):
+            if not key.startswith(("exp_manager.", "name")):
                 self.report(
                     f"changed since the checkpoint: {key} {before.get(key)} -> {now.get(key)}"
                 )
+        if "trainer.max_steps" in changed:
+            self._say_moved_schedule(stored_config(state["config"]), int(state["step"]))
+
+    def _say_moved_schedule(self, before: RunConfig, step: int) -> None:
+        """A schedule without a length of its own ends with the run, so it has moved."""
+        now = stored_config(self.config)
+        if now.model.optim.sched.max_steps is not None:
+            return
+        was, will_be = (
+            learning_rate(step, run.model.optim.lr, run.model.optim.sched, run.trainer.max_steps)
+            for run in (before, now)
+        )
+        self.report(
+            f"the schedule moves with it: the learning rate of step {step + 1} is {will_be:.3g} "
+            f"instead of {was:.3g}; model.optim.sched.max_steps={before.trainer.max_steps} keeps "
+            "the old one"
+        )
 
     def _signal_anywhere(self, module: DeepSeekModel) -> bool:
         received = module.stop_signal is not None
