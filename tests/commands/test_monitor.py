@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import io
 import json
+import socket
+import struct
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ from deepseek.monitoring.array_log import ArrayLog
 from deepseek.monitoring.live import frame, plain, sparkline, strip
 from deepseek.monitoring.record.metrics_log import MetricsLog
 from deepseek.monitoring.run_log import RunLog
+from support.chromium import Chromium, find_chromium
 
 NOW = 1_700_000_000.0
 COLUMNS = ["compute_seconds", "wait_seconds", "transfer_seconds", "memory_bytes"]
@@ -234,62 +240,173 @@ def test_other_mistakes(folder: Path) -> None:
         monitor(folder, every=0.01)
 
 
+# -- a run that has not begun --
+
+
+def test_a_run_that_begins_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its folder is made first; the log comes when training begins."""
+    (tmp_path / "checkpoints").mkdir()
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            MetricsLog(tmp_path / "metrics.jsonl").write(row(1))
+
+    monkeypatch.setattr(monitor_module.time, "sleep", sleep)
+    monitor(tmp_path, every=0.25)
+    assert slept == [0.25, 0.25, 0.25]
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"waiting      for a run to begin in {tmp_path}: it has no metrics.js")
+    assert last == "no alarms"
+
+
+def test_waiting_ends_by_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(monitor_module.time, "sleep", interrupted)
+    monitor(tmp_path)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_one_frame_waits_for_nothing(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="is no run folder"):
+        monitor(tmp_path, once=True)
+
+
 # -- in a browser --
+
+
+@contextmanager
+def serving(folder: Path, every: float = 0.0) -> Iterator[ReportServer]:
+    server = ReportServer(RunLog(folder), 0, every)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 @pytest.fixture
 def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ReportServer]:
-    made: list[int] = []
-
-    def report(run: Path) -> bytes:
-        made.append(1)
-        return f"page {len(made)} of {run.name}".encode()
-
-    monkeypatch.setattr(monitor_module, "_report", report)
-    server = ReportServer(folder, 0, seconds=0.0)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    monkeypatch.setattr(monitor_module, "PATIENCE", 0)
+    with serving(folder) as server:
+        yield server
 
 
-def get(server: ReportServer, path: str = "/", host: str | None = None) -> tuple[int, str, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
-    connection.request("GET", path, headers={"Host": host} if host else {})
+def get(
+    server: ReportServer, path: str = "/", host: str | None = None, **headers: str
+) -> tuple[int, bytes, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    connection.request("GET", path, headers=headers | ({"Host": host} if host else {}))
     answer = connection.getresponse()
-    text = answer.read().decode()
+    data = answer.read()
     connection.close()
-    return answer.status, text, answer.headers
+    return answer.status, data, answer.headers
 
 
-def test_the_page_is_made_anew_when_the_log_has_grown(folder: Path, server: ReportServer) -> None:
+def news(server: ReportServer, version: str = "", known: Iterable[str] = ()) -> dict[str, Any]:
+    status, data, _ = get(server, f"/news?version={version}&known={','.join(known)}")
+    assert status == 200
+    found: dict[str, Any] = json.loads(data)
+    return found
+
+
+def test_what_is_new_is_sent_and_nothing_else(folder: Path, server: ReportServer) -> None:
     assert server.server_address[0] == "127.0.0.1"
-    status, text, headers = get(server)
-    assert (status, text) == (200, "page 1 of run")
-    assert headers["Content-Type"] == "text/html; charset=utf-8" and headers["Refresh"] == "1"
-    assert get(server)[1] == "page 1 of run"
-    MetricsLog(folder / "metrics.jsonl").write(row(41))
-    assert get(server, host="localhost")[1] == "page 2 of run"
-    server.seconds = 3600.0  # too soon for another
-    MetricsLog(folder / "metrics.jsonl").write(row(42))
-    assert get(server)[1] == "page 2 of run"
+    status, page, headers = get(server, host="localhost")
+    assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
+    assert len(page) < 60_000 and b'src="/plotly.js"' in page and b"connect-src 'self'" in page
+    first = news(server)
+    assert first["title"] == "tiny" and first["state"].startswith("silent for")
+    assert "loss-0" in first["figures"] and "</main>" in first["body"]
+    assert first["new"].keys() == set(first["figures"].values())
+    # Nothing has happened.
+    assert news(server, first["version"]).keys() == {"state"}
+    # A step: what goes over steps is new, the rest is not sent again.
+    MetricsLog(folder / "metrics.jsonl").write(row(41, time=time.time()))
+    second = news(server, first["version"], first["new"])
+    assert second["state"] == "running"
+    assert second["figures"]["loss-0"] in second["new"]
+    assert second["figures"]["lorenz-0"] == first["figures"]["lorenz-0"]
+    assert not second["new"].keys() & first["new"].keys()
+    assert len(json.dumps(second)) < 0.9 * len(json.dumps(first))
+    zipped = get(server, "/news", **{"Accept-Encoding": "gzip, br"})
+    assert zipped[2]["Content-Encoding"] == "gzip"
+    assert json.loads(gzip.decompress(zipped[1]))["version"] == second["version"]
+
+
+def test_the_page_is_not_made_for_every_step(folder: Path) -> None:
+    with serving(folder, every=3600.0) as server:
+        first = news(server)
+        MetricsLog(folder / "metrics.jsonl").write(row(41, time=time.time()))
+        assert news(server)["version"] == first["version"]
+        assert news(server, first["version"]) == {"state": "running"}  # that is always true
+
+
+def test_plotly_is_kept_by_the_browser(server: ReportServer) -> None:
+    status, data, headers = get(server, "/plotly.js", **{"Accept-Encoding": "gzip"})
+    assert status == 200 and headers["Cache-Control"] == "private, max-age=86400"
+    assert b"plotly.js v" in gzip.decompress(data)[:100] and len(data) < 2_000_000
 
 
 def test_nothing_else_is_served(server: ReportServer) -> None:
     assert get(server, "/metrics.jsonl")[0] == 404
     assert get(server, "/../../etc/passwd")[0] == 404
     # A foreign page whose name was made to lead here (DNS rebinding).
-    assert get(server, host=f"evil.example:{server.server_port}")[0] == 403
+    for path in ("/", "/news", "/plotly.js"):
+        assert get(server, path, host=f"evil.example:{server.server_port}")[0] == 403
 
 
-def test_the_page_is_the_report(folder: Path) -> None:
-    pytest.importorskip("plotly")
-    page = monitor_module._report(folder).decode()
-    assert "tiny" in page and "</html>" in page
+def test_what_is_in_the_way_is_said(folder: Path, server: ReportServer) -> None:
+    (folder / "monitor" / "experts.arrays").write_bytes(b"no log at all")
+    assert "experts.arrays is damaged" in news(server)["problem"]
     (folder / "metrics.jsonl").write_text("")
-    assert "holds no step yet" in monitor_module._report(folder).decode()
+    with serving(folder) as fresh:
+        assert news(fresh) == {"problem": "tiny has begun; no step is logged yet"}
+
+
+def test_idle_clients_block_nobody(
+    server: ReportServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    idle = []
+    for _ in range(3 * monitor_module.MOST_CLIENTS):
+        client = socket.create_connection(("127.0.0.1", server.server_port))
+        client.send(b"GET / HT")  # and never the rest
+        idle.append(client)
+    assert get(server)[0] == 200
+    assert threading.active_count() < 2 * monitor_module.MOST_CLIENTS
+    idle[0].settimeout(20)
+    assert idle[0].recv(100) == b""  # the oldest were closed
+    # One that goes away before its answer is no error.
+    gone = socket.create_connection(("127.0.0.1", server.server_port))
+    gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    gone.send(b"GET /plotly.js HTTP/1.0\r\nHost: localhost\r\n\r\n")
+    gone.close()
+    for client in idle:
+        client.close()
+    assert get(server)[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_client_that_says_nothing_is_closed(
+    server: ReportServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor_module._Handler, "timeout", 0.05)
+    with socket.create_connection(("127.0.0.1", server.server_port)) as client:
+        client.settimeout(20)
+        assert client.recv(100) == b""
 
 
 def test_a_port_that_is_taken(folder: Path, server: ReportServer) -> None:
@@ -297,3 +414,36 @@ def test_a_port_that_is_taken(folder: Path, server: ReportServer) -> None:
         UserError, match=rf"cannot listen on 127.0.0.1:{server.server_port}: .*--port"
     ):
         monitor(folder, web=True, port=server.server_port)
+
+
+def test_a_browser_follows_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It draws what is new, keeps what the reader has chosen, and says how the run is."""
+    executable = find_chromium()
+    if executable is None:
+        pytest.skip("NO CHROMIUM: the page was not opened in a browser")
+    monkeypatch.setattr(monitor_module, "PATIENCE", 0)
+    drawn = "document.documentElement?.dataset.state === 'drawn'"
+    loss = "document.querySelector('[data-plot=loss-0]')"
+    slider = "document.querySelector('[data-panel=utilisation] input')"
+    layer = "document.querySelector('.chooser select')"
+    with serving(folder, every=0.02) as server, Chromium(executable, offline=False) as browser:
+        browser.look(1280, 900, "light")
+        browser.open(f"http://127.0.0.1:{server.server_port}/", drawn)
+        assert browser.evaluate("document.title") == "tiny"
+        assert browser.evaluate(f"{loss}._fullData[0].x.length") == 40
+        assert browser.evaluate("document.querySelector('.state').textContent")[:6] == "silent"
+        browser.evaluate(
+            f"{loss}.kept = 1; {slider}.value = 0; {layer}.value = 7; scrollTo(0, 900)"
+        )
+        browser.evaluate(f"{slider}.dispatchEvent(new Event('input'))")
+        MetricsLog(folder / "metrics.jsonl").write(row(41, time=time.time()))
+        browser.wait(f"{drawn} && {loss}._fullData[0].x.length === 41")
+        assert browser.evaluate(f"{loss}.kept") == 1  # the same drawing, with more in it
+        assert browser.evaluate("document.querySelector('.state').textContent") == "running"
+        assert browser.evaluate(f"[{slider}.value, {layer}.value, scrollY]") == ["0", "7", 900]
+        (folder / "metrics.jsonl").unlink()
+        browser.wait("document.querySelector('.state').textContent.startsWith('cannot read')")
+        foreign = [
+            url for url in browser.requests if not url.startswith(("http://127.0.0.1:", "data:"))
+        ]
+        assert foreign == [] and browser.console == []

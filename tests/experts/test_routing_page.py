@@ -132,7 +132,7 @@ def test_what_is_missing_is_said() -> None:
     page = routing_page(analysis(domains=1, minimum=10**6))
     keys = set(figures(page))
     assert not keys & {"domains-1", "saturation-0", "favourite-lines-0"}
-    assert page.count("One domain was read, so there is nothing to compare it with.") == 3
+    assert page.count("One domain was read, so there is nothing to compare it with.") == 4
     assert "No other checkpoint was given: --against RUN" in page
     assert "No token was seen 1000000 times or more: read more with --tokens" in page
 
@@ -147,8 +147,24 @@ def test_visible() -> None:
     assert visible("\u200b\x00é") == "\\u200b\\u0000é"
 
 
-@pytest.mark.parametrize("phone", [False, True])
-def test_in_a_browser(tmp_path: Path, phone: bool) -> None:
+def test_the_page_begins_with_the_domains() -> None:
+    """A domain's share of each expert over the mean of the domains, a picture for each layer."""
+    made = analysis(domains=3)
+    page = routing_page(made)
+    assert page.index('data-panel="domain-map"') < page.index('data-panel="layers"')
+    drawn = figures(page)["domain-map-0"]
+    frames = drawn["frames"]
+    assert frames["names"] == LAYERS
+    assert drawn["data"][0]["y"] == [domain.name for domain in made.domains]
+    codes = np.frombuffer(base64.b64decode(frames["codes"]), np.uint8).reshape(3, 3, 6)
+    for layer, found in zip(made.layers, codes.astype(float), strict=True):
+        want = layer.domains_GE / layer.domains_GE.mean(axis=0)
+        assert 2 ** (-2 + 4 * (found - 1) / 253) == pytest.approx(want.clip(0.25, 4), rel=0.006)
+    differs = [np.abs(one.domains_GE - one.domains_GE.mean(axis=0)).sum() for one in made.layers]
+    assert frames["first"] == int(np.argmax(differs))
+
+
+def test_in_a_browser(tmp_path: Path) -> None:
     """Every layer can be chosen; nothing is asked of the network, no error, no sideways scroll."""
     executable = find_chromium()
     if executable is None:
@@ -158,19 +174,23 @@ def test_in_a_browser(tmp_path: Path, phone: bool) -> None:
     path.write_text(routing_page(made))
     ready = "document.documentElement?.dataset.state === 'drawn'"
     with Chromium(executable) as browser:
-        browser.look(*((390, 800) if phone else (1280, 900)), "dark" if phone else "light", phone)
+        browser.look(1280, 900, "light", False)
         browser.open(path, ready)
-        for number in range(4):
-            browser.evaluate(
-                f"(() => {{ const s = document.getElementById('tab'); s.value = '{number}';"
-                " s.dispatchEvent(new Event('change')); })()"
-            )
-            browser.wait(ready)
-            plots = f'document.querySelectorAll(\'main[data-tab="{number}"] .plot'
-            count = browser.evaluate(f"{plots}').length")
-            assert (
-                count == browser.evaluate(f"{plots} .plot-container').length") == 5 - (not number)
-            )
-            assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        named = "document.querySelector('[data-panel=domain-map] output').textContent"
+        drawn = "document.querySelector('[data-panel=domain-map] .plot').data[0]"
+        assert browser.evaluate(named) in LAYERS
+        assert browser.evaluate(f"{drawn}.customdata.length") == 2
+        for width in (1280, 390):
+            browser.look(width, 800, "dark" if width == 390 else "light", width == 390)
+            for number in range(4):
+                browser.evaluate(
+                    f"(() => {{ const s = document.getElementById('tab'); s.value = '{number}';"
+                    " s.dispatchEvent(new Event('change')); })()"
+                )
+                browser.wait(ready)
+                plots = f'document.querySelectorAll(\'main[data-tab="{number}"] .plot'
+                count = browser.evaluate(f"{plots}').length")
+                assert count == browser.evaluate(f"{plots} .plot-container').length") == 5
+                assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert browser.console == []
         assert [url for url in browser.requests if not url.startswith(("file:", "data:"))] == []

@@ -285,7 +285,7 @@ def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_plotly_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path, SyntheticRun(steps=3))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(UserError, match="plotly, which is not installed: pip install plotly"):
         report([tmp_path])
 

@@ -35,12 +35,16 @@ def find_chromium() -> str | None:
 class Chromium:
     """One browser with one page.
 
+    Args:
+        executable: the program.
+        offline: no request of the page gets through.
+
     Attributes:
         console: errors and warnings of the page, uncaught exceptions among them.
         requests: addresses the page asked for.
     """
 
-    def __init__(self, executable: str) -> None:
+    def __init__(self, executable: str, offline: bool = True) -> None:
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
@@ -71,7 +75,7 @@ class Chromium:
             self.call(f"{domain}.enable")
         self.call(
             "Network.emulateNetworkConditions",
-            offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1,
+            offline=offline, latency=0, downloadThroughput=-1, uploadThroughput=-1,
         )  # fmt: skip
 
     def __enter__(self) -> Chromium:
@@ -125,10 +129,12 @@ class Chromium:
             features=[{"name": "prefers-color-scheme", "value": scheme}],
         )
 
-    def open(self, path: Path, ready: str, timeout: float = 60.0) -> float:
-        """Load a file; seconds until the expression ``ready`` holds, as a clock outside sees it."""
+    def open(self, page: Path | str, ready: str, timeout: float = 60.0) -> float:
+        """Load a file or an address; seconds until the expression ``ready`` holds, as a clock
+        outside sees it."""
         start = time.monotonic()
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        url = page if isinstance(page, str) else page.resolve().as_uri()
+        self.call("Page.navigate", url=url)
         self.wait(ready, timeout)
         return time.monotonic() - start
 

@@ -19,26 +19,9 @@ import numpy as np
 
 from deepseek.monitoring.array_log import ArrayLog
 from deepseek.monitoring.record.metrics_log import MetricsLog
+from deepseek.monitoring.record.rank_monitor import COLUMNS
 
 START = 1_760_000_000.0
-COLUMNS = (
-    "step_seconds",
-    "data_seconds",
-    "compute_seconds",
-    "wait_seconds",
-    "transfer_seconds",
-    "optimizer_seconds",
-    "memory_bytes",
-    "peak_memory_bytes",
-    "reserved_bytes",
-    "received_rows",
-    "largest_received_rows",
-    *(
-        f"{phase}_{kind}_bytes"
-        for phase in ("forward_backward", "optimizer", "checkpoint")
-        for kind in ("allocated", "reserved", "peak")
-    ),
-)
 GAMMA = 1e-3
 
 
@@ -286,6 +269,7 @@ trainer:
   devices: {run.ranks}
   max_steps: {run.max_steps or run.steps}
 model:
+  global_batch_size: 4
   n_routed_experts: {run.experts}
   num_experts_per_tok: {run.top_k}
   num_hidden_layers: {run.first_layer + run.layers - 1}
@@ -300,9 +284,13 @@ model:
         "hosts": run.ranks // run.ranks_per_node or 1, "git_commit": "0123abc",
         "command": "deepseek train --config deepseek_v3_base", "processes": run.ranks,
         "flops_per_token": 1.2e9, "peak_flops_per_device": 9.89e14,
-        "peak_source": "data sheet of H100, dense bf16",
+        "peak_source": "data sheet of H100, dense bf16", "parameters": 1_234_567_890,
+        "active_parameters": 234_567_890, "trained_parameters": 1_234_567_890,
+        "data": [{"name": "corpus", "tokens": 4_000_000, "samples": 1000, "share": 1.0}],
     }  # fmt: skip
     (folder / "environment.json").write_text(json.dumps(environment))
+    sample = {"step": run.steps, "prompt": "Once <b>upon</b>", "text": " a time\nthere was"}
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ def report(runs: Sequence[Path], output: Path | None = None) -> Path:
         UserError: no run, an empty or damaged log, plotly missing, or a file that cannot be
             written.
     """
-    from deepseek.monitoring.report.page import report_page
+    from deepseek.monitoring.report.page import run_page
     from deepseek.monitoring.run_log import read_run
 
     if not runs:
@@ -36,7 +36,7 @@ def report(runs: Sequence[Path], output: Path | None = None) -> Path:
     for run in read:
         if labels[run.label] > 1:
             run.label = f"{run.label} ({run.folder.resolve().name})"
-    page = report_page(read)
+    page = run_page(read).whole()
     target = output or runs[0] / REPORT_FILE
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

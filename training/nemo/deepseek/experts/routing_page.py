@@ -18,10 +18,25 @@ from deepseek.experts.analysis import (
     summary,
 )
 from deepseek.monitoring.load_metrics import utilisation
-from deepseek.monitoring.report.page import Tab, build_page
-from deepseek.monitoring.report.panel import Figure, Panel, Section, figure, packed, table
+from deepseek.monitoring.report.page import Page, Tab
+from deepseek.monitoring.report.panel import (
+    COLORS,
+    Figure,
+    Panel,
+    Section,
+    bars,
+    figure,
+    frames,
+    heat,
+    level,
+    packed,
+    ratio_codes,
+    table,
+)
+from deepseek.monitoring.report.run_panels import Card
 
-COLORS = ("@0", "@1", "@2", "@3", "@4", "@5", "@6", "@7")
+OCTAVES = 2
+"""The colours of the domains end at 2 ** -2 and 2 ** 2."""
 EXACT_EXPERTS = 64
 """Up to so many, the heat map holds its values; of more, one byte each."""
 MOST_BARS = 32
@@ -41,7 +56,7 @@ def routing_page(analysis: RoutingAnalysis) -> str:
     """
     tabs = [_overview(analysis)]
     tabs += [_layer_tab(analysis, layer) for layer in analysis.layers]
-    return build_page(f"routing of step {analysis.step}", tabs)
+    return Page(f"routing of step {analysis.step}", tabs).whole()
 
 
 # -- all layers --
@@ -50,12 +65,13 @@ def routing_page(analysis: RoutingAnalysis) -> str:
 def _overview(analysis: RoutingAnalysis) -> Tab:
     read = ", ".join(f"{d.name} ({d.tokens:,} tokens of {d.source})" for d in analysis.domains)
     cards = [
-        ("checkpoint", f"step {analysis.step:,}", analysis.name),
-        ("experts", str(analysis.num_experts), f"{analysis.top_k} chosen per token"),
-        ("tokens read", f"{analysis.num_tokens:,}", f"{len(analysis.domains)} domains"),
-        ("by chance", f"{analysis.chance:.1%}", "of the tokens choose any one expert"),
+        Card("checkpoint", f"step {analysis.step:,}", analysis.name),
+        Card("experts", str(analysis.num_experts), f"{analysis.top_k} chosen per token"),
+        Card("tokens read", f"{analysis.num_tokens:,}", f"{len(analysis.domains)} domains"),
+        Card("by chance", f"{analysis.chance:.1%}", "of the tokens choose any one expert"),
     ]
     panels = [
+        _domain_map(analysis),
         Panel(
             "layers",
             "Every layer",
@@ -70,8 +86,51 @@ def _overview(analysis: RoutingAnalysis) -> Tab:
         _favourite_lines(analysis),
         _saturation(analysis),
     ]
-    return Tab(
-        "All layers", [Section("all", "All layers", panels)], f"Read: {read}", cards, [MEANING]
+    sections = [Section("all", "All layers", panels)]
+    return Tab("All layers", sections, f"Read: {read}", cards=cards, notes=[MEANING])
+
+
+def _domain_map(analysis: RoutingAnalysis) -> Panel:
+    title = "Which experts the domains choose"
+    if len(analysis.domains) < 2:
+        return Panel("domain-map", title, missing=ONE_DOMAIN, wide=True)
+    share_LGE = np.array([layer.domains_GE for layer in analysis.layers])
+    overall_LE = np.nanmean(share_LGE, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio_LGE = share_LGE / np.where(overall_LE > 0, overall_LE, np.nan)[:, None]
+    count = analysis.num_experts
+    ends = [f"1/{2**OCTAVES}", "1/2", "1", "2", f"{2**OCTAVES}"]
+    trace = heat(
+        "@diverging",
+        "times as often as all domains",
+        -OCTAVES,
+        OCTAVES,
+        "expert %{x}, %{y}: %{customdata:.3g} times as often as all domains",
+        y=[domain.name for domain in analysis.domains],
+        ticks={"tickvals": list(range(-OCTAVES, OCTAVES + 1)), "ticktext": ends},
+    )
+    drawn = figure(
+        [trace],
+        "expert",
+        "domain",
+        int(min(560, 150 + 28 * len(analysis.domains))),
+        {"autorange": "reversed", "type": "category", "showgrid": False},
+        xaxis={"showgrid": False, "range": [-0.5, count - 0.5]},
+        hovermode="closest",
+    )
+    names = [layer.name for layer in analysis.layers]
+    drawn["frames"] = frames(names, ratio_codes(ratio_LGE, OCTAVES), -OCTAVES, OCTAVES, -OCTAVES)
+    # The layer whose domains differ most comes first.
+    differs_L = np.nansum(np.abs(share_LGE - overall_LE[:, None]), axis=(1, 2))
+    drawn["frames"]["first"] = int(differs_L.argmax())
+    return Panel(
+        "domain-map",
+        title,
+        "How often a domain's tokens choose an expert, over the mean of the domains; the slider "
+        "goes through the layers and begins with the one whose domains differ most. White: the "
+        "expert is blind to the domain. Empty: no token chose it.",
+        drawn,
+        wide=True,
     )
 
 
@@ -143,7 +202,7 @@ def _favourite_lines(analysis: RoutingAnalysis) -> Panel:
         {"favourite": [_percent(layer.top_share) for layer in analysis.layers]},
         "% of the occurrences",
     )
-    _level(drawn, 100 * analysis.chance)
+    level(drawn, 100 * analysis.chance)
     return Panel(
         "favourite-lines",
         title,
@@ -168,7 +227,7 @@ def _saturation(analysis: RoutingAnalysis) -> Panel:
         names, rows, places, label = steps, shares, layers, "layer"
     drawn = _lines(dict(zip(names, rows.tolist(), strict=True)), places, label, "% the same")
     drawn["layout"]["yaxis"]["range"] = [0, 101]
-    _level(drawn, 100 * analysis.chance)
+    level(drawn, 100 * analysis.chance)
     return Panel(
         "saturation",
         title,
@@ -217,29 +276,17 @@ def _co_activation(analysis: RoutingAnalysis, layer: LayerRoutes) -> Panel:
     np.fill_diagonal(share, np.nan)
     highest = float(np.nanmax(share, initial=0.0)) or 1.0
     names = [f"expert {e}" for e in order]
-    trace: dict[str, Any] = {
-        "type": "heatmap",
-        "x": names,
-        "y": names,
-        "colorscale": "@sequential",
-        "colorbar": {"title": {"text": "% of the row's tokens", "side": "right"}},
-        "zmin": 0,
-    }
-    precision = ""
-    if len(order) <= EXACT_EXPERTS:
-        trace |= {"z": packed(share), "zmax": highest}
-        trace["hovertemplate"] = "of the tokens of %{y}, %{z:.1f} % chose %{x}<extra></extra>"
-    else:
+    cells: dict[str, Any] = {"x": names, "y": names, "z": packed(share)}
+    hover, precision = "of the tokens of %{y}, %{z:.1f} % chose %{x}", ""
+    if len(order) > EXACT_EXPERTS:
         unit = next(unit for unit in (0.1, 0.2, 0.4) if highest <= 250 * unit)
-        codes = np.rint(np.nan_to_num(share) / unit)
-        trace |= {"z": packed(codes.astype(np.uint8)), "zmax": highest / unit}
-        trace["hovertemplate"] = f"%{{y}} with %{{x}}: %{{z}} x {unit} %<extra></extra>"
-        ticks = np.linspace(0, highest, 5)
-        trace["colorbar"] |= {
-            "tickvals": (ticks / unit).tolist(),
-            "ticktext": [f"{tick:.1f}" for tick in ticks],
-        }
+        cells["z"] = packed(np.rint(np.nan_to_num(share) / unit).astype(np.uint8))
+        texts = [f"{tick:.1f}" for tick in np.linspace(0, highest, 5)]
+        highest /= unit
+        cells["ticks"] = {"tickvals": np.linspace(0, highest, 5).tolist(), "ticktext": texts}
+        hover = f"%{{y}} with %{{x}}: %{{z}} x {unit} %"
         precision = f" Values are rounded to {unit} %."
+    trace = heat("@sequential", "% of the row's tokens", 0, highest, hover, **cells)
     hidden = {"showgrid": False, "type": "category"}
     if len(order) > MOST_BARS:
         hidden |= {"showticklabels": False, "ticks": ""}
@@ -273,50 +320,39 @@ def _domains(analysis: RoutingAnalysis, layer: LayerRoutes) -> Panel:
     shown = np.sort(np.argsort(-spread_E, kind="stable")[:MOST_BARS])
     count = share_GE.shape[1]
     those = f" The {len(shown)} of {count} experts whose domains differ most are drawn."
-    bars = [
-        {
-            "type": "bar",
-            "name": domain.name,
-            "x": [str(e) for e in shown],
-            "y": packed(share_GE[number, shown]),
-            "marker": {"color": COLORS[number % len(COLORS)]},
-            "hovertemplate": "%{y:.1f} %",
-        }
+    names = [str(expert) for expert in shown]
+    data = [
+        bars(
+            names, share_GE[number, shown], domain.name, COLORS[number % len(COLORS)], "%{y:.1f} %"
+        )
         for number, domain in enumerate(analysis.domains)
     ]
     drawn = figure(
-        bars, "expert", "% of the domain's tokens", 340, barmode="group", xaxis={"type": "category"}
+        data, "expert", "% of the domain's tokens", 340, barmode="group", xaxis={"type": "category"}
     )
-    _level(drawn, 100 * analysis.chance)
     return Panel(
         "domains",
         title,
         "Of the tokens of each domain, the share that chose the expert. The dotted line is K / N, "
         "where every expert would be if the router were balanced and blind to the domain."
         + (those if len(shown) < count else ""),
-        drawn,
+        level(drawn, 100 * analysis.chance),
         wide=True,
     )
 
 
 def _load(analysis: RoutingAnalysis, layer: LayerRoutes) -> Panel:
     share_E = utilisation(layer.tokens_E)
-    bars = {
-        "type": "bar",
-        "x": packed(np.arange(len(share_E))),
-        "y": packed(share_E),
-        "customdata": packed(layer.tokens_E),
-        "marker": {"color": "@0"},
-        "hovertemplate": "%{y:.3g} of a fair share, %{customdata} tokens<extra></extra>",
-    }
-    drawn = figure([bars], "expert", "load / mean", showlegend=False)
-    _level(drawn, 1.0)
+    hover = "%{y:.3g} of a fair share, %{customdata} tokens<extra></extra>"
+    tokens = packed(layer.tokens_E)
+    data = [bars(np.arange(len(share_E)), share_E, "load", "@0", hover, customdata=tokens)]
+    drawn = figure(data, "expert", "load / mean", showlegend=False)
     return Panel(
         "load",
         "Load of the experts",
         f"Tokens of each expert over the mean; MaxVio {layer.max_violation:.2f}, CV "
         f"{layer.variation:.2f}, {layer.dead} without a token.",
-        drawn,
+        level(drawn, 1.0),
         wide=True,
     )
 
@@ -331,17 +367,9 @@ def _histogram(
         found = summary(histogram)
         counts = np.array(found["counts"], np.float64)
         edges = np.arange(len(counts) + 1) / len(counts) * found["upper"]
-        drawn.append(
-            {
-                "type": "bar",
-                "name": name,
-                "x": packed((edges[:-1] + edges[1:]) / 2),
-                "y": packed(100 * counts / counts.sum()),
-                "width": edges[1],
-                "marker": {"color": "@0/0.75" if name == "all" else "@1/0.6", "line": {"width": 0}},
-                "hovertemplate": "%{y:.1f} % near %{x:.3g}",
-            }
-        )
+        color, share = "@0/0.75" if name == "all" else "@1/0.6", 100 * counts / counts.sum()
+        hover, width = "%{y:.1f} % near %{x:.3g}", float(edges[1])
+        drawn.append(bars((edges[:-1] + edges[1:]) / 2, share, name, color, hover, width=width))
     if not drawn:
         return Panel(key, title, missing="Every eligible expert is chosen, so nothing is left out.")
     note += f" Mean {values.mean:.3g}, median {_number(values.quantile(0.5))}."
@@ -408,21 +436,6 @@ def _lines(lines: dict[str, list[float | None]], places: Sequence[str], x: str, 
         for number, (name, values) in enumerate(lines.items())
     ]
     return figure(data, x, y, yaxis={"rangemode": "tozero"}, xaxis={"type": "category"})
-
-
-def _level(drawn: Figure, value: float) -> None:
-    """A dotted line across the figure."""
-    drawn["layout"]["shapes"] = [
-        {
-            "type": "line",
-            "xref": "paper",
-            "x0": 0,
-            "x1": 1,
-            "y0": value,
-            "y1": value,
-            "line": {"color": "@muted", "width": 1.2, "dash": "dot"},
-        }
-    ]
 
 
 def _too_rare(analysis: RoutingAnalysis) -> str:

@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from deepseek.run_folder import (
     METRICS_FILE,
     MONITOR,
     RANKS_FILE,
+    SAMPLES_FILE,
     TRAFFIC_FILE,
 )
 
@@ -65,6 +67,19 @@ def read_run(folder: Path | str) -> RunLog:
             "try again then"
         )
     return run
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """One of the prefixes that a run is trained on."""
+
+    name: str
+    tokens: int
+    """Ids of an epoch."""
+    samples: int
+    """Sequences of an epoch."""
+    share: float
+    """Of the sequences of a batch."""
 
 
 class RunLog:
@@ -101,7 +116,9 @@ class RunLog:
             name: ArrayReader(monitor / name) for name in (EXPERTS_FILE, RANKS_FILE, TRAFFIC_FILE)
         }
         self._steps, self._validations = _Table(), _Table()
+        self._sample_lines = _Lines(self.folder / SAMPLES_FILE)
         self._collectives: list[dict[str, Any]] = []
+        self._samples: list[dict[str, Any]] = []
         self._notes: list[str] = []
         self.events: list[dict[str, Any]] = []
         self.lost_steps = 0
@@ -112,6 +129,8 @@ class RunLog:
         Raises:
             UserError: the log cannot be read.
         """
+        if not self._lines.path.is_file():
+            raise UserError(f"cannot read {self._lines.path}: it is gone")
         if self._lines.were_cut():  # another run has begun in this folder
             self._begin()
         found = False
@@ -279,6 +298,37 @@ class RunLog:
             )
         return tree
 
+    def data_parts(self) -> list[DataPart]:
+        """What the run is trained on, as far as it was recorded."""
+        parts = (self.environment or {}).get("data")
+        found = []
+        for part in parts if isinstance(parts, list) else []:
+            try:
+                tokens, samples = int(part["tokens"]), int(part["samples"])
+                found.append(DataPart(str(part["name"]), tokens, samples, float(part["share"])))
+            except (KeyError, TypeError, ValueError):
+                continue
+        return found
+
+    def epochs(self) -> dict[str, float]:
+        """How often each part of the data has been read, by its name."""
+        batch = self.setting("model.global_batch_size")
+        if not isinstance(batch, int):
+            return {}
+        read = self.step * batch
+        return {
+            part.name: read * part.share / part.samples
+            for part in self.data_parts()
+            if part.samples
+        }
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """Texts that the model has written: ``step``, ``prompt`` and ``text``."""
+        for rows in self._sample_lines.new():
+            self._samples += rows
+        return self._samples
+
     # -- experts, ranks, traffic --
 
     @cached_property
@@ -316,9 +366,10 @@ class RunLog:
     def notes(self) -> list[str]:
         """Damage that was read past; reads everything."""
         _ = self.experts, self.ranks, self.traffic, self.collectives
-        damaged = self._collective_lines.damaged
         return [*self._notes] + [
-            f"{COLLECTIVES_FILE}: line {number} is damaged and left out" for number in damaged
+            f"{lines.path.name}: line {number} is damaged and left out"
+            for lines in (self._lines, self._collective_lines)
+            for number in lines.damaged
         ]
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from deepseek.monitoring import load_metrics
 from deepseek.monitoring.array_history import ExpertHistory
 from deepseek.monitoring.report.panel import (
+    CODES,
     Figure,
     Panel,
     binned,
     figure,
+    frames,
+    heat,
     line,
     packed,
+    ratio_codes,
     stretch_starts,
     table,
 )
@@ -24,8 +26,6 @@ from deepseek.monitoring.report.panel import (
 MISSING = "The log has no monitor/experts.arrays: the experts were not monitored."
 OCTAVES = 3
 """The colours of utilisation end at 2 ** -3 and 2 ** 3."""
-CODES = 253
-"""Steps between the codes 1 and 254 of a quantised picture."""
 MOST_DEAD_ROWS = 200
 BINS = 300
 """Stretches of the lines per layer."""
@@ -75,6 +75,22 @@ def expert_panels(experts: ExpertHistory | None) -> list[Panel]:
 
 def _utilisation(experts: ExpertHistory) -> Panel:
     span = OCTAVES + 0.25  # below the coldest colour a band of its own for the dead
+    drawn = _map(
+        experts,
+        heat(
+            "@utilisation",
+            "utilisation",
+            -span,
+            span,
+            "%{y}, expert %{x}: %{customdata:.3g} of a fair share",
+            ticks={
+                "tickvals": [-span, *range(1 - OCTAVES, OCTAVES + 1)],
+                "ticktext": ["0", "1/4", "1/2", "1", "2", "4", "8"],
+            },
+        ),
+    )
+    codes = utilisation_codes(experts.frames)
+    drawn["frames"] = frames(_steps(experts), codes, -OCTAVES, OCTAVES, -span)
     return Panel(
         "utilisation",
         "Utilisation of the experts",
@@ -83,44 +99,21 @@ def _utilisation(experts: ExpertHistory) -> Panel:
         f"are log2, from 1/{2**OCTAVES} to {2**OCTAVES} in {CODES + 1} levels, so the values shown "
         f"are exact to {100 * (2 ** (2 * OCTAVES / CODES / 2) - 1):.1f} %; beyond, the end's "
         "colour. Experts without a token have a colour of their own.",
-        _frames_figure(
-            experts,
-            utilisation_codes(experts.frames),
-            {"kind": "log2", "low": -OCTAVES, "high": OCTAVES, "below": -span},
-            {
-                "zmin": -span,
-                "zmax": span,
-                "colorscale": "@utilisation",
-                "hovertemplate": "%{y}, expert %{x}: %{customdata:.3g} of a fair share"
-                "<extra></extra>",
-                "colorbar": {
-                    "title": {"text": "utilisation", "side": "right"},
-                    "tickvals": [-span, *range(1 - OCTAVES, OCTAVES + 1)],
-                    "ticktext": ["0", "1/4", "1/2", "1", "2", "4", "8"],
-                },
-            },
-        ),
+        drawn,
         wide=True,
     )
 
 
 def utilisation_codes(tokens: np.ndarray) -> np.ndarray:
     """uint8 like ``tokens``: 0 no token, 1..254 log2 of the utilisation, 255 an empty layer."""
-    share = load_metrics.utilisation(tokens)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        place = (np.log2(share) + OCTAVES) / (2 * OCTAVES)
-    codes = 1 + np.rint(CODES * np.clip(np.nan_to_num(place, neginf=0.0), 0, 1))
-    codes = np.where(share == 0, 0, codes)
-    return np.where(np.isnan(share), 255, codes).astype(np.uint8)
+    return ratio_codes(load_metrics.utilisation(tokens), OCTAVES)
 
 
-def _frames_figure(
-    experts: ExpertHistory, codes: np.ndarray, scale: dict[str, Any], trace: Figure
-) -> Figure:
-    """A heat map of layers x experts whose step the reader chooses."""
-    layers, count = codes.shape[1:]
-    drawn = figure(
-        [{"type": "heatmap", "y": experts.layers, **trace}],
+def _map(experts: ExpertHistory, trace: Figure) -> Figure:
+    """A heat map of layers x experts."""
+    layers, count = experts.frames.shape[1:]
+    return figure(
+        [{"y": experts.layers} | trace],
         "expert",
         "layer",
         int(min(760, max(240, 110 + 12 * layers))),
@@ -128,14 +121,10 @@ def _frames_figure(
         xaxis={"showgrid": False, "range": [-0.5, count - 0.5]},
         hovermode="closest",
     )
-    drawn["frames"] = {
-        "steps": experts.frame_steps.tolist(),
-        "rows": layers,
-        "columns": count,
-        "codes": base64.b64encode(codes.tobytes()).decode(),
-        "scale": scale | {"codes": CODES},
-    }
-    return drawn
+
+
+def _steps(experts: ExpertHistory) -> list[str]:
+    return [f"step {step:,}" for step in experts.frame_steps]
 
 
 def _metric(experts: ExpertHistory, name: str) -> Panel:
@@ -157,30 +146,13 @@ def _per_layer(
     at = steps[starts]
     middle, high = (_percentile(mean, share) for share in (50, 95))
     low = _percentile(mean, 5)
+    high_hover, band = "p95 %{y:.3g}<extra></extra>", {"fill": "tonexty", "fillcolor": "@0/0.16"}
     data = [
-        line(at, low, "p5", "@0/0", hoverinfo="skip", showlegend=False, line={"width": 0}),
-        line(
-            at,
-            high,
-            "p5 to p95 of the layers",
-            "@0/0.35",
-            fill="tonexty",
-            line={"width": 0.8},
-            fillcolor="@0/0.16",
-            hovertemplate="p95 %{y:.3g}<extra></extra>",
-        ),
+        line(at, low, "p5", "@0/0", "", width=0, showlegend=False),
+        line(at, high, "p5 to p95 of the layers", "@0/0.35", high_hover, width=0.8, **band),
         line(at, middle, "median layer", "@0", "median %{y:.3g}<extra></extra>"),
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "x": packed(at),
-            "y": [],
-            "name": "",
-            "line": {"color": "@1", "width": 1.6},
-            "hovertemplate": "%{y:.3g}",
-        },
+        line(at[:0], at[:0], "", "@1", "%{y:.3g}") | {"x": packed(at)},
     ]
-    data[0].pop("hovertemplate")
     drawn = figure(data, "step", label, yaxis={"rangemode": "tozero"})
     drawn["layers"] = {
         "names": experts.layers,
@@ -209,9 +181,7 @@ def _percentile(values: np.ndarray, share: float) -> np.ndarray:
 def _lorenz(experts: ExpertHistory) -> Panel:
     count = experts.frames.shape[-1]
     share = np.linspace(0, 100, count + 1)
-    data = [
-        line(share, share, "balanced", "@muted", line={"dash": "dot", "width": 1}),
-    ]
+    data = [line(share, share, "balanced", "@muted", dash="dot", width=1)]
     moments = sorted({0, (len(experts.frames) - 1) // 2, len(experts.frames) - 1})
     for index, color in zip(moments, ("@2", "@4", "@0"), strict=False):
         curve = load_metrics.lorenz(experts.frames[index])
@@ -266,23 +236,15 @@ def _bias(experts: ExpertHistory) -> Panel:
     most = float(np.nanmax(np.abs(experts.bias), initial=0.0)) or 1e-6
     place = np.nan_to_num(experts.bias / most)
     codes = np.where(np.isnan(experts.bias), 255, 1 + np.rint(CODES * (place + 1) / 2))
+    hover = "%{y}, expert %{x}: bias %{customdata:.3g}"
+    drawn = _map(experts, heat("@bias", "bias", -most, most, hover))
+    drawn["frames"] = frames(_steps(experts), codes, -most, most)
     return Panel(
         "bias",
         title,
         "What is added to an expert's score when experts are chosen (not when they are weighed). "
         f"Colours are linear from -{most:.3g} to {most:.3g} in {CODES + 1} levels.",
-        _frames_figure(
-            experts,
-            codes.astype(np.uint8),
-            {"kind": "linear", "low": -most, "high": most},
-            {
-                "zmin": -most,
-                "zmax": most,
-                "colorscale": "@bias",
-                "hovertemplate": "%{y}, expert %{x}: bias %{customdata:.3g}<extra></extra>",
-                "colorbar": {"title": {"text": "bias", "side": "right"}},
-            },
-        ),
+        drawn,
         wide=True,
     )
 

@@ -3,6 +3,7 @@
 (() => {
   const PLAY_MS = 130;
   const NARROW_PX = 480;
+  const LONG_NAME = 18; // characters; names that are longer do not stand side by side on a phone
   const THEMES = {
     light: {
       series: ["#2563c9", "#dd6b20", "#16876a", "#c02f4c", "#7c4dcc", "#a3195b", "#8a6d1f", "#5c6b7a"],
@@ -18,7 +19,8 @@
     },
   };
   const darkQuery = matchMedia("(prefers-color-scheme: dark)");
-  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const store = document.getElementById("figures");
+  let figures = JSON.parse(store.textContent);
   const shown = new Map(); // plot element -> its state
   let theme = THEMES[darkQuery.matches ? "dark" : "light"];
 
@@ -121,10 +123,11 @@
     const map = figure.data.find((trace) => trace.type === "heatmap");
     const heat = map !== undefined;
     const scale = map?.colorbar?.title?.text;
-    const named = figure.data.filter((trace) => trace.showlegend !== false).length;
-    const inColumns = narrow && !heat && named > 2;
+    const names = figure.data.filter((trace) => trace.showlegend !== false).map((trace) => trace.name ?? "");
+    const columns = Math.max(...names.map((name) => name.length)) > LONG_NAME ? 1 : 2;
+    const inColumns = narrow && !heat && names.length > columns;
     // The legend above takes nothing from the plot.
-    const above = heat ? 16 : !narrow ? 0 : inColumns ? 17 * Math.ceil(named / 2) : 0;
+    const above = heat ? 16 : inColumns ? 17 * Math.ceil(names.length / columns) : 0;
     return {
       font: { family: "system-ui, sans-serif", size: 12, color: theme.text },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
@@ -142,7 +145,7 @@
       height: layout.height + above,
       legend: { orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom",
         font: { size: 11 }, itemwidth: 30,
-        ...(inColumns ? { entrywidth: 0.5, entrywidthmode: "fraction" } : {}), ...layout.legend },
+        ...(inColumns ? { entrywidth: 1 / columns, entrywidthmode: "fraction" } : {}), ...layout.legend },
       xaxis: { ...axis, tickangle: 0, nticks: narrow ? 5 : 9, ...layout.xaxis,
         title: title(layout.xaxis.title) },
       yaxis: { ...axis, ...layout.yaxis, title: title(layout.yaxis.title) },
@@ -176,13 +179,22 @@
     element.dataset.drawn = "yes";
   }
 
+  // A figure's state outlives the page's content, which a server may send anew.
   function prepare(element) {
     const figure = figures[element.dataset.plot];
+    const { frames, layers } = figure;
+    const before = shown.get(element);
+    before?.stop?.();
     const state = { figure, index: 0, layer: 0 };
     shown.set(element, state);
-    const panel = element.closest(".panel");
-    if (figure.frames) scrubber(panel.querySelector(".scrub"), element, state);
-    if (figure.layers) {
+    if (frames) {
+      const same = before && before.index < before.figure.frames.names.length - 1
+        ? frames.names.indexOf(before.figure.frames.names[before.index]) : -1;
+      const box = element.closest(".panel").querySelector(".scrub");
+      if (same >= 0) box.querySelector("input").value = same;
+      scrubber(box, element, state);
+    }
+    if (layers) {
       const select = element.closest("section").querySelector(".chooser select");
       state.layer = Number(select.value);
       select.addEventListener("change", () => { state.layer = Number(select.value); draw(element); });
@@ -191,9 +203,9 @@
 
   function scrubber(box, element, state) {
     const [button, range, output] = ["button", "input", "output"].map((tag) => box.querySelector(tag));
-    const { steps } = state.figure.frames;
+    const { names } = state.figure.frames;
     let timer = null, waiting = false;
-    const show = () => { output.textContent = `step ${steps[state.index].toLocaleString("en")}`; };
+    const show = () => { output.textContent = names[state.index]; };
     const go = (index) => {
       state.index = index;
       range.value = index;
@@ -203,13 +215,14 @@
       requestAnimationFrame(() => { waiting = false; draw(element); });
     };
     const stop = () => { clearInterval(timer); timer = null; button.textContent = "\u25B6"; };
+    state.stop = stop;
     range.addEventListener("input", () => { stop(); go(Number(range.value)); });
     button.addEventListener("click", () => {
       if (timer !== null) return stop();
-      if (state.index === steps.length - 1) go(0);
+      if (state.index === names.length - 1) go(0);
       button.textContent = "\u25A0";
       timer = setInterval(() => {
-        if (state.index === steps.length - 1) return stop();
+        if (state.index === names.length - 1) return stop();
         go(state.index + 1);
       }, PLAY_MS);
     });
@@ -229,7 +242,8 @@
         root.dataset.drawnMs ??= Math.round(performance.now());
         return;
       }
-      if (!shown.has(plot)) prepare(plot);
+      if (!plot.isConnected) return; // newer content has come
+      if (shown.get(plot)?.figure !== figures[plot.dataset.plot]) prepare(plot);
       draw(plot);
       setTimeout(next);
     };
@@ -243,18 +257,74 @@
     }
   }
 
-  const picker = document.getElementById("tab");
-  const tabs = [...document.querySelectorAll(".tab")];
-  function showTab(index) {
-    tabs.forEach((tab, at) => { tab.hidden = at !== index; });
-    drawTab(tabs[index]);
+  function showTabs() {
+    const tabs = [...document.querySelectorAll(".tab")];
+    const picker = document.getElementById("tab");
+    const showTab = (index) => {
+      tabs.forEach((tab, at) => { tab.hidden = at !== index; });
+      drawTab(tabs[index]);
+    };
+    if (picker) picker.addEventListener("change", () => showTab(Number(picker.value)));
+    showTab(picker ? Number(picker.value) : 0);
   }
-  if (picker) picker.addEventListener("change", () => showTab(Number(picker.value)));
+
+  // -- from a server ---------------------------------------------------------------------------
+
+  // Asks for what is new and puts it in the place of what is there: figures that have not changed
+  // are not sent again, drawn ones are not drawn from nothing, what the reader has chosen stays.
+  function follow(seconds) {
+    const root = document.getElementById("tabs");
+    let hashes = {}, version = "", known = new Map();
+    const take = (news) => {
+      for (const [hash, figure] of Object.entries(news.new)) known.set(hash, figure);
+      known = new Map(Object.values(news.figures).map((hash) => [hash, known.get(hash)]));
+      figures = Object.fromEntries(Object.entries(news.figures).map(([key, hash]) => [key, known.get(hash)]));
+      ({ version, figures: hashes } = news);
+      document.title = news.title;
+      const plots = new Map([...root.querySelectorAll(".plot")].map((plot) => [plot.dataset.plot, plot]));
+      const chosen = [...root.querySelectorAll(".chooser select")].map((select) => select.value);
+      const [top, opened] = [scrollY, root.querySelector("details")?.open];
+      root.innerHTML = news.body;
+      root.querySelectorAll(".chooser select").forEach((select, at) => {
+        if (chosen[at] !== undefined) select.value = chosen[at];
+      });
+      if (opened) root.querySelector("details")?.setAttribute("open", "");
+      for (const place of root.querySelectorAll(".plot")) {
+        const plot = plots.get(place.dataset.plot);
+        if (plot === undefined) continue;
+        plots.delete(place.dataset.plot);
+        place.replaceWith(plot);
+        prepare(plot);
+        delete plot.dataset.drawn;
+      }
+      for (const gone of plots.values()) { shown.delete(gone); Plotly.purge(gone); }
+      scrollTo(0, top);
+      showTabs();
+    };
+    const ask = async () => {
+      try {
+        const query = new URLSearchParams({ version, known: Object.values(hashes).join(",") });
+        const answer = await fetch(`/news?${query}`, { cache: "no-store" });
+        const news = await answer.json();
+        if (news.body !== undefined) take(news);
+        if (news.problem !== undefined && !version) root.innerHTML = `<main><p class="damage"></p></main>`;
+        const place = root.querySelector(news.problem === undefined ? ".state" : ".state, .damage");
+        if (place) place.textContent = news.problem ?? news.state;
+      } catch {
+        const place = root.querySelector(".state");
+        if (place) place.textContent = "the server does not answer";
+      }
+      setTimeout(ask, 1000 * seconds);
+    };
+    ask();
+  }
+
   darkQuery.addEventListener("change", () => {
     theme = THEMES[darkQuery.matches ? "dark" : "light"];
     redraw();
   });
   let width = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; redraw(); } });
-  showTab(picker ? Number(picker.value) : 0);
+  if (store.dataset.every) follow(Number(store.dataset.every));
+  else showTabs();
 })();

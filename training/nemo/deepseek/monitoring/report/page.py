@@ -1,36 +1,44 @@
 """The page: panels, style, script and plotly in one HTML file that needs no network.
 
-A content policy in the page forbids every request, so that it is true even if a library tried.
+A content policy in the page forbids every request, so that it is true even if a library tried. A
+page that a server keeps up to date may ask that server alone, and gets what is new.
 """
 
 from __future__ import annotations
 
+import hashlib
 import html
-import importlib.util
 import json
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
-from pathlib import Path
+from typing import Any
 
 from deepseek.config.errors import UserError
 from deepseek.monitoring.report.expert_panels import expert_panels
 from deepseek.monitoring.report.panel import Figure, Panel, Section
 from deepseek.monitoring.report.rank_panels import rank_panels
 from deepseek.monitoring.report.run_panels import (
+    Card,
     alarms_panel,
     comparison_panels,
     config_panel,
+    data_panel,
     environment_panel,
     events_panel,
     headline,
+    last_row,
+    samples_panel,
 )
-from deepseek.monitoring.report.training_panels import training_panels
+from deepseek.monitoring.report.training_panels import loss_panels, training_panels
 from deepseek.monitoring.run_log import RunLog
 
 POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "default-src 'none'; script-src {} 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data: blob:; font-src data:; base-uri 'none'; form-action 'none'"
 )
+PLOTLY_PATH = "/plotly.js"
+"""Where a server has the library."""
 
 
 @dataclass(frozen=True)
@@ -40,80 +48,114 @@ class Tab:
     title: str
     sections: list[Section]
     subtitle: str = ""
-    cards: list[tuple[str, str, str]] = field(default_factory=list)
-    """Label, value, small line."""
+    state: str = ""
+    """Of the run; a page that is kept up to date changes it."""
+    cards: list[Card] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def report_page(runs: list[RunLog]) -> str:
+class Page:
+    """Any panels as one page.
+
+    Args:
+        title: of the window.
+        tabs: of which the first is shown at first.
+
+    Attributes:
+        version: equal for equal content.
+    """
+
+    def __init__(self, title: str, tabs: list[Tab]) -> None:
+        self.title = title
+        figures: dict[str, Figure] = {}
+        bodies = [_tab(tab, index, figures, len(tabs) > 1) for index, tab in enumerate(tabs)]
+        if len(tabs) > 1:
+            options = "".join(
+                f'<option value="{index}">{html.escape(tab.title)}</option>'
+                for index, tab in enumerate(tabs)
+            )
+            picker = f'<label class="picker">show <select id="tab">{options}</select></label>'
+            bodies.insert(0, picker)
+        self._body = "\n".join(bodies)
+        self._figures = {key: _json(drawn) for key, drawn in figures.items()}
+        self._hashes = {key: _hash(text) for key, text in self._figures.items()}
+        self.version = _hash(self._body + _json(self._hashes))
+
+    def whole(self) -> str:
+        """One file with everything in it.
+
+        Raises:
+            UserError: plotly is not installed.
+        """
+        figures = _object(self._figures)
+        data = f'<script type="application/json" id="figures">{figures}</script>'
+        library = f"<script>{plotly_script()}</script>"
+        return _document(self.title, POLICY.format(""), self._body, data + library)
+
+    def news(self, known: Collection[str], **more: Any) -> str:
+        """The content, as JSON, for a page that has some of the figures, by their hashes; and
+        ``more``."""
+        new = {key: self._figures[name] for name, key in self._hashes.items() if key not in known}
+        plain = {
+            "version": self.version,
+            "title": self.title,
+            "body": self._body,
+            "figures": self._hashes,
+            **more,
+        }
+        return _object(
+            {name: _json(value) for name, value in plain.items()} | {"new": _object(new)}
+        )
+
+
+def shell(seconds: float) -> str:
+    """A page that asks its server for the content, again and again.
+
+    Args:
+        seconds: between two questions.
+    """
+    policy = POLICY.format("'self'") + "; connect-src 'self'"
+    data = f'<script type="application/json" id="figures" data-every="{seconds:g}">{{}}</script>'
+    return _document("", policy, "", data + f'<script src="{PLOTLY_PATH}"></script>')
+
+
+def run_page(runs: list[RunLog]) -> Page:
     """The report of one run, or of several with their comparison first."""
     tabs = [_run_tab(run) for run in runs]
     if len(runs) > 1:
         sections = [Section("compare", "Comparison", comparison_panels(runs))]
         tabs.insert(0, Tab("Comparison", sections, f"{len(runs)} runs"))
-        title = " / ".join(run.label for run in runs)
-    else:
-        title = runs[0].label
-    return build_page(title, tabs)
+    return Page(" / ".join(run.label for run in runs), tabs)
 
 
-def build_page(title: str, tabs: list[Tab]) -> str:
-    """Any panels as one page.
+def plotly_script() -> str:
+    """The library that draws, as it may stand in a script element.
 
     Raises:
         UserError: plotly is not installed.
     """
-    figures: dict[str, Figure] = {}
-    bodies = [_tab(tab, index, figures, len(tabs) > 1) for index, tab in enumerate(tabs)]
-    picker = ""
-    if len(tabs) > 1:
-        options = "".join(
-            f'<option value="{index}">{html.escape(tab.title)}</option>'
-            for index, tab in enumerate(tabs)
-        )
-        picker = f'<label class="picker">show <select id="tab">{options}</select></label>'
-    folder = files("deepseek.monitoring.report")
-    style = folder.joinpath("page.css").read_text()
-    script = folder.joinpath("page.js").read_text()
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>{html.escape(title)}</title>",
-            f"<style>\n{style}</style>",
-            "</head>",
-            "<body>",
-            "<noscript><p>The figures of this page need JavaScript; the tables do not.</p>",
-            "</noscript>",
-            picker,
-            *bodies,
-            f'<script type="application/json" id="figures">{_json(figures)}</script>',
-            f"<script>{_plotly()}</script>",
-            f"<script>\n{script}</script>",
-            "</body>",
-            "</html>",
-            "",
-        ]
-    )
+    try:
+        from plotly.offline import get_plotlyjs
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "a report is drawn by plotly, which is not installed: pip install plotly"
+        ) from error
+    return str(get_plotlyjs()).replace("</script", "<\\/script")
 
 
 def _run_tab(run: RunLog) -> Tab:
     sections = [
+        Section("loss", "Loss", [*loss_panels(run), samples_panel(run)]),
         Section("events", "Alarms and events", [alarms_panel(run), events_panel(run)]),
         Section("training", "Training", training_panels(run)),
         Section("experts", "Experts", expert_panels(run.experts)),
         Section("ranks", "Ranks and communication", rank_panels(run)),
-        Section("record", "Record", [environment_panel(run), config_panel(run)]),
+        Section("record", "Record", [data_panel(run), environment_panel(run), config_panel(run)]),
     ]
     for panel in (panel for section in sections for panel in section.panels):
         _set_range(panel, run)
-    words = f"{run.folder.resolve().name}, {run.state()}"
-    return Tab(run.label, sections, words, headline(run), run.notes)
+    words = ", ".join(filter(None, [run.folder.resolve().name, last_row(run)]))
+    return Tab(run.label, sections, words, run.state(), headline(run), run.notes)
 
 
 def _set_range(panel: Panel, run: RunLog) -> None:
@@ -125,27 +167,72 @@ def _set_range(panel: Panel, run: RunLog) -> None:
     panel.figure["layout"]["xaxis"].setdefault("range", [first - room, last + room])
 
 
+def _document(title: str, policy: str, body: str, scripts: str) -> str:
+    folder = files("deepseek.monitoring.report")
+    style = folder.joinpath("page.css").read_text()
+    script = folder.joinpath("page.js").read_text()
+    return f"""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{html.escape(title)}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<noscript><p>The figures of this page need JavaScript; the tables do not.</p></noscript>
+<div id="tabs">
+{body}
+</div>
+{scripts}
+<script>
+{script}</script>
+</body>
+</html>
+"""
+
+
 def _tab(tab: Tab, index: int, figures: dict[str, Figure], several: bool) -> str:
+    shown = [
+        Section(section.key, section.title, [p for p in section.panels if not p.missing])
+        for section in tab.sections
+    ]
+    shown = [Section(one.key, one.title, _filled(one.panels)) for one in shown if one.panels]
     cards = "".join(
-        f'<div class="card"><dt>{html.escape(label)}</dt><dd>{html.escape(value)}'
-        f"<small>{html.escape(below)}</small></dd></div>"
-        for label, value, below in tab.cards
+        f'<div class="card{" warn" if card.is_warning else ""}"><dt>{html.escape(card.label)}</dt>'
+        f"<dd>{html.escape(card.value)}<small>{html.escape(card.below)}</small></dd></div>"
+        for card in tab.cards
     )
     links = "".join(
-        f'<a href="#{section.key}-{index}">{html.escape(section.title)}</a>'
-        for section in tab.sections
+        f'<a href="#{section.key}-{index}">{html.escape(section.title)}</a>' for section in shown
     )
-    notes = "".join(f'<p class="damage">{html.escape(note)}</p>' for note in tab.notes)
-    sections = "".join(_section(section, index, figures) for section in tab.sections)
-    hidden = " hidden" if several and index else ""
-    return (
-        f'<main class="tab" data-tab="{index}"{hidden}>'
-        f"<header><h1>{html.escape(tab.title)}</h1><p>{html.escape(tab.subtitle)}</p></header>"
-        f"{notes}"
-        + (f'<dl class="cards">{cards}</dl>' if cards else "")
-        + (f"<nav>{links}</nav>" if len(tab.sections) > 1 else "")
-        + f"{sections}</main>"
-    )
+    state = f'<b class="state">{html.escape(tab.state)}</b> ' if tab.state else ""
+    parts = [
+        f'<main class="tab" data-tab="{index}"{" hidden" if several and index else ""}>',
+        f"<header><h1>{html.escape(tab.title)}</h1>"
+        f"<p>{state}{html.escape(tab.subtitle)}</p></header>",
+        *(f'<p class="damage">{html.escape(note)}</p>' for note in tab.notes),
+        f'<dl class="cards">{cards}</dl>' if cards else "",
+        f"<nav>{links}</nav>" if len(shown) > 1 else "",
+        *(_section(section, index, figures) for section in shown),
+        _missing([panel for section in tab.sections for panel in section.panels if panel.missing]),
+        "</main>",
+    ]
+    return "".join(parts)
+
+
+def _filled(panels: list[Panel]) -> list[Panel]:
+    """The same; a panel that would leave half of its row empty takes the whole."""
+    filled, is_second = [], False
+    for panel, following in zip(panels, [*panels[1:], None], strict=True):
+        alone = not is_second and (following is None or following.wide)
+        filled.append(replace(panel, wide=panel.wide or alone))
+        is_second = not filled[-1].wide and not is_second
+    return filled
 
 
 def _section(section: Section, index: int, figures: dict[str, Figure]) -> str:
@@ -169,15 +256,14 @@ def _section(section: Section, index: int, figures: dict[str, Figure]) -> str:
 def _panel(panel: Panel, index: int, figures: dict[str, Figure]) -> str:
     key = f"{panel.key}-{index}"
     inner = f'<p class="note">{html.escape(panel.note)}</p>' if panel.note else ""
-    if panel.missing:
-        inner += f'<p class="missing">{html.escape(panel.missing)}</p>'
     if panel.figure is not None:
         figures[key] = panel.figure
         if "frames" in panel.figure:
-            last = len(panel.figure["frames"]["steps"]) - 1
+            frames = panel.figure["frames"]
+            last, at = len(frames["names"]) - 1, frames.get("first", len(frames["names"]) - 1)
             inner += (
                 '<div class="scrub"><button type="button" aria-label="play">&#9654;</button>'
-                f'<input type="range" min="0" max="{last}" value="{last}" aria-label="step">'
+                f'<input type="range" min="0" max="{last}" value="{at}" aria-label="step">'
                 "<output></output></div>"
             )
         height = panel.figure["layout"]["height"]
@@ -189,23 +275,29 @@ def _panel(panel: Panel, index: int, figures: dict[str, Figure]) -> str:
     )
 
 
-def _json(figures: dict[str, Figure]) -> str:
+def _missing(panels: list[Panel]) -> str:
+    """What is not on the page, and why, in one line that opens."""
+    if not panels:
+        return ""
+    rows = "".join(
+        f'<dt>{html.escape(panel.title)}</dt><dd class="missing">{html.escape(panel.missing)}</dd>'
+        for panel in panels
+    )
+    some = f"{len(panels)} figure{'s' if len(panels) > 1 else ''}"
+    summary = f"<summary>Not shown, for want of numbers: {some}</summary>"
+    return f"<details>{summary}<dl>{rows}</dl></details>"
+
+
+def _object(members: dict[str, str]) -> str:
+    """A JSON object of values that are JSON already."""
+    return "{" + ",".join(f"{_json(name)}:{text}" for name, text in members.items()) + "}"
+
+
+def _json(value: Any) -> str:
     """JSON that cannot end the script element it stands in."""
-    text = json.dumps(figures, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def plotly_script() -> Path:
-    """The file of the library that draws.
-
-    Raises:
-        UserError: plotly is not installed.
-    """
-    spec = importlib.util.find_spec("plotly")
-    if spec is None or spec.origin is None:
-        raise UserError("a report is drawn by plotly, which is not installed: pip install plotly")
-    return Path(spec.origin).with_name("package_data") / "plotly.min.js"
-
-
-def _plotly() -> str:
-    return plotly_script().read_text(encoding="utf-8").replace("</script", "<\\/script")
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

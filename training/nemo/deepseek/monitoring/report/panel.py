@@ -18,6 +18,10 @@ import numpy as np
 
 MOST_POINTS = 1200
 """Points of one line; more are thinned, keeping the extremes."""
+CODES = 253
+"""Steps between the codes 1 and 254 of a quantised picture."""
+COLORS = tuple(f"@{index}" for index in range(8))
+"""Of series."""
 
 Figure = dict[str, Any]
 
@@ -63,9 +67,20 @@ def packed(array: np.ndarray | Sequence[float]) -> dict[str, str]:
 
 
 def line(
-    x: np.ndarray, y: np.ndarray, name: str, color: str, hover: str = "%{y:.4g}", **more: Any
+    x: np.ndarray,
+    y: np.ndarray,
+    name: str,
+    color: str,
+    hover: str = "%{y:.4g}",
+    dash: str = "solid",
+    **more: Any,
 ) -> Figure:
-    """A line through all points, thinned; gaps where ``y`` is not finite."""
+    """A line through all points, thinned; gaps where ``y`` is not finite.
+
+    Args:
+        hover: what is told of a point; empty: nothing.
+        more: others of plotly; ``width`` is that of the line.
+    """
     x, y = thin(x, y)
     drawn = {
         "type": "scatter",
@@ -73,10 +88,101 @@ def line(
         "name": name,
         "x": packed(x),
         "y": packed(y),
-        "line": {"color": color, "width": 1.6} | more.pop("line", {}),
-        "hovertemplate": hover,
+        "line": {"color": color, "width": more.pop("width", 1.6), "dash": dash},
     }
-    return drawn | more
+    return drawn | ({"hovertemplate": hover} if hover else {"hoverinfo": "skip"}) | more
+
+
+def marks(
+    x: np.ndarray, y: np.ndarray, name: str, color: str, symbol: str, hover: str, **more: Any
+) -> Figure:
+    """Points that are not joined."""
+    edge = {"color": "@panel", "width": 1} | more.pop("edge", {})
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name,
+        "x": packed(x),
+        "y": packed(y),
+        "marker": {"color": color, "symbol": symbol, "size": 10, "line": edge},
+        "hovertemplate": hover,
+    } | more
+
+
+def bars(
+    x: np.ndarray | Sequence[str], y: np.ndarray, name: str, color: str, hover: str, **more: Any
+) -> Figure:
+    """Bars at numbers or at names."""
+    return {
+        "type": "bar",
+        "name": name,
+        "x": packed(x) if isinstance(x, np.ndarray) else list(x),
+        "y": packed(y),
+        "marker": {"color": color, "line": {"width": 0}},
+        "hovertemplate": hover,
+    } | more
+
+
+def heat(colors: str, label: str, low: float, high: float, hover: str, **more: Any) -> Figure:
+    """A heat map.
+
+    Args:
+        colors: role of the scale.
+        label: what the colours tell.
+        low, high: ends of the scale.
+        hover: what is told of a cell.
+        more: ``z``, ``x``, ``y`` and others of plotly; ``ticks`` go to the colour bar.
+    """
+    return {
+        "type": "heatmap",
+        "colorscale": colors,
+        "zmin": low,
+        "zmax": high,
+        "hovertemplate": f"{hover}<extra></extra>",
+        "colorbar": {"title": {"text": label, "side": "right"}} | more.pop("ticks", {}),
+    } | more
+
+
+def level(drawn: Figure, value: float) -> Figure:
+    """The figure with a dotted line across it."""
+    shape = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": value, "y1": value}
+    look = {"color": "@muted", "width": 1.2, "dash": "dot"}
+    drawn["layout"]["shapes"] = [shape | {"line": look}]
+    return drawn
+
+
+def frames(
+    names: Sequence[str], codes: np.ndarray, low: float, high: float, below: float | None = None
+) -> Figure:
+    """Pictures of which the reader chooses one: what a heat map's figure has under ``frames``.
+
+    Args:
+        names: of the pictures.
+        codes: uint8 [pictures, rows, columns]: 1 to ``CODES + 1`` from ``low`` to ``high``, and
+            255 for nothing.
+        low, high: linear, or log2 if ``below`` is given.
+        below: the colour's place of code 0, which then means 0.
+    """
+    kind = "linear" if below is None else "log2"
+    scale = {"kind": kind, "low": low, "high": high, "codes": CODES} | (
+        {} if below is None else {"below": below}
+    )
+    return {
+        "names": list(names),
+        "rows": codes.shape[1],
+        "columns": codes.shape[2],
+        "codes": base64.b64encode(codes.astype(np.uint8).tobytes()).decode(),
+        "scale": scale,
+    }
+
+
+def ratio_codes(share: np.ndarray, octaves: float) -> np.ndarray:
+    """uint8 for ``frames``: 0 for 0, 1..254 log2 from ``-octaves`` to ``octaves``, 255 for NaN."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        place = (np.log2(share) + octaves) / (2 * octaves)
+    codes = 1 + np.rint(CODES * np.clip(np.nan_to_num(place, neginf=0.0), 0, 1))
+    codes = np.where(share == 0, 0, codes)
+    return np.where(np.isnan(share), 255, codes).astype(np.uint8)
 
 
 def figure(

@@ -10,10 +10,13 @@ import numpy as np
 from deepseek.monitoring import load_metrics
 from deepseek.monitoring.array_history import ExpertHistory, RankHistory, Traffic
 from deepseek.monitoring.report.panel import (
+    COLORS,
     Figure,
     Panel,
+    bars,
     binned,
     figure,
+    heat,
     line,
     packed,
     quantity,
@@ -25,11 +28,10 @@ from deepseek.monitoring.run_log import RunLog
 TIME_BINS = 240
 MOST_MATRIX = 256
 """Ranks of a traffic map; more are summed by node or in blocks."""
-MOST_LINES = 8
+MOST_LINES = len(COLORS)
 MOST_BARS = 48
 WHAT_IF_RANKS = 8
 """Ranks assumed where the experts lie on one."""
-COLORS = tuple(f"@{index}" for index in range(MOST_LINES))
 
 NO_RANKS = "The log has no monitor/ranks.arrays: the ranks were not monitored."
 
@@ -75,19 +77,10 @@ def _rank_map(steps: np.ndarray, values: np.ndarray, words: str, label: str) -> 
     away = np.abs(mean[np.isfinite(mean)] - 1)
     # A single odd step must not pale all others.
     far = max(0.05, float(np.percentile(away, 98)) if away.size else 0.0)
+    hover = f"step %{{x}}, rank %{{y}}: %{{z:.3f}} {words}"
+    cells = {"x": packed(steps[starts]), "z": packed(mean.T)}
     return figure(
-        [
-            {
-                "type": "heatmap",
-                "x": packed(steps[starts]),
-                "z": packed(mean.T),
-                "zmin": 1 - far,
-                "zmax": 1 + far,
-                "colorscale": "@diverging",
-                "hovertemplate": f"step %{{x}}, rank %{{y}}: %{{z:.3f}} {words}<extra></extra>",
-                "colorbar": {"title": {"text": label, "side": "right"}},
-            }
-        ],
+        [heat("@diverging", label, 1 - far, 1 + far, hover, **cells)],
         "step",
         "rank",
         min(560, max(220, 110 + 8 * values.shape[1])),
@@ -114,7 +107,7 @@ def _imbalance(experts: ExpertHistory | None) -> Panel:
     data = [
         line(at, layers.max(axis=1), "worst layer", "@1", "%{y:.3f}"),
         line(at, layers.mean(axis=1), "mean layer", "@0", "%{y:.3f}"),
-        line(at, together, "all layers together", "@2", "%{y:.3f}", line={"dash": "dot"}),
+        line(at, together, "all layers together", "@2", "%{y:.3f}", dash="dot"),
     ]
     return Panel(
         "imbalance",
@@ -144,26 +137,13 @@ def _what_if(experts: ExpertHistory | None) -> Panel:
     curves = np.array([load_metrics.replicated_imbalance(recent, ranks, n) for n in points])
     placed = load_metrics.imbalance(load_metrics.rank_load(recent, ranks))
     at = np.array(points)
-    marks: dict[str, Any] = {"mode": "lines+markers"}
+    hover, marked = "%{y:.3f}", {"mode": "lines+markers"}
+    worst, mean = (np.full(len(at), float(value)) for value in (placed.max(), placed.mean()))
     data = [
-        line(at, curves.max(axis=1), "worst layer", "@1", "%{y:.3f}", **marks),
-        line(at, curves.mean(axis=1), "mean layer", "@0", "%{y:.3f}", **marks),
-        line(
-            at,
-            np.full(len(at), placed.max()),
-            "worst, as placed",
-            "@1/0.6",
-            "%{y:.3f}",
-            line={"dash": "dot"},
-        ),
-        line(
-            at,
-            np.full(len(at), placed.mean()),
-            "mean, as placed",
-            "@0/0.6",
-            "%{y:.3f}",
-            line={"dash": "dot"},
-        ),
+        line(at, curves.max(axis=1), "worst layer", "@1", hover, **marked),
+        line(at, curves.mean(axis=1), "mean layer", "@0", hover, **marked),
+        line(at, worst, "worst, as placed", "@1/0.6", hover, dash="dot"),
+        line(at, mean, "mean, as placed", "@0/0.6", hover, dash="dot"),
     ]
     return Panel(
         "what-if",
@@ -211,14 +191,7 @@ def _waiting(ranks: RankHistory | None) -> Panel:
         return Panel("waiting", title, missing="The run has one rank: it waits for nobody.")
     at = np.arange(ranks.ranks)
     data = [
-        {
-            "type": "bar",
-            "name": name,
-            "x": packed(at),
-            "y": packed(np.nanmean(values, axis=0)),
-            "marker": {"color": color, "line": {"width": 0}},
-            "hovertemplate": "%{y:.4f} s",
-        }
+        bars(at, np.nanmean(values, axis=0), name, color, "%{y:.4f} s")
         for key, name, color in (
             ("wait_seconds", "waiting for the last rank", "@3"),
             ("transfer_seconds", "transfer", "@1"),
@@ -249,23 +222,14 @@ def _traffic(traffic: Traffic | None) -> Panel:
         node = np.array(traffic.nodes)
         across = float(traffic.bytes_per_step[node[:, None] != node[None, :]].sum())
         words += f", {100 * across / max(total, 1):.1f} % of it between nodes"
-    ticks = _ranks_ticks(len(matrix))
+    ticks, most = _ranks_ticks(len(matrix)), float(matrix.max()) / 1e6
+    hover = f"{unit} %{{y}} to {unit} %{{x}}: %{{z:.4g}} MB"
     return Panel(
         "traffic",
         title,
         f"Bytes sent in dispatch and combine, mean of {traffic.steps} logged steps: {words}.",
         figure(
-            [
-                {
-                    "type": "heatmap",
-                    "z": packed(matrix / 1e6),
-                    "colorscale": "@sequential",
-                    "zmin": 0,
-                    "hovertemplate": f"{unit} %{{y}} to {unit} %{{x}}: %{{z:.4g}} MB"
-                    "<extra></extra>",
-                    "colorbar": {"title": {"text": "MB per step", "side": "right"}},
-                }
-            ],
+            [heat("@sequential", "MB per step", 0, most, hover, z=packed(matrix / 1e6))],
             f"to {unit}",
             f"from {unit}",
             400,
@@ -302,16 +266,8 @@ def _rows(ranks: RankHistory | None) -> Panel:
     ]
     largest = ranks.columns.get("largest_received_rows")
     if largest is not None and np.isfinite(largest).any():
-        data.append(
-            line(
-                ranks.steps,
-                np.nanmax(largest, axis=1),
-                "largest at once",
-                "@2",
-                "%{y:,.0f}",
-                line={"dash": "dot"},
-            )
-        )
+        most = np.nanmax(largest, axis=1)
+        data.append(line(ranks.steps, most, "largest at once", "@2", "%{y:,.0f}", dash="dot"))
     return Panel(
         "rows",
         title,
@@ -339,15 +295,9 @@ def _memory_phases(ranks: RankHistory | None) -> Panel:
     if ranks.ranks > MOST_BARS:
         shown = np.sort(np.argsort(-np.max(list(most.values()), axis=0))[:MOST_BARS])
         note = f" The {MOST_BARS} ranks of the highest peaks."
+    names = [str(rank) for rank in shown]
     data = [
-        {
-            "type": "bar",
-            "name": name,
-            "x": [str(rank) for rank in shown],
-            "y": packed(most[key][shown] / 1e9),
-            "marker": {"color": color, "line": {"width": 0}},
-            "hovertemplate": "%{y:.2f} GB",
-        }
+        bars(names, most[key][shown] / 1e9, name, color, "%{y:.2f} GB")
         for key, (name, color) in phases.items()
     ]
     rows = []
@@ -356,8 +306,8 @@ def _memory_phases(ranks: RankHistory | None) -> Panel:
         cells = [quantity(float(most[key][rank]), "B")]
         for kind in ("allocated", "reserved"):
             values = ranks.columns.get(f"{key}_{kind}_bytes")
-            known = values is not None and np.nanmax(values, initial=0.0) > 0
-            cells.append(quantity(float(np.nanmax(values)), "B") if known else "none")  # type: ignore[arg-type]
+            largest = 0.0 if values is None else float(np.nanmax(values, initial=0.0))
+            cells.append(quantity(largest, "B") if largest else "none")
         rows.append([name, str(rank), *cells])
     columns = ["phase", "rank", "peak", "allocated after", "reserved after"]
     return Panel(
@@ -382,9 +332,7 @@ def _memory(run: RunLog) -> Panel:
     limit = (run.environment or {}).get("memory_bytes_per_device")
     if isinstance(limit, int | float):
         ends = run.steps["step"][[0, -1]]
-        data.append(
-            line(ends, np.full(2, limit / 1e9), "device", "@3", "%{y:.2f} GB", line={"dash": "dot"})
-        )
+        data.append(line(ends, np.full(2, limit / 1e9), "device", "@3", "%{y:.2f} GB", dash="dot"))
     return Panel(
         "memory",
         title,
@@ -414,23 +362,17 @@ def _memory_lines(ranks: RankHistory | None) -> list[Figure]:
             for rank in range(ranks.ranks)
         ]
     largest = int(np.nanargmax(np.nanmean(values, axis=0)))
+    at, hover = ranks.steps, "%{y:.2f} GB"
     drawn = [
-        line(ranks.steps, np.nanmax(values, axis=1), f"{kind}, largest", "@1", "%{y:.2f} GB"),
-        line(ranks.steps, np.nanmedian(values, axis=1), f"{kind}, median", "@0", "%{y:.2f} GB"),
-        line(ranks.steps, np.nanmin(values, axis=1), f"{kind}, smallest", "@2", "%{y:.2f} GB"),
-        line(
-            ranks.steps,
-            values[:, largest],
-            f"{kind}, rank {largest}",
-            "@4",
-            "%{y:.2f} GB",
-            line={"dash": "dot"},
-        ),
+        line(at, np.nanmax(values, axis=1), f"{kind}, largest", "@1", hover),
+        line(at, np.nanmedian(values, axis=1), f"{kind}, median", "@0", hover),
+        line(at, np.nanmin(values, axis=1), f"{kind}, smallest", "@2", hover),
+        line(at, values[:, largest], f"{kind}, rank {largest}", "@4", hover, dash="dot"),
     ]
     reserved = ranks.columns.get("reserved_bytes")
     if reserved is not None and np.isfinite(reserved).any():
         most = np.nanmax(reserved / 1e9, axis=1)
-        drawn.append(line(ranks.steps, most, "reserved, largest", "@muted", "%{y:.2f} GB"))
+        drawn.append(line(at, most, "reserved, largest", "@muted", hover))
     return drawn
 
 
@@ -442,20 +384,7 @@ def _collectives(rows: list[dict[str, Any]]) -> Panel:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[str(row.get("group", "")), str(row.get("op", ""))].append(row)
-    columns = [
-        "group",
-        "operation",
-        "calls",
-        "bytes",
-        "p50",
-        "p95",
-        "max",
-        "algbw",
-        "busbw",
-        "waiting",
-        "transfer",
-        "exposed",
-    ]
+    numbers = "calls bytes p50 p95 max algbw busbw waiting transfer exposed".split()
     cells = []
     for (group, op), found in sorted(groups.items()):
         exposed = _median(found, "exposed_share")
@@ -468,10 +397,8 @@ def _collectives(rows: list[dict[str, Any]]) -> Panel:
                 *(quantity(_median(found, key), "s") for key in ("p50", "p95")),
                 quantity(_largest(found, "max"), "s"),
                 *(quantity(_median(found, key), "B/s") for key in ("algbw", "busbw")),
-                *(
-                    quantity(_median(found, key), "s")
-                    for key in ("wait_seconds", "transfer_seconds")
-                ),
+                quantity(_median(found, "wait_seconds"), "s"),
+                quantity(_median(found, "transfer_seconds"), "s"),
                 "not logged" if exposed is None else f"{100 * exposed:.1f} %",
             ]
         )
@@ -482,7 +409,7 @@ def _collectives(rows: list[dict[str, Any]]) -> Panel:
         f"Median of {steps:,} logged steps, max over all. Calls, bytes, waiting and transfer are "
         "per step; p50, p95 and max of one call. Bus bandwidth is what the wires carry; exposed is "
         "the share that no computation covers.",
-        body=table(columns, cells, "l l" + " r" * 10),
+        body=table(["group", "operation", *numbers], cells, "l l" + " r" * len(numbers)),
         wide=True,
     )
 

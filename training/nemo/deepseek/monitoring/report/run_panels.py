@@ -6,6 +6,7 @@ import html
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,78 +26,81 @@ from deepseek.monitoring.run_log import RunLog
 
 MOST_ALARMS = 200
 MOST_EVENTS = 100
+MOST_SAMPLES = 3
 COLORS = ("@0", "@1", "@2", "@4", "@3", "@5", "@6", "@7")
-WITH_MORE = {"validation loss", "tokens per second", "load max / mean"}
-"""Cards whose small line is a number too."""
 DASHES = ("solid", "dash", "dot", "dashdot")
+IN_DATA_PANEL = ("parameters", "active_parameters", "trained_parameters", "data")
+"""Keys of the environment that are not told of as such."""
 
 
-def headline(run: RunLog) -> list[tuple[str, str, str]]:
-    """The numbers at the top: label, value, and a small line below."""
-    steps = run.steps["step"]
+@dataclass(frozen=True)
+class Card:
+    """One number at the top."""
+
+    label: str
+    value: str
+    below: str = ""
+    """A small line."""
+    is_warning: bool = False
+
+
+def headline(run: RunLog) -> list[Card]:
+    """The numbers at the top, losses first; what was not logged is left out."""
+    cards = []
+    if run.column("loss") is not None:
+        value = f"{loss_curve(run)[1][-1]:.4f}"
+        cards.append(Card("training loss", value, "smoothed, nats per token"))
+    else:
+        cards.append(Card("training loss", "not finite", "in any step", is_warning=True))
+    if run.validations:
+        bits = run.validations.get("val_bits_per_byte", np.array([np.nan]))[-1]
+        below = f"{bits:.4f} bits per byte" if np.isfinite(bits) else "nats per token"
+        cards.append(Card("validation loss", f"{run.validations['val_loss'][-1]:.4f}", below))
     of = f"of {run.max_steps:,}" if run.max_steps else ""
-    tokens = run.column("tokens")
-    loss, validation = run.column("loss"), run.validations.get("val_loss")
-    goodput, wall = run.goodput(), run.wall_seconds()
-    starts = sum(event["event"] in ("resumed", "restart") for event in run.events)
-    restarts = Counter(event["event"] for event in run.events)
-    state, _, why = run.state().partition(": ")
-    cards = [
-        ("state", state, f"{why}; {_when(run)}" if why else _when(run)),
-        ("steps", f"{int(steps[-1]):,}", of),
-        ("tokens", quantity(float(np.nansum(tokens))) if tokens is not None else "not logged", ""),
-        (
-            "training loss",
-            f"{loss_curve(run)[1][-1]:.4f}" if loss is not None else "not finite",
-            "smoothed, nats per token",
-        ),
-    ]
-    if validation is not None:
-        bits = run.validations.get("val_bits_per_byte")
-        below = f"{bits[-1]:.4f} bits per byte" if bits is not None else ""
-        cards.append(("validation loss", f"{validation[-1]:.4f}", below))
-    cards.append(
-        (
-            "wall time",
-            duration(wall),
-            "" if wall is None else "pauses after a stop left out",
-        )
-    )
-    cards.append(
-        (
-            "goodput",
-            "not logged" if goodput is None else f"{100 * goodput:.1f} %",
-            f"{restarts['resumed']} resumed, {run.lost_steps:,} steps lost"
-            if starts
-            else "time in steps that were kept",
-        )
-    )
-    speed = run.column("tokens_per_second")
+    cards.append(Card("steps", f"{run.step:,}", of))
+    tokens, epochs = run.column("tokens"), run.epochs()
+    if tokens is not None:
+        below = f"{max(epochs.values()):.2f} epochs" if len(epochs) == 1 else ""
+        cards.append(Card("tokens", quantity(float(np.nansum(tokens))), below))
+    recent = slice(-max(1, len(run.steps["step"]) // 10), None)
+    speed, mfu = run.column("tokens_per_second"), run.column("mfu")
     if speed is not None:
-        mfu = run.column("mfu")
-        recent = slice(-max(1, len(steps) // 10), None)
         below = "" if mfu is None else f"MFU {100 * np.nanmedian(mfu[recent]):.1f} %"
-        cards.append(("tokens per second", f"{np.nanmedian(speed[recent]):,.0f}", below))
-    memory = run.column("memory_bytes")
-    if memory is not None:
-        cards.append(("largest memory", quantity(float(np.nanmax(memory)), "B"), "of any rank"))
+        cards.append(Card("tokens per second", f"{np.nanmedian(speed[recent]):,.0f}", below))
+    if (wall := run.wall_seconds()) is not None:
+        cards.append(Card("wall time", duration(wall), "pauses after a stop left out"))
+    if (goodput := run.goodput()) is not None:
+        starts = Counter(event["event"] for event in run.events)
+        below = "time in steps that were kept"
+        if starts["resumed"] or starts["restart"]:
+            below = f"{starts['resumed']} resumed, {run.lost_steps:,} steps lost"
+        cards.append(Card("goodput", f"{100 * goodput:.1f} %", below))
+    facts = run.environment or {}
+    if isinstance(count := facts.get("parameters"), int):
+        active = facts.get("active_parameters")
+        below = f"{quantity(active)} active per token" if isinstance(active, int) else ""
+        cards.append(Card("parameters", quantity(count), below))
+    if (memory := run.column("memory_bytes")) is not None:
+        most = quantity(float(np.nanmax(memory)), "B")
+        cards.append(Card("largest memory", most, "of any rank"))
     if run.experts is not None:
         worst = float(np.nanmax(run.experts.metrics["max_violation"][-1], initial=0.0)) + 1
-        below = f"{len(run.experts.dead):,} dead experts"
-        cards.append(("load max / mean", f"{worst:.2f}", f"worst layer; {below}"))
+        below = f"worst layer; {len(run.experts.dead):,} dead experts"
+        cards.append(Card("load max / mean", f"{worst:.2f}", below))
     monitor, seconds = run.column("monitor_seconds"), run.column("seconds")
     if monitor is not None and seconds is not None:
         share = 100 * float(np.nansum(monitor)) / max(float(np.nansum(seconds)), 1e-9)
-        cards.append(("cost of monitoring", f"{share:.2f} %", "of the steps' time"))
+        cards.append(Card("cost of monitoring", f"{share:.2f} %", "of the steps' time"))
     alarms = run.alarms()
-    cards.append(("alarms", f"{len(alarms):,}", _kinds(alarms)))
-    skipped = run.steps.get("skipped")
-    if skipped is not None:
-        cards.append(("steps skipped", f"{int(np.nansum(skipped)):,}", "gradient not finite"))
+    cards.append(Card("alarms", f"{len(alarms):,}", _kinds(alarms), bool(alarms)))
+    skipped = run.column("skipped")
+    if skipped is not None and (count := int(np.nansum(skipped))):
+        cards.append(Card("steps skipped", f"{count:,}", "gradient not finite", is_warning=True))
     return cards
 
 
-def _when(run: RunLog) -> str:
+def last_row(run: RunLog) -> str:
+    """When it was written, for people."""
     times = run.steps.get("time", np.empty(0))
     if not np.isfinite(times).any():
         return ""
@@ -154,12 +158,54 @@ def _clock(seconds: Any) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
 
 
+def data_panel(run: RunLog) -> Panel:
+    """How large the model is, what it is trained on, and how often it has seen that."""
+    title, facts = "Model and data", run.environment or {}
+    counts = {
+        "parameters": facts.get("parameters"),
+        "active per token": facts.get("active_parameters"),
+        "trained": facts.get("trained_parameters"),
+    }
+    rows = [
+        [name, f"{count:,}", "", ""] for name, count in counts.items() if isinstance(count, int)
+    ]
+    epochs = run.epochs()
+    for part in run.data_parts():
+        seen = f"{epochs[part.name]:.2f} epochs" if part.name in epochs else ""
+        share = f"{100 * part.share:.3g} % of the batches" if part.share < 1 else ""
+        rows.append([part.name, f"{part.tokens:,} tokens", share, seen])
+    if not rows:
+        why = "The run folder does not tell parameters and data."
+        return Panel("data", title, missing=why)
+    return Panel("data", title, body=table(["what", "size", "share", "seen"], rows, "l r l r"))
+
+
+def samples_panel(run: RunLog) -> Panel:
+    """What the model has written."""
+    title, samples = "Sample text", run.samples[-MOST_SAMPLES:]
+    if not samples:
+        why = "No sample was taken: deepseek train --sample, or deepseek generate."
+        return Panel("samples", title, missing=why)
+    bodies = [
+        f"<h4>step {sample['step']:,}</h4>"
+        f'<pre class="scroll sample" tabindex="0"><b>{_escaped(sample.get("prompt"))}</b>'
+        f"{_escaped(sample.get('text'))}</pre>"
+        for sample in reversed(samples)
+    ]
+    return Panel("samples", title, body="".join(bodies))
+
+
+def _escaped(text: Any) -> str:
+    return html.escape(str(text or ""))
+
+
 def environment_panel(run: RunLog) -> Panel:
     """What the run ran on."""
     title = "Environment"
     if run.environment is None:
         return Panel("environment", title, missing="The run folder has no environment.json.")
-    rows = [[key, _flat(value)] for key, value in run.environment.items()]
+    items = run.environment.items()
+    rows = [[key, _flat(value)] for key, value in items if key not in IN_DATA_PANEL]
     return Panel("environment", title, body=table(["what", "value"], rows), wide=True)
 
 
@@ -227,9 +273,8 @@ def _curves(
     data = []
     for index, run in enumerate(runs):
         if (found := curve(run)) is not None:
-            look = {"dash": DASHES[index // len(COLORS) % len(DASHES)]}
-            color = COLORS[index % len(COLORS)]
-            data.append(line(*found, html.escape(run.label), color, line=look))
+            color, dash = _look(index)
+            data.append(line(*found, html.escape(run.label), color, dash=dash))
     if not data:
         return Panel(key, title, missing="No run has logged it.")
     return Panel(key, title, figure=figure(data, "step", label, yaxis={"rangemode": "tozero"}))
@@ -238,34 +283,35 @@ def _curves(
 def _losses(runs: list[RunLog], key: str, title: str, validation: bool) -> Panel:
     data = []
     for index, run in enumerate(runs):
-        look = {
-            "color": COLORS[index % len(COLORS)],
-            "line": {"dash": DASHES[index // len(COLORS) % len(DASHES)]},
-        }
-        name = html.escape(run.label)
+        name, (color, dash) = html.escape(run.label), _look(index)
         if validation and "val_loss" in run.validations:
             x, y = run.validations["step"], run.validations["val_loss"]
-            data.append(line(x, y, name, mode="lines+markers", **look))  # type: ignore[arg-type]
+            data.append(line(x, y, name, color, dash=dash, mode="lines+markers"))
         elif not validation and run.column("loss") is not None:
-            data.append(line(*loss_curve(run), name, **look))  # type: ignore[arg-type]
+            data.append(line(*loss_curve(run), name, color, dash=dash))
     if not data:
         return Panel(key, title, missing="No run has logged it.")
     return Panel(key, title, figure=figure(data, "step", "loss, nats per token", 360))
 
 
+def _look(index: int) -> tuple[str, str]:
+    """Colour and dashes of a run's lines."""
+    return COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)]
+
+
 def _numbers(runs: list[RunLog]) -> Panel:
-    cards = [
-        {
-            label: f"{value} ({below})" if below and label in WITH_MORE else value
-            for label, value, below in headline(run)
-        }
-        for run in runs
-    ]
+    cards = [{"state": run.state()} | {c.label: _cell(c) for c in headline(run)} for run in runs]
     labels = list(dict.fromkeys(label for card in cards for label in card))
     rows = [[label, *(card.get(label, "") for card in cards)] for label in labels]
     columns = ["", *(run.label for run in runs)]
     body = table(columns, rows, "l" + " r" * len(runs))
     return Panel("compare-numbers", "Side by side", body=body, wide=True)
+
+
+def _cell(card: Card) -> str:
+    """Its value, and the small line where that has a number too."""
+    has_number = any(character.isdigit() for character in card.below)
+    return f"{card.value} ({card.below})" if has_number else card.value
 
 
 def _differences(runs: list[RunLog]) -> Panel:

@@ -13,6 +13,7 @@ from deepseek.monitoring.report.panel import (
     duration,
     figure,
     line,
+    marks,
     packed,
     quantity,
     smoothed,
@@ -45,11 +46,14 @@ PARTS = {
 """Parts of a step from the bottom to the top: name and colour."""
 
 
+def loss_panels(run: RunLog) -> list[Panel]:
+    """What the page begins with."""
+    return [_loss(run), _bits(run)]
+
+
 def training_panels(run: RunLog) -> list[Panel]:
     """In the order of the page."""
     return [
-        _loss(run),
-        _bits(run),
         _norms(run),
         _single(run, "lr", "lr", "Learning rate", "learning rate", "%{y:.3e}"),
         _speed(run),
@@ -74,34 +78,24 @@ def loss_curve(run: RunLog) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _loss(run: RunLog) -> Panel:
-    raw = run.column("loss")
+    title, raw = "Training and validation", run.column("loss")
     if raw is None:
-        return Panel("loss", "Loss", missing="No step has a finite loss.", wide=True)
+        return Panel("loss", title, missing="No step has a finite loss.", wide=True)
     steps, smooth = loss_curve(run)
     data = [
-        line(steps, raw, "training, raw", "@0/0.3", line={"width": 1}, hoverinfo="skip"),
+        line(steps, raw, "training, raw", "@0/0.3", "", width=1),
         line(steps, smooth, "training, smoothed", "@0"),
     ]
-    data[0].pop("hovertemplate")
     mtp = run.column("mtp_loss")
     if mtp is not None:
         mtp_smooth = smoothed(mtp, max(1.0, len(steps) / 100))
-        data.append(line(steps, mtp_smooth, "MTP, smoothed", "@4", line={"dash": "dot"}))
+        data.append(line(steps, mtp_smooth, "MTP, smoothed", "@4", dash="dot"))
     if "val_loss" in run.validations:
-        data.append(
-            line(
-                run.validations["step"],
-                run.validations["val_loss"],
-                "validation",
-                "@1",
-                mode="lines+markers",
-                marker={"color": "@1", "size": 6},
-            )
-        )
+        data.append(_validation(run, "val_loss"))
     data += _event_marks(run, steps, smooth)
     return Panel(
         "loss",
-        "Loss",
+        title,
         "Per token, in nats. Smoothed: a mean whose weights halve every hundredth of the run to "
         "both sides. Marks on the curve are events; ticks along the bottom are checkpoints.",
         figure(
@@ -127,60 +121,31 @@ def _loss_range(smooth: np.ndarray, run: RunLog) -> Figure:
 
 
 def _event_marks(run: RunLog, steps: np.ndarray, curve: np.ndarray) -> list[Figure]:
-    marks: dict[str, list[tuple[int, str]]] = {}
+    marked: dict[str, list[tuple[int, str]]] = {}
     for event in [e for e in run.events if e["event"] != "alarm"] + run.alarms():
         kind = event["event"]
         if kind == "alarm" and "spike" in str(event.get("kind")):
             kind = "spike"
         words = event.get("message") or event.get("reason") or event.get("kind") or ""
-        marks.setdefault(kind, []).append((event["step"], str(words)))
+        marked.setdefault(kind, []).append((event["step"], str(words)))
     skipped = run.steps.get("skipped")
     if skipped is not None:
-        marks["skipped"] = [
+        marked["skipped"] = [
             (int(s), "gradient not finite") for s in run.steps["step"][skipped == 1]
         ]
     drawn = []
     for kind, (name, color, symbol) in EVENTS.items():
-        if not marks.get(kind):
-            continue
-        at = np.array([step for step, _ in marks[kind]])
-        drawn.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": name,
-                "x": at.tolist(),
-                "y": packed(np.interp(at, steps, curve)),
-                "text": [_short(words) for _, words in marks[kind]],
-                "hovertemplate": "%{text}",
-                "cliponaxis": False,
-                "marker": {
-                    "color": color,
-                    "symbol": symbol,
-                    "size": 10,
-                    "line": {"color": "@panel", "width": 1},
-                },
-            }
-        )
-    if marks.get("checkpoint"):
-        saved = sorted({step for step, _ in marks["checkpoint"]})
-        drawn.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": "checkpoint",
-                "x": saved,
-                "y": [0.02] * len(saved),
-                "yaxis": "y2",
-                "hovertemplate": "saved",
-                "marker": {
-                    "color": "@muted",
-                    "symbol": "line-ns",
-                    "size": 9,
-                    "line": {"color": "@muted", "width": 1.5},
-                },
-            }
-        )
+        if marked.get(kind):
+            at = np.array([step for step, _ in marked[kind]])
+            y = np.interp(at, steps, curve)
+            words = [_short(text) for _, text in marked[kind]]
+            more = {"text": words, "cliponaxis": False}
+            drawn.append(marks(at, y, name, color, symbol, "%{text}", **more))
+    if marked.get("checkpoint"):
+        at = np.unique([step for step, _ in marked["checkpoint"]])
+        y, edge = np.full(len(at), 0.02), {"color": "@muted", "width": 1.5}
+        look = {"yaxis": "y2", "edge": edge}
+        drawn.append(marks(at, y, "checkpoint", "@muted", "line-ns", "saved", **look))
     return drawn
 
 
@@ -195,16 +160,16 @@ def _bits(run: RunLog) -> Panel:
     values = run.validations.get("val_bits_per_byte")
     if values is None or not np.isfinite(values).any():
         return Panel("bits", title, missing="No validation row has bits per byte.")
-    curve = line(
-        run.validations["step"],
-        values,
-        "validation",
-        "@1",
-        mode="lines+markers",
-        marker={"color": "@1", "size": 6},
-    )
     note = "Validation loss per byte of text: comparable between tokenizers."
-    return Panel("bits", title, note, figure([curve], STEP, "bits per byte"))
+    return Panel(
+        "bits", title, note, figure([_validation(run, "val_bits_per_byte")], STEP, "bits per byte")
+    )
+
+
+def _validation(run: RunLog, column: str) -> Figure:
+    marker = {"color": "@1", "size": 6}
+    at, values = run.validations["step"], run.validations[column]
+    return line(at, values, "validation", "@1", mode="lines+markers", marker=marker)
 
 
 def _norms(run: RunLog) -> Panel:
@@ -216,7 +181,7 @@ def _norms(run: RunLog) -> Panel:
         "grad_norm_router": ("router", "@4"),
     }
     data = [
-        line(run.steps["step"], values, name, color, line={"width": 1.2})
+        line(run.steps["step"], values, name, color, width=1.2)
         for key, (name, color) in kinds.items()
         if (values := run.column(key)) is not None
     ]
@@ -254,7 +219,7 @@ def _speed(run: RunLog) -> Panel:
     if values is None:
         return Panel("speed", "Speed", missing="No step row has tokens per second.")
     data = [
-        line(run.steps["step"], values, "each step", "@2/0.35", "%{y:,.0f}", line={"width": 1}),
+        line(run.steps["step"], values, "each step", "@2/0.35", "%{y:,.0f}", width=1),
         line(run.steps["step"], smoothed(values, len(values) / 100), "smoothed", "@2", "%{y:,.0f}"),
     ]
     axis = {"rangemode": "tozero", "exponentformat": "SI"}
@@ -269,7 +234,7 @@ def _mfu(run: RunLog) -> Panel:
         why = "No step row has mfu: the peak of the device is not known."
         return Panel("mfu", title, missing=why)
     data = [
-        line(run.steps["step"], 100 * values, "each step", "@4/0.35", line={"width": 1}),
+        line(run.steps["step"], 100 * values, "each step", "@4/0.35", width=1),
         line(run.steps["step"], 100 * smoothed(values, len(values) / 100), "smoothed", "@4"),
     ]
     return Panel(
