@@ -26,8 +26,9 @@ from deepseek.config.errors import ConfigError, UserError
 from deepseek.interop import hf_export as exporting
 from deepseek.interop import hf_import as importing
 from deepseek.interop.hf_config import hf_config
+from deepseek.interop.hf_export import TensorFileWriter
+from deepseek.interop.hf_import import TensorFile
 from deepseek.interop.huggingface import to_hf
-from deepseek.interop.safetensors_file import TensorFile, TensorFileWriter
 from support.hf_folders import small, weights, write_folder, write_tensors
 
 CFG = small(num_nextn_predict_layers=1)
@@ -301,8 +302,9 @@ def test_pickles_are_not_opened(source: Path) -> None:
     (source / INDEX).unlink()
     (source / "pytorch_model-00001-of-00002.bin").unlink()
     refused(source, "holds no model.safetensors and no model.safetensors.index.json")
-    (source / "model-1.safetensors").write_bytes(b"")
-    refused(source, "has several .safetensors files and no")
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        (source / name).write_bytes(b"")
+        refused(source, r"has no model\.safetensors\.index\.json.* are shards; download the index")
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.commands.convert import export_hf, import_hf
 from deepseek.config.errors import UserError
 from deepseek.interop.hf_config import hf_config
 from deepseek.interop.huggingface import Layout, from_hf
+from deepseek.interop.open_weights import open_checkpoint
 from deepseek.ops.fp8 import dequantise_blocks_plainly, quantise_blocks_plainly
 from support.hf_folders import (
     assert_equal,
@@ -95,11 +97,14 @@ def test_fp8_export_rounds_and_says_so(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_fp8_of_what_is_not_finite(tmp_path: Path) -> None:
     cfg = small()
-    state = weights(cfg)
-    state["layers.1.attn.wo.weight"][0, 0] = torch.inf
-    write_folder(tmp_path / "hf", cfg, state)
+    write_folder(tmp_path / "hf", cfg, weights(cfg))
     import_hf(tmp_path / "hf", tmp_path / "run")
+    state = open_checkpoint(tmp_path / "run").checkpoint.state()
+    tensors = {f"model.{name}": tensor for name, tensor in weights(cfg).items()}
+    tensors["model.layers.1.attn.wo.weight"][0, 0] = torch.inf
+    with CheckpointManager(tmp_path / "bad" / "checkpoints") as manager:
+        manager.save(1, tensors, state)
     wanted = r"model\.layers\.1\.attn\.wo\.weight holds numbers that are not finite.*or as bf16"
     with pytest.raises(UserError, match=wanted):
-        export_hf(tmp_path / "run", tmp_path / "new", dtype="fp8")
+        export_hf(tmp_path / "bad", tmp_path / "new", dtype="fp8")
     assert not (tmp_path / "new").exists()

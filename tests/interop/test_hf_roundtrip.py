@@ -6,25 +6,33 @@ import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
-from deepseek.checkpoint.checkpoint import Checkpoint
-from deepseek.checkpoint.manifest import step_name
+from deepseek.checkpoint.shards import TensorSpec
 from deepseek.commands.convert import export_hf, import_hf
 from deepseek.commands.generate import generate_text
 from deepseek.config import RunConfig, load_config
+from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig, RopeScaling
 from deepseek.inference.generation import Sampling, generate
 from deepseek.interop.hf_config import hf_config, model_config
-from deepseek.interop.hf_folder import HfFolder
-from deepseek.interop.hf_import import WeightImport
-from deepseek.interop.huggingface import Layout, hf_tensors, to_hf
+from deepseek.interop.hf_import import HfFolder, plan_import
+from deepseek.interop.huggingface import (
+    Layout,
+    hf_tensors,
+    is_projection,
+    our_shapes,
+    to_hf,
+)
 from deepseek.interop.open_weights import open_checkpoint
 from deepseek.models.transformer import Transformer
+from support.hf_configs import DEEPSEEK_V3
 from support.hf_folders import (
     assert_equal,
     exported,
@@ -33,7 +41,6 @@ from support.hf_folders import (
     small,
     weights,
     write_folder,
-    write_tensors,
 )
 
 
@@ -139,56 +146,95 @@ def test_mtp_that_config_json_promises_and_the_weights_lack(
 # -- as large as life --
 
 
-def test_every_name_of_deepseek_v3(tmp_path: Path) -> None:
-    """61 layers, 256 experts, MTP, FP8 with scales: 91,000 tensors in 163 files, but tiny."""
-    cfg = small(
-        hidden_size=2,
-        num_hidden_layers=61,
-        num_attention_heads=1,
-        q_lora_rank=2,
-        kv_lora_rank=2,
-        qk_nope_head_dim=2,
-        qk_rope_head_dim=2,
-        v_head_dim=2,
-        intermediate_size=2,
-        moe_intermediate_size=2,
-        n_routed_experts=256,
-        num_experts_per_tok=8,
-        n_group=8,
-        topk_group=4,
-        first_k_dense_replace=3,
-        num_nextn_predict_layers=1,
-    )
-    state = weights(cfg)
-    theirs = {name: tensor.bfloat16() for name, tensor in to_hf(state, cfg).items()}
-    assert len(theirs) == 46_183  # counted in the released bf16 checkpoint
-    stored = {}
-    for name, tensor in theirs.items():
-        if name.endswith("_proj.weight") and "eh_proj" not in name:
-            stored[name] = tensor.to(torch.float8_e4m3fn)
-            stored[name + "_scale_inv"] = torch.full((1, 1), 0.5)
+def test_every_name_of_deepseek_v3() -> None:
+    """61 layers, 256 experts, MTP, FP8 with scales: 91,000 tensors, by their headers alone."""
+    cfg = model_config(DEEPSEEK_V3)
+    specs: dict[str, TensorSpec] = {}
+    for name, target in hf_tensors(cfg).items():
+        if is_projection(name):
+            rows, columns = (-(-size // 128) for size in target.shape)
+            specs[name] = TensorSpec(torch.float8_e4m3fn, target.shape)
+            specs[f"{name}_scale_inv"] = TensorSpec(torch.float32, (rows, columns))
         else:
-            stored[name] = tensor
-    assert len(stored) > 91_000
-    write_tensors(tmp_path / "hf", stored, shards=163)
-    config = hf_config(cfg) | {
-        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-        "auto_map": {"AutoModel": "modeling_deepseek.DeepseekV3Model"},
-    }
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+            specs[name] = TensorSpec(torch.bfloat16, target.shape)
+    assert len(specs) == 91_991  # counted in the released FP8 checkpoint
+    folder: Any = SimpleNamespace(path=Path("v3"), config=DEEPSEEK_V3, tensors=specs)
+    plan = plan_import(folder, cfg)
+    assert plan.config == cfg and len(plan.quantised) == 91_991 - 46_183
+    assert [len(names) for names in plan.dropped.values()] == [0, 2, 0]
+    written = {piece.name for target in plan.targets.values() for piece in target.pieces}
+    assert written == our_shapes(cfg).keys()
+    del specs["model.layers.60.mlp.experts.255.up_proj.weight_scale_inv"]
+    with pytest.raises(UserError, match=r"layers\.60\.mlp\.experts\.255\.up_proj.*has no .*_inv"):
+        plan_import(folder, cfg)
+
+
+# -- vocabularies --
+
+
+@pytest.mark.parametrize(("vocab", "rows"), [("pad", 320), ("trim", 288)])
+@pytest.mark.parametrize("stated", [288, 320])
+def test_rows_that_config_json_does_not_count(
+    tmp_path: Path, vocab: str, rows: int, stated: int
+) -> None:
+    cfg = small(vocab_size=608 - stated, num_nextn_predict_layers=1)
+    state = weights(cfg)
+    write_folder(tmp_path / "hf", cfg, state, vocab_size=stated)
+    message = rf"embed_tokens\.weight has {608 - stated} rows.*vocab_size={stated}: .*--vocab trim"
+    with pytest.raises(UserError, match=message):
+        import_hf(tmp_path / "hf", tmp_path / "run")
+    import_hf(tmp_path / "hf", tmp_path / "run", vocab=vocab)
+    found = imported(tmp_path / "run")
+    for name, tensor in state.items():
+        if name in ("embed.weight", "head.weight"):
+            new = tensor.mean(dim=0, keepdim=True).expand(max(0, rows - len(tensor)), -1)
+            tensor = torch.cat([tensor[:rows], new])
+        assert torch.equal(found[name], tensor), name
+    assert load_config(tmp_path / "run" / "config.yaml").model.vocab_size == rows
+    export_hf(tmp_path / "run", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == rows
+
+
+def test_new_tokens_grow_embedding_and_head(tmp_path: Path) -> None:
+    cfg = small()
+    state = weights(cfg)
+    write_folder(tmp_path / "hf", cfg, state)
+    file = tmp_path / "hf" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"id": 261', '"id": 305'))
+    with pytest.raises(UserError, match="the tokenizer has 306 ids, the model 300; .*--vocab pad"):
+        import_hf(tmp_path / "hf", tmp_path / "run")
+    import_hf(tmp_path / "hf", tmp_path / "run", vocab="pad")
+    found = imported(tmp_path / "run")
+    for name in ("embed.weight", "head.weight"):
+        assert torch.equal(found[name][:300], state[name])
+        assert torch.equal(found[name][300:], state[name].mean(dim=0).expand(6, -1))
+
+
+# -- folders that are less usual --
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00001.safetensors", "weights.safetensors"])
+def test_one_file_needs_no_index(tmp_path: Path, name: str) -> None:
+    cfg = small(n_shared_experts=0)
+    theirs = write_folder(tmp_path / "hf", cfg, weights(cfg))
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    for matrix in ("gate", "up", "down"):  # transformers writes those of no shared expert
+        theirs[f"model.layers.1.mlp.shared_experts.{matrix}_proj.weight"] = torch.empty(0, 16)
+    save_file({key: tensor.contiguous() for key, tensor in theirs.items()}, tmp_path / "hf" / name)
     import_hf(tmp_path / "hf", tmp_path / "run")
-    checkpoint = Checkpoint.open(tmp_path / "run" / "checkpoints" / step_name(0))
-    shapes = {f"model.{name}": tuple(tensor.shape) for name, tensor in state.items()}
-    assert checkpoint.tensor_shapes() == shapes
-    assert len(list(checkpoint.path.glob("*.distcp"))) == 163
-    for name in (
-        "layers.3.ffn.experts.w1",
-        "layers.60.ffn.experts.w2",
-        "mtp.0.block.attn.wo.weight",
-    ):
-        tensor = torch.empty(state[name].shape)
-        checkpoint.load({f"model.{name}": tensor})
-        assert torch.equal(tensor, state[name].bfloat16().to(torch.float8_e4m3fn).float() * 0.5)
+    assert_equal(imported(tmp_path / "run"), weights(cfg))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none_are_named(tmp_path: Path, bad: float) -> None:
+    cfg = small()
+    for name in ("norm.weight", "layers.1.ffn.experts.w2"):
+        state = weights(cfg)
+        state[name].view(-1)[-1] = bad
+        write_folder(tmp_path / name, cfg, state)
+        theirs = "model.norm.weight" if name == "norm.weight" else "experts.3.down_proj.weight"
+        with pytest.raises(UserError, match=f"{theirs} holds NaN or infinite numbers"):
+            import_hf(tmp_path / name, tmp_path / "run")
 
 
 # -- the peer --
@@ -285,7 +331,7 @@ def test_the_result_is_a_run_folder(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "tokenizer" / "chat_template.jinja").read_text() == "{{ messages }}"
     model: Any = opened.model()
     assert isinstance(model, Transformer) and isinstance(opened.config.model, ModelConfig)
-    plan = WeightImport(HfFolder(tmp_path / "hf"))
+    plan = plan_import(HfFolder(tmp_path / "hf"), cfg)
     assert plan.dropped == {key: [] for key in plan.dropped} and not plan.quantised
 
 

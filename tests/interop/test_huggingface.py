@@ -1,4 +1,4 @@
-"""The table of names: complete, strict, and the same as what the peers read and write."""
+"""Tensors under Hugging Face names: complete, strict, and as the peers read and write them."""
 
 from __future__ import annotations
 
@@ -13,135 +13,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deepseek.config.errors import ConfigError, UserError
+from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig, RopeScaling
 from deepseek.interop.hf_config import hf_config, model_config
-from deepseek.interop.huggingface import Layout, from_hf, to_hf
+from deepseek.interop.huggingface import Layout, from_hf, hf_tensors, to_hf
 from deepseek.models.transformer import Transformer
-
-YARN_40 = {
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "factor": 40,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "original_max_position_embeddings": 4096,
-    "type": "yarn",
-}
-# What the published config.json files say, but for tokens and versions.
-DEEPSEEK_V3: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "first_k_dense_replace": 3,
-    "hidden_act": "silu",
-    "hidden_size": 7168,
-    "initializer_range": 0.02,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "model_type": "deepseek_v3",
-    "moe_intermediate_size": 2048,
-    "moe_layer_freq": 1,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "num_key_value_heads": 128,
-    "num_nextn_predict_layers": 1,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": YARN_40,
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}
-KIMI_K2: dict[str, Any] = DEEPSEEK_V3 | {
-    "model_type": "kimi_k2",
-    "aux_loss_alpha": 0.001,
-    "first_k_dense_replace": 1,
-    "max_position_embeddings": 131072,
-    "n_group": 1,
-    "n_routed_experts": 384,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
-    "num_nextn_predict_layers": 0,
-    "rope_theta": 50000.0,
-    "routed_scaling_factor": 2.827,
-    "rope_scaling": YARN_40 | {"beta_fast": 1.0, "factor": 32.0},
-    "topk_group": 1,
-    "vocab_size": 163840,
-}
-MOONLIGHT: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "hidden_size": 2048,
-    "intermediate_size": 11264,
-    "moe_intermediate_size": 1408,
-    "num_hidden_layers": 27,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "n_group": 1,
-    "topk_group": 1,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.446,
-    "q_lora_rank": None,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "rope_theta": 50000.0,
-    "rope_scaling": None,
-    "vocab_size": 163840,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-05,
-    "aux_loss_alpha": 0.001,
-    "num_nextn_predict_layers": 0,
-    "tie_word_embeddings": False,
-}
-V2_LITE: dict[str, Any] = {
-    "architectures": ["DeepseekV2ForCausalLM"],
-    "model_type": "deepseek_v2",
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "num_hidden_layers": 27,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 16,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "scoring_func": "softmax",
-    "topk_method": "greedy",
-    "norm_topk_prob": False,
-    "routed_scaling_factor": 1.0,
-    "q_lora_rank": None,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "rope_theta": 10000,
-    "rope_scaling": YARN_40 | {"mscale": 0.707, "mscale_all_dim": 0.707},
-    "vocab_size": 102400,
-    "max_position_embeddings": 163840,
-}
-
+from support.hf_configs import DEEPSEEK_V3
 
 # -- weights ---------------------------------------------------------------------------------------
 
@@ -185,12 +62,9 @@ def test_names_are_those_of_the_released_checkpoints() -> None:
 
 def test_deepseek_v3_to_the_last_value() -> None:
     """As many tensors and values as an audit of the released bf16 checkpoint counted."""
-    cfg = model_config(DEEPSEEK_V3)
-    with torch.device("meta"):
-        state = Transformer(cfg).state_dict()
-    released = to_hf(state, cfg)
+    released = hf_tensors(model_config(DEEPSEEK_V3))
     assert len(released) == 46_183
-    assert sum(tensor.numel() for tensor in released.values()) == 684_489_845_504
+    assert sum(torch.Size(t.shape).numel() for t in released.values()) == 684_489_845_504
 
 
 @pytest.mark.parametrize("layout", ["released", "stacked"])
@@ -340,111 +214,12 @@ def test_we_read_what_transformers_writes(tmp_path: Path) -> None:
     theirs = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**hf_config(cfg)))
     theirs.save_pretrained(tmp_path)
     read = model_config(json.loads((tmp_path / "config.json").read_text()))
-    assert read == read_again(cfg)
+    assert read == model_config(json.loads(json.dumps(hf_config(cfg))))
     model = Transformer(read)
     model.load_state_dict(from_hf(load_file(tmp_path / "model.safetensors"), read))
     tokens_BS = torch.arange(6).unsqueeze(0)
     with torch.no_grad():
         assert torch.allclose(model(tokens_BS), theirs(tokens_BS).logits, rtol=1e-4, atol=1e-5)
-
-
-# -- config.json -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "published", [DEEPSEEK_V3, KIMI_K2, MOONLIGHT, V2_LITE], ids=["v3", "kimi", "moonlight", "v2"]
-)
-def test_published_configurations(published: dict[str, Any]) -> None:
-    cfg = model_config(published)
-    for key, value in published.items():
-        if key in ("rope_scaling", "tie_word_embeddings") or not hasattr(cfg, key):
-            continue
-        assert getattr(cfg, key) == value, key
-    yarn = published["rope_scaling"]
-    assert cfg.rope_scaling == (None if yarn is None else RopeScaling(**yarn))
-    assert cfg.moe_aux_loss_coeff == published.get("aux_loss_alpha", 1e-4)
-    assert read_again(cfg) == cfg
-
-
-def test_written_configuration_says_what_was_published() -> None:
-    written = json.loads(json.dumps(hf_config(model_config(DEEPSEEK_V3))))
-    for key, value in DEEPSEEK_V3.items():
-        if key != "quantization_config":
-            assert written[key] == value, key
-
-
-def test_transformers_5_spelling() -> None:
-    old = model_config(DEEPSEEK_V3)
-    new = {k: v for k, v in DEEPSEEK_V3.items() if k not in ("rope_theta", "rope_scaling")}
-    yarn = {k: v for k, v in YARN_40.items() if k != "type"}
-    new["rope_parameters"] = yarn | {"rope_type": "yarn", "rope_theta": 10000}
-    assert model_config(new) == old
-    new["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000}
-    assert model_config(new).rope_scaling is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"architectures": ["DeepseekV32ForCausalLM"]}, "DeepseekV32ForCausalLM: .*indexer"),
-        ({"index_topk": 2048}, "DeepseekV3ForCausalLM: .*indexer"),
-        ({"architectures": ["DeepseekV4ForCausalLM"]}, "hyper-connections"),
-        ({"architectures": ["GlmMoeDsaForCausalLM"]}, "indexer"),
-        ({"architectures": ["KimiK25ForConditionalGeneration"]}, "pass its text_config"),
-        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM: only DeepseekV3"),
-        ({"architectures": None, "model_type": "llama"}, "llama: only DeepseekV3"),
-    ],
-)
-def test_other_architectures_are_refused(changes: dict[str, Any], reason: str) -> None:
-    with pytest.raises(UserError, match=reason):
-        model_config(DEEPSEEK_V3 | changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"attention_bias": True}, "attention_bias=true: this model has only false"),
-        ({"hidden_act": "gelu"}, "hidden_act=gelu: this model has only silu"),
-        ({"moe_layer_freq": 2}, "moe_layer_freq=2"),
-        ({"num_key_value_heads": 8}, "num_key_value_heads=8: this model has only 128"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings=true"),
-        ({"rope_interleave": False}, "rope_interleave=false"),
-        ({"scoring_func": "softmax"}, "scoring_func=softmax: .* computes sigmoid only"),
-        ({"topk_method": "greedy"}, "topk_method=greedy: .* computes noaux_tc only"),
-        ({"hidden_size": None}, r"hidden_size=\(absent\)"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling.type=linear"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "original_max_position_embeddings"),
-        ({"rope_scaling": YARN_40 | {"attention_factor": 2}}, "attention_factor=2"),
-        ({"rope_scaling": YARN_40 | {"truncate": False}}, "truncate=false"),
-        ({"rope_scaling": YARN_40 | {"mscale": 0.5, "mscale_all_dim": 0}}, "mscale=0.5"),
-    ],
-)
-def test_what_this_model_does_not_compute(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        model_config(DEEPSEEK_V3 | changes)
-
-
-def test_all_problems_at_once() -> None:
-    changes = {"attention_bias": True, "hidden_act": "gelu", "topk_method": "greedy"}
-    with pytest.raises(ConfigError, match="3 problems"):
-        model_config(DEEPSEEK_V3 | changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"topk_method": "greedy"}, "model.topk_method=greedy: DeepseekV3ForCausalLM computes"),
-        ({"scoring_func": "softmax"}, "model.topk_method=noaux_tc: DeepseekV2ForCausalLM"),
-        (
-            {"scoring_func": "softmax", "topk_method": "greedy"},
-            "model.norm_topk_prob=true: DeepseekV2ForCausalLM computes false only",
-        ),
-        ({"rope_scaling": RopeScaling(mscale=0.5)}, "model.rope_scaling.mscale=0.5"),
-    ],
-)
-def test_export_refuses_what_no_class_computes(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        hf_config(small(**changes))
 
 
 # -- fixtures --------------------------------------------------------------------------------------
@@ -483,8 +258,3 @@ def filled(cfg: ModelConfig) -> Transformer:
 
 def weights(cfg: ModelConfig) -> dict[str, Tensor]:
     return dict(filled(cfg).state_dict())
-
-
-def read_again(cfg: ModelConfig) -> ModelConfig:
-    """The configuration after a trip through config.json."""
-    return model_config(json.loads(json.dumps(hf_config(cfg))))

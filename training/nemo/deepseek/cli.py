@@ -298,11 +298,32 @@ def hf_import_command(
         list[str] | None,
         typer.Option(help="Key of config.json that does not change the model; may be repeated."),
     ] = None,
+    vocab: Annotated[
+        str | None,
+        typer.Option(help="Rows of embedding and head that do not fit: pad or trim; none: refuse."),
+    ] = None,
 ) -> None:
     """Turn Hugging Face weights into a folder that train, generate and experts read."""
     from deepseek.commands.convert import import_hf
 
-    import_hf(source, target, mtp, tokenizer, ignore_key or [])
+    import_hf(source, target, mtp, tokenizer, ignore_key or [], vocab)
+
+
+@hf.command("config")
+def hf_config_command(
+    source: Annotated[
+        Path, typer.Argument(help="config.json, its folder, or JSON of DeepSeek's inference code.")
+    ],
+    output: Annotated[Path, typer.Argument(help="New YAML file.")],
+    ignore_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Key of config.json that does not change the model; may be repeated."),
+    ] = None,
+) -> None:
+    """Write the configuration of a model that config.json describes."""
+    from deepseek.commands.convert import config_of_hf
+
+    config_of_hf(source, output, ignore_key or [])
 
 
 @hf.command("export")

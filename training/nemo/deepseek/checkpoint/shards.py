@@ -191,9 +191,17 @@ def write_checkpoint(
         files: their chunks together are the tensors.
         state: as for ``CheckpointManager.save``.
 
-    Raises ``OSError``, and ``UserError`` if ``state`` cannot be kept.
+    Raises ``OSError``, and ``UserError`` if ``state`` cannot be kept or the chunks do not fill the
+    tensors.
     """
     written = list(files)
+    found = dict.fromkeys(shapes, 0)
+    for file in written:
+        for chunk in file.chunks:
+            found[chunk.name] += torch.Size(chunk.sizes).numel()
+    partial = [name for name, shape in shapes.items() if found[name] != torch.Size(shape).numel()]
+    if partial:
+        raise UserError(f"{len(partial)} tensors were not written whole, such as {partial[0]}")
     entries = {file.name: file.entry for file in written}
     specs = {name: TensorSpec(dtype, shape) for name, shape in shapes.items()}
     metadata = described(written, specs)

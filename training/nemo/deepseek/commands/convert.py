@@ -32,6 +32,7 @@ def import_hf(
     mtp: str = "keep",
     tokenizer: Path | None = None,
     ignore_keys: Sequence[str] = (),
+    vocab: str | None = None,
 ) -> None:
     """Write the checkpoint of step 0, ``config.yaml`` and the tokenizer into ``target``.
 
@@ -43,16 +44,19 @@ def import_hf(
         mtp: ``keep`` the multi-token-prediction modules if there are any, or ``drop`` them.
         tokenizer: a ``tokenizer.json`` or its folder; None: the one in ``source``.
         ignore_keys: keys of ``config.json`` that are known not to change the model.
+        vocab: ``pad`` or ``trim`` embedding and head where their rows, ``vocab_size`` and the
+            tokenizer's ids differ; None: refuse.
 
     Raises:
         ConfigError: the model is not one that is built here; every reason at once.
         UserError: files are missing or broken, tensors are not accounted for, no room.
     """
     from deepseek.checkpoint.manifest import step_name
-    from deepseek.interop.hf_folder import HfFolder
-    from deepseek.interop.hf_import import WeightImport
+    from deepseek.interop.hf_config import model_config
+    from deepseek.interop.hf_import import HfFolder, Mtp, Vocab, plan_import
 
-    kept = one_of("--mtp", mtp, ("keep", "drop"))
+    kept = cast(Mtp, one_of("--mtp", mtp, get_args(Mtp)))
+    rows = None if vocab is None else cast(Vocab, one_of("--vocab", vocab, get_args(Vocab)))
     refuse_existing(target)
     folder = HfFolder(source)
     for key in ignore_keys:
@@ -60,8 +64,11 @@ def import_hf(
             close = nearest(key, list(folder.config))
             hint = f"; {close}?" if close else "; leave the option out"
             raise UserError(f"--ignore-key {key}: config.json has no such key{hint}")
-    weights = WeightImport(folder, "drop" if kept == "drop" else "keep", tuple(ignore_keys))
-    read = _tokenizer(source, tokenizer, weights.config)
+    stated = model_config(folder.config, ignore_keys)
+    _run_config(target, stated)  # the rules first: nothing is listed by sizes that break them
+    read = _tokenizer(source, tokenizer)
+    ids = 0 if read is None else read.vocab_size
+    weights = plan_import(folder, stated, kept, rows, ids)
     run = _run_config(target, weights.config)
     dropped = {reason: names for reason, names in weights.dropped.items() if names}
     state: dict[str, Any] = {
@@ -81,6 +88,7 @@ def import_hf(
         "files": folder.fingerprint(),
         "config": folder.config,
         "mtp": kept,
+        "vocab": [weights.config.vocab_size, vocab],
         "source": str(source.resolve()),
     }
     _say_source(weights, folder)
@@ -104,6 +112,32 @@ def import_hf(
     _say_result(target, run, dropped, read)
 
 
+def config_of_hf(source: Path, output: Path, ignore_keys: Sequence[str] = ()) -> None:
+    """Write the configuration of a model that is described as elsewhere, without its weights.
+
+    Args:
+        source: a ``config.json``, its folder, or the JSON of DeepSeek's inference code.
+        output: a YAML file that does not exist.
+        ignore_keys: keys of ``config.json`` that are known not to change the model.
+
+    Raises:
+        ConfigError: the model is not one that is built here; every reason at once.
+        UserError: a file is missing or broken, or ``output`` exists.
+    """
+    from deepseek.interop.hf_config import inference_config, model_config
+    from deepseek.interop.hf_import import CONFIG, read_json
+
+    if output.exists():
+        raise UserError(f"{output} exists already and nothing is overwritten; give another name")
+    content = read_json(source / CONFIG if source.is_dir() else source)
+    own = {"dim", "n_layers"} <= content.keys()  # as no config.json calls them
+    model = inference_config(content) if own else model_config(content, ignore_keys)
+    run = _run_config(output.with_suffix(""), model)
+    with disk_errors(f"writing {output}"):
+        output.write_text(resolved_yaml(run))
+    say(f"written      {output}; deepseek validate {shlex.quote(str(output))} shows its numbers")
+
+
 def one_of(option: str, value: str, allowed: Sequence[str]) -> str:
     """``value``. Raises UserError unless it is one of ``allowed``."""
     if value not in allowed:
@@ -118,7 +152,7 @@ def copy_template(source: Path, target: Path) -> None:
         shutil.copyfile(template, target / CHAT_TEMPLATE)
 
 
-def _tokenizer(source: Path, given: Path | None, cfg: ModelConfig) -> Tokenizer | None:
+def _tokenizer(source: Path, given: Path | None) -> Tokenizer | None:
     """None, with a note, where the folder has none that can be read."""
     if given is None and not (source / "tokenizer.json").is_file():
         try:
@@ -126,13 +160,7 @@ def _tokenizer(source: Path, given: Path | None, cfg: ModelConfig) -> Tokenizer 
         except UserError as failure:
             say(f"note         imported without a tokenizer (--tokenizer PATH adds one): {failure}")
         return None
-    read = load_tokenizer(given or source)
-    if read.vocab_size > cfg.vocab_size:
-        raise UserError(
-            f"{given or source}: the tokenizer has {read.vocab_size} ids, the model "
-            f"{cfg.vocab_size}; give the model's own with --tokenizer"
-        )
-    return read
+    return load_tokenizer(given or source)
 
 
 def _run_config(target: Path, cfg: ModelConfig) -> RunConfig:
@@ -162,6 +190,10 @@ def _say_source(weights: Any, folder: Any) -> None:
     )
     if "auto_map" in folder.config:
         say("note         the code that config.json names (auto_map) is not needed and not run")
+    size, stated = weights.config.vocab_size, folder.config["vocab_size"]
+    if weights.rows | {stated} != {size}:
+        had = " and ".join(f"{count:,}" for count in sorted(weights.rows))
+        say(f"vocabulary   {size:,} rows; the source has {had}, its config.json says {stated:,}")
     if weights.mtp_absent:
         say("note         config.json speaks of MTP modules, but their weights are not there")
 
@@ -290,9 +322,9 @@ def export_lora(run: Path, target: Path, base: str | None = None) -> None:
     """
     from deepseek.checkpoint.shards import TensorSpec
     from deepseek.interop.hf_config import hf_config
+    from deepseek.interop.hf_export import TensorFileWriter
     from deepseek.interop.open_weights import load_adapted
     from deepseek.interop.peft import peft_adapter
-    from deepseek.interop.safetensors_file import TensorFileWriter
 
     refuse_existing(target)
     opened = _with_adapters(run)

@@ -228,6 +228,12 @@ class ModelConfig:
     """Architecture, training knobs, batch, parallel sizes; sections data, tokenizer and optim."""
 
     # -- architecture (names of HF config.json) --
+    model_type: str | None = key(
+        None,
+        "name for `hf export`: deepseek_v3, deepseek_v2 or glm4_moe_lite; null: deepseek_v3, or "
+        "deepseek_v2 with softmax scores",
+        choices=("deepseek_v3", "deepseek_v2", "glm4_moe_lite"),
+    )
     vocab_size: int = key(
         4096, "rows of embedding and head; the tokenizer's or more", unit="ids", at_least=1
     )

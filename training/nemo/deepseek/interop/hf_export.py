@@ -7,7 +7,7 @@ stacks), of the files nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,9 @@ from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.shards import TensorSpec
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
-from deepseek.files import FileEntry, Staging, has_size, write_durably
+from deepseek.files import FileEntry, HashingWriter, Staging, has_size, write_durably
 from deepseek.interop.hf_config import hf_config
-from deepseek.interop.hf_folder import CONFIG, INDEX, SINGLE
+from deepseek.interop.hf_import import CONFIG, INDEX, SINGLE, TORCH_DTYPES, TensorFile
 from deepseek.interop.huggingface import (
     SCALE,
     HfTensor,
@@ -32,7 +32,6 @@ from deepseek.interop.huggingface import (
     listing,
     our_shapes,
 )
-from deepseek.interop.safetensors_file import TensorFile, TensorFileWriter
 from deepseek.ops.fp8 import E4M3, block_counts, quantise_blocks
 
 Dtype = Literal["fp32", "bf16", "fp8"]
@@ -47,6 +46,8 @@ QUANTISATION = {
 }
 """What ``config.json`` says of FP8 weights, as that of DeepSeek-V3 does."""
 _WEIGHTS, _STATES = "model.", "optim."
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+"""As safetensors headers have them."""
 
 
 class WeightExport:
@@ -239,3 +240,55 @@ class WeightExport:
         wrong = [name for name in names if found.get(name) != expected.get(name)]
         if wrong:
             raise UserError(f"{folder}: {len(wrong)} tensors are not as planned: {listing(wrong)}")
+
+
+class TensorFileWriter:
+    """A new file, whose tensors are announced first and then written one by one, in this order.
+
+    Args:
+        path: of a file that does not exist.
+        tensors: what will be written. Larger dtypes first, or readers would find numbers at odd
+            addresses.
+
+    Raises ``OSError``. ``entry`` is there once the file is closed.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorSpec]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, spec in tensors.items():
+            place = [end, end + spec.nbytes]
+            header[name] = {
+                "dtype": _NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": place,
+            }
+            end = place[1]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.entry: FileEntry | None = None
+        self._left = dict(tensors)
+        self._stream = HashingWriter(path, self._done)
+        self._stream.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor."""
+        expected = next(iter(self._left), None)
+        spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
+        assert name == expected and spec == self._left[name], (name, spec, expected)
+        del self._left[name]
+        numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        self._stream.write(numbers.data)
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            assert not self._left, f"announced, not written: {list(self._left)}"
+            self._stream.close()
+        else:
+            self._stream.raw.close()
+
+    def _done(self, entry: FileEntry) -> None:
+        self.entry = entry

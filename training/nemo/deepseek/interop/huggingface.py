@@ -70,14 +70,14 @@ def from_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     """Hugging Face weights, of either layout, under our names.
 
     Values keep their dtype, but for the correction bias, which becomes fp32. Tensors may share
-    memory with ``state``. Rotary tables (``rotary_emb.inv_freq``) are passed over, being derived
-    from the configuration; the MTP copies of embedding and head may be absent.
+    memory with ``state``. Rotary tables and tensors without numbers are passed over; the MTP copies
+    of embedding and head may be absent.
 
     Raises:
         UserError: a tensor is missing, unexpected or of another shape than ``cfg`` asks for, an MTP
             copy differs from its original, or the weights are quantised; lists the names.
     """
-    given = {name: tensor for name, tensor in state.items() if "rotary_emb.inv_freq" not in name}
+    given = {name: t for name, t in state.items() if not is_derived(name, tuple(t.shape))}
     quantised = [name for name in given if _QUANTISED.search(name)]
     if quantised:
         raise UserError(
@@ -211,6 +211,12 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def is_bias(name: str) -> bool:
     """Whether our name ``name`` is of a correction bias, which is fp32 everywhere."""
     return name.endswith(".ffn.gate.bias")
+
+
+def is_derived(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether their tensor holds nothing that is to be kept: rotary tables follow from the
+    configuration, and of shared experts that a model has none of transformers writes 0 rows."""
+    return "rotary_emb.inv_freq" in name or 0 in shape
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
