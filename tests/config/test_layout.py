@@ -16,7 +16,7 @@ from deepseek.config.layout import (
     SPARSE_AXES,
     Coordinate,
     Layout,
-    StageParts,
+    StageSlice,
     axes,
     balanced_sizes,
     data_parallel_size,
@@ -163,12 +163,12 @@ def test_stages_are_those_of_torch(pp: int, schedule: str, virtual: int) -> None
 
 
 def test_first_and_last_stage() -> None:
-    assert split_layers(piped(1, num_hidden_layers=3)) == [StageParts(range(3), True, True)]
+    assert split_layers(piped(1, num_hidden_layers=3)) == [StageSlice(range(3), True, True)]
     model = piped(3, num_hidden_layers=6, pipeline_layers_per_stage=[1, 3, 2])
     assert split_layers(model) == [
-        StageParts(range(0, 1), True, False),
-        StageParts(range(1, 4), False, False),
-        StageParts(range(4, 6), False, True),
+        StageSlice(range(0, 1), True, False),
+        StageSlice(range(1, 4), False, False),
+        StageSlice(range(4, 6), False, True),
     ]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek.config.layout import Layout, StageParts, kept_shape, split_layers
+from deepseek.config.layout import Layout, StageSlice, kept_shape, split_layers
 from deepseek.config.schema import ModelConfig, PeftConfig
 from deepseek.config.weights import (
     LORA_GROUPS,
@@ -27,7 +27,7 @@ from support.tiny_models import tiny_config
 from support.tiny_runs import worlds
 
 
-def built(model: ModelConfig, stages: list[StageParts] | None = None) -> Transformer:
+def built(model: ModelConfig, stages: list[StageSlice] | None = None) -> Transformer:
     with torch.device("meta"):
         return Transformer(model, stages)
 

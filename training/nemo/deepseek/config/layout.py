@@ -205,8 +205,8 @@ def kept_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
 # -- pipeline stages --
 
 
-class StageParts(NamedTuple):
-    """What one pipeline stage holds."""
+class StageSlice(NamedTuple):
+    """What one pipeline stage holds of the model."""
 
     layers: range
     """Its blocks."""
@@ -249,7 +249,7 @@ def stages_of_rank(model: ModelConfig, pp_rank: int) -> list[int]:
     return [s for s in range(num_stages(model)) if stage_rank(model, s) == pp_rank]
 
 
-def split_layers(model: ModelConfig) -> list[StageParts]:
+def split_layers(model: ModelConfig) -> list[StageSlice]:
     """The parts of each stage: by hand, or so that the costliest stage costs least."""
     stages = num_stages(model)
     sizes = model.pipeline_layers_per_stage or balanced_sizes(
@@ -257,7 +257,7 @@ def split_layers(model: ModelConfig) -> list[StageParts]:
     )
     starts = [sum(sizes[:stage]) for stage in range(stages + 1)]
     return [
-        StageParts(range(starts[s], starts[s + 1]), s == 0, s == stages - 1) for s in range(stages)
+        StageSlice(range(starts[s], starts[s + 1]), s == 0, s == stages - 1) for s in range(stages)
     ]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deepseek.config.layout import StageParts
+from deepseek.config.layout import StageSlice
 from deepseek.config.schema import ModelConfig
 from deepseek.config.weights import lora_targets
 from deepseek.models.components.attention import LatentStore, MultiHeadLatentAttention
@@ -45,9 +45,9 @@ class Transformer(nn.Module):
         recompute: blocks keep no activations and compute them again in the backward pass.
     """
 
-    def __init__(self, config: ModelConfig, stages: Sequence[StageParts] | None = None) -> None:
+    def __init__(self, config: ModelConfig, stages: Sequence[StageSlice] | None = None) -> None:
         super().__init__()
-        everything = StageParts(range(config.num_hidden_layers), first=True, last=True)
+        everything = StageSlice(range(config.num_hidden_layers), first=True, last=True)
         stages = [everything] if stages is None else stages
         first, last = any(s.first for s in stages), any(s.last for s in stages)
         depths = config.num_nextn_predict_layers if last else 0
@@ -214,7 +214,7 @@ class Stage(Transformer):
         parts: which of its modules to run.
     """
 
-    def __init__(self, model: Transformer, parts: StageParts) -> None:
+    def __init__(self, model: Transformer, parts: StageSlice) -> None:
         nn.Module.__init__(self)  # a Transformer's own would make modules
         self.config = model.config
         self.embed = model.embed if parts.first else None

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from deepseek.config.cost import reshards
 from deepseek.config.errors import UserError
-from deepseek.config.layout import StageParts, split_layers, stages_of_rank
+from deepseek.config.layout import StageSlice, split_layers, stages_of_rank
 from deepseek.config.schema import ModelConfig
 from deepseek.models.components.block import DeepSeekBlock
 from deepseek.models.components.moe import MoE
@@ -114,7 +114,7 @@ def _in_one_process(
         model = Transformer(config).to(dtype)
     model.to_empty(device=device)
     model.init_weights(seed)
-    everything = StageParts(range(config.num_hidden_layers), first=True, last=True)
+    everything = StageSlice(range(config.num_hidden_layers), first=True, last=True)
     return Parallelized(model, Sequential(Stage(model, everything), config.micro_batch_size))
 
 
