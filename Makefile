@@ -13,7 +13,7 @@ TEST_FLAGS ?= -n 2
 # What NVIDIA's AutoModel and Megatron-Core need to be built on a CPU, without what needs a GPU.
 PEERS := nemo-automodel megatron-core torchao torchdata flashoptim
 
-.PHONY: train test test-all test-lightning test-nemo lint browser bench sweep format clean
+.PHONY: train test test-all test-torch test-lightning test-nemo hooks lint browser bench sweep format clean
 
 train: $(VENV)/.ready
 	$(VENV)/bin/deepseek train --config deepseek_v3_tiny --sample --report
@@ -25,6 +25,9 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+hooks: $(VENV)/.ready
+	$(VENV)/bin/pre-commit install
 
 test-lightning: $(VENV)/.ready
 	@echo "== the suite with PyTorch Lightning alone"
@@ -40,6 +43,15 @@ test-all: lint browser $(VENV)/.ready $(NEMO)/.ready
 	$(VENV)/bin/python -m pytest $(TEST_FLAGS) -m "" --timeout 3600
 	@echo "== and with NVIDIA NeMo"
 	$(NEMO)/bin/python -m pytest $(TEST_FLAGS) -m "" --timeout 3600
+
+# Another torch than the pinned one, in an environment of its own: make test-torch TORCH=2.11.0
+test-torch:
+	@test -n "$(TORCH)" || { echo "say which: make test-torch TORCH=2.11.0"; exit 1; }
+	grep -v "^torch==" constraints.txt > .venv-torch-constraints.txt
+	$(PYTHON) -m venv --clear .venv-torch
+	.venv-torch/bin/pip install $(PIP_FLAGS) -c .venv-torch-constraints.txt torch==$(TORCH)
+	.venv-torch/bin/pip install $(PIP_FLAGS) -c .venv-torch-constraints.txt -e ".[dev]"
+	.venv-torch/bin/python -m pytest $(TEST_FLAGS)
 
 browser:
 	@command -v chromium chromium-browser google-chrome >/dev/null || { \
@@ -77,4 +89,4 @@ $(NEMO)/.ready: pyproject.toml constraints-nemo.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NEMO) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(NEMO) .venv-torch* .pytest_cache .ruff_cache .mypy_cache .hypothesis
