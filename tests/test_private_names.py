@@ -1,0 +1,143 @@
+"""Names that torch and Lightning do not promise, one test each: a new version fails by the name.
+
+``ARCHITECTURE.md`` has the table: what each is for, and what to do without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import schedules
+from torch.distributed.tensor import DTensor, Shard
+
+from deepseek.frameworks import Trainer
+from deepseek.parallel import cpu_memory
+
+ARCHITECTURE = Path(__file__).parents[1] / "ARCHITECTURE.md"
+
+
+@pytest.fixture(autouse=True)
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def set_pg_timeout() -> None:
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=7), dist.group.WORLD)
+
+
+def current_graph_task_id() -> None:
+    seen = []
+    leaf = torch.ones(1, requires_grad=True)
+    doubled = leaf * 2
+    doubled.register_hook(lambda grad: seen.append(torch._C._current_graph_task_id()))
+    doubled.backward()
+    assert torch._C._current_graph_task_id() == -1 and seen != [-1]
+
+
+def dtensor_of_a_spec() -> None:
+    whole = DTensor.from_local(torch.ones(2), init_device_mesh("cpu", (1,)), [Shard(0)])
+    made = DTensor(torch.zeros(2), whole._spec, requires_grad=False)
+    assert (made.placements, made.shape) == (whole.placements, whole.shape)
+    assert not made.to_local().any()
+
+
+def local_shape_and_global_offset() -> None:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh = init_device_mesh("cpu", (1,))
+    assert compute_local_shape_and_global_offset((4, 3), mesh, [Shard(0)]) == ((4, 3), (0, 0))
+
+
+def storage_info() -> None:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    names = [field.name for field in dataclasses.fields(_StorageInfo)]
+    assert names[:3] == ["relative_path", "offset", "length"]
+    assert pickle.loads(pickle.dumps(_StorageInfo("a", 1, 2))) == _StorageInfo("a", 1, 2)
+
+
+def mem_format_encoding() -> None:
+    from torch.distributed.checkpoint.metadata import TensorProperties
+
+    text = pickle.dumps(TensorProperties(torch.float32))
+    assert b"_MEM_FORMAT_ENCODING" in text and b"_get_layout" in text
+
+
+def batch_p2p() -> None:
+    name = "_batch_p2p" if hasattr(schedules, "_batch_p2p") else "batch_isend_irecv"
+    assert f"{name}(" in inspect.getsource(schedules)
+
+
+def custom_collectives() -> None:
+    from torch.distributed.fsdp._fully_shard import _fsdp_api as api
+
+    for theirs, ours in (
+        (api.AllGather, cpu_memory._AllGather),
+        (api.ReduceScatter, cpu_memory._ReduceScatter),
+    ):
+        for method in ("allocate", "__call__"):
+            wanted, have = (inspect.signature(getattr(c, method)) for c in (theirs, ours))
+            assert list(wanted.parameters) == list(have.parameters), method
+    for setter in ("set_custom_all_gather", "set_custom_reduce_scatter"):
+        assert callable(getattr(FSDPModule, setter))
+
+
+def trainer() -> Trainer:
+    return Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+
+
+def signal_connector() -> None:
+    made = trainer()
+    assert callable(made._signal_connector.register_signal_handlers)
+    made._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+def optim_step_progress() -> None:
+    loop = trainer().fit_loop.epoch_loop
+    step = loop.manual_optimization.optim_step_progress
+    step.total.ready = step.total.completed = 5
+    loop.batch_progress.total.ready = loop.batch_progress.total.completed = 3
+    assert loop.total_batch_idx == 2
+    source = inspect.getsource(type(loop).global_step.fget)  # type: ignore[attr-defined]
+    assert "lightning_module.automatic_optimization" in source
+    assert "manual_optimization.optim_step_progress.total.completed" in source
+
+
+NAMES: dict[str, Callable[[], None]] = {
+    "distributed_c10d._set_pg_timeout": set_pg_timeout,
+    "torch._C._current_graph_task_id": current_graph_task_id,
+    "DTensor(local, tensor._spec)": dtensor_of_a_spec,
+    "tensor._utils.compute_local_shape_and_global_offset": local_shape_and_global_offset,
+    "checkpoint.filesystem._StorageInfo": storage_info,
+    "metadata._MEM_FORMAT_ENCODING, serialization._get_layout": mem_format_encoding,
+    "pipelining.schedules._batch_p2p": batch_p2p,
+    "FSDPModule.set_custom_all_gather, .set_custom_reduce_scatter": custom_collectives,
+    "Trainer._signal_connector.register_signal_handlers": signal_connector,
+    "epoch_loop.manual_optimization.optim_step_progress": optim_step_progress,
+}
+
+
+@pytest.mark.framework
+@pytest.mark.parametrize("name", NAMES)
+def test_private_name(name: str) -> None:
+    NAMES[name]()
+
+
+def test_the_table_has_every_name() -> None:
+    table = ARCHITECTURE.read_text().partition("## Private names")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `([^`]+)` \|", table, re.M) == list(NAMES)
