@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,19 @@ def empty_metadata(folder: Path) -> Path:
     return path
 
 
+def flipped_bit(folder: Path) -> Path:
+    """In the middle of a tensor: torch alone loads it without a word."""
+    path = save(run(), folder / "full.pt")
+    with zipfile.ZipFile(path) as archive:
+        member = next(member for member in archive.infolist() if "/data/" in member.filename)
+    content = bytearray(path.read_bytes())
+    lengths = struct.unpack_from("<HH", content, member.header_offset + 26)
+    content[member.header_offset + 30 + sum(lengths) + member.file_size // 2] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+    return path
+
+
 def aliased(folder: Path) -> Path:
     content = run()
     state = content["optimizer"]["state"][GATE]
@@ -171,6 +186,7 @@ def aliased(folder: Path) -> Path:
         ),
         (cut_shard, ["__0_0.distcp is cut short: it has 1,000 bytes and needs", "copy it again"]),
         (empty_metadata, [".metadata: not the metadata of a checkpoint"]),
+        (flipped_bit, ["full.pt is damaged: the check sum of full/data/", "copy it again"]),
         (aliased, [f"{GATE}.exp_avg_sq are the same numbers", "SHARDED_STATE_DICT"]),
     ],
 )
@@ -190,3 +206,12 @@ def test_shards_in_a_torch_file_are_local(tmp_path: Path) -> None:
     torch.save({"embed": Shard(torch.zeros(2), meta)}, tmp_path / "shard.pt")
     with pytest.raises(UserError, match="LOCAL_STATE_DICT .it holds one rank's shards"):
         open_source(tmp_path / "shard.pt")
+
+
+def test_a_file_without_check_sums(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = save(run(), tmp_path / "full.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert open_source(path).tensors

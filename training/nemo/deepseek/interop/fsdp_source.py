@@ -13,6 +13,7 @@ import errno
 import io
 import json
 import re
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ from deepseek.checkpoint.metadata import METADATA, read_foreign_metadata
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.shards import TensorSpec, read_shards
 from deepseek.config.errors import UserError
+from deepseek.files import BLOCK
 from deepseek.run_folder import CHECKPOINTS
 
 SAVE_AGAIN = (
@@ -310,11 +312,32 @@ def _load(path: Path) -> object:
             f"{path}: no file of torch.save, or damaged ({type(failure).__name__}); give a .pt "
             "file of state dicts, or copy it again from where it was written"
         ) from None
+    if zipped:
+        _verify(path)
     if not isinstance(content, Mapping):
         raise UserError(
             f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors"
         )
     return content
+
+
+def _verify(path: Path) -> None:
+    """Raise ``UserError`` if the zip's own CRC-32 say that a member is not what was written.
+
+    torch does not look at them. Where it was told not to write them
+    (``torch.serialization.set_crc32_options``) they are 0.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            try:
+                with archive.open(member) as stream:
+                    while member.CRC and stream.read(BLOCK):
+                        pass
+            except (zipfile.BadZipFile, EOFError):
+                raise UserError(
+                    f"{path} is damaged: the check sum of {member.filename} is wrong; copy it "
+                    "again, or use another step"
+                ) from None
 
 
 def _flat(value: object, keys: Keys) -> Iterator[tuple[Keys, Any]]:
