@@ -185,6 +185,32 @@ def test_ten_bad_steps_end_the_run(micro: MicroRuns) -> None:
     assert skipped[:9] == list(range(3, 12))
 
 
+def test_what_was_good_survives_a_streak_and_can_be_gone_back_to(micro: MicroRuns) -> None:
+    """keep=1: each checkpoint of the streak would push out the one before."""
+    params = "exp_manager.checkpoint_callback_params"
+    settings = [f"{params}.every_n_train_steps=2", f"{params}.save_top_k=1", "trainer.max_steps=14"]
+    nan = NAN_FROM.format(first=4, end=99)
+    ran = micro.train("streak", *settings, before=nan)
+    ran.assert_refused("the weights are those of step 4")
+    assert "checkpoints from before the first skipped step, 5: 4; the newest may" in ran.out
+    assert micro.steps("streak") == [4, 6, 8, 10, 12]
+    # Going on within the streak: it is counted on, and the right step is named.
+    ran = micro.train("streak", *settings, before=nan)
+    ran.assert_refused("not finite for 10 steps in a row", "the weights are those of step 4")
+    for step, message in (("5", "has no checkpoint of step 5; it has those of steps 4, 6, 8"),
+                          ("14", "nothing left to train up to trainer.max_steps=14")):  # fmt: skip
+        micro.train("streak", *settings, "--resume-from", step).assert_refused(message)
+    words = micro.words(None, *settings, "--resume-from", "4")
+    micro.cli.start(*words).wait().assert_refused("--resume-from 4: say of which run")
+    ran = micro.train("streak", *settings, "--resume-from", "4").assert_done()
+    assert "set aside: a later checkpoint is now" in ran.out
+    folder = micro.folder / "streak" / "checkpoints"
+    left = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+    assert left == [f"set_aside_1_step_{n:08d}" for n in (6, 8, 10, 12)] + ["step_00000014"]
+    micro.train("no_streak", *settings).assert_done()
+    assert micro.differences("no_streak", "streak") == []
+
+
 def checkpoint_tensors(micro: MicroRuns, name: str, step: int) -> dict[str, torch.Tensor]:
     """The tensors of one step's checkpoint."""
     from deepseek.checkpoint.checkpoint import Checkpoint

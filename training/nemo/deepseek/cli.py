@@ -83,11 +83,14 @@ def train_command(
     run_dir: Annotated[Path | None, typer.Option(help="The run folder itself.")] = None,
     sample: Annotated[bool, typer.Option(help="Print a generated sample at the end.")] = False,
     report: Annotated[bool, typer.Option(help="Write the run's report at the end.")] = False,
+    resume_from: Annotated[
+        int | None, typer.Option(help="Go back to the checkpoint of this step.", min=0)
+    ] = None,
 ) -> None:
     """Train, or continue, a run."""
     from deepseek.commands.train import train
 
-    train(*chosen(words or [], config, "deepseek_v3_tiny"), run_dir, sample, report)
+    train(*chosen(words or [], config, "deepseek_v3_tiny"), run_dir, sample, report, resume_from)
 
 
 @app.command("sweep", context_settings=PASS_ON)

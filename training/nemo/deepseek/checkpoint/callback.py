@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from deepseek.checkpoint.manager import CheckpointManager
+from deepseek.checkpoint.manifest import complete_steps
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.training_state import Base, collect_tensors, restore, run_state
 from deepseek.config.errors import UserError
@@ -20,7 +21,7 @@ from deepseek.frameworks import Trainer
 from deepseek.parallel.gradients import sum_over
 from deepseek.training.optim import learning_rate
 from deepseek.training.phases import measured_memory
-from deepseek.training.step import DeepSeekCallback, DeepSeekModel, SaveRecord
+from deepseek.training.step import DeepSeekCallback, DeepSeekModel, NonFiniteError, SaveRecord
 
 FIXED = {
     "seed",
@@ -66,6 +67,7 @@ class Checkpointing(DeepSeekCallback):
         config: the resolved configuration, stored with each checkpoint.
         fingerprint: what identifies the data and the tokenizer; a resumed run must have the same.
         resume: continue from the newest sound checkpoint, if there is one.
+        resume_from: continue from the checkpoint of this step, and set later ones aside.
         report: where messages go; called on rank 0 only.
     """
 
@@ -77,6 +79,7 @@ class Checkpointing(DeepSeekCallback):
         fingerprint: str,
         resume: bool,
         report: Callable[[str], None],
+        resume_from: int | None = None,
     ) -> None:
         self.folder = folder
         self.keep = params.save_top_k
@@ -86,6 +89,7 @@ class Checkpointing(DeepSeekCallback):
         self.config = config
         self.fingerprint = fingerprint
         self.resume = resume
+        self.resume_from = resume_from
         self._report = report
         self._ranks = Ranks()
         self._stopping = False
@@ -123,6 +127,9 @@ class Checkpointing(DeepSeekCallback):
     def on_train_batch_start(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Save the step before, if it is due.
 
+        While steps are skipped nothing is retired: the checkpoints from before may be the only ones
+        whose weights are good.
+
         Only now are its row and its validation in the log: a run killed between them and the
         checkpoint repeats both, where the other order would lose them.
         """
@@ -153,6 +160,8 @@ class Checkpointing(DeepSeekCallback):
     ) -> None:
         """Give signals and folder back; the exception itself must not be hidden by another."""
         try:
+            if isinstance(exception, NonFiniteError) and self._manager is not None:
+                self._say_way_back(module)
             self._release()
         except UserError as failure:
             self.report(str(failure))
@@ -184,7 +193,7 @@ class Checkpointing(DeepSeekCallback):
                 tensors = collect_tensors(module.model, _optimizer(trainer))
                 state = run_state(module, self.config, self.fingerprint)
                 save = self.manager.save_in_background if in_background else self.manager.save
-                save(step, tensors, state)
+                save(step, tensors, state, retire=module.skipped_in_a_row == 0)
                 self._saved_step = step
             if not in_background:
                 self.manager.wait()
@@ -192,16 +201,34 @@ class Checkpointing(DeepSeekCallback):
             module.save_record = SaveRecord(step, time.perf_counter() - begin, memory[0])
 
     def _resume(self, trainer: Trainer, module: DeepSeekModel) -> None:
-        checkpoint = self.manager.newest_sound(self.report)
-        if checkpoint is None:
+        if self.resume_from is not None:
+            checkpoint = self.manager.at(self.resume_from)
+        elif (newest := self.manager.newest_sound(self.report)) is not None:
+            checkpoint = newest
+        else:
             return
         state = checkpoint.state()
         self._ranks.together(lambda: self._check_same_run(state, checkpoint.path))
         restore(checkpoint, module.model, _optimizer(trainer))
         module.base = Base(**state["base"]) if "base" in state else None
         module.finished_steps = self._saved_step = int(state["step"])
+        module.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         continue_loops(trainer, module.finished_steps)
+        if self.resume_from is not None:
+            for path in self.manager.set_aside_after(self.resume_from):
+                self.report(f"set aside: a later checkpoint is now {path}; delete it at will")
         self.report(f"resumed from {checkpoint.path} at step {module.finished_steps}")
+
+    def _say_way_back(self, module: DeepSeekModel) -> None:
+        last = module.finished_steps - module.skipped_in_a_row
+        # No collective: this may be one rank's own end.
+        steps = [step for step in complete_steps(self.folder) if step <= last]
+        if steps:
+            self.report(
+                f"checkpoints from before the first skipped step, {last + 1}: "
+                f"{', '.join(map(str, steps))}; the newest may hold the weights that failed. "
+                f"--run-dir {self.folder.parent} --resume-from {steps[-1]} goes on from one of them"
+            )
 
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
         """What would change the model or the order of the data is refused, the rest reported."""

@@ -14,13 +14,15 @@ there. Other names in the folder belong to the writer, who holds ``.lock``:
 * ``.replaced-*``   a checkpoint of a step that is being written anew
 * ``.trash-*``      being deleted
 
-Left by a killed process they are cleaned up at the next start. Reading needs no lock and no
-manager: see ``checkpoint.py``.
+Left by a killed process they are cleaned up at the next start. ``set_aside_N_step_*`` are those
+that a run went back behind; they are the user's. Reading needs no lock and no manager: see
+``checkpoint.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import shutil
 import uuid
@@ -102,7 +104,9 @@ class CheckpointManager:
         self._damaged: set[int] = set()
         self._ranks.lead(self._open)
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    def save(
+        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], retire: bool = True
+    ) -> Path:
         """Write the checkpoint of ``step``, then retire those beyond ``keep``.
 
         A checkpoint of the same step is replaced, once the new one is whole on the disk: what was
@@ -113,6 +117,7 @@ class CheckpointManager:
             step: optimiser steps done.
             tensors: by global name; plain tensors (equal on all ranks that have them) or DTensors.
             state: what ``state_to_json`` accepts; rank 0's is kept.
+            retire: False keeps the older ones, all of them.
 
         Returns:
             The checkpoint's directory.
@@ -124,10 +129,10 @@ class CheckpointManager:
         self.wait()
         # Refuse what can be refused before a byte is written.
         prepared = self._prepare(step, tensors, state)
-        return self._write(step, tensors, prepared, self._ranks)
+        return self._write(step, tensors, prepared, self._ranks, retire)
 
     def save_in_background(
-        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]
+        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], retire: bool = True
     ) -> None:
         """``save`` that returns once the tensors are copied to CPU memory; a thread writes them.
 
@@ -144,7 +149,7 @@ class CheckpointManager:
             self._thread_ranks = self._ranks.with_own_group()
         ranks = self._thread_ranks
         copies = {name: _copy_to_cpu(tensor) for name, tensor in tensors.items()}
-        self._under_way = self._thread.submit(self._write, step, copies, prepared, ranks)
+        self._under_way = self._thread.submit(self._write, step, copies, prepared, ranks, retire)
 
     def wait(self) -> None:
         """Until no save is under way in the background. Raises its ``UserError``."""
@@ -169,6 +174,25 @@ class CheckpointManager:
             self._damaged |= {step for step in self.steps() if step > checkpoint.step}
         return checkpoint
 
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of ``step``. Raises ``UserError`` if there is none, or it is damaged."""
+        path = self.folder / step_name(step)
+        steps = self.steps()
+        if not self._ranks.lead(path.is_dir):
+            there = f"those of steps {', '.join(map(str, steps))}" if steps else "none"
+            raise UserError(f"{self.folder} has no checkpoint of step {step}; it has {there}")
+        checkpoint = Checkpoint.open(path, self._ranks)
+        checkpoint.release()
+        return checkpoint
+
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Give the checkpoints later than ``step`` names that nobody reads, resumes or retires.
+
+        Returns:
+            The new names. Raises ``UserError`` if the disk refuses.
+        """
+        return self._ranks.lead(lambda: self._set_aside_after(step))
+
     def close(self) -> None:
         """Let the next writer in, after ``wait``. A second call does nothing. No collective."""
         try:
@@ -190,7 +214,12 @@ class CheckpointManager:
         return ranks.together(lambda: _prepare(step, tensors, state, alone=ranks.size == 1))
 
     def _write(
-        self, step: int, tensors: dict[str, Tensor], prepared: list[_Prepared], ranks: Ranks
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        prepared: list[_Prepared],
+        ranks: Ranks,
+        retire: bool,
     ) -> Path:
         """Write and name; ``prepared`` is of all ranks. In whatever thread: ``ranks`` are its."""
         temporary = ranks.lead(lambda: self._begin(step, [parts for _, parts in prepared]))
@@ -199,7 +228,7 @@ class CheckpointManager:
             written = ranks.together(lambda: write_shards(temporary, tensors, ranks))
             # 2. Rank 0 adds the state and the manifest, and gives the directory its name.
             files = {name: entry for part in written for name, entry in part.items()}
-            ranks.lead(lambda: self._finish(step, temporary, files, prepared[0][0]))
+            ranks.lead(lambda: self._finish(step, temporary, files, prepared[0][0], retire))
         except BaseException:
             # No collective here: an interruption may have come to this rank alone.
             if ranks.rank == 0:
@@ -246,6 +275,19 @@ class CheckpointManager:
             temporary.mkdir()
         return temporary
 
+    def _set_aside_after(self, step: int) -> list[Path]:
+        moved = []
+        with disk_errors(f"setting checkpoints after step {step} aside in {self.folder}"):
+            for path in step_folders(self.folder):
+                if step_of(path) > step:
+                    numbers = itertools.count(1)
+                    names = (f"set_aside_{number}_{path.name}" for number in numbers)
+                    target = next(self.folder / n for n in names if not (self.folder / n).exists())
+                    path.rename(target)
+                    moved.append(target)
+            sync_folder(self.folder)
+        return moved
+
     def _refuse_later(self, step: int) -> None:
         for later in complete_steps(self.folder):
             if later <= step or later in self._damaged:
@@ -258,7 +300,9 @@ class CheckpointManager:
                 )
             self._damaged.add(later)
 
-    def _finish(self, step: int, temporary: Path, files: dict[str, FileEntry], text: bytes) -> None:
+    def _finish(
+        self, step: int, temporary: Path, files: dict[str, FileEntry], text: bytes, retire: bool
+    ) -> None:
         place, replaced = self.folder / step_name(step), self.folder / _replaced_name(step)
         with disk_errors(f"finishing the checkpoint of step {step} in {self.folder}"):
             # 1. Everything is on the disk before it gets its name.
@@ -286,7 +330,8 @@ class CheckpointManager:
         try:
             if replaced.exists():
                 self._discard(replaced)
-            self._retire()
+            if retire:
+                self._retire()
         except OSError as failure:
             _log.warning("%s: old checkpoints could not be deleted: %s", self.folder, failure)
 

@@ -97,8 +97,10 @@ def load_adapters(checkpoint: Checkpoint, model: nn.Module) -> None:
 def run_state(module: Any, config: dict[str, Any], fingerprint: str) -> dict[str, Any]:
     """The JSON part."""
     base = {"base": asdict(module.base)} if module.base is not None else {}
+    skipped = {"skipped_in_a_row": module.skipped_in_a_row} if module.skipped_in_a_row else {}
     return {
         **base,
+        **skipped,
         "step": module.finished_steps,
         "consumed_samples": module.finished_steps * module.config.global_batch_size,
         "seed": module.seed,

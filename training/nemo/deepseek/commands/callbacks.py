@@ -40,6 +40,7 @@ def callbacks(
     data: OpenedData,
     *,
     resume: bool,
+    resume_from: int | None,
     leads: bool,
     peak: Peak,
     attempt: int,
@@ -55,6 +56,7 @@ def callbacks(
         folder: of the run.
         data: what it trains on.
         resume: go on from the newest checkpoint.
+        resume_from: go on from the checkpoint of this step instead.
         leads: this is rank 0.
         peak: of one device.
         attempt: how often a launcher has started the run anew.
@@ -65,7 +67,15 @@ def callbacks(
     if manager.create_checkpoint_callback:
         params = manager.checkpoint_callback_params
         found.append(
-            Checkpointing(folder / CHECKPOINTS, params, asdict(run), data.fingerprint, resume, say)
+            Checkpointing(
+                folder / CHECKPOINTS,
+                params,
+                asdict(run),
+                data.fingerprint,
+                resume,
+                say,
+                resume_from,
+            )
         )
     if run.model.restore_from is not None:
         found.append(StartingWeights(Path(run.model.restore_from)))

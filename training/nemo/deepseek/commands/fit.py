@@ -48,7 +48,9 @@ class FitResult:
     """There was nothing left to do."""
 
 
-def fit(run: RunConfig, run_dir: Path | None, processes: Processes) -> FitResult:
+def fit(
+    run: RunConfig, run_dir: Path | None, processes: Processes, resume_from: int | None = None
+) -> FitResult:
     """Train in this process, together with the others of the run if there are any.
 
     Raises:
@@ -59,10 +61,12 @@ def fit(run: RunConfig, run_dir: Path | None, processes: Processes) -> FitResult
     timeout = timedelta(minutes=run.trainer.collective_timeout_minutes)
     if together:
         join(processes, "cuda" if on_gpu else "cpu", timeout)
-    resume = run.exp_manager.resume_if_exists or processes.attempt > 0
+    if processes.attempt > 0:
+        resume_from = None  # started anew: the run has gone back already
+    resume = run.exp_manager.resume_if_exists or processes.attempt > 0 or resume_from is not None
     folder = Ranks().lead(lambda: chosen_folder(run, run_dir, resume))
     done = Ranks().lead(lambda: finished_steps(folder))
-    if resume and done >= run.trainer.max_steps:
+    if resume and resume_from is None and done >= run.trainer.max_steps:
         return FitResult(folder, done, was_complete=True)
     loggers = remote_loggers(folder, run)
     if run.trainer.num_threads:
@@ -122,6 +126,7 @@ def fit(run: RunConfig, run_dir: Path | None, processes: Processes) -> FitResult
                 folder,
                 data,
                 resume=resume,
+                resume_from=resume_from,
                 leads=processes.rank == 0,
                 peak=peak_of(_device(processes, on_gpu), run.exp_manager.monitor.peak_tflops),
                 attempt=processes.attempt,

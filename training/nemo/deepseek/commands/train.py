@@ -10,7 +10,7 @@ from pathlib import Path
 from deepseek.commands.generate import generate_text
 from deepseek.commands.report import report as write_report
 from deepseek.commands.versions import RUN_FOLDER, finished_steps, run_folder
-from deepseek.config import RunConfig, load_config
+from deepseek.config import RunConfig, UserError, load_config
 from deepseek.console import complain, say
 from deepseek.launch.processes import Processes, check_world, leave, quiet
 from deepseek.launch.supervisor import supervise, worker_command
@@ -25,6 +25,7 @@ def train(
     run_dir: Path | None = None,
     sample: bool = False,
     report: bool = False,
+    resume_from: int | None = None,
 ) -> None:
     """Train, or continue, one run.
 
@@ -37,13 +38,16 @@ def train(
         run_dir: the run folder, instead of one under ``exp_manager.exp_dir``.
         sample: print a generated sample at the end.
         report: write the run's report at the end.
+        resume_from: go on from the checkpoint of this step, not from the newest.
 
     Raises:
         ConfigError: every problem of the configuration at once.
         UserError: anything else the user can mend.
     """
     quiet(Processes.from_environment())
-    train_run(load_config(config, overrides), run_dir, worker_command(), sample, report)
+    train_run(
+        load_config(config, overrides), run_dir, worker_command(), sample, report, resume_from
+    )
 
 
 def train_run(
@@ -52,6 +56,7 @@ def train_run(
     command: Sequence[str],
     sample: bool = False,
     report: bool = False,
+    resume_from: int | None = None,
 ) -> Path:
     """Train, or continue, the run of a checked configuration.
 
@@ -61,6 +66,7 @@ def train_run(
         command: what each of several processes is started with.
         sample: print a generated sample at the end.
         report: write the run's report at the end.
+        resume_from: go on from the checkpoint of this step, not from the newest.
 
     Returns:
         The run folder.
@@ -70,17 +76,19 @@ def train_run(
         SystemExit: the processes that were started failed; their code.
     """
     processes = Processes.from_environment()
+    if resume_from is not None:
+        _check_resume_from(resume_from, run, run_dir)
     if report:  # what it needs is missed now, not when the run is over
         from deepseek.monitoring.report.page import plotly_script
 
         plotly_script()
     if processes.started_by == "none" and run.trainer.devices > 1 and run.trainer.num_nodes == 1:
-        return _train_in_others(run, run_dir, command, sample, report)
+        return _train_in_others(run, run_dir, command, sample, report, resume_from)
     check_world(processes, run.trainer.devices, run.trainer.num_nodes)
     # Imported here: a configuration error should not wait seconds for a training framework.
     from deepseek.commands.fit import fit
 
-    result = fit(run, run_dir, processes)
+    result = fit(run, run_dir, processes, resume_from)
     folder, steps = result.folder, run.trainer.max_steps
     if result.was_complete:
         leave()
@@ -116,12 +124,33 @@ def _show(folder: Path, sample: bool, report: bool) -> None:
         write_report([folder])
 
 
+def _check_resume_from(step: int, run: RunConfig, run_dir: Path | None) -> None:
+    if run_dir is None:
+        raise UserError(f"--resume-from {step}: say of which run, with --run-dir DIR")
+    if not run.exp_manager.create_checkpoint_callback:
+        raise UserError(
+            f"--resume-from {step} needs checkpoints; exp_manager.create_checkpoint_callback=false "
+            "turns them off"
+        )
+    if step >= run.trainer.max_steps:
+        raise UserError(
+            f"--resume-from {step}: there is nothing left to train up to "
+            f"trainer.max_steps={run.trainer.max_steps}; raise it, or give an earlier step"
+        )
+
+
 def _train_in_others(
-    run: RunConfig, run_dir: Path | None, command: Sequence[str], sample: bool, report: bool
+    run: RunConfig,
+    run_dir: Path | None,
+    command: Sequence[str],
+    sample: bool,
+    report: bool,
+    resume_from: int | None,
 ) -> Path:
     """Be the supervisor of the processes that train."""
     folder, trainer = run_folder(run, run_dir), run.trainer
-    if run.exp_manager.resume_if_exists and finished_steps(folder) >= trainer.max_steps:
+    complete = finished_steps(folder) >= trainer.max_steps
+    if run.exp_manager.resume_if_exists and resume_from is None and complete:
         _say_complete(folder, finished_steps(folder), run, sample, report, leads=True)
         return folder
     say(f"processes    {trainer.devices}, started and watched by this one")
