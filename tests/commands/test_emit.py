@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from deepseek.config import RunConfig, changed, load_config
 from deepseek.config.errors import ConfigError
 from deepseek.config.schema import RopeScaling, SchedConfig, value_at
+from deepseek.config.yaml_file import read_yaml
 from deepseek.frameworks import USES_NEMO
 from deepseek.interop.automodel_recipe import automodel_recipe
 from deepseek.interop.megatron_config import megatron_config
@@ -111,7 +111,7 @@ def test_automodel_gets_the_layout(micro: MicroRuns) -> None:
     ]
     sizes += ["model.expert_model_parallel_size=2", "trainer.precision=bf16-mixed"]
     recipe = emitted(micro, "automodel", "layout.yaml", *PLAIN, *sizes)
-    found = yaml.safe_load(recipe.read_text())
+    found = read_yaml(recipe.read_text(), str(recipe)).tree
     spread = found["distributed"]
     assert (spread["pp_size"], spread["ep_size"], spread["tp_size"]) == (2, 2, 1)
     assert spread["mp_policy"]["param_dtype"] == "bfloat16"

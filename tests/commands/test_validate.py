@@ -17,18 +17,18 @@ from deepseek.commands.validate import (
     validate,
     validate_report,
 )
-from deepseek.config import ConfigError, RunConfig, UserError, shipped_configs
+from deepseek.config import ConfigError, RunConfig, UserError, load_config, shipped_configs
 from deepseek.config.cost import rank_memory, state_memory
 from deepseek.config.layout import Layout
 from deepseek.config.schema import PeftConfig
 from deepseek.models.transformer import Transformer
-from support.tiny_runs import run_of, small_run
+from support.tiny_runs import small_run
 
 # -- the model in numbers --
 
 
 def report(name: str, overrides: Sequence[str] = ()) -> list[tuple[str, str]]:
-    return validate_report(run_of(name, overrides))
+    return validate_report(load_config(name, overrides))
 
 
 def test_v3() -> None:
@@ -69,7 +69,7 @@ def test_two_modules() -> None:
 def test_adapters_alone_are_trained() -> None:
     """Counted from the built model; frozen weights have no gradient and no optimiser state."""
     whole = report("deepseek_v3_tiny")
-    tiny = run_of("deepseek_v3_tiny")
+    tiny = load_config("deepseek_v3_tiny")
     peft = PeftConfig(dim=4, target_modules=["wq_a", "w2", "experts.w1"])
     run = replace(tiny, model=replace(tiny.model, peft=peft))
     rows = dict(validate_report(run))
@@ -165,7 +165,7 @@ def test_groups_wider_than_a_node_are_noted() -> None:
 
 
 def test_v3_on_2048_ranks_in_less_than_a_second() -> None:
-    run = run_of("deepseek_v3_671b")
+    run = load_config("deepseek_v3_671b")
     start = time.process_time()  # this process's own: a neighbour takes none of it
     tables = tables_of(run)
     notes = placement_notes(run)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deepseek.config import ModelConfig, shipped_configs
+from deepseek.config import ModelConfig, load_config, shipped_configs
 from deepseek.config.cost import (
     count_parameters,
     flops_per_token,
@@ -20,7 +20,7 @@ from deepseek.config.cost import (
 from deepseek.config.layout import Layout, split_layers, stages_of_rank
 from deepseek.config.schema import PeftConfig
 from deepseek.models.transformer import Transformer
-from support.tiny_runs import run_of, small_run, worlds
+from support.tiny_runs import small_run, worlds
 
 # Architecture keys of the published config.json files.
 V3 = ModelConfig(
@@ -267,7 +267,7 @@ def test_v3_caches_70272_bytes_a_token() -> None:
     ("name", "model"), [("deepseek_v3_671b", V3), ("moonlight_16b", MOONLIGHT)]
 )
 def test_shipped_files_have_the_published_sizes(name: str, model: ModelConfig) -> None:
-    assert count_parameters(run_of(name).model) == count_parameters(model)
+    assert count_parameters(load_config(name).model) == count_parameters(model)
 
 
 # -- against the built model --
@@ -275,7 +275,7 @@ def test_shipped_files_have_the_published_sizes(name: str, model: ModelConfig) -
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_counts_equal_the_built_model(name: str) -> None:
-    config = run_of(name).model
+    config = load_config(name).model
     with torch.device("meta"):
         model = Transformer(config)
     counts = count_parameters(config)
@@ -287,7 +287,7 @@ def test_counts_equal_the_built_model(name: str) -> None:
 
 
 def test_frozen_matrices_cost_two_passes() -> None:
-    run = run_of("deepseek_v3_tiny")
+    run = load_config("deepseek_v3_tiny")
     full, scores = (flops_per_token(run.model, length, False) for length in (1, 513))
     scores = (scores - full) // 512  # of one more token to look at
     cfg = replace(run.model, peft=PeftConfig(dim=4, target_modules=["wkv_a", "experts.w2"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 from deepseek.config import RunConfig, load_config
@@ -12,10 +11,6 @@ SMALL = [
     "model.global_batch_size=48",
     "model.micro_batch_size=1",
 ]
-
-
-def run_of(name: str, overrides: Sequence[str] = ()) -> RunConfig:
-    return load_config(name, overrides)
 
 
 def small_run(
@@ -28,7 +23,7 @@ def small_run(
         f"model.pipeline_model_parallel_size={pp}",
         f"model.expert_model_parallel_size={ep}",
     ]
-    return run_of("deepseek_v3_tiny", [*SMALL, *layout, *more])
+    return load_config("deepseek_v3_tiny", [*SMALL, *layout, *more])
 
 
 @cache
