@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deepseek.config.schema import ModelConfig
 from deepseek.monitoring.record.alarms import (
     COLLAPSED_RECORDS,
     DEAD_RECORDS,
@@ -21,6 +22,7 @@ from deepseek.monitoring.record.alarms import (
     Seen,
     Straggler,
     detectors,
+    settled_step,
 )
 from deepseek.monitoring.record.expert_monitor import ExpertRecord
 from deepseek.monitoring.record.rank_monitor import COLUMNS, RankRecord
@@ -84,6 +86,44 @@ def test_a_collapse_that_comes_again_is_told_again() -> None:
 
 def test_a_short_collapse_is_none() -> None:
     assert not all_of(RouterCollapse(), collapsing(range(1, 40), 10, 10 + COLLAPSED_RECORDS - 1))
+
+
+def swinging(steps: range) -> Iterator[Seen]:
+    """What new routers do: most tokens go to a few experts, to others every dozen steps."""
+    rng = np.random.default_rng(0)
+    for step in steps:
+        tokens_LE = rng.multinomial(40, np.ones(24) / 24, size=2)
+        hot = (np.arange(5) + 5 * (step // 24)) % 24
+        tokens_LE[:, hot] += 800
+        tokens_LE[1, 7] = 0 if 30 < step < 90 and 7 not in hot else 1
+        yield seen(step, experts=experts(step, tokens_LE, top_k=2))
+
+
+def test_routers_that_settle_are_left_in_peace() -> None:
+    early, later = swinging(range(1, 200)), swinging(range(1, 200))
+    both = [RouterCollapse(200), DeadExperts(200)]
+    assert not [alarm for one in early for detector in both for alarm in detector.look(one)]
+    settled = [RouterCollapse(), DeadExperts()]
+    kinds = {alarm.kind for one in later for detector in settled for alarm in detector.look(one)}
+    assert kinds == {"router_collapse", "dead_experts"}, "the same would be told of later on"
+
+
+def test_a_complete_collapse_is_told_while_routers_settle() -> None:
+    found = all_of(RouterCollapse(1000), collapsing(range(1, 60), 20))
+    assert [step for step, _ in found] == [20 + COLLAPSED_RECORDS - 1]
+    found = all_of(DeadExperts(1000), collapsing(range(1, 60), 20))
+    assert [step for step, _ in found] == [20 + DEAD_RECORDS - 1]
+    assert len(found[0][1].numbers["experts"]) == 30
+
+
+def test_when_routers_should_have_settled() -> None:
+    model = ModelConfig()
+    model = replace(
+        model, optim=replace(model.optim, sched=replace(model.optim.sched, warmup_steps=80))
+    )
+    assert settled_step(replace(model, moe_router_bias_update_rate=1e-3)) == 380
+    assert settled_step(replace(model, moe_router_bias_update_rate=3e-3)) == 180
+    assert settled_step(replace(model, moe_router_bias_update_rate=0.0)) == 380
 
 
 def test_counts_too_small_to_say_anything_are_no_collapse() -> None:

@@ -14,7 +14,7 @@ from deepseek.console import say
 from deepseek.data.open_data import OpenedData
 from deepseek.frameworks import Trainer
 from deepseek.interop.open_weights import fill_start
-from deepseek.monitoring.record.alarms import Alarms
+from deepseek.monitoring.record.alarms import Alarms, settled_step
 from deepseek.monitoring.record.expert_monitor import ExpertMonitor
 from deepseek.monitoring.record.metrics_log import MetricsLog
 from deepseek.monitoring.record.profile import Profile
@@ -120,7 +120,8 @@ def callbacks(
             facts,
         ),
         log,
-        Alarms(log, experts, ranks),
+        # With adapters the routers are frozen: their loads are those of the text.
+        Alarms(log, experts if model.peft is None else None, ranks, settled_step(model)),
         Progress(run.trainer.log_every_n_steps),
     ]
 

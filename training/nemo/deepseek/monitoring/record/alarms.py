@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from deepseek.config.schema import ModelConfig
 from deepseek.console import say
 from deepseek.frameworks import Trainer
 from deepseek.monitoring.load_metrics import DeadSince, effective_experts
@@ -33,14 +34,19 @@ class Alarms(DeepSeekCallback):
         log: where the events go.
         experts: its newest record is looked at; None: there is none.
         ranks: the same.
+        settled_step: until which routers are only judged by a complete collapse.
     """
 
     def __init__(
-        self, log: MetricsLog, experts: ExpertMonitor | None, ranks: RankMonitor | None
+        self,
+        log: MetricsLog,
+        experts: ExpertMonitor | None,
+        ranks: RankMonitor | None,
+        settled_step: int = 0,
     ) -> None:
         self._log = log
         self._experts, self._ranks = experts, ranks
-        self._detectors = detectors()
+        self._detectors = detectors(settled_step)
 
     def on_train_batch_end(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Look at the step that has ended."""
@@ -86,6 +92,11 @@ COLLAPSED_SHARE = 0.75
 routers without any balancing stay below a half."""
 COLLAPSED_RECORDS = 5
 """In a row: a single batch of odd tokens is no collapse."""
+COMPLETE_SHARE = 0.9999
+"""The same while routers settle: all tokens go to the same choice of experts."""
+SETTLED_BIAS = 0.3
+"""What the correction bias must be able to reach before it is judged, in units of the scores: loads
+of new routers swing widely until then, and come to rest by themselves."""
 LEAST_LOAD = 8.0
 """Assignments per expert below which a layer's counts say too little."""
 DEAD_RECORDS = 20
@@ -152,9 +163,23 @@ class Detector(Protocol):
         ...
 
 
-def detectors() -> list[Detector]:
+def detectors(settled_step: int = 0) -> list[Detector]:
     """One of each kind."""
-    return [NonFinite(), LossSpike(), RouterCollapse(), DeadExperts(), Straggler(), MemoryCreep()]
+    return [
+        NonFinite(),
+        LossSpike(),
+        RouterCollapse(settled_step),
+        DeadExperts(settled_step),
+        Straggler(),
+        MemoryCreep(),
+    ]
+
+
+def settled_step(model: ModelConfig) -> int:
+    """From which on the routers of a run should be balanced: after the warm-up, and the steps that
+    the correction bias needs to reach ``SETTLED_BIAS``."""
+    rate = model.moe_router_bias_update_rate or ModelConfig.moe_router_bias_update_rate
+    return model.optim.sched.warmup_steps + round(SETTLED_BIAS / rate)
 
 
 class NonFinite:
@@ -228,8 +253,9 @@ class LossSpike:
 class RouterCollapse:
     """``router_collapse``: a layer sends nearly everything to a few experts."""
 
-    def __init__(self) -> None:
+    def __init__(self, settled_step: int = 0) -> None:
         self._in_a_row: dict[str, int] = {}
+        self._settled_step = settled_step
 
     def look(self, seen: Seen) -> list[Alarm]:
         """See ``Detector``."""
@@ -242,10 +268,12 @@ class RouterCollapse:
         if experts <= 2 * top_k:  # half of the experts for every token is no collapse
             return []
         found = []
+        is_settled = seen.step > self._settled_step
+        most = COLLAPSED_SHARE if is_settled else COMPLETE_SHARE
         effective_L = effective_experts(record.tokens_LE) * experts
         for row, layer in enumerate(record.layers):
             way = (experts - effective_L[row]) / (experts - top_k)
-            if total_L[row] < LEAST_LOAD * experts or not way > COLLAPSED_SHARE:
+            if total_L[row] < LEAST_LOAD * experts or not way > most:
                 self._in_a_row[layer] = 0
                 continue
             self._in_a_row[layer] = self._in_a_row.get(layer, 0) + 1
@@ -272,7 +300,8 @@ class RouterCollapse:
 class DeadExperts:
     """``dead_experts``: experts that no token has been sent to for long."""
 
-    def __init__(self) -> None:
+    def __init__(self, settled_step: int = 0) -> None:
+        self._settled_step = settled_step
         self._since = DeadSince()
         self._missed_LE = np.zeros((0, 0))
         self._told: set[tuple[int, int]] = set()
@@ -296,6 +325,10 @@ class DeadExperts:
             for one in self._since.experts()
             if one.steps >= DEAD_RECORDS and self._missed_LE[one.layer, one.expert] >= DEAD_MISSED
         }
+        if seen.step <= self._settled_step:
+            count = Counter(layer for layer, _ in dead)
+            least = tokens_LE.shape[1] - record.top_k
+            dead = {at: since for at, since in dead.items() if count[at[0]] >= least}
         new = dead.keys() - self._told
         self._told = set(dead)
         return [
