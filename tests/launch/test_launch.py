@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 
 from deepseek.config import ConfigError, UserError, load_config
 from deepseek.launch.slurm import JobSettings, launch
+from support.launchers import arguments_of_srun
 
 AWKWARD = [
     'name=it\'s a "run" of $HOME `now` 100%',
@@ -38,21 +38,6 @@ def options(script: str) -> dict[str, str]:
     return dict(found)
 
 
-def run_under_false_srun(script: Path, folder: Path) -> list[str]:
-    """Arguments that ``srun`` gets when bash runs the job."""
-    bin_folder = folder / "bin"
-    bin_folder.mkdir()
-    srun = bin_folder / "srun"
-    srun.write_text(
-        f"#!{sys.executable}\nimport json, sys\n"
-        f"json.dump(sys.argv[1:], open({str(folder / 'arguments.json')!r}, 'w'))\n"
-    )
-    srun.chmod(0o755)
-    env = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run(["bash", str(script)], cwd=folder, env=env, check=True)
-    return json.loads((folder / "arguments.json").read_text())
-
-
 def test_the_job_is_shell_and_asks_for_the_processes(tmp_path: Path) -> None:
     path = written(tmp_path, time="1-12:00:00", partition="gpu", account="lab", job_name="v3")
     subprocess.run(["bash", "-n", str(path)], check=True)
@@ -61,9 +46,9 @@ def test_the_job_is_shell_and_asks_for_the_processes(tmp_path: Path) -> None:
     assert options(script) == {
         "job-name": "v3",
         "nodes": "4",
-        "ntasks-per-node": "8",
+        "ntasks-per-node": "1",
         "gpus-per-node": "8",
-        "cpus-per-task": "3",
+        "cpus-per-task": "24",
         "time": "1-12:00:00",
         "partition": "gpu",
         "account": "lab",
@@ -84,10 +69,15 @@ def test_what_is_not_given_is_left_to_the_cluster(tmp_path: Path) -> None:
 def test_srun_gets_every_override_as_it_was_given(tmp_path: Path) -> None:
     path = written(tmp_path, *AWKWARD)
     subprocess.run(["bash", "-n", str(path)], check=True)
-    given = run_under_false_srun(path, tmp_path)
-    expected = ["deepseek", "train", "--config", "deepseek_v3_32gpu", *AWKWARD]
-    assert given == ["--kill-on-bad-exit=1", "--cpus-per-task=3", *expected]
-    assert load_config("deepseek_v3_32gpu", given[6:]) == load_config("deepseek_v3_32gpu", AWKWARD)
+    given = arguments_of_srun(path, tmp_path)
+    overrides = given[-len(AWKWARD) :]
+    assert given == [
+        *("--kill-on-bad-exit=1", "--cpus-per-task=24"),
+        *("torchrun", "--nnodes", "4", "--nproc-per-node", "8"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:15077"),
+        *("-m", "deepseek", "train", "--config", "deepseek_v3_32gpu", *AWKWARD),
+    ]
+    assert load_config("deepseek_v3_32gpu", overrides) == load_config("deepseek_v3_32gpu", AWKWARD)
     assert re.fullmatch(r"[\w.-]+", options(path.read_text())["job-name"])
 
 
@@ -202,12 +192,14 @@ def test_nemo_run_is_told_the_same_as_slurm(monkeypatch: pytest.MonkeyPatch) -> 
     launch("deepseek_v3_32gpu", ["name=a b"], settings, nemo_run=True)
     assert told == {
         "name": "a_b",
-        "task": "deepseek train --config deepseek_v3_32gpu 'name=a b'",
+        "task": 'torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "$('
+        'scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 1q):$((15000 + SLURM_JOB_ID % 5000))" '
+        "-m deepseek train --config deepseek_v3_32gpu 'name=a b'",
         "account": "lab",
         "partition": "gpu",
         "time": "4:00:00",
         "nodes": 4,
-        "ntasks_per_node": 8,
+        "ntasks_per_node": 1,
         "gpus_per_node": 8,
         "signal": "TERM@120",
         "additional_parameters": {"requeue": True},

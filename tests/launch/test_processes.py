@@ -1,12 +1,13 @@
 """What the environment of each launcher means, and what is refused."""
 
 import contextlib
-import os
+import signal
 import socket
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 from deepseek import console
 from deepseek.config.errors import UserError
@@ -14,7 +15,6 @@ from deepseek.launch import processes
 from deepseek.launch.processes import (
     Processes,
     check_world,
-    first_host,
     is_lost_peer,
     join,
     quiet,
@@ -30,17 +30,6 @@ TORCHRUN = {
     "GROUP_RANK": "1",
     "MASTER_ADDR": "head",
     "MASTER_PORT": "29500",
-}
-SLURM = {
-    "SLURM_PROCID": "5",
-    "SLURM_LOCALID": "1",
-    "SLURM_NTASKS": "8",
-    "SLURM_NODEID": "1",
-    "SLURM_NTASKS_PER_NODE": "4",
-    "SLURM_JOB_NODELIST": "node[003-005,9],x1",
-    "SLURM_JOB_ID": "1234567",
-    "SLURM_STEP_ID": "0",
-    "SLURM_JOB_NAME": "train",
 }
 
 
@@ -61,14 +50,8 @@ def test_torchrun() -> None:
 def test_torchrun_again_after_a_loss_with_the_agents_store() -> None:
     more = {"TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     again = Processes.from_environment(TORCHRUN | more)
-    assert (again.attempt, again.agent_store, again.serves_store) == (2, True, False)
-    rank_0 = TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}
-    assert Processes.from_environment(rank_0).serves_store
-    assert not Processes.from_environment(rank_0 | more).serves_store
-
-
-def test_torchrun_inside_a_slurm_job() -> None:
-    assert Processes.from_environment(SLURM | TORCHRUN).started_by == "torchrun"
+    assert (again.attempt, again.agent_store) == (2, True)
+    assert not Processes.from_environment(TORCHRUN).agent_store
 
 
 def test_the_supervisor() -> None:
@@ -78,29 +61,25 @@ def test_the_supervisor() -> None:
     assert Processes.from_environment(env | {"RANK": "0", "LOCAL_RANK": "0"}).store_fd == 7
 
 
-def test_slurm() -> None:
-    assert Processes.from_environment(SLURM) == Processes(
-        rank=5,
-        local_rank=1,
-        world_size=8,
-        local_world_size=4,
-        node_rank=1,
-        main_address="node003",
-        main_port=15000 + 1234567 % 5000,
-        attempt=0,
-        started_by="slurm",
-    )
-    own = SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000", "SLURM_RESTART_COUNT": "3"}
-    chosen = Processes.from_environment(own)
-    assert (chosen.main_address, chosen.main_port, chosen.attempt) == ("10.0.0.1", 4000, 3)
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_NAME": "train",
+}
 
 
-@pytest.mark.parametrize(
-    ("counts", "node", "expected"), [("4(x2)", "1", 4), ("4,2(x2)", "2", 2), ("", "1", 4)]
-)
-def test_tasks_on_this_node(counts: str, node: str, expected: int) -> None:
-    env = SLURM | {"SLURM_STEP_TASKS_PER_NODE": counts, "SLURM_NODEID": node}
-    assert Processes.from_environment(env).local_world_size == expected
+def test_srun_starts_torchrun_and_not_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoke = []
+    monkeypatch.setattr(console, "speak_for_all", lambda *ranks: spoke.append(ranks))
+    assert Processes.from_environment(SRUN | TORCHRUN).started_by == "torchrun"
+    assert spoke == []
+    with pytest.raises(UserError) as error:
+        Processes.from_environment(SRUN)
+    assert "srun started 8 processes that know nothing of each other" in str(error.value)
+    assert "srun --ntasks-per-node=1 torchrun --nnodes $SLURM_NNODES" in str(error.value)
+    assert spoke == [(5, 1)]  # so that one of each node says it
 
 
 @pytest.mark.parametrize(
@@ -108,37 +87,19 @@ def test_tasks_on_this_node(counts: str, node: str, expected: int) -> None:
     [
         {"SLURM_STEP_ID": ""},  # the batch script itself, or salloc's shell
         {"SLURM_STEP_ID": str(0xFFFFFFFB)},  # the same where Slurm numbers the batch script
-        {"SLURM_STEP_ID": str(0xFFFFFFFA)},  # salloc's interactive step
         {"SLURM_PROCID": ""},
-        {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+        {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},  # one task, which may start processes itself
         {"SLURM_JOB_NAME": "bash"},
-        {"SLURM_JOB_NAME": "interactive"},
         {"SLURM_PTY_PORT": "40000"},
     ],
 )
 def test_a_shell_inside_an_allocation_is_no_launch(change: dict[str, str]) -> None:
-    assert Processes.from_environment(SLURM | change) == Processes()
+    assert Processes.from_environment(SRUN | change) == Processes()
 
 
 def test_no_launcher() -> None:
     assert Processes.from_environment({"HOME": "/", "MASTER_ADDR": "x"}) == Processes()
     assert Processes().started_by == "none"
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("node7", "node7"),
-        ("a1,b2", "a1"),
-        ("node[003-005,9],x1", "node003"),
-        ("node[9,11-12]", "node9"),
-        ("x1,node[003-005]", "x1"),
-        ("rack[2-3]-n[01-16]", "rack2-n01"),
-        ("gpu-[1-4].cluster.org", "gpu-1.cluster.org"),
-    ],
-)
-def test_first_host(nodes: str, first: str) -> None:
-    assert first_host(nodes) == first
 
 
 @pytest.mark.parametrize(
@@ -150,17 +111,11 @@ def test_first_host(nodes: str, first: str) -> None:
             ["RANK=5 WORLD_SIZE=8 LOCAL_RANK=1", "MASTER_PORT is not set", "let torchrun"],
         ),
         ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, ["but RANK, LOCAL_WORLD_SIZE,"]),
-        (TORCHRUN | {"RANK": "8"}, ["RANK=8: must be less than WORLD_SIZE=8", "count from 0"]),
+        (TORCHRUN | {"RANK": "8"}, ["RANK=8: must be less than WORLD_SIZE=8", "or unset RANK"]),
         (TORCHRUN | {"LOCAL_RANK": "4"}, ["LOCAL_RANK=4: must be less than LOCAL_WORLD_SIZE=4"]),
-        (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, ["LOCAL_WORLD_SIZE=9", "at most WORLD_SIZE=8"]),
         (TORCHRUN | {"WORLD_SIZE": "two"}, ["WORLD_SIZE=two: must be a whole number"]),
         (TORCHRUN | {"RANK": "-1"}, ["RANK=-1: must be a whole number, 0 or more"]),
-        (TORCHRUN | {"MASTER_PORT": "99999"}, ["MASTER_PORT=99999: must be 1 to 65535"]),
-        (SLURM | {"SLURM_PROCID": "8"}, ["SLURM_PROCID=8: must be less than SLURM_NTASKS=8"]),
-        (SLURM | {"SLURM_LOCALID": "x"}, ["SLURM_LOCALID=x"]),
-        (SLURM | {"SLURM_JOB_NODELIST": ""}, ["SLURM_JOB_NODELIST is not set", "MASTER_ADDR"]),
-        (SLURM | {"SLURM_NTASKS_PER_NODE": ""}, ["SLURM_NTASKS_PER_NODE is not set"]),
-        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4x2"}, ["SLURM_STEP_TASKS_PER_NODE=4x2"]),
+        (TORCHRUN | {"MASTER_PORT": "x"}, ["MASTER_PORT=x: must be a whole number"]),
     ],
 )
 def test_contradictions_are_told(env: dict[str, str], parts: list[str]) -> None:
@@ -179,7 +134,6 @@ def started(by: str, world: int, local: int) -> Processes:
     [
         (Processes(), 1, 1),
         (started("torchrun", 8, 4), 4, 2),
-        (started("slurm", 4, 4), 4, 1),
         (started("supervisor", 2, 2), 2, 1),
     ],
 )
@@ -198,11 +152,18 @@ def test_worlds_that_agree(processes: Processes, devices: int, num_nodes: int) -
             "set trainer.devices=4, or --nproc-per-node 2",
         ),
         (
-            started("slurm", 8, 4),
+            started("torchrun", 8, 4),
             8,
             2,
-            "srun started 8 processes, trainer.devices=8 x trainer.num_nodes=2 = 16: "
-            "set trainer.devices=4, or --nodes 2 --ntasks-per-node 8",
+            "torchrun started 8 processes, trainer.devices=8 x trainer.num_nodes=2 = 16: "
+            "set trainer.devices=4, or --nnodes 2 --nproc-per-node 8",
+        ),
+        (
+            started("supervisor", 2, 2),
+            3,
+            1,
+            "the supervisor started 2 processes, trainer.devices=3 x trainer.num_nodes=1 = 3: "
+            "set trainer.devices=2, or devices 3",
         ),
         (
             started("torchrun", 3, 3),
@@ -236,29 +197,35 @@ def test_worlds_that_do_not(
     assert message in str(error.value)
 
 
-def test_only_rank_0_speaks_and_each_node_complains(
+def test_only_rank_0_speaks_and_the_first_of_a_node_tells_why_it_ends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(console, "_speaks", True)
-    monkeypatch.setattr(console, "_complains", None)
+    monkeypatch.setattr(console, "_ends_first", True)
+    monkeypatch.setattr(signal, "signal", lambda *given: None)
 
     def ended_by_the_launcher(seconds: float) -> None:
-        assert seconds == processes.PATIENCE_SECONDS
+        assert seconds == console.PATIENCE_SECONDS
         raise TimeoutError
 
-    monkeypatch.setattr(processes.time, "sleep", ended_by_the_launcher)
+    monkeypatch.setattr(console.time, "sleep", ended_by_the_launcher)
     for rank, local_rank in ((0, 0), (1, 1), (2, 0), (3, 1)):
         quiet(Processes(rank=rank, local_rank=local_rank, world_size=4, local_world_size=2))
         console.say(f"said by {rank}")
         console.table(f"t{rank}", ["column"], [["b"]])
+        console.complain(f"warning of {rank}")
         with contextlib.suppress(TimeoutError):
-            console.complain(f"error of {rank}")
-    monkeypatch.setattr(processes.time, "sleep", lambda seconds: None)
-    console.complain("what rank 3 alone finds")
+            console.complain_at_the_end(f"error of {rank}")
+        console.complain_at_the_end(f"loss of {rank}", by_first_alone=True)
+    monkeypatch.setattr(console.time, "sleep", lambda seconds: None)
+    console.complain_at_the_end("what rank 3 alone finds")
     shown = capsys.readouterr()
     assert "said by 0" in shown.out and "t0" in shown.out
     assert "said by 1" not in shown.out and "t1" not in shown.out
-    assert shown.err == "error of 0\nerror of 2\nwhat rank 3 alone finds\n"
+    assert shown.err.splitlines() == [
+        *("warning of 0", "error of 0", "loss of 0", "warning of 1"),
+        *("warning of 2", "error of 2", "loss of 2", "warning of 3", "what rank 3 alone finds"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -328,7 +295,7 @@ def test_what_ranks_say_when_they_end(micro: MicroRuns, ranks: str, tmp_path: Pa
     lines = ran.err.splitlines()
     lost = "error: contact lost with another rank, which ended or cannot be reached"
     assert lines[:2] == [lost, f"error: trouble of {ranks}"], ran.err
-    assert lines[2:] in ([], [lost])  # of rank 0, if it is not the one with the trouble
+    assert lines[2:] in ([], [lost])  # of rank 0, if it notices before it is ended
     assert ran.out == "rank 1 was killed by SIGKILL; all start again, restart 1 of 3\n"
 
 
@@ -340,38 +307,30 @@ def test_a_meeting_point_that_nobody_serves() -> None:
         UserError, match="rank 1 of 2 found no meeting point at 127.0.0.1:"
     ) as error:
         join(nobody, "cpu", timedelta(seconds=1))
-    assert "did all ranks start, and is MASTER_ADDR:MASTER_PORT open" in str(error.value)
+    assert "did all ranks start, and is MASTER_ADDR:MASTER_PORT free there" in str(error.value)
 
 
 def test_a_meeting_point_that_is_taken() -> None:
     with socket.create_server(("", 0)) as server:
-        taken = Processes(0, 0, 2, 2, main_port=server.getsockname()[1], started_by="slurm")
-        with pytest.raises(UserError, match="is the port taken. Set another MASTER_PORT"):
+        taken = Processes(0, 0, 2, 2, main_port=server.getsockname()[1], started_by="torchrun")
+        with pytest.raises(UserError, match="is MASTER_ADDR:MASTER_PORT free there and open"):
             join(taken, "cpu", timedelta(seconds=1))
 
 
-def test_the_interface_that_leads_to_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every address of this machine leads to the interface that has it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # reserved for documentation: the default route
-        own = probe.getsockname()[0]
-    found = processes.interface_to(own)
-    assert found in [name for _, name in socket.if_nameindex()] and found != "lo"
-    assert processes.interface_to("127.0.0.1") is None
-    assert processes.interface_to("no-such-host.invalid") is None
-    two_nodes = {"world_size": 4, "local_world_size": 2, "main_address": own}
-    for values, chosen, expected in (
-        (two_nodes, None, found),
-        (two_nodes, "ib0", "ib0"),  # the user's choice stays
-        (two_nodes | {"world_size": 2}, None, None),  # one node
-        (two_nodes | {"main_address": "127.0.0.1"}, None, None),
-    ):
-        monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-        if chosen:
-            monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen)
-        processes._choose_interface(Processes(**values))  # type: ignore[arg-type]
-        assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+def test_nodes_that_do_not_reach_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks on two machines, one of which gives gloo an address that leads nowhere."""
+
+    def refused(*args: object, **options: object) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed with [pair.cc:144] Connection refused")
+
+    monkeypatch.setattr("torch.distributed.init_process_group", refused)
+    monkeypatch.setattr(processes, "_store", torch.distributed.HashStore())
+    with pytest.raises(UserError) as error:
+        join(Processes(0, 0, 2, 1, started_by="torchrun"), "cpu", timedelta(seconds=1))
+    assert "rank 0 of 2 cannot reach the other nodes (Gloo connectFullMesh" in str(error.value)
+    assert "export GLOO_SOCKET_IFNAME=eth1" in str(error.value)
+    with pytest.raises(RuntimeError, match="Connection refused"):  # one machine: a rank died
+        join(Processes(0, 0, 2, 2, started_by="torchrun"), "cpu", timedelta(seconds=1))
 
 
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,28 +77,25 @@ def by_torchrun(micro: MicroRuns, folder: Path) -> Ran:
     return ran
 
 
-def by_srun(micro: MicroRuns, folder: Path) -> Ran:
+def by_variables(micro: MicroRuns, folder: Path) -> Ran:
+    """As torchrun sets them, after a restart."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     variables = {
-        "SLURM_NTASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_NODEID": "0",
-        "SLURM_JOB_ID": "77",
-        "SLURM_STEP_ID": "0",
-        "SLURM_JOB_NAME": "train",
-        "SLURM_JOB_NODELIST": "localhost",
-        "SLURM_RESTART_COUNT": "1",  # requeued
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
         "MASTER_PORT": port,
+        "TORCHELASTIC_RESTART_COUNT": "1",
     }
-    tasks = [variables | {"SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)} for r in range(2)]
+    ranks = [variables | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(2)]
     script = toy(folder, 2, "64-true")
-    ran = run(folder, [start(micro, *script, env=variables) for variables in tasks])
-    assert ran.facts["started_by"] == "slurm"
+    ran = run(folder, [start(micro, *script, env=variables) for variables in ranks])
+    assert ran.facts["started_by"] == "torchrun"
     return ran
 
 
-@pytest.mark.parametrize("launcher", [by_itself, by_torchrun, by_srun])
+@pytest.mark.parametrize("launcher", [by_itself, by_torchrun, by_variables])
 def test_every_launcher(
     micro: MicroRuns,
     launcher: Callable[[MicroRuns, Path], Ran],

@@ -164,7 +164,7 @@ def test_an_error_after_progress_is_a_new_one(worker: Worker) -> None:
 
 def test_an_error_of_the_user_is_not_repeated(worker: Worker) -> None:
     said: list[str] = []
-    command = worker("if rank == 0: sys.exit(2)\ntime.sleep(60)")
+    command = worker("if rank == 0:\n    wait_for('started.1.0')\n    sys.exit(2)\ntime.sleep(60)")
     assert supervise(command, 2, 3, said.append) == 2
     assert said == [] and noted("started") == ["0.0", "1.0"]
 

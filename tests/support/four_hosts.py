@@ -49,6 +49,8 @@ class Host:
     address: str
     namespace: str | None
     """None: a loopback address of this machine."""
+    interface: str
+    """The one that has the address."""
 
     @property
     def enter(self) -> str:
@@ -104,7 +106,7 @@ def namespaces(count: int) -> Iterator[list[Host]]:
             run("ip", "-n", switch, "link", "set", plug, "master", "bridge", "up")
             run("ip", "-n", name, "address", "add", f"{address}/24", "dev", f"net{number}")
             run("ip", "-n", name, "link", "set", f"net{number}", "up")
-            hosts.append(Host(f"host{number}", address, name))
+            hosts.append(Host(f"host{number}", address, name, f"net{number}"))
         yield hosts
     finally:
         for name in made:  # its interfaces go with it
@@ -124,7 +126,7 @@ def run(*command: str) -> None:
 @contextlib.contextmanager
 def loopback(count: int) -> Iterator[list[Host]]:
     """Hosts that are addresses of this machine."""
-    yield [Host(f"host{n}", f"127.0.0.{n + 1}", None) for n in range(count)]
+    yield [Host(f"host{n}", f"127.0.0.{n + 1}", None, "lo") for n in range(count)]
 
 
 def start(runs: MicroRuns, hosts: list[Host], words: list[object], restarts: int) -> list[Started]:
@@ -137,7 +139,9 @@ def start(runs: MicroRuns, hosts: list[Host], words: list[object], restarts: int
         torchrun += ["--rdzv-conf", f"is_host={int(number == 0)},join_timeout=300"]
         torchrun += ["--local-addr", host.address, "--monitor-interval", "0.3", "-m", "deepseek"]
         before = host.enter + FORK_WORKERS
-        agents.append(runs.cli.start(*torchrun, *words, before=before, program="torchrun"))
+        # Nobody can resolve the host's own name, by which gloo would find its interface.
+        env = {"GLOO_SOCKET_IFNAME": host.interface}
+        agents.append(runs.cli.start(*torchrun, *words, before=before, program="torchrun", env=env))
     return agents
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def by_torchrun(
     return runs.cli.start(*words, before=FORK_WORKERS, program="torchrun")
 
 
-def by_srun(
+def by_variables(
     runs: MicroRuns,
     name: str | None,
     processes: int,
@@ -48,17 +50,13 @@ def by_srun(
     nodes: int = 1,
     before: str = "",
 ) -> list[Started]:
-    """As srun does: every task at once, told by variables who it is."""
+    """As torchrun's agents do: every rank is told by variables who it is. Nobody watches them."""
     per_node = processes // nodes
-    port = free_port()
     common = {
-        "SLURM_NTASKS": str(processes),
-        "SLURM_NTASKS_PER_NODE": str(per_node),
-        "SLURM_JOB_ID": "77",
-        "SLURM_STEP_ID": "0",
-        "SLURM_JOB_NAME": "train",
-        "SLURM_JOB_NODELIST": "localhost,other",
-        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(per_node),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
     }
     words = runs.words(name, *settings)
     return [
@@ -67,13 +65,40 @@ def by_srun(
             before=before,
             env=common
             | {
-                "SLURM_PROCID": str(rank),
-                "SLURM_LOCALID": str(rank % per_node),
-                "SLURM_NODEID": str(rank // per_node),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank % per_node),
+                "GROUP_RANK": str(rank // per_node),
             },
         )
         for rank in range(processes)
     ]
+
+
+def by_slurm(runs: MicroRuns, job: Path, nodes: int) -> list[Started]:
+    """The torchruns, one a node, that a job for Slurm starts."""
+    words = arguments_of_srun(job, job.parent / "stand_ins")
+    torchrun = words[words.index("torchrun") + 1 :]
+    env = {"GLOO_SOCKET_IFNAME": "lo"}
+    return [
+        runs.cli.start(*torchrun, before=FORK_WORKERS, program="torchrun", env=env)
+        for _ in range(nodes)
+    ]
+
+
+def arguments_of_srun(job: Path, folder: Path) -> list[str]:
+    """What srun is given when bash runs the job; a stand-in notes it."""
+    programs = folder / "bin"
+    programs.mkdir(parents=True)
+    noted = folder / "arguments"
+    (programs / "srun").write_text(f"#!/bin/bash\nprintf '%s\\0' \"$@\" > {noted}\n")
+    (programs / "scontrol").write_text("#!/bin/bash\nprintf 'localhost\\nother\\n'\n")
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    variables = {"SLURM_JOB_NODELIST": "localhost,other", "SLURM_JOB_ID": "20077"}
+    env = os.environ | variables | {"PATH": path}
+    subprocess.run(["bash", str(job)], cwd=folder, env=env, check=True)
+    return noted.read_text().split("\0")[:-1]
 
 
 def ended(tasks: list[Started]) -> list[Ran]:

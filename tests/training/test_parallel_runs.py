@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from support.forked import FORK_WORKERS, Ran, children, environment_for_tests
+from deepseek.launch.slurm import launch
+from support.forked import FORK_WORKERS, Ran, Started, children, environment_for_tests
 from support.launchers import (
     by_itself,
-    by_srun,
+    by_slurm,
     by_torchrun,
+    by_variables,
     ended,
     layout,
     log_distance,
@@ -75,14 +78,24 @@ def test_torchrun_starts_4(micro: MicroRuns, whole: str) -> None:
     assert_same_run(micro, whole, "torchrun")
 
 
-def test_srun_starts_8_on_2_nodes(micro: MicroRuns, whole: str) -> None:
+def test_8_ranks_on_2_nodes(micro: MicroRuns, whole: str) -> None:
     sizes = [*TP2_PP2_EP2, "trainer.devices=4", "trainer.num_nodes=2"]
-    rans = ended(by_srun(micro, "srun", 8, *sizes, nodes=2))
+    rans = ended(by_variables(micro, "variables", 8, *sizes, nodes=2))
     for ran in rans:
         ran.assert_done()
         assert ran.err == ""
     assert [bool(ran.out) for ran in rans] == [True] + 7 * [False]
-    assert_same_run(micro, whole, "srun")
+    assert_same_run(micro, whole, "variables")
+
+
+def test_the_job_for_slurm_trains_on_2_nodes(micro: MicroRuns, whole: str, tmp_path: Path) -> None:
+    sizes = [*EP2_PP2, "trainer.devices=2", "trainer.num_nodes=2", "exp_manager.exp_dir=jobs"]
+    settings = [str(word) for word in micro.words(None, *sizes) if "=" in str(word)]
+    job = tmp_path / "train.sbatch"
+    launch(str(micro.config), settings, slurm=True, output=job)
+    for ran in ended(by_slurm(micro, job, nodes=2)):
+        ran.assert_done()
+    assert_same_run(micro, whole, "jobs/micro/version_0")
 
 
 def test_real_interpreters_and_a_lost_rank(micro: MicroRuns, whole: str) -> None:
@@ -146,7 +159,7 @@ def test_a_run_goes_on_in_other_layouts(micro: MicroRuns, whole: str) -> None:
 def test_all_ranks_choose_one_version(micro: MicroRuns) -> None:
     def version(*settings: str) -> str:
         places = ["exp_manager.exp_dir=versions", "model.optim.sched.max_steps=12"]
-        rans = ended(by_srun(micro, None, 2, *EP2, *places, *settings))
+        rans = ended(by_variables(micro, None, 2, *EP2, *places, *settings))
         folders = re.findall(r"^run folder   .*/(.*)$", rans[0].assert_done().out, re.MULTILINE)
         assert len(set(folders)) == 1 and rans[1].assert_done().out == ""
         return str(folders[0])
@@ -183,10 +196,15 @@ def test_a_layout_that_does_not_fit(micro: MicroRuns) -> None:
     ran = by_itself(micro, "three", *three).wait()
     assert_one_error(ran, *parts)
     assert "processes  " not in ran.out
-    first, *others = by_srun(micro, "three", 3, *three)
+    first, *others = by_variables(micro, "three", 3, *three)
     assert_one_error(first.wait(), *parts)
+    end(others)
+
+
+def end(others: list[Started]) -> None:
+    """As every launcher ends the other ranks when one has ended: they say nothing."""
     for other in others:
-        other.signal(signal.SIGTERM)  # as srun --kill-on-bad-exit, and any other launcher
+        other.signal(signal.SIGTERM)
         assert other.wait() == Ran(-signal.SIGTERM, "", "")
 
 
@@ -202,15 +220,10 @@ def test_torchrun_with_another_number_of_processes(micro: MicroRuns) -> None:
 def test_an_error_that_every_rank_finds_is_told_once(micro: MicroRuns) -> None:
     by_itself(micro, "taken", *EP2, "trainer.max_steps=2").wait().assert_done()
     fresh = "exp_manager.resume_if_exists=false"
-    for start in (  # one after the other: the folder has one writer
-        lambda: [by_itself(micro, "taken", *EP2, fresh)],
-        lambda: by_srun(micro, "taken", 2, *EP2, fresh),
-    ):
-        rans = ended(start())
-        assert {ran.code for ran in rans} == {2}
-        everything = "".join(ran.out + ran.err for ran in rans)
-        assert everything.count("already holds checkpoints") == 1, everything
-        assert "Traceback" not in everything and "start again" not in everything
+    assert_one_error(by_itself(micro, "taken", *EP2, fresh).wait(), "already holds checkpoints")
+    first, *others = by_variables(micro, "taken", 2, *EP2, fresh)
+    assert_one_error(first.wait(), "already holds checkpoints")
+    end(others)
     assert micro.cli.orphans() == []
 
 
@@ -261,7 +274,7 @@ def opened(event, args):
             print("WROTE", args[0], file=sys.stderr, flush=True)
 sys.addaudithook(opened)
 """
-    rans = ended(by_srun(micro, "watched_ranks", 2, *EP2, before=watch))
+    rans = ended(by_variables(micro, "watched_ranks", 2, *EP2, before=watch))
     assert "metrics.jsonl" in rans[0].assert_done().err
     assert rans[1].assert_done().err == ""
     lines = (micro.folder / "watched_ranks" / "metrics.jsonl").read_text().splitlines()

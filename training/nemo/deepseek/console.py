@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any
 
+PATIENCE_SECONDS = 5.0
+"""How long a process lets the first one of its machine tell why it ends before it does."""
+
 _speaks = True
-_complains: Callable[[str], bool] | None = None
+_ends_first = True
 
 
-def speak_for_all(rank: int, complains: Callable[[str], bool]) -> None:
-    """One of many processes: rank 0 alone says things and draws.
+def speak_for_all(rank: int, local_rank: int) -> None:
+    """One of many processes: rank 0 alone says things and draws; any may complain, or end.
 
-    Any rank may complain, for the trouble may be its own; ``complains`` tells whether this one
-    shows a message, so that the same message of all ranks is shown once.
+    Args:
+        rank: among all processes.
+        local_rank: among those of this machine.
     """
-    global _speaks, _complains
-    _speaks, _complains = rank == 0, complains
+    global _speaks, _ends_first
+    _speaks, _ends_first = rank == 0, local_rank == 0
 
 
 def say(message: str = "") -> None:
@@ -29,8 +35,25 @@ def say(message: str = "") -> None:
 
 def complain(message: str) -> None:
     """One message on standard error."""
-    if _complains is None or _complains(message):
-        print(message, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
+
+
+def complain_at_the_end(message: str, by_first_alone: bool = False) -> None:
+    """Why this process is about to end; what all of a machine have to say is shown once.
+
+    The first one says it at once; its end tells the launcher to end the others. They wait for that,
+    and say it if they are still there: then the trouble was their own.
+
+    Args:
+        message: what to say.
+        by_first_alone: all processes have the same to say, if any has.
+    """
+    if not _ends_first:
+        if by_first_alone:
+            return
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing left to be saved
+        time.sleep(PATIENCE_SECONDS)
+    complain(message)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from deepseek.config.errors import UserError
-from deepseek.console import complain
+from deepseek.console import complain, complain_at_the_end
 from deepseek.launch.processes import LOST_PEER_EXIT_CODE, is_lost_peer
 
 _DEAD_LOADER = re.compile(r"DataLoader worker \(pid.*?\)[^.]*")
@@ -23,10 +23,10 @@ def guarded(call: Callable[[], object]) -> None:
     try:
         call()
     except UserError as error:
-        complain(f"error: {error}")
+        complain_at_the_end(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        complain("interrupted")
+        complain_at_the_end("interrupted", by_first_alone=True)
         sys.exit(130)
     except RuntimeError as error:
         if died := _DEAD_LOADER.search(str(error)):
@@ -39,7 +39,8 @@ def guarded(call: Callable[[], object]) -> None:
             sys.exit(1)
         if not is_lost_peer(error):
             raise
-        complain("error: contact lost with another rank, which ended or cannot be reached")
+        lost = "error: contact lost with another rank, which ended or cannot be reached"
+        complain_at_the_end(lost, by_first_alone=True)
         sys.exit(LOST_PEER_EXIT_CODE)
     except BrokenPipeError:  # the reader of a pipe (`| head`) went away
         sys.stderr.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from deepseek.config import RunConfig, UserError, load_config
 from deepseek.console import say
+from deepseek.launch.processes import torchrun
 
 SECONDS_TO_SAVE = 120
 """How long before the time limit the processes are told to save and stop."""
@@ -67,13 +68,13 @@ def launch(
 def slurm_script(
     run: RunConfig, config: str, overrides: Sequence[str], settings: JobSettings
 ) -> str:
-    """The job: one task per process; the tasks find each other by Slurm's variables."""
+    """The job: one task a node, a torchrun, which starts the processes there."""
     trainer, model = run.trainer, run.model
-    cpus = max(1, trainer.num_threads) + model.data.num_workers
+    cpus = trainer.devices * (max(1, trainer.num_threads) + model.data.num_workers)
     options = {
         "job-name": _job_name(run, settings),
         "nodes": trainer.num_nodes,
-        "ntasks-per-node": trainer.devices,
+        "ntasks-per-node": 1,
         "gpus-per-node": None if trainer.accelerator == "cpu" else trainer.devices,
         "cpus-per-task": cpus,
         "time": settings.time,
@@ -87,15 +88,17 @@ def slurm_script(
     return "\n".join(
         [
             "#!/bin/bash",
-            "# Written by: deepseek launch --slurm. Submit with sbatch where `deepseek` is on the",
-            f"# PATH. {SECONDS_TO_SAVE} seconds before the time limit the tasks get SIGTERM, save",
-            "# a checkpoint and end; submit the same file again to go on. A job whose node fails",
-            "# is queued again by Slurm.",
+            "# Written by: deepseek launch --slurm. Submit with sbatch where torchrun is on the",
+            f"# PATH, that of the Python with deepseek. {SECONDS_TO_SAVE} seconds before the time",
+            "# limit the processes get SIGTERM, save a checkpoint and end; submit the same file",
+            "# again to go on. A job whose node fails is queued again by Slurm.",
             *lines,
             "#SBATCH --requeue",
             "",
             "set -euo pipefail",
-            f"srun --kill-on-bad-exit=1 --cpus-per-task={cpus} {_train(config, overrides)}",
+            "# torchrun passes SIGTERM on and kills after this time (before torch 2.13: 30 s).",
+            f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={SECONDS_TO_SAVE}",
+            f"srun --kill-on-bad-exit=1 --cpus-per-task={cpus} {_train(run, config, overrides)}",
             "",
         ]
     )
@@ -152,9 +155,13 @@ def array_script(run: RunConfig, command: str, runs: int, settings: JobSettings)
     )
 
 
-def _train(config: str, overrides: Sequence[str]) -> str:
-    """The command of every process, quoted for a shell."""
-    return shlex.join(["deepseek", "train", "--config", config, *overrides])
+def _train(run: RunConfig, config: str, overrides: Sequence[str]) -> str:
+    """The command of every node, for a shell inside the job."""
+    head = 'scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 1q'
+    endpoint = f'"$({head}):$((15000 + SLURM_JOB_ID % 5000))"'  # jobs may share a node
+    start = torchrun(run.trainer.devices, run.trainer.num_nodes, endpoint)
+    words = ["-m", "deepseek", "train", "--config", config, *overrides]
+    return f"{start} {shlex.join(words)}"
 
 
 def _job_name(run: RunConfig, settings: JobSettings) -> str:
@@ -221,7 +228,7 @@ def _submit(run: RunConfig, config: str, overrides: Sequence[str], settings: Job
         partition=settings.partition,
         time=settings.time or "01:00:00",
         nodes=run.trainer.num_nodes,
-        ntasks_per_node=run.trainer.devices,
+        ntasks_per_node=1,
         gpus_per_node=None if run.trainer.accelerator == "cpu" else run.trainer.devices,
         signal=f"TERM@{SECONDS_TO_SAVE}",
         additional_parameters={"requeue": True},
@@ -229,7 +236,6 @@ def _submit(run: RunConfig, config: str, overrides: Sequence[str], settings: Job
     )
     name = _job_name(run, settings)
     with nemo_run.Experiment(name) as experiment:
-        experiment.add(
-            nemo_run.Script(inline=_train(config, overrides)), executor=executor, name=name
-        )
+        script = nemo_run.Script(inline=_train(run, config, overrides))
+        experiment.add(script, executor=executor, name=name)
         experiment.run(detach=True)

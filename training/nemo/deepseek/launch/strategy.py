@@ -36,8 +36,8 @@ _OWN_CHECKPOINTS = (
 class DeepSeekStrategy(pl.strategies.ParallelStrategy):  # type: ignore[misc, name-defined]
     """Joins the processes and makes the meshes; never moves or wraps the model.
 
-    Processes come from torchrun, srun or our supervisor. Without any of them and with
-    ``Trainer(devices=N)``, N > 1, the script becomes the supervisor of N processes that run it.
+    Processes come from torchrun or our supervisor. Without either and with ``Trainer(devices=N)``,
+    N > 1, the script becomes the supervisor of N processes that run it.
 
     Args:
         layout_of: the layout for a world size; or a layout.
@@ -211,8 +211,10 @@ class DeepSeekStrategy(pl.strategies.ParallelStrategy):  # type: ignore[misc, na
 
 
 class OurEnvironment(_environments.ClusterEnvironment):  # type: ignore[misc, name-defined]
-    """``Processes`` as Lightning asks for them; so its own detection, and its requeueing of Slurm
-    jobs, stay out."""
+    """``Processes`` as Lightning asks for them.
+
+    So its own detection, and its requeueing of Slurm jobs, stay out.
+    """
 
     def __init__(self, processes: Processes) -> None:
         super().__init__()

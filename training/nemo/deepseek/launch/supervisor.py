@@ -2,6 +2,10 @@
 
 Workers see torchrun's environment variables. This process needs neither torch nor a port: it hands
 rank 0 the listening socket at which the ranks meet, a new one each attempt.
+
+Against torchrun's own agent (``torch.distributed.launcher.elastic_launch``) it starts without
+importing torch, does not try again what only the user can mend, ends with the workers' exit code,
+and adds nothing to what they say.
 """
 
 from __future__ import annotations
@@ -31,6 +35,18 @@ GRACE_SECONDS = 10.0
 START_SECONDS = 60.0
 """An attempt that lasted longer counts as progress where nothing better is known."""
 POLL_SECONDS = 0.03
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+parent, command = int(sys.argv[1]), sys.argv[2:]
+if sys.platform == "linux":  # elsewhere a worker outlives a supervisor that is killed
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before we asked
+        sys.exit(1)
+os.execv(command[0], command)
+"""
+# Asking for it between fork and exec (``preexec_fn``) would run Python in a copy of a process that
+# may have threads.
 
 
 def supervise(
@@ -211,9 +227,11 @@ class _Crew:
         try:
             while self._running() and not self._note_endings():
                 time.sleep(POLL_SECONDS)
-            # One is lost, and the others with it, for they wait for each other at every step.
-            self._wait(SETTLE_SECONDS)
-            self._note_endings()
+            # One is lost, and the others with it, for they wait for each other at every step. An
+            # error of the user has told what is wrong: the others would only say the same.
+            if all(lost.code != USER_ERROR for lost in self._endings):
+                self._wait(SETTLE_SECONDS)
+                self._note_endings()
             for worker in self._running():
                 worker.tell(signal.SIGTERM)
             self._wait(GRACE_SECONDS)
@@ -244,9 +262,8 @@ class _Crew:
         if rank == 0:
             inherited = (listener.fileno(),)
             env[STORE_FD] = str(listener.fileno())
-        tether = str(Path(__file__).with_name("tether.py"))
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", tether, str(os.getpid()), *command],
+            [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command],
             env=env,
             stdin=subprocess.DEVNULL,
             pass_fds=inherited,
