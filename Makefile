@@ -38,7 +38,7 @@ test-nemo: $(NEMO)/.ready
 	$(NEMO)/bin/python -m pytest $(TEST_FLAGS) -m "framework and not nightly"
 
 test-all: export HYPOTHESIS_PROFILE := nightly
-test-all: lint browser $(VENV)/.ready $(NEMO)/.ready
+test-all: lint browser $(VENV)/.ready $(NEMO)/.ready sweep
 	@echo "== the long version of the suite with PyTorch Lightning alone"
 	$(VENV)/bin/python -m pytest $(TEST_FLAGS) -m "" --timeout 3600
 	@echo "== and with NVIDIA NeMo"

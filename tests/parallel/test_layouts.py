@@ -40,8 +40,10 @@ MUON = OptimConfig(name="muon", lr=1e-2, sched=SchedConfig(min_lr=1e-3))
 
 
 def case_of(world: int, dtype: torch.dtype = torch.float64, **changes: Any) -> Case:
-    """A layout of the small model."""
+    """A layout of the small model; where it has no stages, one dense layer and one of experts."""
     named = {SHORT.get(key, key): value for key, value in changes.items()}
+    if "pp" not in changes:
+        named = {"num_hidden_layers": 2} | named
     optim = named.pop("optim", OptimConfig(lr=1e-2, sched=SchedConfig(min_lr=1e-3)))
     case = Case(
         small_config(optim=replace(optim, eps=ADAM_EPS[dtype]), **named), world, dtype, seed=1
@@ -62,14 +64,14 @@ def assert_exact(case: Case) -> dict[str, float]:
 # -- layouts --
 
 
-@pytest.mark.parametrize("case", draw_cases(12, torch.float64, 11), ids=str)
-def test_drawn_layout_in_fp64(case: Case) -> None:
-    assert_exact(case)
+@pytest.mark.parametrize("number", range(6))
+def test_drawn_layout_in_fp64(number: int) -> None:
+    assert_exact(draw_cases(6, torch.float64, 11)[number])
 
 
-@pytest.mark.parametrize("case", draw_cases(4, torch.float32, 12), ids=str)
-def test_drawn_layout_in_fp32(case: Case) -> None:
-    assert_exact(case)
+@pytest.mark.parametrize("number", range(2))
+def test_drawn_layout_in_fp32(number: int) -> None:
+    assert_exact(draw_cases(2, torch.float32, 12)[number])
 
 
 CHOSEN = {
@@ -230,8 +232,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(
 
         driven.module.micro_batches.train = spoiled
 
-    case = case_of(4, **changes)
-    case.prepare = prepare
+    case = replace(case_of(4, **changes), steps=3, prepare=prepare)
     errors = assert_exact(case)
     assert errors["loss"] <= FP64
     # compare() has asked every rank for the same
@@ -411,11 +412,13 @@ def test_the_comparison_notices(
     shows_in: str,
 ) -> None:
     case = case_of(2, **changes)
+    in_one_process(case)  # this one in peace
     sabotage(monkeypatch)
     assert compare(case)[shows_in] > 1e-3
 
 
 def test_the_comparison_notices_gradients_that_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    keep_cast_weights(monkeypatch)
     blocks_apart = mixed(2, ep=2, reshard_after_forward=True)
+    in_one_process(blocks_apart)  # in peace
+    keep_cast_weights(monkeypatch)
     assert compare(blocks_apart)["all.gradient"] > 0.1

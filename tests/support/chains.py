@@ -17,8 +17,10 @@ from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.checkpoint.training_state import collect_tensors, restore
 from deepseek.models.transformer import global_name
 from deepseek.parallel.mesh import Meshes, SingleProcess, local, local_slices
-from support.layouts import STEPS, Case, Driven, batches, small_config
+from support.layouts import Case, Driven, batches, small_config
 from support.ranks import run_ranks
+
+STEPS = 3
 
 
 def _layout(world: int, **changes: Any) -> Case:
@@ -33,7 +35,7 @@ def _layout(world: int, **changes: Any) -> Case:
         "micro": "micro_batch_size",
     }
     named = {short[name]: value for name, value in changes.items()}
-    case = Case(small_config(global_batch_size=24, **named), world)
+    case = Case(small_config(global_batch_size=24, **named), world, steps=STEPS)
     assert not case.problems(), (world, changes, case.problems())
     return case
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -28,6 +29,7 @@ two ways of adding it up agree on the sign, unless eps is above such errors."""
 T = TypeVar("T")
 
 
+@cache
 def draw_cases(count: int, dtype: torch.dtype, seed_: int) -> list[Case]:
     """``count`` different cases, the same for the same seed.
 

@@ -27,8 +27,6 @@ from support.launchers import (
 )
 from support.micro_runs import OF_THE_LAYOUT, MicroRuns
 
-pytestmark = pytest.mark.framework
-
 SAME = 1e-5
 """Relative, in fp32: sums are taken in another order. Measured: 4e-7 for rows of the log, 2e-6 for
 weights and moments after 12 steps."""
@@ -56,6 +54,7 @@ def assert_one_error(ran: Ran, *parts: str) -> None:
 # -- every launcher --
 
 
+@pytest.mark.framework
 @pytest.mark.parametrize("sizes", [EP2, TP2_EP2], ids=["2", "4"])
 def test_it_starts_its_processes_itself(micro: MicroRuns, whole: str, sizes: list[str]) -> None:
     name = f"itself{sizes[0]}"
@@ -230,6 +229,7 @@ def test_an_error_that_every_rank_finds_is_told_once(micro: MicroRuns) -> None:
 # -- signals --
 
 
+@pytest.mark.framework
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_supervisor(micro: MicroRuns, whole: str, number: int) -> None:
     """As in one process: a checkpoint after a whole step, exit code 0, and the run goes on."""
@@ -257,6 +257,7 @@ def test_a_signal_to_the_supervisor(micro: MicroRuns, whole: str, number: int) -
 # -- the end --
 
 
+@pytest.mark.framework
 def test_a_sample_and_a_report_after_a_run_in_several_processes(micro: MicroRuns) -> None:
     words = [*micro.words("sampled", *EP2, "trainer.max_steps=2"), "--sample", "--report"]
     ran = micro.cli.start(*words, before=FORK_WORKERS).wait().assert_done()
@@ -264,6 +265,7 @@ def test_a_sample_and_a_report_after_a_run_in_several_processes(micro: MicroRuns
     assert ran.out.split("sample:\n")[1].strip()
 
 
+@pytest.mark.framework
 def test_only_rank_0_writes_the_log(micro: MicroRuns, whole: str) -> None:
     """No rank but the first opens a file of the run folder, outside of its checkpoints."""
     watch = """
