@@ -360,3 +360,18 @@ def test_a_run_with_nemo_writes_a_nemo_file_of_its_last_weights(micro: MicroRuns
     state = restored.model.state_dict()
     tensors = micro.tensors("nemo")
     assert all(torch.equal(state[name], tensors[f"model.{name}"]) for name in state)
+
+
+def test_generating_goes_by_what_has_a_digest(micro: MicroRuns) -> None:
+    """An edited config.yaml of a run changes no text."""
+    run = micro.folder / micro.make("sampled")
+    words = ("generate", run, "--prompt", "ab", "--max-new-tokens", "60", "--temperature", "2")
+    before = micro.cli.start(*words).wait().assert_done().out
+    config = run / "config.yaml"
+    text = config.read_text()
+    edited = text.replace("rope_theta: 10000.0", "rope_theta: 10.0").replace(
+        "routed_scaling_factor: 1.0", "routed_scaling_factor: 9.5"
+    )
+    assert edited != text
+    config.write_text(edited)
+    assert micro.cli.start(*words).wait().assert_done().out == before

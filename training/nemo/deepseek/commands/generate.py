@@ -8,7 +8,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from deepseek.config import load_config
 from deepseek.config.errors import UserError
 from deepseek.console import complain, say
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
@@ -78,11 +77,9 @@ def generate_text(
 
 def load_run(run: Path) -> tuple[Any, Any]:
     """Model (with the weights of the newest sound checkpoint) and tokenizer of a run folder."""
-    import torch
-
     from deepseek.checkpoint.checkpoint import newest_sound
     from deepseek.data.tokenizer import load_tokenizer
-    from deepseek.interop.open_weights import load_whole
+    from deepseek.interop.open_weights import with_config
 
     if not (run / CONFIG_FILE).is_file():
         if (run / "config.json").is_file():
@@ -94,13 +91,11 @@ def load_run(run: Path) -> tuple[Any, Any]:
             f"{run} is no run folder: it has no {CONFIG_FILE}; "
             "give the folder that `deepseek train` printed at its start and end"
         )
-    config = load_config(run / CONFIG_FILE)
     checkpoint = newest_sound(run / CHECKPOINTS, complain)
     if checkpoint is None:
         raise UserError(f"{run / CHECKPOINTS} holds no checkpoint yet; train first")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_whole(checkpoint, config.model, device)
-    return model.eval(), load_tokenizer(run / TOKENIZER)
+    # The configuration of the checkpoint, which has a digest: anyone may have edited config.yaml.
+    return with_config(checkpoint).model(), load_tokenizer(run / TOKENIZER)
 
 
 def _with_start(tokenizer: Any, prompt: str) -> list[int]:
