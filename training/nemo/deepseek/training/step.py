@@ -70,7 +70,10 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
     ) -> None:
         config = model_config(cfg)
         if USES_NEMO:
-            super().__init__(cfg=nemo_config(config), trainer=trainer)
+            # NeMo keeps this call's arguments, ``cfg`` by its name here, and loggers write them into
+            # a file: what is frozen, or no OmegaConf, cannot go there.
+            cfg = nemo_config(config)
+            super().__init__(cfg=cfg, trainer=trainer)
         else:
             super().__init__()
         self.automatic_optimization = False
