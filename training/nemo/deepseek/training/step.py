@@ -70,8 +70,8 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
     ) -> None:
         config = model_config(cfg)
         if USES_NEMO:
-            # NeMo keeps this call's arguments, ``cfg`` by its name here, and loggers write them into
-            # a file: what is frozen, or no OmegaConf, cannot go there.
+            # NeMo keeps the arguments of this call, ``cfg`` by its name, and loggers write them
+            # to a file: what is frozen, or no OmegaConf, cannot go there.
             cfg = nemo_config(config)
             super().__init__(cfg=cfg, trainer=trainer)
         else:
