@@ -39,7 +39,11 @@ ONE_PROBLEM = [
     ("model.data.data_prefix={a: b}", "model.data.data_prefix", ["text, a number or a list"]),
     ("model.optim=adamw", "model.optim", ["is a section with keys name", "model.optim.name=adamw"]),
     ("model.rope_scaling=yarn", "model.rope_scaling", ["model.rope_scaling.type=yarn"]),
-    ("model=null", "model", ["is a section with keys vocab_size", "remove the empty line"]),
+    (
+        "model=null",
+        "model",
+        ["is a section with keys model_type, vocab_size", "remove the empty line"],
+    ),
     # unknown keys
     ("model.hiden_size=4", "model.hiden_size", ["no such key", "did you mean model.hidden_size?"]),
     ("optim.lr=1e-3", "optim.lr", ["no such key", "did you mean model.optim.lr?"]),

@@ -63,7 +63,7 @@ def brute_force(case: Case) -> Iterator[tuple[list[np.ndarray], list[float]]]:
     """Of each step: per layer, how often the real tokens of one process choose each expert, and the
     mean margin by sorting; nothing of the model's own counting is used."""
     config = replace(case.config, activations_checkpoint_granularity=None)
-    driven = Driven(Case(config, 1), SingleProcess())
+    driven = Driven(Case(config, 1, steps=3), SingleProcess())
     chosen: dict[int, list[tuple[Any, Any, Any]]] = {}
     layers = [m for m in driven.module.model.modules() if isinstance(m, MoE)]
     for row, moe in enumerate(layers):
@@ -151,7 +151,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def test_counts_are_those_of_the_whole_batch(name: str, tmp_path: Path) -> None:
     world, changes = LAYOUTS[name]
     config = small_config(**changes)
-    case = Case(config, world)
+    case = Case(config, world, steps=3)
     assert not case.problems()
     counted = run_ranks(world, experts_of_rank, case, tmp_path)
     assert counted == [[1, 1, 1]] * world
@@ -175,7 +175,7 @@ def test_layers_keep_their_numbers() -> None:
 
 
 def alone(config: Any, folder: Path, every: int = 1) -> tuple[Driven, list[dict[str, Any]]]:
-    driven = Driven(Case(config, 1), SingleProcess())
+    driven = Driven(Case(config, 1, steps=3), SingleProcess())
     return driven, watched(driven, monitors(folder, True, every))
 
 
@@ -205,7 +205,7 @@ def test_margins_are_a_sample_of_long_batches(tmp_path: Path) -> None:
     spaced = -(-800 // MARGIN_TOKENS)
     assert spaced == 7
     seen: list[float] = []
-    driven = Driven(Case(config, 1), SingleProcess())
+    driven = Driven(Case(config, 1, steps=3), SingleProcess())
     router = next(iter(driven.module.model.routers().values()))
 
     def hear(module: Any, args: Any, routing: Any) -> None:
@@ -316,7 +316,7 @@ def test_rows_that_come_to_a_rank_are_counted_exactly(
         expert_model_parallel_size=2, micro_batch_size=2,
         activations_checkpoint_granularity=granularity,
     )  # fmt: skip
-    case = Case(config, 4)
+    case = Case(config, 4, steps=3)
     chosen_R = run_ranks(4, chosen_of_rank, case, tmp_path)
     records = list(read_arrays(tmp_path / "ranks.arrays"))
     micro_batches = config.global_batch_size // (4 * config.micro_batch_size)
@@ -336,7 +336,7 @@ def test_rows_that_come_to_a_rank_are_counted_exactly(
 
 def test_memory_of_each_phase_and_rank(tmp_path: Path) -> None:
     """What one rank holds for a moment in its optimiser is in that phase's peak, and only there."""
-    case = Case(small_config(expert_model_parallel_size=2), 2)
+    case = Case(small_config(expert_model_parallel_size=2), 2, steps=3)
     run_ranks(2, hungry_of_rank, case, tmp_path)
     for record in list(read_arrays(tmp_path / "ranks.arrays"))[1:]:
         found = {name: column(record, name) for name in COLUMNS}
@@ -366,7 +366,7 @@ def hungry_of_rank(rank: int, case: Case, folder: Path) -> None:
 
 
 def test_a_slow_rank_computes_and_the_others_wait(tmp_path: Path) -> None:
-    case = Case(small_config(expert_model_parallel_size=2), 2)
+    case = Case(small_config(expert_model_parallel_size=2), 2, steps=3)
     facts = run_ranks(2, ranks_of_rank, case, tmp_path, 1)
     records = list(read_arrays(tmp_path / "ranks.arrays"))
     assert [record.step for record in records] == [1, 2, 3]
@@ -387,7 +387,7 @@ def test_a_slow_rank_computes_and_the_others_wait(tmp_path: Path) -> None:
 
 def test_traffic_and_collectives_are_written(tmp_path: Path) -> None:
     config = small_config(expert_model_parallel_size=2, micro_batch_size=2)
-    case = Case(config, 4)
+    case = Case(config, 4, steps=3)
     run_ranks(4, ranks_of_rank, case, tmp_path, None)
     record = next(read_arrays(tmp_path / "traffic.arrays"))
     matrix = record.arrays["bytes"].astype(np.int64)
@@ -408,7 +408,7 @@ def test_traffic_and_collectives_are_written(tmp_path: Path) -> None:
 
 
 def test_torch_is_as_before_after_an_error(tmp_path: Path) -> None:
-    case = Case(small_config(expert_model_parallel_size=2), 2)
+    case = Case(small_config(expert_model_parallel_size=2), 2, steps=3)
 
     def work(rank: int) -> bool:
         before = dist.all_reduce
@@ -454,6 +454,6 @@ def costs_of_rank(rank: int, case: Case, folder: Path) -> list[float]:
 
 
 def test_waiting_for_a_rank_that_is_busy_is_not_a_cost_of_watching(tmp_path: Path) -> None:
-    case = Case(small_config(expert_model_parallel_size=2, micro_batch_size=4), 2)
+    case = Case(small_config(expert_model_parallel_size=2, micro_batch_size=4), 2, steps=3)
     for costs in run_ranks(2, costs_of_rank, case, tmp_path):
         assert all(0 < cost < LATE / 2 for cost in costs), costs

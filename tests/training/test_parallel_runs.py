@@ -179,7 +179,7 @@ def test_two_runs_in_one_folder(micro: MicroRuns) -> None:
     first = by_itself(micro, "both", *settings)
     first.wait_for("step      1/")
     second = by_itself(micro, "both", *settings).wait()
-    assert_one_error(second, "writes checkpoints here already; wait for it or stop it")
+    assert_one_error(second, "writes here already; wait for it or stop it")
     first.signal(signal.SIGTERM)
     first.wait().assert_done()
     assert micro.cli.orphans() == []

@@ -103,9 +103,13 @@ def read_experts(reader: ArrayReader, notes: list[str]) -> ExpertHistory | None:
     steps: list[int] = []
     metrics: dict[str, list[np.ndarray]] = {name: [] for name in (*FORMULAS, "turns")}
     rank_load, rank_imbalance, frames = [], [], []
-    watch, before, ranks = load_metrics.DeadSince(), None, 1
+    watch, before = load_metrics.DeadSince(), None
+    # A run may go on in another layout: its whole history is told by the ranks of the last one.
+    newest_first = (next(iter(reader.records([entry]))) for entry in reversed(entries))
+    last = next((record for record in newest_first if record is not None), None)
+    ranks = int(last.meta.get("ep") or 1) if last is not None else 1
     for record in _sound(reader, entries, notes):
-        tokens, ranks = record.arrays["tokens"], int(record.meta.get("ep") or 1)
+        tokens = record.arrays["tokens"]
         steps.append(record.step)
         for name, formula in FORMULAS.items():
             metrics[name].append(formula(tokens).astype(np.float32))

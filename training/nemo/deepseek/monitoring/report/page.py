@@ -12,6 +12,7 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
+from importlib.util import find_spec
 from typing import Any
 
 from deepseek.config.errors import UserError
@@ -134,12 +135,10 @@ def plotly_script() -> str:
     Raises:
         UserError: plotly is not installed.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "a report is drawn by plotly, which is not installed: pip install plotly"
-        ) from error
+    if find_spec("plotly") is None:
+        raise UserError("a report is drawn by plotly, which is not installed: pip install plotly")
+    from plotly.offline import get_plotlyjs
+
     return str(get_plotlyjs()).replace("</script", "<\\/script")
 
 
