@@ -27,6 +27,7 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/lint-imports
 
 hooks: $(VENV)/.ready
+	$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e ".[hooks]"
 	$(VENV)/bin/pre-commit install
 
 test-lightning: $(VENV)/.ready
