@@ -12,7 +12,6 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
-from importlib.util import find_spec
 from typing import Any
 
 from deepseek.config.errors import UserError
@@ -135,9 +134,11 @@ def plotly_script() -> str:
     Raises:
         UserError: plotly is not installed.
     """
-    if find_spec("plotly") is None:
-        raise UserError("a report is drawn by plotly, which is not installed: pip install plotly")
-    from plotly.offline import get_plotlyjs
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        message = "a report is drawn by plotly, which is not installed: pip install plotly"
+        raise UserError(message) from None
 
     return str(get_plotlyjs()).replace("</script", "<\\/script")
 
