@@ -207,6 +207,20 @@ def prepare_data_command(
     prepare_data(inputs or None, output, tokenizer, vocab_size, json_key, workers, append_eos)
 
 
+data = typer.Typer(help="Prepared training data.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@data.command("verify")
+def data_verify_command(
+    prefixes: Annotated[list[Path], typer.Argument(help="Prefixes P of P.bin, P.idx and P.json.")],
+) -> None:
+    """Compare data with the digests that prepare-data recorded; name the blocks that differ."""
+    from deepseek.commands.prepare_data import verify_data
+
+    verify_data(prefixes)
+
+
 @app.command("generate")
 def generate_command(
     run: Annotated[Path, typer.Argument(help="A run folder.")],

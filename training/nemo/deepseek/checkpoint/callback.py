@@ -17,6 +17,7 @@ from deepseek.checkpoint.training_state import Base, collect_tensors, restore, r
 from deepseek.config.errors import UserError
 from deepseek.config.load import stored_config
 from deepseek.config.schema import CheckpointConfig, RunConfig
+from deepseek.data.digests import Verification
 from deepseek.frameworks import Trainer
 from deepseek.parallel.gradients import sum_over
 from deepseek.training.optim import learning_rate
@@ -69,6 +70,8 @@ class Checkpointing(DeepSeekCallback):
         resume: continue from the newest sound checkpoint, if there is one.
         resume_from: continue from the checkpoint of this step, and set later ones aside.
         report: where messages go; called on rank 0 only.
+        verification: knows the digests of the data's files, which go into the checkpoints, and
+            compares them with those of the one resumed from.
     """
 
     def __init__(
@@ -80,8 +83,10 @@ class Checkpointing(DeepSeekCallback):
         resume: bool,
         report: Callable[[str], None],
         resume_from: int | None = None,
+        verification: Verification | None = None,
     ) -> None:
         self.folder = folder
+        self.verification = verification
         self.keep = params.save_top_k
         self._manager: CheckpointManager | None = None
         self.every_n_steps = params.every_n_train_steps
@@ -191,7 +196,8 @@ class Checkpointing(DeepSeekCallback):
         with measured_memory(device) as memory:
             if saves:
                 tensors = collect_tensors(module.model, _optimizer(trainer))
-                state = run_state(module, self.config, self.fingerprint)
+                known = self.verification.digests if self.verification else ()
+                state = run_state(module, self.config, self.fingerprint, known)
                 save = self.manager.save_in_background if in_background else self.manager.save
                 save(step, tensors, state, retire=module.skipped_in_a_row == 0)
                 self._saved_step = step
@@ -253,6 +259,8 @@ class Checkpointing(DeepSeekCallback):
                 f"{path} was trained on other data than this configuration opens; restore the "
                 "data it was made with, or start a new run (another name, or another --run-dir)"
             )
+        if self.verification is not None:
+            self.verification.expect(state.get("data_sha256", ()))
         for key in changed:
             if not key.startswith(("exp_manager.", "name")):
                 self.report(

@@ -12,7 +12,7 @@ checkpoint has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,17 @@ def load_adapters(checkpoint: Checkpoint, model: nn.Module) -> None:
     _load(checkpoint, _weights(model, is_adapter))
 
 
-def run_state(module: Any, config: dict[str, Any], fingerprint: str) -> dict[str, Any]:
-    """The JSON part."""
+def run_state(
+    module: Any, config: dict[str, Any], fingerprint: str, data_sha256: Sequence[str | None] = ()
+) -> dict[str, Any]:
+    """The JSON part.
+
+    Args:
+        module: the model and how far it has come.
+        config: the resolved configuration.
+        fingerprint: of the data.
+        data_sha256: of each of its files, as far as they are known.
+    """
     base = {"base": asdict(module.base)} if module.base is not None else {}
     skipped = {"skipped_in_a_row": module.skipped_in_a_row} if module.skipped_in_a_row else {}
     return {
@@ -106,6 +115,7 @@ def run_state(module: Any, config: dict[str, Any], fingerprint: str) -> dict[str
         "seed": module.seed,
         "config": config,
         "data": fingerprint,
+        "data_sha256": list(data_sha256),
     }
 
 

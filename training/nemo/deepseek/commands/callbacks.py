@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.checkpoint.callback import Checkpointing
-from deepseek.config import RunConfig, resolved_yaml
+from deepseek.config import RunConfig, UserError, resolved_yaml
 from deepseek.config.cost import flops_per_token
 from deepseek.console import say
+from deepseek.data.digests import Verification
 from deepseek.data.open_data import OpenedData
 from deepseek.frameworks import Trainer
 from deepseek.interop.open_weights import fill_start
@@ -48,7 +49,8 @@ def callbacks(
 ) -> list[Any]:
     """In the order in which they act.
 
-    The checkpoint is first: its restoring decides whether and where the others start. Then those
+    The data come first: on damaged ones nothing more is saved. Then the checkpoint: its restoring
+    decides whether and where the others start. Then those
     that measure, on every rank; then those that write and show, on the one that speaks for all.
 
     Args:
@@ -63,7 +65,7 @@ def callbacks(
         loggers: by name, what opens loggers that the trainer does not know.
     """
     manager = run.exp_manager
-    found: list[Any] = []
+    found: list[Any] = [SoundData(data.verification)]
     if manager.create_checkpoint_callback:
         params = manager.checkpoint_callback_params
         found.append(
@@ -75,6 +77,7 @@ def callbacks(
                 resume,
                 say,
                 resume_from,
+                data.verification,
             )
         )
     if run.model.restore_from is not None:
@@ -124,6 +127,33 @@ def callbacks(
         Alarms(log, experts if model.peft is None else None, ranks, settled_step(model)),
         Progress(run.trainer.log_every_n_steps),
     ]
+
+
+class SoundData(DeepSeekCallback):
+    """Ends the run once its data are found to differ from their digests.
+
+    Args:
+        verification: goes on beside the training.
+    """
+
+    def __init__(self, verification: Verification) -> None:
+        self.verification = verification
+
+    def on_train_batch_start(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
+        """No further step, and no checkpoint of the one before."""
+        try:
+            self.verification.refuse_damage()
+        except UserError as error:
+            raise UserError(
+                f"{error}. {module.finished_steps} steps are trained on these data: begin anew, or "
+                "with --resume-from from a step at which they were sound"
+            ) from error
+
+    def on_exception(
+        self, trainer: Trainer, module: DeepSeekModel, exception: BaseException
+    ) -> None:
+        """Leave no thread behind, in a notebook for one."""
+        self.verification.stop()
 
 
 class StartingWeights(DeepSeekCallback):

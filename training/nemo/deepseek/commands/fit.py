@@ -78,6 +78,7 @@ def fit(
     data = _open_data_in_turn(run, processes)
     for note in data.notes:
         say(f"data         {note}")
+    Ranks().together(data.verification.start if processes.local_rank == 0 else lambda: None)
     module = DeepSeekModel(
         run.model,
         seed=run.seed,
@@ -146,6 +147,8 @@ def fit(
             if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's exit(1) for Ctrl-C
                 raise end.__context__ from None
             raise
+    if left := Ranks().together(data.verification.finish)[0]:
+        say(f"data         {left}")
     metrics = module.validation_record
     return FitResult(
         folder,

@@ -1,4 +1,4 @@
-"""``deepseek prepare-data``: from text to Megatron ``.bin/.idx``."""
+"""``deepseek prepare-data``, from text to Megatron ``.bin/.idx``, and ``deepseek data verify``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, say
 from deepseek.data.chat import prepare_chat
+from deepseek.data.digests import damaged
+from deepseek.data.indexed import IndexedDataset
 from deepseek.data.prepare import PreparedData, Progress, prepare
+from deepseek.files import megabytes
 
 
 def prepare_data(
@@ -101,3 +104,42 @@ def prepare_chat_data(
         "model.data.chat=true model.data.isolate_documents=true model.restore_from=..."
     )
     return data
+
+
+def verify_data(prefixes: Sequence[Path]) -> None:
+    """Compare every file of the prefixes with what prepare-data recorded, with progress.
+
+    Raises:
+        UserError: files that differ or cannot be read, all of them; a prefix without a record.
+    """
+    wrong = []
+    files = []
+    for prefix in prefixes:
+        IndexedDataset(prefix)
+        record = PreparedData.load(prefix)
+        if record is None:
+            raise UserError(
+                f"{prefix}.json does not exist or is no record of prepare-data, so there is "
+                "nothing to compare with; a run keeps the digests of such data in its checkpoints"
+            )
+        files += record.data_files()
+    done, total = 0, sum(file.path.stat().st_size for file in files)
+    with StageProgress() as shown:
+        for file in files:
+
+            def tell(count: int, name: str = file.path.name) -> None:
+                nonlocal done
+                done += count
+                shown.update("verifying", done, total, name)
+
+            try:
+                different = file.recorded.differences(file.path, tell) if file.recorded else []
+            except OSError as error:
+                different = [f"cannot be read ({error.strerror}), so all of it"]
+            if different:
+                wrong.append(damaged(file.path, different))
+            elif file.recorded is None:
+                say(f"{file.path}: nothing is recorded; prepare the data again to have it")
+    if wrong:
+        raise UserError("\n".join(wrong))
+    say(f"{len(files)} files are what prepare-data wrote: {megabytes(total)}")

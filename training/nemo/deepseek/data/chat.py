@@ -43,6 +43,7 @@ import numpy as np
 from deepseek.config.errors import UserError
 from deepseek.console import complain
 from deepseek.data.corpus import Corpus, json_lines, json_type
+from deepseek.data.digests import FileDigest
 from deepseek.data.indexed import IndexedDataset, IndexedWriter, dtype_for
 from deepseek.data.prepare import (
     PreparedData,
@@ -649,7 +650,7 @@ def _write(
     digests: list[str] = []
     counts: Counter[str] = Counter()
     lost: Counter[str] = Counter()
-    bin_digest, answers_digest = hashlib.sha256(), hashlib.sha256()
+    answers_digest = hashlib.sha256()
     # Without a record nothing of this prefix is taken for whole.
     add_suffix(prefix, ".json").unlink(missing_ok=True)
     with (
@@ -659,7 +660,6 @@ def _write(
         for ids, is_answer, ends, said, done in _encoded(corpus, template, digests, lost):
             writer.add_document(ids)
             answers.write(is_answer.tobytes())
-            bin_digest.update(ids.astype(writer.dtype).tobytes())
             answers_digest.update(is_answer.tobytes())
             counts["documents"] += 1
             counts["tokens"] += len(ids)
@@ -680,6 +680,7 @@ def _write(
             f"note: in {times:,} of {counts['documents']:,} conversations the chat template leaves "
             f"out {what}, so it is not learnt"
         )
+    files = {suffix: FileDigest.of(add_suffix(prefix, suffix)) for suffix in (".bin", ".idx")}
     prepared = PreparedData(
         prefix=prefix,
         documents=counts["documents"],
@@ -689,7 +690,7 @@ def _write(
         max_id=counts["max_id"],
         vocab_size=tokenizer.vocab_size,
         tokenizer_fingerprint=tokenizer.fingerprint,
-        bin_sha256=bin_digest.hexdigest(),
+        bin_sha256=files[".bin"].sha256,
         settings=settings,
         input_stat=corpus.stat_digest(),
         input_sha256=input_sha256(corpus, digests),
@@ -699,6 +700,7 @@ def _write(
             "without_end": counts["unended"],
             "answers_sha256": answers_digest.hexdigest(),
         },
+        files=files,
     )
     if template.is_plain:  # runs on these data are asked as they were taught
         tokenizer = tokenizer.with_chat_template(template.source)

@@ -19,6 +19,7 @@ from deepseek.console import complain
 from deepseek.data.blend import Blend, BlendedDataset, parse_blend
 from deepseek.data.chat import ANSWERS, answers_of
 from deepseek.data.dataset import ChatDataset, PackedDataset, split_documents
+from deepseek.data.digests import DataFile, Verification
 from deepseek.data.indexed import IndexedDataset
 from deepseek.data.prepare import PreparedData, Report, prepare
 from deepseek.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_installed
@@ -47,6 +48,8 @@ class OpenedData:
     """UTF-8 bytes per id of the training data: bits per byte = nats per id / ln 2 / this."""
     validation_bytes_per_token: float | None
     """The same of the validation data."""
+    verification: Verification
+    """Of all files with their digests; not begun."""
     notes: tuple[str, ...] = ()
     """What people should know of conversations: how many there are, and how many were cut."""
 
@@ -114,6 +117,7 @@ def open_data(cfg: ModelConfig, seed: int = 1234, progress: Report | None = None
         validation_bytes_per_token=validation.bytes_per_token(kept, tokenizer, recorded_first=False)
         if has_validation and not cfg.data.chat
         else None,
+        verification=Verification([found for file in files for found in file.data_files()]),
         notes=(*_chat_notes(train_data, "train"), *_chat_notes(validation_data, "val")),
     )
 
@@ -125,6 +129,18 @@ class _File:
         self.prefix = Path(prefix)
         self.indexed = IndexedDataset(self.prefix)
         self.record = PreparedData.load(self.prefix)
+        if self.record is not None and self.record.tokens != self.indexed.num_tokens:
+            raise UserError(
+                f"{add_suffix(self.prefix, '.json')} tells of {self.record.tokens} tokens, "
+                f"{self.prefix.name}.bin has {self.indexed.num_tokens}: they do not belong "
+                "together; copy all files of the prefix again, or prepare the data again"
+            )
+
+    def data_files(self) -> list[DataFile]:
+        """The files of ids, and what is recorded of each."""
+        if self.record is not None:
+            return self.record.data_files()
+        return [DataFile(add_suffix(self.prefix, suffix), None) for suffix in (".idx", ".bin")]
 
     @property
     def tokenizer_file(self) -> Path:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ import numpy as np
 from deepseek.config.errors import UserError
 from deepseek.console import complain
 from deepseek.data.corpus import Corpus, chunks, digest_lines
+from deepseek.data.digests import DataFile, FileDigest, damaged
 from deepseek.data.indexed import IndexedDataset, dtype_for, write_index
 from deepseek.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_installed, train_bpe
 from deepseek.files import (
@@ -91,6 +92,7 @@ class PreparedData:
     """Size of the tokenizer."""
     tokenizer_fingerprint: str
     bin_sha256: str
+    """Of ``P.bin``."""
     settings: dict[str, Any]
     """What the result depends on, apart from the text."""
     input_stat: str
@@ -100,6 +102,9 @@ class PreparedData:
     chat: dict[str, Any] | None = None
     """Of conversations: what ``chat.prepare_chat`` counted; then ``P.answers`` tells which ids are
     answers. None: text."""
+    files: dict[str, FileDigest] = field(default_factory=dict)
+    """By suffix, what the files hold. Empty: written before version 0.2, which knew of ``P.bin``
+    alone."""
     note: str = field(default="", compare=False)
     """What happened, for people: prepared, continued, or already there. Not stored."""
 
@@ -118,30 +123,78 @@ class PreparedData:
         """Read the record of ``prefix``; None if ``P.json`` is absent or is not a record.
 
         Raises:
-            UserError: it is a record that this version cannot read.
+            UserError: it is no JSON, or a record that this version cannot read or that has changed.
         """
         path = add_suffix(prefix, ".json")
         try:
             content = json.loads(path.read_bytes())
-        except (OSError, ValueError):
+        except OSError:
             return None
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path} is damaged (not JSON: {error}); prepare the data again, or, if it is no "
+                "record of prepare-data, move it away"
+            ) from error
         if not isinstance(content, dict) or "format" not in content:
             return None
         if content.pop("format") != FORMAT:
             raise UserError(f"{path}: not written by this version; prepare the data again")
+        own = content.pop("record_sha256", None)
         try:
-            return cls(prefix=prefix, **content)
-        except TypeError as error:
+            if own != (_record_digest(content) if "files" in content else None):
+                raise ValueError("its own digest differs: it was changed after it was written")
+            files = {
+                suffix: FileDigest(told["sha256"], told["block_bytes"], tuple(told["blocks"]))
+                for suffix, told in content.pop("files", {}).items()
+            }
+            record = cls(prefix=prefix, files=files, **content)
+            _check_types(record)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}); prepare the data again") from error
+        return record
 
     def save(self) -> None:
         """Write ``P.json`` atomically."""
-        content = {"format": FORMAT, **asdict(self)}
+        content = asdict(self)
         del content["prefix"], content["note"]
         if self.chat is None:
             del content["chat"]
+        content = {"format": FORMAT, **content, "record_sha256": _record_digest(content)}
         with atomic_open(add_suffix(self.prefix, ".json")) as stream:
             stream.write((json.dumps(content, indent=2) + "\n").encode())
+
+    def data_files(self) -> list[DataFile]:
+        """The files of ids, and what is recorded of each."""
+        known = self.files or {".bin": FileDigest(self.bin_sha256)}
+        files = [
+            DataFile(add_suffix(self.prefix, suffix), known.get(suffix))
+            for suffix in (".idx", ".bin")
+        ]
+        if self.chat is not None:
+            answers = FileDigest(str(self.chat["answers_sha256"]))
+            files.append(DataFile(add_suffix(self.prefix, ".answers"), answers))
+        return files
+
+
+def _record_digest(content: dict[str, Any]) -> str:
+    """sha256 of a record without its format and its own digest."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_types(record: PreparedData) -> None:
+    """Raise ``TypeError`` for a value of another type than the field's, ``ValueError`` for none."""
+    kinds = {"int": int, "str": str, "dict[str, Any]": dict}
+    for this in fields(PreparedData):
+        kind, value = kinds.get(str(this.type)), getattr(record, this.name)
+        if kind is not None and type(value) is not kind:
+            raise TypeError(f"{this.name} is {value!r}, expected {kind.__name__}")
+    if record.chat is not None and "answers_sha256" not in record.chat:
+        raise ValueError("chat lacks answers_sha256")
+    if min(record.tokens, record.documents) < 1 or record.max_id >= record.vocab_size:
+        raise ValueError(
+            f"{record.documents} documents, {record.tokens} tokens, largest id {record.max_id} of "
+            f"{record.vocab_size}"
+        )
 
 
 def prepare(
@@ -285,6 +338,11 @@ def already_there(
         return None
     if there.num_tokens != record.tokens:
         return None
+    for file in record.data_files():
+        different = file.recorded and file.recorded.differences(file.path)
+        if different:
+            complain(f"{damaged(file.path, different)}: it is prepared again")
+            return None
     return replace(record, note="already prepared, nothing to do")
 
 
@@ -583,6 +641,10 @@ def _finish(partial: _Partial, tokenizer: Tokenizer, dtype: np.dtype) -> Prepare
         )
     bin_, idx = add_suffix(prefix, ".bin"), add_suffix(prefix, ".idx")
     moved = not partial.bin.is_file()
+    lengths = np.fromfile(partial.lengths, "<i4")
+    index = partial.folder / "index"
+    write_index(index, dtype, lengths, np.arange(len(lengths) + 1))
+    files = {".bin": FileDigest.of(bin_ if moved else partial.bin), ".idx": FileDigest.of(index)}
     prepared = PreparedData(
         prefix=prefix,
         documents=state.documents,
@@ -592,10 +654,11 @@ def _finish(partial: _Partial, tokenizer: Tokenizer, dtype: np.dtype) -> Prepare
         max_id=state.max_id,
         vocab_size=tokenizer.vocab_size,
         tokenizer_fingerprint=tokenizer.fingerprint,
-        bin_sha256=sha256_of(bin_ if moved else partial.bin),
+        bin_sha256=files[".bin"].sha256,
         settings=partial.settings,
         input_stat=corpus.stat_digest(),
         input_sha256=input_sha256(corpus, partial.digests),
+        files=files,
         note="continued an interrupted run" if partial.resumed else "prepared",
     )
     idx.unlink(missing_ok=True)
@@ -603,8 +666,7 @@ def _finish(partial: _Partial, tokenizer: Tokenizer, dtype: np.dtype) -> Prepare
     prepared.save()
     if not moved:
         os.replace(partial.bin, bin_)
-    lengths = np.fromfile(partial.lengths, "<i4")
-    write_index(idx, dtype, lengths, np.arange(len(lengths) + 1))
+    os.replace(index, idx)
     sync_folder(prefix.parent)
     IndexedDataset(prefix)
     shutil.rmtree(partial.folder)
