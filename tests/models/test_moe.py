@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepseek.models.components.balance import router_z, sequence_balance
 from deepseek.models.components.block import build_moe
+from deepseek.models.components.lora import LoraExperts
 from deepseek.models.components.moe import MoE
 from deepseek.models.transformer import Transformer
+from deepseek.ops import grouped_linear
 from deepseek.ops.cross_entropy import IGNORE_INDEX
 from support.device_waits import watched
 from support.tiny_models import (
@@ -151,6 +155,55 @@ def test_an_unchosen_expert_gets_a_zero_gradient() -> None:
     layer(inputs(2, 5), balance_scale=torch.tensor(1.0)).sum().backward()
     assert layer.gate.tokens_per_expert.tolist() == [10, 10, 0, 0]
     assert not layer.experts.w1.grad[2:].any() and layer.experts.w1.grad[:2].any()
+
+
+class PoisonedProduct(torch.autograd.Function):
+    """``grouped_mm`` as Blackwell may do it: what no row decides is NaN.
+
+    That is the weight gradient of a group without rows, and every row behind the last group's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, w_EIO: Tensor, ends: list[int]) -> Tensor:
+        ctx.save_for_backward(x_RI, w_EIO)
+        ctx.groups = list(pairwise([0, *ends]))
+        y_RO = x_RI.new_full((x_RI.shape[0], w_EIO.shape[2]), torch.nan)
+        for (start, end), w_IO in zip(ctx.groups, w_EIO, strict=True):
+            y_RO[start:end] = x_RI[start:end] @ w_IO
+        return y_RO
+
+    @staticmethod
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_RI, w_EIO = ctx.saved_tensors
+        grad_x_RI, grad_w_EIO = (torch.full_like(tensor, torch.nan) for tensor in (x_RI, w_EIO))
+        for expert, (start, end) in enumerate(ctx.groups):
+            grad_x_RI[start:end] = grad_RO[start:end] @ w_EIO[expert].T
+            if end > start:
+                grad_w_EIO[expert] = x_RI[start:end].T @ grad_RO[start:end]
+        return grad_x_RI, grad_w_EIO, None
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_nothing_undefined_reaches_a_gradient(
+    monkeypatch: pytest.MonkeyPatch, adapters: bool
+) -> None:
+    """Experts without a row, one of them the last, and adapters of theirs."""
+    found = []
+    for poisoned in (False, True):
+        if poisoned:
+            product = lambda x, w, offs: PoisonedProduct.apply(x, w, offs.tolist())  # noqa: E731
+            monkeypatch.setattr(grouped_linear.F, "grouped_mm", product)
+        layer = moe(torch.float32)
+        if adapters:
+            layer.experts = LoraExperts(4, 16, 8, ("w1", "w2"), 4, 2.0)
+            for parameter in layer.experts.parameters():
+                nn.init.normal_(parameter, 0.0, 0.4, torch.Generator().manual_seed(0))
+        layer.gate.bias.copy_(torch.tensor([-5.0, 5.0, 5.0, -5.0]))
+        x_BSD = inputs(2, 5).float().requires_grad_()
+        layer(x_BSD, balance_scale=torch.tensor(1.0)).square().sum().backward()
+        assert layer.gate.tokens_per_expert.tolist() == [0, 10, 10, 0]
+        found.append({"x": x_BSD.grad} | {n: p.grad for n, p in layer.named_parameters()})
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_autocast_is_near_fp32() -> None:

@@ -115,7 +115,7 @@ def slots_by_hand(counts: list[int]) -> tuple[list[int], list[int]]:
     """Each expert's block starts where the padded one before ends."""
     padded, slots, start = [], [], 0
     for count in counts:
-        size = -(-count // ALIGNMENT) * ALIGNMENT
+        size = max(1, -(-count // ALIGNMENT)) * ALIGNMENT
         padded.append(size)
         slots += range(start, start + count)
         start += size
@@ -148,11 +148,10 @@ def test_there_and_back(counts: list[int]) -> None:
 
 
 def test_most_slots_can_be_needed() -> None:
-    """One row for each expert but one, the rest for that: nothing less would do."""
-    for num_rows in (0, 1, 5, 16, 40, 300):
+    """All rows for one expert, a block for each of the others: nothing less would do."""
+    for num_rows in (0, 1, 5, 16, 17, 40, 300):
         for num_experts in (1, 2, 7, 64):
-            counts = [min(1, num_rows - e) if e < num_rows else 0 for e in range(num_experts)]
-            counts[0] += num_rows - sum(counts)
+            counts = [num_rows, *[0] * (num_experts - 1)]
             padded_e, _ = aligned_slots(torch.tensor(counts), num_rows)
             assert int(padded_e.sum()) == most_slots(num_rows, num_experts)
 

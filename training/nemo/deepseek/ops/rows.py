@@ -7,7 +7,9 @@ A matrix product over 3 rows takes another path through the kernel than one over
 row then differs in its last bits. With every expert's rows padded to a multiple of ``ALIGNMENT``, a
 token's result depends on the token alone: a change in one document leaves another's bitwise as it
 was. (Found so on CPUs for fp32 with dims that are a multiple of 4, and for fp64 on one thread; the
-kernels promise it nowhere.)
+kernels promise it nowhere.) An expert without rows gets a block of zeros too: on Blackwell, the
+weight gradient of an empty group of a grouped product is whatever the memory held
+(github.com/pytorch/pytorch/issues/172439).
 
 Nothing here waits for the device: sizes come from shapes, or from bounds on what is counted.
 """
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 16
-"""Every expert's row count becomes a multiple of this."""
+"""Every expert's row count becomes a multiple of this, and none is 0."""
 
 
 def inverse_permutation(order_R: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ def aligned_slots(counts_e: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
         counts_e: int64 rows per expert.
         num_rows: R, their sum.
     """
-    padded_e = (counts_e + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    padded_e = (counts_e.clamp(min=1) + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     added_e = padded_e - counts_e
     shift_e = added_e.cumsum(0) - added_e
     shift_R = shift_e.repeat_interleave(counts_e, output_size=num_rows)
@@ -72,8 +74,7 @@ def aligned_slots(counts_e: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 
 def most_slots(num_rows: int, num_experts: int) -> int:
     """P, the most slots that so many rows can need, whatever their counts: known without them."""
-    used = min(num_rows, num_experts)
-    return (num_rows + used * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
+    return (num_experts + max(num_rows - 1, 0) // ALIGNMENT) * ALIGNMENT
 
 
 def spread_rows(x_RD: Tensor, slots_R: Tensor, num_slots: int) -> Tensor:
