@@ -9,6 +9,10 @@ from deepseek.config.errors import Problem
 
 TP4 = "trainer.devices=4 & model.tensor_model_parallel_size=4"
 PP2 = "trainer.devices=2 & model.pipeline_model_parallel_size=2"
+DEEP_EP = (
+    "trainer.devices=2 & model.expert_model_parallel_size=2 & "
+    "model.moe_token_dispatcher_type=deepep"
+)
 PP4 = "trainer.devices=4 & model.pipeline_model_parallel_size=4"
 INTERLEAVED = (
     "model.pipeline_schedule=Interleaved1F1B & model.virtual_pipeline_model_parallel_size=2"
@@ -279,6 +283,31 @@ ONE_PROBLEM = [
         "trainer.devices=2 & model.reshard_after_forward=sometimes",
         "model.reshard_after_forward",
         ["true or false"],
+    ),
+    (
+        "model.moe_token_dispatcher_type=deepep",
+        "model.moe_token_dispatcher_type",
+        ["would be ignored", "no token travels", "model.expert_model_parallel_size=2 or more"],
+    ),
+    (
+        f"{DEEP_EP} & trainer.precision=32",
+        "model.moe_token_dispatcher_type",
+        ["sends bf16, and trainer.precision=32", "use auto or alltoall"],
+    ),
+    (
+        f"{DEEP_EP} & trainer.precision=auto & trainer.accelerator=cpu",
+        "model.moe_token_dispatcher_type",
+        ["runs on GPUs, and trainer.accelerator=cpu"],
+    ),
+    (
+        f"{DEEP_EP} & trainer.precision=auto & model.hidden_size=252",
+        "model.moe_token_dispatcher_type",
+        ["model.hidden_size=252 are 504 bytes"],
+    ),
+    (
+        "model.moe_token_dispatcher_type=flex",
+        "model.moe_token_dispatcher_type",
+        ["auto, alltoall or deepep", "use deepep"],
     ),
     (
         f"{TP4} & model.num_attention_heads=6",

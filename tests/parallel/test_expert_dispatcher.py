@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from deepseek.config import UserError
 from deepseek.models.components.dispatcher import LocalDispatcher, TokenDispatcher
 from deepseek.models.components.moe import GroupedExperts, MoE
 from deepseek.models.components.router import Router
@@ -244,11 +245,16 @@ def through(
     )
 
 
-@pytest.mark.parametrize("over_deep_ep", [False, True], ids=["all-to-all", "DeepEP"])
 @pytest.mark.parametrize(
-    ("dtype", "autocast"),
-    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)],
-    ids=["fp32", "fp32 under autocast", "bf16"],
+    ("dtype", "autocast", "over_deep_ep"),
+    [
+        (torch.float32, False, False),
+        (torch.float32, True, False),
+        (torch.bfloat16, False, False),
+        (torch.float32, True, True),
+        (torch.bfloat16, False, True),
+    ],
+    ids=["fp32", "autocast", "bf16", "autocast over DeepEP", "bf16 over DeepEP"],
 )
 def test_bitwise_as_on_one_rank(dtype: torch.dtype, autocast: bool, over_deep_ep: bool) -> None:
     """Given the choices, every dtype and every bit is that of ``LocalDispatcher``."""
@@ -267,7 +273,7 @@ def test_bitwise_as_on_one_rank(dtype: torch.dtype, autocast: bool, over_deep_ep
         LocalDispatcher(8), experts(0, 8).to(dtype), x_TD, ids_TK, weights_TK, autocast=autocast
     )
     ranks, buffers = zip(*run_ranks(4, work), strict=True)
-    assert set(buffers) == {int(over_deep_ep and (autocast or dtype == torch.bfloat16))}
+    assert set(buffers) == {int(over_deep_ep)}
     assert whole[0].dtype == (torch.bfloat16 if autocast else dtype)
     for i in range(3):
         parts = [seen[i] for seen in ranks]
@@ -388,7 +394,8 @@ class FalseBuffer:
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Any:
-        assert num_ranks in (2, 4, 8), f"Unsupported number of EP ranks: {num_ranks}"
+        if num_ranks not in (2, 4, 8):
+            raise AssertionError(f"Unsupported number of EP ranks: {num_ranks}")
         return SimpleNamespace(
             get_nvl_buffer_size_hint=lambda row_bytes, ranks: 10 * row_bytes * ranks,
             get_rdma_buffer_size_hint=lambda row_bytes, ranks: 0,
@@ -436,32 +443,48 @@ def install_deep_ep() -> None:
     FalseBuffer.made = []
 
 
-def test_layers_share_a_buffer_and_short_rows_go_without() -> None:
-    def work(rank: int) -> list[list[tuple[int, int]]]:
+def test_layers_share_a_buffer() -> None:
+    def work(rank: int) -> list[tuple[int, int]]:
         install_deep_ep()
-        ids_TK, _ = choices(rank, 5, 8, 3)
-        made = []
-        for x_TD in (torch.ones(5, 4).bfloat16(), *[rows(rank, 5, torch.bfloat16)] * 3):
-            DeepEPDispatcher(8, group()).dispatch(x_TD, ids_TK)
-            made.append(list(FalseBuffer.made))
-        return made
+        for _ in range(3):
+            ids_TK, _ = choices(rank, 5, 8, 3)
+            DeepEPDispatcher(8, group()).dispatch(rows(rank, 5, torch.bfloat16), ids_TK)
+        return FalseBuffer.made
 
-    assert run_ranks(2, work) == [[[], *[[(10 * 2 * DIM * 2, 0)]] * 3]] * 2
+    assert run_ranks(2, work) == [[(10 * 2 * DIM * 2, 0)]] * 2
 
 
 def test_which_dispatcher_is_built() -> None:
-    """DeepEP only where it is installed, on GPUs, in a group of a size that it knows."""
+    """DeepEP only where it is asked for and installed, on GPUs, in groups of a size it knows."""
 
     def work(rank: int) -> list[str]:
-        names = [type(build_dispatcher(8, group(), "cuda")).__name__]
-        install_deep_ep()
-        for device_type in ("cpu", "cuda"):
-            names.append(type(build_dispatcher(8, group(), device_type)).__name__)
-        return names
+        built = []
+        for device_type, installed in (("cuda", False), ("cuda", True), ("cpu", True)):
+            if installed:
+                install_deep_ep()
+            for kind in ("auto", "alltoall", "deepep"):
+                try:
+                    built.append(type(build_dispatcher(8, group(), device_type, kind)).__name__)
+                except UserError as error:
+                    built.append(str(error))
+        return built
 
-    ours, deep_ep = "AllToAllDispatcher", "DeepEPDispatcher"
-    assert run_ranks(2, work) == [[ours, ours, deep_ep]] * 2
-    assert run_ranks(1, work) == [[ours, ours, ours]]
+    def refusal(size: int, why: str) -> str:
+        return (
+            "model.moe_token_dispatcher_type=deepep with "
+            f"model.expert_model_parallel_size={size}: DeepEP cannot be used here ({why}); install "
+            "DeepEP (github.com/deepseek-ai/DeepEP) and use an EP size that it knows, or use auto "
+            "or alltoall"
+        )
+
+    missing, no_gpu = "No module named 'deep_ep'", "this process computes on a CPU"
+    for size, known in (
+        (2, "DeepEPDispatcher"),
+        (1, refusal(1, "Unsupported number of EP ranks: 1")),
+    ):
+        found = [refusal(size, missing), known, refusal(size, no_gpu)]
+        wanted = [built for last in found for built in (*["AllToAllDispatcher"] * 2, last)]
+        assert run_ranks(size, work) == [wanted] * size
 
 
 @pytest.mark.gpu

@@ -271,6 +271,19 @@ def test_clipping(micro: MicroRuns, whole: str) -> None:
     assert len(set(later)) == 3
 
 
+def test_an_apple_gpu_is_left_alone(micro: MicroRuns) -> None:
+    """It has no fp64; Lightning's own choice would be to use it."""
+    before = (
+        "import torch\nfrom deepseek.frameworks import pl\n"
+        "torch.backends.mps.is_available = lambda: True\n"
+        "pl.accelerators.MPSAccelerator.is_available = staticmethod(lambda: True)\n"
+    )
+    settings = ("trainer.accelerator=auto", "trainer.max_steps=2", "trainer.val_check_interval=0")
+    ran = micro.train("apple", *settings, before=before)
+    ran.assert_done()
+    assert "Apple GPUs have no fp64, which losses and norms need: the CPU trains" in ran.out
+
+
 def test_without_validation_checkpoints_and_tensorboard(micro: MicroRuns) -> None:
     settings = ["trainer.val_check_interval=0", "trainer.max_steps=3"]
     off = "exp_manager.create_checkpoint_callback=false"

@@ -108,7 +108,7 @@ def fit(
     _say_size(run)
     with _quiet():
         trainer = Trainer(
-            accelerator=run.trainer.accelerator,
+            accelerator="gpu" if on_gpu else "cpu",  # Lightning's auto takes MPS, without fp64
             devices=run.trainer.devices,
             num_nodes=run.trainer.num_nodes,
             strategy=DeepSeekStrategy(
@@ -163,6 +163,8 @@ def _device_is_gpu(run: RunConfig) -> bool:
         raise UserError(
             "trainer.accelerator=gpu: torch finds no GPU here; use trainer.accelerator=auto or cpu"
         )
+    if run.trainer.accelerator == "auto" and torch.backends.mps.is_available():
+        say("note         Apple GPUs have no fp64, which losses and norms need: the CPU trains")
     return torch.cuda.is_available() and run.trainer.accelerator != "cpu"
 
 

@@ -230,7 +230,6 @@ NO_SUCH_KEY: dict[str, str] = {
     "moe_layer_freq": "every block after model.first_k_dense_replace holds experts",
     "moe_router_load_balancing_type": "set model.topk_method",
     "seq_aux": "the balance loss is always sequence-wise: set model.moe_aux_loss_coeff",
-    "moe_token_dispatcher_type": "the dispatcher follows from model.expert_model_parallel_size",
     "qk_head_dim": "set model.qk_nope_head_dim and model.qk_rope_head_dim",
     "head_dim": _HEAD_DIMS,
     "kv_channels": _HEAD_DIMS,
@@ -274,6 +273,7 @@ OTHER_VALUES: dict[str, dict[str, str]] = {
         "zbv": "ZBVZeroBubble",
         "dualpipe": "DualPipeV",
     },
+    "model.moe_token_dispatcher_type": {"allgather": "alltoall", "flex": "deepep"},
     "model.optim.name": {"distributed_fused_adam": "adamw", "adam": "adamw"},
     "model.optim.sched.name": {"cosine": "CosineAnnealing", "wsd": "WarmupConstantCosine"},
 }

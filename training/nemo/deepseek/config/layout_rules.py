@@ -209,6 +209,26 @@ def expert_parallel(cfg: RunConfig) -> Iterator[Problem]:
         )
 
 
+def dispatchers(cfg: RunConfig) -> Iterator[Problem]:
+    """DeepEP sends rows of bf16 between GPUs; without EP nothing is sent."""
+    model, key = cfg.model, "model.moe_token_dispatcher_type"
+    if model.expert_model_parallel_size == 1:
+        because = "with model.expert_model_parallel_size=1 no token travels"
+        yield from idle(cfg, key, because, "model.expert_model_parallel_size=2 or more")
+        return
+    if model.moe_token_dispatcher_type != "deepep":
+        return
+    faults = {
+        f"runs on GPUs, and trainer.accelerator={cfg.trainer.accelerator}": "cpu"
+        == cfg.trainer.accelerator,
+        f"sends bf16, and trainer.precision={cfg.trainer.precision}": cfg.trainer.precision == "32",
+        f"sends rows of 16 bytes and multiples, and model.hidden_size={model.hidden_size} are "
+        f"{2 * model.hidden_size} bytes": model.hidden_size % 8 != 0,
+    }
+    for fault in (text for text, holds in faults.items() if holds):
+        yield Problem(key, "deepep", fault, "use auto or alltoall")
+
+
 def data_parallel_shards(cfg: RunConfig) -> Iterator[Problem]:
     """What TP and EP leave of a weight can be shared by the data-parallel ranks.
 

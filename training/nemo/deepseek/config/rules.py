@@ -21,6 +21,7 @@ from deepseek.config.foreign_names import LORA_TARGETS
 from deepseek.config.layout_rules import (
     batch,
     data_parallel_shards,
+    dispatchers,
     expert_parallel,
     pipeline_micro_batches,
     pipeline_settings,
@@ -630,6 +631,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     pipeline_stages,
     pipeline_micro_batches,
     expert_parallel,
+    dispatchers,
     data_parallel_shards,
     resharding,
     batch,

@@ -366,6 +366,12 @@ class ModelConfig:
     expert_model_parallel_size: int = key(
         1, "that share the routed experts (EP)", unit="ranks", at_least=1
     )
+    moe_token_dispatcher_type: str = key(
+        "auto",
+        "how tokens travel under EP: alltoall, deepep (GPUs, bf16-mixed and DeepEP installed; no "
+        "GPU has run it yet), or auto, which is alltoall",
+        choices=("auto", "alltoall", "deepep"),
+    )
     data_parallel_replicate_size: int = key(
         1,
         "of the sharded model (HSDP); 1: shard over all data-parallel ranks",

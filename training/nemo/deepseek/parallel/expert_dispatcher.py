@@ -18,18 +18,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepseek.config.errors import UserError
 from deepseek.models.components.dispatcher import Dispatched, TokenDispatcher, weighted_sum
 from deepseek.ops.rows import count_rows, expand_rows, inverse_permutation, permute_rows
 from deepseek.parallel.collectives import all_to_all_rows
 
 
 def build_dispatcher(
-    num_experts: int, group: dist.ProcessGroup, device_type: str
+    num_experts: int, group: dist.ProcessGroup, device_type: str, kind: str
 ) -> TokenDispatcher:
-    """DeepEP on GPUs where it is installed and knows the group's size; all-to-all elsewhere."""
-    if device_type == "cuda" and _deep_ep_supports(group):
-        return DeepEPDispatcher(num_experts, group)
-    return AllToAllDispatcher(num_experts, group)
+    """The dispatcher that ``model.moe_token_dispatcher_type`` asks for.
+
+    ``auto`` is all-to-all, also where DeepEP is installed, until a GPU has run both.
+
+    Raises:
+        UserError: DeepEP is not installed, knows no group of this size, or there is no GPU.
+    """
+    if kind != "deepep":
+        return AllToAllDispatcher(num_experts, group)
+    size = dist.get_world_size(group)
+    try:
+        assert device_type == "cuda", "this process computes on a CPU"
+        from deep_ep import Buffer
+
+        Buffer.get_dispatch_config(size)
+        Buffer.get_combine_config(size)
+    except (ImportError, AssertionError) as error:
+        raise UserError(
+            f"model.moe_token_dispatcher_type=deepep with model.expert_model_parallel_size={size}: "
+            f"DeepEP cannot be used here ({error}); install DeepEP (github.com/deepseek-ai/DeepEP) "
+            "and use an EP size that it knows, or use auto or alltoall"
+        ) from error
+    return DeepEPDispatcher(num_experts, group)
 
 
 class AllToAllDispatcher:
@@ -127,12 +147,8 @@ def as_experts_compute(rows_RD: Tensor) -> Tensor:
 # -- DeepEP --
 
 
-ROW_MULTIPLE = 8
-"""DeepEP copies 16 bytes at a time: 8 numbers of bf16."""
-
-
 class DeepEPDispatcher:
-    """``TokenDispatcher`` over DeepEP for rows of bf16; over all-to-all for others.
+    """``TokenDispatcher`` over DeepEP, for rows of bf16.
 
     No GPU has run it yet (github.com/deepseek-ai/DeepEP, ``deep_ep.Buffer``): it is written to the
     documented interface of DeepEP 1.x, which 2.x keeps, and tested on CPU against a stand-in for
@@ -145,7 +161,6 @@ class DeepEPDispatcher:
     def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
         self.num_experts = num_experts
         self.group = group
-        self.all_to_all = AllToAllDispatcher(num_experts, group)
 
     def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Dispatched:
         """Send each token to its experts; rows arrive sorted by local expert."""
@@ -153,8 +168,7 @@ class DeepEPDispatcher:
         dim = x_TD.shape[1]
         x_RD = x_TD.unsqueeze(1).expand(-1, num_choices, -1).reshape(num_tokens * num_choices, dim)
         x_RD = as_experts_compute(x_RD)
-        if x_RD.dtype != torch.bfloat16 or dim % ROW_MULTIPLE:
-            return self.all_to_all.dispatch(x_TD, expert_ids_TK)
+        assert x_RD.dtype == torch.bfloat16, "config/layout_rules.py refuses other precisions"
         exchange = _DeepEPExchange(
             _buffer(self.group, dim), self.num_experts, expert_ids_TK.reshape(-1, 1)
         )
@@ -169,23 +183,9 @@ class DeepEPDispatcher:
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Dispatched) -> Tensor:
         """Bring the results back and add them up with their weights."""
-        handle = sent.state
-        if not isinstance(handle, _DeepEPHandle):
-            return self.all_to_all.combine(y_RD, weights_TK, sent)
+        handle: _DeepEPHandle = sent.state
         y_QD = permute_rows(y_RD, handle.inverse_Q, handle.arrival_Q)
         return weighted_sum(_DeepEPCombine.apply(y_QD, handle.exchange), weights_TK)
-
-
-def _deep_ep_supports(group: dist.ProcessGroup) -> bool:
-    """Whether DeepEP is installed and has a configuration for as many ranks."""
-    try:
-        from deep_ep import Buffer
-
-        Buffer.get_dispatch_config(dist.get_world_size(group))
-        Buffer.get_combine_config(dist.get_world_size(group))
-    except (ImportError, AssertionError):
-        return False
-    return True
 
 
 @functools.cache

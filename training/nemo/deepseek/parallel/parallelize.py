@@ -83,7 +83,7 @@ def parallelize(
         log.info(f"TP {layout.tp}: matrices, vocabulary and sequences are divided")
     # 3. EP: each rank keeps some of the experts, and tokens travel to them
     if layout.ep > 1:
-        shard_experts(model, meshes)
+        shard_experts(model, meshes, config.moe_token_dispatcher_type)
         total = config.n_routed_experts
         log.info(f"EP {layout.ep}: {total // layout.ep} of {total} experts of a layer here")
     # 4. PP: layers are run in stages
@@ -118,8 +118,12 @@ def _in_one_process(
     return Parallelized(model, Sequential(Stage(model, everything), config.micro_batch_size))
 
 
-def shard_experts(model: Transformer, meshes: Meshes) -> None:
-    """Divide the experts of ``model`` (on the meta device) over the EP ranks, in place."""
+def shard_experts(model: Transformer, meshes: Meshes, dispatcher: str = "auto") -> None:
+    """Divide the experts of ``model`` (on the meta device) over the EP ranks, in place.
+
+    Raises:
+        UserError: the ``dispatcher`` cannot be had here.
+    """
     mesh = meshes.sparse["ep"]
     for module in model.modules():
         if not isinstance(module, MoE):
@@ -128,7 +132,7 @@ def shard_experts(model: Transformer, meshes: Meshes) -> None:
         for name, stack in list(experts.named_parameters()):
             setattr(experts, name, shard_parameter(stack, 0, mesh))
         experts.local = local
-        module.dispatcher = build_dispatcher(num_experts, meshes.ep, meshes.device_type)
+        module.dispatcher = build_dispatcher(num_experts, meshes.ep, meshes.device_type, dispatcher)
 
 
 def shard_data_parallel(
