@@ -19,6 +19,7 @@ from deepseek.monitoring.record.alarms import (
 from deepseek.monitoring.record.expert_monitor import ExpertRecord
 from deepseek.monitoring.record.metrics_log import MetricsLog
 from deepseek.monitoring.record.rank_monitor import COLUMNS, RankRecord
+from deepseek.monitoring.run_log import read_run
 from support.log_rows import all_rows
 
 
@@ -84,12 +85,37 @@ def test_numbers_can_be_written_as_json() -> None:
     tokens_LE = np.full((1, 8), 64)
     tokens_LE[0, 0] = 0
     dead, slow = DeadExperts(), Straggler()
-    found: list[Alarm] = []
+    found: list[Any] = []
     for step in range(30):
         found += dead.look(seen(step, experts=experts(step, tokens_LE)))
         found += slow.look(seen(step, ranks=ranks(step, compute_seconds=np.array([1.0, 3, 1]))))
     assert len(found) == 2
     json.dumps([alarm.numbers for alarm in found])
+
+
+def test_the_end_of_a_trouble_is_told_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    ranks = SimpleNamespace(latest=None)
+    alarms: Any = Alarms(log, None, ranks)  # type: ignore[arg-type]
+    for step in range(1, 61):
+        table = np.ones((2, len(COLUMNS)))
+        table[1, COLUMNS.index("compute_seconds")] = 2.0 if step < 30 else 1.0
+        ranks.latest = RankRecord(step, [0, 0], table)
+        alarms.on_train_batch_end(None, module(step))
+    begin, end = all_rows(log.path)
+    assert (begin["event"], begin["step"]) == ("alarm", STRAGGLER_RECORDS)
+    assert (end["event"], end["kind"]) == ("alarm_over", "straggler")
+    assert (end["since"], end["rank"]) == (STRAGGLER_RECORDS, 1)
+    assert STRAGGLER_RECORDS < end["step"] <= 30 + STRAGGLER_RECORDS
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"ALARM OVER   step {end['step']}, straggler: rank 1 computes 1.00 times as long as the "
+        f"others (alarm of step {STRAGGLER_RECORDS})"
+    )
+    log.write({"step": 60, "loss": 2.0})
+    (alarm,) = read_run(tmp_path).alarms()
+    assert (alarm["step"], alarm["until"]) == (STRAGGLER_RECORDS, end["step"])
 
 
 def test_of_many_alarms_a_few_are_shown() -> None:

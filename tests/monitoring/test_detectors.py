@@ -1,5 +1,6 @@
 """Each kind of trouble, planted, is named with its numbers; healthy runs are left in peace."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepseek.config.schema import ModelConfig
+from deepseek.config.schema import ModelConfig, RunConfig
 from deepseek.monitoring.record.alarms import (
+    CALM_RECORDS,
     COLLAPSED_RECORDS,
     DEAD_RECORDS,
+    SETTLING_RECORDS,
     STRAGGLER_RECORDS,
     Alarm,
     DeadExperts,
@@ -18,11 +21,12 @@ from deepseek.monitoring.record.alarms import (
     LossSpike,
     MemoryCreep,
     NonFinite,
+    Over,
     RouterCollapse,
     Seen,
+    Settling,
     Straggler,
     detectors,
-    settled_step,
 )
 from deepseek.monitoring.record.expert_monitor import ExpertRecord
 from deepseek.monitoring.record.rank_monitor import COLUMNS, RankRecord
@@ -51,7 +55,20 @@ def seen(step: int, **changes: Any) -> Seen:
 
 def all_of(detector: Detector, steps: Iterator[Seen]) -> list[tuple[int, Alarm]]:
     """Every alarm and its step."""
-    return [(one.step, alarm) for one in steps for alarm in detector.look(one)]
+    return [(step, one) for step, one in told_by(detector, steps) if isinstance(one, Alarm)]
+
+
+def told_by(detector: Detector, steps: Iterator[Seen]) -> list[tuple[int, Alarm | Over]]:
+    """Every beginning and end, and its step."""
+    return [(one.step, told) for one in steps for told in detector.look(one)]
+
+
+def ends_of(
+    detector: Detector, steps: Iterator[Seen]
+) -> list[tuple[int, int, str, dict[str, Any]]]:
+    """Of every trouble that is over: when it was, the step of its alarm, and what was said."""
+    found = told_by(detector, steps)
+    return [(at, x.since, x.message, x.place) for at, x in found if isinstance(x, Over)]
 
 
 # -- routers --
@@ -101,7 +118,7 @@ def swinging(steps: range) -> Iterator[Seen]:
 
 def test_routers_that_settle_are_left_in_peace() -> None:
     early, later = swinging(range(1, 200)), swinging(range(1, 200))
-    both = [RouterCollapse(200), DeadExperts(200)]
+    both = [RouterCollapse(Settling(200)), DeadExperts(Settling(200))]
     assert not [alarm for one in early for detector in both for alarm in detector.look(one)]
     settled = [RouterCollapse(), DeadExperts()]
     kinds = {alarm.kind for one in later for detector in settled for alarm in detector.look(one)}
@@ -109,11 +126,40 @@ def test_routers_that_settle_are_left_in_peace() -> None:
 
 
 def test_a_complete_collapse_is_told_while_routers_settle() -> None:
-    found = all_of(RouterCollapse(1000), collapsing(range(1, 60), 20))
-    assert [step for step, _ in found] == [20 + COLLAPSED_RECORDS - 1]
-    found = all_of(DeadExperts(1000), collapsing(range(1, 60), 20))
-    assert [step for step, _ in found] == [20 + DEAD_RECORDS - 1]
+    found = all_of(RouterCollapse(Settling(1000)), collapsing(range(1, 60), 20))
+    assert [step for step, _ in found] == [20 + SETTLING_RECORDS - 1]
+    found = all_of(DeadExperts(Settling(1000)), collapsing(range(1, 60), 20))
+    assert [step for step, _ in found] == [20 + SETTLING_RECORDS - 1]
     assert len(found[0][1].numbers["experts"]) == 30
+
+
+def test_while_routers_settle_all_tokens_may_go_to_one_choice_after_another() -> None:
+    """What new routers do in their first hundred steps: the bias moves all tokens on together."""
+
+    def steps() -> Iterator[Seen]:
+        for step in range(1, 200):
+            tokens_LE = np.zeros((2, 16))
+            tokens_LE[:, (np.arange(4) + step // (SETTLING_RECORDS - 2)) % 16] = 500
+            yield seen(step, experts=experts(step, tokens_LE, top_k=4))
+
+    assert not told_by(RouterCollapse(Settling(1000)), steps())
+    assert all_of(RouterCollapse(), steps()), "later on it would be told of"
+
+
+def test_a_collapse_is_over_after_calm_records() -> None:
+    found = ends_of(RouterCollapse(), collapsing(range(1, 80), 20, 40))
+    assert [(at, since, place) for at, since, _, place in found] == [
+        (40 + CALM_RECORDS - 1, 20 + COLLAPSED_RECORDS - 1, {"layer": "layers.4"})
+    ]
+    assert re.fullmatch(r"layers\.4 uses (31|32)\.\d of 32 experts", found[0][2])
+
+
+def test_a_collapse_that_flickers_is_told_once() -> None:
+    """Ten records of every twenty: one trouble, not one every time."""
+    detector, told = RouterCollapse(), []
+    for begin in range(1, 200, 20):
+        told += told_by(detector, collapsing(range(begin, begin + 20), begin, begin + 10))
+    assert len(told) == 1
 
 
 def test_when_routers_should_have_settled() -> None:
@@ -121,9 +167,9 @@ def test_when_routers_should_have_settled() -> None:
     model = replace(
         model, optim=replace(model.optim, sched=replace(model.optim.sched, warmup_steps=80))
     )
-    assert settled_step(replace(model, moe_router_bias_update_rate=1e-3)) == 380
-    assert settled_step(replace(model, moe_router_bias_update_rate=3e-3)) == 180
-    assert settled_step(replace(model, moe_router_bias_update_rate=0.0)) == 380
+    assert Settling.of(replace(model, moe_router_bias_update_rate=1e-3)) == Settling(380, 30)
+    assert Settling.of(replace(model, moe_router_bias_update_rate=3e-3)) == Settling(180, 20)
+    assert Settling.of(replace(model, moe_router_bias_update_rate=0.0)) == Settling(380, 30)
 
 
 def test_counts_too_small_to_say_anything_are_no_collapse() -> None:
@@ -159,6 +205,11 @@ def test_dead_experts_are_named_with_the_step_they_died_at() -> None:
         (150 + DEAD_RECORDS - 1, "layers.3", [7], 150),
     ]
     assert "layers.4: experts 2, 3 without a token since step 40, 2 of 16" in found[1][1].message
+    over = ends_of(DeadExperts(), steps())
+    assert [(since, message, place) for _, since, message, place in over] == [
+        (49, "layers.3: expert 7 has tokens again", {"layer": "layers.3"})
+    ]
+    assert 100 + DEAD_RECORDS <= over[0][0] <= 100 + 2 * DEAD_RECORDS
 
 
 def test_few_tokens_make_no_expert_dead() -> None:
@@ -189,6 +240,9 @@ def test_a_straggler_is_named_by_its_rank() -> None:
     assert 250 <= found[1][0] <= 250 + STRAGGLER_RECORDS // 2 + 1
     assert 1.2 < found[0][1].numbers["ratio"] < 1.6
     assert "rank 5 computes 1." in found[0][1].message
+    ((at, since, message, place),) = ends_of(Straggler(), steps())
+    assert since == found[0][0] and 200 < at <= 200 + STRAGGLER_RECORDS
+    assert message.startswith("rank 5 computes 1.") and place == {"rank": 5}
 
 
 def test_one_slow_step_is_no_straggler() -> None:
@@ -239,6 +293,17 @@ def test_memory_that_grows_without_a_stop() -> None:
     assert 0.95 * 2**20 < found[0][1].numbers["bytes_per_record"] < 1.05 * 2**20
 
 
+def test_memory_that_rests_again_is_told() -> None:
+    def steps() -> Iterator[Seen]:
+        for step in range(1, 1000):
+            memory = GIB + min(step, 700) * 2**20
+            yield seen(step, ranks=ranks(step, memory_bytes=np.full(1, memory)))
+
+    ((at, since, message, place),) = ends_of(MemoryCreep(), steps())
+    assert (since, at, place) == (500, 800, {"rank": 0})
+    assert message == "the memory of rank 0 is 1.68 GiB, and rests"
+
+
 @pytest.mark.parametrize("shape", ["noise", "fills", "saws", "trifle"])
 def test_memory_that_fills_and_empties_is_no_creep(shape: str) -> None:
     rng = np.random.default_rng(0)
@@ -274,6 +339,17 @@ def test_a_spike_is_told_once() -> None:
     assert found[0][1].numbers["loss"] == losses[150]
     assert abs(found[0][1].numbers["median"] - 2) < 0.05
     assert 0.03 < found[0][1].numbers["sigma"] < 0.07
+    steps = (seen(step, loss=float(loss)) for step, loss in enumerate(losses))
+    over = ends_of(LossSpike(), steps)
+    assert [(since, at) for at, since, _, _ in over] == [(150, 170), (250, 251)]
+    assert "again, before it" in over[0][2]
+
+
+def test_a_spike_that_stays_is_over_when_it_is_what_is_usual() -> None:
+    losses = [2.0, 2.1] * 50 + [4.0, 4.1] * 80 + [9.0]
+    found = told_by(LossSpike(), (seen(step, loss=x) for step, x in enumerate(losses)))
+    assert [(step, type(x)) for step, x in found] == [(100, Alarm), (200, Over), (260, Alarm)]
+    assert found[1][1].message == "loss 4.0000 has stayed, before it 2.0500"
 
 
 def test_a_trifle_on_a_flat_loss_is_no_spike() -> None:
@@ -303,6 +379,55 @@ def test_what_is_not_finite_is_told_once_and_again_after_calm() -> None:
     assert "gradient norm nan; no weight was changed, this is the 1st" in found[0][1].message
     assert "loss inf" in found[2][1].message and "the 5th" in found[2][1].message
     assert "the weights were changed" in found[2][1].message
+    over = ends_of(NonFinite(), steps())
+    assert [(since, at) for at, since, _, _ in over] == [(10, 35), (60, 80)]
+
+
+# -- remedies --
+
+
+def remedies(model: ModelConfig, **trainer: Any) -> dict[str, str]:
+    """By the kind: of each trouble, planted, in a run of this configuration."""
+    run = RunConfig(model=model)
+    run = replace(run, trainer=replace(run.trainer, **trainer))
+    found = {}
+    nothing = np.zeros(1, np.float32)
+    tokens_LE = np.array([[500] * 4 + [0] * 12])
+    for detector in detectors(run):
+        for step in range(1, 700):
+            one = Seen(
+                step, 9.0 if step == 650 else 2.0, float("nan") if step == 3 else 1.0, False,
+                ExpertRecord(step, ["layers.1"], 4, tokens_LE, nothing, nothing),
+                ranks(step, compute_seconds=[1.0, 3.0, 1.0], memory_bytes=GIB + step * 2**21),
+            )  # fmt: skip
+            found |= {x.kind: x.remedy for x in detector.look(one) if isinstance(x, Alarm)}
+    assert found.keys() == {detector.kind for detector in detectors()}
+    return found
+
+
+def test_remedies_name_keys_of_this_run_with_values() -> None:
+    model = ModelConfig(moe_router_bias_update_rate=0.001, moe_aux_loss_coeff=1e-4)
+    model = replace(model, optim=replace(model.optim, lr=2e-3))
+    found = remedies(model, gradient_clip_val=1.0)
+    for kind in ("router_collapse", "dead_experts"):
+        assert "model.moe_router_bias_update_rate=0.002 (it is 0.001)" in found[kind]
+        assert "model.moe_aux_loss_coeff=0.001 (it is 0.0001)" in found[kind]
+    for kind in ("non_finite", "loss_spike"):
+        assert "model.optim.lr=0.001 (it is 0.002)" in found[kind]
+    assert "trainer.gradient_clip_val=0.5" in found["loss_spike"]
+    assert "num_workers" not in found["memory_creep"], "there are none"
+    data = replace(model.data, num_workers=2)
+    assert "num_workers=0, it is 2" in remedies(replace(model, data=data))["memory_creep"]
+    assert "gradient_clip_val=1" in remedies(model, gradient_clip_val=0.0)["loss_spike"]
+
+
+@pytest.mark.parametrize("kind", ["router_collapse", "dead_experts"])
+def test_no_remedy_is_a_setting_that_would_be_ignored(kind: str) -> None:
+    frozen = ModelConfig(moe_router_bias_update_rate=0.0)
+    assert "model.moe_router_bias_update_rate=0.001 (it is 0)" in remedies(frozen)[kind]
+    without = ModelConfig(topk_method="greedy", moe_router_bias_update_rate=0.0)
+    assert "bias" not in remedies(without)[kind]
+    assert "model.moe_aux_loss_coeff=0.001" in remedies(without)[kind]
 
 
 # -- runs --
@@ -341,12 +466,13 @@ def test_healthy_runs_of_two_thousand_steps_raise_no_alarm(seed: int) -> None:
 def test_the_eight_workloads(name: str) -> None:
     found = workload(name, steps=60, layers=3, tokens=400, experts=32, top_k=2, ranks=4)
     collapse, dead = RouterCollapse(), DeadExperts()
-    collapsed: list[Alarm] = []
+    collapsed: list[Alarm | Over] = []
     without: set[tuple[str, int]] = set()
     for step, tokens_LE in enumerate(found.tokens):
         one = seen(step, experts=experts(step, tokens_LE))
         collapsed += collapse.look(one)
         for alarm in dead.look(one):
+            assert isinstance(alarm, Alarm)
             without |= {(alarm.numbers["layer"], e) for e in alarm.numbers["experts"]}
     assert not collapsed
     idle = found.tokens.sum(axis=0) == 0

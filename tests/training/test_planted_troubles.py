@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from deepseek.commands.report import report
-from deepseek.monitoring.record.alarms import COLLAPSED_RECORDS, DEAD_RECORDS, STRAGGLER_RECORDS
+from deepseek.monitoring.record.alarms import SETTLING_RECORDS, STRAGGLER_RECORDS
 from deepseek.monitoring.run_log import read_run
 from support.forked import FORK_WORKERS, Ran
 from support.micro_runs import MicroRuns
@@ -85,9 +85,9 @@ def test_each_trouble_is_told_once_where_and_when_it_is(
 ) -> None:
     _, found = planted
     assert {kind: alarm["step"] for kind, alarm in found.items()} == {
-        "router_collapse": 2 + COLLAPSED_RECORDS,
+        "router_collapse": 2 + SETTLING_RECORDS,
         "non_finite": 12,
-        "dead_experts": 2 + DEAD_RECORDS,
+        "dead_experts": 2 + SETTLING_RECORDS,
         "loss_spike": 36,
         "memory_creep": 40,
     }

@@ -15,7 +15,7 @@ from deepseek.data.digests import Verification
 from deepseek.data.open_data import OpenedData
 from deepseek.frameworks import Trainer
 from deepseek.interop.open_weights import fill_start
-from deepseek.monitoring.record.alarms import Alarms, settled_step
+from deepseek.monitoring.record.alarms import Alarms
 from deepseek.monitoring.record.expert_monitor import ExpertMonitor
 from deepseek.monitoring.record.metrics_log import MetricsLog
 from deepseek.monitoring.record.profile import Profile
@@ -124,7 +124,7 @@ def callbacks(
         ),
         log,
         # With adapters the routers are frozen: their loads are those of the text.
-        Alarms(log, experts if model.peft is None else None, ranks, settled_step(model)),
+        Alarms(log, experts if model.peft is None else None, ranks, run),
         Progress(run.trainer.log_every_n_steps),
     ]
 

@@ -246,8 +246,11 @@ def _alarms(run: RunLog) -> RenderableType:
         return Text("no alarms")
     lines = Text()
     for alarm in alarms[-MOST_ALARMS:]:
-        lines.append(f"step {alarm['step']:,} {alarm.get('kind')}: ", style="bold red")
-        lines.append(f"{alarm.get('message')}\n   {alarm.get('remedy')}\n")
+        over = alarm.get("until")
+        style = "bold red" if over is None else "bold"
+        lines.append(f"step {alarm['step']:,} {alarm.get('kind')}: ", style=style)
+        lines.append(f"{alarm.get('message')}\n   ")
+        lines.append(f"{alarm.get('remedy')}\n" if over is None else f"over at step {over:,}\n")
     lines.rstrip()
     title = f"alarms: {len(alarms)}" + (", the last" if len(alarms) > MOST_ALARMS else "")
     return _panel(lines, title, "red")

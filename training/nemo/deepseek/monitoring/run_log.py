@@ -197,11 +197,18 @@ class RunLog:
         return None if values is None or not np.isfinite(values).any() else values
 
     def alarms(self) -> list[dict[str, Any]]:
-        """The alarms in the order of steps; of a step trained twice the later ones."""
-        alarms = [event for event in self.events if event["event"] == "alarm"]
-        keys = ("step", "kind", "layer", "rank")
-        latest = {tuple(alarm.get(key) for key in keys): alarm for alarm in alarms}
-        return sorted(latest.values(), key=lambda alarm: int(alarm["step"]))
+        """The alarms in the order of steps; of a step trained twice the later ones. One whose
+        trouble is over has the step at which it was, as ``until``."""
+        found: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for event in self.events:
+            if event["event"] == "alarm":
+                keys = ("step", "kind", "layer", "rank")
+                found[tuple(event.get(key) for key in keys)] = event
+            elif event["event"] == "alarm_over":
+                key = tuple(event.get(key) for key in ("since", "kind", "layer", "rank"))
+                if key in found:
+                    found[key] = found[key] | {"until": event["step"]}
+        return sorted(found.values(), key=lambda alarm: int(alarm["step"]))
 
     def state(self, now: float | None = None) -> str:
         """``complete``, ``stopped: REASON``, ``running`` or ``silent for 1:02:03: ...``.

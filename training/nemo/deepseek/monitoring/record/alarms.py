@@ -1,7 +1,7 @@
 """Alarms: what is wrong with a run, as far as its numbers tell; said once, and kept in the log.
 
-One detector for each kind of trouble: it is shown every step and says what is new, and says a thing
-again only after it was over. Detectors know numbers alone: no trainer, no files.
+One detector for each kind of trouble: it is shown every step, and tells the beginning and the end
+of each trouble once. Detectors know numbers and the configuration alone: no trainer, no files.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from deepseek.config.schema import ModelConfig
+from deepseek.config.schema import ModelConfig, RunConfig
 from deepseek.console import say
 from deepseek.frameworks import Trainer
 from deepseek.monitoring.load_metrics import DeadSince, effective_experts
@@ -34,7 +35,7 @@ class Alarms(DeepSeekCallback):
         log: where the events go.
         experts: its newest record is looked at; None: there is none.
         ranks: the same.
-        settled_step: until which routers are only judged by a complete collapse.
+        run: the configuration, which the detectors go by; None: any.
     """
 
     def __init__(
@@ -42,11 +43,11 @@ class Alarms(DeepSeekCallback):
         log: MetricsLog,
         experts: ExpertMonitor | None,
         ranks: RankMonitor | None,
-        settled_step: int = 0,
+        run: RunConfig | None = None,
     ) -> None:
         self._log = log
         self._experts, self._ranks = experts, ranks
-        self._detectors = detectors(settled_step)
+        self._detectors = detectors(run)
 
     def on_train_batch_end(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Look at the step that has ended."""
@@ -63,27 +64,34 @@ class Alarms(DeepSeekCallback):
             experts if experts and experts.step == record.step else None,
             ranks if ranks and ranks.step == record.step else None,
         )
-        alarms = [alarm for detector in self._detectors for alarm in detector.look(seen)]
-        for alarm in alarms:
-            told = {"kind": alarm.kind, "message": alarm.message, "remedy": alarm.remedy}
-            self._log.event("alarm", record.step, **told, **alarm.numbers)
-        for line in shown(record.step, alarms):
+        found = [one for detector in self._detectors for one in detector.look(seen)]
+        for one in found:
+            told: dict[str, Any] = {"kind": one.kind, "message": one.message}
+            if isinstance(one, Alarm):
+                self._log.event("alarm", seen.step, **told, remedy=one.remedy, **one.numbers)
+            else:
+                self._log.event("alarm_over", seen.step, **told, since=one.since, **one.place)
+        for line in shown(seen.step, found):
             say(line)
         self._log.add_cost(time.perf_counter() - begin)
 
 
-def shown(step: int, alarms: list[Alarm]) -> list[str]:
+def shown(step: int, found: Sequence[Alarm | Over]) -> list[str]:
     """Lines for people, a few of each kind."""
     lines: list[str] = []
-    count: Counter[str] = Counter()
-    for alarm in alarms:
-        count[alarm.kind] += 1
-        if count[alarm.kind] <= MOST_SHOWN:
-            lines.append(f"ALARM        step {step}, {alarm.kind}: {alarm.message}")
-            lines.append(f"             {alarm.remedy}")
-    for kind, number in count.items():
+    count: Counter[tuple[str, str]] = Counter()
+    for one in found:
+        word = "ALARM       " if isinstance(one, Alarm) else "ALARM OVER  "
+        count[word, one.kind] += 1
+        if count[word, one.kind] > MOST_SHOWN:
+            continue
+        end = "" if isinstance(one, Alarm) else f" (alarm of step {one.since})"
+        lines.append(f"{word} step {step}, {one.kind}: {one.message}{end}")
+        if isinstance(one, Alarm):
+            lines.append(f"             {one.remedy}")
+    for (word, kind), number in count.items():
         if number > MOST_SHOWN:
-            lines.append(f"ALARM        step {step}, {kind}: {number - MOST_SHOWN} more in the log")
+            lines.append(f"{word} step {step}, {kind}: {number - MOST_SHOWN} more in the log")
     return lines
 
 
@@ -93,14 +101,23 @@ routers without any balancing stay below a half."""
 COLLAPSED_RECORDS = 5
 """In a row: a single batch of odd tokens is no collapse."""
 COMPLETE_SHARE = 0.9999
-"""The same while routers settle: all tokens go to the same choice of experts."""
+"""The same while routers settle: all tokens go to the same choice of experts, ..."""
+SETTLING_RECORDS = 30
+"""... and to the same one so often in a row. While tokens still look alike, as in the first hundred
+steps, layers send all to one choice, until the bias has moved them on to another one; ..."""
+SETTLING_BIAS = 0.03
+"""... it has had to move this far in no sound run; a slower bias takes more records."""
 SETTLED_BIAS = 0.3
 """What the correction bias must be able to reach before it is judged, in units of the scores: loads
 of new routers swing widely until then, and come to rest by themselves."""
+CALM_RECORDS = 20
+"""Without a collapse, after which it is over."""
 LEAST_LOAD = 8.0
 """Assignments per expert below which a layer's counts say too little."""
 DEAD_RECORDS = 20
 """In a row without a token."""
+RETURNED_SHARE = 0.05
+"""Of a fair share, over as many records and assignments: then a dead expert is back."""
 DEAD_MISSED = 100.0
 """Assignments that a fair share would have been meanwhile. An expert that gets a tenth of its share
 stays without any that long in one of e^10 cases."""
@@ -144,7 +161,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Alarm:
-    """One finding, for people and for the log."""
+    """The beginning of a trouble, for people and for the log."""
 
     kind: str
     message: str
@@ -155,131 +172,218 @@ class Alarm:
     """``layer``, ``rank`` and others, for programs."""
 
 
-class Detector(Protocol):
-    """Looks for one kind of trouble."""
+@dataclass(frozen=True)
+class Over:
+    """The end of a trouble."""
 
-    def look(self, seen: Seen) -> list[Alarm]:
-        """What begins with this step; steps ascend."""
-        ...
+    kind: str
+    message: str
+    """What is seen now."""
+    since: int
+    """Step of its alarm."""
+    place: dict[str, Any] = field(default_factory=dict)
+    """``layer`` or ``rank``, as the alarm has it."""
 
 
-def detectors(settled_step: int = 0) -> list[Detector]:
-    """One of each kind."""
+class Detector:
+    """Looks for one kind of trouble.
+
+    Attributes:
+        kind: its name.
+    """
+
+    kind = ""
+
+    def __init__(self) -> None:
+        self._told: dict[Any, int] = {}  # troubles that are not over: place, step of the alarm
+
+    def look(self, seen: Seen) -> list[Alarm | Over]:
+        """What begins and what ends with this step; steps ascend."""
+        return list(self._look(seen))
+
+    def _look(self, seen: Seen) -> Iterator[Alarm | Over]:
+        raise NotImplementedError
+
+    def _over(self, place: Any, message: str, **name: Any) -> Over:
+        return Over(self.kind, message, self._told.pop(place), name)
+
+
+def detectors(run: RunConfig | None = None) -> list[Detector]:
+    """One of each kind, with remedies that the user of this configuration can follow.
+
+    Args:
+        run: None: nothing is known of it.
+    """
+    if run is None:
+        return [
+            NonFinite(),
+            LossSpike(),
+            RouterCollapse(),
+            DeadExperts(),
+            Straggler(),
+            MemoryCreep(),
+        ]
+    settling, balance = Settling.of(run.model), _balance(run.model)
+    calmer = f"model.optim.lr={run.model.optim.lr / 2:g} (it is {run.model.optim.lr:g})"
+    clip = run.trainer.gradient_clip_val
     return [
-        NonFinite(),
-        LossSpike(),
-        RouterCollapse(settled_step),
-        DeadExperts(settled_step),
+        NonFinite(calmer),
+        LossSpike(f"{calmer} or trainer.gradient_clip_val={clip / 2 if clip else 1.0:g}"),
+        RouterCollapse(settling, balance),
+        DeadExperts(settling, balance),
         Straggler(),
-        MemoryCreep(),
+        MemoryCreep(run.model.data.num_workers),
     ]
 
 
-def settled_step(model: ModelConfig) -> int:
-    """From which on the routers of a run should be balanced: after the warm-up, and the steps that
-    the correction bias needs to reach ``SETTLED_BIAS``."""
-    rate = model.moe_router_bias_update_rate or ModelConfig.moe_router_bias_update_rate
-    return model.optim.sched.warmup_steps + round(SETTLED_BIAS / rate)
+@dataclass(frozen=True)
+class Settling:
+    """How routers are judged before they should be balanced."""
+
+    until_step: int = 0
+    records: int = SETTLING_RECORDS
+    """In a row, of a complete collapse."""
+
+    @staticmethod
+    def of(model: ModelConfig) -> Settling:
+        """Through the warm-up, and the steps that the correction bias needs to reach
+        ``SETTLED_BIAS``."""
+        rate = model.moe_router_bias_update_rate or ModelConfig.moe_router_bias_update_rate
+        return Settling(
+            model.optim.sched.warmup_steps + round(SETTLED_BIAS / rate),
+            max(DEAD_RECORDS, round(SETTLING_BIAS / rate)),
+        )
 
 
-class NonFinite:
+BALANCE = "more of model.moe_router_bias_update_rate or model.moe_aux_loss_coeff"
+
+
+def _balance(model: ModelConfig) -> str:
+    """What balances the routers of this model: only what its configuration lets act."""
+    loss, rate = model.moe_aux_loss_coeff, model.moe_router_bias_update_rate
+    more = f"model.moe_aux_loss_coeff={max(10 * loss, 1e-3):g} (it is {loss:g})"
+    if model.topk_method != "noaux_tc":  # no correction bias
+        return more
+    faster = 2 * rate or ModelConfig.moe_router_bias_update_rate
+    return f"model.moe_router_bias_update_rate={faster:g} (it is {rate:g}) or {more}"
+
+
+class NonFinite(Detector):
     """``non_finite``: a loss or a gradient that is no number."""
 
-    def __init__(self) -> None:
-        self._last = -math.inf
+    kind = "non_finite"
+
+    def __init__(self, calmer: str = "a lower model.optim.lr") -> None:
+        super().__init__()
+        self._calmer = calmer
+        self._last = 0
         self._count = 0
 
-    def look(self, seen: Seen) -> list[Alarm]:
-        """See ``Detector``."""
+    def _look(self, seen: Seen) -> Iterator[Alarm | Over]:
         if math.isfinite(seen.loss) and math.isfinite(seen.grad_norm) and not seen.skipped:
-            return []
-        is_new = seen.step - self._last > CALM_STEPS
+            if self._told and seen.step - self._last >= CALM_STEPS:
+                yield self._over(None, f"loss {seen.loss:.4f}, {CALM_STEPS} sound steps in a row")
+            return
         self._last = seen.step
         self._count += 1
-        if not is_new:
-            return []
+        if self._told:
+            return
+        self._told[None] = seen.step
         changed = "no weight was changed" if seen.skipped else "the weights were changed"
-        return [
-            Alarm(
-                "non_finite",
-                f"loss {seen.loss:g}, gradient norm {seen.grad_norm:g}; {changed}, "
-                f"this is the {_ordinal(self._count)} such step since the start",
-                "one alone is harmless; if they come again, lower model.optim.lr, or look at the "
-                "data of these steps",
-                {"count": self._count},
-            )
-        ]
+        yield Alarm(
+            self.kind,
+            f"loss {seen.loss:g}, gradient norm {seen.grad_norm:g}; {changed}, "
+            f"this is the {_ordinal(self._count)} such step since the start",
+            f"one alone is harmless; if they come again, continue with {self._calmer}, or look at "
+            "the data of these steps",
+            {"count": self._count},
+        )
 
 
-class LossSpike:
+class LossSpike(Detector):
     """``loss_spike``: a loss far above those before it."""
 
-    def __init__(self) -> None:
-        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
-        self._high = False
+    kind = "loss_spike"
 
-    def look(self, seen: Seen) -> list[Alarm]:
-        """See ``Detector``."""
+    def __init__(self, calmer: str = "a lower model.optim.lr or trainer.gradient_clip_val") -> None:
+        super().__init__()
+        self._calmer = calmer
+        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self._before = (0.0, 0.0)  # of the spike: the median, and what was far above it
+
+    def _look(self, seen: Seen) -> Iterator[Alarm | Over]:
         if not math.isfinite(seen.loss):
-            return []
-        found = []
-        if len(self._losses) >= SPIKE_LEAST:
+            return
+        if self._told:
+            median, far = self._before
+            if seen.loss - median < far / 2:
+                yield self._over(None, f"loss {seen.loss:.4f} again, before it {median:.4f}")
+            elif seen.step - self._told[None] >= SPIKE_WINDOW:  # the new level is what is usual now
+                yield self._over(None, f"loss {seen.loss:.4f} has stayed, before it {median:.4f}")
+        elif len(self._losses) >= SPIKE_LEAST:
             losses = np.array(self._losses)
             median = float(np.median(losses))
             # Of the differences from step to step: a loss that falls quickly does not hide a spike.
             sigma = 1.4826 * float(np.median(np.abs(np.diff(losses)))) / math.sqrt(2)
-            above = seen.loss - median
-            if above > max(SPIKE_SIGMA * sigma, SPIKE_NATS):
-                if not self._high:
-                    found.append(self._alarm(seen, median, sigma, len(losses)))
-                self._high = True
-            elif above < max(SPIKE_SIGMA * sigma, SPIKE_NATS) / 2:
-                self._high = False
+            far = max(SPIKE_SIGMA * sigma, SPIKE_NATS)
+            if seen.loss - median > far:
+                self._told[None], self._before = seen.step, (median, far)
+                yield self._alarm(seen, median, sigma, len(losses))
         self._losses.append(seen.loss)
-        return found
 
     def _alarm(self, seen: Seen, median: float, sigma: float, steps: int) -> Alarm:
         times = f", {(seen.loss - median) / sigma:.1f} sigma above it" if sigma else ""
         return Alarm(
-            "loss_spike",
+            self.kind,
             f"loss {seen.loss:.4f}, the median of the last {steps} steps is {median:.4f}{times}; "
             f"gradient norm {seen.grad_norm:.3g}",
-            "if the loss does not come back within some hundred steps: go on from the checkpoint "
-            "before it with a lower model.optim.lr or trainer.gradient_clip_val",
+            f"if the loss does not come back within {SPIKE_WINDOW} steps: go back to the "
+            f"checkpoint before it (deepseek train ... --resume-from STEP) with {self._calmer}",
             {"loss": seen.loss, "median": median, "sigma": sigma},
         )
 
 
-class RouterCollapse:
+class RouterCollapse(Detector):
     """``router_collapse``: a layer sends nearly everything to a few experts."""
 
-    def __init__(self, settled_step: int = 0) -> None:
-        self._in_a_row: dict[str, int] = {}
-        self._settled_step = settled_step
+    kind = "router_collapse"
 
-    def look(self, seen: Seen) -> list[Alarm]:
-        """See ``Detector``."""
+    def __init__(self, settling: Settling = Settling(), balance: str = BALANCE) -> None:
+        super().__init__()
+        self._settling, self._balance = settling, balance
+        self._hot: dict[str, tuple[int, ...]] = {}
+        self._in_a_row: Counter[str] = Counter()  # collapsed records
+        self._calm: Counter[str] = Counter()  # others
+
+    def _look(self, seen: Seen) -> Iterator[Alarm | Over]:
         record = seen.experts
         if record is None or record.tokens_LE.size == 0:
-            return []
-        experts = record.tokens_LE.shape[1]
-        total_L = record.tokens_LE.sum(axis=1)
-        top_k = record.top_k
+            return
+        experts, top_k = record.tokens_LE.shape[1], record.top_k
         if experts <= 2 * top_k:  # half of the experts for every token is no collapse
-            return []
-        found = []
-        is_settled = seen.step > self._settled_step
+            return
+        is_settled = seen.step > self._settling.until_step
         most = COLLAPSED_SHARE if is_settled else COMPLETE_SHARE
+        needed = COLLAPSED_RECORDS if is_settled else self._settling.records
         effective_L = effective_experts(record.tokens_LE) * experts
+        hottest_LK = np.sort(np.argsort(-record.tokens_LE, axis=1)[:, :top_k], axis=1)
         for row, layer in enumerate(record.layers):
             way = (experts - effective_L[row]) / (experts - top_k)
-            if total_L[row] < LEAST_LOAD * experts or not way > most:
+            hot = tuple(hottest_LK[row].tolist())
+            moved = not is_settled and hot != self._hot.get(layer, hot)
+            self._hot[layer] = hot
+            if record.tokens_LE[row].sum() < LEAST_LOAD * experts or not way > most:
                 self._in_a_row[layer] = 0
+                self._calm[layer] += 1
+                if layer in self._told and self._calm[layer] >= CALM_RECORDS:
+                    now = f"{layer} uses {effective_L[row]:.1f} of {experts} experts"
+                    yield self._over(layer, now, layer=layer)
                 continue
-            self._in_a_row[layer] = self._in_a_row.get(layer, 0) + 1
-            if self._in_a_row[layer] == COLLAPSED_RECORDS:
-                found.append(self._alarm(record, row, float(effective_L[row])))
-        return found
+            self._calm[layer] = 0
+            self._in_a_row[layer] = 1 if moved else self._in_a_row[layer] + 1
+            if self._in_a_row[layer] >= needed and layer not in self._told:
+                self._told[layer] = seen.step
+                yield self._alarm(record, row, float(effective_L[row]))
 
     def _alarm(self, record: ExpertRecord, row: int, effective: float) -> Alarm:
         tokens_E = record.tokens_LE[row]
@@ -288,81 +392,111 @@ class RouterCollapse:
         hottest = np.argsort(-tokens_E)[:few]
         share = tokens_E[hottest].sum() / tokens_E.sum()
         return Alarm(
-            "router_collapse",
+            self.kind,
             f"{layer} uses {effective:.1f} of {experts} experts: {_listed(hottest)} take "
-            f"{share:.0%} of its tokens, for {COLLAPSED_RECORDS} records in a row",
-            "raise model.moe_router_bias_update_rate or model.moe_aux_loss_coeff, lower "
-            "model.optim.lr, and go on from a checkpoint before it",
+            f"{share:.0%} of its tokens, for {self._in_a_row[layer]} records in a row",
+            f"continue with {self._balance}; if that does not help, from a checkpoint before it "
+            "(deepseek train ... --resume-from STEP) with a lower model.optim.lr",
             {"layer": layer, "effective_experts": round(effective, 2), "experts": experts},
         )
 
 
-class DeadExperts:
+@dataclass
+class _Dead:
+    """Experts of a layer that one alarm told of, and what they got in the records of late."""
+
+    experts: list[int]
+    got_e: np.ndarray
+    fair: float = 0.0
+    records: int = 0
+
+
+class DeadExperts(Detector):
     """``dead_experts``: experts that no token has been sent to for long."""
 
-    def __init__(self, settled_step: int = 0) -> None:
-        self._settled_step = settled_step
+    kind = "dead_experts"
+
+    def __init__(self, settling: Settling = Settling(), balance: str = BALANCE) -> None:
+        super().__init__()
+        self._settling, self._balance = settling, balance
         self._since = DeadSince()
         self._missed_LE = np.zeros((0, 0))
-        self._told: set[tuple[int, int]] = set()
+        self._dead: dict[tuple[int, int], _Dead] = {}  # by row and step of the alarm
 
-    def look(self, seen: Seen) -> list[Alarm]:
-        """See ``Detector``."""
+    def _look(self, seen: Seen) -> Iterator[Alarm | Over]:
         record = seen.experts
         if record is None or record.tokens_LE.size == 0:
-            return []
+            return
         tokens_LE = record.tokens_LE
         if self._missed_LE.shape != tokens_LE.shape:
             self._missed_LE = np.zeros(tokens_LE.shape)
         self._since.add(record.step, tokens_LE)
         fair_L1 = tokens_LE.mean(axis=1, keepdims=True)
         self._missed_LE = np.where(tokens_LE == 0, self._missed_LE + fair_L1, 0.0)
+        for place in [place for place in self._dead if self._is_back(tokens_LE, place)]:
+            experts, layer = self._dead.pop(place).experts, record.layers[place[0]]
+            verb = "have" if len(experts) > 1 else "has"
+            now = f"{layer}: {_listed(experts)} {verb} tokens again"
+            yield self._over(place, now, layer=layer)
         if not (self._missed_LE >= DEAD_MISSED).any():
-            self._told.clear()
-            return []
+            return
+        is_settled = seen.step > self._settling.until_step
+        needed = DEAD_RECORDS if is_settled else self._settling.records
         dead = {
             (one.layer, one.expert): one.since
             for one in self._since.experts()
-            if one.steps >= DEAD_RECORDS and self._missed_LE[one.layer, one.expert] >= DEAD_MISSED
+            if one.steps >= needed and self._missed_LE[one.layer, one.expert] >= DEAD_MISSED
         }
-        if seen.step <= self._settled_step:
+        if not is_settled:
             count = Counter(layer for layer, _ in dead)
             least = tokens_LE.shape[1] - record.top_k
             dead = {at: since for at, since in dead.items() if count[at[0]] >= least}
-        new = dead.keys() - self._told
-        self._told = set(dead)
-        return [
-            self._alarm(record, layer, {e: dead[layer, e] for at, e in sorted(new) if at == layer})
-            for layer in sorted({layer for layer, _ in new})
-        ]
+        told = {(row, expert) for (row, _), one in self._dead.items() for expert in one.experts}
+        new = sorted(dead.keys() - told)
+        for row in sorted({row for row, _ in new}):
+            since = {expert: dead[row, expert] for at, expert in new if at == row}
+            self._dead[row, seen.step] = _Dead(list(since), np.zeros(len(since)))
+            self._told[row, seen.step] = seen.step
+            yield self._alarm(record, row, since)
+
+    def _is_back(self, tokens_LE: np.ndarray, place: tuple[int, int]) -> bool:
+        row, one = place[0], self._dead[place]
+        one.got_e += tokens_LE[row, one.experts]
+        one.fair += tokens_LE[row].mean()
+        one.records += 1
+        if one.records < DEAD_RECORDS or one.fair < DEAD_MISSED:
+            return False
+        is_back = bool((one.got_e >= RETURNED_SHARE * one.fair).all())
+        one.got_e[:], one.fair, one.records = 0, 0.0, 0
+        return is_back
 
     def _alarm(self, record: ExpertRecord, row: int, since: dict[int, int]) -> Alarm:
         layer, first = record.layers[row], min(since.values())
         return Alarm(
-            "dead_experts",
+            self.kind,
             f"{layer}: {_listed(since)} without a token since step {first}, "
             f"{len(since)} of {record.tokens_LE.shape[1]}",
-            "raise model.moe_router_bias_update_rate: a correction bias of a few hundredths more "
-            "brings them back",
+            f"continue with {self._balance}",
             {"layer": layer, "experts": sorted(since), "since": first},
         )
 
 
-class Straggler:
+class Straggler(Detector):
     """``straggler``: a rank that computes longer than those with the same work."""
 
-    def __init__(self) -> None:
-        self._seconds: deque[np.ndarray] = deque(maxlen=STRAGGLER_RECORDS)
-        self._slow: set[int] = set()
+    kind = "straggler"
 
-    def look(self, seen: Seen) -> list[Alarm]:
-        """See ``Detector``."""
+    def __init__(self) -> None:
+        super().__init__()
+        self._seconds: deque[np.ndarray] = deque(maxlen=STRAGGLER_RECORDS)
+
+    def _look(self, seen: Seen) -> Iterator[Alarm | Over]:
         record = seen.ranks
         if record is None or len(record.ranks_RM) < 2:
-            return []
+            return
         self._seconds.append(record.column("compute_seconds"))
         if len(self._seconds) < STRAGGLER_RECORDS:
-            return []
+            return
         seconds_SR = np.array(self._seconds)
         stages_R = np.array(record.stages)
         others_SR = np.full(seconds_SR.shape, np.nan)
@@ -373,50 +507,54 @@ class Straggler:
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio_R = np.median(seconds_SR / others_SR, axis=0)
         more_R = np.median(seconds_SR - others_SR, axis=0)
-        is_slow = (ratio_R > STRAGGLER_RATIO) & (more_R > STRAGGLER_SECONDS)
-        slow = set(np.flatnonzero(is_slow).tolist())
-        found = [
-            self._alarm(rank, seconds_SR, others_SR, float(ratio_R[rank]))
-            for rank in sorted(slow - self._slow)
-        ]
-        calm = set(np.flatnonzero(~(ratio_R > (1 + STRAGGLER_RATIO) / 2)).tolist())
-        self._slow = (self._slow | slow) - calm
-        return found
+        for rank, ratio in enumerate(ratio_R.tolist()):
+            is_slow = ratio > STRAGGLER_RATIO and more_R[rank] > STRAGGLER_SECONDS
+            if is_slow and rank not in self._told:
+                self._told[rank] = seen.step
+                yield self._alarm(rank, seconds_SR, others_SR, ratio)
+            elif rank in self._told and not ratio > (1 + STRAGGLER_RATIO) / 2:
+                now = f"rank {rank} computes {ratio:.2f} times as long as the others"
+                yield self._over(rank, now, rank=rank)
 
     def _alarm(
         self, rank: int, seconds_SR: np.ndarray, others_SR: np.ndarray, ratio: float
     ) -> Alarm:
         own, others = np.median(seconds_SR[:, rank]), np.median(others_SR[:, rank])
         return Alarm(
-            "straggler",
+            self.kind,
             f"rank {rank} computes {ratio:.2f} times as long as the ranks with the same work: "
             f"{own:.4g} s a step, their median is {others:.4g} s, over {STRAGGLER_RECORDS} records",
-            "if its experts have more tokens than the others, balance them; else look at its "
-            "clock, its temperature and what else runs there, or leave the machine out",
+            "if its experts have more tokens than the others (deepseek report), balance them; else "
+            "look at what else runs on its machine, at its clock and its temperature (top, "
+            "nvidia-smi), or leave the machine out",
             {"rank": rank, "ratio": round(ratio, 3)},
         )
 
 
-class MemoryCreep:
+class MemoryCreep(Detector):
     """``memory_creep``: a rank's memory grows and does not stop."""
 
-    def __init__(self) -> None:
+    kind = "memory_creep"
+
+    def __init__(self, num_workers: int = 0) -> None:
+        super().__init__()
+        self._workers = f" (model.data.num_workers=0, it is {num_workers}, tells)"
+        if not num_workers:
+            self._workers = ""
         self._recent: list[np.ndarray] = []
         self._medians: deque[np.ndarray] = deque(maxlen=CREEP_BLOCKS)
-        self._creeping: set[int] = set()
 
-    def look(self, seen: Seen) -> list[Alarm]:
-        """See ``Detector``."""
+    def _look(self, seen: Seen) -> Iterator[Alarm | Over]:
         record = seen.ranks
         if record is None:
-            return []
+            return
         self._recent.append(record.column("memory_bytes"))
         if len(self._recent) < CREEP_RECORDS:
-            return []
+            return
         self._medians.append(np.median(self._recent, axis=0))
         self._recent.clear()
         if len(self._medians) < CREEP_BLOCKS:
-            return []
+            return
         blocks_BR = np.array(self._medians)
         growth_R = blocks_BR[-1] - blocks_BR[0]
         steps_BR = np.diff(blocks_BR, axis=0)
@@ -427,26 +565,29 @@ class MemoryCreep:
             & (growth_R > CREEP_SHARE * blocks_BR[0])
             & (growth_R > CREEP_BYTES)
         )
-        creeping = set(np.flatnonzero(creeps_R).tolist())
-        new, self._creeping = creeping - self._creeping, creeping
-        if not new:
-            return []
+        for rank in [rank for rank in self._told if not creeps_R[rank]]:
+            now = f"the memory of rank {rank} is {blocks_BR[-1, rank] / 2**30:.2f} GiB, and rests"
+            yield self._over(rank, now, rank=rank)
+        new = [r for r in np.flatnonzero(creeps_R).tolist() if r not in self._told]
+        self._told |= dict.fromkeys(new, seen.step)
+        if new:
+            yield self._alarm(new, blocks_BR)
+
+    def _alarm(self, new: list[int], blocks_BR: np.ndarray) -> Alarm:
+        growth_R = blocks_BR[-1] - blocks_BR[0]
         rank = max(new, key=lambda r: growth_R[r])
         per_record = growth_R[rank] / ((CREEP_BLOCKS - 1) * CREEP_RECORDS)
         others = f", so did {len(new) - 1} more ranks" if len(new) > 1 else ""
         total = CREEP_BLOCKS * CREEP_RECORDS
-        return [
-            Alarm(
-                "memory_creep",
-                f"the memory of rank {rank} grew without a stop, from "
-                f"{blocks_BR[0, rank] / 2**30:.2f} to {blocks_BR[-1, rank] / 2**30:.2f} GiB over "
-                f"{total} records, {per_record / 2**20:.2f} MiB each{others}",
-                "something keeps tensors or rows: a callback, a logger, a loader's worker "
-                "(model.data.num_workers=0 tells); until it is found, restart from checkpoints "
-                "before memory runs out",
-                {"rank": rank, "bytes_per_record": int(per_record)},
-            )
-        ]
+        return Alarm(
+            self.kind,
+            f"the memory of rank {rank} grew without a stop, from "
+            f"{blocks_BR[0, rank] / 2**30:.2f} to {blocks_BR[-1, rank] / 2**30:.2f} GiB over "
+            f"{total} records, {per_record / 2**20:.2f} MiB each{others}",
+            f"something keeps tensors or rows: a callback, a logger, a loader's worker"
+            f"{self._workers}; until it is found, restart from checkpoints before memory runs out",
+            {"rank": rank, "bytes_per_record": int(per_record)},
+        )
 
 
 def _listed(experts: Any) -> str:

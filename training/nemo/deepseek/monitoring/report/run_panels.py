@@ -120,6 +120,7 @@ def alarms_panel(run: RunLog) -> Panel:
     rows = [
         [
             f"{alarm['step']:,}",
+            f"{alarm['until']:,}" if isinstance(alarm.get("until"), int) else "not over",
             str(alarm.get("kind", "")).replace("_", " "),
             str(alarm.get("message", "")),
             str(alarm.get("remedy", "")),
@@ -127,8 +128,8 @@ def alarms_panel(run: RunLog) -> Panel:
         for alarm in alarms[-MOST_ALARMS:]
     ]
     note = "" if len(alarms) <= MOST_ALARMS else f"The last {MOST_ALARMS} of {len(alarms):,}."
-    words = ["step", "kind", "what", "likely remedy"]
-    return Panel("alarms", "Alarms", note, body=table(words, rows, "r l l l"), wide=True)
+    words = ["step", "until", "kind", "what", "likely remedy"]
+    return Panel("alarms", "Alarms", note, body=table(words, rows, "r r l l l"), wide=True)
 
 
 def events_panel(run: RunLog) -> Panel:
@@ -141,7 +142,7 @@ def events_panel(run: RunLog) -> Panel:
             str(event.get("reason", "")),
         ]
         for event in run.events
-        if event["event"] not in ("alarm", "checkpoint")
+        if event["event"] not in ("alarm", "alarm_over", "checkpoint")
     ]
     saved = [event["step"] for event in run.events if event["event"] == "checkpoint"]
     note = f"{len(saved):,} checkpoints, the last at step {saved[-1]:,}." if saved else ""
