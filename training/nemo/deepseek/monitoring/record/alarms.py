@@ -109,7 +109,9 @@ SETTLING_BIAS = 0.03
 """... it has had to move this far in no sound run; a slower bias takes more records."""
 SETTLED_BIAS = 0.3
 """What the correction bias must be able to reach before it is judged, in units of the scores: loads
-of new routers swing widely until then, and come to rest by themselves."""
+of new routers swing widely until then, and come to rest by themselves, ..."""
+SETTLED_STEPS = 300
+"""... but not before their tokens differ, however fast the bias is."""
 CALM_RECORDS = 20
 """Without a collapse, after which it is over."""
 LEAST_LOAD = 8.0
@@ -246,11 +248,11 @@ class Settling:
 
     @staticmethod
     def of(model: ModelConfig) -> Settling:
-        """Through the warm-up, and the steps that the correction bias needs to reach
+        """Through the warm-up and ``SETTLED_STEPS``, or what the correction bias needs to reach
         ``SETTLED_BIAS``."""
         rate = model.moe_router_bias_update_rate or ModelConfig.moe_router_bias_update_rate
         return Settling(
-            model.optim.sched.warmup_steps + round(SETTLED_BIAS / rate),
+            model.optim.sched.warmup_steps + max(SETTLED_STEPS, round(SETTLED_BIAS / rate)),
             max(DEAD_RECORDS, round(SETTLING_BIAS / rate)),
         )
 
