@@ -7,9 +7,11 @@ import logging
 from typing import Any
 
 import pytest
+import torch
 
 from deepseek.models.components.moe import GroupedExperts
 from deepseek.parallel.mesh import SingleProcess, local
+from support.device_waits import unwatched, watched
 from support.layouts import Case, Driven, batches, small_config, spread
 from support.ranks import run_ranks
 
@@ -43,6 +45,37 @@ def test_experts_of_one_rank_are_not_copied(
     for kept, used in run_ranks(world, addresses, case):
         assert len(kept) == len(used)
         assert kept == used if as_kept else not kept & used
+
+
+def waits(rank: int, case: Case) -> list[str]:
+    """Of the last of two steps."""
+    driven, steps = spread(case), list(batches(case))
+    unwatched(driven.optimizer)
+    driven.run(steps[:1])
+    watch = watched(lambda: driven.run(steps[1:]))
+    assert watch.calls > 500, "the watch saw nothing"
+    return watch.waits
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layers"),
+    [
+        ({}, 0),
+        ({"tensor_model_parallel_size": 2}, 0),
+        ({"pipeline_model_parallel_size": 2}, 0),
+        ({"pipeline_model_parallel_size": 2, "pipeline_schedule": "ZBVZeroBubble"}, 0),
+        ({"expert_model_parallel_size": 2}, 4),
+        ({"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}, 4),
+    ],
+)
+def test_the_host_waits_for_exchanges_of_experts_and_once_a_step(
+    sizes: dict[str, Any], layers: int
+) -> None:
+    """Each MoE layer waits once a micro-batch for the sizes of what arrives, with EP alone."""
+    case = Case(small_config(**sizes), 2, torch.float32)
+    micro_batches = case.config.global_batch_size // case.layout.dp
+    for found in run_ranks(2, waits, case):
+        assert found == ["tolist"] * (layers * micro_batches + 1)
 
 
 def told(rank: int, case: Case) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "bincount", "masked_select")
 """Operators whose result's value or shape must come to the host."""
@@ -35,9 +35,31 @@ class Watch(TorchDispatchMode):
 
 
 def watched(work: Callable[[], object]) -> Watch:
-    """What ``work`` waits for; lists are made without an operator."""
-    tolist = Tensor.tolist
-    with pytest.MonkeyPatch.context() as patch, Watch() as watch:
-        patch.setattr(Tensor, "tolist", lambda self: watch.waits.append("tolist") or tolist(self))
+    """What ``work`` waits for; lists, and tensors of Python's numbers, are made by no operator."""
+    watch = Watch()
+
+    def noted(owner: object, name: str) -> Callable[..., object]:
+        original = getattr(owner, name)
+
+        def note(*args: object, **options: object) -> object:
+            watch.waits.append(name)
+            return original(*args, **options)
+
+        return note
+
+    with pytest.MonkeyPatch.context() as patch, watch:
+        for owner, name in ((Tensor, "tolist"), (Tensor, "new_tensor"), (torch, "tensor")):
+            patch.setattr(owner, name, noted(owner, name))
         work()
     return watch
+
+
+def unwatched(optimizer: torch.optim.Optimizer) -> None:
+    """Let its steps be: AdamW reads its own step counts, which lie on the host."""
+    step = optimizer.step
+
+    def alone() -> None:
+        with _disable_current_modes():
+            step()
+
+    optimizer.step = alone  # type: ignore[method-assign]

@@ -54,6 +54,34 @@ def test_a_peak_is_that_of_its_phase() -> None:
     assert optimizer.peak - optimizer.allocated < 16 * 2**20
 
 
+def test_on_a_gpu_seconds_are_of_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events that lie behind what the host has waited for; none is waited for."""
+    clock = FakeClock()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock.now
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    phases, told = Phases(), []
+    for step in range(3):
+        phases.start_step(torch.device("cuda"))
+        for _ in range(2):
+            with phases("forward"):
+                clock.now += step
+        told.append(phases.seconds())
+    assert told == [{}, {"forward": 0.0}, {"forward": 2.0}]
+
+
 def test_an_error_inside_goes_through() -> None:
     phases = Phases()
     phases.start_step(torch.device("cpu"))

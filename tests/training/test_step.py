@@ -14,6 +14,7 @@ from deepseek.training.step import (
     NonFiniteError,
     StepRecord,
 )
+from support.device_waits import unwatched, watched
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -128,3 +129,22 @@ def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
         assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
     with pytest.raises(NonFiniteError, match=f"{MAX_SKIPPED_IN_A_ROW} steps in a row"):
         driven.run([batch(i) for i in range(MAX_SKIPPED_IN_A_ROW)])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("recomputed", [None, "full"])
+def test_a_step_waits_once_for_the_device(name: str, recomputed: str | None) -> None:
+    """Over two micro-batches, for all that the host must know: losses, norms, the counts."""
+    config = replace(
+        CONFIG,
+        micro_batch_size=2,
+        activations_checkpoint_granularity=recomputed,
+        optim=replace(CONFIG.optim, name=name),
+    )
+    module = DeepSeekModel(config, seed=3, max_steps=20)  # fp32: the product of fp64 is a loop
+    optimizer = module.configure_optimizers()
+    unwatched(optimizer)
+    for seed in (1, 2):
+        watch = watched(lambda seed=seed: module.train_step(batch(seed), optimizer))
+        assert watch.calls > 500, "the watch saw nothing"
+        assert watch.waits == ["tolist"]

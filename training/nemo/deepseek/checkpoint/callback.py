@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.checkpoint.manifest import complete_steps
 from deepseek.checkpoint.ranks import Ranks
@@ -19,7 +17,6 @@ from deepseek.config.load import stored_config
 from deepseek.config.schema import CheckpointConfig, RunConfig
 from deepseek.data.digests import Verification
 from deepseek.frameworks import Trainer
-from deepseek.parallel.gradients import sum_over
 from deepseek.training.optim import learning_rate
 from deepseek.training.phases import measured_memory
 from deepseek.training.step import DeepSeekCallback, DeepSeekModel, NonFiniteError, SaveRecord
@@ -288,8 +285,8 @@ class Checkpointing(DeepSeekCallback):
         received = module.stop_signal is not None
         if module.meshes.world is None:
             return received
-        flag = torch.tensor(int(received), device=next(module.model.parameters()).device)
-        if not sum_over(flag, module.meshes.world).item():
+        # Of several ranks all act on what they have agreed on: another may not know of this one's.
+        if not module.stop_agreed:
             return False
         if not received and not self._stopping:
             self.report("a signal to another rank: saving a checkpoint, then stopping")

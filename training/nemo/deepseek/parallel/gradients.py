@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,19 +21,22 @@ def finish_gradients(model: Transformer, meshes: Meshes | SingleProcess) -> None
     _sum_copies_of_embedding(model, meshes)
 
 
-class GradientNorms(NamedTuple):
+Number = TypeVar("Number", Tensor, float)
+
+
+class GradientNorms(NamedTuple, Generic[Number]):
     """Global 2-norms, fp64 scalars, equal on every rank."""
 
-    total: Tensor
-    dense: Tensor
+    total: Number
+    dense: Number
     """Of what is neither a routed expert nor a router."""
-    expert: Tensor
+    expert: Number
     """Of the routed experts."""
-    router: Tensor
+    router: Number
     """Of the routers."""
 
 
-def gradient_norms(model: Transformer, meshes: Meshes | SingleProcess) -> GradientNorms:
+def gradient_norms(model: Transformer, meshes: Meshes | SingleProcess) -> GradientNorms[Tensor]:
     """Norms of all gradients, and of each kind of weight.
 
     ``torch.nn.utils.get_total_norm`` refuses gradients of several meshes. Each rank squares what

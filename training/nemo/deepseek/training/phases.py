@@ -39,7 +39,7 @@ class Memory:
 class Phases:
     """Measures named parts of a step on one device.
 
-    On a GPU a phase is timed by events, so nothing waits for it; ``seconds`` does, after the step.
+    On a GPU a phase is timed by events and told with the next step, so that nothing waits for it.
     A phase that comes several times in a step counts as one.
 
     Attributes:
@@ -51,13 +51,14 @@ class Phases:
         self._on_gpu = False
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._before: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self.memory: dict[str, Memory] = {}
 
     def start_step(self, device: torch.device) -> None:
         """Forget the step before; measure the time and memory of ``device``."""
         self._device, self._on_gpu = device, device.type == "cuda"
         self._seconds.clear()
-        self._events.clear()
+        self._before, self._events = self._events, []
         self.memory.clear()
 
     @contextmanager
@@ -78,12 +79,13 @@ class Phases:
         self.memory[name] = memory.most(self.memory.get(name, memory))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each phase of this step."""
-        if self._events:
-            torch.cuda.synchronize(self._device)
-        for name, begin, end in self._events:
+        """Seconds of each phase: of this step, or on a GPU of the step before, if there was one.
+
+        The step must have waited for a number of its own, behind which those events lie.
+        """
+        for name, begin, end in self._before:
             self._add(name, begin.elapsed_time(end) / 1000)
-        self._events.clear()
+        self._before.clear()
         return dict(self._seconds)
 
     def _add(self, name: str, seconds: float) -> None:

@@ -96,7 +96,9 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         self.validation_record: ValidationRecord | None = None
         self.save_record: SaveRecord | None = None
         self.stop_signal: int | None = None
-        """The signal to this process that ends the run after this step."""
+        """The signal to this process that ends the run."""
+        self.stop_agreed = False
+        """A signal had reached some rank before this step ended; the same on all ranks."""
         self._loading: TimedLoader | None = None
         self._validation_sums = torch.zeros(2, dtype=torch.float64)
 
@@ -124,7 +126,8 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
             router.start_step()
         # 1. divisors: tokens of the whole step, so that no cut of the batch changes the gradient
         counts = [(batch["labels"] != IGNORE_INDEX).sum(), (batch["documents"] >= 0).sum()]
-        num_labels, num_real = sum_over(torch.stack(counts), self.meshes.data).clamp(min=1)
+        counts_2 = sum_over(torch.stack(counts), self.meshes.data).clamp(min=1)
+        num_labels, num_real = counts_2
         # 2. forward and backward, micro-batch by micro-batch
         mtp_weight = self.config.mtp_loss_scaling_factor
         with self.phases("forward_backward"):
@@ -137,19 +140,20 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
             norms = gradient_norms(self.model, self.meshes)
             if self.gradient_clip_val > 0:
                 clip_gradients(self.model, self.gradient_clip_val, norms.total)
-            # 4. update, unless a gradient is not finite: then no weight changes
             self._count_everywhere(routers)
-            if isfinite(norms.total):
+            # 4. what the host must know: the one wait for the device, but for the exchanges of EP
+            self.stop_agreed, told = self._to_host(sums, routers, norms, counts_2)
+            # 5. update, unless a gradient is not finite: then no weight changes
+            if isfinite(told.norms.total):
                 optimizer.step()
-                # 5. correction bias, once per step, from the counts of the whole batch
+                # 6. correction bias, once per step, from the counts of the whole batch
                 for router in routers:
                     router.update_bias(
                         router.tokens_per_expert, self.config.moe_router_bias_update_rate
                     )
             optimizer.zero_grad()
-        # 6. report
-        losses = self._sum_of_ranks(*sums, *[router.balance_loss for router in routers])
-        self.step_record = self._record(losses, float(num_labels), int(num_real), norms, lr)
+        # 7. report
+        self.step_record = self._record(told, lr)
         self.finished_steps += 1
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.step_record.skipped else 0
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -162,28 +166,25 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
             )
         return self.step_record
 
-    def _record(
-        self, losses: list[float], num_labels: float, num_real: int, norms: GradientNorms, lr: float
-    ) -> StepRecord:
+    def _record(self, told: _Told, lr: float) -> StepRecord:
         """Of the step that ends, before it is counted."""
-        main, mtp, balance = losses
-        seconds, saved = self.phases.seconds(), self.save_record
+        norms, seconds, saved = told.norms, self.phases.seconds(), self.save_record
         saved_before = saved is not None and saved.step == self.finished_steps
         return StepRecord(
             step=self.finished_steps + 1,
-            loss=main / num_labels,
-            mtp_loss=mtp / num_labels if self.config.num_nextn_predict_layers else None,
-            balance_loss=balance,
-            grad_norm=float(norms.total),
-            grad_norm_dense=float(norms.dense),
-            grad_norm_expert=float(norms.expert),
-            grad_norm_router=float(norms.router),
+            loss=told.main / told.num_labels,
+            mtp_loss=told.mtp / told.num_labels if self.config.num_nextn_predict_layers else None,
+            balance_loss=told.balance,
+            grad_norm=norms.total,
+            grad_norm_dense=norms.dense,
+            grad_norm_expert=norms.expert,
+            grad_norm_router=norms.router,
             lr=lr,
-            tokens=num_real,
+            tokens=int(told.num_real),
             skipped=not isfinite(norms.total),
             data_seconds=self._loading.seconds if self._loading else None,
-            forward_backward_seconds=seconds["forward_backward"],
-            optimizer_seconds=seconds["optimizer"],
+            forward_backward_seconds=seconds.get("forward_backward"),
+            optimizer_seconds=seconds.get("optimizer"),
             memory_bytes=max(memory.peak for memory in self.phases.memory.values()),
             checkpoint_seconds=saved.seconds if saved and saved_before else None,
         )
@@ -196,12 +197,22 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
             for router, counts_E in zip(routers, counts_LE, strict=True):
                 router.tokens_per_expert.copy_(counts_E)
 
-    def _sum_of_ranks(self, main: Tensor, mtp: Tensor, *balance: Tensor) -> list[float]:
-        """Main, MTP and all balance losses over all ranks; TP ranks all know the same."""
-        mine = torch.stack([main, mtp, sum(balance, torch.zeros_like(main))])
+    def _to_host(
+        self, sums: Tensor, routers: list[Router], norms: GradientNorms[Tensor], counts_2: Tensor
+    ) -> tuple[bool, _Told]:
+        """Whether a signal has reached a rank, and the numbers of the step, in one read.
+
+        Losses are summed over all ranks; TP ranks all know the same.
+        """
+        balance = sum((router.balance_loss for router in routers), torch.zeros_like(sums[0]))
+        mine = torch.stack([*sums, balance, torch.full_like(balance, self.stop_signal is not None)])
         if self.meshes.coordinate.tp > 0:
-            mine.zero_()
-        return sum_over(mine, self.meshes.world).tolist()
+            mine[:3].zero_()
+        known = torch.stack(norms), counts_2.to(mine.dtype)
+        read = torch.cat((sum_over(mine, self.meshes.world), *known)).tolist()
+        main, mtp, balance_loss, signals, *norms_4, num_labels, num_real = read
+        told = _Told(main, mtp, balance_loss, GradientNorms(*norms_4), num_labels, num_real)
+        return signals > 0, told
 
     # -- validation --
 
@@ -293,6 +304,18 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         return []
 
 
+class _Told(NamedTuple):
+    """What the host is told of a step."""
+
+    main: float
+    """Sums of the losses, over all label tokens."""
+    mtp: float
+    balance: float
+    norms: GradientNorms[float]
+    num_labels: float
+    num_real: float
+
+
 class NonFiniteError(UserError):
     """The gradients are not finite, step after step."""
 
@@ -324,6 +347,7 @@ class StepRecord:
     data_seconds: float | None = None
     """This rank's wait for its batch."""
     forward_backward_seconds: float | None = None
+    """On a GPU this and the next are of the step before: nothing waits for them."""
     optimizer_seconds: float | None = None
     memory_bytes: int | None = None
     """Most that was allocated on this rank; in recorded steps, on any rank."""

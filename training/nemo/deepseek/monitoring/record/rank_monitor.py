@@ -227,7 +227,7 @@ def _measurements(
         "compute_seconds": max(0.0, step_seconds - exposed),
         "wait_seconds": seconds - transfer,
         "transfer_seconds": transfer,
-        "optimizer_seconds": row.optimizer_seconds,
+        "optimizer_seconds": row.optimizer_seconds or 0.0,
         "memory_bytes": now,
         "peak_memory_bytes": max(now, row.memory_bytes or 0),
         "reserved_bytes": reserved,
