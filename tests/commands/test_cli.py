@@ -18,6 +18,7 @@ from typer.main import get_command
 from deepseek import __version__
 from deepseek.cli import app
 from deepseek.config.load import shipped_configs
+from deepseek.monitoring.run_log import read_run
 from support.forked import Forked
 from support.micro_runs import MicroRuns
 
@@ -199,7 +200,10 @@ def test_a_sample_at_the_end_and_of_a_run_that_is_complete(micro: MicroRuns) -> 
     for told in ("run folder", "is complete"):
         ran = micro.cli(*words, data, "trainer.max_steps=1").assert_done()
         assert told in ran.out
-        assert ran.out.split("sample:\n")[1].strip()
+        text = ran.out.split("sample:\n")[1]
+        (row,) = read_run(micro.folder / "sampled").samples  # once, though it was taken twice
+        assert (row["step"], row["prompt"]) == (1, "")
+        assert row["text"].split() == text.split() != []
 
 
 def test_a_report_at_the_end_and_of_a_run_that_is_complete(micro: MicroRuns) -> None:

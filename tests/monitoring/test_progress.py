@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from deepseek.monitoring.record import progress
-from deepseek.monitoring.record.progress import Progress, clock, step_line
+from deepseek.monitoring.record.progress import BAR_COLUMNS, Progress, clock, fitted, step_parts
 from deepseek.training.step import StepRecord, ValidationRecord
 from support.fake_clock import FakeClock
 
@@ -55,25 +55,50 @@ def time(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     return fake
 
 
+MEASURED: dict[str, Any] = {
+    "mfu": 0.314, "memory_bytes": 3 * 2**29, "load_max_over_mean": 1.316, "dead_experts": 2,
+    "all_to_all_seconds": 0.25, "seconds": 2.0}  # fmt: skip
+
+
 def test_step_line() -> None:
-    assert step_line(record(12), 400, 3210.4) == (
-        "step     12/400 loss 5.4321 mtp 5.6000 3,210 tok/s grad 1.200 lr 2.20e-04"
+    line = fitted(step_parts(record(12), 400, 3210.4, 41), 0)
+    assert line == (
+        "step     12/400 loss 5.4321 | 3,210 tok/s | 0:41 left | mtp 5.6000 | grad 1.200 | "
+        "lr 2.20e-04"
     )
-    measured: dict[str, Any] = {
-        "mfu": 0.314, "memory_bytes": 3 * 2**29, "load_max_over_mean": 1.316, "dead_experts": 2,
-        "all_to_all_seconds": 0.25, "seconds": 2.0}  # fmt: skip
-    assert step_line(record(12, mtp_loss=None, **measured), 400, 3210.4) == (
-        "step     12/400 loss 5.4321 3,210 tok/s mfu 31.4% grad 1.200 lr 2.20e-04 mem 1.5G "
-        "| load 1.32 dead 2 a2a 12%"
+    line = fitted(step_parts(record(12, mtp_loss=None, **MEASURED), 400, 3210.4, 41), 0)
+    assert line == (
+        "step     12/400 loss 5.4321 | 3,210 tok/s | 0:41 left | grad 1.200 | lr 2.20e-04 | "
+        "load 1.32 dead 2 | mfu 31.4% | mem 1.5G | a2a 12%"
     )
     # Alone, on an unknown GPU, without experts.
     alone = record(12, mtp_loss=None, memory_bytes=2**30, seconds=2.0)
-    assert step_line(alone, 400, 3210.4) == (
-        "step     12/400 loss 5.4321 3,210 tok/s grad 1.200 lr 2.20e-04 mem 1.0G"
-    )
-    line = step_line(record(1, mtp_loss=None, skipped=True, grad_norm=float("nan")), 1, 0.0)
-    assert "mtp" not in line
-    assert line.endswith("grad nan lr 2.20e-04 SKIPPED: gradient not finite")
+    assert fitted(step_parts(alone, 400, 3210.4, 41), 0).endswith("lr 2.20e-04 | mem 1.0G")
+    parts = step_parts(record(1, skipped=True, grad_norm=float("nan")), 1, 0.0, 0.0)
+    assert parts[1] == "SKIPPED, gradient nan"
+
+
+@pytest.mark.parametrize(
+    ("columns", "end"),
+    [
+        (80, "| 12:34:56 left"),
+        (100, "| 12:34:56 left | epoch 1.23/2.47 | mtp 10.7321"),
+        (120, "| epoch 1.23/2.47 | mtp 10.7321 | grad 1.200"),
+        (160, "| grad 1.200 | lr 2.20e-04 | load 1.32 dead 2 | mfu 31.4%"),
+    ],
+)
+def test_a_long_line_fits_and_loses_its_end(columns: int, end: str) -> None:
+    """Loss, speed and time left stay."""
+    long = record(1234567, loss=10.5594, mtp_loss=10.7321, **MEASURED)
+    line = fitted(step_parts(long, 2469134, 123456.7, 45296, 1e-6), columns)
+    assert line.startswith("step 1234567/2469134 loss 10.5594 | 123,457 tok/s | 12:34:56 left")
+    assert line.endswith(end)
+    assert len(line) <= columns
+
+
+def test_epochs_are_told_when_data_are_passed_more_than_once() -> None:
+    assert "epoch 0.50/2.00" in step_parts(record(100), 400, 1.0, 0.0, 0.005)
+    assert not [part for part in step_parts(record(100), 400, 1.0, 0.0, 0.0025) if "epoch" in part]
 
 
 @pytest.mark.parametrize(
@@ -94,8 +119,24 @@ def test_lines_speed_and_time_left(capsys: pytest.CaptureFixture[str], time: Fak
     lines = capsys.readouterr().out.splitlines()
     # Steps 2 and 3: every second one, and the last. Two steps of 1000 tokens in 4 s, one in 2 s.
     assert [line.split("loss")[0].split() for line in lines] == [["step", "2/3"], ["step", "3/3"]]
-    assert "500 tok/s" in lines[0] and lines[0].endswith("0:02 left")
-    assert "500 tok/s" in lines[1] and lines[1].endswith("0:00 left")
+    assert "| 500 tok/s | 0:02 left" in lines[0]
+    assert "| 500 tok/s | 0:00 left" in lines[1]
+
+
+def test_elsewhere_than_on_a_terminal_lines_are_whole_unless_columns_are_set(
+    capsys: pytest.CaptureFixture[str], time: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths = {}
+    for columns in (None, "80", "60"):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        if columns:
+            monkeypatch.setenv("COLUMNS", columns)
+        shown = Progress(every_n_steps=1)
+        shown.on_train_start(None, module(0))
+        time.now += 1.0
+        shown.on_train_batch_end(None, module(1))
+        widths[columns] = len(capsys.readouterr().out.rstrip("\n"))
+    assert widths[None] > 80 >= widths["80"] > 60 >= widths["60"]
 
 
 def test_a_resumed_run_counts_its_own_steps_for_the_time_left(
@@ -105,7 +146,7 @@ def test_a_resumed_run_counts_its_own_steps_for_the_time_left(
     shown.on_train_start(None, module(0, max_steps=10, finished=6))
     time.now += 5.0
     shown.on_train_batch_end(None, module(7))
-    assert capsys.readouterr().out.rstrip().endswith("0:15 left")
+    assert "| 0:15 left" in capsys.readouterr().out
 
 
 def test_validation_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +165,8 @@ def test_a_bar_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, time: FakeClock, end: str
 ) -> None:
     bar = Bar()
-    monkeypatch.setattr(progress, "progress_bar", lambda: bar)
+    monkeypatch.setattr(progress, "progress_bar", lambda columns, shows_time: bar)
+    monkeypatch.setenv("COLUMNS", "100")
     shown = Progress(every_n_steps=5)
     shown.on_train_start(None, module(0, finished=2))
     time.now += 1.0
@@ -138,5 +180,6 @@ def test_a_bar_on_a_terminal(
     assert bar.calls[1][1] == (10, 2)
     completed, text = bar.calls[3][1]
     assert completed == 4 and "1,000 tok/s" in text
-    assert text.endswith("| val loss 4.5000  2.2500 bits/byte")
+    assert text.endswith("left | val loss 4.5000  2.2500 bits/byte")
+    assert len(text) <= 100 - BAR_COLUMNS - 1
     assert capsys.readouterr().out == ""  # the bar alone writes

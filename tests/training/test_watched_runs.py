@@ -5,6 +5,7 @@ import json
 import pytest
 from test_interruptions import terminate_at
 
+from deepseek import count_parameters, load_config, open_checkpoint
 from deepseek.monitoring.array_log import read_arrays
 from deepseek.monitoring.run_log import read_run
 from support.log_rows import all_rows
@@ -45,6 +46,18 @@ def test_an_undisturbed_run(micro: MicroRuns, whole: str) -> None:
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["processes"] == 1 and environment["peak_flops_per_device"] > 0
     data = read_run(folder)
+    counts = count_parameters(load_config(str(folder / "config.yaml")).model)
+    assert (
+        environment["parameters"]
+        == counts.total + counts.mtp
+        == sum(tensor.numel() for tensor in open_checkpoint(folder).model().parameters())
+    )
+    assert environment["trained_parameters"] == environment["parameters"]
+    assert environment["active_parameters"] == counts.active
+    (part,) = data.data_parts()
+    assert part.name == str(micro.folder / "data") and part.share == 1.0
+    assert part.tokens > 1000 and part.samples == (part.tokens - 1) // 32
+    assert data.epochs() == {part.name: 12 * 4 / part.samples}
     goodput = data.goodput()
     assert data.experts is not None and data.ranks is not None
     assert goodput is not None and 0.2 < goodput <= 1

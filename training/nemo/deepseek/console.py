@@ -111,17 +111,19 @@ class StageProgress:
             say(f"{stage} {10 * tenth}% | {detail}")
 
 
-def progress_bar() -> Any:
-    """A rich progress bar, or None without a terminal, without ``rich``, or on other ranks."""
+def progress_bar(columns: int = 24, shows_time: bool = True) -> Any:
+    """A rich progress bar, or None without a terminal, without ``rich``, or on other ranks.
+
+    Args:
+        columns: of the bar itself.
+        shows_time: whether the time left follows the description.
+    """
     if not _speaks or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
         return None
     try:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     except ModuleNotFoundError:
         return None
-    return Progress(
-        BarColumn(bar_width=24),
-        TextColumn("{task.description}", markup=False),
-        TimeRemainingColumn(),
-        refresh_per_second=4,
-    )
+    text = TextColumn("{task.description}", markup=False)
+    shown = [BarColumn(bar_width=columns), text, *([TimeRemainingColumn()] if shows_time else [])]
+    return Progress(*shown, refresh_per_second=4)

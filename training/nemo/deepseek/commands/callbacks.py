@@ -9,7 +9,7 @@ from typing import Any
 
 from deepseek.checkpoint.callback import Checkpointing
 from deepseek.config import RunConfig, UserError, resolved_yaml
-from deepseek.config.cost import flops_per_token
+from deepseek.config.cost import count_parameters, flops_per_token
 from deepseek.console import say
 from deepseek.data.digests import Verification
 from deepseek.data.open_data import OpenedData
@@ -99,8 +99,14 @@ def callbacks(
         return found
     model, world = run.model, run.trainer.devices * run.trainer.num_nodes
     flops = flops_per_token(model, model.data.seq_length, model.num_nextn_predict_layers > 0)
+    counts = count_parameters(model)
+    parameters = counts.total + counts.mtp
     facts = environment(world, run.trainer.num_nodes)
     facts |= {
+        "parameters": parameters,
+        "active_parameters": counts.active,
+        "trained_parameters": parameters if counts.adapters is None else counts.adapters,
+        "data": list(data.parts),
         "flops_per_token": flops,
         "peak_flops_per_device": peak.flops,
         "peak_source": peak.source,
@@ -125,7 +131,7 @@ def callbacks(
         log,
         # With adapters the routers are frozen: their loads are those of the text.
         Alarms(log, experts if model.peft is None else None, ranks, run),
-        Progress(run.trainer.log_every_n_steps),
+        Progress(run.trainer.log_every_n_steps, data.epochs(model.global_batch_size)),
     ]
 
 

@@ -76,6 +76,9 @@ def fit(
     say(f"run folder   {folder}")
     say(f"framework    {framework_name()}")
     data = _open_data_in_turn(run, processes)
+    for part in data.parts:
+        share = f", {part['share']:.3g} of a batch" if len(data.parts) > 1 else ""
+        say(f"data         {part['name']}: {part['tokens']:,} tokens{share}")
     for note in data.notes:
         say(f"data         {note}")
     Ranks().together(data.verification.start if processes.local_rank == 0 else lambda: None)
@@ -105,7 +108,7 @@ def fit(
             dp_rank=rank,
             dp_size=size,
         )
-    _say_size(run)
+    _say_size(run, data)
     with _quiet():
         trainer = Trainer(
             accelerator="gpu" if on_gpu else "cpu",  # Lightning's auto takes MPS, without fp64
@@ -212,7 +215,7 @@ def _wants_tensorboard(run: RunConfig) -> bool:
     return True
 
 
-def _say_size(run: RunConfig) -> None:
+def _say_size(run: RunConfig, data: OpenedData) -> None:
     """Facts derived from the configuration, before the first step."""
     model = run.model
     counts = count_parameters(model)
@@ -229,7 +232,8 @@ def _say_size(run: RunConfig) -> None:
     say(
         f"step         {model.global_batch_size} sequences x {model.data.seq_length} = "
         f"{tokens:,} tokens in {micro_batches} x {model.micro_batch_size} per forward pass; "
-        f"{run.trainer.max_steps} steps = {tokens * run.trainer.max_steps:,} tokens"
+        f"{run.trainer.max_steps} steps = {tokens * run.trainer.max_steps:,} tokens, "
+        f"{data.epochs(model.global_batch_size * run.trainer.max_steps):.2f} epochs"
     )
     if layout.world_size > 1:
         pipeline = f"PP {layout.pp} ({model.pipeline_schedule}, {num_stages(model)} stages)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,9 +13,10 @@ from deepseek.commands.report import report as write_report
 from deepseek.commands.versions import RUN_FOLDER, finished_steps, run_folder
 from deepseek.config import RunConfig, UserError, load_config
 from deepseek.console import complain, say
+from deepseek.files import disk_errors
 from deepseek.launch.processes import Processes, check_world, leave, quiet
 from deepseek.launch.supervisor import supervise, worker_command
-from deepseek.run_folder import TOKENIZER
+from deepseek.run_folder import SAMPLES_FILE, TOKENIZER
 
 SAMPLE_TOKENS = 160
 
@@ -117,11 +119,21 @@ def _show(folder: Path, sample: bool, report: bool) -> None:
     if (folder / TOKENIZER).is_dir() and finished_steps(folder):  # else nothing to sample from
         if sample:
             say("sample:")
-            generate_text(folder, [""], max_new_tokens=SAMPLE_TOKENS)
+            (text,) = generate_text(folder, [""], max_new_tokens=SAMPLE_TOKENS)
+            _keep_sample(folder / SAMPLES_FILE, finished_steps(folder), text)
         else:
             say(f"sample it    deepseek generate {folder}")
     if report:
         write_report([folder])
+
+
+def _keep_sample(path: Path, step: int, text: str) -> None:
+    """For the report; the same sample of the same step is kept once."""
+    row = json.dumps({"step": step, "prompt": "", "text": text}) + "\n"
+    with disk_errors(f"writing {path}"), open(path, "a+") as file:
+        file.seek(0)
+        if row not in file.readlines():
+            file.write(row)
 
 
 def _check_resume_from(step: int, run: RunConfig, run_dir: Path | None) -> None:

@@ -8,8 +8,10 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,8 +52,18 @@ class OpenedData:
     """The same of the validation data."""
     verification: Verification
     """Of all files with their digests; not begun."""
+    parts: tuple[dict[str, Any], ...] = ()
+    """Of the training data: ``name``, ``tokens`` and ``samples`` of an epoch, and ``share`` of the
+    sequences of a batch."""
     notes: tuple[str, ...] = ()
     """What people should know of conversations: how many there are, and how many were cut."""
+
+    def epochs(self, samples: int) -> float:
+        """How often ``samples`` sequences pass over the data; of a blend, over the part that is
+        passed most often."""
+        return max(
+            (samples * part["share"] / max(part["samples"], 1) for part in self.parts), default=0.0
+        )
 
 
 def open_data(cfg: ModelConfig, seed: int = 1234, progress: Report | None = None) -> OpenedData:
@@ -118,6 +130,7 @@ def open_data(cfg: ModelConfig, seed: int = 1234, progress: Report | None = None
         if has_validation and not cfg.data.chat
         else None,
         verification=Verification([found for file in files for found in file.data_files()]),
+        parts=tuple(train.parts(train_data, cfg.data.data_prefix is None)),
         notes=(*_chat_notes(train_data, "train"), *_chat_notes(validation_data, "val")),
     )
 
@@ -230,6 +243,17 @@ class _Mixture:
             for file, chosen in zip(self.files, documents, strict=True)
         ]
         return packed[0] if len(packed) == 1 else BlendedDataset(packed, self.blend)
+
+    def parts(self, data: Dataset, built_in: bool) -> Iterator[dict[str, Any]]:
+        """``OpenedData.parts`` of the dataset that was made of these files."""
+        datasets = data.datasets if isinstance(data, BlendedDataset) else [data]
+        for file, dataset, share in zip(self.files, datasets, self.blend.shares, strict=True):
+            yield {
+                "name": "built-in corpus" if built_in else str(file.prefix),
+                "tokens": dataset.num_tokens,
+                "samples": len(dataset),
+                "share": share,
+            }
 
     def bytes_per_token(
         self, documents: list[np.ndarray], tokenizer: Tokenizer | None, recorded_first: bool

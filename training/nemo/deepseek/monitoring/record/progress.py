@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from typing import Any
 
@@ -10,12 +12,20 @@ from deepseek.frameworks import Trainer
 from deepseek.monitoring.run_log import clock
 from deepseek.training.step import DeepSeekCallback, DeepSeekModel, StepRecord
 
+BAR_COLUMNS = 10
+
 
 class Progress(DeepSeekCallback):
-    """Shows step, losses, speed and time left."""
+    """Shows step, losses, speed and time left.
 
-    def __init__(self, every_n_steps: int) -> None:
+    Args:
+        every_n_steps: steps between two lines where there is no terminal.
+        epochs_per_step: of the data, or of the part of a blend that is passed most often.
+    """
+
+    def __init__(self, every_n_steps: int, epochs_per_step: float = 0.0) -> None:
         self.every_n_steps = max(1, every_n_steps)
+        self.epochs_per_step = epochs_per_step
         self._bar: Any = None
         self._task: Any = None
         self._first_step = 0
@@ -28,7 +38,7 @@ class Progress(DeepSeekCallback):
         self._first_step = module.finished_steps
         self._start = time.monotonic()
         self._last = (self._start, 0)
-        self._bar = progress_bar()
+        self._bar = progress_bar(BAR_COLUMNS, shows_time=False)
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task("", total=module.max_steps, completed=self._first_step)
@@ -38,22 +48,22 @@ class Progress(DeepSeekCallback):
         record = module.step_record
         assert record is not None
         now, tokens = time.monotonic(), self._last[1] + record.tokens
-        if self._bar is not None:
-            speed = record.tokens / max(now - self._last[0], 1e-9)
-            self._last = (now, 0)
-            line = step_line(record, module.max_steps, speed)
-            line += self._validation
-            self._bar.update(self._task, completed=record.step, description=line)
-            return
-        self._last = (self._last[0], tokens)
-        if record.step % self.every_n_steps and record.step != module.max_steps:
+        is_due = record.step % self.every_n_steps == 0 or record.step == module.max_steps
+        if self._bar is None and not is_due:
+            self._last = (self._last[0], tokens)
             return
         speed = tokens / max(now - self._last[0], 1e-9)
         self._last = (now, 0)
         done = record.step - self._first_step
         left = (now - self._start) / done * (module.max_steps - record.step)
-        line = step_line(record, module.max_steps, speed)
-        say(f"{line} | {clock(left)} left")
+        parts = step_parts(record, module.max_steps, speed, left, self.epochs_per_step)
+        if self._bar is None:
+            say(fitted(parts, int(os.environ.get("COLUMNS") or 0)))
+            return
+        if self._validation:
+            parts.insert(3 + record.skipped, self._validation)
+        columns = shutil.get_terminal_size().columns - BAR_COLUMNS - 1
+        self._bar.update(self._task, completed=record.step, description=fitted(parts, columns))
 
     def on_validation_end(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Show the validation loss."""
@@ -63,7 +73,7 @@ class Progress(DeepSeekCallback):
         text = f"val loss {metrics.val_loss:.4f}"
         if metrics.val_bits_per_byte is not None:
             text += f"  {metrics.val_bits_per_byte:.4f} bits/byte"
-        self._validation = f" | {text}"
+        self._validation = text
         if self._bar is None:
             say(f"step {metrics.step:>6} {text}")
 
@@ -83,22 +93,40 @@ class Progress(DeepSeekCallback):
             self._bar = None
 
 
-def step_line(record: StepRecord, max_steps: int, tokens_per_second: float) -> str:
-    """``step 12/400 loss 5.43 mtp 5.61 3,210 tok/s mfu 31.0% grad 1.20 lr 2.2e-04 mem 0.4G | load
-    1.32 dead 0 a2a 12%``; what was not measured is left out."""
+def step_parts(
+    record: StepRecord,
+    max_steps: int,
+    tokens_per_second: float,
+    seconds_left: float,
+    epochs_per_step: float = 0.0,
+) -> list[str]:
+    """``step 12/400 loss 5.43``, ``3,210 tok/s``, ``0:41 left``, ...: what matters most comes
+    first, and what was not measured is left out."""
     parts = [f"step {record.step:>6}/{max_steps} loss {record.loss:.4f}"]
+    if record.skipped:
+        parts.append(f"SKIPPED, gradient {record.grad_norm:g}")
+    parts += [f"{tokens_per_second:,.0f} tok/s", f"{clock(seconds_left)} left"]
+    if (epochs := max_steps * epochs_per_step) > 1:  # else each sample is seen once
+        parts.append(f"epoch {record.step * epochs_per_step:.2f}/{epochs:.2f}")
     if record.mtp_loss is not None:
         parts.append(f"mtp {record.mtp_loss:.4f}")
-    parts.append(f"{tokens_per_second:,.0f} tok/s")
+    parts += [f"grad {record.grad_norm:.3f}", f"lr {record.lr:.2e}"]
+    if record.load_max_over_mean is not None:
+        parts.append(f"load {record.load_max_over_mean:.2f} dead {record.dead_experts}")
     if record.mfu is not None:
         parts.append(f"mfu {record.mfu:.1%}")
-    parts.append(f"grad {record.grad_norm:.3f} lr {record.lr:.2e}")
     if record.memory_bytes is not None:
         parts.append(f"mem {record.memory_bytes / 2**30:.1f}G")
-    if record.load_max_over_mean is not None:
-        parts.append(f"| load {record.load_max_over_mean:.2f} dead {record.dead_experts}")
     if record.all_to_all_seconds and record.seconds:
         parts.append(f"a2a {record.all_to_all_seconds / record.seconds:.0%}")
-    if record.skipped:
-        parts.append("SKIPPED: gradient not finite")
-    return " ".join(parts)
+    return parts
+
+
+def fitted(parts: list[str], columns: int) -> str:
+    """One line of at most so many columns, the last parts dropped; 0: of any length."""
+    line = parts[0]
+    for part in parts[1:]:
+        if columns and len(line) + 3 + len(part) > columns:
+            break
+        line += f" | {part}"
+    return line

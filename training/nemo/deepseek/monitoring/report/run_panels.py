@@ -185,7 +185,7 @@ def samples_panel(run: RunLog) -> Panel:
     """What the model has written."""
     title, samples = "Sample text", run.samples[-MOST_SAMPLES:]
     if not samples:
-        why = "No sample was taken: deepseek train --sample, or deepseek generate."
+        why = "No sample was taken: deepseek train --sample takes one at the end."
         return Panel("samples", title, missing=why)
     bodies = [
         f"<h4>step {sample['step']:,}</h4>"
