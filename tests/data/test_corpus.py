@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import random
+import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek.config.errors import UserError
-from deepseek.data import corpus
-from deepseek.data.corpus import Corpus, Source, chunks, cut
+from deepseek.data import corpus, documents
+from deepseek.data.corpus import Corpus, Source
+from deepseek.data.documents import chunks, cut
 from deepseek.data.tokenizer import Tokenizer
 from support.sample_texts import TEXTS
 
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    ".zst": zstandard.compress,
+    ".gz": lambda data: gzip.compress(data, mtime=0),
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
 
-def documents(source: Source, key: str = "text") -> Iterator[str]:
+
+def texts_of(source: Source, key: str = "text") -> Iterator[str]:
     parts: list[str] = []
     for chunk in chunks(source, key):
         parts.append(chunk.text)
@@ -37,31 +48,38 @@ def documents(source: Source, key: str = "text") -> Iterator[str]:
 
 
 def read(path: Path, key: str = "text") -> list[str]:
-    return [text for source in Corpus.from_paths([path]).sources for text in documents(source, key)]
+    return [text for source in Corpus.from_paths([path]).sources for text in texts_of(source, key)]
 
 
 def put(path: Path, content: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content if isinstance(content, bytes) else content.encode()
-    path.write_bytes(zstandard.compress(data) if path.suffix == ".zst" else data)
+    path.write_bytes(PACKERS.get(path.suffix, lambda plain: plain)(data))
     return path
 
 
 def parquet(path: Path, rows: list[Any], column: str = "text", **options: Any) -> Path:
     table = pyarrow.table({"id": list(range(len(rows))), column: rows})
-    plain = path.with_suffix("") if path.suffix == ".zst" else path
+    plain = path.with_suffix("") if path.suffix in PACKERS else path
     pyarrow.parquet.write_table(table, plain, **options)
     return put(path, plain.read_bytes()) if path != plain else plain
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py", "noending", "a.txt.zst"])
+@pytest.mark.parametrize(
+    "name",
+    ["a.txt", "a.md", "a.py", "noending", "a.txt.zst", "a.txt.gz", "a.gz", "a.md.bz2", "a.txt.xz"],
+)
 def test_a_text_file_is_one_document(tmp_path: Path, name: str) -> None:
     for text in TEXTS:
         assert read(put(tmp_path / name, text)) == [text]
     assert read(put(tmp_path / name, "\ufefftext")) == ["text"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.JSONL", "a.jsonl.zst"])
+@pytest.mark.parametrize(
+    "name",
+    ["a.jsonl", "a.ndjson", "a.json", "a.JSONL"]
+    + ["a.jsonl.zst", "a.json.gz", "a.jsonl.bz2", "a.jsonl.xz"],
+)
 def test_each_line_of_json_is_a_document(tmp_path: Path, name: str) -> None:
     lines = "\n".join(json.dumps({"n": k, "text": text}) for k, text in enumerate(TEXTS))
     assert read(put(tmp_path / name, lines)) == TEXTS
@@ -69,7 +87,7 @@ def test_each_line_of_json_is_a_document(tmp_path: Path, name: str) -> None:
     assert read(put(tmp_path / name, '{"body": "x"}'), "body") == ["x"]
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.parquet.zst"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.parquet.zst", "a.parquet.gz"])
 def test_each_row_of_parquet_is_a_document(tmp_path: Path, name: str) -> None:
     rows = [*TEXTS, None, "end"] * 100
     expected = [text or "" for text in rows]
@@ -77,7 +95,12 @@ def test_each_row_of_parquet_is_a_document(tmp_path: Path, name: str) -> None:
     large = pyarrow.array(rows, pyarrow.large_string())
     assert read(parquet(tmp_path / name, large, "body"), "body") == expected
     coded = pyarrow.array(rows).dictionary_encode()
-    assert read(parquet(tmp_path / name, coded)) == expected
+    for other in (
+        pyarrow.array(rows, pyarrow.string_view()),
+        coded,
+        coded.cast(pyarrow.dictionary(pyarrow.int8(), pyarrow.large_string())),
+    ):
+        assert read(parquet(tmp_path / name, other)) == expected
 
 
 def test_folders_are_walked_in_sorted_order(tmp_path: Path) -> None:
@@ -88,10 +111,71 @@ def test_folders_are_walked_in_sorted_order(tmp_path: Path) -> None:
     found = Corpus.from_paths([tmp_path])
     names = [source.name for source in found.sources]
     assert names == ["B.txt", "a.txt", "a/b/c.jsonl", "a/z.txt", "b.txt"]
-    assert found.skipped == (tmp_path / "picture.png",)
+    hidden = [("hidden", tmp_path / name) for name in (".git", ".hidden.txt")]
+    broken = ("broken links", tmp_path / "broken.txt")
+    assert sorted(found.skipped) == [
+        ("binary files", tmp_path / "picture.png"),
+        broken,
+        *hidden,
+    ]
     assert found.total_bytes == sum(source.path.stat().st_size for source in found.sources)
     excluded = Corpus.from_paths([tmp_path], exclude=lambda path: path.name == "a.txt")
     assert len(excluded.sources) == 4
+
+
+def linked(tmp_path: Path) -> Path:
+    """A folder with links of every kind."""
+    for name in ("in/a.txt", "in/sub/c.txt", "elsewhere/b.txt", "elsewhere/deep/d.txt", "one.txt"):
+        put(tmp_path / name, name)
+    links = {
+        "in/shared": "../elsewhere",
+        "in/again": "../elsewhere/deep",
+        "in/one.txt": "../one.txt",
+        "in/two.txt": "../one.txt",
+        "in/same.txt": "a.txt",
+        "in/up": "..",
+        "in/me": ".",
+        "in/sub/top": "../../in",
+        "in/gone.txt": "nowhere",
+        "in/circle": "circle",
+        "elsewhere/home": "../in",
+    }
+    for name, target in links.items():
+        os.symlink(target, tmp_path / name)
+    os.mkfifo(tmp_path / "in/pipe.txt")
+    put(tmp_path / "in/old.tar.gz", b"x")
+    return tmp_path / "in"
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    folder = linked(tmp_path)
+    found = Corpus.from_paths([folder])
+    names = [source.name for source in found.sources]
+    assert names == ["a.txt", "again/d.txt", "one.txt", "shared/b.txt", "sub/c.txt"]
+    told = {path.relative_to(folder).as_posix(): kind for kind, path in found.skipped}
+    assert told == {
+        "circle": "links in a circle",
+        "gone.txt": "broken links",
+        "me": "links that lead back",
+        "old.tar.gz": "archives",
+        "pipe.txt": "devices, pipes or sockets",
+        "same.txt": "links to what is read already",
+        "shared/deep": "read already",
+        "shared/home": "links to what is read already",
+        "sub/top": "links that lead back",
+        "two.txt": "links to what is read already",
+        "up": "links that lead back",
+    }
+    with pytest.raises(UserError, match=r"--strict: archives: 1 \(.*\); broken links: 1 \("):
+        Corpus.from_paths([folder], strict=True)
+    with pytest.raises(UserError, match=r"old\.tar\.gz is an archive; unpack it"):
+        Corpus.from_paths([folder / "old.tar.gz"])
+
+
+def test_names_need_not_be_utf8(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("text")
+    found = Corpus.from_paths([tmp_path])
+    assert read(tmp_path) == ["text"] and len(found.stat_digest()) == 64
 
 
 def test_stat_digest_sees_changes(tmp_path: Path) -> None:
@@ -180,9 +264,9 @@ def test_long_files_come_in_chunks_whatever_the_blocks(
     whole = [(chunk.text, chunk.last) for chunk in chunks(source)]
     assert len(whole) >= 3
     assert [last for _, last in whole] == [False] * (len(whole) - 1) + [True]
-    monkeypatch.setattr(corpus, "_BLOCK", 100_003)
+    monkeypatch.setattr(documents, "_BLOCK", 100_003)
     assert [(chunk.text, chunk.last) for chunk in chunks(source)] == whole
-    assert list(documents(source)) == [text]
+    assert list(texts_of(source)) == [text]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.zst"])
@@ -210,7 +294,7 @@ def test_the_standard_library_is_a_corpus() -> None:
     assert not any(name.startswith("_sysconfigdata") for name in names)
     assert 5_000_000 < found.total_bytes < 20_000_000
     assert found.stat_digest() == Corpus.stdlib().stat_digest()
-    first = next(documents(found.sources[0]))
+    first = next(texts_of(found.sources[0]))
     assert first == found.sources[0].path.read_bytes().decode()
 
 
@@ -238,6 +322,27 @@ BAD = [
     ),
     ("a.jsonl.zst", b'{"text": "x"}\n\n{', r"a\.jsonl\.zst:3: not JSON"),
     ("a.json", b'[\n{"text": "x"}\n]', r"a\.json:1: not JSON .*one JSON array, make it lines: jq"),
+    (
+        "a.json",
+        b'{\n "text": "x"\n}',
+        r"a\.json:1: .*must stand on one line: jq -c \. a\.json > a\.",
+    ),
+    (
+        "a.json",
+        b'[{"text":"a"},{"text":"b"}]',
+        r"a JSON array, .*lines: jq -c '\.\[\]' a\.json > a\.jsonl",
+    ),
+    (
+        "b c.json.gz",
+        b'\xef\xbb\xbf [{"text":"a"},\n',
+        r"jq -c '\.\[\]' 'b c\.json\.gz' > 'b c\.jsonl'",
+    ),
+    ("a.json", b'["a", "b"]', r"a JSON array, .*: jq -c '\.\[\] \| \{text: \.\}' a\.json"),
+    (
+        "a.jsonl",
+        b'{"meta": {"text": "a"}}',
+        r"no key 'text', but meta\.text inside .* '\{text: \.meta\.text\}'",
+    ),
     ("a.jsonl", b"[" * 100_000 + b"\n", r"a\.jsonl:1: not JSON \(maximum recursion"),
     ("a.jsonl", b'{"text": 1' + b"0" * 5000 + b"}", r"a\.jsonl:1: not JSON \(Exceeds the limit"),
     ("a.jsonl", b'["x"]', r"a\.jsonl:1: a JSON array, expected an object with the key 'text'"),
@@ -255,6 +360,47 @@ BAD = [
 def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(put(tmp_path / name, content))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_frames_and_damage(tmp_path: Path, suffix: str) -> None:
+    plain = random.Random(1).randbytes(300_000).hex().encode()
+    packed = PACKERS[suffix](plain)
+    path = tmp_path / f"a.txt{suffix}"
+    padding = b"" if suffix in (".zst", ".bz2") else bytes(512)
+    path.write_bytes(packed + PACKERS[suffix](b"") + PACKERS[suffix](b"second") + padding)
+    assert read(path) == [plain.decode() + "second"]
+    for content in (b"", packed[:-10], packed[:100_000]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"truncated: it ends inside a compressed frame"):
+            read(path)
+    for content in (b"plain text" * 9, bytes(600), packed[:50_000] + b"?" * 90 + packed[50_090:]):
+        path.write_bytes(content)
+        if suffix == ".zst" and content.startswith(packed[:9]):
+            continue  # without a checksum damage may decode to other text
+        with pytest.raises(
+            UserError, match=r"is damaged near byte \d+ \(.*\); copy it again|UTF-8"
+        ):
+            read(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.xz", "a.jsonl.zst"])
+def test_a_small_file_with_a_long_line_is_refused(tmp_path: Path, name: str) -> None:
+    path = put(tmp_path / name, b'{"text": "' + b"a" * 300_000_000)
+    assert path.stat().st_size < 400_000
+    code = (
+        "import resource, sys, time; from pathlib import Path\n"
+        "from deepseek.data.corpus import Corpus\n"
+        "from deepseek.data.documents import chunks\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: list(chunks(Corpus.from_paths([Path(sys.argv[1])]).sources[0]))\n"
+        "except Exception as error: print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    message, grown = ran.stdout.splitlines()
+    assert f"{name}:1: the line is longer than 67.1 MB; write the text as several" in message
+    assert int(grown) < 200_000
 
 
 def test_bad_compression_is_named(tmp_path: Path) -> None:
@@ -283,6 +429,12 @@ def test_bad_parquet_is_named(tmp_path: Path) -> None:
         read(path)
     with pytest.raises(UserError, match=r"column 'id' holds int64, expected strings"):
         read(path, "id")
+    nested = pyarrow.array([{"text": "a", "n": 1}])
+    path = parquet(tmp_path / "n.parquet", nested, "row")
+    with pytest.raises(UserError, match=r"no column 'text', but row\.text inside another"):
+        read(path)
+    with pytest.raises(UserError, match=r"column 'row' holds struct<.*>, expected strings"):
+        read(path, "row")
     rows = [random.Random(i).randbytes(500).hex() for i in range(50)]
     path = parquet(tmp_path / "b.parquet", rows, compression="zstd", use_dictionary=False)
     content = bytearray(path.read_bytes())
@@ -319,7 +471,9 @@ def test_bad_inputs_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"empty holds no text; give a folder with \.txt"):
         Corpus.from_paths([empty])
     put(empty / "x.bin", b"\0")
-    with pytest.raises(UserError, match=r"empty holds no text \(1 binary files left out\)"):
+    with pytest.raises(
+        UserError, match=r"empty holds no text \(binary files: 1 \(.*x\.bin\) left out\)"
+    ):
         Corpus.from_paths([empty])
 
 

@@ -20,7 +20,7 @@ import pytest
 from deepseek import files
 from deepseek.config.errors import UserError
 from deepseek.data import corpus as corpus_module
-from deepseek.data import prepare
+from deepseek.data import documents, prepare
 from deepseek.data.indexed import IndexedDataset
 from deepseek.data.prepare import PreparedData, Progress
 from deepseek.data.prepare import prepare as run
@@ -36,7 +36,7 @@ SUFFIXES = (".bin", ".idx", ".json", ".tokenizer/tokenizer.json")
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Small files, JSON lines, an empty file, and a text long enough for several chunks, which make
     several batches."""
-    monkeypatch.setattr(corpus_module, "CHUNK", 10_000)
+    monkeypatch.setattr(documents, "CHUNK", 10_000)
     monkeypatch.setattr(prepare, "_BATCH", 20_000)
     folder = tmp_path / "corpus"
     folder.mkdir()
@@ -190,14 +190,14 @@ def test_killed_with_workers_it_goes_on_and_leaves_no_process(
         "import os, signal, sys\n"
         "from multiprocessing import active_children\n"
         "from pathlib import Path\n"
-        "from deepseek.data import corpus, prepare\n"
+        "from deepseek.data import documents, prepare\n"
         "def stop(state):\n"
         "    if state.stage == 'tokenizing':\n"
         "        print(*(child.pid for child in active_children()), flush=True)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "if __name__ == '__main__':\n"
         "    a, b, c = map(Path, sys.argv[1:])\n"
-        "    corpus.CHUNK, prepare._BATCH = 10_000, 20_000\n"
+        "    documents.CHUNK, prepare._BATCH = 10_000, 20_000\n"
         "    prepare.prepare([a], b, c, workers=2, journal_bytes=1, progress=stop)\n"
     )
     prefix = tmp_path / "killed" / "data"
@@ -419,7 +419,10 @@ def test_left_out_files_are_told(
 ) -> None:
     (corpus / "picture.png").write_bytes(b"\x89PNG\0")
     run([corpus], tmp_path / "p", bytes_folder)
-    assert "left out 1 binary files, the first is" in capsys.readouterr().err
+    assert f"left out: binary files: 1 ({corpus / 'picture.png'})" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"--strict: binary files: 1 \(.*picture\.png\) would be"):
+        run([corpus], tmp_path / "q", bytes_folder, strict=True)
+    assert not (tmp_path / "q.bin").exists()
 
 
 def test_errors(tmp_path: Path, corpus: Path, bytes_folder: Path) -> None:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
 from deepseek.config.errors import UserError
+from deepseek.data.documents import Chunk
 from deepseek.data.tokenizer import (
     BOS,
     EOS,
@@ -81,7 +82,7 @@ def test_bytes_without_the_library_are_those_with_it(monkeypatch: pytest.MonkeyP
         text = "".join(parts)
         for special in (False, True):
             assert alone.encode(text, special) == BYTE.encode(text, special)
-        assert alone.encode_many([text, text]) == [list(text.encode())] * 2
+        assert alone.encode_chunks([Chunk(text, True, 0)] * 2) == [list(text.encode())] * 2
 
     compare()
     assert alone.fingerprint == BYTE.fingerprint
@@ -112,7 +113,7 @@ def test_text_cannot_forge_special_tokens() -> None:
     for tokenizer in (BPE, BYTE):
         text = f"before{EOS}after"
         assert tokenizer.eos_id not in tokenizer.encode(text)
-        assert tokenizer.encode_many([text]) == [tokenizer.encode(text)]
+        assert tokenizer.encode_chunks([Chunk(text, True, 0)]) == [tokenizer.encode(text)]
         assert tokenizer.encode(text, parse_special=True).count(tokenizer.eos_id) == 1
         assert tokenizer.decode(tokenizer.encode(text)) == text
 

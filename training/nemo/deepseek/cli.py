@@ -169,7 +169,8 @@ def prepare_data_command(
     inputs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Text, .jsonl or .parquet files or folders, also .zst; none: the built-in corpus."
+            help="Text, .jsonl or .parquet files or folders, also compressed; none: the built-in "
+            "corpus."
         ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Prefix P of the files P.bin and P.idx.")] = Path(
@@ -188,6 +189,9 @@ def prepare_data_command(
     answers: Annotated[
         str | None, typer.Option(help="With --chat: all answers are learnt, or the last.")
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse folders of which something is left out.")
+    ] = False,
 ) -> None:
     """Turn text into training data (Megatron .bin/.idx), training a tokenizer if none is given."""
     from deepseek.commands.prepare_data import prepare_chat_data, prepare_data
@@ -202,9 +206,11 @@ def prepare_data_command(
         refuse_idle({"--answers": answers is not None}, "without --chat")
     if chat:
         refuse_idle(text_only, "with --chat")
-        prepare_chat_data(inputs, output, tokenizer, answers or "all")
+        prepare_chat_data(inputs, output, tokenizer, answers or "all", strict=strict)
         return
-    prepare_data(inputs or None, output, tokenizer, vocab_size, json_key, workers, append_eos)
+    refuse_idle({"--strict": strict and not inputs}, "without folders")
+    text = (vocab_size, json_key, workers, append_eos)
+    prepare_data(inputs or None, output, tokenizer, *text, strict=strict)
 
 
 data = typer.Typer(help="Prepared training data.", no_args_is_help=True)

@@ -24,6 +24,7 @@ def prepare_data(
     workers: int = 0,
     append_eos: bool = True,
     overwrite: bool = False,
+    strict: bool = False,
 ) -> PreparedData:
     """Prepare, with progress; continues where a killed run stopped.
 
@@ -46,6 +47,7 @@ def prepare_data(
             workers=workers or os.cpu_count() or 1,
             append_eos=append_eos,
             overwrite=overwrite,
+            strict=strict,
             progress=progress,
         )
     say(
@@ -62,6 +64,7 @@ def prepare_chat_data(
     tokenizer: Path | None,
     answers: str,
     overwrite: bool = False,
+    strict: bool = False,
 ) -> PreparedData:
     """Prepare conversations, with progress, and say what a run should know of them.
 
@@ -83,6 +86,7 @@ def prepare_chat_data(
             tokenizer,
             answers=answers,
             overwrite=overwrite,
+            strict=strict,
             progress=lambda now: shown.update(
                 now.stage, now.done, now.total, f"{now.documents:,} conversations"
             ),

@@ -42,16 +42,17 @@ import numpy as np
 
 from deepseek.config.errors import UserError
 from deepseek.console import complain
-from deepseek.data.corpus import Corpus, json_lines, json_type
+from deepseek.data.corpus import Corpus
 from deepseek.data.digests import FileDigest
+from deepseek.data.documents import json_lines, json_type
 from deepseek.data.indexed import IndexedDataset, IndexedWriter, dtype_for
 from deepseek.data.prepare import (
     PreparedData,
     Progress,
     Report,
     already_there,
+    corpus_for,
     input_sha256,
-    is_output,
     one_writer,
 )
 from deepseek.data.tokenizer import Tokenizer, load_tokenizer
@@ -575,6 +576,7 @@ def prepare_chat(
     *,
     answers: str = "all",
     overwrite: bool = False,
+    strict: bool = False,
     progress: Report | None = None,
 ) -> PreparedData:
     """Turn conversations into ``P.bin``, ``P.idx``, ``P.answers``, ``P.json`` and ``P.tokenizer/``.
@@ -583,11 +585,12 @@ def prepare_chat(
     say. If the same data is already there it returns at once.
 
     Args:
-        inputs: ``.jsonl`` files, or folders of them, also ``.zst``.
+        inputs: ``.jsonl`` files, or folders of them, also compressed.
         output_prefix: ``P``.
         tokenizer: of the model that is to be fine-tuned.
         answers: ``all`` messages of the assistant are learnt, or the ``last`` of each conversation.
         overwrite: replace other data under the same prefix.
+        strict: refuse folders of which something would be left out.
         progress: called as the work goes on.
 
     Raises:
@@ -598,10 +601,7 @@ def prepare_chat(
     template = ChatTemplate(load_tokenizer(tokenizer), answers)
     with disk_errors(f"preparing {prefix}"):
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        answer_file = add_suffix(prefix, ANSWERS)
-        corpus = Corpus.from_paths(
-            inputs, exclude=lambda path: is_output(path, prefix) or path == answer_file
-        )
+        corpus = corpus_for(prefix, inputs, strict)
         for source in corpus.sources:
             if source.kind != "jsonl":
                 raise UserError(

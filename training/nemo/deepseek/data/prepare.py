@@ -33,8 +33,9 @@ import numpy as np
 
 from deepseek.config.errors import UserError
 from deepseek.console import complain
-from deepseek.data.corpus import Corpus, chunks, digest_lines
+from deepseek.data.corpus import Corpus, digest_lines, kinds
 from deepseek.data.digests import DataFile, FileDigest, damaged
+from deepseek.data.documents import Apart, Chunk, chunks
 from deepseek.data.indexed import IndexedDataset, dtype_for, write_index
 from deepseek.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_installed, train_bpe
 from deepseek.files import (
@@ -207,6 +208,7 @@ def prepare(
     workers: int = 1,
     append_eos: bool = True,
     overwrite: bool = False,
+    strict: bool = False,
     progress: Report | None = None,
     journal_bytes: int = 4 << 20,
 ) -> PreparedData:
@@ -225,6 +227,7 @@ def prepare(
         workers: processes; 1: this one, with the threads of ``tokenizers``.
         append_eos: end every document with the end token.
         overwrite: replace data of other settings under the same prefix.
+        strict: refuse folders of which something would be left out.
         progress: called as the work goes on.
         journal_bytes: bytes of text after which what is written is made durable.
 
@@ -238,13 +241,7 @@ def prepare(
     with disk_errors(f"preparing {prefix}", add_suffix(prefix, ".partial")):
         prefix.parent.mkdir(parents=True, exist_ok=True)
         given = None if tokenizer is None else load_tokenizer(tokenizer)
-        if inputs is None:
-            corpus = Corpus.stdlib()
-        else:
-            corpus = Corpus.from_paths(inputs, exclude=lambda path: is_output(path, prefix))
-        if corpus.skipped:
-            count, first = len(corpus.skipped), corpus.skipped[0]
-            complain(f"left out {count} binary files, the first is {first}")
+        corpus = Corpus.stdlib() if inputs is None else corpus_for(prefix, inputs, strict)
         settings = {
             "inputs": "the Python standard library" if inputs is None else "files",
             "json_key": json_key,
@@ -268,7 +265,7 @@ def prepare(
             if not partial.state.complete:
                 _check_room(partial, used, dtype)
                 eos = used.eos_id if append_eos else None
-                batches = _batches(corpus, json_key, partial.state)
+                batches = _batches(corpus, json_key, partial.state, used.apart)
                 if workers == 1:
                     encoded = _encoded_here(batches, used, dtype, eos)
                 else:
@@ -277,6 +274,17 @@ def prepare(
             # 3. give everything its name
             report(partial.progress("finishing", corpus.total_bytes))
             return _finish(partial, used, dtype)
+
+
+def corpus_for(prefix: Path, inputs: Sequence[Path], strict: bool) -> Corpus:
+    """The input without what is written to ``prefix``; what else is left out is said.
+
+    Raises: as ``Corpus.from_paths``.
+    """
+    corpus = Corpus.from_paths(inputs, lambda path: is_output(path, prefix), strict)
+    if corpus.skipped:
+        complain(f"left out: {kinds(corpus.skipped, names=3)}; --strict makes this an error")
+    return corpus
 
 
 @contextmanager
@@ -354,7 +362,7 @@ def input_sha256(corpus: Corpus, digests: Sequence[str]) -> str:
 
 def is_output(path: Path, prefix: Path) -> bool:
     """True for what prepare writes itself, should the output lie inside an input folder."""
-    own = {".bin", ".idx", ".json", ".lock"}
+    own = {".bin", ".idx", ".json", ".lock", ".answers"}
     if path.parent.resolve() == prefix.parent.resolve():
         return path.name in {prefix.name + suffix for suffix in own}
     folders = {add_suffix(prefix, suffix).resolve() for suffix in (".partial", ".tokenizer")}
@@ -386,9 +394,7 @@ class _State:
 class _Batch(NamedTuple):
     """Consecutive chunks, as sent to a worker."""
 
-    texts: list[str]
-    lasts: list[bool]
-    """Whether a chunk ends its document."""
+    parts: list[Chunk]
     source: int
     chunks: int
     """Place in the input after this batch, as in ``_State``."""
@@ -490,13 +496,13 @@ class _Partial:
             UserError: a document is too long for the ``.idx`` format.
         """
         complete, empty, open_tokens = [], 0, self.state.open_tokens
-        for count, last in zip(encoded.counts, batch.lasts, strict=True):
+        for count, part in zip(encoded.counts, batch.parts, strict=True):
             open_tokens += count
-            if last and open_tokens:
+            if part.last and open_tokens:
                 complete.append(open_tokens)
-            elif last:
+            elif part.last:
                 empty += 1
-            open_tokens = 0 if last else open_tokens
+            open_tokens = 0 if part.last else open_tokens
         if complete and max(complete) >= 2**31:
             raise UserError(
                 f"{self.prefix}: a document has {max(complete)} ids, the .idx format ends "
@@ -582,33 +588,31 @@ def _check_room(partial: _Partial, tokenizer: Tokenizer, dtype: np.dtype) -> Non
     require_room(partial.folder, needed, f"{partial.prefix.name}.bin")
 
 
-def _batches(corpus: Corpus, json_key: str, state: _State) -> Iterator[_Batch]:
+def _batches(corpus: Corpus, json_key: str, state: _State, apart: Apart | None) -> Iterator[_Batch]:
     """What is left of the input after ``state``."""
     begun, skip = state.source, state.chunks
     done = sum(source.size for source in corpus.sources[:begun])
-    texts: list[str] = []
-    lasts: list[bool] = []
+    parts: list[Chunk] = []
     digests: list[str] = []
     size = 0
     for k, source in enumerate(corpus.sources[begun:], begun):
         digest = hashlib.sha256()
         count = 0
-        for chunk in chunks(source, json_key, digest):
+        for chunk in chunks(source, json_key, digest, apart):
             count += 1
             if count <= skip:
                 continue
-            texts.append(chunk.text)
-            lasts.append(chunk.last)
+            parts.append(chunk)
             size += len(chunk.text)
             if size >= _BATCH:
-                yield _Batch(texts, lasts, k, count, digests, done + chunk.position)
-                texts, lasts, digests, size = [], [], [], 0
+                yield _Batch(parts, k, count, digests, done + chunk.position)
+                parts, digests, size = [], [], 0
         skip = 0
         done += source.size
         digests.append(digest.hexdigest())
         if k == len(corpus.sources) - 1 or size >= _BATCH // 2:
-            yield _Batch(texts, lasts, k + 1, 0, digests, done)
-            texts, lasts, digests, size = [], [], [], 0
+            yield _Batch(parts, k + 1, 0, digests, done)
+            parts, digests, size = [], [], 0
 
 
 def _write(
@@ -687,7 +691,7 @@ def _encoded_here(
 ) -> Iterator[tuple[_Batch, _Encoded]]:
     """Batches in order with their ids."""
     for batch in batches:
-        yield batch, _encode(tokenizer, batch.texts, batch.lasts, dtype.str, eos)
+        yield batch, _encode(tokenizer, batch.parts, dtype.str, eos)
 
 
 def _encoded_by_workers(
@@ -702,7 +706,7 @@ def _encoded_by_workers(
     )
     try:
         for batch in batches:
-            task = (folder, batch.texts, batch.lasts, dtype.str, eos)
+            task = (folder, batch.parts, dtype.str, eos)
             waiting.append((batch, pool.submit(_encode_in_worker, *task)))
             if len(waiting) > 2 * workers:
                 first, job = waiting.popleft()
@@ -719,17 +723,15 @@ def _encoded_by_workers(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _encode(
-    tokenizer: Tokenizer, texts: list[str], lasts: list[bool], dtype: str, eos: int | None
-) -> _Encoded:
+def _encode(tokenizer: Tokenizer, parts: list[Chunk], dtype: str, eos: int | None) -> _Encoded:
     counts, arrays = [], []
-    for text, last, ids in zip(texts, lasts, tokenizer.encode_many(texts), strict=True):
-        if eos is not None and last and text:
+    for part, ids in zip(parts, tokenizer.encode_chunks(parts), strict=True):
+        if eos is not None and part.last and part.text:
             ids.append(eos)
         counts.append(len(ids))
         arrays.append(np.array(ids, dtype))
     joined = np.concatenate(arrays) if arrays else np.array([], dtype)
-    text_bytes = sum(len(text.encode()) for text in texts)
+    text_bytes = sum(len(part.text.encode()) for part in parts)
     return _Encoded(joined.tobytes(), counts, text_bytes, int(joined.max(initial=0)))
 
 

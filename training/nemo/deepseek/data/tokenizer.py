@@ -22,6 +22,7 @@ import numpy as np
 
 from deepseek.config.errors import UserError
 from deepseek.console import complain
+from deepseek.data.documents import CONTEXT, Apart, Chunk
 from deepseek.files import atomic_open
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -49,6 +50,10 @@ _FIM_NAMES = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
     ("▁<PRE>", "▁<SUF>", "▁<MID>"),
 )
+
+
+_BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+"""A token of ``byte_fallback``."""
 
 
 class FimIds(NamedTuple):
@@ -86,7 +91,8 @@ class Tokenizer:
         self._added: dict[str, int] = {token["content"]: token["id"] for token in added}
         self._special = {token["id"] for token in added if token.get("special")}
         self._library = _library(source, origin)
-        bytes_alone = set(model["vocab"]) == set(byte_characters())
+        vocab = model["vocab"]
+        bytes_alone = isinstance(vocab, dict) and set(vocab) == set(byte_characters())
         if self._library is None and (not bytes_alone or self._parsed.get("normalizer")):
             raise UserError(f"{origin} needs the tokenizers library; pip install tokenizers")
 
@@ -145,12 +151,94 @@ class Tokenizer:
                 places = [character[starts.clip(0, last)], character[(ends - 1).clip(0, last)] + 1]
                 return ids, np.stack(places, axis=1) if ids else np.zeros((0, 2), np.int64)
         assert self._library is not None, "bytes are exact"
-        found = self._library.encode(text, add_special_tokens=False)
-        return found.ids, np.array(found.offsets, np.int64).reshape(-1, 2)
+        return self._placed([text], parse_special)[0]
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """``encode`` of each text, faster."""
-        return self._encoded(texts, False)
+    @property
+    def apart(self) -> Apart | None:
+        """Whether nothing is joined between two texts; None: no byte-level tokenizer joins there.
+
+        The characters on both sides are encoded together: no token lies across, no token of the
+        vocabulary has the two characters that meet there side by side, which merges and scores
+        would need to reach across, and they are not unknown both, which would make them one.
+        """
+        return None if self._is_plain else self._joins_nothing
+
+    def encode_chunks(self, chunks: Sequence[Chunk]) -> list[list[int]]:
+        """Ids of the parts of documents: joined, they are those of the whole."""
+        if self._is_plain or not any(chunk.before or chunk.after for chunk in chunks):
+            return self._encoded([chunk.text for chunk in chunks], False)
+        whole = self._encoded([chunk.before + chunk.text + chunk.after for chunk in chunks], False)
+        found = []
+        for chunk, ids in zip(chunks, whole, strict=True):
+            # Where the ids of the neighbours end: told by those of a few characters, since telling
+            # places takes three times as long as encoding.
+            start = self._ids_before(chunk.before, chunk.text[:CONTEXT])[0]
+            left = (chunk.before + chunk.text)[-CONTEXT:]
+            inside, together = self._ids_before(left, chunk.after)
+            found.append(ids[start : len(ids) - (together - inside)])
+        return found
+
+    def _ids_before(self, left: str, right: str) -> tuple[int, int]:
+        """How many ids ``left`` has in ``left + right``, and how many there are."""
+        (encoding,) = self._by_library([left + right], False, places=True)
+        for place in range(len(left), len(left + right)):
+            token = encoding.char_to_token(place)
+            if token is not None:  # white space may have none
+                return (token if left else 0), len(encoding)
+        return len(encoding), len(encoding)
+
+    def _placed(
+        self, texts: Sequence[str], parse_special: bool
+    ) -> list[tuple[list[int], np.ndarray]]:
+        """Ids of texts and the characters of each, as the library tells them."""
+        return [
+            (found.ids, np.array(found.offsets, np.int64).reshape(-1, 2))
+            for found in self._by_library(texts, parse_special, places=True)
+        ]
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        """Byte-level, without anything that depends on where a text begins."""
+        normalizer = (self._parsed.get("normalizer") or {}).get("type", "NFC")
+        prefixed = any(step.get("add_prefix_space") for step in self._steps)
+        return self._library is None or (self.byte_level and normalizer == "NFC" and not prefixed)
+
+    @property
+    def _steps(self) -> list[dict[str, Any]]:
+        """The pre-tokenizers."""
+        given = self._parsed.get("pre_tokenizer") or {}
+        return given.get("pretokenizers", [given])
+
+    def _joins_nothing(self, before: str, after: str) -> bool:
+        (ids, places), place = self._placed([before + after], False)[0], len(before)
+        right = int(np.searchsorted(places[:, 0], place))
+        if not 0 < right < len(ids) or places[:right, 1].max() > place:
+            return False
+        if places[right - 1, 1] < place or places[right, 0] > place:
+            return True  # white space that is no token lies between
+        left, follows = (self._piece(ids[k]) for k in (right - 1, right))
+        if isinstance(self._parsed["model"]["vocab"], list):
+            # Unigram: of two equal sums of scores the one counts that is rounded up, which depends
+            # on all that is scored before. So only where words are scored alone.
+            return (follows or "").startswith("▁") and any(
+                step.get("type") == "Metaspace" and step.get("split", True) for step in self._steps
+            )
+        if left is None or follows is None:
+            return not (left is None and follows is None)
+        return left[-1:] + follows[:1] not in self._side_by_side
+
+    def _piece(self, token: int) -> str | None:
+        """What a token is in the vocabulary; "" for a byte, which nothing joins; None: unknown."""
+        piece = self._library.id_to_token(token) if self._library is not None else ""
+        unknown = self._parsed["model"].get("unk_token")
+        if piece == unknown or token == self._parsed["model"].get("unk_id", -1):
+            return None
+        return "" if _BYTE_PIECE.fullmatch(piece) else piece
+
+    @cached_property
+    def _side_by_side(self) -> set[str]:
+        """Every two characters that some token has next to each other."""
+        return {piece[k : k + 2] for piece in self._vocab for k in range(len(piece) - 1)}
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of ``ids``: broken UTF-8 becomes U+FFFD, ids outside the vocabulary nothing."""
@@ -275,9 +363,59 @@ class Tokenizer:
     def _encoded(self, texts: Sequence[str], parse_special: bool) -> list[list[int]]:
         if self._library is None:
             return [list(self._byte_ids(text, parse_special)) for text in texts]
-        self._library.encode_special_tokens = not parse_special
-        encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encoded]
+        return [encoding.ids for encoding in self._by_library(texts, parse_special, places=False)]
+
+    def _by_library(self, texts: Sequence[str], parse_special: bool, places: bool) -> list[Any]:
+        """The library's encodings.
+
+        Raises:
+            UserError: a character has no token, and there is none for unknown ones; the library
+                gives up, as on a pattern that takes for ever.
+        """
+        library: Any = self._library
+        library.encode_special_tokens = not parse_special
+        encode = library.encode_batch if places else library.encode_batch_fast
+        if self._alphabet is not None:
+            for text in texts:
+                self._refuse_unknown(text)
+        try:
+            return encode(list(texts), add_special_tokens=False)
+        except BaseException as error:  # a panic of the library is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"{self._origin} cannot encode a text: {error}") from error
+
+    @cached_property
+    def _alphabet(self) -> set[str] | None:
+        """The characters that have a token; None where any text has one."""
+        model = self._parsed["model"]
+        unigram = isinstance(model["vocab"], list)
+        unknown = model.get("unk_id") if unigram else model.get("unk_token")
+        if unknown is not None or model.get("byte_fallback") or self.byte_level:
+            return None
+        if not unigram and model.get("type", "BPE") != "BPE":
+            return None  # of whole words: the library itself asks for an unknown one
+        affixes = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
+        pieces = {
+            p.removeprefix(affixes[0] or "").removesuffix(affixes[1] or "") for p in self._vocab
+        }
+        return {piece for piece in pieces if len(piece) == 1}
+
+    def _refuse_unknown(self, text: str) -> None:
+        """Else the library leaves the character out, or ends without saying which it is."""
+        assert self._library is not None and self._alphabet is not None
+        normalizer = self._library.normalizer
+        seen = set(normalizer.normalize_str(text) if normalizer else text)
+        if self._library.pre_tokenizer is not None:
+            pieces = self._library.pre_tokenizer.pre_tokenize_str("".join(sorted(seen)))
+            seen = set("".join(piece for piece, _ in pieces))
+        missing = sorted(seen - self._alphabet)
+        if missing:
+            raise UserError(
+                f"{self._origin} has no token for the character {missing[0]!r} (U+"
+                f"{ord(missing[0]):04X}) and none for unknown ones; give its model an unk_token "
+                "or byte_fallback, or take such characters out of the text"
+            )
 
     def _byte_ids(self, text: str, parse_special: bool) -> Iterator[int]:
         """What the library does with a vocabulary of bytes."""
@@ -547,6 +685,8 @@ def _library(source: str, origin: str) -> Any | None:
         ) from error
     library.no_truncation()
     library.no_padding()
+    if getattr(library.model, "dropout", None):
+        library.model.dropout = None  # else the ids of a text were drawn by chance
     return library
 
 

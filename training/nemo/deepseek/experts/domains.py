@@ -16,8 +16,9 @@ from typing import TypeVar
 import numpy as np
 
 from deepseek.config.errors import UserError
-from deepseek.data.corpus import Corpus, Source, chunks
+from deepseek.data.corpus import Corpus, Source
 from deepseek.data.dataset import ChatDataset, PackedDataset, Sample
+from deepseek.data.documents import chunks
 from deepseek.data.indexed import IndexedDataset
 from deepseek.data.prepare import PreparedData
 from deepseek.data.tokenizer import Tokenizer
