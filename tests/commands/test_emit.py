@@ -16,8 +16,7 @@ from deepseek.config.errors import ConfigError
 from deepseek.config.schema import RopeScaling, SchedConfig, value_at
 from deepseek.config.yaml_file import read_yaml
 from deepseek.frameworks import USES_NEMO
-from deepseek.interop.automodel_recipe import automodel_recipe
-from deepseek.interop.megatron_config import megatron_config
+from deepseek.interop.peer_configs import automodel_recipe, megatron_config
 from deepseek.training.optim import learning_rate
 from support.micro_runs import MicroRuns
 

@@ -9,11 +9,19 @@ from deepseek.config import load_config
 from deepseek.config.errors import UserError
 from deepseek.config.yaml_file import dump_yaml
 from deepseek.console import say
-from deepseek.interop import automodel_recipe, megatron_config
+from deepseek.interop import peer_configs
 
 KINDS = {
-    "automodel": (automodel_recipe.automodel_recipe, automodel_recipe),
-    "megatron": (megatron_config.megatron_config, megatron_config),
+    "automodel": (
+        peer_configs.automodel_recipe,
+        peer_configs.AUTOMODEL,
+        peer_configs.AUTOMODEL_NOTES,
+    ),
+    "megatron": (
+        peer_configs.megatron_config,
+        peer_configs.MEGATRON_CORE,
+        peer_configs.MEGATRON_NOTES,
+    ),
 }
 
 
@@ -33,15 +41,15 @@ def emit(kind: str, config: str, output: Path, overrides: Sequence[str] = ()) ->
     if output.exists():
         raise UserError(f"{output} exists already and nothing is overwritten; give another name")
     run = load_config(config, overrides)
-    translate, module = KINDS[kind]
+    translate, program, notes = KINDS[kind]
     tree = translate(run)
     words = " ".join(["deepseek emit", kind, config, *overrides])
-    lines = [f"For {module.TARGET}, by `{words}`.", *module.NOTES]
+    lines = [f"For {program}, by `{words}`.", *notes]
     text = "".join(f"# {line}\n" for line in lines) + dump_yaml(tree)
     try:
         output.write_text(text)
     except OSError as failure:
         raise UserError(f"{output}: cannot be written: {failure.strerror}") from failure
-    say(f"written      {output}, for {module.TARGET}")
-    for note in module.NOTES:
+    say(f"written      {output}, for {program}")
+    for note in notes:
         say(f"note         {note}")
