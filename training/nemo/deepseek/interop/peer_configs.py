@@ -204,74 +204,52 @@ def _loader() -> dict[str, Any]:
 
 def _automodel_problems(run: RunConfig) -> list[Problem]:
     model = run.model
-    names = ", ".join(_SCHEDULES)
-    return _lacking(
+    pipelined = model.pipeline_model_parallel_size > 1
+    found = _unlike(
         run,
         AUTOMODEL,
         [
             (
-                "model.tensor_model_parallel_size",
-                model.tensor_model_parallel_size > 1,
+                "tensor_model_parallel_size",
+                1,
                 "its DeepSeek-V3 declares supports_tp=False",
-                "use 1, and more expert or data parallelism",
+                "1, and more expert or data parallelism",
             ),
+            ("num_nextn_predict_layers", 0, "its DeepSeek-V3 makes no MTP modules", "0"),
+            ("scoring_func", "sigmoid", "its DeepSeek-V3 scores by sigmoid only", "sigmoid"),
             (
-                "model.num_nextn_predict_layers",
-                model.num_nextn_predict_layers > 0,
-                "its DeepSeek-V3 makes no MTP modules",
-                "use 0",
-            ),
-            (
-                "model.scoring_func",
-                model.scoring_func != "sigmoid",
-                "its DeepSeek-V3 scores by sigmoid only",
-                "use sigmoid",
-            ),
-            (
-                "model.topk_method",
-                model.topk_method != "noaux_tc",
+                "topk_method",
+                "noaux_tc",
                 "its DeepSeek-V3 chooses experts with a correction bias only",
-                "use noaux_tc",
+                "noaux_tc",
             ),
             (
-                "model.moe_aux_loss_coeff",
-                model.moe_aux_loss_coeff > 0,
+                "moe_aux_loss_coeff",
+                0,
                 "its balance loss is over the whole local batch, not per sequence",
-                "use 0",
+                "0",
             ),
+            ("moe_z_loss_coeff", 0, "it has no router z-loss", "0"),
             (
-                "model.moe_z_loss_coeff",
-                model.moe_z_loss_coeff > 0,
-                "it has no router z-loss",
-                "use 0",
-            ),
-            (
-                "model.torch_compile",
-                model.torch_compile,
+                "torch_compile",
+                False,
                 "it compiles other parts",
-                "use false, and its own section `compile`",
+                "false, and its own section `compile`",
             ),
+            ("reshard_after_forward", None, "it decides that by itself", "null"),
             (
-                "model.reshard_after_forward",
-                model.reshard_after_forward is not None,
-                "it decides that by itself",
-                "use null",
-            ),
-            (
-                "model.data.isolate_documents",
-                model.data.isolate_documents,
+                "data.isolate_documents",
+                False,
                 "its Megatron data are packed as one stream",
-                "use false",
-            ),
-            (
-                "model.pipeline_schedule",
-                model.pipeline_model_parallel_size > 1
-                and model.pipeline_schedule not in _SCHEDULES,
-                f"of its schedules {names} are known to be the same",
-                f"use {names.replace(', ', ' or ')}",
+                "false",
             ),
         ],
     )
+    if pipelined and model.pipeline_schedule not in _SCHEDULES:
+        names = ", ".join(_SCHEDULES)
+        why = f"of its schedules {names} are known to be the same"
+        found.append(_problem(run, "pipeline_schedule", why, names.replace(", ", " or ")))
+    return found
 
 
 # -- Megatron-Core --
@@ -427,57 +405,41 @@ def _megatron_problems(run: RunConfig) -> list[Problem]:
     model = run.model
     best = 2 if model.topk_method == "noaux_tc" else 1
     taken = model.num_experts_per_tok // model.topk_group
-    many = model.num_moe_layers > 0 and model.num_experts_per_tok > 1
-    return _lacking(
+    softmax = model.scoring_func == "softmax"
+    pipelined = model.pipeline_model_parallel_size > 1
+    kept = "its ranks keep all weights and share the optimiser's states only"
+    found = _unlike(
         run,
         MEGATRON_CORE,
         [
-            (
-                "model.norm_topk_prob",
-                many and model.scoring_func == "sigmoid" and not model.norm_topk_prob,
-                "it always normalises the chosen sigmoid scores",
-                "use true",
-            ),
-            (
-                "model.topk_group",
-                model.num_moe_layers > 0 and _grouped(run) and taken != best,
-                f"it scores a group by its num_experts_per_tok // topk_group = {taken} best "
-                f"experts, {model.topk_method} by {best}",
-                f"use {max(1, model.num_experts_per_tok // best)}, or n_group=1",
-            ),
-            (
-                "model.scoring_func",
-                model.scoring_func == "softmax" and model.topk_method == "noaux_tc",
-                "it has a correction bias for sigmoid scores only",
-                "use sigmoid, or another topk_method",
-            ),
-            (
-                "model.n_group",
-                _grouped(run) and model.scoring_func == "softmax" and model.norm_topk_prob,
-                "with normalised softmax weights it compares groups by logits",
-                "use 1, or norm_topk_prob=false",
-            ),
-            (
-                "model.torch_compile",
-                model.torch_compile,
-                "it has fused kernels instead",
-                "use false",
-            ),
-            (
-                "model.reshard_after_forward",
-                model.reshard_after_forward is not None,
-                "its ranks keep all weights and share the optimiser's states only",
-                "use null",
-            ),
-            (
-                "model.pipeline_schedule",
-                model.pipeline_model_parallel_size > 1
-                and model.pipeline_schedule not in ("1F1B", "Interleaved1F1B"),
-                "it has 1F1B and its interleaved form only",
-                "use 1F1B or Interleaved1F1B",
-            ),
+            ("torch_compile", False, "it has fused kernels instead", "false"),
+            ("reshard_after_forward", None, kept, "null"),
         ],
     )
+
+    def refuse(key: str, why: str, instead: str) -> None:
+        found.append(_problem(run, key, why, instead))
+
+    if model.num_moe_layers > 0 and model.num_experts_per_tok > 1:
+        if not softmax and not model.norm_topk_prob:
+            refuse("norm_topk_prob", "it always normalises the chosen sigmoid scores", "true")
+    if model.num_moe_layers > 0 and _grouped(run) and taken != best:
+        refuse(
+            "topk_group",
+            f"it scores a group by its num_experts_per_tok // topk_group = {taken} best "
+            f"experts, {model.topk_method} by {best}",
+            f"{max(1, model.num_experts_per_tok // best)}, or n_group=1",
+        )
+    if softmax and model.topk_method == "noaux_tc":
+        why = "it has a correction bias for sigmoid scores only"
+        refuse("scoring_func", why, "sigmoid, or another topk_method")
+    if _grouped(run) and softmax and model.norm_topk_prob:
+        why = "with normalised softmax weights it compares groups by logits"
+        refuse("n_group", why, "1, or norm_topk_prob=false")
+    if pipelined and model.pipeline_schedule not in ("1F1B", "Interleaved1F1B"):
+        why = "it has 1F1B and its interleaved form only"
+        refuse("pipeline_schedule", why, "1F1B or Interleaved1F1B")
+    return found
 
 
 # -- both --
@@ -513,61 +475,53 @@ def _schedule(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def _lacking(
-    run: RunConfig, target: str, extra: Sequence[tuple[str, bool, str, str]]
+def _unlike(
+    run: RunConfig, target: str, extra: Sequence[tuple[str, object, str, str]]
 ) -> list[Problem]:
     """The settings that ``target`` has no counterpart of.
 
     Args:
         run: the configuration.
         target: name of the program.
-        extra: field, whether it is in the way, why, and the way out.
+        extra: key below ``model``, the only value the program knows, why, and what to use.
     """
-    model, data = run.model, run.model.data
-    common = [
+    known: list[tuple[str, object, str, str]] = [
         (
-            "model.peft",
-            model.peft is not None,
+            "peft",
+            None,
             f"adapters are described otherwise in {target}",
-            "use model.peft=null, and its own section for adapters",
+            "model.peft=null, and its own section for adapters",
         ),
         (
-            "model.restore_from",
-            model.restore_from is not None,
+            "restore_from",
+            None,
             f"{target} does not read these files",
-            "use null; `deepseek hf export` writes the weights as files that it loads",
+            "null; `deepseek hf export` writes the weights as files that it loads",
         ),
+        ("optim.name", "adamw", "Muon is another one there, with other settings", "adamw"),
         (
-            "model.optim.name",
-            model.optim.name != "adamw",
-            "Muon is another one there, with other settings",
-            "use adamw",
-        ),
-        (
-            "model.data.data_prefix",
-            data.data_prefix is None,
-            f"{target} cannot open the built-in corpus",
-            "write data with `deepseek prepare-data` and give its prefix",
-        ),
-        (
-            "model.data.chat",
-            data.chat,
+            "data.chat",
+            False,
             f"{target} does not read the marks of answers beside the data",
-            "use false, and its own chat data",
+            "false, and its own chat data",
         ),
-        (
-            "model.data.fim_rate",
-            data.fim_rate > 0,
-            f"{target} does not rearrange documents",
-            "use 0",
-        ),
+        ("data.fim_rate", 0, f"{target} does not rearrange documents", "0"),
         *extra,
     ]
-    return [
-        Problem(field, value_at(run, field), why, way_out)
-        for field, wrong, why, way_out in common
-        if wrong
+    found = [
+        _problem(run, key, why, instead)
+        for key, only, why, instead in known
+        if value_at(run, f"model.{key}") != only
     ]
+    if run.model.data.data_prefix is None:
+        way_out = "write data with `deepseek prepare-data` and give its prefix"
+        why = f"{target} cannot open the built-in corpus"
+        found.append(Problem("model.data.data_prefix", None, why, way_out))
+    return found
+
+
+def _problem(run: RunConfig, key: str, why: str, instead: str) -> Problem:
+    return Problem(f"model.{key}", value_at(run, f"model.{key}"), why, f"use {instead}")
 
 
 def _local_batch(run: RunConfig) -> int:
