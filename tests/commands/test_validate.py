@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ from deepseek.config import ConfigError, RunConfig, UserError, load_config, ship
 from deepseek.config.cost import rank_memory, state_memory
 from deepseek.config.layout import Layout
 from deepseek.config.schema import PeftConfig
+from deepseek.data.indexed import IndexedWriter
 from deepseek.models.transformer import Transformer
 from support.tiny_runs import small_run
 
@@ -224,6 +227,30 @@ def test_a_world_fills_one_node_or_whole_nodes(
     assert f"trainer.devices={devices} trainer.num_nodes={nodes}" in out.splitlines()[-1]
     noun = "node" if nodes == 1 else "nodes"
     assert f"{world} ranks on {nodes} {noun} of {devices}" in out
+
+
+def test_it_begins_with_five_lines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    validate("deepseek_v3_32gpu")
+    assert capsys.readouterr().out.splitlines()[:6] == [
+        "deepseek_v3_32gpu is sound",
+        "model        1.35 B parameters (55.24 M of them MTP), 349.88 M active per token",
+        "layout       32 processes on 4 nodes: DP 8, TP 2, PP 2 (1F1B, 2 stages), EP 8",
+        "step         128 sequences x 1,024 = 131,072 tokens in 4 x 4 per forward pass; "
+        "20,000 steps, 2.62 B tokens",
+        "memory       763.02 MiB of weights, gradients and optimiser states on the fullest rank, "
+        "without activations",
+        "data         built-in corpus, prepared by the first run that needs it",
+    ]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for prefix in (one, two):
+        with IndexedWriter(prefix, np.uint16) as writer:
+            writer.add_document(np.arange(9))
+    (tmp_path / "one.json").write_text('{"tokens": 1234567}')
+    blend = f"model.data.data_prefix=[0.3, {one}, 0.7, {two}]"
+    validate("deepseek_v3_tiny", ["model.num_nextn_predict_layers=0", blend])
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines()[1:6])
+    assert lines["layout"] == "1 process" and "MTP" not in lines["model"]
+    assert lines["data"] == f"0.3 of {one} (1,234,567 tokens), 0.7 of {two}"
 
 
 def test_the_configured_world_needs_no_option(capsys: pytest.CaptureFixture[str]) -> None:

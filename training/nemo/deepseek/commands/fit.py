@@ -15,10 +15,10 @@ import torch
 
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.commands.callbacks import callbacks
+from deepseek.commands.validate import summary
 from deepseek.commands.versions import chosen_folder, finished_steps
 from deepseek.config import RunConfig, UserError
-from deepseek.config.cost import count_parameters
-from deepseek.config.layout import Layout, num_stages
+from deepseek.config.layout import Layout
 from deepseek.console import StageProgress, say
 from deepseek.data.loader import build_train_loader, build_validation_loader
 from deepseek.data.open_data import OpenedData, open_data
@@ -77,8 +77,9 @@ def fit(
     say(f"framework    {framework_name()}")
     data = _open_data_in_turn(run, processes)
     for part in data.parts:
+        epochs = data.epochs(run.trainer.max_steps * run.model.global_batch_size, part)
         share = f", {part['share']:.3g} of a batch" if len(data.parts) > 1 else ""
-        say(f"data         {part['name']}: {part['tokens']:,} tokens{share}")
+        say(f"data         {part['name']}: {part['tokens']:,} tokens{share}, {epochs:.2f} epochs")
     for note in data.notes:
         say(f"data         {note}")
     Ranks().together(data.verification.start if processes.local_rank == 0 else lambda: None)
@@ -108,7 +109,8 @@ def fit(
             dp_rank=rank,
             dp_size=size,
         )
-    _say_size(run, data)
+    for what, value in summary(run):
+        say(f"{what:<12} {value}")
     with _quiet():
         trainer = Trainer(
             accelerator="gpu" if on_gpu else "cpu",  # Lightning's auto takes MPS, without fp64
@@ -213,39 +215,6 @@ def _wants_tensorboard(run: RunConfig) -> bool:
         say("tensorboard is not installed, so no event files are written: pip install tensorboard")
         return False
     return True
-
-
-def _say_size(run: RunConfig, data: OpenedData) -> None:
-    """Facts derived from the configuration, before the first step."""
-    model = run.model
-    counts = count_parameters(model)
-    tokens = model.global_batch_size * model.data.seq_length
-    layout = Layout.of_run(run)
-    micro_batches = model.global_batch_size // (model.micro_batch_size * layout.dp)
-    say(
-        f"model        {(counts.total + counts.mtp) / 1e6:,.1f} M parameters, "
-        f"{counts.active / 1e6:,.1f} M active per token"
-    )
-    if counts.adapters is not None:
-        share = counts.adapters / counts.stored
-        say(f"adapters     {counts.adapters:,} numbers are trained ({share:.2%} of the weights)")
-    say(
-        f"step         {model.global_batch_size} sequences x {model.data.seq_length} = "
-        f"{tokens:,} tokens in {micro_batches} x {model.micro_batch_size} per forward pass; "
-        f"{run.trainer.max_steps} steps = {tokens * run.trainer.max_steps:,} tokens, "
-        f"{data.epochs(model.global_batch_size * run.trainer.max_steps):.2f} epochs"
-    )
-    if layout.world_size > 1:
-        pipeline = f"PP {layout.pp} ({model.pipeline_schedule}, {num_stages(model)} stages)"
-        sizes = {
-            f"DP {layout.dp}": layout.dp > 1,
-            f"{layout.dp_replicate} replicas": layout.dp_replicate > 1,
-            f"TP {layout.tp}": layout.tp > 1,
-            pipeline: layout.pp > 1,
-            f"EP {layout.ep}": layout.ep > 1,
-        }
-        used = ", ".join(text for text, shown in sizes.items() if shown)
-        say(f"layout       {layout.world_size} processes: {used}")
 
 
 @contextmanager

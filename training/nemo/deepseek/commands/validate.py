@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from deepseek.config import RunConfig, UserError, load_config
@@ -54,7 +56,10 @@ def validate(config: str, overrides: Sequence[str] = (), world: int | None = Non
     if world is not None:
         overrides = [*overrides, *_cluster(config, overrides, world)]
     run = load_config(config, overrides)
-    table(f"{config} is sound", ("what", "value"), validate_report(run))
+    say(f"{config} is sound")
+    for what, value in [*summary(run), ("data", _data(run))]:
+        say(f"{what:<12} {value}")
+    table("in numbers", ("what", "value"), validate_report(run))
     if world_size(run) > 1:
         for title, columns, rows in placement_tables(run):
             table(title, columns, rows)
@@ -83,6 +88,76 @@ def _cluster(config: str, overrides: Sequence[str], world: int) -> list[str]:
         )
     say(f"for {world} processes: trainer.num_nodes={world // node} of trainer.devices={node}")
     return [f"trainer.devices={node}", f"trainer.num_nodes={world // node}"]
+
+
+# -- in a few lines --
+
+
+def summary(run: RunConfig) -> list[tuple[str, str]]:
+    """Rows (what, value) of what people ask first; of a run, too, before its first step."""
+    model, layout = run.model, Layout.of_run(run)
+    counts = count_parameters(model)
+    size = f"{_short(counts.total + counts.mtp)} parameters"
+    size += f" ({_short(counts.mtp)} of them MTP)" if counts.mtp else ""
+    size += f", {_short(counts.active)} active per token"
+    if counts.adapters is not None:
+        share = counts.adapters / counts.stored
+        size += f"; {counts.adapters:,} of adapters are trained ({share:.2%} of the weights)"
+    tokens = model.global_batch_size * model.data.seq_length
+    micro_batches = model.global_batch_size // (model.micro_batch_size * layout.dp)
+    most = max(rank_memory(model, layout, pp, model.optim.name).total for pp in range(layout.pp))
+    of_rank = " on the fullest rank" if layout.world_size > 1 else ""
+    return [
+        ("model", size),
+        ("layout", _layout(run, layout)),
+        (
+            "step",
+            f"{model.global_batch_size:,} sequences x {model.data.seq_length:,} = {tokens:,} "
+            f"tokens in {micro_batches:,} x {model.micro_batch_size:,} per forward pass; "
+            f"{run.trainer.max_steps:,} steps, {_short(tokens * run.trainer.max_steps)} tokens",
+        ),
+        (
+            "memory",
+            f"{size_text(most)} of weights, gradients and optimiser states{of_rank}, without "
+            "activations",
+        ),
+    ]
+
+
+def _layout(run: RunConfig, layout: Layout) -> str:
+    if layout.world_size == 1:
+        return "1 process"
+    model = run.model
+    pipeline = f"PP {layout.pp} ({model.pipeline_schedule}, {num_stages(model)} stages)"
+    sizes = {
+        f"DP {layout.dp}": layout.dp > 1,
+        f"{layout.dp_replicate} replicas": layout.dp_replicate > 1,
+        f"TP {layout.tp}": layout.tp > 1,
+        pipeline: layout.pp > 1,
+        f"EP {layout.ep}": layout.ep > 1,
+    }
+    used = ", ".join(text for text, shown in sizes.items() if shown)
+    nodes = f" on {run.trainer.num_nodes:,} nodes" if run.trainer.num_nodes > 1 else ""
+    return f"{layout.world_size:,} processes{nodes}: {used}"
+
+
+def _data(run: RunConfig) -> str:
+    """Where the tokens come from, as far as is known without reading them."""
+    data = run.model.data
+    if data.data_prefix is None:
+        return "built-in corpus, prepared by the first run that needs it"
+    entries = [1, data.data_prefix] if isinstance(data.data_prefix, str) else data.data_prefix
+    return ", ".join(
+        (f"{weight} of " if len(entries) > 2 else "") + _prefix(str(prefix))
+        for weight, prefix in zip(entries[::2], entries[1::2], strict=True)
+    )
+
+
+def _prefix(prefix: str) -> str:
+    try:
+        return f"{prefix} ({json.loads(Path(f'{prefix}.json').read_bytes())['tokens']:,} tokens)"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return prefix  # without a record of prepare-data
 
 
 # -- one model --

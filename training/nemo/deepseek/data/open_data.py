@@ -58,12 +58,15 @@ class OpenedData:
     notes: tuple[str, ...] = ()
     """What people should know of conversations: how many there are, and how many were cut."""
 
-    def epochs(self, samples: int) -> float:
-        """How often ``samples`` sequences pass over the data; of a blend, over the part that is
-        passed most often."""
-        return max(
-            (samples * part["share"] / max(part["samples"], 1) for part in self.parts), default=0.0
-        )
+    def epochs(self, samples: int, *parts: dict[str, Any]) -> float:
+        """How often the part that is passed most often is, in a run of ``samples`` sequences.
+
+        Args:
+            samples: of all parts.
+            parts: of which; none: of all.
+        """
+        passes = [samples * one["share"] / max(one["samples"], 1) for one in parts or self.parts]
+        return max(passes, default=0.0)
 
 
 def open_data(cfg: ModelConfig, seed: int = 1234, progress: Report | None = None) -> OpenedData:
