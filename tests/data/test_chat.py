@@ -14,14 +14,8 @@ from hypothesis import strategies as st
 from deepseek.config.errors import ConfigError, UserError
 from deepseek.config.load import load_config
 from deepseek.config.schema import DataConfig, ModelConfig
-from deepseek.data.chat import (
-    PLAIN_TEMPLATE,
-    ChatError,
-    ChatTemplate,
-    answers_of,
-    conversation_of,
-    prepare_chat,
-)
+from deepseek.data.chat import answers_of, conversation_of, prepare_chat
+from deepseek.data.chat_template import PLAIN_TEMPLATE, ChatError, ChatTemplate
 from deepseek.data.dataset import ChatDataset
 from deepseek.data.indexed import IndexedDataset, IndexedWriter
 from deepseek.data.open_data import open_data

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from deepseek.config.errors import UserError
-from deepseek.data.chat import ChatError, ChatTemplate, conversation_of, prepare_chat
+from deepseek.data.chat import conversation_of, prepare_chat
+from deepseek.data.chat_template import ChatError, ChatTemplate
 from deepseek.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from support.sample_texts import TEXTS
 
@@ -242,7 +243,7 @@ def test_the_template_called_tool_use_is_taken_with_tools(bpe: Tokenizer, tmp_pa
 def test_hostile_templates_are_a_message(
     body: str, bpe: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deepseek.data.chat.RENDER_SECONDS", 0.3)
+    monkeypatch.setattr("deepseek.data.chat_template.RENDER_SECONDS", 0.3)
     ours = ChatTemplate(load_tokenizer(folder_of(bpe, tmp_path, body or "{# nothing #}")))
     with pytest.raises(ChatError, match="the chat template re"):
         ours.encode(conversation_of(row(content="4")))

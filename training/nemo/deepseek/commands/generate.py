@@ -106,7 +106,7 @@ def _with_start(tokenizer: Any, prompt: str) -> list[int]:
 
 def _asked(run: Path, tokenizer: Any, prompts: Sequence[str]) -> tuple[list[list[int]], int]:
     """Ids of each prompt as what a user says, and the token that ends an answer."""
-    from deepseek.data.chat import ChatTemplate
+    from deepseek.data.chat_template import ChatTemplate
 
     if tokenizer.chat_template is None:
         raise UserError(
