@@ -503,12 +503,35 @@ def migrate_config_command(
 
 @app.command("ls")
 def ls_command(
-    run: Annotated[Path | None, typer.Argument(help="A run folder: list its checkpoints.")] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="A folder of runs, a run, or a checkpoint; none: configurations."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One object a line.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the digests of checkpoints: reads them.")
+    ] = False,
 ) -> None:
-    """List the shipped configurations, or the checkpoints of a run."""
-    from deepseek.commands.shipped import list_checkpoints, list_configs
+    """List the shipped configurations, the runs in a folder, or the checkpoints of a run."""
+    from deepseek.commands.runs import list_runs
+    from deepseek.commands.shipped import list_configs
 
-    list_checkpoints(run) if run is not None else list_configs()
+    if folder is not None:
+        list_runs(folder, as_json, verify)
+        return
+    refuse_idle({"--json": as_json, "--verify": verify}, "without a folder")
+    list_configs()
+
+
+@app.command("rm")
+def rm_command(
+    paths: Annotated[list[Path], typer.Argument(help="Run folders, or checkpoints.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete runs or checkpoints; one that is being written or read is refused."""
+    from deepseek.commands.runs import remove
+
+    remove(paths, yes)
 
 
 @app.command("cp")
@@ -523,7 +546,7 @@ def cp_command(
     ] = None,
     config: Config = None,
 ) -> None:
-    """Copy a shipped configuration to a file of your own."""
+    """Copy a shipped configuration to a file of your own, whose name the runs get."""
     from deepseek.commands.shipped import copy_config
 
     config, (target, *more) = chosen(words or [], config, then="the file to write")

@@ -56,22 +56,40 @@ def complain_at_the_end(message: str, by_first_alone: bool = False) -> None:
     complain(message)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table; ``rich`` draws it if installed, else aligned columns."""
+def printable(text: str) -> str:
+    """``text`` without what would move the cursor or colour a terminal: that is spelt out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], compact: bool = False
+) -> None:
+    """A table; ``rich`` draws it if installed, else aligned columns.
+
+    Args:
+        title: above it.
+        columns: their names.
+        rows: a cell for each column.
+        compact: without rules, in 80 columns: the first column is folded where it must be.
+    """
     if not _speaks:
         return
     try:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
     except ModuleNotFoundError:
         _plain_table(title, columns, rows)
         return
-    drawn = Table(title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        drawn.add_column(column)
+    drawn = Table(title=Text(title), title_justify="left", title_style="bold")
+    if compact:
+        drawn.box, drawn.padding, drawn.pad_edge = None, (0, 2, 0, 0), False
+    for place, column in enumerate(columns):
+        drawn.add_column(column, overflow="fold", no_wrap=compact and place > 0)
     for row in rows:
-        drawn.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(drawn)
+        drawn.add_row(*map(Text, row))  # text: a name may hold what rich takes for markup
+    width = 80 if compact else 120
+    Console(width=None if sys.stdout.isatty() else width).print(drawn)
 
 
 def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -245,6 +245,46 @@ def _holder(path: Path) -> tuple[str, bool]:
     return f"process {pid} on host {host}", host == socket.gethostname()
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process has the lock file ``path``; nothing is written, and nobody is kept out.
+
+    A holder signs the file, and empties it at its orderly end. A signature may be of the dead: on
+    this machine its process is looked up, and then the system is asked.
+    """
+    try:
+        if (marker := add_suffix(path, ".held")).exists():
+            return _may_live(marker)
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        if not os.fstat(handle).st_size or not _may_live(path):
+            return False
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except ImportError:
+        return True
+    except OSError as failure:
+        return failure.errno in (errno.EAGAIN, errno.EACCES)
+    finally:
+        os.close(handle)
+    return False
+
+
+def _may_live(path: Path) -> bool:
+    """Whether the signer of a lock file can be alive; of another machine's that is not known."""
+    who, here = _holder(path)
+    try:
+        if here:
+            os.kill(int(who.split()[1]), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
 class Hold:
     """A reader's hold on the file ``path``, until ``release``, garbage collection or death.
 

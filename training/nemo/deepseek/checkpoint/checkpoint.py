@@ -184,7 +184,8 @@ class Summary:
     """One line of a listing."""
 
     path: Path
-    step: int
+    step: int | None
+    """None where neither name nor manifest tells it."""
     size: int
     """Bytes on disk."""
     tensors: int | None
@@ -198,25 +199,33 @@ def describe(folder: Path, digests: bool = True) -> list[Summary]:
 
     ``digests=False`` compares sizes only, which takes no reading of the shards.
     """
-    rows = (_summary(path, digests) for path in step_folders(folder))
+    rows = (summary(path, digests) for path in step_folders(folder))
     return [row for row in rows if row is not None]
 
 
-def _summary(path: Path, digests: bool) -> Summary | None:
-    """None if it was retired meanwhile."""
-    held, tensors = _held(path), None
-    problem = damage_of(path, digests)
+def summary(path: Path, digests: bool = True) -> Summary | None:
+    """One checkpoint, as in ``describe``, under whatever name; None if it was retired meanwhile."""
+    held, step, tensors = _held(path), None, None
+    if path.name.startswith("step_") and path.name[5:].isdecimal():
+        step, problem = step_of(path), damage_of(path, digests)
+    else:
+        problem = None
     try:
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
         if problem is None:
-            sizes = {name: entry.size for name, entry in Manifest.read(path).files.items()}
+            manifest = Manifest.read(path)
+            if step is None:
+                problems = manifest.damage(path) if digests else manifest.wrong_sizes(path)
+                problem = "; ".join(problems) or None
+            step = manifest.step
+            sizes = {name: entry.size for name, entry in manifest.files.items()}
             tensors = len(read_metadata(path, sizes).state_dict_metadata)
     except FileNotFoundError:
         return None
     except UserError as failure:
         problem = str(failure)
     del held  # until here
-    return Summary(path, step_of(path), size, tensors, problem)
+    return Summary(path, step, size, tensors, problem)
 
 
 def _held(path: Path) -> Hold | None:

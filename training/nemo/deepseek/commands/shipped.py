@@ -1,15 +1,16 @@
-"""``deepseek ls``, ``cp`` and ``cat``: the shipped configurations, and a run's checkpoints."""
+"""``deepseek ls``, ``cp`` and ``cat`` of configurations."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from deepseek.config import load_config, resolved_yaml
 from deepseek.config.cost import count_parameters
 from deepseek.config.errors import UserError
 from deepseek.config.load import CONFIGS, shipped_configs
+from deepseek.config.yaml_file import dump_yaml
 from deepseek.console import say, table
-from deepseek.run_folder import CHECKPOINTS
 
 
 def list_configs() -> None:
@@ -33,25 +34,8 @@ def list_configs() -> None:
     table("shipped configurations", columns, rows)
 
 
-def list_checkpoints(run: Path) -> None:
-    """One row per checkpoint of a run, its digests verified.
-
-    Raises:
-        UserError: no run folder.
-    """
-    from deepseek.checkpoint.checkpoint import describe
-
-    if not (run / CHECKPOINTS).is_dir():
-        raise UserError(f"{run} is no run folder: it has no folder {CHECKPOINTS}")
-    rows = [
-        (str(s.step), f"{s.size / 1e6:,.1f} MB", str(s.tensors or "?"), s.problem or "sound")
-        for s in describe(run / CHECKPOINTS)
-    ]
-    table(f"checkpoints of {run}", ("step", "size", "tensors", "state"), rows)
-
-
 def copy_config(name: str, target: Path) -> None:
-    """Copy a shipped configuration to a file of your own, complete and commented.
+    """Copy a configuration to a file of your own, complete and commented; its runs get its name.
 
     Raises:
         UserError: unknown name, or the target exists.
@@ -62,7 +46,7 @@ def copy_config(name: str, target: Path) -> None:
     if target.exists():
         raise UserError(f"{target} exists; choose another name, or remove it first")
     try:
-        target.write_text(_text(source))
+        target.write_text(_named(_text(source), target.stem), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}") from error
     say(f"wrote {target}; try: deepseek validate {target}")
@@ -85,6 +69,15 @@ def _path(name: str) -> Path:
         return Path(name)
     load_config(name)  # raises with the nearest name
     raise UserError(f"{name}: no such configuration")
+
+
+def _named(text: str, name: str) -> str:
+    """The text of a configuration with another ``name``; the comment beside it stays."""
+    line = dump_yaml({"name": name}).strip()
+    old = re.search(r"^name:[^#\n]*", text, re.MULTILINE)
+    if old is None:
+        return f"{line}\n{text}"
+    return text[: old.start()] + line.ljust(len(old[0])) + text[old.end() :]
 
 
 def _text(path: Path) -> str:

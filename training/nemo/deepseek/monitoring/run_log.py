@@ -380,7 +380,55 @@ class RunLog:
         ]
 
 
+@dataclass(frozen=True)
+class LogEnd:
+    """What the last rows of a log say, read from its end alone: a listing of many runs is quick.
+
+    Attributes are None where there is no such row.
+    """
+
+    step: int | None = None
+    """The newest row's."""
+    loss: float | None = None
+    time: float | None = None
+    """Unix time of the last row, seconds."""
+    stopped: str | None = None
+    """The reason of the stop, if that is the last event."""
+
+    @classmethod
+    def read(cls, path: Path) -> LogEnd:
+        """Of the file ``path``, which may be growing, damaged or absent."""
+        window, whole = _TAIL, False
+        while not whole:
+            try:
+                with open(path, "rb") as file:
+                    size = file.seek(0, 2)
+                    whole = window >= size
+                    file.seek(max(0, size - window))
+                    lines = file.read(window).split(b"\n")
+            except OSError:
+                return cls()
+            # The first line may have lost its beginning, the last one is not written yet.
+            rows = [row for line in lines[not whole : -1] if (row := _row(line)) is not None]
+            steps = [row for row in rows if "loss" in row and "event" not in row]
+            if steps or whole:
+                break
+            window *= 8
+        events = [row for row in rows if "event" in row]
+        stop = events[-1] if events and events[-1]["event"] == "stopped" else None
+        times = [time for row in rows if math.isfinite(time := _number(row.get("time")))]
+        return cls(
+            steps[-1]["step"] if steps else None,
+            _number(steps[-1]["loss"]) if steps else None,
+            times[-1] if times else None,
+            str(stop.get("reason", "no reason was logged")) if stop else None,
+        )
+
+
 # -- rows --
+
+_TAIL = 1 << 16
+"""Bytes from the end of a log that are read first."""
 
 
 class _Table:
@@ -461,19 +509,26 @@ class _Lines:
         rows = []
         for line in lines:
             self._count += 1
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if (
-                isinstance(row, dict)
-                and isinstance(row.get("step"), int)
-                and isinstance(row.get("event", ""), str)
-            ):
+            row = _row(line)
+            if row is not None:
                 rows.append(row)
             else:
                 self.damaged.append(self._count)
         return rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """One line of a log; None if it is no object with a step."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    fits = (
+        isinstance(row, dict)
+        and isinstance(row.get("step"), int)
+        and isinstance(row.get("event", ""), str)
+    )
+    return row if fits else None
 
 
 def _number(value: Any) -> float:
