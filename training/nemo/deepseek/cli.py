@@ -251,6 +251,33 @@ def generate_command(
     generate_text(run, prompt or [""], *drawn, chat)
 
 
+@app.command("eval")
+def eval_command(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a checkpoint.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Domain name=path: text or a prefix; may be repeated. None: validation data."
+        ),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Ids read together; none: model.data.seq_length.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="From one window to the next; none: half of it.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Ids of each domain; none: all.")] = None,
+    json_key: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object, with every document.")
+    ] = False,
+) -> None:
+    """Measure loss, perplexity and bits per byte of a checkpoint on texts of several kinds."""
+    from deepseek.commands.evaluate import evaluate
+
+    evaluate(run, data or [], window, stride, tokens, json_key, as_json)
+
+
 @app.command("report")
 def report_command(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several are also compared.")],

@@ -100,10 +100,15 @@ def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
 
 
 class StageProgress:
-    """Progress of work in stages: a bar on a terminal, a line per stage and tenth elsewhere."""
+    """Progress of work in stages: a bar on a terminal, a line per stage and tenth elsewhere.
 
-    def __init__(self) -> None:
-        self._bar = progress_bar()
+    Args:
+        quiet: show nothing, where the output is read by a program.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._bar = None if quiet else progress_bar()
         self._task: Any = None
         self._shown = ("", -1)
 
@@ -116,6 +121,8 @@ class StageProgress:
 
     def update(self, stage: str, done: int, total: int, detail: str) -> None:
         """``done`` of ``total`` units of ``stage``."""
+        if self._quiet:
+            return
         if self._bar is not None:
             if self._task is None:  # no bar for work that turns out to be done already
                 self._bar.start()

@@ -98,13 +98,13 @@ class PackedDataset:
         self.isolate_documents, self.endless = isolate_documents, endless
         self.fim, self.eos_id, self.pad_id = fim, eos_id, pad_id
         lengths = indexed.document_lengths[documents]
-        self._documents = np.asarray(documents, np.int64)[lengths > 0]
+        self.documents = np.asarray(documents, np.int64)[lengths > 0]
         self._lengths = lengths[lengths > 0]
         self._long = np.flatnonzero((self._lengths >= _FIM_SHORTEST) & (fim_rate > 0))
         self._rearranged = math.floor(fim_rate * len(self._long) + 0.5)
         self._epochs: dict[int, _Epoch] = {}
 
-        self.num_documents = len(self._documents)
+        self.num_documents = len(self.documents)
         self.num_tokens = int(self._lengths.sum()) + 3 * self._rearranged
         """Ids in one epoch, sentinels included."""
         needed = seq_length + 1 if endless else 2
@@ -183,7 +183,7 @@ class PackedDataset:
         inside = start - begins[0] if len(slots) else 0
         begins[0], begins[-1] = start, stop
         counts = np.diff(begins)
-        documents = self._documents[slots]
+        documents = self.documents[slots]
         # 1. Where each id lies in the file: one shift per document.
         shifts = self.indexed.document_offsets[documents] - (begins[:-1] - start)
         shifts[:1] += inside
@@ -241,7 +241,7 @@ class PackedDataset:
         return epoch
 
     def _make_epoch(self, number: int) -> _Epoch:
-        count = len(self._documents)
+        count = len(self.documents)
         order = np.arange(count)
         if self.endless:
             order = _random(self.seed, number, _ORDER).permutation(count)
@@ -320,9 +320,9 @@ class ChatDataset:
         )
         self.cut = int((kept < wanted).sum())
         self.left_out = int((kept == 0).sum())
-        self._documents = np.asarray(documents, np.int64)[kept > 0]
+        self.documents = np.asarray(documents, np.int64)[kept > 0]
         self._lengths = lengths[kept > 0]
-        self.num_documents = len(self._documents)
+        self.num_documents = len(self.documents)
         self.num_tokens = int(self._lengths.sum())
         self.answer_tokens = int(kept.sum())
         if not self.num_documents:
@@ -354,7 +354,7 @@ class ChatDataset:
         documents = np.full(size, -1, np.int32)
         begin = 0
         for number, slot in enumerate(slots):
-            document, length = int(self._documents[slot]), int(self._lengths[slot])
+            document, length = int(self.documents[slot]), int(self._lengths[slot])
             ids = self.indexed.document(document, 0, length).astype(np.int64)
             start = int(self.indexed.document_offsets[document])
             answer = self.is_answer[start + 1 : start + length] == 1

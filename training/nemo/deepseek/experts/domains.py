@@ -99,13 +99,13 @@ def open_domains(
     """
     domains: list[Domain] = []
     for word in words:
-        name, path = _named(word)
+        name, path = named_path(word)
         if any(domain.name == name for domain in domains):
             raise UserError(
                 f"--data {word}: there are two domains called {name}; "
                 f"name this one apart, --data {name}2={path}"
             )
-        if add_suffix(path, ".idx").is_file() or add_suffix(path, ".bin").is_file():
+        if is_prepared(path):
             documents = _prepared(path, tokenizer, max_tokens)
         elif path.exists():
             if tokenizer is None:
@@ -163,8 +163,12 @@ def packed_domain(
     return Domain(name, source, _beginnings([documents], 1, max_tokens))
 
 
-def _named(word: str) -> tuple[str, Path]:
-    """Name and path of ``name=path``; of a path alone, its name without endings."""
+def named_path(word: str) -> tuple[str, Path]:
+    """Name and path of ``name=path``; of a path alone, its name without endings.
+
+    Raises:
+        UserError: there is no name, or no path.
+    """
     name, equals, path = word.partition("=")
     if not equals or "/" in name or Path(word).exists():
         name, path = Path(word).name.partition(".")[0] or word, word
@@ -173,7 +177,17 @@ def _named(word: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def _prepared(prefix: Path, tokenizer: Tokenizer | None, max_tokens: int) -> tuple[np.ndarray, ...]:
+def is_prepared(path: Path) -> bool:
+    """Whether a path is the prefix of prepared data."""
+    return add_suffix(path, ".idx").is_file() or add_suffix(path, ".bin").is_file()
+
+
+def open_prepared(prefix: Path, tokenizer: Tokenizer | None) -> IndexedDataset:
+    """Prepared data whose ids mean what they mean to the model.
+
+    Raises:
+        UserError: files missing or damaged, numbers that are no ids, or another tokenizer's.
+    """
     indexed = IndexedDataset(prefix)
     if indexed.dtype.kind not in "iu":
         raise UserError(f"{prefix}.bin holds {indexed.dtype.name} numbers, which are not token ids")
@@ -186,6 +200,21 @@ def _prepared(prefix: Path, tokenizer: Tokenizer | None, max_tokens: int) -> tup
                 f"model's ({ours[:12]}); give the text itself, or prepare it with the tokenizer "
                 "in the run folder"
             )
+    return indexed
+
+
+def check_ids(name: str, source: str, smallest: int, largest: int, vocab_size: int) -> None:
+    """Raises UserError unless the model knows all ids of a domain."""
+    if smallest < 0 or largest >= vocab_size:
+        raise UserError(
+            f"the domain {name} ({source}) holds the id {smallest if smallest < 0 else largest}, "
+            f"but the model knows ids 0 to {vocab_size - 1}: use the tokenizer the model was "
+            "trained with"
+        )
+
+
+def _prepared(prefix: Path, tokenizer: Tokenizer | None, max_tokens: int) -> tuple[np.ndarray, ...]:
+    indexed = open_prepared(prefix, tokenizer)
     numbers = _shuffled(range(indexed.num_documents))
     return _beginnings(((indexed.document(i),) for i in numbers), len(numbers), max_tokens)
 
@@ -245,10 +274,5 @@ def _checked(domain: Domain, vocab_size: int) -> Domain:
         raise UserError(f"the domain {domain.name} ({domain.source}) holds no text")
     smallest = min(int(ids.min()) for ids in domain.documents)
     largest = max(int(ids.max()) for ids in domain.documents)
-    if smallest < 0 or largest >= vocab_size:
-        raise UserError(
-            f"the domain {domain.name} ({domain.source}) holds the id "
-            f"{smallest if smallest < 0 else largest}, but the model knows ids 0 to "
-            f"{vocab_size - 1}: use the tokenizer the model was trained with"
-        )
+    check_ids(domain.name, domain.source, smallest, largest, vocab_size)
     return domain

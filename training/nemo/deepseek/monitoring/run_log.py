@@ -34,6 +34,7 @@ from deepseek.run_folder import (
     COLLECTIVES_FILE,
     CONFIG_FILE,
     ENVIRONMENT_FILE,
+    EVALUATIONS_FILE,
     EXPERTS_FILE,
     METRICS_FILE,
     MONITOR,
@@ -117,8 +118,10 @@ class RunLog:
         }
         self._steps, self._validations = _Table(), _Table()
         self._sample_lines = _Lines(self.folder / SAMPLES_FILE)
+        self._evaluation_lines = _Lines(self.folder / EVALUATIONS_FILE)
         self._collectives: list[dict[str, Any]] = []
         self._samples: list[dict[str, Any]] = []
+        self._evaluations: list[dict[str, Any]] = []
         self._notes: list[str] = []
         self.events: list[dict[str, Any]] = []
         self.lost_steps = 0
@@ -335,6 +338,13 @@ class RunLog:
         for rows in self._sample_lines.new():
             self._samples += rows
         return self._samples
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Results of ``deepseek eval``: ``step``, ``window``, ``stride`` and ``domains``."""
+        for rows in self._evaluation_lines.new():
+            self._evaluations += rows
+        return self._evaluations
 
     # -- experts, ranks, traffic --
 

@@ -25,6 +25,7 @@ from deepseek.monitoring.report.run_panels import (
     config_panel,
     data_panel,
     environment_panel,
+    evaluations_panel,
     events_panel,
     headline,
     last_row,
@@ -144,8 +145,10 @@ def plotly_script() -> str:
 
 
 def _run_tab(run: RunLog) -> Tab:
+    evaluations = evaluations_panel(run)
+    losses = [*loss_panels(run), samples_panel(run), *([evaluations] if evaluations else [])]
     sections = [
-        Section("loss", "Loss", [*loss_panels(run), samples_panel(run)]),
+        Section("loss", "Loss", losses),
         Section("events", "Alarms and events", [alarms_panel(run), events_panel(run)]),
         Section("training", "Training", training_panels(run)),
         Section("experts", "Experts", expert_panels(run.experts)),

@@ -27,6 +27,7 @@ from deepseek.monitoring.run_log import RunLog
 MOST_ALARMS = 200
 MOST_EVENTS = 100
 MOST_SAMPLES = 3
+MOST_EVALUATIONS = 100
 COLORS = ("@0", "@1", "@2", "@4", "@3", "@5", "@6", "@7")
 DASHES = ("solid", "dash", "dot", "dashdot")
 IN_DATA_PANEL = ("parameters", "active_parameters", "trained_parameters", "data")
@@ -194,6 +195,31 @@ def samples_panel(run: RunLog) -> Panel:
         for sample in reversed(samples)
     ]
     return Panel("samples", title, body="".join(bodies))
+
+
+def evaluations_panel(run: RunLog) -> Panel | None:
+    """What ``deepseek eval`` found, the newest first; None where it never ran."""
+    rows = [
+        [
+            f"{found['step']:,}",
+            str(domain.get("name", "")),
+            f"{found.get('window', '')} / {found.get('stride', '')}",
+            *(_number(domain.get(key)) for key in ("loss", "perplexity", "bits_per_byte")),
+        ]
+        for found in reversed(run.evaluations)
+        for domain in found.get("domains", [])
+        if isinstance(domain, dict)
+    ]
+    if not rows:
+        return None
+    note = "Nats per predicted id; every document is read alone, in windows of so many ids."
+    words = ["step", "domain", "window / stride", "loss", "perplexity", "bits per byte"]
+    body = table(words, rows[:MOST_EVALUATIONS], "r l r r r r")
+    return Panel("evaluations", "Evaluations", note, body=body, wide=True)
+
+
+def _number(value: Any) -> str:
+    return f"{value:,.4f}" if isinstance(value, int | float) else "-"
 
 
 def _escaped(text: Any) -> str:
