@@ -2,7 +2,7 @@
 #   make train    environment, corpus, tokenizer, a real training run of a few minutes, a sample, a report
 #   make test     environments, style, types, layers, the suite, and what may differ again with NeMo
 # Others take hours, or measure:
-#   make test-all the suite in its long version: more layouts, kills and drawn examples
+#   make test-all the suite in its long version: more layouts, kills, drawn examples and planted faults
 #   make sweep    400 random parallel layouts against one process, and checkpoints between layouts
 #   make bench    training and decoding against Hugging Face transformers
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
@@ -44,6 +44,8 @@ test-all: lint browser $(VENV)/.ready $(NEMO)/.ready sweep
 	$(VENV)/bin/python -m pytest $(TEST_FLAGS) -m "" --timeout 3600
 	@echo "== and with NVIDIA NeMo"
 	$(NEMO)/bin/python -m pytest $(TEST_FLAGS) -m "" --timeout 3600
+	@echo "== the suite notices faults that are planted in the package"
+	cd tests && ../$(VENV)/bin/python -m support.mutations
 
 # Another torch than the pinned one, in an environment of its own: make test-torch TORCH=2.11.0
 test-torch:

@@ -290,18 +290,19 @@ def test_report_gives_both_digests(manager: CheckpointManager) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_truncated(manager: CheckpointManager, name: str) -> None:
+def test_shorter_or_longer(manager: CheckpointManager, name: str) -> None:
     save(manager, 1)
     path = save(manager, 2)
     size = (path / name).stat().st_size
-    os.truncate(path / name, size - 1)
-    assert manager.steps() == [1]
-    checkpoint, report = newest_with_report(manager.folder)
-    assert checkpoint is not None and checkpoint.step == 1
-    if name == "manifest.json":
-        assert f"{path}: manifest.json: not a manifest" in report
-    else:
-        assert f"{path} is damaged: {name}: size is {size - 1} bytes, expected {size}" in report
+    for wrong in (size - 1, size + 1):
+        os.truncate(path / name, wrong)
+        assert manager.steps() == [1]
+        checkpoint, report = newest_with_report(manager.folder)
+        assert checkpoint is not None and checkpoint.step == 1
+        if name == "manifest.json":
+            assert f"{path}: manifest.json: not a manifest" in report
+        else:
+            assert f"{path} is damaged: {name}: size is {wrong} bytes, expected {size}" in report
 
 
 @pytest.mark.parametrize("name", FILES)

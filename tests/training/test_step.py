@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek.config.schema import ModelConfig, OptimConfig, SchedConfig
+from deepseek.config.schema import DataConfig, ModelConfig, OptimConfig, SchedConfig
+from deepseek.models.transformer import loss_sums
 from deepseek.training.step import (
     MAX_SKIPPED_IN_A_ROW,
     DeepSeekModel,
@@ -110,10 +111,39 @@ def test_padding_changes_nothing() -> None:
     assert_same(plain, padded)
 
 
-def test_clipping_bounds_the_update_and_reports_the_norm_before() -> None:
-    free, clipped = Driven(CONFIG, clip=0.0), Driven(CONFIG, clip=1e-3)
-    norms = [driven.run([batch(0)])[0].grad_norm for driven in (free, clipped)]
-    assert norms[0] == norms[1] > 1e-3
+@pytest.mark.parametrize("isolated", [False, True])
+def test_gradients_are_those_of_the_mean_over_labels_and_clipped(isolated: bool) -> None:
+    """What the optimiser sees, with no limit of the norm, one above it and one below."""
+    config = replace(CONFIG, data=DataConfig(seq_length=19, isolate_documents=isolated))
+    made = batch(0, padding=3)
+    made["documents"][:, 6:16] = 1
+    for clip in (0.0, 1e3, 1e-3):
+        driven = Driven(config, clip)
+        wanted = by_hand(driven.module.model, made)
+        norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+        factor = min(1.0, clip / float(norm)) if clip else 1.0
+        driven.optimizer.step = lambda: None
+        driven.optimizer.zero_grad = lambda: None
+        assert driven.run([made])[0].grad_norm == pytest.approx(float(norm), rel=1e-9)
+        for name, parameter in driven.module.model.named_parameters():
+            error = (parameter.grad - factor * wanted[name]).abs().max()
+            # clipping adds 1e-6 to the norm
+            assert error <= 3e-6 * factor * wanted[name].abs().max(), (clip, name)
+
+
+def by_hand(model: Any, made: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of the mean over labels, and of the balance losses' mean over real tokens."""
+    real = made["documents"] >= 0
+    documents = made["documents"] if model.config.data.isolate_documents else None
+    scale = 1 / real.sum()
+    context = model.context(made["tokens"], made["positions"], documents, real, scale)
+    hidden = model.hidden_states(made["tokens"], context)
+    sums = loss_sums(hidden.main_BSD, hidden.mtp_BSD, model.head, made["labels"], documents)
+    loss = sums.main + model.config.mtp_loss_scaling_factor * sums.mtp
+    (loss / (made["labels"] >= 0).sum()).backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return found
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
