@@ -10,7 +10,6 @@ import inspect
 import pickle
 import re
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -32,10 +31,6 @@ def one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def set_pg_timeout() -> None:
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=7), dist.group.WORLD)
 
 
 def current_graph_task_id() -> None:
@@ -119,7 +114,6 @@ def optim_step_progress() -> None:
 
 
 NAMES: dict[str, Callable[[], None]] = {
-    "distributed_c10d._set_pg_timeout": set_pg_timeout,
     "torch._C._current_graph_task_id": current_graph_task_id,
     "DTensor(local, tensor._spec)": dtensor_of_a_spec,
     "tensor._utils.compute_local_shape_and_global_offset": local_shape_and_global_offset,

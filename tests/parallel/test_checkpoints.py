@@ -321,16 +321,16 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step(tmp_path: Path) -> N
 def _signalled(rank: int, case: Case, folder: Path, target: int) -> tuple[int, list[str]]:
     """After which step it stopped, and what was said; rank ``target`` has a signal in step 2, and
     all others one just after, as a cluster sends it to all."""
-    driven = drive(case)
+    driven, batch = drive(case), next(batches(case))
     lines: list[str] = []
     callback = Checkpointing(folder, CheckpointConfig(), {}, "", True, lines.append)
     trainer: Any = SimpleNamespace(should_stop=False, val_check_batch=7, limit_val_batches=3)
     callback._listen(driven.module)
     try:
         for step in range(1, 4):
-            driven.module.finished_steps = step
             if step == 2 and rank == target:
                 os.kill(os.getpid(), signal.SIGTERM)
+            driven.run([batch])
             callback.on_train_batch_end(trainer, driven.module)
             if trainer.should_stop:
                 break

@@ -38,7 +38,7 @@ def calls(operation: str) -> list[list[tuple[int, float, float, bool]]]:
 def planted(rank: int) -> tuple[str, dict[str, np.ndarray]]:
     meshes = Meshes(Layout(dp_shard=RANKS, ep=RANKS), "cpu", timedelta(seconds=60))
     recorder = CommunicationRecorder(meshes)
-    name = meshes.names()[meshes.ep]
+    name = meshes.names("all_to_all")[meshes.ep]
     for operation in OPERATIONS:
         for call in calls(operation):
             size, begin, end, exposed = call[rank]

@@ -156,6 +156,9 @@ def join(processes: Processes, device_type: str, timeout: timedelta) -> None:
                 "per GPU, and let each see all of them (no CUDA_VISIBLE_DEVICES of its own)"
             )
         torch.cuda.set_device(processes.local_rank)
+        # For messages alone, gloo need not connect every rank with every other before it starts:
+        # that takes more sockets than a process may usually have from a thousand ranks on.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     store = _open_store(processes, timeout)
     # torchrun keeps one store for all attempts, in which gloo would find the addresses of the dead.
     name = f"attempt{processes.attempt}.{_times_joined}"
@@ -166,6 +169,8 @@ def join(processes: Processes, device_type: str, timeout: timedelta) -> None:
             rank=processes.rank,
             world_size=processes.world_size,
             timeout=timeout,
+            # Known, NCCL connects at once, and groups are split off by one call for all of them.
+            device_id=torch.device("cuda", processes.local_rank) if device_type == "cuda" else None,
         )
     except RuntimeError as error:
         # On one machine nothing can be misconfigured: a rank died, and all start anew.

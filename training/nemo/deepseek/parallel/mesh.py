@@ -1,22 +1,39 @@
 """The two meshes over the ranks, every process group there is, and what of a tensor lies here.
 
 A mesh has axes (``config/layout.py`` names them); a tensor has dims. Every group is made here, so
-that it has a name and the configured time-out.
+that it has a name and the configured time-out, and none is made twice: a communicator of NCCL takes
+memory of the device, and one of gloo a socket to every other rank.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from deepseek.config.layout import DENSE_AXES, SPARSE_AXES, Layout
+
+OPERATIONS_OF = {
+    "pp": ("send_recv",),
+    "dp_replicate": ("all_reduce",),
+    "dp_shard": ("all_gather", "reduce_scatter"),
+    "tp": ("all_gather", "reduce_scatter", "all_reduce"),
+    "edp": ("all_gather", "reduce_scatter"),
+    "ep": ("all_to_all",),
+    "data": ("all_reduce",),
+    "stage": ("all_reduce",),
+    "ends": ("all_reduce",),
+    "world": ("all_reduce",),
+}
+"""What passes in each group; so traffic is told apart where groups have the same ranks."""
 
 
 class Meshes:
@@ -43,20 +60,17 @@ class Meshes:
         self.timeout = timeout
         self.rank = dist.get_rank()
         self.coordinate = layout.coordinate(self.rank)
-        self.dense = init_device_mesh(device_type, layout.dense_sizes, mesh_dim_names=DENSE_AXES)
-        self.sparse = init_device_mesh(device_type, layout.sparse_sizes, mesh_dim_names=SPARSE_AXES)
-        for mesh in (self.dense, self.sparse):
-            for axis in mesh.mesh_dim_names or ():
-                dist.distributed_c10d._set_pg_timeout(timeout, mesh.get_group(axis))
+        self._made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
+        self.dense = self._mesh(DENSE_AXES, layout.dense_sizes)
+        self.sparse = self._mesh(SPARSE_AXES, layout.sparse_sizes)
         self.pp = self.dense.get_group("pp")
         self.tp = self.dense.get_group("tp")
         self.ep = self.sparse.get_group("ep")
         ranks = self.dense.mesh
-        self.data = self._group("data", ranks.movedim(3, 1).flatten(2).flatten(0, 1).tolist())
-        self.stage = self._group("stage", ranks.flatten(1).tolist())
+        self.data = self._group("data", ranks.movedim(3, 1).flatten(2).flatten(0, 1))
+        self.stage = self._group("stage", ranks.flatten(1))
+        self.world = self._group("world", ranks.flatten().unsqueeze(0))
         self.ends = self._ends()
-        # Not torch's default group, which may be that of an axis: its traffic is told apart.
-        self.world = self._group("world", [ranks.flatten().tolist()])
 
     @property
     def data_rank(self) -> int:
@@ -77,39 +91,61 @@ class Meshes:
             return self.sparse["dp_replicate", "edp"]
         return self.sparse["edp"]
 
-    def names(self) -> dict[dist.ProcessGroup, str]:
-        """Every group of this rank that has other ranks, and what it is called.
+    def names(self, operation: str) -> dict[dist.ProcessGroup, str]:
+        """The groups of this rank in which such calls pass between ranks, and what they are called.
 
-        torch gives two axes that both span all ranks one group: ``tp+ep``.
+        One that several axes share has all their names: ``tp+edp``.
         """
-        meshes = ((self.dense, DENSE_AXES), (self.sparse, SPARSE_AXES))
-        named: list[tuple[str, dist.ProcessGroup | None]] = [
-            (axis, mesh.get_group(axis)) for mesh, axes in meshes for axis in axes
-        ]
-        named += [("data", self.data), ("stage", self.stage), ("world", self.world)]
-        named += [("ends", self.ends)]
         names: dict[dist.ProcessGroup, str] = {}
-        for name, group in named:
-            if group is not None and dist.get_world_size(group) > 1:
+        for name, operations in OPERATIONS_OF.items():
+            mesh = self.sparse if name in SPARSE_AXES else self.dense
+            group = getattr(self, name, None) or (
+                mesh.get_group(name) if name in (mesh.mesh_dim_names or ()) else None
+            )
+            if operation in operations and group is not None and dist.get_world_size(group) > 1:
                 names[group] = f"{names[group]}+{name}" if group in names else name
         return names
+
+    def _mesh(self, axes: tuple[str, ...], sizes: tuple[int, ...]) -> DeviceMesh:
+        ranks = torch.arange(self.layout.world_size, dtype=torch.int).view(sizes)
+        groups = [
+            self._group(axis, ranks.movedim(dim, -1).flatten(0, -2))
+            for dim, axis in enumerate(axes)
+        ]
+        return DeviceMesh.from_group(
+            cast(list[dist.ProcessGroup], groups), self.device_type, ranks, mesh_dim_names=axes
+        )
 
     def _ends(self) -> dist.ProcessGroup | None:
         """First and last stage share the embedding, of which the last has a copy for MTP."""
         if self.layout.pp == 1:
             return None
         ranks = self.dense.mesh.flatten(1)
-        pairs = [[int(first), int(last)] for first, last in zip(ranks[0], ranks[-1], strict=True)]
-        return self._group("ends", pairs)
+        return self._group("ends", torch.stack([ranks[0], ranks[-1]], dim=1))
 
-    def _group(self, name: str, members: list[list[int]]) -> dist.ProcessGroup | None:
-        """The one of these disjoint groups that has this rank. Every rank makes every group."""
-        mine = None
-        for index, ranks in enumerate(members):
-            group = dist.new_group(ranks, timeout=self.timeout, group_desc=f"{name}_{index}")
-            if self.rank in ranks:
-                mine = group
-        return mine
+    def _group(self, name: str, ranks_GR: Tensor) -> dist.ProcessGroup | None:
+        """The one of these disjoint groups, a row each, that has this rank; made if it is new."""
+        members = ranks_GR.tolist()
+        key = tuple(map(tuple, members))
+        if key not in self._made:
+            self._made[key] = self._new_group(name, members)
+        return self._made[key]
+
+    def _new_group(self, name: str, members: list[list[int]]) -> dist.ProcessGroup | None:
+        world = dist.group.WORLD
+        assert world is not None
+        if len(members[0]) == self.layout.world_size:
+            return world
+        options: dict[str, Any] = {"timeout": self.timeout, "group_desc": name}
+        if world.bound_device_id is not None:  # NCCL, which splits all ranks into these by one call
+            if "backend" in inspect.signature(dist.split_group).parameters:  # torch 2.13
+                options["backend"] = "cuda:nccl"  # and no sockets of gloo for each
+            return dist.split_group(split_ranks=members, **options)
+        mine = next((ranks for ranks in members if self.rank in ranks), None)
+        if sum(map(len, members)) == self.layout.world_size:  # nobody waits for other groups
+            return dist.new_group(mine, use_local_synchronization=True, **options)
+        made = {tuple(ranks): dist.new_group(ranks, **options) for ranks in members}
+        return made[tuple(mine)] if mine else None
 
 
 class SingleProcess:

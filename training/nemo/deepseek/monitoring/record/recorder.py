@@ -110,8 +110,11 @@ class CommunicationRecorder:
     def __init__(self, meshes: Meshes) -> None:
         self._meshes = meshes
         self._on_gpu = meshes.device_type == "cuda"
-        self._names = meshes.names()
-        self._groups = {name: group for group, name in self._names.items()}
+        operations = (*OPERATIONS.values(), SEND_RECV)
+        self._names = {operation: meshes.names(operation) for operation in operations}
+        self._groups = {
+            name: group for names in self._names.values() for group, name in names.items()
+        }
         self._members = {
             name: dist.get_process_group_ranks(group) for name, group in self._groups.items()
         }
@@ -125,9 +128,10 @@ class CommunicationRecorder:
 
     def kinds(self) -> list[Kind]:
         """Every kind of call there may be; the same on all ranks."""
-        groups = sorted({*self._groups, "pp", "ends", "other"})
-        operations = sorted({*OPERATIONS.values(), SEND_RECV})
-        return [Kind(group, op) for group in groups for op in operations]
+        found = {Kind(name, op) for op, names in self._names.items() for name in names.values()}
+        found |= {Kind("other", op) for op in self._names}
+        found |= {Kind("pp", SEND_RECV), Kind("ends", "all_reduce")}  # not on every rank
+        return sorted(found, key=lambda kind: (kind.group, kind.operation))
 
     def start(self) -> None:
         """Begin, with nothing recorded."""
@@ -264,7 +268,7 @@ class CommunicationRecorder:
             return sends
         input_of = argument(next(n for n in ("input_tensor", "input", "tensor") if n in names))
         group_of, splits_of = argument("group"), argument("input_split_sizes")
-        kinds = {group: Kind(name, operation) for group, name in self._names.items()}
+        kinds = {group: Kind(name, operation) for group, name in self._names[operation].items()}
         other = Kind("other", operation)
 
         def tensors(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Kind, int]:
