@@ -457,6 +457,11 @@ ONE_PROBLEM = [
     ),
     # data, files, folders
     (
+        "model.vocab_size=200",
+        "model.vocab_size",
+        ["less than the 262 ids of the smallest tokenizer", "use 262 or more, or give a smaller"],
+    ),
+    (
         "model.tokenizer.vocab_size=5000",
         "model.tokenizer.vocab_size",
         ["model.vocab_size=4096 has no rows for", "model.vocab_size=5000"],

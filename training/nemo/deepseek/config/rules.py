@@ -375,7 +375,17 @@ def vocabulary(cfg: RunConfig) -> Iterator[Problem]:
     if cfg.model.tokenizer.path is not None or cfg.model.data.data_prefix is not None:
         return
     ids, rows = cfg.model.tokenizer.vocab_size, cfg.model.vocab_size
-    if ids > rows:
+    least = int(LEAVES["model.tokenizer.vocab_size"].limits.low)
+    if rows < least:
+        yield Problem(
+            "model.vocab_size",
+            rows,
+            f"is less than the {least} ids of the smallest tokenizer that is trained here (256 "
+            "bytes and 6 special tokens)",
+            f"use {least} or more, or give a smaller tokenizer: data prepared with it as "
+            "model.data.data_prefix, or model.tokenizer.path",
+        )
+    elif ids > rows:
         yield Problem(
             "model.tokenizer.vocab_size",
             ids,
