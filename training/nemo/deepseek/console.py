@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -27,15 +28,33 @@ def speak_for_all(rank: int, local_rank: int) -> None:
     _speaks, _ends_first = rank == 0, local_rank == 0
 
 
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""What moves the cursor, colours, rings or turns the direction, and halves of characters, which no
+terminal takes. Line ends and tabs may be text."""
+
+
+def printable(text: str, lines: bool = False) -> str:
+    """``text`` with control characters spelt out: names and texts of others reach the terminal.
+
+    Args:
+        text: any.
+        lines: it may have line ends and tabs; else these are spelt out too.
+    """
+    spelt = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    return spelt if lines else spelt.replace("\n", "\\n").replace("\t", "\\t")
+
+
 def say(message: str = "") -> None:
     """One line on standard output, at once."""
     if _speaks:
-        print(message, flush=True)
+        print(printable(message, lines=True), flush=True)
 
 
 def complain(message: str) -> None:
     """One message on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message, lines=True), file=sys.stderr, flush=True)
 
 
 def complain_at_the_end(message: str, by_first_alone: bool = False) -> None:
@@ -56,11 +75,6 @@ def complain_at_the_end(message: str, by_first_alone: bool = False) -> None:
     complain(message)
 
 
-def printable(text: str) -> str:
-    """``text`` without what would move the cursor or colour a terminal: that is spelt out."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], compact: bool = False
 ) -> None:
@@ -74,6 +88,7 @@ def table(
     """
     if not _speaks:
         return
+    rows = [[printable(cell, lines=True) for cell in row] for row in rows]
     try:
         from rich.console import Console
         from rich.table import Table

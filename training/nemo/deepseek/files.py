@@ -11,6 +11,7 @@ import shutil
 import socket
 import uuid
 import weakref
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -139,6 +140,31 @@ def sha256_of(path: Path) -> str:
         while count := stream.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def zip_damage(path: Path) -> str | None:
+    """What is wrong with a zip archive of ``torch.save``, in words; None: nothing.
+
+    torch does not look at the archive's own CRC-32. Where it was told not to write them
+    (``torch.serialization.set_crc32_options``) they are 0. It never compresses: what is compressed
+    may be a few bytes that unpack to all memory.
+
+    Raises:
+        zipfile.BadZipFile, NotImplementedError, RuntimeError: it is no zip archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        for member in members:
+            if member.compress_type != zipfile.ZIP_STORED:
+                return f"{member.filename} is compressed, which torch.save never does"
+        for member in members:
+            try:
+                with archive.open(member) as stream:
+                    while member.CRC and stream.read(BLOCK):
+                        pass
+            except (zipfile.BadZipFile, EOFError):
+                return f"the check sum of {member.filename} is wrong"
+    return None
 
 
 def has_size(path: Path, entry: FileEntry) -> bool:

@@ -238,7 +238,9 @@ class ModelConfig:
         4096, "rows of embedding and head; the tokenizer's or more", unit="ids", at_least=1
     )
     hidden_size: int = key(256, "width of the residual stream (D)", unit="dims", at_least=1)
-    num_hidden_layers: int = key(4, "without the MTP modules", unit="blocks", at_least=1)
+    num_hidden_layers: int = key(
+        4, "without the MTP modules", unit="blocks", at_least=1, at_most=10_000
+    )
     num_attention_heads: int = key(8, "attention heads (N)", unit="heads", at_least=1)
     q_lora_rank: int | None = key(
         None,
@@ -258,7 +260,9 @@ class ModelConfig:
     v_head_dim: int = key(32, "value dims of a head", unit="dims", at_least=1)
     intermediate_size: int = key(1024, "hidden width of a dense SwiGLU", unit="dims", at_least=1)
     moe_intermediate_size: int = key(256, "hidden width of one expert (F)", unit="dims", at_least=1)
-    n_routed_experts: int = key(8, "routed experts of a MoE layer (E)", unit="experts", at_least=1)
+    n_routed_experts: int = key(
+        8, "routed experts of a MoE layer (E)", unit="experts", at_least=1, at_most=100_000
+    )
     n_shared_experts: int = key(
         1,
         "shared experts of a MoE layer, fused into one SwiGLU this many times "

@@ -94,6 +94,15 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self._name, self._document, self._depth = name, document, 0
 
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """An alias, which is refused, stands for nothing: a few lines of them could stand for
+        billions."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()
+            return yaml.ScalarNode(_NULL, "", event.start_mark, event.end_mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
+
     def get_event(self) -> yaml.Event:
         """The next event, of which the nodes are composed."""
         event: yaml.Event = super().get_event()

@@ -722,6 +722,8 @@ def _parse_json(text: str, origin: str) -> dict[str, Any]:
         raise UserError(
             f"{origin}:{error.lineno}: not JSON ({error.msg}); download or copy the file again"
         ) from error
+    except (ValueError, RecursionError) as error:  # numbers of 5000 digits, brackets 1000 deep
+        raise UserError(f"{origin}: not JSON ({error}); download or copy the file again") from error
     if not isinstance(parsed, dict):
         raise UserError(f"{origin} holds a JSON {type(parsed).__name__}, expected an object")
     return parsed

@@ -13,7 +13,7 @@ import errno
 import io
 import json
 import re
-import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ from deepseek.checkpoint.metadata import METADATA, read_foreign_metadata
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.shards import TensorSpec, read_shards
 from deepseek.config.errors import UserError
-from deepseek.files import BLOCK
+from deepseek.files import zip_damage
 from deepseek.run_folder import CHECKPOINTS
 
 SAVE_AGAIN = (
@@ -38,6 +38,8 @@ SAVE_AGAIN = (
 _FILES = (".pt", ".pth", ".bin", ".ckpt")
 _LARGEST_OBJECT = 1 << 20
 """Bytes of what is no tensor, beyond which it is not looked at."""
+_MOST_TIMES = 100
+"""That one dictionary stands in a file."""
 _RANK_FILE = re.compile(r"rank[_-]?\d+.*\.(pt|pth|bin|ckpt)$")
 _LOCAL = re.compile(r"(^|\.)(_?flat_param)(\.|_|$)")
 
@@ -100,12 +102,17 @@ class FullFile:
         self.objects: dict[str, Any] = {}
         self.unread: list[str] = []
         self.paths: dict[str, Keys] = {}
-        for keys, value in _flat(_load(path), ()):
+        for keys, value in _entries(path, _load(path)):
             name = ".".join(str(key[0] if isinstance(key, tuple) else key) for key in keys)
             self.paths[name] = keys
             if isinstance(value, DTensor):
                 raise _local(path, f"{name} is one rank's shard")
             if isinstance(value, Tensor):
+                if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                    raise UserError(
+                        f"{path}: {name} says {tuple(value.shape)} and holds fewer numbers, which "
+                        "it repeats; save it with .contiguous()"
+                    )
                 self._values[name] = value
             else:
                 self.objects[name] = value
@@ -291,8 +298,13 @@ def _load(path: Path) -> object:
     try:
         with open(path, "rb") as stream:
             zipped = stream.read(4) == b"PK\x03\x04"
+        damage = zip_damage(path) if zipped else None
+        if damage is not None:
+            raise UserError(f"{path} is damaged: {damage}; copy it again, or use another step")
         # Mapped, the numbers stay on the disk until they are used; old files cannot be.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except UserError:
+        raise
     except OSError as failure:
         if failure.errno != errno.EINVAL:  # of a part that lies beyond the end
             raise UserError(f"{path}: cannot be read: {failure.strerror}") from failure
@@ -312,8 +324,6 @@ def _load(path: Path) -> object:
             f"{path}: no file of torch.save, or damaged ({type(failure).__name__}); give a .pt "
             "file of state dicts, or copy it again from where it was written"
         ) from None
-    if zipped:
-        _verify(path)
     if not isinstance(content, Mapping):
         raise UserError(
             f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors"
@@ -321,33 +331,34 @@ def _load(path: Path) -> object:
     return content
 
 
-def _verify(path: Path) -> None:
-    """Raise ``UserError`` if the zip's own CRC-32 say that a member is not what was written.
+def _entries(path: Path, content: object) -> Iterator[tuple[Keys, Any]]:
+    """What lies in dictionaries, and in lists of dictionaries; nothing without an end."""
+    try:
+        yield from _flat(content, (), Counter())
+    except RecursionError:
+        raise UserError(
+            f"{path}: its dictionaries lie too deep or too often in one another, or in themselves; "
+            "give a file of state dicts"
+        ) from None
 
-    torch does not look at them. Where it was told not to write them
-    (``torch.serialization.set_crc32_options``) they are 0.
+
+def _flat(value: object, keys: Keys, met: Counter[int]) -> Iterator[tuple[Keys, Any]]:
+    """What lies in dictionaries, and in lists of dictionaries, as DCP looks into them.
+
+    Args:
+        value: any object.
+        keys: under which it lies.
+        met: counts how often each dictionary is entered, by its ``id``.
     """
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            try:
-                with archive.open(member) as stream:
-                    while member.CRC and stream.read(BLOCK):
-                        pass
-            except (zipfile.BadZipFile, EOFError):
-                raise UserError(
-                    f"{path} is damaged: the check sum of {member.filename} is wrong; copy it "
-                    "again, or use another step"
-                ) from None
-
-
-def _flat(value: object, keys: Keys) -> Iterator[tuple[Keys, Any]]:
-    """What lies in dictionaries, and in lists of dictionaries, as DCP looks into them."""
     if isinstance(value, Mapping):
+        met[id(value)] += 1
+        if met[id(value)] > _MOST_TIMES:  # a few could hold each other without number
+            raise RecursionError
         for key, inner in value.items():
-            yield from _flat(inner, (*keys, key if isinstance(key, str) else (key,)))
+            yield from _flat(inner, (*keys, key if isinstance(key, str) else (key,)), met)
     elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
         for index, inner in enumerate(value):
-            yield from _flat(inner, (*keys, index))
+            yield from _flat(inner, (*keys, index), met)
     else:
         yield keys, value
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import mmap
@@ -19,7 +20,6 @@ import socket
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,8 +38,8 @@ from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.shards import TensorSpec
 from deepseek.config.errors import ConfigError, UserError
 from deepseek.config.schema import ModelConfig
-from deepseek.config.yaml_file import dump_yaml, read_yaml
-from deepseek.files import require_room, sync_folder
+from deepseek.config.yaml_file import MAX_BYTES, dump_yaml, read_yaml
+from deepseek.files import require_room, sync_folder, zip_damage
 from deepseek.interop.huggingface import account, our_shapes
 from deepseek.parallel.mesh import local, local_slices
 
@@ -47,8 +47,8 @@ SUFFIX = ".nemo"
 _CONFIG, _WEIGHTS, _ORIGIN = "model_config.yaml", "model_weights.ckpt", "deepseek.json"
 _NEMOS_KEYS = ("target", "nemo_version")
 """What NeMo adds to the ``model`` section."""
-_LARGEST_TEXT = 1 << 20
-"""Bytes of a member that is no weights."""
+_MOST_MEMBERS = 1000
+"""Of a file that is looked through: NeMo's hold weights, configuration and some texts."""
 
 
 class NemoWriter:
@@ -194,7 +194,7 @@ def step_in(path: Path) -> int | None:
     try:
         with tarfile.open(path, "r:") as tar:
             stream = tar.extractfile(f"./{_ORIGIN}")
-            return None if stream is None else _step(stream.read(_LARGEST_TEXT))
+            return None if stream is None else _step(stream.read(MAX_BYTES))
     except (OSError, tarfile.TarError, KeyError, TypeError, ValueError):
         return None
 
@@ -209,10 +209,13 @@ def _unpack(path: Path, folder: Path) -> Path:
     """Unpack the members that count into ``folder``, and verify the check sums of the weights."""
     try:
         with tarfile.open(path, "r:") as tar:
-            members = {member.name.removeprefix("./"): member for member in tar.getmembers()}
+            found = list(itertools.islice(tar, _MOST_MEMBERS + 1))
+            if len(found) > _MOST_MEMBERS:
+                raise tarfile.TarError(f"it has more than {_MOST_MEMBERS:,} members")
+            members = {member.name.removeprefix("./"): member for member in found}
             weights = members[_WEIGHTS]
             require_room(folder, weights.size, "the unpacked file (TMPDIR says where it lies)")
-            limits = {_CONFIG: _LARGEST_TEXT, _ORIGIN: _LARGEST_TEXT, _WEIGHTS: path.stat().st_size}
+            limits = {_CONFIG: MAX_BYTES, _ORIGIN: MAX_BYTES, _WEIGHTS: path.stat().st_size}
             for name in limits.keys() & members.keys():
                 member = members[name]
                 if not member.isreg() or member.size > limits[name]:
@@ -223,12 +226,11 @@ def _unpack(path: Path, folder: Path) -> Path:
     except (tarfile.TarError, KeyError) as wrong:
         raise _no_nemo_file(path, wrong) from wrong
     try:
-        with zipfile.ZipFile(folder / _WEIGHTS) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as wrong:
+        damage = zip_damage(folder / _WEIGHTS)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as wrong:
         raise _no_weights(path, wrong) from wrong
-    if damaged is not None:
-        raise UserError(f"{path} is damaged: the check sum of {damaged} is wrong; copy it again")
+    if damage is not None:
+        raise UserError(f"{path} is damaged: {damage}; copy it again")
     return folder
 
 
