@@ -368,7 +368,9 @@ def test_large_data_needs_no_table() -> None:
     assert len(places) == 500 and max(places) < size and max(places) > size // 2
 
 
-def test_a_pass_has_every_stretch_once_and_mixes_documents(tmp_path: Path) -> None:
+def test_a_pass_has_every_stretch_once_and_mixes_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with IndexedWriter(tmp_path / "p", np.dtype("<u2")) as writer:
         for document in range(10):
             writer.add_document([document] * 400)
@@ -382,3 +384,7 @@ def test_a_pass_has_every_stretch_once_and_mixes_documents(tmp_path: Path) -> No
         {int(data[i]["tokens"][0]) for i in range(first, first + 8)} for first in range(0, 160, 8)
     ]
     assert np.mean([len(batch) for batch in batches]) > 4  # eight neighbours would show one or two
+    monkeypatch.setattr(data, "stretch", lambda number: number)
+    orders = np.array([data[i] for i in range(3 * len(data))]).reshape(3, -1)
+    orders -= len(data) * np.arange(3)[:, None]
+    assert len(np.unique(orders, axis=0)) == 3  # each pass has an order of its own
