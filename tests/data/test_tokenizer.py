@@ -272,7 +272,6 @@ def test_without_the_library_bytes_are_used_aloud(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (source("<|x|>"), r"no token ends a document; put a tokenizer_config\.json beside it"),
         ("{", r"tokenizer\.json:1: not JSON"),
         ("[1]", r"holds a JSON list, expected an object"),
         ('{"a": 1}', r"not a tokenizer: it has no model\.vocab"),

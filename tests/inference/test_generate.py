@@ -80,19 +80,19 @@ def test_greedy_equals_the_plain_loop(
     made = model(**CASES[case])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PREFILL_TOKENS", prefill)
-        got = generate(made, prompts, count, GREEDY, None)
+        got = generate(made, prompts, count, GREEDY, ())
     assert got == [plain_loop(made, prompt, count) for prompt in prompts]
 
 
 def test_fp32() -> None:
     made = model(torch.float32)
     prompts = [[1, 2, 3, 4, 5, 6], [7], [8, 9, 10]]
-    got = generate(made, prompts, 8, GREEDY, None)
+    got = generate(made, prompts, 8, GREEDY, ())
     assert got == [plain_loop(made, prompt, 8) for prompt in prompts]
 
 
 def test_bf16() -> None:
-    got = generate(model(torch.bfloat16), [[1, 2, 3], [4]], 5, GREEDY, None)
+    got = generate(model(torch.bfloat16), [[1, 2, 3], [4]], 5, GREEDY, ())
     assert [len(row) for row in got] == [5, 5]
 
 
@@ -102,7 +102,7 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     made = model()
     widths = []
     made.layers["0"].register_forward_hook(lambda _, args, out: widths.append(out.shape[1]))
-    generate(made, [list(range(10)), [1, 2]], 3, GREEDY, None)
+    generate(made, [list(range(10)), [1, 2]], 3, GREEDY, ())
     assert widths == [4, 4, 2, 1, 1]
 
 
@@ -119,7 +119,7 @@ def test_positions_start_at_the_first_token_of_each_row(monkeypatch: pytest.Monk
         return last_logits(tokens, positions, caches)
 
     monkeypatch.setattr(made, "last_logits", watched)
-    generate(made, [[1, 2, 3, 4, 5], [6, 7]], 3, GREEDY, None)
+    generate(made, [[1, 2, 3, 4, 5], [6, 7]], 3, GREEDY, ())
     assert read == [[0, 1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 1, 2, 3]]
 
 
@@ -134,12 +134,12 @@ def test_eos_ends_one_row_and_not_the_others() -> None:
     """Each row is the endless one, cut after its first EOS."""
     made = model()
     prompts = [[1, 2, 3], [4], [5, 6]]
-    endless = generate(made, prompts, 8, GREEDY, None)
+    endless = generate(made, prompts, 8, GREEDY, ())
     ends = {row.index(token) for row in endless for token in row}
     cut_early = 0
     for eos in {token for row in endless for token in row}:
         wanted = [row[: row.index(eos) + 1] if eos in row else row for row in endless]
-        assert generate(made, prompts, 8, GREEDY, eos) == wanted
+        assert generate(made, prompts, 8, GREEDY, [eos]) == wanted
         lengths = {len(row) for row in wanted}
         cut_early += len(lengths) > 1
     assert cut_early and len(ends) > 1, "no case had rows of different lengths"
@@ -149,21 +149,21 @@ def test_streaming() -> None:
     """None for a row that has ended, its EOS itself still shown; over when all have ended."""
     made = model()
     prompts = [[1, 2, 3], [4], [5, 6]]
-    endless = generate(made, prompts, 8, GREEDY, None)
+    endless = generate(made, prompts, 8, GREEDY, ())
     eos = endless[0][1]
     rows = [row[: row.index(eos) + 1] if eos in row else row for row in endless]
     longest = max(len(row) for row in rows)
     wanted = [[row[step] if step < len(row) else None for row in rows] for step in range(longest)]
-    assert list(stream_tokens(made, prompts, 8, GREEDY, eos)) == wanted
+    assert list(stream_tokens(made, prompts, 8, GREEDY, [eos])) == wanted
     assert any(None in step for step in wanted)
 
 
 def test_generation_stops_when_all_rows_have_ended() -> None:
     made = model()
-    first = generate(made, [[1]], 1, GREEDY, None)[0][0]
+    first = generate(made, [[1]], 1, GREEDY, ())[0][0]
     calls = []
     made.head.register_forward_hook(lambda *_: calls.append(1))
-    steps = list(stream_tokens(made, [[1], [1]], 50, GREEDY, first))
+    steps = list(stream_tokens(made, [[1], [1]], 50, GREEDY, [first]))
     assert steps == [[first, first]] and len(calls) == 1
 
 
@@ -171,7 +171,7 @@ def test_no_forward_pass_after_the_last_token() -> None:
     made = model()
     calls = []
     made.head.register_forward_hook(lambda *_: calls.append(1))
-    generate(made, [[1, 2]], 5, GREEDY, None)
+    generate(made, [[1, 2]], 5, GREEDY, ())
     assert len(calls) == 5
 
 
@@ -180,7 +180,7 @@ def test_tokens_arrive_one_by_one() -> None:
     made = model()
     calls = []
     made.head.register_forward_hook(lambda *_: calls.append(1))
-    stream = stream_tokens(made, [[1, 2]], 5, GREEDY, None)
+    stream = stream_tokens(made, [[1, 2]], 5, GREEDY, ())
     for step in range(1, 4):
         next(stream)
         assert len(calls) == step
@@ -192,24 +192,24 @@ def test_tokens_arrive_one_by_one() -> None:
 def test_the_seed_decides() -> None:
     made = model()
     prompts = [[1, 2, 3], [4]]
-    runs = [generate(made, prompts, 12, Sampling(1.5), None, seed) for seed in (0, 0, 1)]
+    runs = [generate(made, prompts, 12, Sampling(1.5), (), seed) for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
     state = torch.get_rng_state()
-    generate(made, prompts, 3, Sampling(1.5), None)
+    generate(made, prompts, 3, Sampling(1.5), ())
     assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
 
 
 def test_equal_rows_are_drawn_apart() -> None:
-    rows = generate(model(), [[1, 2, 3]] * 4, 12, Sampling(1.5), None)
+    rows = generate(model(), [[1, 2, 3]] * 4, 12, Sampling(1.5), ())
     assert len({tuple(row) for row in rows}) > 1
 
 
 def test_top_k_of_one_is_greedy() -> None:
     made = model()
     prompts = [[1, 2, 3], [4]]
-    wanted = generate(made, prompts, 6, GREEDY, None)
-    assert generate(made, prompts, 6, Sampling(1.0, top_k=1), None, seed=5) == wanted
-    assert generate(made, prompts, 6, Sampling(1.0, top_p=1e-9), None, seed=5) == wanted
+    wanted = generate(made, prompts, 6, GREEDY, ())
+    assert generate(made, prompts, 6, Sampling(1.0, top_k=1), (), seed=5) == wanted
+    assert generate(made, prompts, 6, Sampling(1.0, top_p=1e-9), (), seed=5) == wanted
 
 
 # -- what does not matter --
@@ -217,26 +217,26 @@ def test_top_k_of_one_is_greedy() -> None:
 
 def test_modes_and_gradients() -> None:
     """Training or evaluation mode, recomputation configured or not: the same tokens, no graph."""
-    wanted = generate(model(), [[1, 2], [3]], 6, GREEDY, None)
+    wanted = generate(model(), [[1, 2], [3]], 6, GREEDY, ())
     for granularity in (None, "full"):
         made = model(activations_checkpoint_granularity=granularity)
         for mode in (True, False):
-            assert generate(made.train(mode), [[1, 2], [3]], 6, GREEDY, None) == wanted
+            assert generate(made.train(mode), [[1, 2], [3]], 6, GREEDY, ()) == wanted
     needed = []
     made.head.register_forward_hook(lambda _, args, out: needed.append(out.requires_grad))
-    generate(made, [[1]], 2, GREEDY, None)
+    generate(made, [[1]], 2, GREEDY, ())
     assert needed == [False, False] and torch.is_grad_enabled()
 
 
 def test_nothing_is_counted() -> None:
     made = model()
-    generate(made, [[1, 2], [3]], 4, GREEDY, None)
+    generate(made, [[1, 2], [3]], 4, GREEDY, ())
     assert not any(router.tokens_per_expert.any() for router in made.routers().values())
 
 
 def test_a_context_filled_to_the_last_token() -> None:
     made = model(max_position_embeddings=8)
-    got = generate(made, [[1, 2, 3, 4, 5], [6]], 3, GREEDY, None)
+    got = generate(made, [[1, 2, 3, 4, 5], [6]], 3, GREEDY, ())
     assert got == [plain_loop(made, [1, 2, 3, 4, 5], 3), plain_loop(made, [6], 3)]
 
 
@@ -278,4 +278,4 @@ def test_a_context_filled_to_the_last_token() -> None:
 )
 def test_what_cannot_be_generated(prompts: list[list[int]], count: int, message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}$"):
-        generate(model(max_position_embeddings=8), prompts, count, GREEDY, None)
+        generate(model(max_position_embeddings=8), prompts, count, GREEDY, ())

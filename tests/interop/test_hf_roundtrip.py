@@ -286,11 +286,38 @@ def test_transformers_loads_and_generates_what_we_write(
     with torch.no_grad():
         assert (model(ids) - theirs(ids).logits).abs().max() <= 1e-5
     drawn = theirs.generate(**batch, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
-    mine = generate(model, ids.tolist(), 8, Sampling(0.0, 0, 1.0), tokenizer.eos_token_id, 0)[0]
+    mine = generate(model, ids.tolist(), 8, Sampling(0.0), [tokenizer.eos_token_id])[0]
     assert drawn == mine
     capsys.readouterr()
     (text,) = generate_text(tmp_path / "run", [prompt], 8, temperature=0.0)
     assert len(text) > 0
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "eos"),
+    [
+        ({"eos_token_id": [257, 3], "do_sample": True, "temperature": 0.6}, {}, [257, 3]),
+        ({"eos_token_id": [3, 257], "top_k": 5}, {"eos_token_id": 257}, [3, 257]),
+        (None, {"eos_token_id": [257, 9]}, [257, 9]),
+        (None, {"eos_token_id": 257}, 257),
+        (None, {}, 257),
+    ],
+)
+def test_ids_that_stop_survive(tmp_path: Path, generation: Any, config: Any, eos: Any) -> None:
+    """As does all else that ``generation_config.json`` says."""
+    cfg = small()
+    write_folder(tmp_path / "hf", cfg, weights(cfg))
+    file = tmp_path / "hf" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    if generation is not None:
+        (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(generation))
+    import_hf(tmp_path / "hf", tmp_path / "run")
+    export_hf(tmp_path / "run", tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {**(generation or {}), "eos_token_id": eos}.items() <= said.items()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == eos
+    read = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert read.eos_token_id == eos
 
 
 # -- published configurations --

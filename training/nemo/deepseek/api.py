@@ -11,11 +11,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from deepseek.commands.generate import sampling_for, without_stop
 from deepseek.commands.train import train_run
 from deepseek.config import RunConfig, UserError, load_config, resolved_yaml
 from deepseek.data import open_data as data
 from deepseek.inference import generation
-from deepseek.inference.generation import Sampling
 from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint
 
 
@@ -60,9 +60,9 @@ def generate(
     checkpoint: OpenedCheckpoint | str | Path,
     prompts: Sequence[str],
     max_new_tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 0.95,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
 ) -> list[str]:
     """Continue prompts; what ``deepseek generate`` does.
@@ -71,7 +71,8 @@ def generate(
         checkpoint: an opened one, or what ``open_checkpoint`` takes.
         prompts: texts of any lengths; "" starts a document.
         max_new_tokens: per prompt.
-        temperature: 0 for the most probable token each time.
+        temperature: 0 for the most probable token each time; None, here and below: what
+            ``generation_config.json`` beside the tokenizer says, else 0.8, 0 and 0.95.
         top_k: keep the k most probable tokens; 0: all.
         top_p: keep the smallest set of tokens whose probability reaches p.
         seed: of the draws.
@@ -82,7 +83,6 @@ def generate(
     Raises:
         UserError: no sound checkpoint, no tokenizer beside it, a prompt that does not fit.
     """
-    sampling = Sampling(temperature, top_k, top_p)
     if not isinstance(checkpoint, OpenedCheckpoint):
         checkpoint = open_checkpoint(Path(checkpoint))
     tokenizer = checkpoint.tokenizer()
@@ -91,10 +91,10 @@ def generate(
             f"{checkpoint.path} has no tokenizer beside it; give a run folder, or decode ids "
             "yourself with deepseek.inference"
         )
-    ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
-    end = tokenizer.eos_id
-    rows = generation.generate(checkpoint.model(), ids, max_new_tokens, sampling, end, seed)
-    return [tokenizer.decode(row[:-1] if row[-1:] == [end] else row) for row in rows]
+    sampling = sampling_for(tokenizer, temperature, top_k, top_p)
+    ids, stops = [tokenizer.prompt_ids(prompt) for prompt in prompts], tokenizer.stop_ids
+    rows = generation.generate(checkpoint.model(), ids, max_new_tokens, sampling, stops, seed)
+    return [tokenizer.decode(without_stop(row, stops)) for row in rows]
 
 
 def open_data(run: RunConfig) -> data.OpenedData:

@@ -183,6 +183,12 @@ def prepare_data_command(
     json_key: Annotated[str, typer.Option(help="Key or column of the text.")] = "text",
     workers: Annotated[int, typer.Option(help="Processes; 0: one per core.")] = 0,
     append_eos: Annotated[bool, typer.Option(help="End each document with the end token.")] = True,
+    bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos", help="Begin documents with a token; none: as the tokenizer."
+        ),
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Read conversations, and mark their answers.")
     ] = False,
@@ -201,6 +207,7 @@ def prepare_data_command(
         "--json-key": json_key != "text",
         "--workers": workers != 0,
         "--no-append-eos": not append_eos,
+        "--bos": bos is not None,
     }
     if not chat:
         refuse_idle({"--answers": answers is not None}, "without --chat")
@@ -209,7 +216,7 @@ def prepare_data_command(
         prepare_chat_data(inputs, output, tokenizer, answers or "all", strict=strict)
         return
     refuse_idle({"--strict": strict and not inputs}, "without folders")
-    text = (vocab_size, json_key, workers, append_eos)
+    text = (vocab_size, json_key, workers, append_eos, bos)
     prepare_data(inputs or None, output, tokenizer, *text, strict=strict)
 
 
@@ -234,11 +241,18 @@ def generate_command(
         list[str] | None, typer.Option(help="Text to continue; may be repeated.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to draw.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0: the most probable token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Keep the k most probable tokens; 0: all.")] = 0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0: the most probable token; none: generation_config.json's, or 0.8."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Keep the k most probable tokens, 0: all; none: the file's, or 0."),
+    ] = None,
     top_p: Annotated[
-        float, typer.Option(help="Keep the smallest set reaching this probability.")
-    ] = 0.95,
+        float | None,
+        typer.Option(help="Keep the smallest set reaching this; none: the file's, or 0.95."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Prompts are questions: the chat template goes around.")

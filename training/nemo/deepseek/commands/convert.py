@@ -16,12 +16,11 @@ from deepseek.config import RunConfig, changed, check, resolved_yaml
 from deepseek.config.errors import ConfigError, UserError, nearest
 from deepseek.config.schema import ModelConfig
 from deepseek.console import StageProgress, complain, say
-from deepseek.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek.data.tokenizer import GENERATION, Tokenizer, generation_config, load_tokenizer
 from deepseek.files import Staging, disk_errors, refuse_existing, require_room, write_durably
 from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint, with_config
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
 
-GENERATION = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 """Where transformers 5 keeps the template; before, it was in ``tokenizer_config.json``."""
 
@@ -66,7 +65,7 @@ def import_hf(
             raise UserError(f"--ignore-key {key}: config.json has no such key{hint}")
     stated = model_config(folder.config, ignore_keys)
     _run_config(target, stated)  # the rules first: nothing is listed by sizes that break them
-    read = _tokenizer(source, tokenizer)
+    read = _tokenizer(source, tokenizer, folder.config)
     ids = 0 if read is None else read.vocab_size
     weights = plan_import(folder, stated, kept, rows, ids)
     run = _run_config(target, weights.config)
@@ -152,15 +151,23 @@ def copy_template(source: Path, target: Path) -> None:
         shutil.copyfile(template, target / CHAT_TEMPLATE)
 
 
-def _tokenizer(source: Path, given: Path | None) -> Tokenizer | None:
-    """None, with a note, where the folder has none that can be read."""
+def _tokenizer(source: Path, given: Path | None, config: dict[str, Any]) -> Tokenizer | None:
+    """None, with a note, where the folder has none that can be read.
+
+    With it goes what the source says of generation, as transformers reads it: in its
+    ``generation_config.json``, else in ``config.json``.
+    """
     if given is None and not (source / "tokenizer.json").is_file():
         try:
             load_tokenizer(source)
         except UserError as failure:
             say(f"note         imported without a tokenizer (--tokenizer PATH adds one): {failure}")
         return None
-    return load_tokenizer(given or source)
+    ids = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
+    return load_tokenizer(given or source).with_generation(generation_config(source) or ids)
+
+
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _run_config(target: Path, cfg: ModelConfig) -> RunConfig:
@@ -280,11 +287,12 @@ def export_hf(
                 ids,
                 lambda done: shown.update("exporting", done, total, f"{done / 1e9:,.2f} GB"),
             )
-        (staging.folder / GENERATION).unlink(missing_ok=True)
-        write_durably(staging.folder / GENERATION, json.dumps(ids, indent=2).encode() + b"\n")
         if tokenizer is not None and opened.run is not None:
             tokenizer.save(staging.folder)
             copy_template(opened.run / TOKENIZER, staging.folder)
+        (staging.folder / GENERATION).unlink(missing_ok=True)
+        told = {**(tokenizer.generation if tokenizer else {}), **ids}
+        write_durably(staging.folder / GENERATION, json.dumps(told, indent=2).encode() + b"\n")
         staging.finish()
     files = len(weights.file_names)
     say(
@@ -300,12 +308,16 @@ def export_hf(
         say("note         there is no tokenizer with this checkpoint; add the model's own")
 
 
-def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    """What ``config.json`` says of the tokenizer."""
+def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | list[int] | None]:
+    """What ``config.json`` says of the tokenizer: one id or, where several stop, their list."""
+    if tokenizer is None:
+        return dict.fromkeys(_TOKEN_IDS)
+    stops = tokenizer.stop_ids
+    told = tokenizer.generation
     return {
-        "bos_token_id": tokenizer and tokenizer.bos_id,
-        "eos_token_id": tokenizer and tokenizer.eos_id,
-        "pad_token_id": tokenizer and tokenizer.pad_id,
+        "bos_token_id": told.get("bos_token_id") if tokenizer.bos_id is None else tokenizer.bos_id,
+        "eos_token_id": stops if len(stops) > 1 else next(iter(stops), None),
+        "pad_token_id": told.get("pad_token_id") if tokenizer.pad_id is None else tokenizer.pad_id,
     }
 
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepseek.config.errors import UserError
 from deepseek.console import complain, say
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
+
+if TYPE_CHECKING:
+    from deepseek.data.tokenizer import Tokenizer
+    from deepseek.inference.generation import Sampling
 
 
 def generate_text(
     run: Path,
     prompts: Sequence[str],
     max_new_tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 0.95,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
     chat: bool = False,
 ) -> list[str]:
@@ -29,7 +33,8 @@ def generate_text(
         run: a run folder.
         prompts: texts; they may differ in length.
         max_new_tokens: per prompt.
-        temperature: 0 for the most probable token each time.
+        temperature: 0 for the most probable token each time; None, here and below: as
+            ``sampling_for`` says.
         top_k: keep the k most probable tokens; 0: all.
         top_p: keep the smallest set of tokens whose probability reaches p.
         seed: of the draws.
@@ -42,30 +47,32 @@ def generate_text(
         UserError: no run, no sound checkpoint, a prompt that does not fit; with ``chat``, no chat
             template or no prompt.
     """
-    from deepseek.inference.generation import Sampling, generate, stream_tokens
+    from deepseek.inference.generation import generate, stream_tokens
 
-    sampling = Sampling(temperature, top_k, top_p)
     if chat and not all(prompt.strip() for prompt in prompts):
         raise UserError('--chat answers a question, and none is given; add --prompt "..."')
     model, tokenizer = load_run(run)
+    sampling = sampling_for(tokenizer, temperature, top_k, top_p)
+    stops = tokenizer.stop_ids
     if chat:
         ids, end = _asked(run, tokenizer, prompts)
+        stops = [*stops, end]
         shown = [f"{prompt}\n" if len(prompts) > 1 else "" for prompt in prompts]
     else:
-        ids, end = [_with_start(tokenizer, prompt) for prompt in prompts], tokenizer.eos_id
+        ids = [tokenizer.prompt_ids(prompt) for prompt in prompts]
         shown = list(prompts)
     if len(prompts) > 1:
-        rows = generate(model, ids, max_new_tokens, sampling, end, seed)
-        texts = [tokenizer.decode(_without_end(row, end), skip_special=chat) for row in rows]
+        rows = generate(model, ids, max_new_tokens, sampling, stops, seed)
+        texts = [tokenizer.decode(without_stop(row, stops), skip_special=chat) for row in rows]
         for prompt, text in zip(shown, texts, strict=True):
             say(f"{prompt}{text}\n")
         return texts
     decoder, pieces = tokenizer.stream(skip_special=chat), []
-    stream = stream_tokens(model, ids, max_new_tokens, sampling, end, seed)
+    stream = stream_tokens(model, ids, max_new_tokens, sampling, stops, seed)
     first = next(stream)  # a prompt that does not fit is refused before anything is printed
     sys.stdout.write(shown[0])
     for (token,) in chain([first], stream):
-        if token is None or token == end:
+        if token is None or token in stops:
             break
         pieces.append(decoder.push(token))
         sys.stdout.write(pieces[-1])
@@ -98,10 +105,21 @@ def load_run(run: Path) -> tuple[Any, Any]:
     return with_config(checkpoint).model(), load_tokenizer(run / TOKENIZER)
 
 
-def _with_start(tokenizer: Any, prompt: str) -> list[int]:
-    """The prompt's ids; an empty prompt starts where a new document starts, after an end."""
-    ids: list[int] = tokenizer.encode(prompt)
-    return ids or [tokenizer.eos_id]
+def sampling_for(
+    tokenizer: Tokenizer, temperature: float | None, top_k: int | None, top_p: float | None
+) -> Sampling:
+    """How tokens are drawn: what is given, else what the model's ``generation_config.json`` says
+    (``do_sample: false`` is a temperature of 0), else 0.8, all tokens, 0.95."""
+    from deepseek.inference.generation import Sampling
+
+    told = {"temperature": 0.8, "top_k": 0, "top_p": 0.95}
+    said = tokenizer.generation
+    if said.get("do_sample") is False:
+        told["temperature"] = 0
+    elif said.get("do_sample"):
+        told |= {key: said[key] for key in told if said.get(key) is not None}
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    return Sampling(**told | {key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
 def _asked(run: Path, tokenizer: Any, prompts: Sequence[str]) -> tuple[list[list[int]], int]:
@@ -119,5 +137,6 @@ def _asked(run: Path, tokenizer: Any, prompts: Sequence[str]) -> tuple[list[list
     return [template.prompt_ids(messages) for messages in said], template.end_id()
 
 
-def _without_end(row: list[int], end: int) -> list[int]:
-    return row[:-1] if row and row[-1] == end else row
+def without_stop(row: list[int], stops: Collection[int]) -> list[int]:
+    """New tokens without the one that ended them."""
+    return row[:-1] if row and row[-1] in stops else row

@@ -12,6 +12,7 @@ from deepseek.data.chat import prepare_chat
 from deepseek.data.digests import damaged
 from deepseek.data.indexed import IndexedDataset
 from deepseek.data.prepare import PreparedData, Progress, prepare
+from deepseek.data.tokenizer import load_tokenizer
 from deepseek.files import megabytes
 
 
@@ -23,6 +24,7 @@ def prepare_data(
     json_key: str = "text",
     workers: int = 0,
     append_eos: bool = True,
+    bos: bool | None = None,
     overwrite: bool = False,
     strict: bool = False,
 ) -> PreparedData:
@@ -46,6 +48,7 @@ def prepare_data(
             json_key=json_key,
             workers=workers or os.cpu_count() or 1,
             append_eos=append_eos,
+            bos=bos,
             overwrite=overwrite,
             strict=strict,
             progress=progress,
@@ -54,6 +57,10 @@ def prepare_data(
         f"{data.note}: {data.prefix}.bin, {data.documents:,} documents, {data.tokens:,} tokens, "
         f"{data.text_bytes / data.tokens:.2f} bytes per token, vocabulary {data.vocab_size:,}"
     )
+    used = load_tokenizer(data.tokenizer_folder)
+    begin = used.decode(data.settings.get("begin", [])) or "no token of its own"
+    end = used.decode(used.suffix_ids or [used.required_eos()]) if append_eos else "none"
+    say(f"each document begins with {begin} and ends with {end}")
     say(f"train on it with: deepseek train model.data.data_prefix={data.prefix}")
     return data
 

@@ -117,7 +117,6 @@ class ChatTemplate:
         # A template called tool_use is taken where a conversation has tools, as transformers does.
         self._tool_source = tokenizer.tool_chat_template or self.source
         self._tool_template = self._compiled(self._tool_source)
-        self._eos = tokenizer.eos_id
         self._special = re.compile(
             "|".join(map(re.escape, sorted(tokenizer.special_names, key=len, reverse=True)))
             or r"(?!)"
@@ -150,11 +149,17 @@ class ChatTemplate:
         return self._ids(self.render(guarded, True), guard)[0]
 
     def end_id(self) -> int:
-        """The token after an answer: what the template writes there, else the end of a document."""
+        """The token after an answer: what the template writes there, else the end of a document.
+
+        Raises:
+            ChatError: the template refuses a question with an answer.
+            UserError: it writes no special token, and none ends a document.
+        """
         asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         encoded = self.encode(Conversation(asked, None))
         said = encoded.ids[encoded.is_answer].tolist()
-        return next((id_ for id_ in reversed(said) if self.tokenizer.is_special(id_)), self._eos)
+        ends = [token for token in said if self.tokenizer.is_special(token)]
+        return ends[-1] if ends else self.tokenizer.required_eos()
 
     def encode(self, conversation: Conversation) -> EncodedConversation:
         """Ids and answers.

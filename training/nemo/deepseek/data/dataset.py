@@ -60,7 +60,7 @@ class PackedDataset:
             at 0 in each.
         fim_rate: share of the documents (of at least four ids) rearranged in every epoch.
         fim: the sentinels for that.
-        eos_id: kept at the end of rearranged documents.
+        bos_id, eos_id: kept at the ends of rearranged documents.
         pad_id: fills the rest of a sample.
         endless: epochs without end in random order (training), else one pass in the order given
             whose last sample is padded (validation).
@@ -79,6 +79,7 @@ class PackedDataset:
         isolate_documents: bool = False,
         fim_rate: float = 0.0,
         fim: FimIds | None = None,
+        bos_id: int | None = None,
         eos_id: int | None = None,
         pad_id: int = 0,
         endless: bool = True,
@@ -96,7 +97,7 @@ class PackedDataset:
             )
         self.indexed, self.seq_length, self.seed = indexed, seq_length, seed
         self.isolate_documents, self.endless = isolate_documents, endless
-        self.fim, self.eos_id, self.pad_id = fim, eos_id, pad_id
+        self.fim, self.bos_id, self.eos_id, self.pad_id = fim, bos_id, eos_id, pad_id
         lengths = indexed.document_lengths[documents]
         self.documents = np.asarray(documents, np.int64)[lengths > 0]
         self._lengths = lengths[lengths > 0]
@@ -208,21 +209,24 @@ class PackedDataset:
         """Ids ``start:stop`` of a document in the order prefix, suffix, middle."""
         assert self.fim is not None
         ids = self.indexed.document(document)
-        body = len(ids) - (int(ids[-1]) == self.eos_id)
+        head = int(int(ids[0]) == self.bos_id)
+        tail = len(ids) - (int(ids[-1]) == self.eos_id)
+        body = tail - head
         # Two different places out of body + 1, so that the middle is never empty.
         draw = mix(self.seed, epoch, document)
         a = (draw & 0xFFFFFFFF) * (body + 1) >> 32
         b = (draw >> 32) * body >> 32
         b += b >= a
-        a, b = min(a, b), max(a, b)
+        a, b = head + min(a, b), head + max(a, b)
         parts: tuple[np.ndarray, ...] = (
+            ids[:head],
             np.array([self.fim.begin]),
-            ids[:a],
+            ids[head:a],
             np.array([self.fim.hole]),
-            ids[b:body],
+            ids[b:tail],
             np.array([self.fim.end]),
             ids[a:b],
-            ids[body:],
+            ids[tail:],
         )
         taken, offset = [], 0
         for part in parts:

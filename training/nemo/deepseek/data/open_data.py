@@ -20,6 +20,7 @@ from deepseek.config.schema import ModelConfig
 from deepseek.console import complain
 from deepseek.data.blend import Blend, BlendedDataset, parse_blend
 from deepseek.data.chat import ANSWERS, answers_of
+from deepseek.data.chat_template import ChatError, ChatTemplate
 from deepseek.data.dataset import ChatDataset, PackedDataset, split_documents
 from deepseek.data.digests import DataFile, Verification
 from deepseek.data.indexed import IndexedDataset
@@ -219,7 +220,8 @@ class _Mixture:
         endless: bool,
     ) -> Dataset:
         """Training data (endless, rearranged) or validation data (in order, as it is)."""
-        pad_id = 0 if tokenizer is None else tokenizer.pad_id or tokenizer.eos_id
+        known = () if tokenizer is None else (tokenizer.pad_id, tokenizer.eos_id)
+        pad_id = next((token for token in known if token is not None), 0)
         packed: list[PackedDataset | ChatDataset] = [
             ChatDataset(
                 file.indexed,
@@ -239,6 +241,7 @@ class _Mixture:
                 isolate_documents=cfg.data.isolate_documents,
                 fim_rate=cfg.data.fim_rate if endless else 0.0,
                 fim=None if tokenizer is None else tokenizer.fim,
+                bos_id=None if tokenizer is None else tokenizer.bos_id,
                 eos_id=None if tokenizer is None else tokenizer.eos_id,
                 pad_id=pad_id,
                 endless=endless,
@@ -358,12 +361,28 @@ def _common_tokenizer(files: list[_File], given: Tokenizer | None) -> Tokenizer 
         if file.record.chat and chosen.chat_template is None:
             recorded = load_tokenizer(file.tokenizer_file).chat_template
             chosen = chosen.with_chat_template(recorded) if recorded else chosen
+        if file.record.chat:
+            chosen = _stops_after_answers(chosen)
+        elif file.record.settings.get("begin", []) != chosen.prefix_ids:
+            complain(
+                f"note: the documents of {file.prefix} do not begin as {chosen.origin} begins a "
+                "text, and so generate a prompt; prepare the data again without --bos or --no-bos"
+            )
     if chosen is None:
         complain(
             f"{files[0].prefix} has no record of its tokenizer and model.tokenizer.path is not "
             "set: no text can be generated, and bits per byte are unknown"
         )
     return chosen
+
+
+def _stops_after_answers(tokenizer: Tokenizer) -> Tokenizer:
+    """A run on conversations stops, and its export, where its answers end."""
+    try:
+        return tokenizer.with_stop(ChatTemplate(tokenizer).end_id())
+    except ChatError as failure:
+        complain(f"note: which token ends an answer is not known: {failure}")
+        return tokenizer
 
 
 def _check_vocabulary(cfg: ModelConfig, files: list[_File], tokenizer: Tokenizer | None) -> None:

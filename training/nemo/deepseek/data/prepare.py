@@ -207,6 +207,7 @@ def prepare(
     json_key: str = "text",
     workers: int = 1,
     append_eos: bool = True,
+    bos: bool | None = None,
     overwrite: bool = False,
     strict: bool = False,
     progress: Report | None = None,
@@ -225,7 +226,8 @@ def prepare(
         vocab_size: ids of that BPE.
         json_key: key of a JSON line, or column of a parquet file, that holds the text.
         workers: processes; 1: this one, with the threads of ``tokenizers``.
-        append_eos: end every document with the end token.
+        append_eos: end every document with the end token, or as the tokenizer itself ends a text.
+        bos: begin every document with the token for that; None: as the tokenizer itself does.
         overwrite: replace data of other settings under the same prefix.
         strict: refuse folders of which something would be left out.
         progress: called as the work goes on.
@@ -241,12 +243,16 @@ def prepare(
     with disk_errors(f"preparing {prefix}", add_suffix(prefix, ".partial")):
         prefix.parent.mkdir(parents=True, exist_ok=True)
         given = None if tokenizer is None else load_tokenizer(tokenizer)
+        begin = _begin(given, bos)
+        if given is not None and append_eos and not given.suffix_ids:
+            given.required_eos()
         corpus = Corpus.stdlib() if inputs is None else corpus_for(prefix, inputs, strict)
         settings = {
             "inputs": "the Python standard library" if inputs is None else "files",
             "json_key": json_key,
             "append_eos": append_eos,
             "tokenizer": _tokenizer_setting(given, vocab_size),
+            **({"begin": begin} if begin else {}),
         }
         with one_writer(prefix):
             done = already_there(prefix, corpus, settings, overwrite)
@@ -264,16 +270,33 @@ def prepare(
             # 2. the rest of the input
             if not partial.state.complete:
                 _check_room(partial, used, dtype)
-                eos = used.eos_id if append_eos else None
+                end = (used.suffix_ids or [used.required_eos()]) if append_eos else []
+                around = begin, end
                 batches = _batches(corpus, json_key, partial.state, used.apart)
                 if workers == 1:
-                    encoded = _encoded_here(batches, used, dtype, eos)
+                    encoded = _encoded_here(batches, used, dtype, around)
                 else:
-                    encoded = _encoded_by_workers(batches, partial, dtype, eos, workers)
+                    encoded = _encoded_by_workers(batches, partial, dtype, around, workers)
                 _write(partial, encoded, journal_bytes, report)
             # 3. give everything its name
             report(partial.progress("finishing", corpus.total_bytes))
             return _finish(partial, used, dtype)
+
+
+def _begin(tokenizer: Tokenizer | None, bos: bool | None) -> list[int]:
+    """The ids before every document; a tokenizer trained here puts none."""
+    if bos is None:
+        return [] if tokenizer is None else tokenizer.prefix_ids
+    if not bos:
+        return []
+    if tokenizer is None:
+        raise UserError("--bos needs --tokenizer: that of a model which begins texts with a token")
+    if tokenizer.bos_id is None and not tokenizer.prefix_ids:
+        raise UserError(
+            f"{tokenizer.origin}: no token begins a text, as --bos asks; name one in "
+            "tokenizer_config.json as bos_token, or leave the option out"
+        )
+    return tokenizer.prefix_ids or [tokenizer.bos_id]  # type: ignore[list-item]
 
 
 def corpus_for(prefix: Path, inputs: Sequence[Path], strict: bool) -> Corpus:
@@ -325,9 +348,9 @@ def already_there(
             )
         return None
     changes = [
-        f"{key}: {record.settings.get(key)} -> {settings[key]}"
-        for key in settings
-        if record.settings.get(key) != settings[key]
+        f"{key}: {record.settings.get(key)} -> {settings.get(key)}"
+        for key in (*settings, *(record.settings.keys() - settings))
+        if record.settings.get(key) != settings.get(key)
     ]
     if not changes and record.input_stat != corpus.stat_digest():
         digests = [sha256_of(source.path) for source in corpus.sources]
@@ -686,16 +709,20 @@ def _tokenizer_setting(given: Tokenizer | None, vocab_size: int) -> str:
 # -- encoding --
 
 
+Around = tuple[list[int], list[int]]
+"""Ids before and after every document."""
+
+
 def _encoded_here(
-    batches: Iterable[_Batch], tokenizer: Tokenizer, dtype: np.dtype, eos: int | None
+    batches: Iterable[_Batch], tokenizer: Tokenizer, dtype: np.dtype, around: Around
 ) -> Iterator[tuple[_Batch, _Encoded]]:
     """Batches in order with their ids."""
     for batch in batches:
-        yield batch, _encode(tokenizer, batch.parts, dtype.str, eos)
+        yield batch, _encode(tokenizer, batch.parts, dtype.str, around)
 
 
 def _encoded_by_workers(
-    batches: Iterable[_Batch], partial: _Partial, dtype: np.dtype, eos: int | None, workers: int
+    batches: Iterable[_Batch], partial: _Partial, dtype: np.dtype, around: Around, workers: int
 ) -> Iterator[tuple[_Batch, _Encoded]]:
     """The same, computed by ``workers`` processes."""
     folder = str(partial.tokenizer_folder)
@@ -706,7 +733,7 @@ def _encoded_by_workers(
     )
     try:
         for batch in batches:
-            task = (folder, batch.parts, dtype.str, eos)
+            task = (folder, batch.parts, dtype.str, around)
             waiting.append((batch, pool.submit(_encode_in_worker, *task)))
             if len(waiting) > 2 * workers:
                 first, job = waiting.popleft()
@@ -723,11 +750,13 @@ def _encoded_by_workers(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _encode(tokenizer: Tokenizer, parts: list[Chunk], dtype: str, eos: int | None) -> _Encoded:
+def _encode(tokenizer: Tokenizer, parts: list[Chunk], dtype: str, around: Around) -> _Encoded:
     counts, arrays = [], []
     for part, ids in zip(parts, tokenizer.encode_chunks(parts), strict=True):
-        if eos is not None and part.last and part.text:
-            ids.append(eos)
+        if part.text and not part.before:  # the first of its document
+            ids = around[0] + ids
+        if part.last and part.text:
+            ids = ids + around[1]
         counts.append(len(ids))
         arrays.append(np.array(ids, dtype))
     joined = np.concatenate(arrays) if arrays else np.array([], dtype)

@@ -52,6 +52,7 @@ _FIM_NAMES = (
 )
 
 
+GENERATION = "generation_config.json"
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token of ``byte_fallback``."""
 
@@ -72,14 +73,24 @@ class Tokenizer:
         source: text of the ``tokenizer.json``.
         config: content of the ``tokenizer_config.json`` beside it, or {}.
         origin: what to call it in errors.
+        generation: content of the ``generation_config.json`` beside it, or {}.
 
     Raises:
-        UserError: no token ends a document; the file is not a tokenizer; ``tokenizers`` is needed
-            and not installed.
+        UserError: the file is not a tokenizer; a token is named that is not there; a value of
+            ``generation`` has another type; ``tokenizers`` is needed and not installed.
     """
 
-    def __init__(self, source: str, config: dict[str, Any], origin: str) -> None:
+    def __init__(
+        self,
+        source: str,
+        config: dict[str, Any],
+        origin: str,
+        generation: dict[str, Any] | None = None,
+    ) -> None:
         self._source, self._config, self._origin = source, config, origin
+        self.generation = generation or {}
+        """What ``generation_config.json`` says: ids that stop, defaults of sampling."""
+        _check_generation(self.generation, origin)
         self._parsed = _parse_json(source, origin)
         model = self._parsed.get("model")
         if not isinstance(model, dict) or "vocab" not in model:
@@ -98,14 +109,8 @@ class Tokenizer:
 
         self.bos_id = self._named("bos_token", _BOS_NAMES)
         """Begins a text; None if there is none. Never added by ``encode``."""
-        eos = self._named("eos_token", _EOS_NAMES)
-        if eos is None:
-            raise UserError(
-                f"{origin}: no token ends a document; put a tokenizer_config.json beside it with "
-                f'"eos_token": "...", or use one of {", ".join(_EOS_NAMES[:5])} as its name'
-            )
-        self.eos_id: int = eos
-        """Ends a document."""
+        self.eos_id = self._named("eos_token", _EOS_NAMES)
+        """Ends a document; None if there is none."""
         self.pad_id = self._named("pad_token", _PAD_NAMES)
         """Fills a row; None if there is none."""
         self.fim = next(
@@ -117,6 +122,71 @@ class Tokenizer:
             None,
         )
         """Fill-in-the-middle sentinels; None unless all three are in the vocabulary."""
+        self.prefix_ids, self.suffix_ids = self._around()
+        """What the tokenizer itself puts before and after a text: its post-processor, and
+        ``add_bos_token`` and ``add_eos_token`` of its configuration."""
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        before: list[int] = []
+        after: list[int] = []
+        post = self._parsed.get("post_processor") or {}
+        for step in post.get("processors", [post]):
+            first: list[int] = []
+            last: list[int] = []
+            if step.get("type") == "TemplateProcessing":
+                side = first
+                for piece in step["single"]:
+                    if "Sequence" in piece:
+                        side = last
+                    else:
+                        side += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+            elif step.get("type") in ("BertProcessing", "RobertaProcessing"):
+                first, last = [step["cls"][1]], [step["sep"][1]]
+            before, after = first + before, after + last
+        for key, token, ids in (
+            ("bos_token", self.bos_id, before),
+            ("eos_token", self.eos_id, after),
+        ):
+            if self._config.get(f"add_{key}") is True and not ids:
+                if token is None:
+                    raise UserError(
+                        f"{self._origin}: add_{key} is true, and there is no {key}; name one in "
+                        "tokenizer_config.json"
+                    )
+                ids.append(token)
+        return before, after
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids that end a generated text: those of ``generation``, and the end of a document."""
+        given = self.generation.get("eos_token_id")
+        ids = given if isinstance(given, list) else [given]
+        return list(dict.fromkeys(k for k in (*ids, self.eos_id) if k is not None))
+
+    def required_eos(self) -> int:
+        """``eos_id``. Raises ``UserError`` if there is none."""
+        if self.eos_id is None:
+            raise UserError(
+                f"{self._origin}: no token ends a document; put a tokenizer_config.json beside it "
+                f'with "eos_token": "...", or use one of {", ".join(_EOS_NAMES[:5])} as its name '
+                "(prepare-data --no-append-eos needs none)"
+            )
+        return self.eos_id
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """The ids that a model is asked to go on from, as transformers makes them.
+
+        Special tokens in the text are read as such, and ``prefix_ids`` stand before it, unless it
+        begins with them itself. An empty text begins where a document does: after the last one's
+        end.
+
+        Raises:
+            UserError: the text is empty, and no token begins or ends one.
+        """
+        ids = self.encode(text, parse_special=True)
+        if ids[: len(self.prefix_ids)] != self.prefix_ids:
+            ids = self.prefix_ids + ids
+        return ids or [self.required_eos()]
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """Ids of ``text``; nothing is added at its ends.
@@ -298,7 +368,18 @@ class Tokenizer:
     def with_chat_template(self, source: str) -> Tokenizer:
         """The same tokenizer with another chat template, a Jinja text."""
         named = self._config or self._default_config()
-        return Tokenizer(self._source, {**named, "chat_template": source}, self._origin)
+        config = {**named, "chat_template": source}
+        return Tokenizer(self._source, config, self._origin, self.generation)
+
+    def with_generation(self, generation: dict[str, Any]) -> Tokenizer:
+        """The same tokenizer with another ``generation``."""
+        return Tokenizer(self._source, self._config, self._origin, generation)
+
+    def with_stop(self, token: int) -> Tokenizer:
+        """The same tokenizer, whose generated texts end at ``token`` too."""
+        if token in self.stop_ids:
+            return self
+        return self.with_generation({**self.generation, "eos_token_id": [*self.stop_ids, token]})
 
     @property
     def special_names(self) -> list[str]:
@@ -344,11 +425,15 @@ class Tokenizer:
         return hashlib.sha256(f"{canonical}\neos={self.eos_id}".encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json``, readable by ``transformers``."""
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``, readable by ``transformers``, and
+        ``generation_config.json`` where there is something to say."""
         folder.mkdir(parents=True, exist_ok=True)
-        config = self._config or self._default_config()
-        with atomic_open(folder / "tokenizer_config.json") as stream:
-            stream.write((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+        contents = {"tokenizer_config.json": self._config or self._default_config()}
+        if self.generation:
+            contents[GENERATION] = self.generation
+        for name, content in contents.items():
+            with atomic_open(folder / name) as stream:
+                stream.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
         with atomic_open(folder / "tokenizer.json") as stream:
             stream.write(self._source.encode())
 
@@ -513,7 +598,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a ``tokenizer.json``, or the one in a Hugging Face folder.
 
     Raises:
-        UserError: no such file, not a tokenizer, no end-of-document token, ``tokenizers`` missing.
+        UserError: no such file, not a tokenizer, a token or value that is wrong, ``tokenizers``
+            missing.
     """
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -530,7 +616,43 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if template.is_file():
         config["chat_template"] = _read_text(template)
     source = _with_added_tokens(_read_text(file), config, str(file))
-    return Tokenizer(source, config, str(file))
+    return Tokenizer(source, config, str(file), generation_config(file.parent))
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
+    """The content of ``generation_config.json`` in a folder; {} without one.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    file = folder / GENERATION
+    return _parse_json(_read_text(file), str(file)) if file.is_file() else {}
+
+
+def _check_generation(told: dict[str, Any], origin: str) -> None:
+    """Raise ``UserError`` for a value that is used here and has another type."""
+    for key, value in told.items():
+        several = key == "eos_token_id" and isinstance(value, list)
+        for item in value if several else [value]:
+            if item is None or key not in _GENERATION_TYPES:
+                continue
+            expected, what = _GENERATION_TYPES[key]
+            if not isinstance(item, expected) or isinstance(item, bool) != (expected is bool):
+                raise UserError(
+                    f"{origin}: {GENERATION} has {key}={value!r}, expected {what}; correct it there"
+                )
+
+
+_GENERATION_TYPES: dict[str, tuple[Any, str]] = {
+    "bos_token_id": (int, "an id"),
+    "eos_token_id": (int, "an id or a list of ids"),
+    "pad_token_id": (int, "an id"),
+    "do_sample": (bool, "true or false"),
+    "temperature": ((int, float), "a number"),
+    "top_p": ((int, float), "a number"),
+    "top_k": (int, "a whole number"),
+}
+"""Values of ``generation_config.json`` that are used here."""
 
 
 def _with_added_tokens(source: str, config: dict[str, Any], origin: str) -> str:

@@ -225,10 +225,13 @@ def _texts(
     longest = _CHARACTERS * max_tokens
 
     def documents(source: Source) -> Iterator[np.ndarray]:
+        end = tokenizer.suffix_ids or [k for k in (tokenizer.eos_id,) if k is not None]
         for chunk in chunks(source, json_key):
             ids = tokenizer.encode(chunk.text[:longest])
+            if chunk.text and not chunk.before:
+                ids = tokenizer.prefix_ids + ids
             if chunk.last and chunk.text:
-                ids.append(tokenizer.eos_id)
+                ids = ids + end
             yield np.array(ids, np.int64)
 
     return _beginnings(

@@ -5,7 +5,7 @@ B batch, S new tokens, M tokens in the cache, V vocabulary; shapes: ``models/__i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,19 +45,19 @@ def stream_tokens(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
-    eos_id: int | None,
+    stop_ids: Collection[int],
     seed: int = 0,
 ) -> Iterator[list[int | None]]:
     """Yield one token per row and step; None for rows that have ended.
 
-    A row ends with ``eos_id`` (which is yielded) or after ``max_new_tokens``.
+    A row ends with one of ``stop_ids`` (which is yielded) or after ``max_new_tokens``.
 
     Args:
         model: in evaluation or training mode; the result is the same.
         prompts: token ids, at least one per row.
         max_new_tokens: per row.
         sampling: how tokens are drawn.
-        eos_id: None never ends a row early.
+        stop_ids: none never ends a row early.
         seed: of the draws.
 
     Raises:
@@ -88,7 +88,9 @@ def stream_tokens(
         next_B = sample(logits_BV, sampling, generator)
         drawn = next_B.tolist()
         yield [token if living else None for token, living in zip(drawn, alive, strict=True)]
-        alive = [living and token != eos_id for token, living in zip(drawn, alive, strict=True)]
+        alive = [
+            living and token not in stop_ids for token, living in zip(drawn, alive, strict=True)
+        ]
         if not any(alive):
             return
         if slot + 1 < longest + max_new_tokens:
@@ -100,12 +102,12 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
-    eos_id: int | None,
+    stop_ids: Collection[int],
     seed: int = 0,
 ) -> list[list[int]]:
     """All new tokens of each row; arguments as in ``stream_tokens``."""
     rows: list[list[int]] = [[] for _ in prompts]
-    for step in stream_tokens(model, prompts, max_new_tokens, sampling, eos_id, seed):
+    for step in stream_tokens(model, prompts, max_new_tokens, sampling, stop_ids, seed):
         for row, token in zip(rows, step, strict=True):
             if token is not None:
                 row.append(token)

@@ -129,7 +129,10 @@ class WeightExport:
         return sum(spec.nbytes for shard in self._shards for spec in shard.values())
 
     def write(
-        self, staging: Staging, token_ids: dict[str, int | None], progress: Callable[[int], None]
+        self,
+        staging: Staging,
+        token_ids: Mapping[str, int | list[int] | None],
+        progress: Callable[[int], None],
     ) -> None:
         """Write weights, index and ``config.json``, or go on with it.
 
