@@ -296,3 +296,128 @@ def test_a_null_in_one_file_leaves_what_the_other_says(bpe: Tokenizer, tmp_path:
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<｜▁pad▁｜>"}')
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.eos_id == tokenizer.pad_id
+
+
+# -- data sets in other forms --
+
+U, A, S = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system"))
+OTHER_FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], list[bool]]] = {
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+        [U, A],
+        [True],
+    ),
+    "ShareGPT, own names, system, a switch, an id": (
+        {
+            "id": "x1",
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "user", "value": "u"},
+                {"from": "assistant", "value": "a", "weight": 0},
+                {"from": "human", "value": "u"},
+                {"from": "chatgpt", "value": "a", "loss": True},
+            ],
+        },
+        [S, U, A, U, A],
+        [False, True],
+    ),
+    "ShareGPT, system of the line": (
+        {
+            "system": "s",
+            "conversations": [{"from": "human", "value": "u"}, {"from": "model", "value": "a"}],
+        },
+        [S, U, A],
+        [True],
+    ),
+    "conversations of role and content": ({"conversations": [U, A]}, [U, A], [True]),
+    "messages of from and value": (
+        {"messages": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+        [U, A],
+        [True],
+    ),
+    "messages beside a prompt": ({"prompt": "z", "messages": [U, A]}, [U, A], [True]),
+    "Alpaca": (
+        {"instruction": "u", "input": "", "output": "a", "text": "### ..."},
+        [U, A],
+        [True],
+    ),
+    "Alpaca, an input": (
+        {"instruction": "do", "input": "this", "output": "a"},
+        [{"role": "user", "content": "do\nthis"}, A],
+        [True],
+    ),
+    "Alpaca, an input alone": ({"instruction": "", "input": "u", "output": "a"}, [U, A], [True]),
+    "Alpaca, no input": ({"instruction": "u", "output": "a"}, [U, A], [True]),
+    "Alpaca, history and system": (
+        {"instruction": "u", "output": "a", "history": [["u", "a"], ["u", "a"]], "system": "s"},
+        [S, U, A, U, A, U, A],
+        [True, True, True],
+    ),
+    "prompt and completion": ({"prompt": "u", "completion": "a"}, [U, A], [True]),
+    "prompt and response": ({"prompt": "u", "response": "a"}, [U, A], [True]),
+    "lists of messages: the prompt's answers are not learnt": (
+        {"prompt": [S, U, A, U], "completion": [A, U, A]},
+        [S, U, A, U, A, U, A],
+        [False, True, True],
+    ),
+    "a prompt's own switch yields": (
+        {"prompt": [U, {**A, "weight": 1, "train": True}, U], "completion": [A]},
+        [U, A, U, A],
+        [False, True],
+    ),
+    "a list and a text": ({"prompt": [S, U], "completion": "a"}, [S, U, A], [True]),
+}
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_forms_of_data_sets(form: str) -> None:
+    row, messages, learnt = OTHER_FORMS[form]
+    found = conversation_of(row)
+    assert (found.messages, found.learnt) == (messages, learnt)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": [], "rejected": []}, "has the keys chosen, rejected, expected messages, conv"),
+        ({"prompt": "a", "chosen": "b"}, "has the keys prompt, chosen, expected"),
+        ({"instruction": "a", "response": "b"}, "has the keys instruction, response, expected"),
+        ({"question": "a", "answer": "b"}, "has the keys question, answer, expected"),
+        ({"conversations": "a"}, "conversations is a JSON string, expected a list of messages"),
+        ({"conversations": [{"from": "human"}]}, "message 0: value is missing, expected text"),
+        ({"conversations": [{"value": "x"}]}, "message 0: from is missing, expected text"),
+        (
+            {"conversations": [{"from": "human", "value": "x", "role": "user"}]},
+            "message 0: has from or value beside role or content; keep one",
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "x"},
+                    {"from": "observation", "value": ""},
+                ]
+            },
+            "message 1: from=observation is not read here; write the call as tool_calls",
+        ),
+        ({"conversations": [{"from": 3, "value": "x"}]}, "message 0: role is a JSON number"),
+        ({"instruction": "a", "output": ""}, "message 1: the answer is empty"),
+        ({"instruction": "a", "output": "b", "history": [["a"]]}, "history: entry 0 is no"),
+        ({"instruction": "a", "output": "b", "history": "a"}, "history is a JSON string"),
+        ({"instruction": 1, "output": "b"}, "message 0: content is a JSON number, expected text"),
+        ({"prompt": [A], "completion": [A]}, "message 0 is the assistant's"),
+        ({"messages": [U, A], "weight": 0.5}, "weight=0.5 of a whole line is not read here"),
+        ({"messages": [U, {**A, "weight": 0.5}]}, "message 1: weight=0.5 must be 0 or 1"),
+        ({"messages": [U, {**A, "loss_weight": 2}]}, "message 1: loss_weight is not read here"),
+    ],
+)
+def test_other_forms_are_refused_with_their_keys(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ChatError) as found:
+        conversation_of(row)
+    assert message in str(found.value)
+
+
+def test_what_a_prompt_says_is_masked(bpe: Tokenizer, tmp_path: Path) -> None:
+    template = ChatTemplate(load_tokenizer(folder_of(bpe, tmp_path, MARKED["V3"])))
+    row = {"prompt": [U, {**A, "content": "no"}, U], "completion": [{**A, "content": "yes"}]}
+    encoded = template.encode(conversation_of(row))
+    assert bpe.decode(encoded.ids[encoded.is_answer].tolist(), skip_special=True) == "yes"

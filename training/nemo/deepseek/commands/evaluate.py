@@ -219,11 +219,13 @@ def _texts(sources: Sequence[Source], tokenizer: Tokenizer, json_key: str) -> It
             if not chunk.last:
                 continue
             text = "".join(parts)
-            ids = np.array(tokenizer.encode(text), np.int64)
+            begin = tokenizer.prefix_ids
+            ids = np.array([*begin, *tokenizer.encode(text)], np.int64)
             counted = np.broadcast_to(True, len(ids))
             size = _bytes_of(ids, counted, tokenizer)
-            if size is None and len(ids):  # not byte-level: what follows the first id
-                size = len(text.encode()) - len(tokenizer.decode(ids[:1].tolist()).encode())
+            if size is None and len(ids):  # not byte-level: all, or what follows the first id
+                size = len(text.encode())
+                size -= 0 if begin else len(tokenizer.decode(ids[:1].tolist()).encode())
             name = source.name if source.kind == "text" else f"{source.name} {number}"
             yield Document(name, ids, counted, size)
             number, parts = number + 1, []

@@ -1,7 +1,6 @@
 """Chat data: the lines of a file as conversations; ``prepare_chat`` writes their ids to files.
 
-A line of chat data is an object with ``messages`` (a list of ``{"role", "content"}``, roles as the
-chat template knows them) or with ``prompt`` and ``response``. A message's ``weight``,
+A line of chat data is an object of one of the forms of ``_messages``. A message's ``weight``,
 ``trainable``, ``train``, ``training`` or ``loss`` tells whether its answer is learnt.
 """
 
@@ -48,20 +47,12 @@ def conversation_of(row: Any) -> Conversation:
     """
     if not isinstance(row, Mapping):
         raise ChatError(f'a JSON {json_type(row)}, expected an object: {{"messages": [...]}}')
-    if "messages" in row:
-        messages = row["messages"]
-    elif "prompt" in row and "response" in row:
-        messages = [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row["response"]},
-        ]
-    else:
+    if row.get("weight", 1) not in (1, None):
         raise ChatError(
-            f"has the keys {', '.join(map(str, row)) or '(none)'}, expected messages, or prompt "
-            'and response; write {"messages": [{"role": "user", "content": "..."}, ...]}'
+            f"weight={row['weight']!r} of a whole line is not read here; give it to each message, "
+            "or leave the line out"
         )
-    if not isinstance(messages, list):
-        raise ChatError(f"messages is a JSON {json_type(messages)}, expected a list of messages")
+    messages = _messages(row)
     told = [_message(k, message) for k, message in enumerate(messages)]
     answers = [k for k, message in enumerate(told) if message["role"] == "assistant"]
     if not answers:
@@ -81,6 +72,90 @@ def conversation_of(row: Any) -> Conversation:
                 "the answer or leave the line out"
             )
     return Conversation(told[: answers[-1] + 1], tools, learnt)
+
+
+def _messages(row: Mapping[str, Any]) -> list[Any]:
+    """The messages of a line, whichever form data sets give them in.
+
+    - ``messages``, or ``conversations`` (ShareGPT), of ``role`` and ``content``, or of ``from`` and
+      ``value``; roles as the chat template knows them; beside it ``system``;
+    - ``prompt`` with ``completion`` or ``response``, each a text or a list of messages: what the
+      prompt's assistant says is not learnt;
+    - ``instruction`` with ``output`` (Alpaca), ``input`` on a line of its own after the
+      instruction; ``system``; ``history``, a list of earlier ``[question, answer]``.
+
+    Raises:
+        ChatError: none of these.
+    """
+    system = row.get("system")
+    first = [{"role": "system", "content": system}] if system not in (None, "") else []
+    for key in ("messages", "conversations"):
+        if key in row:
+            return [*first, *(_share_gpt(k, m) for k, m in enumerate(_list(key, row[key])))]
+    for answer in ("completion", "response"):
+        if {"prompt", answer} <= row.keys():
+            asked = [
+                {**{k: v for k, v in message.items() if k not in _SWITCHES}, "weight": 0}
+                if isinstance(message, Mapping) and message.get("role") == "assistant"
+                else message
+                for message in _side(row["prompt"], "user")
+            ]
+            return [*first, *asked, *_side(row[answer], "assistant")]
+    if {"instruction", "output"} <= row.keys():
+        earlier = []
+        for k, pair in enumerate(_list("history", row.get("history") or [])):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise ChatError(f"history: entry {k} is no [question, answer]")
+            earlier += [*_side(pair[0], "user"), *_side(pair[1], "assistant")]
+        task, more = row["instruction"], row.get("input")
+        if isinstance(task, str) and isinstance(more, str) and more:
+            task = f"{task}\n{more}" if task else more
+        return [*first, *earlier, *_side(task, "user"), *_side(row["output"], "assistant")]
+    raise ChatError(
+        f"has the keys {', '.join(map(str, row)) or '(none)'}, expected messages, conversations, "
+        "prompt and completion (or response), or instruction and output; write "
+        '{"messages": [{"role": "user", "content": "..."}, ...]}'
+    )
+
+
+def _list(key: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ChatError(f"{key} is a JSON {json_type(value)}, expected a list of messages")
+    return value
+
+
+def _side(value: Any, role: str) -> list[Any]:
+    """A list of messages as it is, anything else as what one role says."""
+    return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+_SHARE_GPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+"""Roles under other names."""
+
+
+def _share_gpt(number: int, message: Any) -> Any:
+    """A message of ``from`` and ``value`` as one of ``role`` and ``content``; others unchanged.
+
+    Raises:
+        ChatError: both, or a call of a tool, whose form is each data set's own.
+    """
+    if not isinstance(message, Mapping) or not {"from", "value"} & message.keys():
+        return message
+    if {"role", "content"} & message.keys():
+        raise ChatError(f"message {number}: has from or value beside role or content; keep one")
+    told = {key: value for key, value in message.items() if key not in ("from", "value")}
+    for key, name in (("from", "role"), ("value", "content")):
+        if key not in message:
+            raise ChatError(f"message {number}: {key} is missing, expected text")
+        told[name] = message[key]
+    if told["role"] in ("function_call", "observation"):
+        raise ChatError(
+            f"message {number}: from={told['role']} is not read here; write the call as tool_calls "
+            "of the assistant and what came back as role tool"
+        )
+    if isinstance(told["role"], str):
+        told["role"] = _SHARE_GPT.get(told["role"], told["role"])
+    return told
 
 
 _SWITCHES = ("weight", "trainable", "train", "training", "loss")
