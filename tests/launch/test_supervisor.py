@@ -229,14 +229,22 @@ sys.exit(len(told) - 1)
 
 
 def test_a_second_signal_kills(worker: Worker) -> None:
-    worker("signal.signal(signal.SIGTERM, lambda *_: note('told'))\nnote('ready')\nwait_for('x')")
+    worker("signal.signal(signal.SIGINT, lambda *_: note('told'))\nnote('ready')\nwait_for('x')")
     driver = start_driver()
     wait_until(lambda: len(noted("ready")) == 2)
-    driver.terminate()
+    driver.send_signal(signal.SIGINT)
     wait_until(lambda: len(noted("told")) == 2)
-    driver.terminate()
+    driver.send_signal(signal.SIGINT)
     out, _ = driver.communicate(timeout=20)
-    assert (driver.returncode, out) == (128 + signal.SIGTERM, "")
+    assert (driver.returncode, out) == (128 + signal.SIGINT, "")
+
+
+def test_workers_that_obey_a_signal_of_their_own_are_not_started_again(worker: Worker) -> None:
+    worker("time.sleep(0.2 * int(os.environ['RANK']))\nsys.exit(128 + signal.SIGUSR1)")
+    driver = start_driver()
+    out, _ = driver.communicate(timeout=20)
+    assert (driver.returncode, out) == (128 + signal.SIGUSR1, "")
+    assert noted("started") == ["0.0", "1.0"]
 
 
 def test_workers_that_die_of_the_signal_are_not_started_again(worker: Worker) -> None:

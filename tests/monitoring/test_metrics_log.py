@@ -198,7 +198,7 @@ def test_checkpoints_are_events(tmp_path: Path, clock: FakeClock) -> None:
 
 @pytest.mark.parametrize(
     ("finished", "number", "reason"),
-    [(9, None, "complete"), (4, 15, "SIGTERM"), (4, None, "a signal to another rank")],
+    [(9, None, "complete"), (9, 15, "complete"), (4, 15, "SIGTERM")],
 )
 def test_the_end_has_a_reason(
     tmp_path: Path, finished: int, number: int | None, reason: str

@@ -24,6 +24,7 @@ from deepseek.checkpoint.callback import Checkpointing
 from deepseek.checkpoint.checkpoint import Checkpoint, newest_sound
 from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.checkpoint.training_state import collect_tensors, load_weights, restore
+from deepseek.commands.stopping import Stopping
 from deepseek.config.errors import UserError
 from deepseek.config.schema import CheckpointConfig
 from deepseek.models.transformer import Transformer
@@ -314,7 +315,7 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step(tmp_path: Path) -> N
         assert [stopped for stopped, _ in results] == [2] * 4
         said = [lines for _, lines in results]
         assert len(said[0]) == 1 and said[1:] == [[], [], []]
-        who = "SIGTERM: saving" if target == 0 else "a signal to another rank: saving"
+        who = "SIGTERM: saving" if target == 0 else "SIGTERM to another rank: saving"
         assert said[0][0].startswith(who)
 
 
@@ -323,9 +324,9 @@ def _signalled(rank: int, case: Case, folder: Path, target: int) -> tuple[int, l
     all others one just after, as a cluster sends it to all."""
     driven, batch = drive(case), next(batches(case))
     lines: list[str] = []
-    callback = Checkpointing(folder, CheckpointConfig(), {}, "", True, lines.append)
+    callback = Stopping(True, lines.append)
     trainer: Any = SimpleNamespace(should_stop=False, val_check_batch=7, limit_val_batches=3)
-    callback._listen(driven.module)
+    callback.on_fit_start(trainer, driven.module)
     try:
         for step in range(1, 4):
             if step == 2 and rank == target:
@@ -337,8 +338,8 @@ def _signalled(rank: int, case: Case, folder: Path, target: int) -> tuple[int, l
         if rank != target:
             os.kill(os.getpid(), signal.SIGTERM)  # not a second one: nothing is raised
     finally:
-        callback._release()
-    assert trainer.limit_val_batches == 0
+        callback.teardown(trainer, driven.module, "fit")
+    assert trainer.limit_val_batches == 0 and driven.module.stop_signal == signal.SIGTERM
     return step, lines
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+from typing import Any
 
 import pytest
 
@@ -59,6 +60,13 @@ DeepSeekModel.{name} = signalling(DeepSeekModel.{name})
 """
 
 
+def events(micro: MicroRuns, name: str) -> list[dict[str, Any]]:
+    """Of the log, without their times."""
+    lines = (micro.folder / name / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines if '"event"' in line]
+    return [{k: v for k, v in row.items() if k not in ("time", "seconds")} for row in rows]
+
+
 def terminate_at(name: str, finished: int) -> str:
     return SIGNAL_AT.format(name=name, finished=finished, signals="[15]")
 
@@ -109,7 +117,8 @@ def test_asked_to_stop_it_validates_where_the_whole_run_does(
     name = f"terminated_{hook}_{finished}"
     never = "exp_manager.checkpoint_callback_params.every_n_train_steps=0"
     code = terminate_at(hook, finished)
-    ran = micro.train(name, never, before=code).assert_done()
+    ran = micro.train(name, never, before=code)
+    assert ran.code == (143 if saved < 12 else 0), ran.err
     assert "SIGTERM: saving a checkpoint after this step" in ran.out
     assert micro.steps(name) == [saved]
     until = [row for row in micro.rows(whole) if row["step"] <= saved]
@@ -129,10 +138,84 @@ def test_a_stop_where_a_validation_is_due_saves_first(micro: MicroRuns) -> None:
 
 
 def test_a_second_signal_stops_at_once(micro: MicroRuns) -> None:
-    twice = SIGNAL_AT.format(name="training_step", finished=5, signals="[15, 2]")
+    twice = SIGNAL_AT.format(name="training_step", finished=5, signals="[2, 2]")
     ran = micro.train("twice", before=twice)
     assert ran.code == 130 and "Traceback" not in ran.err
     assert micro.steps("twice") == [4]
+    assert events(micro, "twice")[-1]["reason"].startswith("SIGINT, a second one")
+
+
+def test_signals_of_one_moment_are_one_request(micro: MicroRuns) -> None:
+    """Slurm and torchrun both send SIGTERM; a Ctrl-C comes with others."""
+    both = SIGNAL_AT.format(name="training_step", finished=5, signals="[15, 15, 2]")
+    assert micro.train("both", before=both).code == 143
+    assert micro.steps("both") == [4, 6]
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT", "SIGUSR1", "SIGUSR2"])
+def test_every_signal_saves_and_says_so(micro: MicroRuns, whole: str, name: str) -> None:
+    number = getattr(signal, name)
+    code = SIGNAL_AT.format(name="training_step", finished=5, signals=[int(number)])
+    ran = micro.train(name, before=code)
+    assert ran.code == 128 + number and "Traceback" not in ran.err
+    assert f"{name}: saving a checkpoint after this step, then stopping" in ran.out
+    assert micro.steps(name) == [4, 6]
+    assert events(micro, name)[-1] == {"event": "stopped", "step": 6, "reason": name}
+    if name == "SIGHUP":
+        micro.train(name).assert_done()
+        assert micro.differences(whole, name) == []
+
+
+def test_what_nohup_ignores_stays_ignored(micro: MicroRuns) -> None:
+    code = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    code += SIGNAL_AT.format(name="training_step", finished=5, signals="[1]")
+    micro.train("nohup", "trainer.max_steps=7", before=code).assert_done()
+
+
+def test_without_checkpoints_a_signal_ends_the_run_too(micro: MicroRuns) -> None:
+    code = terminate_at("training_step", 2)
+    ran = micro.train("none", "exp_manager.create_checkpoint_callback=false", before=code)
+    assert ran.code == 143 and "ending without a checkpoint after this step" in ran.out
+    assert "stopped at step 3 of 12; nothing is saved, as exp_manager.create" in ran.out
+    assert events(micro, "none")[-1]["reason"] == "SIGTERM"
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_when_nobody_reads_the_output_it_saves_and_ends(
+    micro: MicroRuns, whole: str, stream: int
+) -> None:
+    code = f"""
+import os, signal
+from deepseek.training.step import DeepSeekModel
+from deepseek.console import complain
+def step(self, *args, call=DeepSeekModel.training_step):
+    if self.finished_steps == 5:
+        read, write = os.pipe()
+        os.dup2(write, {stream})
+        os.close(read), os.close(write)
+        complain("x")
+    return call(self, *args)
+DeepSeekModel.training_step = step
+"""
+    name = f"closed_{stream}"
+    ran = micro.train(name, "trainer.log_every_n_steps=1", before=code)
+    assert ran.code == 141 and "Traceback" not in ran.err
+    saved = 6 if stream == 2 else 7  # of step 6 it wanted to tell
+    assert micro.steps(name) == [4, saved]
+    assert events(micro, name)[-1]["reason"] == "SIGPIPE: nobody reads the output"
+    micro.train(name).assert_done()
+    assert micro.differences(whole, name) == []
+
+
+def test_output_to_a_full_disk_does_not_end_the_run(micro: MicroRuns) -> None:
+    code = "import os\nos.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
+    begun = "from deepseek.training.step import DeepSeekModel as M\n"
+    begun += "def start(self, call=M.train_dataloader):\n"
+    begun += "".join(f"    {line}\n" for line in code.splitlines())
+    begun += "    return call(self)\nM.train_dataloader = start\n"
+    ran = micro.train("full_output", "trainer.max_steps=3", before=begun)
+    assert "standard output: No space left on device; the run goes on without it" in ran.err
+    assert micro.steps("full_output") == [3]
 
 
 def test_interrupted_before_the_first_step(micro: MicroRuns) -> None:
@@ -152,7 +235,7 @@ def test_other_settings_continue_bitwise_too(micro: MicroRuns, settings: list[st
     kind = "muon" if "muon" in settings[0] else "bf16"
     micro.train(f"{kind}_whole", *settings).assert_done()
     code = terminate_at("training_step", 6)
-    micro.train(f"{kind}_stopped", *settings, before=code).assert_done()
+    assert micro.train(f"{kind}_stopped", *settings, before=code).code == 143
     micro.train(f"{kind}_stopped", *settings).assert_done()
     assert micro.differences(f"{kind}_whole", f"{kind}_stopped") == []
 

@@ -6,6 +6,7 @@ beside them are the product's own (``docs/python.md``).
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ def train(
     Raises:
         ConfigError: every problem of the configuration at once.
         UserError: anything else the user can mend; one of several processes failed.
+        KeyboardInterrupt: Ctrl-C; the run is saved. After another signal N it is a SystemExit with
+            code 128 + N.
     """
     if isinstance(run, RunConfig) and overrides:
         raise UserError(
@@ -51,6 +54,10 @@ def train(
         try:
             return train_run(config, folder, command)
         except SystemExit as end:
+            if end.code == 128 + signal.SIGINT:  # the run is saved, and the program is to stop
+                raise KeyboardInterrupt from end
+            if isinstance(end.code, int) and end.code > 128:
+                raise
             raise UserError(
                 f"the processes of the run ended with code {end.code}; their messages are above"
             ) from end

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO, cast
 
 PATIENCE_SECONDS = 5.0
 """How long a process lets the first one of its machine tell why it ends before it does."""
 
 _speaks = True
+_when_closed: Callable[[], None] | None = None
 _ends_first = True
 
 
@@ -46,15 +48,66 @@ def printable(text: str, lines: bool = False) -> str:
     return spelt if lines else spelt.replace("\n", "\\n").replace("\t", "\\t")
 
 
+def when_output_closes(call: Callable[[], None] | None) -> None:
+    """What to do when nobody reads standard output or error any more; None: raise, as Python does.
+
+    Until this is taken back, words that nobody can read are dropped.
+    """
+    global _when_closed
+    _when_closed = call
+
+
 def say(message: str = "") -> None:
     """One line on standard output, at once."""
     if _speaks:
-        print(printable(message, lines=True), flush=True)
+        _print(message, sys.stdout)
 
 
 def complain(message: str) -> None:
     """One message on standard error."""
-    print(printable(message, lines=True), file=sys.stderr, flush=True)
+    _print(message, sys.stderr)
+
+
+def _print(message: str, stream: TextIO) -> None:
+    try:
+        print(printable(message, lines=True), file=stream, flush=True)
+    except OSError as error:
+        _silence(stream, error)
+
+
+def _silence(stream: TextIO, error: OSError) -> None:
+    """Drop what else goes to a stream that has failed, and say so, or do what was asked for."""
+    if _when_closed is None:
+        raise error
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+    if error.errno in (errno.EPIPE, errno.EIO):  # EIO: a terminal that was closed
+        _when_closed()
+    elif stream is sys.stdout:
+        complain(f"standard output: {error.strerror}; the run goes on without it")
+
+
+class _Terminal:
+    """Standard output for ``rich``, which must not fail when the terminal is closed."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stdout  # rich puts a stream of its own there while a bar is shown
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            _silence(self._stream, error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            _silence(self._stream, error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def complain_at_the_end(message: str, by_first_alone: bool = False) -> None:
@@ -161,9 +214,11 @@ def progress_bar(columns: int = 24, shows_time: bool = True) -> Any:
     if not _speaks or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
         return None
     try:
+        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     except ModuleNotFoundError:
         return None
     text = TextColumn("{task.description}", markup=False)
     shown = [BarColumn(bar_width=columns), text, *([TimeRemainingColumn()] if shows_time else [])]
-    return Progress(*shown, refresh_per_second=4)
+    console = Console(file=cast(TextIO, _Terminal()))
+    return Progress(*shown, refresh_per_second=4, console=console)

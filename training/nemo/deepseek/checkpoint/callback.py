@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,9 +54,7 @@ FIXED = {
 
 
 class Checkpointing(DeepSeekCallback):
-    """Restores before the first step; saves every so many steps, at the end, and on a signal.
-
-    All ranks have one, and all stop after the same step, whichever of them got the signal.
+    """Restores before the first step; saves every so many steps, and at the end.
 
     Args:
         folder: the run's checkpoint folder.
@@ -94,8 +91,6 @@ class Checkpointing(DeepSeekCallback):
         self.resume_from = resume_from
         self._report = report
         self._ranks = Ranks()
-        self._stopping = False
-        self._handlers: dict[int, Any] = {}
         self._saved_step = -1
 
     @property
@@ -111,7 +106,7 @@ class Checkpointing(DeepSeekCallback):
             self._report(message)
 
     def on_fit_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
-        """Resume, and start listening for signals."""
+        """Resume."""
         if self.resume:
             self._resume(trainer, module)
         elif self.manager.steps():
@@ -120,11 +115,6 @@ class Checkpointing(DeepSeekCallback):
                 "exp_manager.resume_if_exists=false; use another --run-dir or name, "
                 "or set exp_manager.resume_if_exists=true"
             )
-        self._listen(module)
-
-    def on_train_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
-        """Listen again: Lightning's own handler, set meanwhile, would end a validation half-way."""
-        self._listen(module)
 
     def on_train_batch_start(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Save the step before, if it is due.
@@ -139,18 +129,9 @@ class Checkpointing(DeepSeekCallback):
         if step > 0 and self.every_n_steps > 0 and step % self.every_n_steps == 0:
             self._save(trainer, module, self.in_background)
 
-    def on_train_batch_end(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
-        """Stop after this step if a signal to any rank asks for it."""
-        if not self._signal_anywhere(module):
-            return
-        self._stopping = trainer.should_stop = True
-        every = trainer.val_check_batch
-        if every is None or module.finished_steps % every:
-            trainer.limit_val_batches = 0  # Lightning would validate at whatever step it stops
-
     def on_validation_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
-        """Save first if a signal asks to stop: the validation may outlast what time is left."""
-        if self._stopping:
+        """Save first if the run is to stop: the validation may outlast what time is left."""
+        if module.stopping:
             self._save(trainer, module)
 
     def on_train_end(self, trainer: Trainer, module: DeepSeekModel) -> None:
@@ -160,7 +141,7 @@ class Checkpointing(DeepSeekCallback):
     def on_exception(
         self, trainer: Trainer, module: DeepSeekModel, exception: BaseException
     ) -> None:
-        """Give signals and folder back; the exception itself must not be hidden by another."""
+        """Give the folder back; the exception itself must not be hidden by another."""
         try:
             if isinstance(exception, NonFiniteError) and self._manager is not None:
                 self._say_way_back(module)
@@ -169,19 +150,10 @@ class Checkpointing(DeepSeekCallback):
             self.report(str(failure))
 
     def teardown(self, trainer: Trainer, module: DeepSeekModel, stage: str) -> None:
-        """Give signals and folder back."""
+        """Give the folder back."""
         self._release()
 
-    def _listen(self, module: DeepSeekModel) -> None:
-        # A signal only sets a flag: the checkpoint is written between two steps, never inside one.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers.setdefault(number, signal.getsignal(number))
-            signal.signal(number, lambda number, frame: self._on_signal(module, number))
-
     def _release(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
         if self._manager is not None:
             self._manager.close()
 
@@ -280,27 +252,6 @@ class Checkpointing(DeepSeekCallback):
             f"instead of {was:.3g}; model.optim.sched.max_steps={before.trainer.max_steps} keeps "
             "the old one"
         )
-
-    def _signal_anywhere(self, module: DeepSeekModel) -> bool:
-        received = module.stop_signal is not None
-        if module.meshes.world is None:
-            return received
-        # Of several ranks all act on what they have agreed on: another may not know of this one's.
-        if not module.stop_agreed:
-            return False
-        if not received and not self._stopping:
-            self.report("a signal to another rank: saving a checkpoint, then stopping")
-        return True
-
-    def _on_signal(self, module: DeepSeekModel, number: int) -> None:
-        if module.stop_signal is not None:
-            raise KeyboardInterrupt  # the second one does not wait
-        module.stop_signal = number
-        if not self._stopping:
-            self.report(
-                f"{signal.Signals(number).name}: saving a checkpoint after this step, then "
-                "stopping (once more to stop at once)"
-            )
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

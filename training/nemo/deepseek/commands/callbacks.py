@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.checkpoint.callback import Checkpointing
+from deepseek.commands.stopping import Stopping
 from deepseek.config import RunConfig, UserError, resolved_yaml
 from deepseek.config.cost import count_parameters, flops_per_token
 from deepseek.console import say
@@ -49,9 +50,9 @@ def callbacks(
 ) -> list[Any]:
     """In the order in which they act.
 
-    The data come first: on damaged ones nothing more is saved. Then the checkpoint: its restoring
-    decides whether and where the others start. Then those
-    that measure, on every rank; then those that write and show, on the one that speaks for all.
+    The data come first: on damaged ones nothing more is saved. Then what may end the run, and the
+    checkpoint: its restoring decides whether and where the others start. Then those that measure,
+    on every rank; then those that write and show, on the one that speaks for all.
 
     Args:
         run: the configuration.
@@ -65,8 +66,9 @@ def callbacks(
         loggers: by name, what opens loggers that the trainer does not know.
     """
     manager = run.exp_manager
-    found: list[Any] = [SoundData(data.verification)]
-    if manager.create_checkpoint_callback:
+    saves = manager.create_checkpoint_callback
+    found: list[Any] = [SoundData(data.verification), Stopping(saves, say)]
+    if saves:
         params = manager.checkpoint_callback_params
         found.append(
             Checkpointing(

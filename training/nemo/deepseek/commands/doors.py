@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,9 +26,9 @@ def guarded(call: Callable[[], object]) -> None:
     except UserError as error:
         complain_at_the_end(f"error: {error}")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         complain_at_the_end("interrupted", by_first_alone=True)
-        sys.exit(130)
+        sys.exit(128 + getattr(stop, "number", signal.SIGINT))
     except RuntimeError as error:
         if died := _DEAD_LOADER.search(str(error)):
             # Not the user's error as such: a supervisor starts all again.

@@ -44,6 +44,8 @@ class FitResult:
     finished_steps: int
     val_loss: float | None = None
     val_bits_per_byte: float | None = None
+    stop_signal: int | None = None
+    """What ended it before its last step."""
     was_complete: bool = False
     """There was nothing left to do."""
 
@@ -160,6 +162,7 @@ def fit(
         module.finished_steps,
         metrics.val_loss if metrics else None,
         metrics.val_bits_per_byte if metrics else None,
+        module.stop_signal if module.finished_steps < run.trainer.max_steps else None,
     )
 
 

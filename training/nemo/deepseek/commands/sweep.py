@@ -16,6 +16,7 @@ from deepseek.commands.report import report
 from deepseek.commands.versions import finished_steps
 from deepseek.config import ConfigError, RunConfig, UserError, load_config
 from deepseek.console import say, table
+from deepseek.launch.signals import StopRequests
 from deepseek.launch.slurm import JobSettings, array_script
 from deepseek.run_folder import METRICS_FILE
 
@@ -79,7 +80,9 @@ def sweep(
             say(f"sweep        {number} of {len(chosen)}: {point.name} is complete")
             continue
         say(f"sweep        {number} of {len(chosen)}: {point.name}")
-        code = _run(config, point)
+        code, stopped_by = _run(config, point)
+        if stopped_by is not None:  # also where the run was complete by then
+            sys.exit(128 + stopped_by)
         if code < 0 or code > 128:
             sys.exit(code if code > 0 else 128 - code)
         if code or not point.is_finished:
@@ -186,16 +189,23 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _run(config: str, point: Point) -> int:
-    """Train one point in a process of its own; its exit code, negative after a signal."""
+def _run(config: str, point: Point) -> tuple[int, int | None]:
+    """Train one point in a process of its own.
+
+    Returns:
+        Its exit code, negative if a signal killed it, and the signal to this process that was
+        passed on to it.
+    """
     command = [sys.executable, "-m", "deepseek", "train", "--config", config]
     command += ["--run-dir", str(point.folder), *point.overrides]
-    process = subprocess.Popen(command)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # the run has it too: it saves, and its code says so
-            continue
+    # A group of its own: a Ctrl-C of the terminal comes here alone, and is passed on.
+    process = subprocess.Popen(command, process_group=0)
+    requests = StopRequests(process.send_signal, lambda number: process.kill())
+    requests.listen()
+    try:
+        return process.wait(), requests.first
+    finally:
+        requests.release()
 
 
 def _write_array(

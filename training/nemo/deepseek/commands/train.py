@@ -75,7 +75,8 @@ def train_run(
 
     Raises:
         UserError: what the user can mend.
-        SystemExit: the processes that were started failed; their code.
+        SystemExit: 128 + N after signal N, the run saved; or the processes that were started
+            failed, with their code.
     """
     processes = Processes.from_environment()
     if resume_from is not None:
@@ -107,10 +108,16 @@ def train_run(
     if result.finished_steps < steps:
         say(
             f"stopped at step {result.finished_steps} of {steps}; "
-            "run the same command again to go on"
+            + (
+                "run the same command again to go on"
+                if run.exp_manager.create_checkpoint_callback
+                else "nothing is saved, as exp_manager.create_checkpoint_callback=false"
+            )
         )
     elif processes.rank == 0:
         _show(folder, sample, report)
+    if result.stop_signal is not None:  # so that a loop of a shell, or a sweep, stops as well
+        sys.exit(128 + result.stop_signal)
     return folder
 
 

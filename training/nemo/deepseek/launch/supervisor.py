@@ -18,13 +18,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from deepseek.config.errors import UserError
 from deepseek.launch.processes import LOST_PEER_EXIT_CODE, STARTED_BY, STORE_FD
+from deepseek.launch.signals import StopRequests, signal_name
 
 USER_ERROR = 2
 """Exit code of what only the user can mend: not started anew."""
@@ -59,8 +58,8 @@ def supervise(
     """Run ``num_processes`` copies of a command to the end, whatever happens to them.
 
     A worker that dies by a signal, or ends with a code other than 0 and 2, is lost: the others are
-    stopped, and all start again, at most ``max_restarts`` times. SIGINT and SIGTERM go on to every
-    worker, once, and are waited for; the second one kills. To be called in the main thread.
+    stopped, and all start again, at most ``max_restarts`` times. A signal that asks to stop goes on
+    to every worker, once, and is waited for; another one a while later kills.
 
     Args:
         command: of a worker, with the path of its program first; see ``worker_command``.
@@ -71,7 +70,8 @@ def supervise(
             progress in between is not repeated ``max_restarts`` times.
 
     Returns:
-        0, 2 for an error that the user can mend, 1 if given up, 128 + N after signal N.
+        0, 2 for an error that the user can mend, 1 if given up, 128 + N after signal N to this
+        process or to a worker.
     """
     with _Signals() as signals:
         before = progress() if progress else 0
@@ -85,7 +85,7 @@ def supervise(
             if signals.first is not None:
                 return crew.code_after_signal(signals.first)
             if lost is None:
-                return 0
+                return crew.stopped_by_signal()
             if lost.code == USER_ERROR:
                 return USER_ERROR
             now = progress() if progress else 0
@@ -169,39 +169,32 @@ class _Lost:
         return f"rank {self.rank} was killed by {signal_name(-self.code)}"
 
 
-def signal_name(number: int) -> str:
-    """``SIGKILL``, or ``signal 99``."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-@dataclass
 class _Signals:
-    """SIGINT and SIGTERM of the supervisor: the first is passed on, the second kills."""
+    """The supervisor's own stop signals: the first is passed on, one that insists kills."""
 
-    workers: list[_Worker] = field(default_factory=list)
-    first: int | None = None
-    _before: dict[int, Any] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.workers: list[_Worker] = []
+        self._requests = StopRequests(self._pass_on, self._kill)
+
+    @property
+    def first(self) -> int | None:
+        """The one that was passed on."""
+        return self._requests.first
 
     def __enter__(self) -> _Signals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._on_signal)
+        self._requests.listen()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._requests.release()
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.first is None:
-            self.first = number
-            for worker in self.workers:
-                worker.tell(number)
-        else:
-            for worker in self.workers:
-                worker.kill()
+    def _pass_on(self, number: int) -> None:
+        for worker in self.workers:
+            worker.tell(number)
+
+    def _kill(self, number: int) -> None:
+        for worker in self.workers:
+            worker.kill()
 
 
 class _Crew:
@@ -240,6 +233,10 @@ class _Crew:
         # The first that did not end only because another had.
         causes = [lost for lost in self._endings if lost.code != LOST_PEER_EXIT_CODE]
         return next(iter(causes or self._endings), None)
+
+    def stopped_by_signal(self) -> int:
+        """128 + N if workers obeyed signal N, sent to one of them: they have saved; else 0."""
+        return max((worker.process.returncode for worker in self.workers), default=0)
 
     def code_after_signal(self, number: int) -> int:
         """What the supervisor returns after it passed a signal on."""
@@ -283,7 +280,7 @@ class _Crew:
         ended = [
             _Lost(worker.rank, worker.code)
             for worker in self.workers
-            if worker.code and worker.rank not in noted
+            if worker.code and worker.code <= 128 and worker.rank not in noted
         ]
         self._endings += sorted(ended, key=lambda lost: (lost.code != USER_ERROR, lost.code))
         return bool(self._endings)

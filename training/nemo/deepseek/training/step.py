@@ -96,7 +96,9 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         self.validation_record: ValidationRecord | None = None
         self.save_record: SaveRecord | None = None
         self.stop_signal: int | None = None
-        """The signal to this process that ends the run."""
+        """The signal that ends the run: to this process, or, once all know, to any."""
+        self.stopping = False
+        """This is the last step: all ranks know of the signal."""
         self.stop_agreed = False
         """A signal had reached some rank before this step ended; the same on all ranks."""
         self._loading: TimedLoader | None = None

@@ -144,9 +144,10 @@ class MetricsLog(DeepSeekCallback):
         step = module.finished_steps
         self._note_checkpoint(module)
         number = module.stop_signal
-        name = signal.Signals(number).name if number is not None else None
-        complete = step >= module.max_steps
-        reason = "complete" if complete else name or "a signal to another rank"
+        reason = "complete"
+        if step < module.max_steps and number is not None:
+            reason = signal.Signals(number).name
+            reason += ": nobody reads the output" if number == signal.SIGPIPE else ""
         self.event("stopped", step, reason=reason)
         self._close()
 
@@ -159,6 +160,8 @@ class MetricsLog(DeepSeekCallback):
         with suppress(UserError):
             first_line = (str(exception).splitlines() or [""])[0]
             reason = f"{type(exception).__name__}: {first_line}".removesuffix(": ")
+            if isinstance(exception, KeyboardInterrupt) and first_line:
+                reason = first_line  # which signal it was
             self.event("stopped", module.finished_steps, reason=reason)
         self._close()
 
