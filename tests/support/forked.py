@@ -49,6 +49,12 @@ class Ran:
         for part in parts:
             assert part in message, message
 
+    def assert_stopped(self, number: int = 15) -> Ran:
+        """By a signal that it obeyed."""
+        assert self.code == 128 + number, f"{self.code}\n{self.out}\n{self.err}"
+        assert "Traceback" not in self.err
+        return self
+
     def assert_done(self) -> Ran:
         """Exit code 0."""
         assert self.code == 0, f"{self.code}\n{self.out}\n{self.err}"

@@ -109,7 +109,7 @@ def test_two_processes_on_one_folder(micro: MicroRuns) -> None:
     second = micro.train("busy", "trainer.max_steps=99999")
     second.assert_refused(f"process {first.pid}", "or use another folder")
     first.signal(signal.SIGTERM)
-    first.wait().assert_done()
+    first.wait().assert_stopped()
     assert "max_steps: 100000" in (micro.folder / "busy" / "config.yaml").read_text()
 
 

@@ -64,7 +64,7 @@ def test_an_undisturbed_run(micro: MicroRuns, whole: str) -> None:
 
 
 def test_a_stopped_and_resumed_run(micro: MicroRuns) -> None:
-    micro.train("terminated", before=terminate_at("training_step", 5)).assert_done()
+    micro.train("terminated", before=terminate_at("training_step", 5)).assert_stopped()
     micro.train("terminated").assert_done()
     assert events(micro, "terminated") == [
         ("started", 0, None),
