@@ -81,6 +81,7 @@ def after_the_readme(micro: MicroRuns, tmp_path_factory: pytest.TempPathFactory)
         (folder / "texts" / f"{i}.txt").write_text(text[i * 900 : (i + 1) * 900])
     (folder / "src").mkdir()
     (folder / "src" / "code.py").write_text(text[:9000])
+    (folder / "prompts.txt").write_text("def \nimport torch\n")
     rows = [{"text": text[start : start + 300]} for start in range(0, 9000, 300)]
     (folder / "books.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     turns = [{"prompt": f"{i} + 2?", "response": f"{i + 2}"} for i in range(40)]

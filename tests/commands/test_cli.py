@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -275,114 +275,6 @@ def test_frameworks_that_cannot_train(
     code = FRAMEWORK.format(choice=choice, versions=versions)
     micro.train("no_framework", before=code).assert_refused(*parts)
     assert micro.cli("ls", before=code).code == 0  # what needs no framework works
-
-
-# -- generate --
-
-
-def test_generate_continues_a_prompt(cli: Forked) -> None:
-    words = ["generate", "run", "--prompt", "abc", "--max-new-tokens", "8"]
-    greedy = cli(*words, "--temperature", "0").assert_done().out
-    assert greedy.startswith("abc") and len(greedy.rstrip("\n")) > 3
-    assert cli(*words, "--temperature", "0", "--seed", "5").out == greedy
-    drawn = [cli(*words, "--seed", str(seed)).assert_done().out for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2]
-
-
-def test_generate_several_prompts_as_if_alone(cli: Forked) -> None:
-    prompts = ["a", "bcd efg hij", ""]
-    words = ["--max-new-tokens", "6", "--temperature", "0"]
-    given = [word for prompt in prompts for word in ("--prompt", prompt)]
-    together = cli("generate", "run", *given, *words).assert_done().out
-    alone = [cli("generate", "run", "--prompt", prompt, *words).out for prompt in prompts]
-    assert together == "".join(f"{text}\n" for text in alone)
-
-
-def test_generate_streams_piece_by_piece(cli: Forked) -> None:
-    watch = """
-import sys
-write = sys.stdout.write
-class Watched:
-    def write(self, text):
-        write(f"[{text}]")
-    def __getattr__(self, name):
-        return getattr(sys.__stdout__, name)
-sys.stdout = Watched()
-"""
-    words = ["--prompt", "abc", "--max-new-tokens", "5", "--temperature", "0"]
-    pieces = cli("generate", "run", *words, before=watch).assert_done().out
-    assert pieces.startswith("[abc][") and pieces.count("[") >= 5
-    plain = cli("generate", "run", *words).out
-    assert pieces.replace("[", "").replace("]", "") == plain
-
-
-@pytest.mark.parametrize(
-    ("words", "parts"),
-    [
-        (["--temperature", "-1"], ["temperature=-1.0: must be 0 (greedy) or more"]),
-        (["--temperature", "nan"], ["temperature=nan"]),
-        (["--top-p", "0"], ["top_p=0.0", "above 0 and at most 1"]),
-        (["--top-p", "1.5"], ["top_p=1.5"]),
-        (["--top-k", "-1"], ["top_k=-1"]),
-        (["--max-new-tokens", "0"], ["max_new_tokens=0"]),
-        (["--max-new-tokens", "300"], ["exceed", "max_position_embeddings=256"]),
-        (["--prompt", "abc " * 300], ["max_position_embeddings=256"]),
-    ],
-)
-def test_generate_refuses(cli: Forked, words: list[str], parts: list[str]) -> None:
-    ran = cli("generate", "run", *words)
-    ran.assert_refused(*parts)
-    assert ran.out == ""
-
-
-def test_generate_from_what_is_no_run(cli: Forked, tmp_path: Path) -> None:
-    for folder in ("nowhere", str(tmp_path), "micro.yaml"):
-        cli("generate", folder).assert_refused("is no run folder", "deepseek train")
-    (tmp_path / "config.json").write_text("{}")
-    cli("generate", str(tmp_path)).assert_refused("holds Hugging Face files; `deepseek hf import")
-
-
-def remove_checkpoints(run: Path) -> None:
-    for path in (run / "checkpoints").glob("step_*"):
-        shutil.rmtree(path)
-
-
-def cut_newest(run: Path) -> None:
-    shard = run / "checkpoints" / "step_00000012" / "__0_0.distcp"
-    shard.write_bytes(shard.read_bytes()[:1000])
-
-
-def replaced(name: str, before: str, after: str) -> Callable[[Path], None]:
-    def damage(run: Path) -> None:
-        text = (run / name).read_text()
-        assert before in text
-        (run / name).write_text(text.replace(before, after))
-
-    return damage
-
-
-@pytest.mark.parametrize(
-    ("damage", "parts"),
-    [
-        (remove_checkpoints, ["holds no checkpoint yet; train first"]),
-        (lambda run: (run / "config.yaml").unlink(), ["has no config.yaml"]),
-        (lambda run: (run / "tokenizer" / "tokenizer.json").write_text("{"), ["not JSON"]),
-        (lambda run: (run / "tokenizer" / "tokenizer.json").write_text("{}"), ["not a tokenizer"]),
-        (lambda run: shutil.rmtree(run / "tokenizer"), ["tokenizer", "does not exist"]),
-    ],
-)
-def test_generate_from_a_damaged_run(
-    cli: Forked, copy: Path, damage: Callable[[Path], None], parts: list[str]
-) -> None:
-    damage(copy)
-    cli("generate", copy).assert_refused(*parts)
-
-
-def test_generate_from_the_checkpoint_before_a_damaged_one(cli: Forked, copy: Path) -> None:
-    cut_newest(copy)
-    ran = cli("generate", copy, "--max-new-tokens", "4").assert_done()
-    assert "step_00000012 is damaged" in ran.err and "trying the one before" in ran.err
-    assert "damaged" not in ran.out
 
 
 # -- ls, cp, cat, validate --

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_adapters_lower_the_loss_of_answers(micro: MicroRuns, adapted: str) -> N
     size = lambda found: sum(t.numel() for t in found.values())  # noqa: E731
     assert size(tensors) < size(weights)
     ran = micro.cli("generate", adapted, "--prompt", "User: x", "--max-new-tokens", 3).assert_done()
-    assert ran.out.startswith("User: x")
+    assert ran.out.startswith("> User: x\n")
 
 
 def test_questions_are_answered_as_they_were_taught(micro: MicroRuns, adapted: str) -> None:
@@ -90,9 +91,10 @@ def test_questions_are_answered_as_they_were_taught(micro: MicroRuns, adapted: s
     answer = micro.cli(*ask).assert_done().out.rstrip("\n")
     by_hand = "User: colour of 1?\n\nAssistant:"
     ran = micro.cli("generate", adapted, "--prompt", by_hand, *words).assert_done()
-    assert answer and ran.out.removeprefix(by_hand).startswith(answer)
+    quoted = "> User: colour of 1?\n> \n> Assistant:\n"
+    assert answer and ran.out.startswith(quoted + answer)
     both = micro.cli(*ask, "--prompt", "colour of 2?").assert_done().out
-    assert both.startswith(f"colour of 1?\n{answer}\n") and "\ncolour of 2?\n" in both
+    assert both.startswith(f"> colour of 1?\n{answer}\n") and "\n> colour of 2?\n" in both
     micro.cli("generate", adapted, "--chat").assert_refused("--chat answers a question")
     ask[1] = "tuned_base"
     micro.cli(*ask).assert_refused("tuned_base/tokenizer has no chat template", "leave out --chat")
@@ -148,6 +150,13 @@ def test_adapters_are_not_put_on_other_weights(micro: MicroRuns, adapted: str) -
     micro.cli("lora", "export", "above", "y").assert_done()
     checkpoint.rename(micro.folder / "moved")
     micro.cli("lora", "export", "above", "z").assert_refused("there is no checkpoint there; put")
+    # Base and adapters may move together.
+    place = micro.folder / "else" / "below" / "checkpoints"
+    place.mkdir(parents=True)
+    (micro.folder / "moved").rename(place / "step_00000004")
+    shutil.copytree(micro.folder / "above", micro.folder / "else" / "above")
+    elsewhere = micro.folder / "else" / "above"
+    micro.cli("generate", elsewhere, "--max-new-tokens", 2, cwd=Path("/")).assert_done()
     full = settings(micro, f"model.restore_from={adapted}", "model.data.seq_length=48")
     for more in ([], PEFT):
         micro.train("x", *full, *more).assert_refused("holds adapters; `deepseek lora merge")

@@ -12,11 +12,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from deepseek.commands.generate import sampling_for, without_stop
+from deepseek.commands.generate import Prompt, Writer, sampling_for
 from deepseek.commands.train import train_run
 from deepseek.config import RunConfig, UserError, load_config, resolved_yaml
 from deepseek.data import open_data as data
-from deepseek.inference import generation
 from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint
 
 
@@ -71,6 +70,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    stop: Sequence[str] = (),
 ) -> list[str]:
     """Continue prompts; what ``deepseek generate`` does.
 
@@ -83,6 +83,7 @@ def generate(
         top_k: keep the k most probable tokens; 0: all.
         top_p: keep the smallest set of tokens whose probability reaches p.
         seed: of the draws.
+        stop: texts before which a continuation ends.
 
     Returns:
         The continuations, without the prompts.
@@ -99,9 +100,9 @@ def generate(
             "yourself with deepseek.inference"
         )
     sampling = sampling_for(tokenizer, temperature, top_k, top_p)
-    ids, stops = [tokenizer.prompt_ids(prompt) for prompt in prompts], tokenizer.stop_ids
-    rows = generation.generate(checkpoint.model(), ids, max_new_tokens, sampling, stops, seed)
-    return [tokenizer.decode(without_stop(row, stops)) for row in rows]
+    writer = Writer(checkpoint.model(), tokenizer, sampling, max_new_tokens, seed, stop)
+    ids = [writer.ids_of(Prompt(text, f"prompt {row}")) for row, text in enumerate(prompts)]
+    return [answer.text for answer in writer.answers(ids)]
 
 
 def open_data(run: RunConfig) -> data.OpenedData:

@@ -236,7 +236,10 @@ def data_verify_command(
 
 @app.command("generate")
 def generate_command(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="A run folder, a checkpoint, a .nemo file, or Hugging Face files."),
+    ],
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to continue; may be repeated.")
     ] = None,
@@ -255,14 +258,41 @@ def generate_command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are questions: the chat template goes around.")
+        bool,
+        typer.Option("--chat", help="Prompts are questions; none, on a terminal: a conversation."),
     ] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="File with a prompt a line, or .jsonl with prompt or messages; - : stdin."
+        ),
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be repeated.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One object a line.")] = False,
+    draft: Annotated[
+        str | None, typer.Option(help="mtp: speculative decoding with the model's MTP modules.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json or its folder; none: the one there.")
+    ] = None,
 ) -> None:
     """Continue prompts, or with --chat answer them, with a run's newest checkpoint."""
     from deepseek.commands.generate import generate_text
 
     drawn = (max_new_tokens, temperature, top_k, top_p, seed)
-    generate_text(run, prompt or [""], *drawn, chat)
+    generate_text(
+        run,
+        prompt or [],
+        *drawn,
+        chat,
+        prompts_file=prompts,
+        stop=stop or [],
+        as_json=as_json,
+        draft=draft,
+        tokenizer=tokenizer,
+    )
 
 
 @app.command("eval")

@@ -5,7 +5,7 @@ B batch, S new tokens, M tokens in the cache, V vocabulary; shapes: ``models/__i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,7 @@ def stream_tokens(
     sampling: Sampling,
     stop_ids: Collection[int],
     seed: int = 0,
+    is_enough: Callable[[int], bool] = lambda row: False,
 ) -> Iterator[list[int | None]]:
     """Yield one token per row and step; None for rows that have ended.
 
@@ -57,15 +58,16 @@ def stream_tokens(
         prompts: token ids, at least one per row.
         max_new_tokens: per row.
         sampling: how tokens are drawn.
-        stop_ids: none never ends a row early.
+        stop_ids: empty never ends a row early.
         seed: of the draws.
+        is_enough: asked for each row after its token was yielded: whether to end it, too.
 
     Raises:
         UserError: no prompt or an empty one, an id outside the vocabulary, or a context that is too
             long.
     """
     config = model.config
-    _check(model, prompts, max_new_tokens)
+    check_prompts(config, prompts, max_new_tokens)
     assert model.embed is not None, "decoding needs the whole model"
     weight = model.embed.weight
     device = weight.device
@@ -89,7 +91,8 @@ def stream_tokens(
         drawn = next_B.tolist()
         yield [token if living else None for token, living in zip(drawn, alive, strict=True)]
         alive = [
-            living and token not in stop_ids for token, living in zip(drawn, alive, strict=True)
+            living and token not in stop_ids and not is_enough(row)
+            for row, (token, living) in enumerate(zip(drawn, alive, strict=True))
         ]
         if not any(alive):
             return
@@ -198,19 +201,32 @@ def _read(
     return model.last_logits(tokens_BS, positions_BS, caches)
 
 
-def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    config = model.config
+def check_prompts(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Raise ``UserError`` unless all can be generated from; see ``stream_tokens``.
+
+    Args:
+        config: sizes.
+        prompts: token ids.
+        max_new_tokens: per prompt.
+        names: what to call the prompts; None: by their number.
+    """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 1")
     if not prompts:
         raise UserError("no prompt: give at least one")
     for row, prompt in enumerate(prompts):
+        name = names[row] if names is not None else f"prompt {row}"
         if not prompt:
-            raise UserError(f"prompt {row} is empty: give at least one token")
+            raise UserError(f"{name} is empty: give at least one token")
         unknown = next((token for token in prompt if not 0 <= token < config.vocab_size), None)
         if unknown is not None:
             raise UserError(
-                f"prompt {row} holds token id {unknown}, but the model knows ids 0 to "
+                f"{name} holds token id {unknown}, but the model knows ids 0 to "
                 f"{config.vocab_size - 1}: use the tokenizer the model was trained with"
             )
         room = config.max_position_embeddings - len(prompt)
@@ -218,7 +234,7 @@ def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens:
             total = len(prompt) + max_new_tokens
             way_out = f"ask for at most {room}" if room > 0 else f"shorten it by {1 - room} or more"
             raise UserError(
-                f"prompt {row} has {len(prompt)} tokens and {max_new_tokens} more are asked for: "
+                f"{name} has {len(prompt)} tokens and {max_new_tokens} more are asked for: "
                 f"{total} exceed max_position_embeddings={config.max_position_embeddings}; "
                 f"{way_out}"
             )

@@ -59,6 +59,8 @@ class OpenedCheckpoint:
 def open_checkpoint(path: Path) -> OpenedCheckpoint:
     """The newest sound checkpoint of a run folder, the checkpoint ``path`` itself, or a ``.nemo``
     file."""
+    if path.is_file() and path.suffix != SUFFIX:
+        raise UserError(f"{path} is no run folder but a file; give a folder, or a {SUFFIX} file")
     if path.is_file() or (path / MANIFEST).is_file():
         return with_config(open_weights(path))
     if not path.exists():
@@ -119,7 +121,8 @@ def load_whole(checkpoint: Checkpoint, config: ModelConfig, device: str = "cpu")
 def load_adapted(checkpoint: Checkpoint, config: ModelConfig, device: str = "cpu") -> Transformer:
     """The base with the adapters of ``checkpoint`` beside it. Raises as ``load_whole``."""
     model = _blank(config, device)
-    load_weights(open_base(base_of(checkpoint), checkpoint.ranks, config.restore_from), model)
+    base, run = base_of(checkpoint), checkpoint.path.resolve().parent.parent
+    load_weights(open_base(base, checkpoint.ranks, config.restore_from, run), model)
     load_adapters(checkpoint, model)
     return model
 
@@ -132,24 +135,30 @@ def base_of(checkpoint: Checkpoint) -> Base:
     return Base(**recorded)
 
 
-def open_base(base: Base, ranks: Ranks, given: str | None) -> Checkpoint:
+def open_base(base: Base, ranks: Ranks, given: str | None, run: Path | None = None) -> Checkpoint:
     """The checkpoint below adapters, as it was when they were trained.
 
     Args:
         base: what is recorded.
         ranks: that open it together.
-        given: ``model.restore_from``, where it is looked for if it is not where it was.
+        given: ``model.restore_from``, where it is looked for if it is not where it was; also
+            relative to ``run``.
+        run: folder of the adapters' run: both may have been moved together.
 
     Raises:
         UserError: it is gone, or has changed.
     """
-    return open_weights(ranks.lead(lambda: _found(base, given)), ranks)
+    return open_weights(ranks.lead(lambda: _found(base, given, run)), ranks)
 
 
-def _found(base: Base, given: str | None) -> Path:
+def _found(base: Base, given: str | None, run: Path | None) -> Path:
     places = [Path(base.path)]
     if given is not None:
-        places += [Path(given), *sorted(Path(given).glob("checkpoints/step_*"))]
+        for folder in (Path(given), *([run / given] if run is not None else [])):
+            places += [folder, *sorted(folder.glob(f"{CHECKPOINTS}/step_*"))]
+    if run is not None:  # RUN/checkpoints/STEP, or NAME.nemo, beside this run
+        parts = Path(base.path).parts
+        places += [run.parent.joinpath(*parts[-depth:]) for depth in (3, 1)]
     there = [place for place in places if place.is_file() or (place / MANIFEST).is_file()]
     for place in there:
         if Base.of(place).sha256 == base.sha256:

@@ -73,17 +73,24 @@ class MultiTokenPredictor(nn.Module):
         self.block = DeepSeekBlock(config, config.num_hidden_layers + depth)
         self.norm = RMSNorm(dim, eps)
 
-    def forward(self, hidden_BSD: Tensor, ahead_BSD: Tensor, context: TokenContext) -> Tensor:
+    def forward(
+        self,
+        hidden_BSD: Tensor,
+        ahead_BSD: Tensor,
+        context: TokenContext,
+        cache: LatentStore | None = None,
+    ) -> Tensor:
         """Next depth's hidden state, ready for the head.
 
         Args:
             hidden_BSD: the depth before, normed (the main model's final norm for the first depth).
             ahead_BSD: embedding of the token k places ahead of each position.
             context: of these tokens.
+            cache: of this depth, when decoding.
         """
         # The released weights take the embedding first; the paper's eq 21 writes it second.
         joined = torch.cat((self.enorm(ahead_BSD), self.hnorm(hidden_BSD)), dim=-1)
-        return self.norm(self.block(self.eh_proj(joined), context))
+        return self.norm(self.block(self.eh_proj(joined), context, cache))
 
 
 def build_attention(config: ModelConfig) -> MultiHeadLatentAttention:
