@@ -71,6 +71,11 @@ class Checkpoint:
 
         def read() -> None:
             state, metadata = read_state(path), read_metadata(path, sizes)
+            if state.get("step", manifest.step) != manifest.step:
+                raise UserError(
+                    f"{path} is damaged: its manifest says step {str(manifest.step)[:20]}, its "
+                    f"state {state['step']}"
+                )
             opened.append(cls(path, manifest.step, state, metadata, ranks, _hold=held))
 
         ranks.together(read)

@@ -348,7 +348,7 @@ class Tokenizer:
         given = self._config.get("chat_template")
         if not isinstance(given, list):
             return given if isinstance(given, str) else None
-        named = {entry.get("name"): entry.get("template") for entry in given}
+        named = self._named_templates
         if "default" not in named:
             raise UserError(
                 f"{self._origin}: tokenizer_config.json has the chat templates "
@@ -359,11 +359,22 @@ class Tokenizer:
     @property
     def tool_chat_template(self) -> str | None:
         """The template called ``tool_use``, for conversations with tools; None if there is none."""
+        return self._named_templates.get("tool_use")
+
+    @property
+    def _named_templates(self) -> dict[str, str]:
+        """Chat templates that stand in a list; empty: there is none, or one without a name."""
         given = self._config.get("chat_template")
-        if not isinstance(given, list):
-            return None
-        named = {entry.get("name"): entry.get("template") for entry in given}
-        return named.get("tool_use")
+        try:
+            named = {str(e["name"]): e["template"] for e in given} if type(given) is list else {}
+            if not all(isinstance(template, str) for template in named.values()):
+                raise TypeError("a template is no text")
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{self._origin}: chat_template of tokenizer_config.json must be a text, or a list "
+                f'of {{"name": ..., "template": ...}} ({type(error).__name__}: {error})'
+            ) from error
+        return named
 
     def with_chat_template(self, source: str) -> Tokenizer:
         """The same tokenizer with another chat template, a Jinja text."""
@@ -670,10 +681,16 @@ def _with_added_tokens(source: str, config: dict[str, Any], origin: str) -> str:
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), (dict, list)):
         return source  # told by Tokenizer
     vocab = model["vocab"]
-    names = list(vocab) if isinstance(vocab, dict) else [piece for piece, _ in vocab]
-    ids = dict(vocab) if isinstance(vocab, dict) else {name: k for k, name in enumerate(names)}
-    added = list(parsed.get("added_tokens") or [])
-    ids.update({token["content"]: token["id"] for token in added})
+    try:
+        pairs = vocab if isinstance(vocab, dict) else {name: k for k, (name, _) in enumerate(vocab)}
+        ids = {str(name): int(number) for name, number in pairs.items()}
+        added = list(parsed.get("added_tokens") or [])
+        ids.update({str(token["content"]): int(token["id"]) for token in added})
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{origin} is damaged: model.vocab or added_tokens has an entry that is no text with "
+            f"an id ({type(error).__name__}: {error}); download or copy the file again"
+        ) from error
     listed = {token["content"] for token in added}
     taken = {number: name for name, number in ids.items()}
     where = f"{origin}: added_tokens_decoder of tokenizer_config.json"

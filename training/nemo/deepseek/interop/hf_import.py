@@ -11,6 +11,7 @@ that is.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -132,7 +133,7 @@ class HfFolder:
             raise UserError(
                 f"{self.path / INDEX} names files outside its folder ({listing(foreign)})"
             )
-        if missing := [name for name in names if not (self.path / name).is_file()]:
+        if missing := [name for name in names if not os.path.isfile(self.path / name)]:
             raise UserError(
                 f"{self.path} lacks {len(missing)} of {len(names)} files that its index names: "
                 f"{listing(missing)}; copy or download them"

@@ -138,8 +138,7 @@ def _time(run: RunLog, width: int) -> RenderableType:
     }
     for label, key in parts.items():
         spent = float(np.nansum(run.steps.get(key, np.zeros(1))[-RECENT:]))
-        if whole and spent:
-            share = spent / whole
+        if whole and spent and 0 < (share := spent / whole) <= 10:  # a damaged row says anything
             bar = "█" * round(share * max(10, width - 50))
             lines.add_row(label, f"{spent / count:.4f} s", f"{share:6.1%}", bar)
     return _panel(lines, f"a step: {whole / count:.4f} s, mean of {count}")

@@ -527,6 +527,10 @@ class _Lines:
         return rows
 
 
+_MOST_STEPS = 1 << 31
+"""A row of a later step is damaged."""
+
+
 def _row(line: bytes) -> dict[str, Any] | None:
     """One line of a log; None if it is no object with a step."""
     try:
@@ -536,6 +540,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
     fits = (
         isinstance(row, dict)
         and isinstance(row.get("step"), int)
+        and 0 <= row["step"] < _MOST_STEPS
         and isinstance(row.get("event", ""), str)
     )
     return row if fits else None

@@ -77,7 +77,8 @@ class Page:
             )
             picker = f'<label class="picker">show <select id="tab">{options}</select></label>'
             bodies.insert(0, picker)
-        self._body = "\n".join(bodies)
+        # Half of a surrogate pair, which a log may hold, is no UTF-8.
+        self._body = "\n".join(bodies).encode(errors="replace").decode()
         self._figures = {key: _json(drawn) for key, drawn in figures.items()}
         self._hashes = {key: _hash(text) for key, text in self._figures.items()}
         self.version = _hash(self._body + _json(self._hashes))
@@ -163,7 +164,11 @@ def _run_tab(run: RunLog) -> Tab:
 
 def _set_range(panel: Panel, run: RunLog) -> None:
     """All figures over steps show the same steps."""
-    if panel.figure is None or panel.figure["layout"]["xaxis"]["title"]["text"] != "step":
+    if (
+        panel.figure is None
+        or not run.steps
+        or panel.figure["layout"]["xaxis"]["title"]["text"] != "step"
+    ):
         return
     first, last = (float(run.steps["step"][end]) for end in (0, -1))
     room = 0.01 * max(last - first, 1.0)
