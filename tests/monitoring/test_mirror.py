@@ -1,6 +1,9 @@
 """Loggers of others: they get the rows, and whatever they do, training goes on at its pace."""
 
+import io
 import os
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -130,6 +133,12 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     loggers.WandbLogger = kind("wandb")  # type: ignore[attr-defined]
     loggers.MLFlowLogger = kind("mlflow")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, f"{pl.__name__}.loggers", loggers)
+    settings = SimpleNamespace(base_url="http://127.0.0.1:9")
+    sys.modules["wandb"].setup = lambda: SimpleNamespace(settings=settings)  # type: ignore[attr-defined]
+    monkeypatch.setattr(frameworks.urllib.request, "urlopen", lambda url, timeout: io.BytesIO())
+    monkeypatch.setattr(frameworks.atexit, "register", lambda function: None)
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "1")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")
     monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")  # and whatever the test sets is forgotten
@@ -137,13 +146,13 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_by_default_there_is_none(tmp_path: Path) -> None:
-    assert remote_loggers(tmp_path, RunConfig()) == {}
+    assert remote_loggers(tmp_path, RunConfig(), print) == {}
 
 
 def test_both_with_their_defaults(tmp_path: Path, packages: dict[str, Any]) -> None:
     manager = ExpManagerConfig(create_wandb_logger=True, create_mlflow_logger=True)
     run = RunConfig(name="tiny", exp_manager=manager)
-    opens = remote_loggers(tmp_path / "version_3", run)
+    opens = remote_loggers(tmp_path / "version_3", run, print)
     assert not packages  # only the thread that feeds them opens them
     for name, open_logger in opens.items():
         mirror = Mirror(name, open_logger, "m.jsonl")
@@ -171,7 +180,7 @@ def test_their_settings(
         mlflow_logger_kwargs=MLFlowConfig("exp", "first", "http://there"),
     )
     run = RunConfig(name="tiny", exp_manager=manager)
-    for open_logger in remote_loggers(tmp_path, run).values():
+    for open_logger in remote_loggers(tmp_path, run, print).values():
         open_logger()
     wandb, mlflow = packages["wandb"].settings, packages["mlflow"].settings
     assert (wandb["project"], wandb["name"], wandb["offline"]) == ("v3", "first", True)
@@ -179,7 +188,7 @@ def test_their_settings(
     assert mlflow["tracking_uri"] == "http://there"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere")
     run = changed(run, {"exp_manager.mlflow_logger_kwargs.tracking_uri": None})
-    remote_loggers(tmp_path, run)["MLFlowLogger"]()
+    remote_loggers(tmp_path, run, print)["MLFlowLogger"]()
     assert packages["mlflow"].settings["tracking_uri"] == "http://elsewhere"
 
 
@@ -190,7 +199,7 @@ def test_one_whose_package_is_missing(
     monkeypatch.setattr(frameworks.importlib.util, "find_spec", lambda name: None)
     manager = ExpManagerConfig(**{f"create_{package}_logger": True})  # type: ignore[arg-type]
     with pytest.raises(UserError, match=rf"create_{package}_logger=true.*pip install {package}"):
-        remote_loggers(tmp_path, RunConfig(exp_manager=manager))
+        remote_loggers(tmp_path, RunConfig(exp_manager=manager), print)
 
 
 @pytest.mark.parametrize(
@@ -208,3 +217,91 @@ def test_settings_of_a_logger_that_is_not_made_are_refused(setting: str) -> None
     load_config(
         "deepseek_v3_tiny", [f"exp_manager.{setting}", f"exp_manager.create_{name}_logger=true"]
     )
+
+
+# -- a key, and no network --
+
+
+@pytest.mark.parametrize("port", ["closed", "silent", "gives nonsense", "answers"])
+def test_a_server_is_asked_first(
+    packages: dict[str, Any], monkeypatch: pytest.MonkeyPatch, port: str
+) -> None:
+    """One that is not there is told, and the files stay in the run folder."""
+    monkeypatch.undo()
+    monkeypatch.setattr(frameworks, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "1")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(frameworks.atexit, "register", lambda function: None)
+        module = ModuleType("wandb")
+        settings = SimpleNamespace(base_url=url)
+        module.setup = lambda: SimpleNamespace(settings=settings)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        reply = {"gives nonsense": b"what?\r\n\r\n", "answers": b"HTTP/1.0 404 no\r\n\r\n"}
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(reply[port])
+
+        if port == "closed":
+            server.close()
+        elif port in reply:
+            threading.Thread(target=serve, daemon=True).start()
+        told: list[str] = []
+        assert frameworks._wandb_answers(told.append) == (port == "answers")
+        assert len(told) == (port != "answers")
+        assert all(f"{url} does not answer (" in words and "wandb sync" in words for words in told)
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        assert frameworks._wandb_answers(told.append), "the user's own choice"
+
+
+SCRIPT = """
+import time
+from pathlib import Path
+from deepseek.config import RunConfig
+from deepseek.config.schema import ExpManagerConfig
+from deepseek.frameworks import remote_loggers
+from deepseek.monitoring.record.metrics_log import Mirror
+run = RunConfig(name="x", exp_manager=ExpManagerConfig(create_wandb_logger=True))
+(opens,) = remote_loggers(Path("."), run, print).values()
+mirror = Mirror("WandbLogger", opens, "m.jsonl")
+mirror.tell({"loss": 1.0}, 1)
+time.sleep(1)
+print("end of the run", time.time(), flush=True)
+mirror.close()
+"""
+
+
+@pytest.mark.framework
+@pytest.mark.parametrize("silent", [False, True], ids=["closed", "silent"])
+def test_a_key_without_network_ends_soon_after_the_run(tmp_path: Path, silent: bool) -> None:
+    """The package itself, where it is installed (NeMo brings it)."""
+    pytest.importorskip("wandb")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        if not silent:
+            server.close()
+        variables = {
+            **os.environ,
+            "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
+            "WANDB_API_KEY": "a" * 40,
+            **{f"WANDB_{name}_DIR": str(tmp_path) for name in ("CACHE", "CONFIG", "DATA")},
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        variables.pop("WANDB_MODE", None)
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            cwd=tmp_path,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=250,
+        )
+        ended = time.time()
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("end of the run"))
+    # 9 s by design; a machine under load takes longer to take the package down.
+    assert ended - float(line.split()[-1]) < 60

@@ -9,11 +9,18 @@ A NeMo that is installed but broken is an error, not a reason to fall back in si
 
 from __future__ import annotations
 
+import atexit
+import http.client
 import importlib
 import importlib.metadata
 import importlib.util
 import logging
 import os
+import signal
+import threading
+import time
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -143,7 +150,9 @@ def framework_name() -> str:
     return f"PyTorch Lightning {pl.__version__}"
 
 
-def remote_loggers(folder: Path, run: RunConfig) -> dict[str, Callable[[], Any]]:
+def remote_loggers(
+    folder: Path, run: RunConfig, tell: Callable[[str], None]
+) -> dict[str, Callable[[], Any]]:
     """What opens the loggers that may want a network, by name.
 
     They are not the trainer's, which would wait for them and end with them.
@@ -151,6 +160,7 @@ def remote_loggers(folder: Path, run: RunConfig) -> dict[str, Callable[[], Any]]
     Args:
         folder: of the run; what they write lies here.
         run: which ones, where they write to, and what is shown beside the curves.
+        tell: called with what the user should know.
 
     Raises:
         UserError: a package is missing.
@@ -165,7 +175,7 @@ def remote_loggers(folder: Path, run: RunConfig) -> dict[str, Callable[[], Any]]
             config,
             project=wandb.project or name,
             name=wandb.name or folder.name,
-            offline=wandb.offline,
+            offline=wandb.offline or not _wandb_answers(tell),
             save_dir=str(folder),
         )
     if manager.create_mlflow_logger:
@@ -183,6 +193,47 @@ def remote_loggers(folder: Path, run: RunConfig) -> dict[str, Callable[[], Any]]
             save_dir=str(folder / "mlruns"),
         )
     return found
+
+
+ANSWER_SECONDS = 5.0
+"""For the server of Weights & Biases, before its logger is opened."""
+FINISH_SECONDS = "4"
+"""For its last uploads; what is left then is in the run folder."""
+
+
+def _wandb_answers(tell: Callable[[str], None]) -> bool:
+    """Whether there is a server to write to: without one, the package would try for ever, and keep
+    the process from ending."""
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)  # should it go away later
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return True  # the user's own choice
+    url = importlib.import_module("wandb").setup().settings.base_url
+    atexit.register(_end_wandb_service)  # the last one registered is the first one called
+    try:
+        urllib.request.urlopen(url, timeout=ANSWER_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # an answer
+    except (OSError, http.client.HTTPException) as error:
+        tell(
+            f"WandbLogger: {url} does not answer ({error}); the curves are kept in the run folder, "
+            "and `wandb sync` sends them"
+        )
+        return False
+    return True
+
+
+def _end_wandb_service() -> None:
+    """Let the process end: the package waits there for its service, which waits for ever if the run
+    ended while it was still being opened."""
+
+    def end() -> None:
+        time.sleep(ANSWER_SECONDS)
+        for listing in Path("/proc/self/task").glob("*/children"):
+            for child in listing.read_text().split():
+                if "wandb" in Path(f"/proc/{child}/comm").read_text():
+                    os.kill(int(child), signal.SIGKILL)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _need(package: str, key: str) -> None:

@@ -19,7 +19,7 @@ from deepseek.commands.validate import summary
 from deepseek.commands.versions import chosen_folder, finished_steps
 from deepseek.config import RunConfig, UserError
 from deepseek.config.layout import Layout
-from deepseek.console import StageProgress, say
+from deepseek.console import StageProgress, complain, say
 from deepseek.data.loader import build_train_loader, build_validation_loader
 from deepseek.data.open_data import OpenedData, open_data
 from deepseek.frameworks import (
@@ -70,7 +70,7 @@ def fit(
     done = Ranks().lead(lambda: finished_steps(folder))
     if resume and resume_from is None and done >= run.trainer.max_steps:
         return FitResult(folder, done, was_complete=True)
-    loggers = remote_loggers(folder, run)
+    loggers = remote_loggers(folder, run, complain)
     if run.trainer.num_threads:
         torch.set_num_threads(run.trainer.num_threads)
     if not on_gpu:

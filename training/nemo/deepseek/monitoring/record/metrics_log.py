@@ -233,7 +233,7 @@ MOST_WAITING = 1000
 """Rows that a slow logger may lag behind; further ones are left out."""
 MOST_WORDS = 200
 """Characters of a logger's own message that are shown."""
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 4.0
 """At the end of training, for what is still waiting."""
 
 
