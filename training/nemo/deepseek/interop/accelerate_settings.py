@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +25,43 @@ _OFF = (None, False, "", "no", "none", "NO")
 class _Found:
     """The lists, and the configuration that grows."""
 
+    flat: dict[str, Any]
+    """All keys; see ``_flat``."""
     settings: dict[str, Any] = field(default_factory=dict)
     """By dotted key of ours."""
     taken: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
     off: int = 0
+    key: str = ""
+    """The one of ``flat`` that is looked at."""
 
-    def set(self, theirs: str, key: str, value: Any, note: str = "") -> None:
+    @property
+    def ours(self) -> str:
+        """The dotted key that it is about."""
+        return TRANSFORMERS[self.key.rpartition(".")[2]]
+
+    @property
+    def told(self) -> str:
+        """With its value."""
+        return f"{self.key}={shown(self.flat[self.key])}"
+
+    def number(self, key: str) -> int:
+        """A whole number, 1 if it is not given."""
+        return int(self.flat.get(key) or 1)
+
+    def set(self, value: Any, note: str = "", key: str = "") -> None:
+        """It becomes ``key``, else ``ours``."""
+        key = key or self.ours
         self.settings[key] = value
-        self.taken.append((theirs, f"{key}={shown(value)}" + (f" ({note})" if note else "")))
+        self.same(f"{key}={shown(value)}" + (f" ({note})" if note else ""))
 
-    def same(self, theirs: str, what: str) -> None:
-        self.taken.append((theirs, what))
+    def same(self, what: str) -> None:
+        """It is so here."""
+        self.taken.append((self.told, what))
 
-    def leave(self, theirs: str, reason: str) -> None:
-        self.left.append((theirs, reason))
+    def leave(self, reason: str) -> None:
+        """It has no counterpart."""
+        self.left.append((self.told, reason))
 
 
 def migrate_config(
@@ -135,31 +156,30 @@ def _flat(keys: dict[str, Any]) -> dict[str, Any]:
 
 def _mapped(flat: dict[str, Any]) -> _Found:
     """What becomes of each key of ``_flat``."""
-    found = _Found()
+    found = _Found(flat)
     for key in _NUMBERS & flat.keys():
         if flat[key] is not None and type(flat[key]) is not int:
             raise UserError(f"{key}={shown(flat[key])}: give a whole number, it decides the batch")
-    world = int(flat.get("num_processes") or 1)
     for key, value in flat.items():
+        found.key = key
         section, _, name = key.partition(".")
         rule = _SECTIONS[section].get(name) if name else _ACCELERATE.get(key) or _TRAINING.get(key)
         if (value in _OFF or value in ({}, [])) and not isinstance(rule, _Meant):
             found.off += 1
         elif rule is None:
-            found.leave(f"{key}={shown(value)}", "not known to this converter")
+            found.leave("not known to this converter")
         elif isinstance(rule, str):
-            found.leave(f"{key}={shown(value)}", rule)
+            found.leave(rule)
         else:
-            call = rule.call if isinstance(rule, _Meant) else rule
             try:
-                call(found, key, value, flat)
+                (rule.call if isinstance(rule, _Meant) else rule)(found, value)
             except (TypeError, ValueError):
-                found.leave(f"{key}={shown(value)}", "of another type than that key has")
-    _batch(found, flat, world)
+                found.leave("of another type than that key has")
+    _batch(found)
     return found
 
 
-Rule = Callable[[_Found, str, Any, dict[str, Any]], None]
+Rule = Callable[[_Found, Any], None]
 
 
 @dataclass(frozen=True)
@@ -169,190 +189,182 @@ class _Meant:
     call: Rule
 
 
-def _copied(found: _Found, key: str, value: Any, flat: dict[str, Any], note: str = "") -> None:
-    """It means the same under another name."""
-    found.set(f"{key}={shown(value)}", _ours(key), value, note)
-
-
-def _ours(key: str) -> str:
-    """The dotted key that a key of ``_flat`` is about."""
-    return TRANSFORMERS[key.rpartition(".")[2]]
-
-
 def _same(what: str) -> Rule:
-    return lambda found, theirs, value, flat: found.same(f"{theirs}={shown(value)}", what)
+    return lambda found, value: found.same(what)
 
 
-def _processes(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    machines = int(flat.get("num_machines") or 1)
+def _processes(found: _Found, value: Any) -> None:
+    machines = found.number("num_machines")
     if int(value) % machines:
         raise UserError(f"num_processes={value} is no multiple of num_machines={machines}")
-    found.set(f"{key}={shown(value)}", _ours(key), int(value) // machines, "per node")
+    found.set(int(value) // machines, "per node")
 
 
-def _precision(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
+def _precision(found: _Found, value: Any) -> None:
     if value == "bf16":
-        found.set(f"{key}=bf16", _ours(key), "bf16-mixed")
+        found.set("bf16-mixed")
     elif value in ("no", None, False):
-        found.set(f"{key}=no", _ours(key), "32")
+        found.set("32")
     else:
-        found.leave(f"{key}={shown(value)}", "precisions are 32, bf16-mixed and auto")
+        found.leave("precisions are 32, bf16-mixed and auto")
 
 
-def _bf16(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    found.set(f"{key}=true", _ours(key), "bf16-mixed")
-
-
-def _strategy(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    names = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
-    number = str(value).isdigit() and 1 <= int(value) <= 5
-    kind = names[int(value) - 1] if number else str(value).upper()
-    shown_as = f"{key}={shown(value)}"
-    world, nodes = int(flat.get("num_processes") or 1), int(flat.get("num_machines") or 1)
-    if kind.startswith("HYBRID"):
-        found.set(shown_as, "model.data_parallel_replicate_size", nodes, "one replica per node")
-    gathers = world > (nodes if kind.startswith("HYBRID") else 1)
-    if kind in ("FULL_SHARD", "HYBRID_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD_ZERO2"):
-        if gathers:
-            again = kind in ("FULL_SHARD", "HYBRID_SHARD")
-            found.set(shown_as, "model.reshard_after_forward", again)
-        else:
-            found.same(shown_as, "data-parallel ranks share parameters, gradients and optimiser")
-    elif kind == "NO_SHARD":
-        found.set(shown_as, "model.data_parallel_replicate_size", world)
-    else:
-        found.leave(shown_as, f"no sharding strategy of FSDP: {', '.join(names)}")
-
-
-def _reshard(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    if value is None or value == "":
-        found.off += 1
-    elif not isinstance(value, bool):  # accelerate: with version 1, the sharding strategy
-        _strategy(found, key, value, flat)
-    elif int(flat.get("num_processes") or 1) > 1:
-        found.set(f"{key}={shown(value)}", _ours(key), value)
-    else:
-        found.same(f"{key}={shown(value)}", "one process gathers nothing")
-
-
-def _recompute(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    if value is True:
-        found.set(f"{key}=true", _ours(key), "full")
-
-
-def _schedule(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    rate = flat.get("learning_rate", 5e-5)
-    more = flat.get("lr_scheduler_kwargs") or {}
-    kind = str(value).lower().removeprefix("schedulertype.")
-    shown_as, least = f"{key}={shown(value)}", "model.optim.sched.min_lr"
-    if kind in ("constant", "constant_with_warmup"):
-        found.set(shown_as, least, rate, "a cosine from the peak to the peak")
-    elif kind == "cosine":
-        found.set(shown_as, _ours(key), "CosineAnnealing")
-    elif kind == "cosine_with_min_lr" and isinstance(more, dict):
-        floor = more.get("min_lr", float(rate) * float(more.get("min_lr_rate", 0.0)))
-        found.set(shown_as, least, floor)
-    else:
-        found.leave(shown_as, "schedules are CosineAnnealing and WarmupConstantCosine")
-
-
-def _warmup(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    if not value or key == "warmup_ratio" and flat.get("warmup_steps"):
-        found.off += 1
-        return
-    steps = flat.get("max_steps") or -1
-    if key == "warmup_ratio" or 0 < value < 1:
-        if steps <= 0:
-            found.leave(f"{key}={shown(value)}", "a share of max_steps, which is not set")
-            return
-        value = -(-float(value) * steps // 1)
-    note = "step k of w has k/(w+1) of the peak here, k/w from 0 in transformers"
-    found.set(f"{key}={shown(flat[key])}", _ours(key), int(value), note)
-
-
-def _steps(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    if value and int(value) > 0:
-        found.set(f"{key}={value}", _ours(key), int(value))
-    else:
-        found.leave(f"{key}={shown(value)}", "a run has a number of steps; set trainer.max_steps")
-
-
-def _optimizer(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    if str(value).lower().removeprefix("optimizernames.").startswith("adamw_torch"):
-        found.set(f"{key}={value}", _ours(key), "adamw")
-    else:
-        found.leave(f"{key}={shown(value)}", "optimisers are adamw and muon")
-
-
-def _beta(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    pair = [flat.get("adam_beta1", 0.9), flat.get("adam_beta2", 0.999)]
-    found.set(f"{key}={value}", _ours(key), pair)
-
-
-def _clip(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    found.set(f"{key}={shown(value)}", _ours(key), value or 0.0)
-
-
-def _every(strategy: str) -> Rule:
-    def rule(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-        name = _ours(key)
-        chosen = str(flat.get(strategy, "steps")).lower().rpartition(".")[2]
-        if chosen == "no":
-            found.set(f"{key}={shown(value)}", name, 0, f"{strategy}=no")
-        elif not isinstance(value, int) or chosen == "epoch":
-            found.leave(f"{key}={shown(value)}", f"{name} counts steps; {strategy}={chosen}")
-        else:
-            found.set(f"{key}={value}", name, value)
+def _if_true(setting: object) -> Rule:
+    def rule(found: _Found, value: Any) -> None:
+        if value is not True:
+            raise TypeError(value)
+        found.set(setting)
 
     return rule
 
 
-def _report_to(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
+def _strategy(found: _Found, value: Any) -> None:
+    names = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
+    number = str(value).isdigit() and 1 <= int(value) <= 5
+    kind = names[int(value) - 1] if number else str(value).upper()
+    if kind not in names:
+        found.leave(f"no sharding strategy of FSDP: {', '.join(names)}")
+        return
+    world, replicas = found.number("num_processes"), "model.data_parallel_replicate_size"
+    if kind == "NO_SHARD":
+        found.set(world, key=replicas)
+        return
+    ranks = 1
+    if kind.startswith("HYBRID"):
+        ranks = found.number("num_machines")
+        found.set(ranks, "one replica per node", key=replicas)
+    if world > ranks:
+        again = kind in ("FULL_SHARD", "HYBRID_SHARD")
+        found.set(again, key="model.reshard_after_forward")
+    else:
+        found.same("data-parallel ranks share parameters, gradients and optimiser")
+
+
+def _reshard(found: _Found, value: Any) -> None:
+    if value is None or value == "":
+        found.off += 1
+    elif not isinstance(value, bool):  # accelerate: with version 1, the sharding strategy
+        _strategy(found, value)
+    elif found.number("num_processes") > 1:
+        found.set(value)
+    else:
+        found.same("one process gathers nothing")
+
+
+def _schedule(found: _Found, value: Any) -> None:
+    rate = found.flat.get("learning_rate", 5e-5)
+    more = found.flat.get("lr_scheduler_kwargs") or {}
+    kind = str(value).lower().removeprefix("schedulertype.")
+    least = "model.optim.sched.min_lr"
+    if kind in ("constant", "constant_with_warmup"):
+        found.set(rate, "a cosine from the peak to the peak", key=least)
+    elif kind == "cosine":
+        found.set("CosineAnnealing")
+    elif kind == "cosine_with_min_lr" and isinstance(more, dict):
+        floor = more.get("min_lr", float(rate) * float(more.get("min_lr_rate", 0.0)))
+        found.set(floor, key=least)
+    else:
+        found.leave("schedules are CosineAnnealing and WarmupConstantCosine")
+
+
+def _warmup(found: _Found, value: Any) -> None:
+    share = found.key == "warmup_ratio"
+    if not value or share and found.flat.get("warmup_steps"):
+        found.off += 1
+        return
+    steps = found.flat.get("max_steps") or -1
+    if share or 0 < value < 1:
+        if steps <= 0:
+            found.leave("a share of max_steps, which is not set")
+            return
+        value = -(-float(value) * steps // 1)
+    found.set(int(value), "step k of w has k/(w+1) of the peak here, k/w from 0 in transformers")
+
+
+def _steps(found: _Found, value: Any) -> None:
+    if value and int(value) > 0:
+        found.set(int(value))
+    else:
+        found.leave("a run has a number of steps; set trainer.max_steps")
+
+
+def _optimizer(found: _Found, value: Any) -> None:
+    if str(value).lower().removeprefix("optimizernames.").startswith("adamw_torch"):
+        found.set("adamw")
+    else:
+        found.leave("optimisers are adamw and muon")
+
+
+def _beta(found: _Found, value: Any) -> None:
+    found.set([found.flat.get("adam_beta1", 0.9), found.flat.get("adam_beta2", 0.999)])
+
+
+def _clip(found: _Found, value: Any) -> None:
+    found.set(value or 0.0)
+
+
+def _every(strategy: str) -> Rule:
+    def rule(found: _Found, value: Any) -> None:
+        chosen = str(found.flat.get(strategy, "steps")).lower().rpartition(".")[2]
+        if chosen == "no":
+            found.set(0, f"{strategy}=no")
+        elif not isinstance(value, int) or chosen == "epoch":
+            found.leave(f"{found.ours} counts steps; {strategy}={chosen}")
+        else:
+            found.set(value)
+
+    return rule
+
+
+def _logging(found: _Found, value: Any) -> None:
+    if value >= 1:
+        found.set(int(value))
+    else:
+        found.leave(f"{found.ours} counts steps")
+
+
+def _report_to(found: _Found, value: Any) -> None:
     names = [value] if isinstance(value, str) else list(value)
-    board = "tensorboard" in names or "all" in names
-    found.set(f"{key}={shown(value)}", _ours(key), board)
+    found.set("tensorboard" in names or "all" in names)
     for name in names:
         if name not in ("tensorboard", "all", "none"):
-            found.leave(f"{key}={name}", "metrics.jsonl of the run folder holds every step")
+            reason = "metrics.jsonl of the run folder holds every step"
+            found.left.append((f"{found.key}={name}", reason))
 
 
-def _timeout(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    found.set(f"{key}={value}", _ours(key), float(value) / 60)
-
-
-def _cpu(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
-    if value is True:
-        found.set(f"{key}=true", _ours(key), "cpu")
-
-
-def _distributed(found: _Found, key: str, value: Any, flat: dict[str, Any]) -> None:
+def _distributed(found: _Found, value: Any) -> None:
     if str(value).upper() in ("FSDP", "MULTI_GPU", "MULTI_CPU", "NO"):
-        found.same(f"{key}={value}", "the layout follows from the parallel sizes")
+        found.same("the layout follows from the parallel sizes")
     else:
-        found.leave(f"{key}={value}", "this guide is for FSDP")
+        found.leave("this guide is for FSDP")
 
 
-def _batch(found: _Found, flat: dict[str, Any], world: int) -> None:
+def _dynamo(found: _Found, value: Any) -> None:
+    if str(value).lower() == "inductor":
+        found.set(True)
+    else:
+        found.leave("only inductor is used (model.torch_compile)")
+
+
+def _batch(found: _Found) -> None:
     """The batch of a step is a product there, a number here."""
-    mine = flat.get("per_device_train_batch_size")
-    many = int(flat.get("gradient_accumulation_steps") or 1)
+    mine = found.flat.get("per_device_train_batch_size")
+    many = found.number("gradient_accumulation_steps")
+    factor = f"gradient_accumulation_steps={many}"
     if mine is None:
         if many > 1:
-            found.leave(
-                f"gradient_accumulation_steps={many}",
-                "model.global_batch_size = micro_batch_size x data-parallel ranks x this",
-            )
+            product = "model.global_batch_size = micro_batch_size x data-parallel ranks x this"
+            found.left.append((factor, product))
         return
-    split = int(flat.get("parallelism_config.parallelism_config_tp_size") or 1)
-    found.set(f"per_device_train_batch_size={mine}", "model.micro_batch_size", int(mine))
-    ranks = max(1, world // split)
-    found.set(
-        f"gradient_accumulation_steps={many}",
-        "model.global_batch_size",
-        int(mine) * many * ranks,
-        f"{mine} x {many} x {ranks} data-parallel ranks"
-        + ("" if "num_processes" in flat else "; give the accelerate file too for their number"),
-    )
+    split = found.number("parallelism_config.parallelism_config_tp_size")
+    found.key = "per_device_train_batch_size"
+    found.set(int(mine), key="model.micro_batch_size")
+    ranks = max(1, found.number("num_processes") // split)
+    note = f"{mine} x {many} x {ranks} data-parallel ranks"
+    if "num_processes" not in found.flat:
+        note += "; give the accelerate file too for their number"
+    whole = found.settings["model.global_batch_size"] = int(mine) * many * ranks
+    found.taken.append((factor, f"model.global_batch_size={whole} ({note})"))
 
 
 def _tree(settings: dict[str, Any]) -> dict[str, Any]:
@@ -366,64 +378,58 @@ def _tree(settings: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-_LAUNCH = "the launcher's: torchrun, or deepseek launch --slurm"
-_WRAPS = "nothing to choose: every block is sharded on its own"
-_SEEN_BY_BATCH: Rule = lambda found, key, value, flat: None  # noqa: E731  (see _batch)
+_SEEN_BY_BATCH: Rule = lambda found, value: None  # noqa: E731  (see _batch)
+Rules = dict[str, Rule | str | _Meant]
+_NO_OFFLOADING = "there is no offloading; use more ranks, TP, EP or PP"
 
-_ACCELERATE: dict[str, Rule | str | _Meant] = {
-    "compute_environment": _LAUNCH,
+
+def _each(keys: str, rule: Rule | str) -> Rules:
+    return dict.fromkeys(keys.split(), rule)
+
+
+_ACCELERATE: Rules = {
+    **_each(
+        "compute_environment enable_cpu_affinity gpu_ids local_rank machine_rank main_process_ip "
+        "main_process_port rdzv_backend same_network",
+        "the launcher's: torchrun, or deepseek launch --slurm",
+    ),
     "debug": "collectives are always watched (trainer.collective_timeout_minutes)",
     "distributed_type": _distributed,
     "downcast_bf16": "for TPUs",
-    "enable_cpu_affinity": _LAUNCH,
-    "gpu_ids": _LAUNCH,
-    "machine_rank": _LAUNCH,
-    "main_process_ip": _LAUNCH,
-    "main_process_port": _LAUNCH,
     "main_training_function": "there is no training function; the command is deepseek train",
     "mixed_precision": _Meant(_precision),
-    "num_machines": _copied,
+    "num_machines": _Found.set,
     "num_processes": _processes,
-    "rdzv_backend": _LAUNCH,
-    "same_network": _LAUNCH,
-    "use_cpu": _cpu,
+    "use_cpu": _if_true("cpu"),
     "gradient_clipping": _clip,
 }
-_FSDP: dict[str, Rule | str | _Meant] = {
+_FSDP: Rules = {
     "version": _same("FSDP2 always"),
     "sharding_strategy": _strategy,
     "reshard_after_forward": _Meant(_reshard),
-    "auto_wrap_policy": _WRAPS,
-    "transformer_layer_cls_to_wrap": _WRAPS,
-    "min_num_params": _WRAPS,
-    "backward_prefetch": "FSDP2 prefetches by itself",
-    "backward_prefetch_policy": "FSDP2 prefetches by itself",
-    "forward_prefetch": "FSDP2 prefetches by itself",
+    **_each(
+        "auto_wrap_policy transformer_layer_cls_to_wrap min_num_params ignored_modules",
+        "nothing to choose: every block is sharded on its own",
+    ),
+    **_each(
+        "backward_prefetch backward_prefetch_policy forward_prefetch", "FSDP2 prefetches by itself"
+    ),
     "limit_all_gathers": "FSDP2 limits them by itself",
-    "offload_params": "there is no offloading; use more ranks, TP, EP or PP",
-    "cpu_offload": "there is no offloading; use more ranks, TP, EP or PP",
+    **_each("offload_params cpu_offload activation_cpu_offload", _NO_OFFLOADING),
     "state_dict_type": "checkpoints are always sharded, by name, and any layout loads them",
     "use_orig_params": "FSDP2 always keeps the parameters",
     "sync_module_states": "every rank makes its part of the same start values, or loads it",
     "cpu_ram_efficient_loading": "every rank loads its part only",
-    "activation_checkpointing": _recompute,
-    "activation_cpu_offload": "there is no offloading; use more ranks, TP, EP or PP",
-    "ignored_modules": _WRAPS,
+    "activation_checkpointing": _if_true("full"),
     "xla": "for TPUs",
 }
-_PARALLEL: dict[str, Rule | str | _Meant] = {
-    "parallelism_config_dp_replicate_size": _copied,
-    "parallelism_config_tp_size": _copied,
+_PARALLEL: Rules = {
+    "parallelism_config_dp_replicate_size": _Found.set,
+    "parallelism_config_tp_size": _Found.set,
     "parallelism_config_dp_shard_size": "follows: devices x nodes / (TP x PP x replicas)",
     "parallelism_config_cp_size": NO_SUCH_KEY["parallelism_config_cp_size"],
 }
-_DYNAMO: dict[str, Rule | str | _Meant] = {
-    "dynamo_backend": lambda found, key, value, flat: (
-        found.set(f"{key}={value}", _ours(key), True)
-        if str(value).lower() == "inductor"
-        else found.leave(f"{key}={value}", "only inductor is used (model.torch_compile)")
-    ),
-}
+_DYNAMO: Rules = {"dynamo_backend": _dynamo}
 _SECTIONS = {"fsdp_config": _FSDP, "parallelism_config": _PARALLEL, "dynamo_config": _DYNAMO}
 _NUMBERS = {
     "num_processes",
@@ -435,43 +441,29 @@ _NUMBERS = {
 _NO_EPOCHS = "a run has a number of steps; trainer.max_steps = epochs x tokens / tokens a step"
 _DATA = "the data come prepared (deepseek prepare-data), packed, in an order the seed decides"
 _HUB = "nothing is uploaded; deepseek hf export writes the folder"
-_COPIED = (
-    "output_dir",
-    "run_name",
-    "seed",
-    "learning_rate",
-    "adam_epsilon",
-    "torch_compile",
-    "save_total_limit",
-    "dataloader_num_workers",
-)
-_TRAINING: dict[str, Rule | str | _Meant] = {
-    **dict.fromkeys(_COPIED, _copied),
-    "data_seed": "one seed decides weights and order of the data (seed)",
-    "weight_decay": _Meant(partial(_copied, note="of matrices only")),
-    "adam_beta1": _beta,
-    "adam_beta2": _beta,
+_TRAINING: Rules = {
+    **_each(
+        "output_dir run_name seed learning_rate adam_epsilon torch_compile save_total_limit "
+        "dataloader_num_workers",
+        _Found.set,
+    ),
+    **_each("adam_beta1 adam_beta2", _beta),
+    "weight_decay": _Meant(lambda found, value: found.set(value, "of matrices only")),
     "max_grad_norm": _Meant(_clip),
     "max_steps": _steps,
     "num_train_epochs": _NO_EPOCHS,
     "lr_scheduler_type": _schedule,
     "lr_scheduler_kwargs": _same("see lr_scheduler_type"),
-    "warmup_steps": _warmup,
-    "warmup_ratio": _warmup,
-    "per_device_train_batch_size": _SEEN_BY_BATCH,
-    "gradient_accumulation_steps": _SEEN_BY_BATCH,
+    **_each("warmup_steps warmup_ratio", _warmup),
+    **_each("per_device_train_batch_size gradient_accumulation_steps", _SEEN_BY_BATCH),
     "per_device_eval_batch_size": "validation uses model.micro_batch_size",
-    "bf16": _bf16,
+    "bf16": _if_true("bf16-mixed"),
     "fp16": "precisions are 32, bf16-mixed and auto",
     "tf32": "fp32 products are fp32",
-    "gradient_checkpointing": _recompute,
+    "gradient_checkpointing": _if_true("full"),
     "gradient_checkpointing_kwargs": "blocks are recomputed without reentering",
     "optim": _optimizer,
-    "logging_steps": lambda found, key, value, flat: (
-        found.set(f"{key}={value}", _ours(key), int(value))
-        if value >= 1
-        else found.leave(f"{key}={value}", f"{_ours(key)} counts steps")
-    ),
+    "logging_steps": _logging,
     "eval_steps": _every("eval_strategy"),
     "save_steps": _every("save_strategy"),
     "eval_strategy": _same("see eval_steps"),
@@ -479,40 +471,28 @@ _TRAINING: dict[str, Rule | str | _Meant] = {
     "logging_strategy": "metrics.jsonl of the run folder holds every step",
     "logging_dir": "logs lie in the run folder",
     "report_to": _report_to,
-    "ddp_timeout": _timeout,
-    "use_cpu": _cpu,
+    "ddp_timeout": lambda found, value: found.set(float(value) / 60),
     "resume_from_checkpoint": "deepseek train goes on by itself; migrate the checkpoint first",
     "fsdp": _same("FSDP2 always"),
     "fsdp_config": "not a section of keys",
     "max_length": f"set {RENAMED['max_length']}",
     "do_train": _same("deepseek train"),
     "do_eval": "trainer.val_check_interval",
-    "group_by_length": _DATA,
-    "dataloader_drop_last": _DATA,
-    "dataloader_pin_memory": _DATA,
-    "remove_unused_columns": _DATA,
-    "label_names": _DATA,
-    "packing": _DATA,
-    "push_to_hub": _HUB,
-    "hub_model_id": _HUB,
-    "hub_strategy": _HUB,
-    "hub_token": _HUB,
-    "local_rank": _LAUNCH,
-    "save_safetensors": _HUB,
+    "data_seed": "one seed decides weights and order of the data (seed)",
+    **_each(
+        "group_by_length dataloader_drop_last dataloader_pin_memory remove_unused_columns "
+        "label_names packing dataloader_in_order train_sampling_strategy length_column_name "
+        "accelerator_config",
+        _DATA,
+    ),
+    **_each("push_to_hub hub_model_id hub_strategy hub_token save_safetensors project", _HUB),
     "average_tokens_across_devices": _same("the loss is always a mean over all tokens of a step"),
     "logging_nan_inf_filter": "a step whose gradient is not finite changes no weight, and says so",
     "skip_memory_metrics": "memory is recorded (exp_manager.monitor)",
-    "log_on_each_node": "one process speaks for all",
-    "log_level_replica": "one process speaks for all",
-    "dataloader_in_order": _DATA,
-    "train_sampling_strategy": _DATA,
-    "length_column_name": _DATA,
+    **_each("log_on_each_node log_level_replica", "one process speaks for all"),
     "eval_do_concat_batches": "validation is a loss",
-    "project": _HUB,
     "label_smoothing_factor": "the loss is plain cross-entropy",
     "neftune_noise_alpha": "embeddings get no noise",
     "deepspeed": "the layout follows from the parallel sizes",
-    "disable_tqdm": "the terminal decides",
-    "log_level": "the terminal decides",
-    "accelerator_config": _DATA,
+    **_each("disable_tqdm log_level", "the terminal decides"),
 }
