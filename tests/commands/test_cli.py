@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -61,6 +62,20 @@ def test_help_lists_every_command(cli: Forked) -> None:
     )
     for command in names:
         assert re.search(rf"^\W*{command}\s", out, re.MULTILINE), command
+
+
+def test_verbose_shows_what_a_rank_applies() -> None:
+    program = """
+import logging, sys
+from deepseek.cli import main
+from deepseek.commands import train
+train.train = lambda *options: logging.getLogger("deepseek.parallel").info("TP 2: divided")
+main()
+"""
+    for options, told in (([], ""), (["--verbose"], "rank 3       TP 2: divided\n")):
+        words = [sys.executable, "-c", program, "train", "deepseek_v3_tiny", *options]
+        env = {**os.environ, "RANK": "3"}
+        assert subprocess.run(words, capture_output=True, text=True, env=env).stderr == told
 
 
 def test_no_command_shows_the_help(cli: Forked) -> None:

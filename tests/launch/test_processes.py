@@ -256,7 +256,7 @@ def test_what_a_lost_rank_looks_like(error: Exception, lost: bool) -> None:
 JOINED = """
 import os, signal, sys
 from datetime import timedelta
-from deepseek.commands.doors import guarded
+from deepseek.commands.entry import guarded
 from deepseek.config.errors import UserError
 from deepseek.launch.processes import Processes, join, quiet
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from deepseek import __version__
-from deepseek.commands.doors import chosen, guarded, refuse_idle, refuse_words
+from deepseek.commands.entry import chosen, guarded, refuse_idle, refuse_words
 
 app = typer.Typer(
     name="deepseek",
@@ -86,9 +88,16 @@ def train_command(
     resume_from: Annotated[
         int | None, typer.Option(help="Go back to the checkpoint of this step.", min=0)
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Log what each rank applies to the model.")
+    ] = False,
 ) -> None:
     """Train, or continue, a run."""
     from deepseek.commands.train import train
+
+    if verbose:
+        logging.basicConfig(format=f"rank {os.environ.get('RANK', 0):<7} %(message)s")
+        logging.getLogger("deepseek").setLevel(logging.INFO)
 
     train(*chosen(words or [], config, "deepseek_v3_tiny"), run_dir, sample, report, resume_from)
 

@@ -29,7 +29,7 @@ from deepseek.checkpoint.shards import TensorSpec, described, files_of, write_ch
 from deepseek.config.errors import UserError
 from deepseek.files import HashingWriter, sync_folder, write_durably
 from deepseek.interop.fsdp_migration import Migration
-from deepseek.interop.fsdp_names import Part
+from deepseek.interop.fsdp_names import Slice
 from deepseek.interop.fsdp_source import DcpFolder, Keys
 from deepseek.interop.huggingface import listing
 
@@ -67,7 +67,7 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Piece:
+class StateDict:
     """A file, or a folder of DCP."""
 
     place: str
@@ -80,7 +80,7 @@ class Piece:
 class Origin:
     """The checkpoint that a run came from."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StateDict, ...]
     lost: tuple[str, ...]
     """Names of what cannot be given back."""
 
@@ -111,7 +111,7 @@ class Origin:
                     lost.append(name)
                     continue
                 content[name] = Saved(piece.paths[name], kind, tuple(map(str, parts)), value=noted)
-            pieces.append(Piece(place, isinstance(piece, DcpFolder), content))
+            pieces.append(StateDict(place, isinstance(piece, DcpFolder), content))
         return cls(tuple(pieces), tuple(lost))
 
     def to_json(self) -> bytes:
@@ -129,7 +129,7 @@ class Origin:
         try:
             data = json.loads(path.read_bytes())
             pieces = [
-                Piece(
+                StateDict(
                     piece["place"],
                     piece["sharded"],
                     {name: _saved(entry) for name, entry in piece["content"].items()},
@@ -215,7 +215,7 @@ class FsdpExport:
             else:
                 self._write_file(place, piece, step)
 
-    def _write_file(self, path: Path, piece: Piece, step: Callable[[Saved], None]) -> None:
+    def _write_file(self, path: Path, piece: StateDict, step: Callable[[Saved], None]) -> None:
         whole: dict[Any, Any] = {}
         for saved in piece.content.values():
             _put(whole, saved.keys, self._value(saved))
@@ -232,7 +232,7 @@ class FsdpExport:
         finally:
             stream.raw.close()
 
-    def _write_dcp(self, path: Path, piece: Piece, step: Callable[[Saved], None]) -> None:
+    def _write_dcp(self, path: Path, piece: StateDict, step: Callable[[Saved], None]) -> None:
         specs = {name: saved.spec for name, saved in piece.content.items() if saved.spec}
         tensors = {name: piece.content[name] for name in specs}
         objects = {name: saved for name, saved in piece.content.items() if name not in specs}
@@ -265,7 +265,7 @@ class FsdpExport:
 
     def _ours(self, saved: Saved) -> list[str]:
         """Names of ours that its numbers are in."""
-        names = [Part.read(text).name for text in saved.parts]
+        names = [Slice.read(text).name for text in saved.parts]
         if saved.kind == "weight":
             return [f"model.{name}" for name in names]
         if saved.kind == "count":
@@ -278,7 +278,7 @@ class FsdpExport:
         if saved.kind == "step":
             numbers = torch.tensor(float(self.checkpoint.step), dtype=torch.float64)
         else:
-            experts = [Part.read(text).expert for text in saved.parts]
+            experts = [Slice.read(text).expert for text in saved.parts]
             loaded = zip(self._ours(saved), experts, strict=False)  # a count has one of ours
             pieces = [
                 self._read(name) if e is None or saved.kind == "count" else self._read(name)[e]

@@ -21,7 +21,7 @@ from deepseek.checkpoint.shards import ChunkFile, files_of, write_checkpoint, wr
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
 from deepseek.files import Staging, has_size
-from deepseek.interop.fsdp_names import NameTable, Part, clean
+from deepseek.interop.fsdp_names import NameTable, Slice, clean
 from deepseek.interop.fsdp_source import Source
 from deepseek.interop.huggingface import is_bias, listing, our_shapes
 
@@ -45,7 +45,7 @@ class Use:
 
     kind: str
     """``weight``, ``exp_avg``, ``exp_avg_sq``, or ``count`` (updates of a parameter)."""
-    parts: tuple[Part, ...]
+    parts: tuple[Slice, ...]
     """Of ours, one after the other along the rows."""
     copy: bool = False
     """Repeats another tensor of theirs, and is not read."""
@@ -62,7 +62,7 @@ class Migration:
     """By their names; what is neither here nor dropped does not exist."""
     counts: Mapping[str, float]
     """Updates of each parameter of ours; empty without optimiser state."""
-    idle: tuple[Part, ...]
+    idle: tuple[Slice, ...]
     """Experts without optimiser state, which are zeros in a stack of ours."""
     copies: Mapping[str, tuple[str, str]]
     """Weights that must equal another one of theirs: that one, and what to say if they do not."""
@@ -70,7 +70,7 @@ class Migration:
     """Tensors and objects that are not in the result, by reason."""
     notes: tuple[str, ...]
 
-    def read_as(self, *kinds: str) -> dict[str, tuple[Part, ...]]:
+    def read_as(self, *kinds: str) -> dict[str, tuple[Slice, ...]]:
         """The tensors that are read as one of ``kinds``, and what they hold of ours."""
         return {
             key: use.parts
@@ -172,7 +172,7 @@ class _Account:
     shapes: Mapping[str, Shape]
     prefix: str
     uses: dict[str, Use] = field(default_factory=dict)
-    idle: list[Part] = field(default_factory=list)
+    idle: list[Slice] = field(default_factory=list)
     copies: dict[str, tuple[str, str]] = field(default_factory=dict)
     dropped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     notes: list[str] = field(default_factory=list)
@@ -312,7 +312,7 @@ class _Account:
             )
         return {name: max(counts) for name, counts in found.items()}
 
-    def _take(self, key: str, kind: str, parts: tuple[Part, ...]) -> None:
+    def _take(self, key: str, kind: str, parts: tuple[Slice, ...]) -> None:
         if not self._fits(key, parts):
             return
         self.uses[key] = Use(kind, parts)
@@ -328,7 +328,7 @@ class _Account:
         if parts is not None:
             self.uses[key] = Use(kind, parts, copy=True)
 
-    def _fits(self, key: str, parts: tuple[Part, ...]) -> bool:
+    def _fits(self, key: str, parts: tuple[Slice, ...]) -> bool:
         spec, shapes = self.source.tensors[key], []
         for part in parts:
             whole = self.shapes.get(part.name)
@@ -367,7 +367,7 @@ class _Account:
             first, second = (self.taken[kind, name] for kind in MOMENTS)
             if len(shape) == 3 and first and first == second and None not in first:
                 idle = sorted(set(range(shape[0])) - first)
-                self.idle += [Part(name, expert) for expert in idle]
+                self.idle += [Slice(name, expert) for expert in idle]
                 first |= set(idle)
                 second |= set(idle)
         if self.idle:

@@ -46,7 +46,7 @@ _DROPPED = ("*rotary_emb.inv_freq",)
 
 
 @dataclass(frozen=True)
-class Part:
+class Slice:
     """A tensor of ours, or one expert of it."""
 
     name: str
@@ -56,7 +56,7 @@ class Part:
         return self.name if self.expert is None else f"{self.name}[{self.expert}]"
 
     @classmethod
-    def read(cls, text: str) -> Part:
+    def read(cls, text: str) -> Slice:
         """The inverse of ``str``."""
         match = re.fullmatch(r"(.*)\[(\d+)\]", text)
         return cls(match[1], int(match[2])) if match else cls(text)
@@ -163,14 +163,14 @@ class NameTable:
         }
         return _HELP + dump_yaml(tree)
 
-    def parts(self, name: str) -> tuple[Part, ...] | None:
+    def parts(self, name: str) -> tuple[Slice, ...] | None:
         """What the tensor ``name`` of theirs holds of ours; None: not in the table."""
         if name in self._exact:
-            return tuple(Part.read(ours) for ours in self._exact[name])
+            return tuple(Slice.read(ours) for ours in self._exact[name])
         for pattern, ours in self._patterns:
             match = pattern.fullmatch(name)
             if match:
-                return tuple(Part.read(value.format(**match.groupdict())) for value in ours)
+                return tuple(Slice.read(value.format(**match.groupdict())) for value in ours)
         return None
 
     def theirs(self, name: str) -> str | None:

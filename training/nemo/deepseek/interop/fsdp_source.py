@@ -80,11 +80,11 @@ def open_source(path: Path, optimizer: Path | None = None) -> Source:
             it asks to load code; says what to do instead.
     """
     if optimizer is not None:
-        return _Joined(path, [_open_one(path), _open_one(optimizer)])
+        return WeightsAndOptimizer(path, [_open_one(path), _open_one(optimizer)])
     if path.is_dir() and not (path / METADATA).is_file():
         parts = _parts_of_accelerate(path)
         if parts:
-            source = _Joined(path, [_open_one(part) for part in parts])
+            source = WeightsAndOptimizer(path, [_open_one(part) for part in parts])
             step = _trainer_step(path)
             if step is not None:
                 source.objects.setdefault("global_step", step)
@@ -200,7 +200,7 @@ class DcpFolder:
             self.objects[name] = value
 
 
-class _Joined:
+class WeightsAndOptimizer:
     """Weights and optimiser that lie apart."""
 
     def __init__(self, path: Path, parts: list[FullFile | DcpFolder]) -> None:

@@ -79,28 +79,28 @@ def supervise(
         for attempt in range(max_restarts + 1):
             if signals.first is not None:
                 return 128 + signals.first
-            crew = _Crew(command, num_processes, attempt, signals)
+            group = _WorkerGroup(command, num_processes, attempt, signals)
             started = time.monotonic()
-            lost = crew.watch()
+            failure = group.watch()
             if signals.first is not None:
-                return crew.code_after_signal(signals.first)
-            if lost is None:
-                return crew.stopped_by_signal()
-            if lost.code == USER_ERROR:
+                return group.code_after_signal(signals.first)
+            if failure is None:
+                return group.stopped_by_signal()
+            if failure.code == USER_ERROR:
                 return USER_ERROR
             now = progress() if progress else 0
             advanced = now > before if progress else time.monotonic() - started > START_SECONDS
             # A Python error that strikes twice in the same stretch is in the program or the data,
             # and will strike again. A signal, such as of a machine short of memory, may not.
-            if lost.is_error and lost.code == last_code and not advanced:
-                report(f"{lost}; the same happened before, without progress: {_GIVING_UP}")
+            if failure.is_error and failure.code == last_code and not advanced:
+                report(f"{failure}; the same happened before, without progress: {_GIVING_UP}")
                 return 1
             if attempt == max_restarts:
                 used = f"restarts are used up ({max_restarts})" if max_restarts else "not restarted"
-                report(f"{lost}; {used}: {_GIVING_UP}")
+                report(f"{failure}; {used}: {_GIVING_UP}")
                 return 1
-            report(f"{lost}; all start again, restart {attempt + 1} of {max_restarts}")
-            before, last_code = now, lost.code
+            report(f"{failure}; all start again, restart {attempt + 1} of {max_restarts}")
+            before, last_code = now, failure.code
     raise AssertionError("the last attempt returns")
 
 
@@ -152,7 +152,7 @@ class _Worker:
 
 
 @dataclass(frozen=True)
-class _Lost:
+class _Failure:
     rank: int
     code: int
 
@@ -197,8 +197,8 @@ class _Signals:
             worker.kill()
 
 
-class _Crew:
-    """The workers of one attempt."""
+class _WorkerGroup:
+    """The workers of one attempt, as torchrun calls them."""
 
     def __init__(
         self, command: Sequence[str], num_processes: int, attempt: int, signals: _Signals
@@ -206,7 +206,7 @@ class _Crew:
         self.signals = signals
         self.workers: list[_Worker] = []
         signals.workers = self.workers
-        self._endings: list[_Lost] = []
+        self._endings: list[_Failure] = []
         try:
             with _listening_socket() as listener:
                 for rank in range(num_processes):
@@ -215,14 +215,14 @@ class _Crew:
             self._kill_all()
             raise
 
-    def watch(self) -> _Lost | None:
+    def watch(self) -> _Failure | None:
         """Until all have ended; what ended them, if it was a loss or an error."""
         try:
             while self._running() and not self._note_endings():
                 time.sleep(POLL_SECONDS)
             # One is lost, and the others with it, for they wait for each other at every step. An
             # error of the user has told what is wrong: the others would only say the same.
-            if all(lost.code != USER_ERROR for lost in self._endings):
+            if all(failure.code != USER_ERROR for failure in self._endings):
                 self._wait(SETTLE_SECONDS)
                 self._note_endings()
             for worker in self._running():
@@ -231,7 +231,7 @@ class _Crew:
         finally:
             self._kill_all()
         # The first that did not end only because another had.
-        causes = [lost for lost in self._endings if lost.code != LOST_PEER_EXIT_CODE]
+        causes = [failure for failure in self._endings if failure.code != LOST_PEER_EXIT_CODE]
         return next(iter(causes or self._endings), None)
 
     def stopped_by_signal(self) -> int:
@@ -278,11 +278,13 @@ class _Crew:
         """Whether any has ended badly; of those found at once, the likelier cause comes first."""
         noted = {ending.rank for ending in self._endings}
         ended = [
-            _Lost(worker.rank, worker.code)
+            _Failure(worker.rank, worker.code)
             for worker in self.workers
             if worker.code and worker.code <= 128 and worker.rank not in noted
         ]
-        self._endings += sorted(ended, key=lambda lost: (lost.code != USER_ERROR, lost.code))
+        self._endings += sorted(
+            ended, key=lambda failure: (failure.code != USER_ERROR, failure.code)
+        )
         return bool(self._endings)
 
     def _wait(self, seconds: float) -> None:

@@ -8,6 +8,8 @@ B batch, S sequence, s = S/n part of one of n ranks, D model, R rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +21,12 @@ from deepseek.parallel import cpu_memory
 
 def gather_sequence(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(B, S/n, D) -> (B, S, D) on every rank; the backward pass sums and scatters."""
-    return _GatherSequence.apply(x_BsD, group)
+    return _Linear.apply(x_BsD, partial(_gather, group=group), partial(_scatter_sum, group=group))
 
 
 def scatter_sequence_sum(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Partial sums (B, S, D) -> this rank's part of their sum (B, S/n, D); n divides S."""
-    return _ScatterSequenceSum.apply(x_BSD, group)
+    return _Linear.apply(x_BSD, partial(_scatter_sum, group=group), partial(_gather, group=group))
 
 
 def sum_forward(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -32,7 +34,7 @@ def sum_forward(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     For a loss that every rank computes alike from the sum, and that counts once.
     """
-    return _SumForward.apply(x, group)
+    return _Linear.apply(x, partial(_sum, group=group), lambda grad: grad)
 
 
 def all_to_all_rows(
@@ -48,60 +50,30 @@ def all_to_all_rows(
     Returns:
         (sum(receive_counts), D), by source rank.
     """
-    return _AllToAllRows.apply(x_RD, send_counts, receive_counts, group)
+    there = partial(_exchange, send_counts=send_counts, receive_counts=receive_counts, group=group)
+    back = partial(_exchange, send_counts=receive_counts, receive_counts=send_counts, group=group)
+    return _Linear.apply(x_RD, there, back)
 
 
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gather(x_BsD, group)
+class _Linear(torch.autograd.Function):
+    """A linear map, with its transpose for the gradient."""
 
-    @staticmethod
-    def backward(ctx: Any, grad_BSD: Tensor) -> tuple[Tensor, None]:
-        return _scatter_sum(grad_BSD, ctx.group), None
-
-
-class _ScatterSequenceSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _scatter_sum(x_BSD, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BsD: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad_BsD, ctx.group), None
-
-
-class _SumForward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _AllToAllRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_RD: Tensor,
-        send_counts: list[int],
-        receive_counts: list[int],
-        group: dist.ProcessGroup,
+        ctx: Any, x: Tensor, map_: Callable[[Tensor], Tensor], transpose: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        ctx.counts = (send_counts, receive_counts)
-        ctx.group = group
-        return _exchange(x_RD, send_counts, receive_counts, group)
+        ctx.transpose = transpose
+        return map_(x)
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
-        send_counts, receive_counts = ctx.counts
-        return _exchange(grad_RD, receive_counts, send_counts, ctx.group), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.transpose(grad), None, None
+
+
+def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
 
 
 def _gather(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:

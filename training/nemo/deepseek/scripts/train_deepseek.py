@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from deepseek.commands.doors import train_door  # noqa: E402
+from deepseek.commands.entry import train_entry  # noqa: E402
 
 if __name__ == "__main__":
-    train_door()
+    train_entry()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek.commands.doors import guarded, overrides_of, train_door
+from deepseek.commands.entry import guarded, overrides_of, train_entry
 from deepseek.config.errors import UserError
 from deepseek.frameworks import USES_NEMO
 from support.forked import SOURCE, Ran
@@ -79,7 +79,7 @@ def test_words_of_the_training_script(
     words: list[str], code: int, parts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        train_door(words)
+        train_entry(words)
     assert end.value.code == code
     shown = "".join(capsys.readouterr())
     assert all(part in shown for part in parts), shown

@@ -1,5 +1,7 @@
-"""Doors for the scripts: they parse with the standard library alone, so that PyTorch Lightning is
-enough to test and to train. The full command line is ``cli.py``.
+"""What a command line says, and how a command ends; the entry points of the two scripts.
+
+The scripts parse with the standard library alone, so that PyTorch Lightning is enough to test
+and to train. The full command line is ``cli.py``.
 """
 
 from __future__ import annotations
@@ -117,7 +119,7 @@ def refuse_idle(given: Mapping[str, bool], why: str) -> None:
             raise UserError(f"{option} would be ignored {why}; leave it out")
 
 
-def train_door(argv: Sequence[str] | None = None) -> None:
+def train_entry(argv: Sequence[str] | None = None) -> None:
     """``train_deepseek.py [--config] NAME [--run-dir DIR] [a.b=c ...]``."""
     parser = argparse.ArgumentParser(description="Train, or continue, a run.", allow_abbrev=False)
     parser.add_argument("--config", help="shipped name or YAML file; none: deepseek_v3_base")
@@ -134,7 +136,7 @@ def train_door(argv: Sequence[str] | None = None) -> None:
     guarded(call)
 
 
-def test_door(argv: Sequence[str] | None = None) -> None:
+def test_entry(argv: Sequence[str] | None = None) -> None:
     """``test_model.py [[--config] NAME]``."""
     parser = argparse.ArgumentParser(description="Check the model.", allow_abbrev=False)
     parser.add_argument("--config", help="take the model's kind from this configuration")
