@@ -32,11 +32,6 @@ def slow_entropy(n: list[int]) -> float:
     return -sum(x / total * math.log(x / total) for x in n if x)
 
 
-def slow_gini(n: list[int]) -> float:
-    """Mean absolute difference of all pairs, over twice the mean."""
-    return sum(abs(a - b) for a in n for b in n) / (2 * len(n) * sum(n))
-
-
 ORACLES: dict[Callable[[np.ndarray], np.ndarray], Callable[[list[int]], object]] = {
     lm.utilisation: lambda n: [x / (sum(n) / len(n)) for x in n],
     lm.variation: slow_variation,
@@ -45,7 +40,6 @@ ORACLES: dict[Callable[[np.ndarray], np.ndarray], Callable[[list[int]], object]]
     lm.effective_experts: lambda n: math.exp(slow_entropy(n)) / len(n),
     lm.dead: lambda n: sum(1 for x in n if x == 0),
     lm.starved: lambda n: sum(1 for x in n if x / (sum(n) / len(n)) < 0.1),
-    lm.gini: slow_gini,
     lm.lorenz: lambda n: [sum(sorted(n)[:k]) / sum(n) for k in range(len(n) + 1)],
     lm.imbalance: lambda n: max(n) / (sum(n) / len(n)),
 }
@@ -96,7 +90,7 @@ def test_the_workloads_are_what_their_names_say() -> None:
 
 def test_a_layer_without_tokens_has_no_shares() -> None:
     nothing = np.zeros((2, 4), np.uint32)
-    for formula in (lm.utilisation, lm.variation, lm.max_violation, lm.entropy, lm.gini):
+    for formula in (lm.utilisation, lm.variation, lm.max_violation, lm.entropy):
         assert np.isnan(formula(nothing)).all(), formula.__name__
     assert np.isnan(lm.entropy(np.zeros((3, 1)))).all()
     assert lm.dead(nothing).tolist() == [4, 4]

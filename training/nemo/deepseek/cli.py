@@ -470,7 +470,7 @@ def emit_automodel_command(
     config: Config = None,
 ) -> None:
     """Write a recipe of NeMo AutoModel, or say what it lacks."""
-    from deepseek.commands.emit import emit
+    from deepseek.interop.peer_configs import emit
 
     config, (output, *overrides) = chosen(words or [], config, then="the new file")
     emit("automodel", config, Path(output), overrides)
@@ -482,7 +482,7 @@ def emit_megatron_command(
     config: Config = None,
 ) -> None:
     """Write the arguments of Megatron-Core's classes, or say what it lacks."""
-    from deepseek.commands.emit import emit
+    from deepseek.interop.peer_configs import emit
 
     config, (output, *overrides) = chosen(words or [], config, then="the new file")
     emit("megatron", config, Path(output), overrides)

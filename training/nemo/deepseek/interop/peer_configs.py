@@ -1,4 +1,4 @@
-"""A configuration in the words of NVIDIA's other programs.
+"""``deepseek emit``: a configuration in the words of NVIDIA's other programs.
 
 ``automodel_recipe``: a recipe of NeMo AutoModel for its ``DeepseekV3ForCausalLM``.
 ``megatron_config``: the keyword arguments that Megatron-Core's classes are built from. What a
@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepseek.config import RunConfig
-from deepseek.config.errors import ConfigError, Problem
+from deepseek.config import RunConfig, load_config
+from deepseek.config.errors import ConfigError, Problem, UserError
 from deepseek.config.foreign_names import MEGATRON
 from deepseek.config.layout import split_layers
 from deepseek.config.schema import value_at
+from deepseek.config.yaml_file import dump_yaml
+from deepseek.console import say
 from deepseek.interop.hf_config import hf_config
 
 AUTOMODEL = "AutoModel 0.7"
@@ -34,6 +36,38 @@ MEGATRON_NOTES = (
 )
 """What the reader must know."""
 _SCHEDULES = {"GPipe": "gpipe", "1F1B": "1f1b", "Interleaved1F1B": "interleaved1f1b"}
+
+
+def emit(kind: str, config: str, output: Path, overrides: Sequence[str] = ()) -> None:
+    """Write ``output``.
+
+    Args:
+        kind: ``automodel`` or ``megatron``.
+        config: name of a shipped configuration, or a YAML file.
+        output: a file that does not exist.
+        overrides: ``a.b=c``.
+
+    Raises:
+        ConfigError: of the configuration, or what the target lacks; every problem at once.
+        UserError: the file exists or cannot be written.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists already and nothing is overwritten; give another name")
+    run = load_config(config, overrides)
+    if kind == "automodel":
+        tree, program, notes = automodel_recipe(run), AUTOMODEL, AUTOMODEL_NOTES
+    else:
+        tree, program, notes = megatron_config(run), MEGATRON_CORE, MEGATRON_NOTES
+    words = " ".join(["deepseek emit", kind, config, *overrides])
+    lines = [f"For {program}, by `{words}`.", *notes]
+    text = "".join(f"# {line}\n" for line in lines) + dump_yaml(tree)
+    try:
+        output.write_text(text)
+    except OSError as failure:
+        raise UserError(f"{output}: cannot be written: {failure.strerror}") from failure
+    say(f"written      {output}, for {program}")
+    for note in notes:
+        say(f"note         {note}")
 
 
 # -- NeMo AutoModel --

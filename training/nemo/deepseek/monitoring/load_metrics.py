@@ -69,14 +69,6 @@ def bias_range(bias: np.ndarray) -> np.ndarray:
     return bias.max(axis=-1) - bias.min(axis=-1)
 
 
-def gini(tokens: np.ndarray) -> np.ndarray:
-    """Gini coefficient 1 - 2 (area under the Lorenz curve), [...], 0: balanced, 1 - 1/E: worst."""
-    experts = tokens.shape[-1]
-    ordered = np.sort(tokens, axis=-1).astype(np.float64)
-    weight = 2.0 * np.arange(1, experts + 1) - experts - 1
-    return _ratio((ordered * weight).sum(axis=-1), experts * ordered.sum(axis=-1))
-
-
 def lorenz(tokens: np.ndarray) -> np.ndarray:
     """Share of the tokens that the k least loaded experts take, [..., E + 1] for k = 0..E."""
     ordered = np.sort(tokens, axis=-1).astype(np.float64)
