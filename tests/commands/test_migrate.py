@@ -139,7 +139,7 @@ def test_table_is_written_and_read(micro: MicroRuns, source: Path, tmp_path: Pat
     assert re.search(rf"it names     {count - 2} of {count} weights", out), out
     assert not (tmp_path / "new").exists()
     migrate(micro, source, tmp_path / "new", "--write-names", names).assert_refused(
-        "names.yaml: cannot be written: File exists"
+        "names.yaml exists already and nothing is overwritten"
     )
     migrate(micro, source, tmp_path / "new", "--names", names).assert_done()
     names.write_text(names.read_text().replace("drop:", "dorp:"))
@@ -311,6 +311,6 @@ def test_settings_overwrite_nothing(
     cli: Forked, settings: tuple[Path, Path], tmp_path: Path
 ) -> None:
     cli("migrate", "fsdp-config", *settings, "--output", settings[0]).assert_refused(
-        "exists already and is not overwritten"
+        "exists already and nothing is overwritten"
     )
     cli("migrate", "fsdp-config", tmp_path / "none.yaml").assert_refused("cannot be read")

@@ -142,7 +142,7 @@ def test_what_launch_refuses(tmp_path: Path) -> None:
         launch("deepseek_v3_8gpu", ["trainer.devices=3"], slurm=True)
     path = written(tmp_path)
     before = path.read_text()
-    with pytest.raises(UserError, match="exists; choose another name"):
+    with pytest.raises(UserError, match="exists already and nothing is overwritten"):
         written(tmp_path, "seed=1")
     assert path.read_text() == before
     with pytest.raises(UserError, match="cannot write"):

@@ -438,8 +438,21 @@ def refuse_existing(target: Path) -> None:
         return
     if target.exists() or target.is_symlink():
         raise UserError(
-            f"{target} exists already and nothing is overwritten; give another folder, or delete it"
+            f"{target} exists already and nothing is overwritten; give another name, or delete it"
         )
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that does not exist yet.
+
+    Raises:
+        UserError: it does, or it cannot be written.
+    """
+    refuse_existing(path)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 # -- what the disk says --------------------------------------------------------------------------

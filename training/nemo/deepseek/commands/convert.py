@@ -17,7 +17,14 @@ from deepseek.config.errors import ConfigError, UserError, nearest
 from deepseek.config.schema import ModelConfig
 from deepseek.console import StageProgress, complain, say
 from deepseek.data.tokenizer import GENERATION, Tokenizer, generation_config, load_tokenizer
-from deepseek.files import Staging, disk_errors, refuse_existing, require_room, write_durably
+from deepseek.files import (
+    Staging,
+    disk_errors,
+    refuse_existing,
+    require_room,
+    write_durably,
+    write_new,
+)
 from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint, with_config
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
 
@@ -126,14 +133,11 @@ def config_of_hf(source: Path, output: Path, ignore_keys: Sequence[str] = ()) ->
     from deepseek.interop.hf_config import inference_config, model_config
     from deepseek.interop.hf_import import CONFIG, read_json
 
-    if output.exists():
-        raise UserError(f"{output} exists already and nothing is overwritten; give another name")
     content = read_json(source / CONFIG if source.is_dir() else source)
     own = {"dim", "n_layers"} <= content.keys()  # as no config.json calls them
     model = inference_config(content) if own else model_config(content, ignore_keys)
     run = _run_config(output.with_suffix(""), model)
-    with disk_errors(f"writing {output}"):
-        output.write_text(resolved_yaml(run))
+    write_new(output, resolved_yaml(run))
     say(f"written      {output}; deepseek validate {shlex.quote(str(output))} shows its numbers")
 
 
@@ -432,8 +436,7 @@ def export_nemo(checkpoint: Path, target: Path) -> None:
     """
     if target.suffix != ".nemo":
         raise UserError(f"{target}: NeMo expects the ending .nemo; use {target}.nemo")
-    if target.exists():
-        raise UserError(f"{target} exists already and nothing is overwritten; give another name")
+    refuse_existing(target)
     opened = open_checkpoint(checkpoint)
     if opened.config.model.peft is not None:
         raise UserError(

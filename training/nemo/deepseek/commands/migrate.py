@@ -12,7 +12,14 @@ from deepseek.config import RunConfig, load_config, resolved_yaml
 from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, say
 from deepseek.data.open_data import open_data
-from deepseek.files import Staging, disk_errors, refuse_existing, require_room, write_durably
+from deepseek.files import (
+    Staging,
+    disk_errors,
+    refuse_existing,
+    require_room,
+    write_durably,
+    write_new,
+)
 from deepseek.interop.open_weights import open_checkpoint
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
 
@@ -175,11 +182,7 @@ def _write_table(file: Path, table: Any, source: Any) -> None:
     """Write the table to edit, and say what of the source it does not name."""
     from deepseek.interop.fsdp_migration import weight_names
 
-    try:
-        with open(file, "x") as stream:
-            stream.write(table.to_yaml())
-    except OSError as failure:
-        raise UserError(f"{file}: cannot be written: {failure.strerror}") from failure
+    write_new(file, table.to_yaml())
     names = weight_names(source)
     prefix = ""
     try:

@@ -11,6 +11,7 @@ from deepseek.config.errors import UserError
 from deepseek.config.load import CONFIGS, shipped_configs
 from deepseek.config.yaml_file import dump_yaml
 from deepseek.console import say, table
+from deepseek.files import write_new
 
 
 def list_configs() -> None:
@@ -43,12 +44,7 @@ def copy_config(name: str, target: Path) -> None:
     source = _path(name)
     if target.is_dir():
         target = target / source.name
-    if target.exists():
-        raise UserError(f"{target} exists; choose another name, or remove it first")
-    try:
-        target.write_text(_named(_text(source), target.stem), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}") from error
+    write_new(target, _named(_text(source), target.stem))
     say(f"wrote {target}; try: deepseek validate {target}")
 
 

@@ -17,6 +17,7 @@ from deepseek.commands.versions import finished_steps
 from deepseek.config import ConfigError, RunConfig, UserError, load_config
 from deepseek.console import say, table
 from deepseek.launch.signals import StopRequests
+from deepseek.files import write_new
 from deepseek.launch.slurm import JobSettings, array_script
 from deepseek.run_folder import METRICS_FILE
 
@@ -217,13 +218,8 @@ def _write_array(
     settings: JobSettings,
 ) -> None:
     """A Slurm array with a task for each run."""
-    if file.exists():
-        raise UserError(f"{file} exists; choose another name, or remove it first")
     command = ["deepseek", "sweep", "--config", config, *words]
     if output is not None:
         command += ["--output", str(output)]
-    try:
-        file.write_text(array_script(points[0].config, shlex.join(command), len(points), settings))
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}") from error
+    write_new(file, array_script(points[0].config, shlex.join(command), len(points), settings))
     say(f"wrote {file}, {len(points)} runs; submit it with: sbatch {shlex.quote(str(file))}")

@@ -17,6 +17,7 @@ from deepseek.config.errors import ConfigError, UserError, shown
 from deepseek.config.foreign_names import NO_SUCH_KEY, RENAMED, TRANSFORMERS
 from deepseek.config.yaml_file import dump_yaml, read_yaml
 from deepseek.console import complain, say
+from deepseek.files import refuse_existing, write_new
 
 _OFF = (None, False, "", "no", "none", "NO")
 
@@ -78,8 +79,8 @@ def migrate_config(
         UserError: a file is neither of the two.
         ConfigError: the result breaks a rule.
     """
-    if output is not None and output.exists():
-        raise UserError(f"{output} exists already and is not overwritten; give another --output")
+    if output is not None:
+        refuse_existing(output)
     keys: dict[str, Any] = {}
     for file in files:  # what one of them leaves open another may say
         read = _read(file)
@@ -105,10 +106,7 @@ def migrate_config(
         say()
         say(text.rstrip())
     else:
-        try:
-            output.write_text(text)
-        except OSError as failure:
-            raise UserError(f"{output}: cannot be written: {failure.strerror}") from failure
+        write_new(output, text)
         say(f"written      {output}")
     try:
         load_config(output if output is not None else tree)

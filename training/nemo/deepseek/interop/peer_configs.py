@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.config import RunConfig, load_config
-from deepseek.config.errors import ConfigError, Problem, UserError
+from deepseek.config.errors import ConfigError, Problem
 from deepseek.config.foreign_names import MEGATRON
 from deepseek.config.layout import split_layers
 from deepseek.config.schema import value_at
 from deepseek.config.yaml_file import dump_yaml
 from deepseek.console import say
+from deepseek.files import write_new
 from deepseek.interop.hf_config import hf_config
 
 AUTOMODEL = "AutoModel 0.7"
@@ -51,8 +52,6 @@ def emit(kind: str, config: str, output: Path, overrides: Sequence[str] = ()) ->
         ConfigError: of the configuration, or what the target lacks; every problem at once.
         UserError: the file exists or cannot be written.
     """
-    if output.exists():
-        raise UserError(f"{output} exists already and nothing is overwritten; give another name")
     run = load_config(config, overrides)
     if kind == "automodel":
         tree, program, notes = automodel_recipe(run), AUTOMODEL, AUTOMODEL_NOTES
@@ -60,11 +59,7 @@ def emit(kind: str, config: str, output: Path, overrides: Sequence[str] = ()) ->
         tree, program, notes = megatron_config(run), MEGATRON_CORE, MEGATRON_NOTES
     words = " ".join(["deepseek emit", kind, config, *overrides])
     lines = [f"For {program}, by `{words}`.", *notes]
-    text = "".join(f"# {line}\n" for line in lines) + dump_yaml(tree)
-    try:
-        output.write_text(text)
-    except OSError as failure:
-        raise UserError(f"{output}: cannot be written: {failure.strerror}") from failure
+    write_new(output, "".join(f"# {line}\n" for line in lines) + dump_yaml(tree))
     say(f"written      {output}, for {program}")
     for note in notes:
         say(f"note         {note}")

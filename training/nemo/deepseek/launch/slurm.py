@@ -10,6 +10,7 @@ from pathlib import Path
 
 from deepseek.config import RunConfig, UserError, load_config
 from deepseek.console import say
+from deepseek.files import write_new
 from deepseek.launch.processes import torchrun
 
 SECONDS_TO_SAVE = 120
@@ -56,12 +57,7 @@ def launch(
     if output is None:
         say(script.rstrip())
         return
-    if output.exists():
-        raise UserError(f"{output} exists; choose another name, or remove it first")
-    try:
-        output.write_text(script)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from error
+    write_new(output, script)
     say(f"wrote {output}; submit it with: sbatch {shlex.quote(str(output))}")
 
 
