@@ -203,6 +203,14 @@ class StageProgress:
             self._shown = (stage, tenth)
             say(f"{stage} {10 * tenth}% | {detail}")
 
+    def of_bytes(self, stage: str, total: int) -> Callable[[int], None]:
+        """What is told how many bytes of ``total`` are done."""
+        return lambda done: self.update(stage, done, total, f"{done / 1e9:,.2f} GB")
+
+    def of_data(self, now: Any) -> None:
+        """What ``open_data`` and ``prepare`` tell of their stages."""
+        self.update(now.stage, now.done, now.total, f"{now.tokens:,} tokens")
+
 
 def progress_bar(columns: int = 24, shows_time: bool = True) -> Any:
     """A rich progress bar, or None without a terminal, without ``rich``, or on other ranks.

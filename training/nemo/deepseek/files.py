@@ -393,6 +393,16 @@ class Staging:
             return None
         return note if isinstance(note, dict) else None
 
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small file anew, and sync it. Raises ``OSError``."""
+        (self.folder / name).unlink(missing_ok=True)
+        write_durably(self.folder / name, content)
+
+    def require_room(self, nbytes: int, what: str) -> None:
+        """Raise UserError unless the disk has room for what is left of ``nbytes``."""
+        written = sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
+        require_room(self.folder, max(0, nbytes - written), what)
+
     def done(self, part: str, note: Mapping[str, Any]) -> None:
         """Note that ``part`` is written and synced; ``note`` is JSON."""
         with atomic_open(self._note(part)) as stream:

@@ -17,14 +17,7 @@ from deepseek.config.errors import ConfigError, UserError, nearest
 from deepseek.config.schema import ModelConfig
 from deepseek.console import StageProgress, complain, say
 from deepseek.data.tokenizer import GENERATION, Tokenizer, generation_config, load_tokenizer
-from deepseek.files import (
-    Staging,
-    disk_errors,
-    refuse_existing,
-    require_room,
-    write_durably,
-    write_new,
-)
+from deepseek.files import Staging, disk_errors, refuse_existing, write_new
 from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint, with_config
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
 
@@ -99,18 +92,15 @@ def import_hf(
     }
     _say_source(weights, folder)
     with Staging(target, plan) as staging, disk_errors(f"importing to {target}", staging.folder):
-        written = sum(p.stat().st_size for p in staging.folder.rglob("*") if p.is_file())
-        require_room(staging.folder, max(0, weights.result_bytes - written), "the import")
-        total = weights.source_bytes
+        staging.require_room(weights.result_bytes, "the import")
         with StageProgress() as shown:
             weights.write(
                 staging,
                 staging.folder / CHECKPOINTS / step_name(0),
                 state,
-                lambda done: shown.update("importing", done, total, f"{done / 1e9:,.2f} GB"),
+                shown.of_bytes("importing", weights.source_bytes),
             )
-        (staging.folder / CONFIG_FILE).unlink(missing_ok=True)
-        write_durably(staging.folder / CONFIG_FILE, resolved_yaml(run).encode())
+        staging.write(CONFIG_FILE, resolved_yaml(run).encode())
         if read is not None:
             read.save(staging.folder / TOKENIZER)
             copy_template(tokenizer or source, staging.folder / TOKENIZER)
@@ -282,15 +272,10 @@ def export_hf(
     }
     say(f"checkpoint   {opened.path}, step {opened.step}")
     with Staging(target, plan) as staging, disk_errors(f"exporting to {target}", staging.folder):
-        written = sum(p.stat().st_size for p in staging.folder.rglob("*") if p.is_file())
         total = weights.result_bytes
-        require_room(staging.folder, max(0, total - written), "the export")
+        staging.require_room(total, "the export")
         with StageProgress() as shown:
-            weights.write(
-                staging,
-                ids,
-                lambda done: shown.update("exporting", done, total, f"{done / 1e9:,.2f} GB"),
-            )
+            weights.write(staging, ids, shown.of_bytes("exporting", total))
         if tokenizer is not None and opened.run is not None:
             tokenizer.save(staging.folder)
             copy_template(opened.run / TOKENIZER, staging.folder)
@@ -471,10 +456,6 @@ def _write_nemo(opened: OpenedCheckpoint, target: Path) -> None:
     from deepseek.interop.nemo_file import NemoWriter
 
     writer = NemoWriter(opened.checkpoint, opened.config.model)
-    total = writer.nbytes
     with StageProgress() as shown:
-        writer.write(
-            target,
-            lambda done: shown.update("writing .nemo", done, total, f"{done / 1e9:,.2f} GB"),
-        )
-    say(f"nemo         {target}, step {opened.step}, {total / 1e9:,.2f} GB")
+        writer.write(target, shown.of_bytes("writing .nemo", writer.nbytes))
+    say(f"nemo         {target}, step {opened.step}, {writer.nbytes / 1e9:,.2f} GB")

@@ -204,11 +204,7 @@ def _open_data_in_turn(run: RunConfig, processes: Processes) -> OpenedData:
 
 def _open_data(run: RunConfig) -> OpenedData:
     with StageProgress() as shown:
-        return open_data(
-            run.model,
-            run.seed,
-            lambda now: shown.update(now.stage, now.done, now.total, f"{now.tokens:,} tokens"),
-        )
+        return open_data(run.model, run.seed, shown.of_data)
 
 
 def _wants_tensorboard(run: RunConfig) -> bool:

@@ -12,14 +12,7 @@ from deepseek.config import RunConfig, load_config, resolved_yaml
 from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, say
 from deepseek.data.open_data import open_data
-from deepseek.files import (
-    Staging,
-    disk_errors,
-    refuse_existing,
-    require_room,
-    write_durably,
-    write_new,
-)
+from deepseek.files import Staging, disk_errors, refuse_existing, require_room, write_new
 from deepseek.interop.open_weights import open_checkpoint
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
 
@@ -82,11 +75,7 @@ def migrate_checkpoint(
     steps, origin = (step, "--step") if step is not None else (found or (0, ""))
     notes = [*migration.notes, *_notes(opened.objects, migration, run, steps)]
     with StageProgress() as shown:
-        data = open_data(
-            run.model,
-            run.seed,
-            lambda now: shown.update(now.stage, now.done, now.total, f"{now.tokens:,} tokens"),
-        )
+        data = open_data(run.model, run.seed, shown.of_data)
     state = {
         "step": steps,
         "consumed_samples": steps * run.model.global_batch_size,
@@ -105,8 +94,7 @@ def migrate_checkpoint(
         "weights_only": weights_only,
     }
     with Staging(target, plan) as staging, disk_errors(f"migrating to {target}", staging.folder):
-        written = sum(p.stat().st_size for p in staging.folder.rglob("*") if p.is_file())
-        require_room(staging.folder, max(0, migration.result_bytes - written), "the migration")
+        staging.require_room(migration.result_bytes, "the migration")
         with StageProgress() as shown:
             write_migration(
                 migration,
@@ -114,16 +102,10 @@ def migrate_checkpoint(
                 staging.folder / CHECKPOINTS / step_name(steps),
                 steps,
                 state,
-                lambda done: shown.update(
-                    "migrating", done, migration.source_bytes, f"{done / 1e9:,.2f} GB"
-                ),
+                shown.of_bytes("migrating", migration.source_bytes),
             )
-        for name, content in {
-            CONFIG_FILE: resolved_yaml(run).encode(),
-            ORIGIN: Origin.of(migration).to_json(),
-        }.items():
-            (staging.folder / name).unlink(missing_ok=True)
-            write_durably(staging.folder / name, content)
+        staging.write(CONFIG_FILE, resolved_yaml(run).encode())
+        staging.write(ORIGIN, Origin.of(migration).to_json())
         if data.tokenizer is not None:
             data.tokenizer.save(staging.folder / TOKENIZER)
         staging.finish()
@@ -153,12 +135,7 @@ def export_to_fsdp(run: Path, target: Path, like: Path | None = None) -> None:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         require_room(target.absolute().parent, total, "the export")
         with StageProgress() as shown:
-            export_fsdp(
-                opened.checkpoint,
-                origin,
-                target,
-                lambda done: shown.update("writing", done, total, f"{done / 1e9:,.2f} GB"),
-            )
+            export_fsdp(opened.checkpoint, origin, target, shown.of_bytes("writing", total))
     except OSError as failure:
         raise UserError(
             f"writing {target} failed: {failure.strerror}; nothing has that name, mend it and give "

@@ -11,7 +11,7 @@ from deepseek.console import StageProgress, say
 from deepseek.data.chat import prepare_chat
 from deepseek.data.digests import damaged
 from deepseek.data.indexed import IndexedDataset
-from deepseek.data.prepare import PreparedData, Progress, prepare
+from deepseek.data.prepare import PreparedData, prepare
 from deepseek.data.tokenizer import load_tokenizer
 from deepseek.files import megabytes
 
@@ -36,10 +36,6 @@ def prepare_data(
         UserError: inputs that cannot be read, a tokenizer that does not fit, a full disk.
     """
     with StageProgress() as shown:
-
-        def progress(now: Progress) -> None:
-            shown.update(now.stage, now.done, now.total, f"{now.tokens:,} tokens")
-
         data = prepare(
             inputs,
             output,
@@ -51,7 +47,7 @@ def prepare_data(
             bos=bos,
             overwrite=overwrite,
             strict=strict,
-            progress=progress,
+            progress=shown.of_data,
         )
     say(
         f"{data.note}: {data.prefix}.bin, {data.documents:,} documents, {data.tokens:,} tokens, "

@@ -16,8 +16,8 @@ from deepseek.commands.report import report
 from deepseek.commands.versions import finished_steps
 from deepseek.config import ConfigError, RunConfig, UserError, load_config
 from deepseek.console import say, table
-from deepseek.launch.signals import StopRequests
 from deepseek.files import write_new
+from deepseek.launch.signals import StopRequests
 from deepseek.launch.slurm import JobSettings, array_script
 from deepseek.run_folder import METRICS_FILE
 

@@ -19,7 +19,7 @@ from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.shards import TensorSpec
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
-from deepseek.files import FileEntry, HashingWriter, Staging, has_size, write_durably
+from deepseek.files import FileEntry, HashingWriter, Staging, has_size
 from deepseek.interop.hf_config import hf_config
 from deepseek.interop.hf_import import CONFIG, INDEX, SINGLE, TORCH_DTYPES, TensorFile
 from deepseek.interop.huggingface import (
@@ -175,8 +175,7 @@ class WeightExport:
                 "weight_map": dict(sorted(places.items())),
             }
         for name, content in files.items():
-            (staging.folder / name).unlink(missing_ok=True)
-            write_durably(staging.folder / name, json.dumps(content, indent=2).encode() + b"\n")
+            staging.write(name, json.dumps(content, indent=2).encode() + b"\n")
 
     def _plan(self, limit: int) -> list[dict[str, TensorSpec]]:
         """What goes into each file."""
