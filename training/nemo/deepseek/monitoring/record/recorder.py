@@ -4,9 +4,9 @@ While it records, the recorder stands in for the collectives of ``torch.distribu
 of ``cpu_memory``, so that it sees FSDP's and the pipeline's as well as our own. It changes nothing
 of what they do.
 
-On a CPU a collective blocks, and its time is the time it keeps this rank from computing, waiting
-for the others included. On a GPU it is the time its stream is busy. A call that returns at once
-and is waited for later, as the pipeline's are, takes the time of the call and that of the waiting.
+On a CPU a collective blocks: its time is how long this rank stands still in it, waiting for the
+others included. On a GPU it is how long its stream is busy. The pipeline's calls return at once and
+are waited for later: both times count.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class CommunicationRecorder:
             kind: np.array([self._seconds(call) for call in self._calls[kind]])
             for kind in sorted(self._calls, key=lambda kind: (kind.group, kind.operation))
         }
-        together = self._together(seconds)
+        transfer = self._transfer_seconds(seconds)
         numbers = {}
         for kind, own in seconds.items():
             calls = self._calls[kind]
@@ -171,19 +171,19 @@ class CommunicationRecorder:
             exposed = own[[call.exposed for call in calls]].sum()
             group = self._groups.get(kind.group)
             ranks = dist.get_world_size(group) if group is not None else 2
-            shared = together[kind].sum()
+            shared = transfer[kind].sum()
             numbers[kind] = np.array(
                 [len(own), sent, p50, p95, own.max(), own.sum(), shared, exposed, ranks]
             )
         expert_bytes = np.array(self._expert_bytes, dtype=np.int64)
         return Summary(numbers, expert_bytes, self._row_bytes)
 
-    def _together(self, seconds: dict[Kind, np.ndarray]) -> dict[Kind, np.ndarray]:
-        """Of each call the seconds in which all ranks were there: who came last waited not.
+    def _transfer_seconds(self, seconds: dict[Kind, np.ndarray]) -> dict[Kind, np.ndarray]:
+        """Seconds of each call in which all ranks of its group took part.
 
-        They are the shortest time that a rank of the group spent in it. Ranks of a pipeline
-        exchange in pairs, call by call different ones: there this rank's shortest call of the same
-        size stands for all of them.
+        The rank that came last has not waited, so they are the shortest time of any rank. Stages of
+        a pipeline exchange in pairs, which change from call to call: there they are this rank's
+        shortest time for a call of that size.
         """
         found = {}
         # Groups of the same ranks have one collective, in the same order on all of them.
@@ -210,15 +210,15 @@ class CommunicationRecorder:
         return sum(end - begin for begin, end in call.spans)
 
     def _recorded(self, original: Callable[..., Any], operation: str) -> Callable[..., Any]:
-        """A function of torch, watched."""
-        look = self._sight(operation, list(inspect.signature(original).parameters))
+        """A function of torch whose calls are recorded."""
+        inspect_call = self._call_inspector(operation, list(inspect.signature(original).parameters))
 
         def watched(*args: Any, **options: Any) -> Any:
             if self._within:  # one collective by means of another is one call
                 return original(*args, **options)
             # Read now: the call may write over its input.
             start = time.perf_counter()
-            kind, sent = look(args, options)
+            kind, sent = inspect_call(args, options)
             begin = self._now()
             entered = time.perf_counter()
             self._within = True
@@ -232,7 +232,7 @@ class CommunicationRecorder:
             call = _Call(sent, exposed, [span])
             self._calls[kind].append(call)
             if operation == SEND_RECV:
-                result = [_Waited(work, call, self._now) for work in result]
+                result = [_TimedWork(work, call, self._now) for work in result]
             self.own_seconds += entered - start + time.perf_counter() - left
             return result
 
@@ -245,12 +245,12 @@ class CommunicationRecorder:
         event.record()
         return event
 
-    def _sight(
+    def _call_inspector(
         self, operation: str, names: list[str]
     ) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Kind, int]]:
-        """What tells a call's kind, and the bytes that this rank puts in, from its arguments.
+        """A function of a call's arguments that gives its kind, and the bytes this rank puts in.
 
-        It runs at every call, between two computations: what can be known before is known here.
+        It runs at every call, between two computations, so names are looked up here, once.
         """
 
         def argument(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
@@ -288,7 +288,7 @@ class CommunicationRecorder:
                 self._expert_bytes[rank] += count * self._row_bytes
 
 
-class _Waited:
+class _TimedWork:
     """A transfer under way, as torch returned it; the time it is waited for is the call's too."""
 
     def __init__(self, work: Any, call: _Call, now: Callable[[], Any]) -> None:
