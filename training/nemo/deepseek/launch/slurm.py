@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,38 +65,24 @@ def slurm_script(
     run: RunConfig, config: str, overrides: Sequence[str], settings: JobSettings
 ) -> str:
     """The job: one task a node, a torchrun, which starts the processes there."""
-    trainer, model = run.trainer, run.model
-    cpus = trainer.devices * (max(1, trainer.num_threads) + model.data.num_workers)
-    options = {
-        "job-name": _job_name(run, settings),
-        "nodes": trainer.num_nodes,
-        "ntasks-per-node": 1,
-        "gpus-per-node": None if trainer.accelerator == "cpu" else trainer.devices,
-        "cpus-per-task": cpus,
-        "time": settings.time,
-        "partition": settings.partition,
-        "account": settings.account,
-        "signal": f"TERM@{SECONDS_TO_SAVE}",
-        "output": "%x-%j.log",
-        "open-mode": "append",
-    }
-    lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
-    return "\n".join(
-        [
-            "#!/bin/bash",
-            "# Written by: deepseek launch --slurm. Submit with sbatch where torchrun is on the",
-            f"# PATH, that of the Python with deepseek. {SECONDS_TO_SAVE} seconds before the time",
-            "# limit the processes get SIGTERM, save a checkpoint and end; submit the same file",
-            "# again to go on. A job whose node fails is queued again by Slurm.",
-            *lines,
-            "#SBATCH --requeue",
-            "",
-            "set -euo pipefail",
+    return _job(
+        run,
+        settings,
+        {"nodes": run.trainer.num_nodes, "ntasks-per-node": 1},
+        f"TERM@{SECONDS_TO_SAVE}",
+        "%x-%j.log",
+        about=[
+            "Written by: deepseek launch --slurm. Submit with sbatch where torchrun is on the",
+            f"PATH, that of the Python with deepseek. {SECONDS_TO_SAVE} seconds before the time",
+            "limit the processes get SIGTERM, save a checkpoint and end; submit the same file",
+            "again to go on. A job whose node fails is queued again by Slurm.",
+        ],
+        script=[
             "# torchrun passes SIGTERM on and kills after this time (before torch 2.13: 30 s).",
             f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={SECONDS_TO_SAVE}",
-            f"srun --kill-on-bad-exit=1 --cpus-per-task={cpus} {_train(run, config, overrides)}",
-            "",
-        ]
+            f"srun --kill-on-bad-exit=1 --cpus-per-task={_cpus(run)} "
+            f"{_train(run, config, overrides)}",
+        ],
     )
 
 
@@ -119,36 +105,52 @@ def array_script(run: RunConfig, command: str, runs: int, settings: JobSettings)
             f"trainer.num_nodes={trainer.num_nodes}: the runs of a job array have one node each; "
             "write each job with `deepseek launch --slurm`"
         )
+    return _job(
+        run,
+        settings,
+        {"array": f"0-{runs - 1}", "nodes": 1, "ntasks": 1},
+        f"B:TERM@{SECONDS_TO_SAVE}",
+        "%x-%A_%a.log",
+        about=[
+            "Written by: deepseek sweep --slurm. Submit with sbatch where `deepseek` is on the",
+            "PATH; again to go on with runs that were stopped. Then compare the runs with",
+            f"  {command}",
+        ],
+        script=[f"exec {command} --only $SLURM_ARRAY_TASK_ID"],
+    )
+
+
+def _job(
+    run: RunConfig,
+    settings: JobSettings,
+    tasks: Mapping[str, object],
+    signal: str,
+    output: str,
+    *,
+    about: Sequence[str],
+    script: Sequence[str],
+) -> str:
+    """A script for sbatch: comments, options, commands."""
     options = {
         "job-name": _job_name(run, settings),
-        "array": f"0-{runs - 1}",
-        "nodes": 1,
-        "ntasks": 1,
-        "gpus-per-node": None if trainer.accelerator == "cpu" else trainer.devices,
-        "cpus-per-task": trainer.devices
-        * (max(1, trainer.num_threads) + run.model.data.num_workers),
+        **tasks,
+        "gpus-per-node": None if run.trainer.accelerator == "cpu" else run.trainer.devices,
+        "cpus-per-task": _cpus(run),
         "time": settings.time,
         "partition": settings.partition,
         "account": settings.account,
-        "signal": f"B:TERM@{SECONDS_TO_SAVE}",
-        "output": "%x-%A_%a.log",
+        "signal": signal,
+        "output": output,
         "open-mode": "append",
     }
     lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
-    return "\n".join(
-        [
-            "#!/bin/bash",
-            "# Written by: deepseek sweep --slurm. Submit with sbatch where `deepseek` is on the",
-            "# PATH; again to go on with runs that were stopped. Then compare the runs with",
-            f"#   {command}",
-            *lines,
-            "#SBATCH --requeue",
-            "",
-            "set -euo pipefail",
-            f"exec {command} --only $SLURM_ARRAY_TASK_ID",
-            "",
-        ]
-    )
+    comments = [f"# {line}" for line in about]
+    start = ["#SBATCH --requeue", "", "set -euo pipefail"]
+    return "\n".join(["#!/bin/bash", *comments, *lines, *start, *script, ""])
+
+
+def _cpus(run: RunConfig) -> int:
+    return run.trainer.devices * (max(1, run.trainer.num_threads) + run.model.data.num_workers)
 
 
 def _train(run: RunConfig, config: str, overrides: Sequence[str]) -> str:
