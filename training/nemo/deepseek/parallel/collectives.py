@@ -21,12 +21,12 @@ from deepseek.parallel import cpu_memory
 
 def gather_sequence(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(B, S/n, D) -> (B, S, D) on every rank; the backward pass sums and scatters."""
-    return _Linear.apply(x_BsD, partial(_gather, group=group), partial(_scatter_sum, group=group))
+    return LinearMap.apply(x_BsD, partial(_gather, group=group), partial(_scatter_sum, group=group))
 
 
 def scatter_sequence_sum(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Partial sums (B, S, D) -> this rank's part of their sum (B, S/n, D); n divides S."""
-    return _Linear.apply(x_BSD, partial(_scatter_sum, group=group), partial(_gather, group=group))
+    return LinearMap.apply(x_BSD, partial(_scatter_sum, group=group), partial(_gather, group=group))
 
 
 def sum_forward(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -34,7 +34,7 @@ def sum_forward(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     For a loss that every rank computes alike from the sum, and that counts once.
     """
-    return _Linear.apply(x, partial(_sum, group=group), lambda grad: grad)
+    return LinearMap.apply(x, partial(_sum, group=group), lambda grad: grad)
 
 
 def all_to_all_rows(
@@ -52,11 +52,11 @@ def all_to_all_rows(
     """
     there = partial(_exchange, send_counts=send_counts, receive_counts=receive_counts, group=group)
     back = partial(_exchange, send_counts=receive_counts, receive_counts=send_counts, group=group)
-    return _Linear.apply(x_RD, there, back)
+    return LinearMap.apply(x_RD, there, back)
 
 
-class _Linear(torch.autograd.Function):
-    """A linear map, with its transpose for the gradient."""
+class LinearMap(torch.autograd.Function):
+    """``apply(x, map, transpose)``: the map of ``x``, and its transpose for the gradient."""
 
     @staticmethod
     def forward(

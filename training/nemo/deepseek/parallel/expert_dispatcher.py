@@ -21,7 +21,7 @@ from torch import Tensor
 from deepseek.config.errors import UserError
 from deepseek.models.components.dispatcher import Dispatched, TokenDispatcher, weighted_sum
 from deepseek.ops.rows import count_rows, expand_rows, inverse_permutation, permute_rows
-from deepseek.parallel.collectives import all_to_all_rows
+from deepseek.parallel.collectives import LinearMap, all_to_all_rows
 
 
 def build_dispatcher(
@@ -172,7 +172,7 @@ class DeepEPDispatcher:
         exchange = _DeepEPExchange(
             _buffer(self.group, dim), self.num_experts, expert_ids_TK.reshape(-1, 1)
         )
-        rows_QD = _DeepEPDispatch.apply(x_RD, exchange)
+        rows_QD = LinearMap.apply(x_RD, exchange.dispatch, exchange.combine)
         arrival_Q = exchange.local_expert_Q.argsort(stable=True)
         inverse_Q = inverse_permutation(arrival_Q)
         return Dispatched(
@@ -185,7 +185,9 @@ class DeepEPDispatcher:
         """Bring the results back and add them up with their weights."""
         handle: _DeepEPHandle = sent.state
         y_QD = permute_rows(y_RD, handle.inverse_Q, handle.arrival_Q)
-        return weighted_sum(_DeepEPCombine.apply(y_QD, handle.exchange), weights_TK)
+        exchange = handle.exchange
+        y_RD = LinearMap.apply(y_QD, exchange.combine, exchange.dispatch)
+        return weighted_sum(y_RD, weights_TK)
 
 
 @functools.cache
@@ -256,25 +258,3 @@ class _DeepEPHandle:
     exchange: _DeepEPExchange
     arrival_Q: Tensor
     inverse_Q: Tensor
-
-
-class _DeepEPDispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, exchange: _DeepEPExchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.dispatch(x_RD)
-
-    @staticmethod
-    def backward(ctx: Any, grad_QD: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.combine(grad_QD), None
-
-
-class _DeepEPCombine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_QD: Tensor, exchange: _DeepEPExchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.combine(y_QD)
-
-    @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.dispatch(grad_RD), None
