@@ -13,13 +13,11 @@ import numpy as np
 
 from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, complain, say, table
-from deepseek.data.blend import BlendedDataset
 from deepseek.data.chat import answers_of
 from deepseek.data.corpus import Corpus, Source
 from deepseek.data.dataset import ChatDataset
 from deepseek.data.documents import chunks
 from deepseek.data.indexed import IndexedDataset
-from deepseek.data.open_data import open_data
 from deepseek.data.prepare import PreparedData
 from deepseek.data.tokenizer import Tokenizer
 from deepseek.experts.domains import check_ids, is_prepared, named_path, open_prepared
@@ -176,20 +174,10 @@ def _domains(
 
 def _validation(opened: OpenedCheckpoint, tokenizer: Tokenizer | None) -> Iterator[_Named]:
     """What the run validates on, whole documents of it."""
-    validation = open_data(opened.config.model, opened.config.seed).validation
-    if validation is None:
-        raise UserError(
-            f"{opened.path}: the run has no validation data "
-            "(model.data.validation_fraction=0); give --data"
-        )
-    parts = validation.datasets if isinstance(validation, BlendedDataset) else [validation]
-    prefixes = [part.indexed.prefix for part in parts]
-    short = len({prefix.name for prefix in prefixes}) == len(prefixes)
-    for part, prefix in zip(parts, prefixes, strict=True):
+    for name, part in opened.validation_parts():
         answers = part.is_answer if isinstance(part, ChatDataset) else None
         documents = _prepared(part.indexed, part.documents, answers, tokenizer)
-        source = f"{prefix}, documents for validation"
-        yield prefix.name if short else str(prefix), source, documents
+        yield name, f"{part.indexed.prefix}, documents for validation", documents
 
 
 def _prepared(

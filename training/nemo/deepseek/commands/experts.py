@@ -12,8 +12,6 @@ import numpy as np
 from deepseek.config import RunConfig
 from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, complain, say, table
-from deepseek.data.blend import BlendedDataset
-from deepseek.data.open_data import open_data
 from deepseek.data.tokenizer import Tokenizer
 from deepseek.experts.analysis import (
     MEANING,
@@ -198,20 +196,9 @@ def _own_domains(
                 "prepared with the tokenizer of the model"
             )
         return built_in_domains(tokenizer, model.vocab_size, tokens)
-    validation = open_data(model, opened.config.seed).validation
-    if validation is None:
-        raise UserError(
-            f"{opened.path}: the run has no validation data "
-            "(model.data.validation_fraction=0); give --data"
-        )
-    parts = validation.datasets if isinstance(validation, BlendedDataset) else [validation]
-    prefixes = [part.indexed.prefix for part in parts]
-    names = [prefix.name for prefix in prefixes]
-    if len(set(names)) < len(names):
-        names = [str(prefix) for prefix in prefixes]
     return [
-        packed_domain(name, f"{prefix}, documents for validation", part, tokens)
-        for name, prefix, part in zip(names, prefixes, parts, strict=True)
+        packed_domain(name, f"{part.indexed.prefix}, documents for validation", part, tokens)
+        for name, part in opened.validation_parts()
     ]
 
 

@@ -22,6 +22,9 @@ from deepseek.config.errors import ConfigError, UserError
 from deepseek.config.load import stored_config
 from deepseek.config.schema import ModelConfig
 from deepseek.console import complain
+from deepseek.data.blend import BlendedDataset
+from deepseek.data.dataset import ChatDataset, PackedDataset
+from deepseek.data.open_data import open_data
 from deepseek.data.tokenizer import Tokenizer, load_tokenizer
 from deepseek.interop.hf_config import COMPUTED_KEYS
 from deepseek.interop.nemo_file import SUFFIX, NemoFile
@@ -54,6 +57,24 @@ class OpenedCheckpoint:
         if self.run is None or not (self.run / TOKENIZER).is_dir():
             return None
         return load_tokenizer(self.run / TOKENIZER)
+
+    def validation_parts(self) -> list[tuple[str, PackedDataset | ChatDataset]]:
+        """What the run validates on: name and data of each prefix.
+
+        Raises:
+            UserError: it does not validate.
+        """
+        validation = open_data(self.config.model, self.config.seed).validation
+        if validation is None:
+            raise UserError(
+                f"{self.path}: the run has no validation data "
+                "(model.data.validation_fraction=0); give --data"
+            )
+        parts = validation.datasets if isinstance(validation, BlendedDataset) else [validation]
+        prefixes = [part.indexed.prefix for part in parts]
+        short = len({prefix.name for prefix in prefixes}) == len(prefixes)
+        names = [prefix.name if short else str(prefix) for prefix in prefixes]
+        return list(zip(names, parts, strict=True))
 
 
 def open_checkpoint(path: Path) -> OpenedCheckpoint:
