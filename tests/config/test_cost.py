@@ -303,7 +303,7 @@ def test_frozen_matrices_cost_two_passes() -> None:
 
 
 def test_memory_of_one_process_is_that_of_the_model() -> None:
-    """Over one rank the sum over the table of weights is what the closed forms say."""
+    """Over one rank the parameters are what the closed forms say, the bytes those of the model."""
     for run in worlds():
         model = replace(run.model, pipeline_model_parallel_size=1, pipeline_layers_per_stage=None)
         for optimizer in ("adamw", "muon"):

@@ -15,8 +15,8 @@ feed-forward and of one expert, E experts of which a token takes K, V ids:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from deepseek.config.layout import Layout, kept_shape, split_layers, stages_of_rank
 from deepseek.config.schema import ModelConfig
@@ -88,18 +88,20 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class StateMemory:
-    """Bytes of the training states over all ranks, activations not included."""
+    """Training states, activations not included."""
 
+    parameters: int
+    """Numbers, without correction biases."""
     weights: int
-    """fp32 weights, adapters and correction biases."""
+    """Bytes of fp32 weights, adapters and correction biases."""
     gradients: int
-    """fp32 gradients of what is trained."""
+    """Bytes of fp32 gradients of what is trained."""
     optimizer: int
-    """fp32 moments or momentum."""
+    """Bytes of fp32 moments or momentum."""
 
     @property
     def total(self) -> int:
-        """All states."""
+        """Bytes of all states."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -202,16 +204,7 @@ def state_memory(model: ModelConfig, optimizer: str = "adamw") -> StateMemory:
         model: the sizes.
         optimizer: ``adamw`` or ``muon``.
     """
-    counts = count_parameters(model)
-    trained = counts.trained
-    biases = counts.correction_biases + counts.mtp_correction_biases
-    numbers = counts.stored + (counts.adapters or 0) + biases
-    moments = 2 * trained
-    if optimizer == "muon":
-        frozen = counts.adapters is not None
-        others = 0 if frozen else counts.embedding + counts.head + _norms(model)
-        moments -= trained - others
-    return StateMemory(weights=4 * numbers, gradients=4 * trained, optimizer=4 * moments)
+    return _states(model, model_weights(model), optimizer, lambda weight: weight.shape)
 
 
 def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_number: int = 2) -> int:
@@ -230,28 +223,10 @@ def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_number: int = 2) -> i
 # -- memory of one rank --
 
 
-class RankMemory(NamedTuple):
-    """States of one rank; of ranks that differ in the rest of a division, the largest."""
-
-    parameters: int
-    """Numbers."""
-    weights: int
-    """Bytes of fp32 weights and correction biases."""
-    gradients: int
-    """Bytes."""
-    optimizer: int
-    """Bytes."""
-
-    @property
-    def total(self) -> int:
-        """Bytes of all states."""
-        return self.weights + self.gradients + self.optimizer
-
-
 def rank_memory(
     model: ModelConfig, layout: Layout, pp_rank: int, optimizer: str = "adamw"
-) -> RankMemory:
-    """States of the ranks at one place of the pipeline, by the weights that they hold.
+) -> StateMemory:
+    """States of one rank at a place of the pipeline; of ranks that differ, the largest.
 
     Args:
         model: the sizes.
@@ -262,18 +237,28 @@ def rank_memory(
     Returns:
         Activations and gathered weights are not included.
     """
+    weights = _rank_weights(model, pp_rank)
+    return _states(model, weights, optimizer, lambda weight: kept_shape(weight, layout))
+
+
+def _states(
+    model: ModelConfig,
+    weights: Iterable[Weight],
+    optimizer: str,
+    kept: Callable[[Weight], tuple[int, ...]],
+) -> StateMemory:
     parameters = trained = moments = biases = 0
-    for weight in _rank_weights(model, pp_rank):
+    for weight in weights:
+        count = math.prod(kept(weight))
         if weight.buffer:
-            biases += math.prod(weight.shape)
+            biases += count
             continue
-        count = math.prod(kept_shape(weight, layout))
         parameters += count
         if model.peft is None or weight.adapter:
             hidden = len(weight.shape) > 1 and weight.name.split(".")[0] in ("layers", "mtp")
             trained += count
             moments += count if optimizer == "muon" and hidden else 2 * count
-    return RankMemory(parameters, 4 * (parameters + biases), 4 * trained, 4 * moments)
+    return StateMemory(parameters, 4 * (parameters + biases), 4 * trained, 4 * moments)
 
 
 def gathered_bytes(model: ModelConfig, layout: Layout) -> int:
@@ -329,14 +314,3 @@ def _attention(model: ModelConfig) -> int:
     key_value = dim * (latent + model.qk_rope_head_dim) + latent
     expand = latent * heads * (model.qk_nope_head_dim + model.v_head_dim)
     return query + key_value + expand + heads * model.v_head_dim * dim
-
-
-def _norms(model: ModelConfig) -> int:
-    """Parameters of all norms, the latents' and the MTP modules' included."""
-    depth = model.num_nextn_predict_layers
-    per_layer = 2 * model.hidden_size + model.kv_lora_rank + (model.q_lora_rank or 0)
-    return (
-        (model.num_hidden_layers + depth) * per_layer
-        + model.hidden_size
-        + depth * 3 * model.hidden_size
-    )
