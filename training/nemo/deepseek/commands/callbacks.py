@@ -23,16 +23,7 @@ from deepseek.monitoring.record.profile import Profile
 from deepseek.monitoring.record.progress import Progress
 from deepseek.monitoring.record.rank_monitor import RankMonitor
 from deepseek.monitoring.record.run_record import Peak, RunRecord, environment
-from deepseek.run_folder import (
-    CHECKPOINTS,
-    CONFIG_FILE,
-    ENVIRONMENT_FILE,
-    EXPERTS_FILE,
-    METRICS_FILE,
-    MONITOR,
-    PROFILE,
-    TOKENIZER,
-)
+from deepseek.run_folder import CHECKPOINTS, EXPERTS_FILE, METRICS_FILE, MONITOR, PROFILE
 from deepseek.training.step import DeepSeekCallback, DeepSeekModel
 
 
@@ -89,12 +80,7 @@ def callbacks(
     every = manager.monitor.every_n_steps
     ranks = experts = None
     if every > 0:
-        ranks = RankMonitor(
-            folder / MONITOR,
-            every,
-            leads,
-            run.trainer.devices,
-        )
+        ranks = RankMonitor(folder / MONITOR, every, leads, run.trainer.devices)
         experts = ExpertMonitor(folder / MONITOR / EXPERTS_FILE, every, leads)
         found += [ranks, experts]
     if not leads:
@@ -122,14 +108,7 @@ def callbacks(
     )
     return [
         *found,
-        RunRecord(
-            folder / CONFIG_FILE,
-            resolved_yaml(run),
-            folder / TOKENIZER,
-            data.tokenizer,
-            folder / ENVIRONMENT_FILE,
-            facts,
-        ),
+        RunRecord(folder, resolved_yaml(run), data.tokenizer, facts),
         log,
         # With adapters the routers are frozen: their loads are those of the text.
         Alarms(log, experts if model.peft is None else None, ranks, run),
