@@ -1,4 +1,4 @@
-"""The door that the project's description names; the step itself is in ``training/step.py``."""
+"""Where the project's description names ``DeepSeekModel``; the step is ``training/step.py``."""
 
 from deepseek.training.step import DeepSeekModel
 
