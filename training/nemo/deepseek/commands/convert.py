@@ -279,9 +279,8 @@ def export_hf(
         if tokenizer is not None and opened.run is not None:
             tokenizer.save(staging.folder)
             copy_template(opened.run / TOKENIZER, staging.folder)
-        (staging.folder / GENERATION).unlink(missing_ok=True)
         told = {**(tokenizer.generation if tokenizer else {}), **ids}
-        write_durably(staging.folder / GENERATION, json.dumps(told, indent=2).encode() + b"\n")
+        staging.write(GENERATION, json.dumps(told, indent=2).encode() + b"\n")
         staging.finish()
     files = len(weights.file_names)
     say(
