@@ -15,6 +15,7 @@ from deepseek.monitoring.array_log import ArrayLog
 from deepseek.monitoring.report.expert_panels import utilisation_codes, worst_layer
 from deepseek.monitoring.report.panel import binned, duration, quantity, smoothed, table, thin
 from deepseek.monitoring.report.rank_panels import folded, replica_counts
+from deepseek.monitoring.report.run_panels import alarms_panel, headline
 from deepseek.monitoring.report.training_panels import step_parts
 from deepseek.monitoring.run_log import RunLog, read_run
 from support.synthetic_run import GAMMA, START, SyntheticRun, write_run
@@ -57,6 +58,33 @@ def test_the_planted_are_found(planted: Path) -> None:
     assert found == {(9, expert): 76 for expert in range(4, 16)}
     late = run.ranks.columns["compute_seconds"][-20:].mean(axis=0)
     assert int(late.argmax()) == 3
+
+
+def test_cards_of_parameters_data_and_ends_of_alarms(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", SyntheticRun(steps=20, straggler=1))
+    one = {"name": "/x/corpus", "tokens": 4000, "samples": 40, "share": 1.0}
+    path = folder / "environment.json"
+    facts = json.loads(path.read_text()) | {
+        "parameters": 14_100_000, "active_parameters": 4_100_000, "trained_parameters": 50_000,
+        "data": [one],
+    }  # fmt: skip
+    path.write_text(json.dumps(facts))
+    over = {"event": "alarm_over", "step": 17, "kind": "straggler", "rank": 1, "since": 5}
+    log = folder / "metrics.jsonl"
+    log.write_text(log.read_text() + json.dumps(over) + "\n")
+    run = read_run(folder)
+    cards = {card.label: (card.value, card.below) for card in headline(run)}
+    batch = run.setting("model.global_batch_size")
+    assert cards["parameters"] == ("14.1 M", "4.10 M active per token, 50.0 k trained")
+    assert cards["data"] == ("4.00 k tokens", f"corpus, {20 * batch / 40:.2f} epochs")
+    body = alarms_panel(run).body
+    assert '<td class="num">17</td><td>straggler</td>' in body
+    assert body.count("goes on") == len(run.alarms()) - 1 > 0
+    facts["data"] = [one | {"share": 0.25}, one | {"name": "b", "share": 0.75}]
+    path.write_text(json.dumps(facts))
+    (data,) = (card for card in headline(read_run(folder)) if card.label == "data")
+    most = 20 * batch * 0.75 / 40
+    assert data.below == f"2 prefixes, {most:.2f} epochs of the one read most"
 
 
 def test_goodput_is_the_time_of_kept_steps(planted: Path) -> None:

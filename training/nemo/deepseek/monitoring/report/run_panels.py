@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,10 +60,9 @@ def headline(run: RunLog) -> list[Card]:
         cards.append(Card("validation loss", f"{run.validations['val_loss'][-1]:.4f}", below))
     of = f"of {run.max_steps:,}" if run.max_steps else ""
     cards.append(Card("steps", f"{run.step:,}", of))
-    tokens, epochs = run.column("tokens"), run.epochs()
+    tokens = run.column("tokens")
     if tokens is not None:
-        below = f"{max(epochs.values()):.2f} epochs" if len(epochs) == 1 else ""
-        cards.append(Card("tokens", quantity(float(np.nansum(tokens))), below))
+        cards.append(Card("tokens", quantity(float(np.nansum(tokens)))))
     recent = slice(-max(1, len(run.steps["step"]) // 10), None)
     speed, mfu = run.column("tokens_per_second"), run.column("mfu")
     if speed is not None:
@@ -79,8 +79,18 @@ def headline(run: RunLog) -> list[Card]:
     facts = run.environment or {}
     if isinstance(count := facts.get("parameters"), int):
         active = facts.get("active_parameters")
-        below = f"{quantity(active)} active per token" if isinstance(active, int) else ""
-        cards.append(Card("parameters", quantity(count), below))
+        words = [f"{quantity(active)} active per token"] if isinstance(active, int) else []
+        trained = facts.get("trained_parameters")
+        if isinstance(trained, int) and trained != count:
+            words.append(f"{quantity(trained)} trained")
+        cards.append(Card("parameters", quantity(count), ", ".join(words)))
+    if parts := run.data_parts():
+        epochs = run.epochs()
+        most = f", {max(epochs.values()):.2f} epochs" if epochs else ""
+        name = Path(parts[0].name).name if len(parts) == 1 else f"{len(parts)} prefixes"
+        of_most = " of the one read most" if epochs and len(parts) > 1 else ""
+        size = quantity(float(sum(part.tokens for part in parts)))
+        cards.append(Card("data", f"{size} tokens", f"{name}{most}{of_most}"))
     if (memory := run.column("memory_bytes")) is not None:
         most = quantity(float(np.nanmax(memory)), "B")
         cards.append(Card("largest memory", most, "of any rank"))
@@ -121,7 +131,7 @@ def alarms_panel(run: RunLog) -> Panel:
     rows = [
         [
             f"{alarm['step']:,}",
-            f"{alarm['until']:,}" if isinstance(alarm.get("until"), int) else "not over",
+            f"{alarm['until']:,}" if isinstance(alarm.get("until"), int) else "goes on",
             str(alarm.get("kind", "")).replace("_", " "),
             str(alarm.get("message", "")),
             str(alarm.get("remedy", "")),
