@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine:
-#   make train    environment, corpus, tokenizer, a real training run of a few minutes, a sample, a report
+#   make train    environment (1.7 GB), corpus, tokenizer, a real training run of a few minutes, a sample, a report
 #   make test     environments, style, types, layers, the suite, and what may differ again with NeMo
 # Others take hours, or measure:
 #   make test-all the suite in its long version: more layouts, kills, drawn examples and planted faults
@@ -10,8 +10,23 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 VENV := .venv
 NEMO := .venv-nemo
 TEST_FLAGS ?= -n 2
+GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+TORCH_KIND := $(if $(GPU),with CUDA (several GB),without CUDA since there is no GPU)
 # What NVIDIA's AutoModel and Megatron-Core need to be built on a CPU, without what needs a GPU.
 PEERS := nemo-automodel megatron-core torchao torchdata flashoptim
+
+# An environment of its own with PyTorch. Without a GPU from PyTorch's index of CPU wheels, which saves
+# gigabytes of CUDA; where that is out of reach (a mirror, no network), from what pip finds elsewhere.
+# Arguments: its folder, its constraints, what else goes into it and how large it is.
+define environment
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: set PYTHON=/path/to/python"; exit 1; }
+	@echo "== environment $(1) ($(PYTHON)): PyTorch $(TORCH_KIND); $(3); some minutes"
+	$(PYTHON) -m venv --clear $(1)
+	@test -n "$(GPU)" || $(1)/bin/pip install $(PIP_FLAGS) --retries 0 --timeout 15 --no-deps -c $(2) \
+	  --index-url https://download.pytorch.org/whl/cpu torch >/dev/null 2>&1 || \
+	  echo "   PyTorch's CPU wheels are out of reach: taking what pip finds, which may bring CUDA (several GB)"
+	$(1)/bin/pip install $(PIP_FLAGS) -c $(2) torch
+endef
 
 .PHONY: train test test-all test-torch test-lightning test-nemo hooks lint browser bench sweep format clean
 
@@ -76,17 +91,12 @@ format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@echo "== environment $(VENV) ($(PYTHON))"
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: set PYTHON=/path/to/python"; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt torch
+	$(call environment,$(VENV),constraints.txt,Lightning and what runs and tests need; 0.6 GB to download and 1.7 GB on disk)
 	$(VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
 	@touch $@
 
 $(NEMO)/.ready: pyproject.toml constraints-nemo.txt
-	@echo "== environment $(NEMO) ($(PYTHON))"
-	$(PYTHON) -m venv --clear $(NEMO)
-	$(NEMO)/bin/pip install $(PIP_FLAGS) -c constraints-nemo.txt torch
+	$(call environment,$(NEMO),constraints-nemo.txt,NVIDIA NeMo and what the tests need; 2.2 GB on disk)
 	$(NEMO)/bin/pip install $(PIP_FLAGS) -c constraints-nemo.txt -e ".[nemo,dev]"
 	$(NEMO)/bin/pip install $(PIP_FLAGS) -c constraints-nemo.txt --no-deps $(PEERS)
 	@touch $@

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,8 @@ def after_the_readme(micro: MicroRuns, tmp_path_factory: pytest.TempPathFactory)
     """A folder with what the README's reader has: texts, conversations, ``my_run``, ``mine``."""
     folder = tmp_path_factory.mktemp("guides") / "reader"
     (folder / "texts").mkdir(parents=True)
+    for part in ("docs", "ops"):  # of the clone
+        shutil.copytree(PACKAGE / part, folder / "training/nemo/deepseek" / part)
     text = "\n".join(path.read_text() for path in PACKAGE.glob("models/components/*.py"))
     for i in range(30):
         (folder / "texts" / f"{i}.txt").write_text(text[i * 900 : (i + 1) * 900])
@@ -108,6 +111,14 @@ def test_every_command_runs(
     if guide.name == "training.md":
         shutil.move(folder / "my_run", tmp_path / "my_run")
     run(micro, folder, lines)
+
+
+def test_the_guides_go_into_the_wheel(micro: MicroRuns) -> None:
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        patterns = tomllib.load(file)["tool"]["setuptools"]["package-data"]["deepseek"]
+    packed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    assert set(GUIDES[1:]) <= packed
+    assert Path(micro.cli("docs").assert_done().out.strip()) == PACKAGE / "docs"
 
 
 def test_make_targets_exist() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import shlex
+import shutil
 
 import pytest
 
@@ -14,24 +14,6 @@ from support.micro_runs import MicroRuns
 
 PACKAGE = SOURCE / "deepseek"
 GUIDE = PACKAGE / "docs" / "nemo_migration_guide.md"
-ACCELERATE = """\
-distributed_type: FSDP
-num_processes: 2
-num_machines: 1
-mixed_precision: 'no'
-fsdp_config:
-  fsdp_sharding_strategy: FULL_SHARD
-  fsdp_transformer_layer_cls_to_wrap: DeepseekV3DecoderLayer
-  fsdp_offload_params: false
-"""
-ARGUMENTS = {
-    "learning_rate": 0.001,
-    "max_steps": 40,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "group_by_length": True,
-    "fp16": False,
-}
 
 
 def blocks(kind: str) -> list[str]:
@@ -77,11 +59,7 @@ def results(
     folder = tmp_path_factory.mktemp("guide")
     for name, text in files().items():
         (folder / name).write_text(text)
-    (folder / "accelerate.yaml").write_text(ACCELERATE)
-    (folder / "args.json").write_text(json.dumps(ARGUMENTS))
-    (folder / "texts").mkdir()
-    for path in (PACKAGE / "models" / "components").glob("*.py"):
-        (folder / "texts" / f"{path.stem}.txt").write_text(path.read_text())
+    shutil.copytree(PACKAGE / "docs", folder / "texts")
     micro.cli.preload("transformers.models.deepseek_v3.modeling_deepseek_v3")
     listed = [*commands(), ("python check.py logits fsdp2/step_21.pt again", [])]  # another step's
     results = []

@@ -78,7 +78,7 @@ def test_cards_of_parameters_data_and_ends_of_alarms(tmp_path: Path) -> None:
     assert cards["parameters"] == ("14.1 M", "4.10 M active per token, 50.0 k trained")
     assert cards["data"] == ("4.00 k tokens", f"corpus, {20 * batch / 40:.2f} epochs")
     body = alarms_panel(run).body
-    assert '<td class="num">17</td><td>straggler</td>' in body
+    assert '<td class="num">17</td><td >straggler</td>' in body
     assert body.count("goes on") == len(run.alarms()) - 1 > 0
     facts["data"] = [one | {"share": 0.25}, one | {"name": "b", "share": 0.75}]
     path.write_text(json.dumps(facts))

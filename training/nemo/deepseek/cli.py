@@ -229,6 +229,12 @@ def prepare_data_command(
     prepare_data(inputs or None, output, tokenizer, *text, strict=strict)
 
 
+@app.command("docs")
+def docs_command() -> None:
+    """Print the folder of the guides, which are Markdown files."""
+    typer.echo(Path(__file__).parent / "docs")
+
+
 data = typer.Typer(help="Prepared training data.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
