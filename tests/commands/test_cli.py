@@ -78,6 +78,18 @@ main()
         assert subprocess.run(words, capture_output=True, text=True, env=env).stderr == told
 
 
+def test_every_word_and_option_is_explained() -> None:
+    def verbs(command: Any) -> Iterator[Any]:
+        inner = getattr(command, "commands", {}).values()
+        yield from [verb for one in inner for verb in verbs(one)] if inner else [command]
+
+    for verb in verbs(get_command(app)):
+        assert verb.help and verb.help.endswith("."), verb.name
+        for parameter in verb.params:
+            words = getattr(parameter, "help", None) or ""
+            assert len(words) > 10 and words.endswith("."), (verb.name, parameter.name, words)
+
+
 def test_no_command_shows_the_help(cli: Forked) -> None:
     ran = cli()
     assert ran.code == 2 and "Usage: deepseek" in ran.out + ran.err

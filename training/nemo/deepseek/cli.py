@@ -57,7 +57,9 @@ ConfigAndFile = Annotated[
 ]
 Bare = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[CONFIG]", help="The same, bare.", autocompletion=_names),
+    typer.Argument(
+        metavar="[CONFIG]", help="The configuration, as with --config.", autocompletion=_names
+    ),
 ]
 PASS_ON = {"ignore_unknown_options": True}  # `--a.b=c` is an override too
 
@@ -72,7 +74,9 @@ def _print_version(wanted: bool) -> None:
 def options(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print it.", callback=_print_version, is_eager=True),
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """Train DeepSeek-V3-class models from one YAML file, on a laptop or a cluster."""
@@ -82,17 +86,21 @@ def options(
 def train_command(
     words: Words = None,
     config: Config = None,
-    run_dir: Annotated[Path | None, typer.Option(help="The run folder itself.")] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(help="Run folder, new or to be continued; none: EXP_DIR/NAME/version_N."),
+    ] = None,
     sample: Annotated[bool, typer.Option(help="Print a generated sample at the end.")] = False,
     report: Annotated[bool, typer.Option(help="Write the run's report at the end.")] = False,
     resume_from: Annotated[
-        int | None, typer.Option(help="Go back to the checkpoint of this step.", min=0)
+        int | None,
+        typer.Option(help="With --run-dir: go back to the checkpoint of this step.", min=0),
     ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Log what each rank applies to the model.")
     ] = False,
 ) -> None:
-    """Train, or continue, a run."""
+    """Train, or continue, a run; without a configuration one of deepseek_v3_tiny."""
     from deepseek.commands.train import train
 
     if verbose:
@@ -143,7 +151,8 @@ def validate_command(
     words: Words = None,
     config: Config = None,
     world: Annotated[
-        int | None, typer.Option(help="Processes of a cluster that need not be there.")
+        int | None,
+        typer.Option(help="As on so many processes, which need not be there; none: as configured."),
     ] = None,
 ) -> None:
     """Print every error of a configuration; of a sound one, its numbers and what lies where."""
@@ -265,13 +274,13 @@ def generate_command(
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(help="Keep the k most probable tokens, 0: all; none: the file's, or 0."),
+        typer.Option(help="Draw from the k most probable tokens, 0: all; none: the file's, or 0."),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="Keep the smallest set reaching this; none: the file's, or 0.95."),
+        typer.Option(help="Draw from the fewest that have this probability; none: the file's, or 0.95."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     chat: Annotated[
         bool,
         typer.Option("--chat", help="Prompts are questions; none, on a terminal: a conversation."),
@@ -357,7 +366,9 @@ def monitor_command(
     web: Annotated[
         bool, typer.Option("--web", help="Serve the report on this machine instead.")
     ] = False,
-    port: Annotated[int, typer.Option(help="With --web; 0: any free one.", min=0, max=65535)] = 0,
+    port: Annotated[
+        int, typer.Option(help="Port of --web; 0: any free one.", min=0, max=65535)
+    ] = 0,
     every: Annotated[float, typer.Option(help="Seconds between frames.")] = 2.0,
 ) -> None:
     """Watch a run: in the terminal, or as a report in a browser that renews itself."""
