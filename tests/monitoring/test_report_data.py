@@ -76,7 +76,7 @@ def test_cards_of_parameters_data_and_ends_of_alarms(tmp_path: Path) -> None:
     cards = {card.label: (card.value, card.below) for card in headline(run)}
     batch = run.setting("model.global_batch_size")
     assert cards["parameters"] == ("14.1 M", "4.10 M active per token, 50.0 k trained")
-    assert cards["data"] == ("4.00 k tokens", f"corpus, {20 * batch / 40:.2f} epochs")
+    assert cards["data"] == ("4.00 k", f"tokens of corpus, {20 * batch / 40:.2f} epochs")
     body = alarms_panel(run).body
     assert '<td class="num">17</td><td >straggler</td>' in body
     assert body.count("goes on") == len(run.alarms()) - 1 > 0
@@ -84,7 +84,7 @@ def test_cards_of_parameters_data_and_ends_of_alarms(tmp_path: Path) -> None:
     path.write_text(json.dumps(facts))
     (data,) = (card for card in headline(read_run(folder)) if card.label == "data")
     most = 20 * batch * 0.75 / 40
-    assert data.below == f"2 prefixes, {most:.2f} epochs of the one read most"
+    assert data.below == f"tokens of 2 prefixes, {most:.2f} epochs of the one read most"
 
 
 def test_goodput_is_the_time_of_kept_steps(planted: Path) -> None:

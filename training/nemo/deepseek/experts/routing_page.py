@@ -67,7 +67,11 @@ def _overview(analysis: RoutingAnalysis) -> Tab:
     cards = [
         Card("checkpoint", f"step {analysis.step:,}", analysis.name),
         Card("experts", str(analysis.num_experts), f"{analysis.top_k} chosen per token"),
-        Card("tokens read", f"{analysis.num_tokens:,}", f"{len(analysis.domains)} domains"),
+        Card(
+            "tokens read",
+            f"{analysis.num_tokens:,}",
+            "1 domain" if len(analysis.domains) == 1 else f"{len(analysis.domains)} domains",
+        ),
         Card("by chance", f"{analysis.chance:.1%}", "of the tokens choose any one expert"),
     ]
     panels = [

@@ -90,7 +90,7 @@ def headline(run: RunLog) -> list[Card]:
         name = Path(parts[0].name).name if len(parts) == 1 else f"{len(parts)} prefixes"
         of_most = " of the one read most" if epochs and len(parts) > 1 else ""
         size = quantity(float(sum(part.tokens for part in parts)))
-        cards.append(Card("data", f"{size} tokens", f"{name}{most}{of_most}"))
+        cards.append(Card("data", size, f"tokens of {name}{most}{of_most}"))
     if (memory := run.column("memory_bytes")) is not None:
         most = quantity(float(np.nanmax(memory)), "B")
         cards.append(Card("largest memory", most, "of any rank"))
@@ -156,12 +156,16 @@ def events_panel(run: RunLog) -> Panel:
         if event["event"] not in ("alarm", "alarm_over", "checkpoint")
     ]
     saved = [event["step"] for event in run.events if event["event"] == "checkpoint"]
-    note = f"{len(saved):,} checkpoints, the last at step {saved[-1]:,}." if saved else ""
+    note = f"{_count(len(saved), 'checkpoint')}, the last at step {saved[-1]:,}." if saved else ""
     if not rows:
         return Panel("events", "Events", note, missing="The log has no events.", wide=True)
     words = ["step", "event", "time (UTC)", "reason"]
     body = table(words, rows[-MOST_EVENTS:], "r l l l")
     return Panel("events", "Events", note, body=body, wide=True)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _clock(seconds: Any) -> str:
