@@ -127,7 +127,7 @@ def test_elsewhere_than_on_a_terminal_lines_are_whole_unless_columns_are_set(
     capsys: pytest.CaptureFixture[str], time: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     widths = {}
-    for columns in (None, "80", "60"):
+    for columns in (None, "wide", "80", "60"):
         monkeypatch.delenv("COLUMNS", raising=False)
         if columns:
             monkeypatch.setenv("COLUMNS", columns)
@@ -136,7 +136,7 @@ def test_elsewhere_than_on_a_terminal_lines_are_whole_unless_columns_are_set(
         time.now += 1.0
         shown.on_train_batch_end(None, module(1))
         widths[columns] = len(capsys.readouterr().out.rstrip("\n"))
-    assert widths[None] > 80 >= widths["80"] > 60 >= widths["60"]
+    assert widths[None] == widths["wide"] > 80 >= widths["80"] > 60 >= widths["60"]
 
 
 def test_a_resumed_run_counts_its_own_steps_for_the_time_left(

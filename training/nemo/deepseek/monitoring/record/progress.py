@@ -58,12 +58,13 @@ class Progress(DeepSeekCallback):
         left = (now - self._start) / done * (module.max_steps - record.step)
         parts = step_parts(record, module.max_steps, speed, left, self.epochs_per_step)
         if self._bar is None:
-            say(fitted(parts, int(os.environ.get("COLUMNS") or 0)))
+            columns = os.environ.get("COLUMNS", "")
+            say(fitted(parts, int(columns) if columns.isdecimal() else 0))
             return
         if self._validation:
             parts.insert(3 + record.skipped, self._validation)
-        columns = shutil.get_terminal_size().columns - BAR_COLUMNS - 1
-        self._bar.update(self._task, completed=record.step, description=fitted(parts, columns))
+        room = shutil.get_terminal_size().columns - BAR_COLUMNS - 1
+        self._bar.update(self._task, completed=record.step, description=fitted(parts, room))
 
     def on_validation_end(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Show the validation loss."""
