@@ -278,7 +278,9 @@ def generate_command(
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="Draw from the fewest that have this probability; none: the file's, or 0.95."),
+        typer.Option(
+            help="Draw from the fewest that have this probability; none: the file's, or 0.95."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     chat: Annotated[
