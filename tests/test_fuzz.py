@@ -27,8 +27,8 @@ from deepseek.data.tokenizer import byte_tokenizer, load_tokenizer
 from deepseek.monitoring.live import frame
 from deepseek.monitoring.report.page import run_page
 from deepseek.monitoring.run_log import RunLog, read_run
+from support.damaged_files import mutated
 from support.micro_runs import MicroRuns
-from support.mutations import mutated
 
 Read = Callable[[Path], object]
 """Opens what lies around a file; what it returns must not change unnoticed (None: anything may)."""
