@@ -9,6 +9,7 @@ import pytest
 
 from deepseek.commands.sweep import grid, sweep
 from deepseek.config import ConfigError, UserError
+from support.forked import FORK_WORKERS
 from support.micro_runs import MicroRuns
 
 
@@ -68,11 +69,11 @@ def test_a_sweep_runs_skips_what_is_done_and_compares(micro: MicroRuns) -> None:
     words = ("trainer.max_steps=2", "trainer.val_check_interval=2", "model.optim.lr=1e-3,3e-3")
     command = ("sweep", "--config", str(micro.config), "--output", "grid", *words,
                f"model.data.data_prefix={micro.folder / 'data'}")  # fmt: skip
-    first = micro.cli(*command)
+    first = micro.cli(*command, before=FORK_WORKERS)
     assert first.code == 0, first.err
     assert re.search(r"lr=.e-3  <- best", first.out)
     assert (micro.folder / "grid" / "sweep.html").is_file()
-    again = micro.cli(*command)
+    again = micro.cli(*command, before=FORK_WORKERS)
     assert again.code == 0, again.err
     assert again.out.count("is complete") == 2
 
@@ -82,7 +83,7 @@ def test_a_failing_run_does_not_stop_the_others(micro: MicroRuns) -> None:
     (micro.folder / "half" / "seed=1").write_text("no folder")
     ran = micro.cli(
         "sweep", "--config", micro.config, "--output", "half", "trainer.max_steps=1", "seed=1,2",
-        f"model.data.data_prefix={micro.folder / 'data'}",
+        f"model.data.data_prefix={micro.folder / 'data'}", before=FORK_WORKERS,
     )  # fmt: skip
     assert ran.code == 1
     assert "failed       seed=1" in ran.out

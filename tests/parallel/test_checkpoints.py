@@ -28,7 +28,17 @@ from deepseek.commands.stopping import Stopping
 from deepseek.config.errors import UserError
 from deepseek.config.schema import CheckpointConfig
 from deepseek.models.transformer import Transformer
-from support.chains import LAYOUTS, Chain, draw_chains, drive, fail, parts_of, train, worst_of_chain
+from support.chains import (
+    LAYOUTS,
+    STEPS,
+    Chain,
+    draw_chains,
+    drive,
+    fail,
+    parts_of,
+    train,
+    worst_of_chain,
+)
 from support.layouts import Case, Driven, batches
 from support.ranks import run_ranks
 
@@ -110,7 +120,7 @@ def _moments_are_apart(rank: int, case: Case, folder: Path) -> bool:
         one, other = first[key].to_local(), second[key].to_local()
         assert torch.equal(one, other) and one.count_nonzero()
         assert one.data_ptr() != other.data_ptr()
-    assert first["step"] is not second["step"] and first["step"] == second["step"] == 3
+    assert first["step"] is not second["step"] and first["step"] == second["step"] == STEPS
     return True
 
 
@@ -381,7 +391,7 @@ def _train_with_callback(
     driven, lines = drive(case), []  # type: ignore[var-annotated]
     callback, trainer = _callback(folder, config, lines, driven)
     callback.on_fit_start(trainer, driven.module)
-    for batch in batches(replace(case, seed=link)):
+    for batch in batches(replace(case, seed=link, steps=3)):
         callback.on_train_batch_start(trainer, driven.module)
         driven.run(iter([batch]))
         callback.on_train_batch_end(trainer, driven.module)

@@ -123,11 +123,18 @@ def compiled(backend: Any) -> Callable[[Driven], None]:
 
 COMPILED: dict[str, tuple[int, dict[str, Any]]] = {
     "EP 2": (2, dict(ep=2)),
+    "TP 2, recomputed": (2, dict(tp=2, recompute="full")),
     "TP 2, PP 2, recomputed": (4, dict(tp=2, pp=2, recompute="full")),
 }
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.nightly] if world > 2 else [])
+        for name, (world, _) in COMPILED.items()
+    ],
+)
 def test_compiled_attention(name: str) -> None:
     world, changes = COMPILED[name]
     case = case_of(world, **changes)

@@ -20,7 +20,8 @@ from deepseek.parallel.mesh import Meshes, SingleProcess, local, local_slices
 from support.layouts import Case, Driven, batches, small_config
 from support.ranks import run_ranks
 
-STEPS = 3
+STEPS = 2
+"""Of a link; the second has moments."""
 
 
 def _layout(world: int, **changes: Any) -> Case:

