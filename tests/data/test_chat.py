@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from deepseek.config.errors import ConfigError, UserError
 from deepseek.config.load import load_config
@@ -21,6 +24,8 @@ from deepseek.data.indexed import IndexedDataset, IndexedWriter
 from deepseek.data.open_data import open_data
 from deepseek.data.prepare import PreparedData
 from deepseek.data.tokenizer import EOS, Tokenizer, byte_tokenizer, load_tokenizer
+from deepseek.models.transformer import Transformer
+from support.hf_folders import small, weights
 
 IGNORE_INDEX = -100
 Row = dict[str, Any]
@@ -382,6 +387,33 @@ def test_every_conversation_is_whole_in_one_sequence_once_an_epoch(
     assert len(used) < 2 or used[0] + used[1] > size
     if not endless:
         assert (data[len(data)]["documents"] == -1).all()
+
+
+def test_the_loss_of_packed_conversations_is_that_of_each_alone(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    documents = [
+        [(int(token), bool(k > 2)) for k, token in enumerate(draw.integers(8, 60, size))]
+        for size in draw.integers(5, 14, 12)
+    ]
+    cfg = small(vocab_size=64)
+    model = Transformer(cfg)
+    model.load_state_dict(weights(cfg))
+    model.double()
+
+    def losses(tokens: Any, labels: Any, *places: Any) -> Tensor:
+        with torch.no_grad():
+            logits = model(*(torch.as_tensor(x)[None] for x in (tokens, *places)))[0]
+        return cross_entropy(logits, torch.as_tensor(labels), reduction="sum")
+
+    data = packed(tmp_path, documents, seq_length=32, seed=1, pad_id=7, endless=False)
+    samples = [data[k] for k in range(len(data))]
+    assert len(samples) < len(documents)
+    together = sum(
+        losses(s["tokens"], s["labels"], s["positions"], s["documents"]) for s in samples
+    )
+    alone = sum(losses(tokens, labels) for tokens, labels in oracle(documents, 32)[0])
+    assert float(alone) > 100
+    assert float(together) == pytest.approx(float(alone), rel=1e-6)
 
 
 def test_order_depends_on_seed_and_epoch(tmp_path: Path) -> None:
