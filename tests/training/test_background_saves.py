@@ -109,7 +109,7 @@ def test_a_kill_in_the_middle_leaves_the_checkpoint_before(
 
 def test_a_stop_waits_for_the_save_under_way(micro: MicroRuns) -> None:
     code = SLOW_WRITES + SIGNAL_IN_STEP
-    ran = micro.train("stopped_in_background", ASYNC, EVERY_TWO, before=code).assert_done()
+    ran = micro.train("stopped_in_background", ASYNC, EVERY_TWO, before=code).assert_stopped()
     assert told(ran.out) == [
         "trained 1",
         "trained 2",

@@ -103,6 +103,27 @@ def test_checkpoints_are_there_and_resuming_is_off(micro: MicroRuns, short: str)
     ran.assert_refused("already holds checkpoints", "use another --run-dir")
 
 
+def test_room_for_the_checkpoints_is_looked_for_before_the_first_step(micro: MicroRuns) -> None:
+    room = "import shutil; shutil.disk_usage = lambda path: type('U', (), {'free': 2_000_000})()"
+    ran = micro.train("no_room", before=room)
+    ran.assert_refused("a run with 3 more checkpoints of 0.7 MB at one time needs about 2.2 MB")
+    assert "step      1/" not in ran.out
+    fewer = "exp_manager.checkpoint_callback_params.save_top_k=1"
+    micro.train("no_room", fewer, "trainer.max_steps=2", before=room).assert_done()
+
+
+def test_a_full_disk_at_the_start_is_one_line(micro: MicroRuns) -> None:
+    full = """
+import errno, os
+import deepseek.monitoring.record.run_record as module
+def full(path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+module.atomic_open = full
+"""
+    ran = micro.train("full", before=full)
+    ran.assert_refused("writing the record of the run into", "No space left on device", "config")
+
+
 def test_two_processes_on_one_folder(micro: MicroRuns) -> None:
     first = micro.start("busy", "trainer.max_steps=100000")
     first.wait_for("step      2/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,12 @@ from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.checkpoint.manifest import complete_steps
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.training_state import Base, collect_tensors, restore, run_state
+from deepseek.config.cost import count_parameters, state_memory
 from deepseek.config.errors import UserError
 from deepseek.config.load import stored_config
 from deepseek.config.schema import CheckpointConfig, RunConfig
 from deepseek.data.digests import Verification
+from deepseek.files import disk_errors, megabytes, require_room
 from deepseek.frameworks import Trainer
 from deepseek.training.optim import learning_rate
 from deepseek.training.phases import measured_memory
@@ -115,6 +118,7 @@ class Checkpointing(DeepSeekCallback):
                 "exp_manager.resume_if_exists=false; use another --run-dir or name, "
                 "or set exp_manager.resume_if_exists=true"
             )
+        self._ranks.lead(lambda: self._require_room(module))
 
     def on_train_batch_start(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Save the step before, if it is due.
@@ -174,6 +178,26 @@ class Checkpointing(DeepSeekCallback):
                 self.manager.wait()
         if saves:  # a repeated call must not shorten the time of the first
             module.save_record = SaveRecord(step, time.perf_counter() - begin, memory[0])
+
+    def _require_room(self, module: DeepSeekModel) -> None:
+        """Better now than after hours: room for the checkpoints that will lie there at one time.
+
+        The newest is whole before the oldest goes, so that is one more than are kept.
+        """
+        left = module.max_steps - module.finished_steps
+        written = math.ceil(left / self.every_n_steps) if self.every_n_steps > 0 else min(left, 1)
+        more = written
+        if self.keep >= 0:
+            more = min(written, max(self.keep + 1 - len(complete_steps(self.folder)), 1))
+        states = state_memory(module.config, module.config.optim.name)
+        size = states.optimizer + 4 * count_parameters(module.config).trained
+        with disk_errors(f"looking for room in {self.folder}"):
+            require_room(
+                self.folder,
+                more * size,
+                f"a run with {more} more checkpoints of {megabytes(size)} at one time",
+                "keep fewer (exp_manager.checkpoint_callback_params.save_top_k)",
+            )
 
     def _resume(self, trainer: Trainer, module: DeepSeekModel) -> None:
         if self.resume_from is not None:

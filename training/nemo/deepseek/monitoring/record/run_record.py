@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from deepseek.data.tokenizer import Tokenizer
-from deepseek.files import atomic_open
+from deepseek.files import atomic_open, disk_errors
 from deepseek.frameworks import Trainer, framework_name
 from deepseek.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, TOKENIZER
 from deepseek.training.step import DeepSeekCallback, DeepSeekModel
@@ -43,13 +43,18 @@ class RunRecord(DeepSeekCallback):
     environment: dict[str, Any]
 
     def on_fit_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
-        """Each file is whole or absent after a kill."""
-        with atomic_open(self.folder / CONFIG_FILE) as file:
-            file.write(self.config.encode())
-        with atomic_open(self.folder / ENVIRONMENT_FILE) as file:
-            file.write(json.dumps(self.environment, indent=2).encode() + b"\n")
-        if self.tokenizer is not None:
-            self.tokenizer.save(self.folder / TOKENIZER)
+        """Each file is whole or absent after a kill.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written.
+        """
+        with disk_errors(f"writing the record of the run into {self.folder}"):
+            with atomic_open(self.folder / CONFIG_FILE) as file:
+                file.write(self.config.encode())
+            with atomic_open(self.folder / ENVIRONMENT_FILE) as file:
+                file.write(json.dumps(self.environment, indent=2).encode() + b"\n")
+            if self.tokenizer is not None:
+                self.tokenizer.save(self.folder / TOKENIZER)
 
 
 def environment(world_size: int, num_nodes: int) -> dict[str, Any]:
