@@ -16,11 +16,12 @@ from deepseek.commands.validate import (
     placement_notes,
     placement_tables,
     ranks_text,
+    size_text,
     validate,
     validate_report,
 )
 from deepseek.config import ConfigError, RunConfig, UserError, load_config, shipped_configs
-from deepseek.config.cost import rank_memory, state_memory
+from deepseek.config.cost import rank_need, state_memory
 from deepseek.config.layout import Layout
 from deepseek.config.schema import PeftConfig
 from deepseek.data.indexed import IndexedWriter
@@ -143,7 +144,8 @@ def test_the_tables_of_8_ranks_by_hand() -> None:
     assert [row[0] for row in memory.rows] == ["0-3", "4-7"]
     layout = Layout.of_run(run)
     for pp, row in enumerate(memory.rows):
-        assert row[1] == f"{rank_memory(run.model, layout, pp).parameters:,}"
+        need = rank_need(run.model, layout, pp, micro_batches=24, half=False)
+        assert row[1:] == (*map(size_text, need), size_text(need.total))
     assert placement_notes(run) == []
 
 
@@ -237,8 +239,8 @@ def test_it_begins_with_five_lines(capsys: pytest.CaptureFixture[str], tmp_path:
         "layout       32 processes on 4 nodes: DP 8, TP 2, PP 2 (1F1B, 2 stages), EP 8",
         "step         128 sequences x 1,024 = 131,072 tokens in 4 x 4 per forward pass; "
         "20,000 steps, 2.62 B tokens",
-        "memory       763.02 MiB of weights, gradients and optimiser states on the fullest rank, "
-        "without activations",
+        "memory       3.55 GiB of a GPU on the fullest rank, of which 579.45 MiB are weights and "
+        "optimiser states",
         "data         built-in corpus, prepared by the first run that needs it",
     ]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -303,3 +305,41 @@ def test_the_arithmetic_of_the_world_is_checked() -> None:
     assert "= 1 x 2 = 2" in problem.rule and problem.way_out == "use one of 1, 2"
     with pytest.raises(ConfigError, match=r"trainer\.devices=many: must be a whole number"):
         validate("deepseek_v3_8gpu", ["trainer.devices=many"], world=8)
+
+
+# -- does it fit --
+
+
+def test_what_fits_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    validate("deepseek_v3_671b", memory=80)
+    assert (
+        "needs 55.45 GiB (ranks 128-255) and 2 GiB for context and NCCL of --memory 80: fits"
+        in capsys.readouterr().out
+    )
+    validate("deepseek_v3_tiny", memory=80)
+    assert "(ranks 0) and 2 GiB for context and NCCL of --memory 80: fits" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "memory", "words"),
+    [
+        (["model.pipeline_schedule=GPipe"], None, 80, "use model.pipeline_schedule=1F1B"),
+        (
+            ["model.activations_checkpoint_granularity=null"],
+            None,
+            80,
+            "use model.activations_checkpoint_granularity=full",
+        ),
+        (["model.pipeline_model_parallel_size=1"], 256, 80, "use trainer.num_nodes=64"),
+        ([], None, 20, "use more model.pipeline_model_parallel_size, or a larger --memory"),
+        ([], None, 2, "--memory 2: of a GPU, in GiB, 2 of which are its context's"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_a_way_out(
+    overrides: list[str], world: int | None, memory: float, words: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        validate("deepseek_v3_671b", overrides, world, memory)
+    assert words in str(caught.value)

@@ -285,6 +285,16 @@ ONE_PROBLEM = [
         ["true or false"],
     ),
     (
+        f"{PP2} & model.reduce_gradients=true",
+        "model.reduce_gradients",
+        ["model.pipeline_model_parallel_size=2 add gradients up", "use null or false"],
+    ),
+    (
+        "model.reduce_gradients=false",
+        "model.reduce_gradients",
+        ["would be ignored", "no two ranks share", "more trainer.devices"],
+    ),
+    (
         "model.moe_token_dispatcher_type=deepep",
         "model.moe_token_dispatcher_type",
         ["would be ignored", "no token travels", "model.expert_model_parallel_size=2 or more"],

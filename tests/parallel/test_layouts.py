@@ -86,6 +86,9 @@ CHOSEN = {
     "weights kept through four micro-batches": case_of(
         2, ep=2, micro_batch_size=1, reshard_after_forward=False, recompute="full"
     ),
+    "gradients divided after each micro-batch": case_of(
+        4, rep=2, ep=2, micro_batch_size=1, reshard_after_forward=False, reduce_gradients=True
+    ),
     "GPipe": case_of(2, pp=2, schedule="GPipe", mtp=2),
     "1F1B, uneven by hand": case_of(2, pp=2, split=[1, 3], recompute="full"),
     "Interleaved1F1B": case_of(2, pp=2, schedule="Interleaved1F1B", virtual=2),

@@ -226,6 +226,7 @@ WITHOUT_LAYOUT = {
     "expert_model_parallel_size": 1,
     "data_parallel_replicate_size": 1,
     "reshard_after_forward": None,
+    "reduce_gradients": None,
     "activations_checkpoint_granularity": None,
 }
 _trained: dict[Any, Driven] = {}

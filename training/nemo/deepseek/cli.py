@@ -154,11 +154,14 @@ def validate_command(
         int | None,
         typer.Option(help="As on so many processes, which need not be there; none: as configured."),
     ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of a GPU: does every rank fit?", metavar="GIB")
+    ] = None,
 ) -> None:
     """Print every error of a configuration; of a sound one, its numbers and what lies where."""
     from deepseek.commands.validate import validate
 
-    validate(*chosen(words or [], config, "deepseek_v3_tiny"), world)
+    validate(*chosen(words or [], config, "deepseek_v3_tiny"), world, memory)
 
 
 @app.command("launch", context_settings=PASS_ON)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 from deepseek.config import RunConfig, UserError, load_config
 from deepseek.config.cost import (
+    RankNeed,
     count_parameters,
     flops_per_token,
-    gathered_bytes,
     kv_cache_bytes_per_token,
-    rank_memory,
-    reshards,
+    rank_need,
     state_memory,
 )
 from deepseek.config.layout import (
@@ -41,18 +41,33 @@ MOST_ROWS = 16
 """Longer tables are cut in the middle."""
 
 
-def validate(config: str, overrides: Sequence[str] = (), world: int | None = None) -> None:
+RESERVED_GIB = 2
+"""Of a GPU, for its context and NCCL: a usual size, not one that was measured."""
+
+
+def validate(
+    config: str,
+    overrides: Sequence[str] = (),
+    world: int | None = None,
+    memory: float | None = None,
+) -> None:
     """Print the numbers of a sound configuration, and its layout if it has several processes.
 
     Args:
         config: name of a shipped configuration, or a YAML file.
         overrides: ``a.b=c``.
         world: processes of a cluster that need not be there; None: as configured.
+        memory: of a GPU, in GiB; None: what is needed is not compared.
 
     Raises:
         ConfigError: every problem at once.
-        UserError: ``world`` processes do not fill whole nodes.
+        UserError: ``world`` processes do not fill whole nodes, or ``memory`` is not enough.
     """
+    if memory is not None and memory <= RESERVED_GIB:
+        raise UserError(
+            f"--memory {memory:g}: of a GPU, in GiB, {RESERVED_GIB} of which are its context's and "
+            "NCCL's; use 80 or 141, say"
+        )
     if world is not None:
         overrides = [*overrides, *_cluster(config, overrides, world)]
     run = load_config(config, overrides)
@@ -65,6 +80,10 @@ def validate(config: str, overrides: Sequence[str] = (), world: int | None = Non
             table(title, columns, rows)
         for note in placement_notes(run):
             say(f"note: {note}")
+    else:
+        table(*_memory(run))
+    if memory is not None:
+        _check_memory(run, config, overrides, memory)
     say(f"train it with: {shlex.join(['deepseek', 'train', '--config', config, *overrides])}")
 
 
@@ -105,7 +124,7 @@ def summary(run: RunConfig) -> list[tuple[str, str]]:
         size += f"; {counts.adapters:,} of adapters are trained ({share:.2%} of the weights)"
     tokens = model.global_batch_size * model.data.seq_length
     micro_batches = model.global_batch_size // (model.micro_batch_size * layout.dp)
-    most = max(rank_memory(model, layout, pp, model.optim.name).total for pp in range(layout.pp))
+    most = max(rank_needs(run), key=lambda need: need.total)
     of_rank = " on the fullest rank" if layout.world_size > 1 else ""
     return [
         ("model", size),
@@ -118,8 +137,8 @@ def summary(run: RunConfig) -> list[tuple[str, str]]:
         ),
         (
             "memory",
-            f"{size_text(most)} of weights, gradients and optimiser states{of_rank}, without "
-            "activations",
+            f"{size_text(most.total)} of a GPU{of_rank}, of which {size_text(most.states)} are "
+            "weights and optimiser states",
         ),
     ]
 
@@ -246,7 +265,7 @@ def placement_tables(run: RunConfig) -> list[Table]:
         tables.append(_stages(model, layout))
     if layout.ep > 1:
         tables.append(_experts(model, layout))
-    return [*tables, _weights(model, layout), _memory(model, layout, run.model.optim.name)]
+    return [*tables, _weights(model, layout), _memory(run)]
 
 
 def placement_notes(run: RunConfig) -> list[str]:
@@ -344,26 +363,97 @@ def _weights(model: ModelConfig, layout: Layout) -> Table:
     return Table(title, columns, rows)
 
 
-def _memory(model: ModelConfig, layout: Layout, optimizer: str) -> Table:
-    ranks = [rank_memory(model, layout, pp, optimizer) for pp in range(layout.pp)]
+def _memory(run: RunConfig) -> Table:
+    needs = rank_needs(run)
+    layout = Layout.of_run(run)
     rows = [
         (
-            ranks_text(range(pp * layout.stage_ranks, (pp + 1) * layout.stage_ranks)),
-            f"{memory.parameters:,}",
-            size_text(memory.weights),
-            size_text(memory.gradients),
-            size_text(memory.optimizer),
-            size_text(memory.total),
+            _ranks_of(layout, pp),
+            *(size_text(part) if part else "-" for part in need),
+            size_text(need.total),
         )
-        for pp, memory in enumerate(ranks)
+        for pp, need in enumerate(needs)
     ]
-    most = max(ranks, key=lambda memory: memory.total)
-    size = size_text(most.total)
-    title = f"states of one rank, at most {size}, without activations and gathered weights"
-    if (layout.dp_shard > 1 or layout.edp > 1) and not reshards(model, layout):
-        title += f" (kept in a step: {size_text(gathered_bytes(model, layout))})"
-    columns = ("ranks", "parameters", "weights", "gradients", "optimiser", "together")
+    most = max(need.total for need in needs)
+    title = f"memory of one rank on GPUs, at most {size_text(most)} with balanced experts"
+    columns = (
+        "ranks",
+        "states",
+        "gathered weights",
+        "gradients",
+        "activations",
+        "receive buffers",
+        "working",
+        "together",
+    )
     return Table(title, columns, _shortened(rows))
+
+
+# -- does it fit --
+
+
+def rank_needs(run: RunConfig) -> list[RankNeed]:
+    """Of the ranks at each place of the pipeline."""
+    model, layout = run.model, Layout.of_run(run)
+    half = str(run.trainer.precision) == "bf16-mixed" or (
+        run.trainer.precision == "auto" and run.trainer.accelerator != "cpu"
+    )
+    micro_batches = model.global_batch_size // (model.micro_batch_size * layout.dp)
+    return [rank_need(model, layout, pp, micro_batches, half) for pp in range(layout.pp)]
+
+
+def _check_memory(run: RunConfig, config: str, overrides: Sequence[str], memory: float) -> None:
+    """Say that every rank fits into so many GiB.
+
+    Raises:
+        UserError: one does not; with what does, if the usual means are enough.
+    """
+    layout, totals = Layout.of_run(run), [need.total for need in rank_needs(run)]
+    most = max(totals)
+    fullest = _ranks_of(layout, totals.index(most))
+    told = (
+        f"needs {size_text(most)} (ranks {fullest}) and {RESERVED_GIB} GiB for context and NCCL of "
+        f"--memory {memory:g}"
+    )
+    if _fits(run, memory):
+        say(f"{told}: fits")
+        return
+    for changes in _ways_out(run):
+        try:
+            other = load_config(config, [*overrides, *changes])
+        except UserError:
+            continue
+        if _fits(other, memory):
+            raise UserError(f"{config} {told}: does not fit; use {' '.join(changes)}")
+    raise UserError(
+        f"{config} {told}: does not fit, and neither recomputation, smaller micro-batches, more "
+        "expert parallelism nor 4 times the nodes alone are enough; use more "
+        "model.pipeline_model_parallel_size, or a larger --memory"
+    )
+
+
+def _fits(run: RunConfig, memory: float) -> bool:
+    return max(need.total for need in rank_needs(run)) <= (memory - RESERVED_GIB) * 2**30
+
+
+def _ways_out(run: RunConfig) -> Iterator[tuple[str, ...]]:
+    """Changes that save memory, the cheapest in time first, then two at once."""
+    model = run.model
+    ways = ["model.activations_checkpoint_granularity=full"]
+    if model.pipeline_model_parallel_size == 1:
+        ways += ["model.reduce_gradients=true", "model.reshard_after_forward=true"]
+    elif model.pipeline_schedule != "1F1B":
+        ways.append("model.pipeline_schedule=1F1B")
+    ways += [f"model.micro_batch_size={n}" for n in (2, 1) if n < model.micro_batch_size]
+    ep = model.expert_model_parallel_size
+    ways += [f"model.expert_model_parallel_size={ep * n}" for n in (2, 4, 8)]
+    ways += [f"trainer.num_nodes={run.trainer.num_nodes * n}" for n in (2, 4)]
+    yield from ((way,) for way in ways)
+    yield from combinations(ways, 2)
+
+
+def _ranks_of(layout: Layout, pp_rank: int) -> str:
+    return ranks_text(range(pp_rank * layout.stage_ranks, (pp_rank + 1) * layout.stage_ranks))
 
 
 # -- text --

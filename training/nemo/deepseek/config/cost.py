@@ -18,12 +18,23 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from deepseek.config.layout import Layout, kept_shape, split_layers, stages_of_rank
+from deepseek.config.layout import (
+    INTERLEAVED_SCHEDULES,
+    V_SCHEDULES,
+    Layout,
+    kept_shape,
+    num_stages,
+    split_layers,
+    stages_of_rank,
+)
 from deepseek.config.schema import ModelConfig
 from deepseek.config.weights import Weight, model_weights
 
 KEPT_BYTES = 1 << 30
 """Gathered weights of less stay gathered for a whole step, if nobody says otherwise."""
+
+ROW_ALIGNMENT = 16
+"""Rows of every routed expert are padded to a multiple of this; ``ops/rows.py`` says why."""
 
 
 @dataclass(frozen=True)
@@ -266,15 +277,7 @@ def gathered_bytes(model: ModelConfig, layout: Layout) -> int:
 
     Of experts that no other rank has a part of, there is none: it computes with what it keeps.
     """
-    return max(
-        4
-        * sum(
-            math.prod(weight.divided(layout.tp, layout.ep))
-            for weight in _rank_weights(model, pp_rank)
-            if not weight.buffer and not (weight.routed and layout.keeps_experts)
-        )
-        for pp_rank in range(layout.pp)
-    )
+    return max(4 * sum(_whole(model, layout, pp_rank).values()) for pp_rank in range(layout.pp))
 
 
 def reshards(model: ModelConfig, layout: Layout) -> bool:
@@ -286,6 +289,225 @@ def reshards(model: ModelConfig, layout: Layout) -> bool:
     if model.reshard_after_forward is not None:
         return model.reshard_after_forward
     return layout.pp == 1 and gathered_bytes(model, layout) > KEPT_BYTES
+
+
+def reduces_gradients(model: ModelConfig, layout: Layout) -> bool:
+    """Whether data-parallel ranks add up and divide gradients after every micro-batch.
+
+    As ``model.reduce_gradients`` says; of itself where weights are given back, too. Else a rank
+    holds whole gradients, in fp32, from the first micro-batch to the last.
+    """
+    if model.reduce_gradients is not None:
+        return model.reduce_gradients
+    return reshards(model, layout)
+
+
+class RankNeed(NamedTuple):
+    """Most bytes that one rank has at a time, by what they are for.
+
+    Routing is taken to be balanced, and gradients, weights and moments are fp32. Activations are
+    those of GPUs, with a flash kernel; the test of this class follows every tensor of a fake step.
+    """
+
+    states: int
+    """Weights and moments, as kept between steps."""
+    gathered: int
+    """Weights as computed with, of several ranks."""
+    gradients: int
+    """As held between micro-batches, or of the units that are under way."""
+    activations: int
+    """Of the micro-batches that wait for their backward pass."""
+    buffers: int
+    """That stages of a pipeline receive in: torch makes one for every micro-batch."""
+    working: int
+    """What one backward pass needs besides, its recomputation and the experts' exchange included.
+    """
+
+    @property
+    def total(self) -> int:
+        """All of it; a device's context and NCCL's own buffers, 1 to 2 GiB, are not counted."""
+        return sum(self)
+
+
+def rank_need(
+    model: ModelConfig, layout: Layout, pp_rank: int, micro_batches: int, half: bool
+) -> RankNeed:
+    """What a rank at one place of the pipeline needs.
+
+    Args:
+        model: the sizes.
+        layout: divides weights and work.
+        pp_rank: place in the pipeline.
+        micro_batches: of a step.
+        half: products are computed in 2 bytes (``bf16-mixed``).
+    """
+    kept = rank_memory(model, layout, pp_rank, model.optim.name)
+    whole = _whole(model, layout, pp_rank)
+    root, units = whole.pop("", 0), sorted(whole.values())
+    parted = layout.world_size > 1
+    gathered = 4 * (root + sum(units[-2:] if reshards(model, layout) else units)) * parted
+    gradients = kept.gradients
+    at_once = micro_batches == 1 and layout.pp == 1
+    if parted and model.peft is None:
+        alone = 4 * sum(  # experts in whole, which are not gathered, nor their gradients
+            math.prod(weight.divided(layout.tp, layout.ep))
+            for weight in _rank_weights(model, pp_rank)
+            if weight.routed and layout.keeps_experts
+        )
+        if reduces_gradients(model, layout) or at_once:
+            gradients += 4 * (root + sum(units[-2:]))
+        else:
+            gradients = alone + 4 * (root + sum(units))
+    held = in_flight(model, pp_rank, micro_batches)
+    waiting = sum(
+        count * _stage_activations(model, layout, stage, half) for stage, count in held.items()
+    )
+    hidden = 4 * _tokens(model) // layout.tp * model.hidden_size
+    last = num_stages(model) - 1
+    ends = sum((stage > 0) + (stage < last) for stage in held)
+    working = _working(model, layout, pp_rank, half)
+    if last in held:
+        depth = model.num_nextn_predict_layers
+        table = 4 * model.vocab_size // layout.tp * model.hidden_size
+        # Of the head the gradient, scaled, and its sum with that of the next use; of the embedding
+        # that of one depth while the next one's block works.
+        working = max(table * (1 + 2 * min(depth, 1)), working + table * (depth > 1))
+    return RankNeed(
+        kept.weights + kept.optimizer,
+        gathered,
+        gradients,
+        waiting,
+        ends * micro_batches * hidden,
+        working,
+    )
+
+
+def in_flight(model: ModelConfig, pp_rank: int, micro_batches: int) -> dict[int, int]:
+    """Micro-batches of each stage of a rank that have gone forward and not all the way back.
+
+    At the moment when the rank holds most, as torch orders the schedules.
+    """
+    pp, name = model.pipeline_model_parallel_size, model.pipeline_schedule
+    stages, after = stages_of_rank(model, pp_rank), pp - 1 - pp_rank
+    counts = [micro_batches] * len(stages)
+    if pp == 1:
+        counts = [1]
+    elif name == "1F1B":
+        counts = [after + 1]
+    elif name in V_SCHEDULES:
+        counts = [pp + after + (name == "DualPipeV" and after == 0), pp_rank + 1]
+    elif name in INTERLEAVED_SCHEDULES:
+        size = micro_batches // max(1, micro_batches // pp)
+        between = (len(stages) - 1) * size
+        total = between + (2 * after + 1 if name == "Interleaved1F1B" else pp)
+        newest = min(size, total - between)
+        counts = [total - between + size - newest, *[size] * (len(stages) - 2), newest]
+    return {stage: min(n, micro_batches) for stage, n in zip(stages, counts, strict=True)}
+
+
+def _whole(model: ModelConfig, layout: Layout, pp_rank: int) -> dict[str, int]:
+    """Numbers of each unit of FSDP as computed with: of every block, and "" of the rest."""
+    units: dict[str, int] = {}
+    for weight in _rank_weights(model, pp_rank):
+        if weight.buffer or (weight.routed and layout.keeps_experts):
+            continue
+        kind, _, rest = weight.name.partition(".")
+        unit = f"{kind}.{rest.partition('.')[0]}" if kind in ("layers", "mtp") else ""
+        units[unit] = units.get(unit, 0) + math.prod(weight.divided(layout.tp, layout.ep))
+    return units
+
+
+def _tokens(model: ModelConfig) -> int:
+    """Of a micro-batch."""
+    return model.micro_batch_size * model.data.seq_length
+
+
+def _stage_activations(model: ModelConfig, layout: Layout, stage: int, half: bool) -> int:
+    """Bytes that a stage keeps of one micro-batch from its forward to its backward pass."""
+    part, recompute = split_layers(model)[stage], model.activations_checkpoint_granularity
+    hidden = 4 * _tokens(model) // layout.tp * model.hidden_size
+    if recompute:
+        total = len(part.layers) * hidden
+    else:
+        total = sum(
+            _block_activations(model, layout, model.is_moe_layer(i), half) for i in part.layers
+        )
+    if not part.first:
+        total -= hidden  # the first block's input is what was received
+    if not part.last:
+        return total + (hidden if layout.pp > 1 else 0)  # the pipeline keeps what it has sent
+    depth, number = model.num_nextn_predict_layers, 2 if half else 4
+    head = 4 * model.vocab_size // layout.tp * model.hidden_size
+    total += (1 + depth) * head + 3 * hidden  # input of the norm, normed, gradient of the head's
+    ahead = hidden * 2 + hidden * number // 4
+    if not recompute:
+        ahead += _block_activations(model, layout, True, half) + 2 * hidden
+        ahead += hidden + 4 * model.hidden_size**2 if half else hidden
+    return total + depth * ahead
+
+
+def _working(model: ModelConfig, layout: Layout, pp_rank: int, half: bool) -> int:
+    """Bytes of one block's backward pass, the costliest of a rank, beside what waits for it."""
+    parts = split_layers(model)
+    held = [parts[stage] for stage in stages_of_rank(model, pp_rank)]
+    kinds = {model.is_moe_layer(layer) for part in held for layer in part.layers}
+    kinds |= {True} if any(part.last for part in held) and model.num_nextn_predict_layers else set()
+    tokens, dim = _tokens(model), model.hidden_size
+    hidden = 4 * tokens // layout.tp * dim
+    most = 0
+    for moe in kinds:
+        if moe:
+            rows = tokens // layout.tp * model.num_experts_per_tok
+            needed = (8 + (2 if half else 0)) * rows * dim + hidden
+            if model.activations_checkpoint_granularity and model.n_shared_experts:
+                # Experts' results wait for the shared ones', which are made once more in between.
+                travels = layout.ep > 1
+                needed += (2 * travels if half else 4 + 8 * travels) * rows * dim
+            elif model.activations_checkpoint_granularity:
+                needed = 8 * rows * dim + 2 * hidden
+        else:
+            width = model.intermediate_size // layout.tp
+            needed = 4 * dim * width + hidden + (0 if half else 4 * tokens * width)
+        if model.activations_checkpoint_granularity:
+            needed += _block_activations(model, layout, moe, half) - hidden
+        most = max(most, needed)
+    return most
+
+
+def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool) -> int:
+    """Bytes that a block keeps for its backward pass if nothing is recomputed, its input included.
+
+    The residual stream and what norms keep are fp32. In half precision every product keeps a copy
+    of its input and of its matrix: autocast casts them anew for each.
+    """
+    tokens, dim, tp = _tokens(model), model.hidden_size, layout.tp
+    number, heads = 2 if half else 4, model.num_attention_heads // tp
+    here, latent = tokens // tp, model.kv_lora_rank
+    total = 4 * 4 * here * dim  # input, after attention, and both normed
+    inputs = 2 * number * tokens * dim if half else number * tokens * dim
+    # attention
+    total += inputs + tokens * heads * (
+        number * (2 * model.qk_head_dim + model.qk_nope_head_dim + 2 * model.v_head_dim) + 4
+    )
+    total += tokens * ((8 if half else 12) * (latent + (model.q_lora_rank or 0)))
+    if model.data.isolate_documents:
+        total += (1 + number) * tokens * model.data.seq_length
+    matrices = _attention(model) // (tp if tp > 1 else 1)
+    # feed-forward
+    width = model.intermediate_size // tp
+    if moe:
+        rows, ranks = here * model.num_experts_per_tok, layout.ep
+        experts = model.n_routed_experts // ranks
+        slots = ROW_ALIGNMENT * (experts + max(rows - 1, 0) // ROW_ALIGNMENT)
+        inner = model.moe_intermediate_size
+        total += 4 * here * dim  # for the router, in fp32
+        total += number * (slots * (dim + 4 * inner) + rows * dim)
+        total += 5 * 4 * here * model.n_routed_experts + 6 * 8 * rows
+        matrices += experts * 3 * dim * inner
+        width = model.n_shared_experts * inner // tp
+        inputs = inputs if half else 0  # the router's copy
+    total += (inputs if width else 0) + 4 * number * tokens * width
+    return total + (2 * (matrices + 3 * dim * width) if half else 0)
 
 
 def _rank_weights(model: ModelConfig, pp_rank: int) -> list[Weight]:

@@ -292,6 +292,25 @@ def resharding(cfg: RunConfig) -> Iterator[Problem]:
         yield from idle(cfg, key, because, "more trainer.devices")
 
 
+def gradient_reduction(cfg: RunConfig) -> Iterator[Problem]:
+    """Gradients can be divided early where there are several shares, and no pipeline."""
+    model, key = cfg.model, "model.reduce_gradients"
+    pp, shards = model.pipeline_model_parallel_size, data_shards(model, world_size(cfg))
+    if model.reduce_gradients is None or shards is None:
+        return
+    if model.reduce_gradients and pp > 1:
+        yield Problem(
+            key,
+            True,
+            f"torch's schedules for model.pipeline_model_parallel_size={pp} add gradients up over "
+            "ranks once, at the end of a step",
+            "use null or false",
+        )
+    elif shards == 1 and model.tensor_model_parallel_size == model.expert_model_parallel_size:
+        because = "no two ranks share the memory of a weight"
+        yield from idle(cfg, key, because, "more trainer.devices")
+
+
 def batch(cfg: RunConfig) -> Iterator[Problem]:
     """Every rank runs the same whole number of micro-batches in a step."""
     micro, whole = cfg.model.micro_batch_size, cfg.model.global_batch_size

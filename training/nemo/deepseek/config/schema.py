@@ -388,6 +388,12 @@ class ModelConfig:
         "gathered again for the backward pass; false: they stay to the end of the step (more "
         "memory, less traffic); null: they stay under a pipeline, or if all take less than 1 GiB",
     )
+    reduce_gradients: bool | None = key(
+        None,
+        "true: data-parallel ranks add up and divide gradients after each micro-batch; false: once "
+        "a step, and whole ones stay till then (more memory, less traffic); null: as "
+        "reshard_after_forward comes out",
+    )
 
     restore_from: str | None = key(
         None,

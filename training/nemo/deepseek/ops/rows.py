@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ALIGNMENT = 16
+from deepseek.config.cost import ROW_ALIGNMENT
+
+ALIGNMENT = ROW_ALIGNMENT
 """Every expert's row count becomes a multiple of this, and none is 0."""
 
 

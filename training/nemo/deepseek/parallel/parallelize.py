@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from deepseek.config.cost import reshards
+from deepseek.config.cost import reduces_gradients, reshards
 from deepseek.config.errors import UserError
 from deepseek.config.layout import StageSlice, split_layers, stages_of_rank
 from deepseek.config.schema import ModelConfig
@@ -103,7 +103,8 @@ def parallelize(
     log.info(f"{sum(local(p).numel() for p in model.parameters()):,} weights here, on {device}")
     if layout.pp > 1:
         return Parallelized(model, Pipeline(stages, config, meshes))
-    return Parallelized(model, Sequential(stages[0], config.micro_batch_size, reshard))
+    reduces = reduces_gradients(config, layout)
+    return Parallelized(model, Sequential(stages[0], config.micro_batch_size, reshard, reduces))
 
 
 def _in_one_process(

@@ -70,21 +70,26 @@ class Sequential:
         stage: the whole model.
         micro_batch_size: sequences per forward pass.
         reshards: weights are gathered anew for each forward and backward pass; else once a step.
+        reduces: gradients are summed over ranks and divided after each micro-batch; else once a
+            step, and stay whole till then.
     """
 
-    def __init__(self, stage: Stage, micro_batch_size: int, reshards: bool = True) -> None:
+    def __init__(
+        self, stage: Stage, micro_batch_size: int, reshards: bool = True, reduces: bool = False
+    ) -> None:
         self.stage = stage
         self.size = micro_batch_size
         self.reshards = reshards
+        self.reduces = reduces
 
     def train(self, batch: Batch, loss: Loss, balance_scale: Tensor) -> Tensor:
         """See ``MicroBatches``."""
         total = balance_scale.new_zeros(2, dtype=torch.float64)
         rows = batch["tokens"].shape[0]
         for start in range(0, rows, self.size):
-            if isinstance(self.stage, FSDPModule):  # the gradients travel once, with the last one
+            if isinstance(self.stage, FSDPModule):
                 last = start + self.size >= rows
-                self.stage.set_requires_gradient_sync(last)
+                self.stage.set_requires_gradient_sync(last or self.reduces)
                 self.stage.set_reshard_after_backward(last or self.reshards)
                 # A weight that autocast has cast for an earlier micro-batch would get its gradient
                 # late, when FSDP has sent what there was. (Lightning 2.4 has the cache on.)
