@@ -21,7 +21,7 @@ from deepseek.commands.validate import (
     validate_report,
 )
 from deepseek.config import ConfigError, RunConfig, UserError, load_config, shipped_configs
-from deepseek.config.cost import rank_need, state_memory
+from deepseek.config.cost import gathered_bytes, rank_need, state_memory
 from deepseek.config.layout import Layout
 from deepseek.config.schema import PeftConfig
 from deepseek.data.indexed import IndexedWriter
@@ -184,9 +184,12 @@ def test_v3_on_2048_ranks_in_less_than_a_second() -> None:
 
 
 def test_weights_that_stay_gathered_are_told() -> None:
-    assert any("(kept in a step: " in table.title for table in placement_tables(small_run(4, ep=2)))
-    large = small_run(2, 1, 1, 1, 1, "model.hidden_size=4096", "model.vocab_size=65536")
-    assert not any("kept in a step" in table.title for table in placement_tables(large))
+    """All of them, or in a larger model those of the units that compute."""
+    large = ["model.hidden_size=4096", "model.vocab_size=65536"]
+    for run, all_stay in ((small_run(4, ep=2), True), (small_run(2, 1, 1, 1, 1, *large), False)):
+        (row,) = placement_tables(run)[-1].rows
+        whole = size_text(gathered_bytes(run.model, Layout.of_run(run)))
+        assert (row[2] == whole) is all_stay
 
 
 @pytest.mark.parametrize(
@@ -239,7 +242,7 @@ def test_it_begins_with_five_lines(capsys: pytest.CaptureFixture[str], tmp_path:
         "layout       32 processes on 4 nodes: DP 8, TP 2, PP 2 (1F1B, 2 stages), EP 8",
         "step         128 sequences x 1,024 = 131,072 tokens in 4 x 4 per forward pass; "
         "20,000 steps, 2.62 B tokens",
-        "memory       3.55 GiB of a GPU on the fullest rank, of which 579.45 MiB are weights and "
+        "memory       7.50 GiB of a GPU on the fullest rank, of which 572.26 MiB are weights and "
         "optimiser states",
         "data         built-in corpus, prepared by the first run that needs it",
     ]
@@ -263,7 +266,7 @@ def test_the_configured_world_needs_no_option(capsys: pytest.CaptureFixture[str]
         "2 pipeline stages",
         "experts of",
         "shapes:",
-        "states of one rank",
+        "memory of one rank",
     ):
         assert part in without
     assert "note:" not in without
@@ -317,7 +320,7 @@ def test_what_fits_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         in capsys.readouterr().out
     )
     validate("deepseek_v3_tiny", memory=80)
-    assert "(ranks 0) and 2 GiB for context and NCCL of --memory 80: fits" in (
+    assert "needs 342.91 MiB and 2 GiB for context and NCCL of --memory 80: fits" in (
         capsys.readouterr().out
     )
 

@@ -386,6 +386,9 @@ def _memory(run: RunConfig) -> Table:
         "working",
         "together",
     )
+    if layout.world_size == 1:
+        title = f"memory on a GPU, {size_text(most)} with balanced experts"
+        return Table(title, columns[1:], [row[1:] for row in rows])
     return Table(title, columns, _shortened(rows))
 
 
@@ -410,9 +413,9 @@ def _check_memory(run: RunConfig, config: str, overrides: Sequence[str], memory:
     """
     layout, totals = Layout.of_run(run), [need.total for need in rank_needs(run)]
     most = max(totals)
-    fullest = _ranks_of(layout, totals.index(most))
+    where = f" (ranks {_ranks_of(layout, totals.index(most))})" if layout.world_size > 1 else ""
     told = (
-        f"needs {size_text(most)} (ranks {fullest}) and {RESERVED_GIB} GiB for context and NCCL of "
+        f"needs {size_text(most)}{where} and {RESERVED_GIB} GiB for context and NCCL of "
         f"--memory {memory:g}"
     )
     if _fits(run, memory):
