@@ -168,6 +168,7 @@ KINDS = [
 @pytest.mark.parametrize(
     "draws", [11, pytest.param(300, marks=[pytest.mark.nightly, pytest.mark.timeout(3600)])]
 )
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy about numbers without measure
 @pytest.mark.parametrize("kind", KINDS)
 def test_changed_files(
     files: dict[str, tuple[Path, Read]], tmp_path: Path, kind: str, draws: int

@@ -66,7 +66,9 @@ def headline(run: RunLog) -> list[Card]:
     recent = slice(-max(1, len(run.steps["step"]) // 10), None)
     speed, mfu = run.column("tokens_per_second"), run.column("mfu")
     if speed is not None:
-        below = "" if mfu is None else f"MFU {100 * np.nanmedian(mfu[recent]):.1f} %"
+        below = ""
+        if mfu is not None and np.isfinite(mfu[recent]).any():
+            below = f"MFU {100 * np.nanmedian(mfu[recent]):.1f} %"
         cards.append(Card("tokens per second", f"{np.nanmedian(speed[recent]):,.0f}", below))
     if (wall := run.wall_seconds()) is not None:
         cards.append(Card("wall time", duration(wall), "pauses after a stop left out"))
