@@ -68,7 +68,9 @@ def test_a_model_is_trained_from_a_clone(micro: MicroRuns, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "code", "parts"),
     [
-        (["--help"], 0, ["usage:", "--config", "a.b=c"]),
+        (["--help"], 0, ["usage:", "--config", "a.b=c", "--resume-with-changes", "--report"]),
+        (["--config", "deepseek_v3_tiny", "--resume-from", "5"], 2, ["say of which run"]),
+        (["--resume-from", "x"], 2, ["invalid int value"]),
         (["--config", "nothing"], 2, ["no shipped configuration nothing"]),
         (["--confg", "nothing"], 2, ["there is no option --confg"]),
         (["trainer.max_steps=x"], 2, ["trainer.max_steps=x"]),

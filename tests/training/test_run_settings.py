@@ -1,12 +1,15 @@
 """What a run folder accepts and refuses, and the settings of the trainer, through the command."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from deepseek.checkpoint.callback import _with_new_keys
+from deepseek.config.schema import FIELDS
 from deepseek.frameworks import USES_NEMO
 from support.log_rows import latest_rows
 from support.micro_runs import MicroRuns, by_step
@@ -27,11 +30,16 @@ def short(micro: MicroRuns) -> str:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("seed=5", "seed 1234 -> 5"),
-        ("model.n_routed_experts=16", "model.n_routed_experts 8 -> 16"),
-        ("model.data.seq_length=16", "model.data.seq_length 32 -> 16"),
+        ("seed=5", "seed 1234 -> 5; add --resume-with-changes"),
+        ("model.n_routed_experts=16", "model.n_routed_experts 8 -> 16; set it back (--config"),
+        ("model.data.seq_length=16", "model.data.seq_length 32 -> 16; add --resume-with-changes"),
         ("model.optim.name=muon", "model.optim.name adamw -> muon"),
-        ("model.global_batch_size=8", "model.global_batch_size 4 -> 8"),
+        ("model.global_batch_size=8", "global_batch_size 4 -> 8; add --resume-with-changes"),
+        ("model.optim.lr=1e-4", "model.optim.lr 0.003 -> 0.0001; add --resume-with-changes"),
+        ("model.optim.sched.min_lr=1e-5", "model.optim.sched.min_lr 0.0 -> 1e-05; add"),
+        ("model.optim.sched.max_steps=9", "model.optim.sched.max_steps None -> 9"),
+        ("trainer.gradient_clip_val=2", "trainer.gradient_clip_val 1.0 -> 2.0; add"),
+        ("model.moe_aux_loss_coeff=0.1", "model.moe_aux_loss_coeff"),
     ],
 )
 def test_a_refused_start_leaves_the_record_of_the_run(
@@ -51,16 +59,59 @@ def test_other_data_is_refused(micro: MicroRuns, short: str) -> None:
     words = ["--output", "other", "--tokenizer", tokenizer]
     micro.cli("prepare-data", micro.folder / "text.jsonl", other, *words).assert_done()
     ran = micro.train(short, f"model.data.data_prefix={micro.folder / 'other'}")
-    ran.assert_refused("was trained on other data than this configuration opens")
+    ran.assert_refused("was trained on other data than this configuration opens; add --resume-with")
+    data = f"model.data.data_prefix={micro.folder / 'other'}"
+    micro.train("data_a", "trainer.max_steps=2").assert_done()
+    ran = micro.train("data_a", "trainer.max_steps=3", data, "--resume-with-changes").assert_done()
+    assert "the samples; step 3 takes sample 9 and those after it" in ran.out
+    micro.train("data_a", "trainer.max_steps=4", data).assert_done()  # it is the run's by now
+
+
+def test_the_same_data_elsewhere_are_the_same(micro: MicroRuns) -> None:
+    copies = micro.folder / "moved"
+    copies.mkdir()
+    for path in micro.folder.glob("data.*"):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, copies / path.name)
+    micro.train("data_b", "trainer.max_steps=2").assert_done()
+    data = f"model.data.data_prefix={copies / 'data'}"
+    micro.train("data_b", "trainer.max_steps=3", data).assert_done()
 
 
 def test_what_may_change_is_reported(micro: MicroRuns) -> None:
     micro.train("changed", "trainer.max_steps=2").assert_done()
-    ran = micro.train("changed", "trainer.max_steps=3", "model.optim.lr=1e-4").assert_done()
+    settings = ["trainer.max_steps=3", "model.optim.lr=1e-4", "model.global_batch_size=8"]
+    ran = micro.train("changed", *settings, "--resume-with-changes").assert_done()
     assert "changed since the checkpoint: model.optim.lr 0.003 -> 0.0001" in ran.out
     assert "changed since the checkpoint: trainer.max_steps 2 -> 3" in ran.out
+    assert "the samples; step 3 takes sample 17 and those after it" in ran.out
+    assert "the schedule moves: the learning rate of step 3 is " in ran.out
     assert micro.rows("changed")[-1]["lr"] <= 1e-4
     assert "lr: 0.0001" in (micro.folder / "changed" / "config.yaml").read_text()
+
+
+def test_what_is_harmless_asks_for_nothing(micro: MicroRuns) -> None:
+    """A longer run, another layout, cadences, and the old schedule kept by its length."""
+    micro.train("harmless", "trainer.max_steps=2").assert_done()
+    settings = ["trainer.max_steps=3", "model.optim.sched.max_steps=2", "trainer.devices=1",
+                "model.micro_batch_size=1", "trainer.log_every_n_steps=2",
+                "model.activations_checkpoint_granularity=full",
+                "exp_manager.monitor.every_n_steps=2",
+                "exp_manager.checkpoint_callback_params.every_n_train_steps=1"]  # fmt: skip
+    ran = micro.train("harmless", *settings).assert_done()
+    assert "changed since the checkpoint: model.micro_batch_size" in ran.out
+    assert "the schedule moves" not in ran.out
+    params = "exp_manager.create_checkpoint_callback=false"
+    micro.train("harmless", params, "--resume-with-changes").assert_refused(
+        "--resume-with-changes needs checkpoints"
+    )
+
+
+def test_keys_that_an_earlier_version_did_not_know_have_their_default() -> None:
+    before = {"seed": 1, "model.hidden_size": 8, "model.peft": None}
+    now = before | {"model.moe_z_loss_coeff": 0.5, "model.peft.dim": 16}
+    merged = _with_new_keys(before, now)
+    assert merged["model.moe_z_loss_coeff"] == FIELDS["model.moe_z_loss_coeff"].default
+    assert "model.peft.dim" not in merged  # its section is new: that is a change
 
 
 def test_all_checkpoints_damaged(micro: MicroRuns) -> None:

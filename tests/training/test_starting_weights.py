@@ -88,10 +88,10 @@ def test_without_the_mtp_module(micro: MicroRuns, model: Path) -> None:
 def test_other_models_are_refused(micro: MicroRuns, model: Path) -> None:
     start = f"model.restore_from={model}"
     micro.train("wider", *ONE_STEP, start, "model.n_routed_experts=16").assert_refused(
-        "does not fit", "has shape [8,"
+        "does not fit", "has shape [8,", f"--config {model}/config.yaml has the model section"
     )
     micro.train("shallower", *ONE_STEP, start, "model.num_hidden_layers=1").assert_refused(
-        "weights that this model does not have", "use the model section of the config.yaml"
+        "weights that this model does not have", f"--config {model}/config.yaml"
     )
     micro.train("deeper", *ONE_STEP, start, "model.num_nextn_predict_layers=2").assert_refused(
         "does not fit", "model.mtp.1", "missing"

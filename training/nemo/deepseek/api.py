@@ -20,7 +20,11 @@ from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint
 
 
 def train(
-    run: RunConfig | str | Path, overrides: Sequence[str] = (), run_dir: str | Path | None = None
+    run: RunConfig | str | Path,
+    overrides: Sequence[str] = (),
+    run_dir: str | Path | None = None,
+    resume_from: int | None = None,
+    resume_with_changes: bool = False,
 ) -> Path:
     """Train, or continue, one run; what ``deepseek train`` does.
 
@@ -28,6 +32,8 @@ def train(
         run: a configuration, or the name or file of one.
         overrides: ``a.b=c``, with a name or file.
         run_dir: the run folder, instead of one under ``exp_manager.exp_dir``.
+        resume_from: go on from the checkpoint of this step, not from the newest.
+        resume_with_changes: go on although settings differ that change what the run computes.
 
     Returns:
         The run folder, for ``open_checkpoint`` and ``read_run``.
@@ -50,8 +56,16 @@ def train(
         file = Path(scratch) / "config.yaml"
         file.write_text(resolved_yaml(config))
         command = [sys.executable, "-m", "deepseek", "train", "--config", str(file)]
+        command += ["--resume-from", str(resume_from)] * (resume_from is not None)
+        command += ["--resume-with-changes"] * resume_with_changes
         try:
-            return train_run(config, folder, command)
+            return train_run(
+                config,
+                folder,
+                command,
+                resume_from=resume_from,
+                with_changes=resume_with_changes,
+            )
         except SystemExit as end:
             if end.code == 128 + signal.SIGINT:  # the run is saved, and the program is to stop
                 raise KeyboardInterrupt from end

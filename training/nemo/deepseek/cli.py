@@ -96,6 +96,9 @@ def train_command(
         int | None,
         typer.Option(help="With --run-dir: go back to the checkpoint of this step.", min=0),
     ] = None,
+    resume_with_changes: Annotated[
+        bool, typer.Option(help="Go on although what the run computes changes.")
+    ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Log what each rank applies to the model.")
     ] = False,
@@ -107,7 +110,8 @@ def train_command(
         logging.basicConfig(format=f"rank {os.environ.get('RANK', 0):<7} %(message)s")
         logging.getLogger("deepseek").setLevel(logging.INFO)
 
-    train(*chosen(words or [], config, "deepseek_v3_tiny"), run_dir, sample, report, resume_from)
+    name, overrides = chosen(words or [], config, "deepseek_v3_tiny")
+    train(name, overrides, run_dir, sample, report, resume_from, resume_with_changes)
 
 
 @app.command("sweep", context_settings=PASS_ON)

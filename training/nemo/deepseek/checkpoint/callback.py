@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,21 +16,16 @@ from deepseek.checkpoint.training_state import Base, collect_tensors, restore, r
 from deepseek.config.cost import count_parameters, state_memory
 from deepseek.config.errors import UserError
 from deepseek.config.load import stored_config
-from deepseek.config.schema import CheckpointConfig, RunConfig
+from deepseek.config.schema import FIELDS, CheckpointConfig, RunConfig
 from deepseek.data.digests import Verification
 from deepseek.files import disk_errors, megabytes, require_room
 from deepseek.frameworks import Trainer
+from deepseek.run_folder import CONFIG_FILE
 from deepseek.training.optim import learning_rate
 from deepseek.training.phases import measured_memory
 from deepseek.training.step import DeepSeekCallback, DeepSeekModel, NonFiniteError, SaveRecord
 
 FIXED = {
-    "seed",
-    "model.global_batch_size",
-    "model.data.seq_length",
-    "model.data.isolate_documents",
-    "model.data.fim_rate",
-    "model.data.validation_fraction",
     "model.optim.name",
     "model.vocab_size",
     "model.hidden_size",
@@ -53,7 +49,25 @@ FIXED = {
     "model.peft.alpha",
     "model.peft.target_modules",
 }
-"""Keys a run keeps for life: they decide the tensors, or which sample comes when."""
+"""Keys a run keeps for life: they decide the tensors."""
+SAMPLES = {
+    "seed",
+    "model.global_batch_size",
+    "model.data.seq_length",
+    "model.data.isolate_documents",
+    "model.data.fim_rate",
+    "model.data.validation_fraction",
+}
+"""Keys that decide which sample comes when."""
+HARMLESS = re.compile(
+    r"name|exp_manager\..*|trainer\.(?!precision|gradient_clip_val).*"
+    r"|model\.(model_type|restore_from|micro_batch_size|torch_compile|reshard_after_forward"
+    r"|pipeline_.*|.*_parallel_size|data_parallel_replicate_size|moe_token_dispatcher_type"
+    r"|activations_checkpoint_granularity|optim\.sched\.max_steps|tokenizer\..*"
+    r"|data\.(data_prefix|validation_prefix|chat|num_workers|cache_dir))"
+)
+"""Keys under which a run computes the same up to rounding, or that are compared by what they come
+to: data and tokenizer by their fingerprint, the length of the schedule by its learning rates."""
 
 
 class Checkpointing(DeepSeekCallback):
@@ -69,6 +83,7 @@ class Checkpointing(DeepSeekCallback):
         report: where messages go; called on rank 0 only.
         verification: knows the digests of the data's files, which go into the checkpoints, and
             compares them with those of the one resumed from.
+        with_changes: go on although settings differ that change what the run computes.
     """
 
     def __init__(
@@ -81,6 +96,7 @@ class Checkpointing(DeepSeekCallback):
         report: Callable[[str], None],
         resume_from: int | None = None,
         verification: Verification | None = None,
+        with_changes: bool = False,
     ) -> None:
         self.folder = folder
         self.verification = verification
@@ -92,6 +108,7 @@ class Checkpointing(DeepSeekCallback):
         self.fingerprint = fingerprint
         self.resume = resume
         self.resume_from = resume_from
+        self.with_changes = with_changes
         self._report = report
         self._ranks = Ranks()
         self._saved_step = -1
@@ -226,56 +243,88 @@ class Checkpointing(DeepSeekCallback):
             self.report(
                 f"checkpoints from before the first skipped step, {last + 1}: "
                 f"{', '.join(map(str, steps))}; the newest may hold the weights that failed. "
-                f"--run-dir {self.folder.parent} --resume-from {steps[-1]} goes on from one of them"
+                f"--run-dir {self.folder.parent} --resume-from {steps[-1]} goes on from one of "
+                "them, with --resume-with-changes if you give other settings"
             )
 
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
-        """What would change the model or the order of the data is refused, the rest reported."""
+        """What would change the model is refused, what would change its training asked for."""
         if "imported" in state:
             raise UserError(
                 f"{path} holds imported weights and is no run to be continued; start from it with "
                 f"model.restore_from={path.parent.parent} and another run folder"
             )
-        before, now = flatten(state["config"]), flatten(self.config)
-        changed = [
-            key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
-        ]
-        fixed = [key for key in changed if key in FIXED]
-        if fixed:
-            values = ", ".join(f"{key} {before.get(key)} -> {now.get(key)}" for key in fixed)
+        step, now = int(state["step"]), flatten(self.config)
+        before = _with_new_keys(flatten(state["config"]), now)
+        changes = {
+            key: f"{key} {before.get(key)} -> {now.get(key)}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        }
+        if fixed := [text for key, text in changes.items() if key in FIXED]:
             raise UserError(
-                f"{path} cannot be continued, since this configuration differs: {values}; set it "
-                "back, or start a new run (another name, or another --run-dir)"
+                f"{path} cannot be continued, since this configuration differs: "
+                f"{', '.join(fixed)}; set it back (--config {path.parent.parent / CONFIG_FILE} is "
+                "the run's own), or start a new run (another name, or another --run-dir)"
             )
-        if state["data"] != self.fingerprint:
+        asked = [text for key, text in changes.items() if not HARMLESS.fullmatch(key)]
+        other_data = state["data"] != self.fingerprint
+        if other_data and not SAMPLES & changes.keys():  # these are in the fingerprint too
+            asked.append("it was trained on other data than this configuration opens")
+        moved = {"trainer.max_steps", "model.optim.sched.max_steps"} & changes.keys()
+        rates = self._moved_rates(stored_config(state["config"]), step) if moved else None
+        more_steps = now.get("trainer.max_steps", 0) > before.get("trainer.max_steps", 0)
+        if rates and not (more_steps and moved == {"trainer.max_steps"}):
+            asked += [changes[key] for key in sorted(moved)]
+        if asked and not self.with_changes:
             raise UserError(
-                f"{path} was trained on other data than this configuration opens; restore the "
-                "data it was made with, or start a new run (another name, or another --run-dir)"
+                f"{path} is not simply continued, since this run would be another: "
+                f"{', '.join(asked)}; add --resume-with-changes if that is meant, set it back, or "
+                "start a new run (another name, or another --run-dir)"
             )
-        if self.verification is not None:
+        if not other_data and self.verification is not None:
             self.verification.expect(state.get("data_sha256", ()))
-        for key in changed:
+        for key, text in changes.items():
             if not key.startswith(("exp_manager.", "name")):
-                self.report(
-                    f"changed since the checkpoint: {key} {before.get(key)} -> {now.get(key)}"
-                )
-        if "trainer.max_steps" in changed:
-            self._say_moved_schedule(stored_config(state["config"]), int(state["step"]))
+                self.report(f"changed since the checkpoint: {text}")
+        if other_data or SAMPLES & changes.keys():
+            batch = now.get("model.global_batch_size", 1)
+            self.report(
+                f"changed since the checkpoint: the samples; step {step + 1} takes sample "
+                f"{step * batch + 1:,} and those after it, in the order of the data as they are "
+                "now: some may come again, and others never"
+            )
+        if rates:
+            keeps = f"; model.optim.sched.max_steps={before['trainer.max_steps']} keeps the old one"
+            self.report(
+                f"the schedule moves: the learning rate of step {step + 1} is {rates[1]:.3g} "
+                f"instead of {rates[0]:.3g}{keeps if moved == {'trainer.max_steps'} else ''}"
+            )
 
-    def _say_moved_schedule(self, before: RunConfig, step: int) -> None:
-        """A schedule without a length of its own ends with the run, so it has moved."""
+    def _moved_rates(self, before: RunConfig, step: int) -> tuple[float, float] | None:
+        """Learning rates of the next step, then and now; None if the schedule stays as it was."""
         now = stored_config(self.config)
-        if now.model.optim.sched.max_steps is not None:
-            return
-        was, will_be = (
-            learning_rate(step, run.model.optim.lr, run.model.optim.sched, run.trainer.max_steps)
-            for run in (before, now)
-        )
-        self.report(
-            f"the schedule moves with it: the learning rate of step {step + 1} is {will_be:.3g} "
-            f"instead of {was:.3g}; model.optim.sched.max_steps={before.trainer.max_steps} keeps "
-            "the old one"
-        )
+        steps = range(step, now.trainer.max_steps, 1 + now.trainer.max_steps // 1000)
+
+        def rates(run: RunConfig, peak: float) -> list[float]:
+            sched, length = run.model.optim.sched, run.trainer.max_steps
+            return [learning_rate(at, peak, sched, length) for at in steps]
+
+        peak = before.model.optim.lr
+        if rates(before, peak) == rates(now, peak):
+            return None
+        return rates(before, peak)[0], rates(now, now.model.optim.lr)[0]
+
+
+def _with_new_keys(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of an earlier version, with the default of each key that it did not know."""
+    sections = {key.rpartition(".")[0] for key in before}
+    new = {
+        key: FIELDS[key].default
+        for key in now.keys() - before.keys()
+        if key in FIELDS and key.rpartition(".")[0] in sections
+    }
+    return before | new
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -34,6 +34,7 @@ def callbacks(
     *,
     resume: bool,
     resume_from: int | None,
+    with_changes: bool,
     leads: bool,
     peak: Peak,
     attempt: int,
@@ -51,6 +52,7 @@ def callbacks(
         data: what it trains on.
         resume: go on from the newest checkpoint.
         resume_from: go on from the checkpoint of this step instead.
+        with_changes: although what the run computes changes.
         leads: this is rank 0.
         peak: of one device.
         attempt: how often a launcher has started the run anew.
@@ -71,6 +73,7 @@ def callbacks(
                 say,
                 resume_from,
                 data.verification,
+                with_changes,
             )
         )
     if run.model.restore_from is not None:

@@ -124,6 +124,14 @@ def train_entry(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train, or continue, a run.", allow_abbrev=False)
     parser.add_argument("--config", help="shipped name or YAML file; none: deepseek_v3_base")
     parser.add_argument("--run-dir", type=Path, help="the run folder itself")
+    parser.add_argument("--sample", action="store_true", help="print a sample at the end")
+    parser.add_argument("--report", action="store_true", help="write the report at the end")
+    parser.add_argument("--resume-from", type=int, help="go back to the checkpoint of this step")
+    parser.add_argument(
+        "--resume-with-changes",
+        action="store_true",
+        help="go on although what the run computes changes",
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that override")
     options, more = parser.parse_known_args(argv)  # `--a.b=c` is an override too
 
@@ -131,7 +139,16 @@ def train_entry(argv: Sequence[str] | None = None) -> None:
         from deepseek.commands.train import train
 
         words = [*options.overrides, *more]
-        train(*chosen(words, options.config, "deepseek_v3_base"), options.run_dir)
+        name, overrides = chosen(words, options.config, "deepseek_v3_base")
+        train(
+            name,
+            overrides,
+            options.run_dir,
+            options.sample,
+            options.report,
+            options.resume_from,
+            options.resume_with_changes,
+        )
 
     guarded(call)
 

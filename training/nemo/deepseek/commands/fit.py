@@ -51,7 +51,11 @@ class FitResult:
 
 
 def fit(
-    run: RunConfig, run_dir: Path | None, processes: Processes, resume_from: int | None = None
+    run: RunConfig,
+    run_dir: Path | None,
+    processes: Processes,
+    resume_from: int | None = None,
+    with_changes: bool = False,
 ) -> FitResult:
     """Train in this process, together with the others of the run if there are any.
 
@@ -135,6 +139,7 @@ def fit(
                 data,
                 resume=resume,
                 resume_from=resume_from,
+                with_changes=with_changes,
                 leads=processes.rank == 0,
                 peak=peak_of(_device(processes, on_gpu), run.exp_manager.monitor.peak_tflops),
                 attempt=processes.attempt,

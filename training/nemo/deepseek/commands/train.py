@@ -28,6 +28,7 @@ def train(
     sample: bool = False,
     report: bool = False,
     resume_from: int | None = None,
+    with_changes: bool = False,
 ) -> None:
     """Train, or continue, one run.
 
@@ -41,15 +42,15 @@ def train(
         sample: print a generated sample at the end.
         report: write the run's report at the end.
         resume_from: go on from the checkpoint of this step, not from the newest.
+        with_changes: go on although settings differ that change what the run computes.
 
     Raises:
         ConfigError: every problem of the configuration at once.
         UserError: anything else the user can mend.
     """
     quiet(Processes.from_environment())
-    train_run(
-        load_config(config, overrides), run_dir, worker_command(), sample, report, resume_from
-    )
+    run = load_config(config, overrides)
+    train_run(run, run_dir, worker_command(), sample, report, resume_from, with_changes)
 
 
 def train_run(
@@ -59,6 +60,7 @@ def train_run(
     sample: bool = False,
     report: bool = False,
     resume_from: int | None = None,
+    with_changes: bool = False,
 ) -> Path:
     """Train, or continue, the run of a checked configuration.
 
@@ -69,6 +71,7 @@ def train_run(
         sample: print a generated sample at the end.
         report: write the run's report at the end.
         resume_from: go on from the checkpoint of this step, not from the newest.
+        with_changes: go on although settings differ that change what the run computes.
 
     Returns:
         The run folder.
@@ -81,6 +84,8 @@ def train_run(
     processes = Processes.from_environment()
     if resume_from is not None:
         _check_resume_from(resume_from, run, run_dir)
+    if with_changes:
+        _refuse_without_checkpoints("--resume-with-changes", run)
     if report:  # what it needs is missed now, not when the run is over
         from deepseek.monitoring.report.page import plotly_script
 
@@ -91,7 +96,7 @@ def train_run(
     # Imported here: a configuration error should not wait seconds for a training framework.
     from deepseek.commands.fit import fit
 
-    result = fit(run, run_dir, processes, resume_from)
+    result = fit(run, run_dir, processes, resume_from, with_changes)
     folder, steps = result.folder, run.trainer.max_steps
     if result.was_complete:
         leave()
@@ -146,15 +151,19 @@ def _keep_sample(path: Path, step: int, text: str) -> None:
 def _check_resume_from(step: int, run: RunConfig, run_dir: Path | None) -> None:
     if run_dir is None:
         raise UserError(f"--resume-from {step}: say of which run, with --run-dir DIR")
-    if not run.exp_manager.create_checkpoint_callback:
-        raise UserError(
-            f"--resume-from {step} needs checkpoints; exp_manager.create_checkpoint_callback=false "
-            "turns them off"
-        )
+    _refuse_without_checkpoints(f"--resume-from {step}", run)
     if step >= run.trainer.max_steps:
         raise UserError(
             f"--resume-from {step}: there is nothing left to train up to "
             f"trainer.max_steps={run.trainer.max_steps}; raise it, or give an earlier step"
+        )
+
+
+def _refuse_without_checkpoints(option: str, run: RunConfig) -> None:
+    if not run.exp_manager.create_checkpoint_callback:
+        raise UserError(
+            f"{option} needs checkpoints; exp_manager.create_checkpoint_callback=false turns them "
+            "off"
         )
 
 

@@ -239,12 +239,25 @@ def fill_start(module: Any, source: Path, report: Callable[[str], None]) -> None
         if newest is None:
             raise UserError(f"model.restore_from={source}: there is no checkpoint in it any more")
         checkpoint = newest
+    if any(is_adapter(name) for name in checkpoint.tensor_names()):
+        raise UserError(
+            f"{checkpoint.path} holds adapters; `deepseek lora merge RUN DIR` makes one model of "
+            "them and the weights below, to start from"
+        )
     mine = [f"model.{global_name(name)}" for name in module.model.state_dict()]
     known = checkpoint.ranks.together(lambda: mine)
-    left = _unused(checkpoint, {name for names in known for name in names})
-    for note in _differences(checkpoint.state(), asdict(module.config)):
-        say(note)
-    load_weights(checkpoint, module.model)
+    try:
+        left = _unused(checkpoint, {name for names in known for name in names})
+        for note in _differences(checkpoint.state(), asdict(module.config)):
+            say(note)
+        load_weights(checkpoint, module.model)
+    except UserError as error:
+        own = checkpoint.path.absolute().parent.parent / CONFIG_FILE
+        if not own.is_file():
+            raise
+        raise UserError(
+            f"{error}\n--config {own} has the model section of these weights"
+        ) from error
     if adapted:
         module.base = ranks.lead(lambda: Base.of(checkpoint.path))
     say(f"{'adapters on' if adapted else 'started from'} the weights of {checkpoint.path}")
@@ -270,15 +283,10 @@ def _unused(checkpoint: Checkpoint, known: set[str]) -> int:
         for name in checkpoint.tensor_names()
         if name.startswith("model.") and name not in known
     ]
-    if any(is_adapter(name) for name in checkpoint.tensor_names()):
-        raise UserError(
-            f"{checkpoint.path} holds adapters; `deepseek lora merge RUN DIR` makes one model of "
-            "them and the weights below, to start from"
-        )
     foreign = [name for name in left if not name.startswith("model.mtp.")]
     if foreign:
         raise UserError(
             f"{checkpoint.path} holds {len(foreign)} weights that this model does not have, such "
-            f"as {foreign[0]}; use the model section of the config.yaml that lies with it"
+            f"as {foreign[0]}; use the model section that it was made with"
         )
     return len(left)

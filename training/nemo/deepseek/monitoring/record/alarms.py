@@ -340,7 +340,8 @@ class LossSpike(Detector):
             f"loss {seen.loss:.4f}, the median of the last {steps} steps is {median:.4f}{times}; "
             f"gradient norm {seen.grad_norm:.3g}",
             f"if the loss does not come back within {SPIKE_WINDOW} steps: go back to the "
-            f"checkpoint before it (deepseek train ... --resume-from STEP) with {self._calmer}",
+            "checkpoint before it (deepseek train ... --resume-from STEP --resume-with-changes) "
+            f"with {self._calmer}",
             {"loss": seen.loss, "median": median, "sigma": sigma},
         )
 
@@ -398,7 +399,8 @@ class RouterCollapse(Detector):
             f"{layer} uses {effective:.1f} of {experts} experts: {_listed(hottest)} take "
             f"{share:.0%} of its tokens, for {self._in_a_row[layer]} records in a row",
             f"continue with {self._balance}; if that does not help, from a checkpoint before it "
-            "(deepseek train ... --resume-from STEP) with a lower model.optim.lr",
+            "(deepseek train ... --resume-from STEP --resume-with-changes) with a lower "
+            "model.optim.lr",
             {"layer": layer, "effective_experts": round(effective, 2), "experts": experts},
         )
 
