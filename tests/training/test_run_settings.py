@@ -1,6 +1,7 @@
 """What a run folder accepts and refuses, and the settings of the trainer, through the command."""
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek.checkpoint.callback import _with_new_keys
+from deepseek.checkpoint.callback import _dead_loaders_wait, _with_new_keys
 from deepseek.config.schema import FIELDS
+from deepseek.files import Lock
 from deepseek.frameworks import USES_NEMO
 from support.log_rows import latest_rows
 from support.micro_runs import MicroRuns, by_step
@@ -281,6 +283,50 @@ def test_what_was_good_survives_a_streak_and_can_be_gone_back_to(micro: MicroRun
     assert left == [f"set_aside_1_step_{n:08d}" for n in (6, 8, 10, 12)] + ["step_00000014"]
     micro.train("no_streak", *settings).assert_done()
     assert micro.differences("no_streak", "streak") == []
+
+
+def test_the_last_good_checkpoint_survives_a_divergence(micro: MicroRuns) -> None:
+    """keep=1, a save every step: one step ruins the weights, and only the next one shows it."""
+    params = "exp_manager.checkpoint_callback_params"
+    settings = [f"{params}.every_n_train_steps=1", f"{params}.save_top_k=1"]
+    micro.train("ruined", *settings, "trainer.max_steps=3").assert_done()
+    assert micro.steps("ruined") == [3]
+    settings += ["trainer.max_steps=16", "model.optim.sched.max_steps=16"]
+    wild = ["model.optim.lr=1e38", "model.optim.sched.min_lr=1e38", "--resume-with-changes"]
+    ran = micro.train("ruined", *settings, *wild)
+    ran.assert_refused("was not finite for 10 steps in a row")
+    assert micro.steps("ruined")[:2] == [3, 4]
+    assert "--resume-from 3 goes on from one of them" in ran.out
+    back = ["--resume-from", "3", "--resume-with-changes"]
+    ran = micro.train("ruined", *settings, *back).assert_done()
+    assert micro.steps("ruined") == [16]
+
+
+def test_a_second_writer_is_refused_without_checkpoints_too(micro: MicroRuns) -> None:
+    off = "exp_manager.create_checkpoint_callback=false"
+    folder = micro.folder / "alone" / "checkpoints"
+    folder.mkdir(parents=True)
+    with Lock(folder / ".lock"):
+        micro.train("alone", off, "trainer.max_steps=2").assert_refused("writes here already")
+        assert not (micro.folder / "alone" / "metrics.jsonl").exists()
+    micro.train("alone", off, "trainer.max_steps=2").assert_done()
+
+
+def test_a_data_worker_that_dies_during_a_save_is_told_after_it() -> None:
+    def torch_tells(number: int, frame: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    before, saved = signal.signal(signal.SIGCHLD, torch_tells), False
+    try:
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            with _dead_loaders_wait():
+                os.kill(os.getpid(), signal.SIGCHLD)
+                saved = True
+        assert saved and signal.getsignal(signal.SIGCHLD) is torch_tells
+        with _dead_loaders_wait():  # none died
+            pass
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def checkpoint_tensors(micro: MicroRuns, name: str, step: int) -> dict[str, torch.Tensor]:

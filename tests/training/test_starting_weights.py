@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from deepseek.checkpoint.manifest import step_name
+from deepseek.commands.versions import made_folder
+from deepseek.config.errors import UserError
 from support.launchers import by_itself, layout
 from support.micro_runs import MicroRuns
 
@@ -96,6 +98,21 @@ def test_other_models_are_refused(micro: MicroRuns, model: Path) -> None:
     micro.train("deeper", *ONE_STEP, start, "model.num_nextn_predict_layers=2").assert_refused(
         "does not fit", "model.mtp.1", "missing"
     )
+    started = [micro.folder / name for name in ("wider", "shallower", "deeper")]
+    assert not any(folder.exists() for folder in started)  # nothing was written
+
+
+def test_a_failed_start_takes_back_the_folders_it_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError), made_folder(tmp_path / "runs" / "name"):
+        (tmp_path / "runs" / "name" / "checkpoints" / ".lock").touch()
+        raise UserError("refused")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError), made_folder(tmp_path / "run"):
+        (tmp_path / "run" / "metrics.jsonl").touch()
+        raise UserError("failed later")
+    with pytest.raises(UserError), made_folder(tmp_path / "run"):
+        raise UserError("it was there before")
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_an_imported_folder_is_no_run_to_go_on_with(micro: MicroRuns, model: Path) -> None:

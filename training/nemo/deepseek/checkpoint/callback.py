@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from deepseek.config.errors import UserError
 from deepseek.config.load import stored_config
 from deepseek.config.schema import FIELDS, CheckpointConfig, RunConfig
 from deepseek.data.digests import Verification
-from deepseek.files import disk_errors, megabytes, require_room
+from deepseek.files import LOCK, Lock, disk_errors, megabytes, require_room
 from deepseek.frameworks import Trainer
 from deepseek.run_folder import CONFIG_FILE
 from deepseek.training.optim import learning_rate
@@ -112,6 +114,7 @@ class Checkpointing(DeepSeekCallback):
         self._report = report
         self._ranks = Ranks()
         self._saved_step = -1
+        self._to_retire = True  # what a killed run left behind
 
     @property
     def manager(self) -> CheckpointManager:
@@ -140,13 +143,16 @@ class Checkpointing(DeepSeekCallback):
     def on_train_batch_start(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Save the step before, if it is due.
 
-        While steps are skipped nothing is retired: the checkpoints from before may be the only ones
-        whose weights are good.
+        A checkpoint takes the place of older ones once a finite step has started from it: until
+        then those may be the only ones whose weights are good.
 
         Only now are its row and its validation in the log: a run killed between them and the
         checkpoint repeats both, where the other order would lose them.
         """
         step = module.finished_steps
+        is_proven = step > self._saved_step and module.skipped_in_a_row == 0
+        if self._to_retire and is_proven and self._ranks.rank == 0:
+            self._to_retire = not self.manager.retire()
         if step > 0 and self.every_n_steps > 0 and step % self.every_n_steps == 0:
             self._save(trainer, module, self.in_background)
 
@@ -156,8 +162,11 @@ class Checkpointing(DeepSeekCallback):
             self._save(trainer, module)
 
     def on_train_end(self, trainer: Trainer, module: DeepSeekModel) -> None:
-        """The last step is always kept."""
+        """The last step is always kept; only at the end of a run does it need no proof."""
         self._save(trainer, module)
+        is_complete = module.finished_steps >= module.max_steps
+        if is_complete and module.skipped_in_a_row == 0 and self._ranks.rank == 0:
+            self.manager.retire()
 
     def on_exception(
         self, trainer: Trainer, module: DeepSeekModel, exception: BaseException
@@ -183,14 +192,14 @@ class Checkpointing(DeepSeekCallback):
         begin, step = time.perf_counter(), module.finished_steps
         saves = self._saved_step != step
         device = next(module.model.parameters()).device
-        with measured_memory(device) as memory:
+        with measured_memory(device) as memory, _dead_loaders_wait():
             if saves:
                 tensors = collect_tensors(module.model, _optimizer(trainer))
                 known = self.verification.digests if self.verification else ()
                 state = run_state(module, self.config, self.fingerprint, known)
                 save = self.manager.save_in_background if in_background else self.manager.save
-                save(step, tensors, state, retire=module.skipped_in_a_row == 0)
-                self._saved_step = step
+                save(step, tensors, state, retire=False)
+                self._saved_step, self._to_retire = step, True
             if not in_background:
                 self.manager.wait()
         if saves:  # a repeated call must not shorten the time of the first
@@ -240,10 +249,11 @@ class Checkpointing(DeepSeekCallback):
         # No collective: this may be one rank's own end.
         steps = [step for step in complete_steps(self.folder) if step <= last]
         if steps:
+            sound = [step for step in steps if step < last] or steps  # a step started from them
             self.report(
                 f"checkpoints from before the first skipped step, {last + 1}: "
                 f"{', '.join(map(str, steps))}; the newest may hold the weights that failed. "
-                f"--run-dir {self.folder.parent} --resume-from {steps[-1]} goes on from one of "
+                f"--run-dir {self.folder.parent} --resume-from {sound[-1]} goes on from one of "
                 "them, with --resume-with-changes if you give other settings"
             )
 
@@ -314,6 +324,59 @@ class Checkpointing(DeepSeekCallback):
         if rates(before, peak) == rates(now, peak):
             return None
         return rates(before, peak)[0], rates(now, now.model.optim.lr)[0]
+
+
+class FolderLock(DeepSeekCallback):
+    """Keeps other writers out of a run that writes no checkpoints.
+
+    Args:
+        folder: where its checkpoints would be.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock: Lock | None = None
+
+    def on_fit_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
+        """Take it. Raises ``UserError`` on all ranks if another process has it."""
+        Ranks().lead(self._take)
+
+    def _take(self) -> None:
+        with disk_errors(f"locking {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.folder / LOCK)
+
+    def on_exception(
+        self, trainer: Trainer, module: DeepSeekModel, exception: BaseException
+    ) -> None:
+        """Let the next one in."""
+        self.teardown(trainer, module, "fit")
+
+    def teardown(self, trainer: Trainer, module: DeepSeekModel, stage: str) -> None:
+        """Let the next one in."""
+        if self._lock is not None:
+            self._lock.release()
+
+
+@contextmanager
+def _dead_loaders_wait() -> Iterator[None]:
+    """Tell of a data worker that dies meanwhile afterwards.
+
+    torch raises it from a signal handler, in whatever the main thread is doing: here it would look
+    like a failed write, and cost the checkpoint.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    if not callable(handler):
+        yield
+        return
+    died: list[Any] = []
+    signal.signal(signal.SIGCHLD, lambda *which: died.append(which))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+    if died:
+        handler(*died[-1])
 
 
 def _with_new_keys(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

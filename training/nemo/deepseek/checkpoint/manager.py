@@ -193,6 +193,20 @@ class CheckpointManager:
         """
         return self._ranks.lead(lambda: self._set_aside_after(step))
 
+    def retire(self) -> bool:
+        """Delete what is beyond ``keep``; for rank 0 alone, without a collective.
+
+        Returns:
+            Whether it was done: not while a save is under way in the background.
+        """
+        if self._under_way is not None and not self._under_way.done():
+            return False
+        try:
+            self._retire()
+        except OSError as failure:
+            _log.warning("%s: old checkpoints could not be deleted: %s", self.folder, failure)
+        return True
+
     def close(self) -> None:
         """Let the next writer in, after ``wait``. A second call does nothing. No collective."""
         try:

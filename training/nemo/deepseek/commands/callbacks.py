@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deepseek.checkpoint.callback import Checkpointing
+from deepseek.checkpoint.callback import Checkpointing, FolderLock
 from deepseek.commands.stopping import Stopping
 from deepseek.config import RunConfig, UserError, resolved_yaml
 from deepseek.config.cost import count_parameters, flops_per_token
@@ -76,6 +76,8 @@ def callbacks(
                 with_changes,
             )
         )
+    else:
+        found.append(FolderLock(folder / CHECKPOINTS))
     if run.model.restore_from is not None:
         found.append(StartingWeights(Path(run.model.restore_from)))
     if manager.profile.steps:

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.commands.callbacks import callbacks
 from deepseek.commands.validate import summary
-from deepseek.commands.versions import chosen_folder, finished_steps
+from deepseek.commands.versions import chosen_folder, finished_steps, made_folder
 from deepseek.config import RunConfig, UserError
 from deepseek.config.layout import Layout
 from deepseek.console import StageProgress, complain, say
@@ -64,8 +64,8 @@ def fit(
     """
     together = processes.world_size > 1
     on_gpu = _device_is_gpu(run)
-    timeout = timedelta(minutes=run.trainer.collective_timeout_minutes)
     if together:
+        timeout = timedelta(minutes=run.trainer.collective_timeout_minutes)
         join(processes, "cuda" if on_gpu else "cpu", timeout)
     if processes.attempt > 0:
         resume_from = None  # started anew: the run has gone back already
@@ -74,6 +74,22 @@ def fit(
     done = Ranks().lead(lambda: finished_steps(folder))
     if resume and resume_from is None and done >= run.trainer.max_steps:
         return FitResult(folder, done, was_complete=True)
+    with ExitStack() as stack:
+        Ranks().lead(lambda: stack.enter_context(made_folder(folder)))
+        return _fit(run, folder, processes, on_gpu, resume, resume_from, with_changes)
+
+
+def _fit(
+    run: RunConfig,
+    folder: Path,
+    processes: Processes,
+    on_gpu: bool,
+    resume: bool,
+    resume_from: int | None,
+    with_changes: bool,
+) -> FitResult:
+    together = processes.world_size > 1
+    timeout = timedelta(minutes=run.trainer.collective_timeout_minutes)
     loggers = remote_loggers(folder, run, complain)
     if run.trainer.num_threads:
         torch.set_num_threads(run.trainer.num_threads)

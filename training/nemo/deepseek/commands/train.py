@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deepseek.commands.generate import generate_text
 from deepseek.commands.report import report as write_report
-from deepseek.commands.versions import RUN_FOLDER, finished_steps, run_folder
+from deepseek.commands.versions import RUN_FOLDER, finished_steps, made_folder, run_folder
 from deepseek.config import RunConfig, UserError, load_config
 from deepseek.console import complain, say
 from deepseek.files import disk_errors
@@ -184,17 +184,18 @@ def _train_in_others(
     say(f"processes    {trainer.devices}, started and watched by this one")
     os.environ[RUN_FOLDER] = str(folder)
     try:
-        code = supervise(
-            command,
-            trainer.devices,
-            trainer.max_restarts,
-            complain,
-            lambda: finished_steps(folder),
-        )
+        with made_folder(folder):
+            code = supervise(
+                command,
+                trainer.devices,
+                trainer.max_restarts,
+                complain,
+                lambda: finished_steps(folder),
+            )
+            if code:
+                sys.exit(code)
     finally:
         del os.environ[RUN_FOLDER]  # of these processes alone: a notebook may train again
-    if code:
-        sys.exit(code)
     return folder
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deepseek.checkpoint.manifest import complete_steps
 from deepseek.config.errors import UserError
 from deepseek.config.schema import RunConfig
+from deepseek.files import LOCK
 from deepseek.run_folder import CHECKPOINTS
 
 RUN_FOLDER = "DEEPSEEK_RUN_FOLDER"
@@ -22,13 +26,11 @@ def chosen_folder(config: RunConfig, run_dir: Path | None, resume: bool) -> Path
 
 
 def run_folder(config: RunConfig, run_dir: Path | None = None, resume: bool | None = None) -> Path:
-    """Where this run lives; created if need be.
+    """Where this run lives.
 
     Without ``run_dir`` and ``exp_manager.version``: the newest version if ``resume`` and that
     version is not complete, else the next one. ``resume`` is ``resume_if_exists`` unless given.
 
-    Raises:
-        UserError: the folder cannot be made or written.
     """
     manager = config.exp_manager
     resume = manager.resume_if_exists if resume is None else resume
@@ -37,6 +39,17 @@ def run_folder(config: RunConfig, run_dir: Path | None = None, resume: bool | No
     else:
         parent = Path(manager.exp_dir) / (manager.name or config.name)
         folder = parent / (manager.version or _version(parent, config, resume))
+    return folder.resolve()
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Make a run folder; what was made goes again if the start fails before anything is in it.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -49,7 +62,15 @@ def run_folder(config: RunConfig, run_dir: Path | None = None, resume: bool | No
             f"cannot write to the run folder {folder}; "
             "choose another with --run-dir or exp_manager.exp_dir"
         )
-    return folder.resolve()
+    try:
+        yield
+    except BaseException:
+        if made and not any(path.is_file() and path.name != LOCK for path in folder.rglob("*")):
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # another run has come into it
+                for path in made[1:]:
+                    path.rmdir()
+        raise
 
 
 def finished_steps(folder: Path) -> int:
