@@ -293,10 +293,34 @@ def test_what_ranks_say_when_they_end(micro: MicroRuns, ranks: str, tmp_path: Pa
     ran = micro.cli.start("driver.py", **words).wait()  # type: ignore[arg-type]
     assert ran.code == 2, ran.err
     lines = ran.err.splitlines()
-    lost = "error: contact lost with another rank, which ended or cannot be reached"
+    lost = "error: contact lost with rank 1, which ended or cannot be reached"
     assert lines[:2] == [lost, f"error: trouble of {ranks}"], ran.err
     assert lines[2:] in ([], [lost])  # of rank 0, if it notices before it is ended
     assert ran.out == "rank 1 was killed by SIGKILL; all start again, restart 1 of 3\n"
+
+
+def test_who_is_lost_is_told_by_the_first_that_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(processes, "_WORD_SECONDS", 0.1)
+    monkeypatch.setattr(processes, "_store", store)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    key = f"lost.0.{processes._times_joined}."
+    for rank, others, told in [
+        ("1", "3", "contact lost with ranks 0, 2, which did not come within trainer.collective"),
+        ("3", "1", ""),  # rank 1 tells it
+        ("0", "12", "contact lost with rank 3, which"),
+    ]:
+        for number in "0123":
+            store.delete_key(f"{key}{number}")
+        for other in others:
+            store.set(f"{key}{other}", "")
+        monkeypatch.setenv("RANK", rank)
+        processes.tell_lost_contact(RuntimeError("Timed out waiting 18000ms for recv"))
+        assert told in capsys.readouterr().err if told else not capsys.readouterr().err
 
 
 def test_a_meeting_point_that_nobody_serves() -> None:

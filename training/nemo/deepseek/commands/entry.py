@@ -15,7 +15,7 @@ from pathlib import Path
 
 from deepseek.config.errors import UserError
 from deepseek.console import complain, complain_at_the_end
-from deepseek.launch.processes import LOST_PEER_EXIT_CODE, is_lost_peer
+from deepseek.launch.processes import LOST_PEER_EXIT_CODE, is_lost_peer, tell_lost_contact
 
 _DEAD_LOADER = re.compile(r"DataLoader worker \(pid.*?\)[^.]*")
 """What torch says of it."""
@@ -42,8 +42,7 @@ def guarded(call: Callable[[], object]) -> None:
             sys.exit(1)
         if not is_lost_peer(error):
             raise
-        lost = "error: contact lost with another rank, which ended or cannot be reached"
-        complain_at_the_end(lost, by_first_alone=True)
+        tell_lost_contact(error)
         sys.exit(LOST_PEER_EXIT_CODE)
     except BrokenPipeError:  # the reader of a pipe (`| head`) went away
         sys.stderr.close()

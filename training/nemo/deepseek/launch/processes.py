@@ -11,9 +11,14 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import threading
+import time
+import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from deepseek import console
@@ -217,6 +222,57 @@ _LOST_PEER = re.compile(
     r"|remote process (has )?(exited|terminated)|timed out waiting|wait timeout after",
     re.IGNORECASE,
 )
+
+
+def tell_lost_contact(error: BaseException) -> None:
+    """Say which ranks did not come to a collective that failed, and to which.
+
+    Each rank that lost contact leaves word in the store. Who has left none a second later ended or
+    hangs. The first of those that did tells it for all.
+    """
+    me = Processes.from_environment()
+    said = _who_said_so(me)
+    missing = [rank for rank in range(me.world_size) if rank not in said]
+    if me.rank != min(said):
+        return
+    who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+    if not missing:
+        who = "another rank"
+    why = "ended or cannot be reached"
+    if re.search("timed out|wait timeout", str(error), re.IGNORECASE):
+        why = "did not come within trainer.collective_timeout_minutes: it hangs, or is much slower"
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if f"{os.sep}deepseek{os.sep}" in frame.filename]
+    where = (
+        f" (in {ours[-1].name}, {Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
+    )
+    console.complain(f"error: contact lost with {who}, which {why}{where}")
+
+
+def _who_said_so(me: Processes) -> set[int]:
+    """Ranks that lost contact, this one among them; without a store, all but rank 0, its keeper."""
+    name = f"lost.{me.attempt}.{_times_joined}."
+    said: set[int] = set()
+
+    def ask(store: Store) -> None:
+        with suppress(RuntimeError):  # its keeper ended
+            store.set(f"{name}{me.rank}", "")
+            end = time.monotonic() + _WORD_SECONDS
+            while time.monotonic() < end and len(said) < me.world_size:
+                there = {rank for rank in range(me.world_size) if store.check([f"{name}{rank}"])}
+                said.update(there)
+                time.sleep(0.05)
+
+    if _store is not None:
+        # In a thread: of a keeper that hangs, nothing comes back, whatever the store's time-out.
+        asks = threading.Thread(target=ask, args=(_store,), daemon=True)
+        asks.start()
+        asks.join(2 * _WORD_SECONDS)
+    return said or set(range(1, me.world_size)) | {me.rank}
+
+
+_WORD_SECONDS = 1.0
+"""Within what ranks that wait for the same one find out; less than the supervisor's patience."""
 
 
 def _open_store(processes: Processes, timeout: timedelta) -> Store:
