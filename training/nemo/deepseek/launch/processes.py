@@ -242,7 +242,12 @@ def tell_lost_contact(error: BaseException) -> None:
     if re.search("timed out|wait timeout", str(error), re.IGNORECASE):
         why = "did not come within trainer.collective_timeout_minutes: it hangs, or is much slower"
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if f"{os.sep}deepseek{os.sep}" in frame.filename]
+    ours = [
+        frame
+        for frame in frames
+        if f"{os.sep}deepseek{os.sep}" in frame.filename
+        and Path(frame.filename).name != "recorder.py"  # which times what its caller waits for
+    ]
     where = (
         f" (in {ours[-1].name}, {Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
     )
