@@ -104,15 +104,15 @@ def test_other_models_are_refused(micro: MicroRuns, model: Path) -> None:
 
 def test_a_failed_start_takes_back_the_folders_it_made(tmp_path: Path) -> None:
     with pytest.raises(UserError), made_folder(tmp_path / "runs" / "name"):
-        (tmp_path / "runs" / "name" / "checkpoints" / ".lock").touch()
+        (tmp_path / "runs" / "name" / "events.out").touch()
         raise UserError("refused")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError), made_folder(tmp_path / "run"):
-        (tmp_path / "run" / "metrics.jsonl").touch()
+        (tmp_path / "run" / "config.yaml").touch()
         raise UserError("failed later")
     with pytest.raises(UserError), made_folder(tmp_path / "run"):
         raise UserError("it was there before")
-    assert (tmp_path / "run" / "metrics.jsonl").exists()
+    assert (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_an_imported_folder_is_no_run_to_go_on_with(micro: MicroRuns, model: Path) -> None:

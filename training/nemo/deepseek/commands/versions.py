@@ -12,8 +12,7 @@ from pathlib import Path
 from deepseek.checkpoint.manifest import complete_steps
 from deepseek.config.errors import UserError
 from deepseek.config.schema import RunConfig
-from deepseek.files import LOCK
-from deepseek.run_folder import CHECKPOINTS
+from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE
 
 RUN_FOLDER = "DEEPSEEK_RUN_FOLDER"
 """Tells the processes that a supervisor starts which folder it has chosen."""
@@ -44,7 +43,7 @@ def run_folder(config: RunConfig, run_dir: Path | None = None, resume: bool | No
 
 @contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
-    """Make a run folder; what was made goes again if the start fails before anything is in it.
+    """Make a run folder; what was made goes again if the start fails.
 
     Raises:
         UserError: the folder cannot be made or written.
@@ -65,7 +64,7 @@ def made_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if made and not any(path.is_file() and path.name != LOCK for path in folder.rglob("*")):
+        if made and not (folder / CONFIG_FILE).exists():  # written when all else has succeeded
             shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # another run has come into it
                 for path in made[1:]:
