@@ -396,7 +396,7 @@ def _train_with_callback(
         driven.run(iter([batch]))
         callback.on_train_batch_end(trainer, driven.module)
     callback.on_train_end(trainer, driven.module)
-    assert callback.manager.steps() == ([2, 3] if link == 0 else [4, 6])
+    assert callback.manager.steps() == ([2, 3] if link == 0 else [3, 4, 6])  # 6 is not proven
     callback.teardown(trainer, driven.module, "fit")
     return driven.module.finished_steps, lines
 

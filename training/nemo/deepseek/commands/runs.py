@@ -25,7 +25,7 @@ from deepseek.config.errors import UserError
 from deepseek.config.yaml_file import read_yaml_file
 from deepseek.console import printable, say, table
 from deepseek.files import LOCK, Lock, disk_errors, is_locked, megabytes, unless_held
-from deepseek.monitoring.run_log import LogEnd
+from deepseek.monitoring.run_log import SILENT_SECONDS, LogEnd
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE
 
 _DEPTH = 4
@@ -135,7 +135,7 @@ def state_of(run: Path, name: str, verify: bool = False) -> RunState:
 
 
 def _state(run: Path, end: LogEnd, complete: bool) -> tuple[str, str | None]:
-    """State and reason. The lock says what runs."""
+    """State and reason. The lock says what runs; without one, rows that are young do."""
     lock = run / CHECKPOINTS / LOCK
     if is_locked(lock):
         return "running", None
@@ -146,6 +146,9 @@ def _state(run: Path, end: LogEnd, complete: bool) -> tuple[str, str | None]:
     if end.stopped is not None:
         by_signal = end.stopped == "complete" or _BY_SIGNAL.match(end.stopped)
         return "stopped" if by_signal else "failed", end.stopped
+    young = end.time is not None and time.time() - end.time < SILENT_SECONDS
+    if young and not lock.is_file():  # without checkpoints nothing is locked
+        return "running", None
     return "interrupted", None
 
 
