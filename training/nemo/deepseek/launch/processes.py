@@ -247,7 +247,7 @@ def tell_lost_contact(error: BaseException) -> None:
         for frame in frames
         if f"{os.sep}deepseek{os.sep}" in frame.filename
         # These frame a call and time it: its caller is what waits.
-        and Path(frame.filename).name not in ("doors.py", "recorder.py")
+        and frame.name not in ("guarded", "watched")
     ]
     where = (
         f" (in {ours[-1].name}, {Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
