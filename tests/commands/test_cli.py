@@ -196,7 +196,10 @@ def test_a_reader_that_goes_away(cli: Forked) -> None:
         (["model.data.data_prefix=nowhere"], ["nowhere.bin", "deepseek prepare-data"]),
         (["trainer.accelerator=gpu"], ["torch finds no GPU here"]),
         (["--run-dir", "/proc/run"], ["cannot make the run folder /proc/run", "--run-dir"]),
-        (["--run-dir", "micro.yaml"], ["cannot make the run folder micro.yaml"]),
+        (
+            ["--run-dir", "micro.yaml"],
+            ["cannot make the run folder", "micro.yaml: Not a directory"],
+        ),
         (["exp_manager.exp_dir=/proc/runs"], ["cannot make the run folder", "exp_dir"]),
     ],
 )

@@ -115,8 +115,9 @@ def test_large_data_are_compared_beside_the_training(
     record = PreparedData.load(prefix)
     assert record is not None
     flip(Path(f"{prefix}.bin"), 5000)
-    verification = check(record.data_files())  # does not wait, so does not raise
+    verification = Verification(record.data_files())
     with pytest.raises(UserError, match=r"block 2 of \d+ \(bytes 4,096 to 8,192\)"):
+        verification.start()  # does not wait, so it may or may not know yet
         verification.finish()
 
 

@@ -462,7 +462,7 @@ def test_checkpoints_that_are_not_the_model(source: Path) -> None:
     ):
         folder = source.with_name(f"odd{number}")
         with CheckpointManager(folder / "checkpoints") as manager:
-            manager.save(1, tensors | {name: tensor}, state)
+            manager.save(1, tensors | {name: tensor}, state | {"step": 1})
         message = "holds what is no weight: other" if name == "other" else "unexpected: new.weight"
         with pytest.raises(UserError, match=message):
             export_hf(folder, source.with_name("out"))

@@ -103,7 +103,7 @@ def test_fp8_of_what_is_not_finite(tmp_path: Path) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in weights(cfg).items()}
     tensors["model.layers.1.attn.wo.weight"][0, 0] = torch.inf
     with CheckpointManager(tmp_path / "bad" / "checkpoints") as manager:
-        manager.save(1, tensors, state)
+        manager.save(1, tensors, state | {"step": 1})
     wanted = r"model\.layers\.1\.attn\.wo\.weight holds numbers that are not finite.*or as bf16"
     with pytest.raises(UserError, match=wanted):
         export_hf(tmp_path / "bad", tmp_path / "new", dtype="fp8")

@@ -148,8 +148,8 @@ def test_a_second_signal_stops_at_once(micro: MicroRuns) -> None:
 def test_signals_of_one_moment_are_one_request(micro: MicroRuns) -> None:
     """Slurm and torchrun both send SIGTERM; a Ctrl-C comes with others."""
     both = SIGNAL_AT.format(name="training_step", finished=5, signals="[15, 15, 2]")
-    assert micro.train("both", before=both).code == 143
-    assert micro.steps("both") == [4, 6]
+    assert micro.train("one_moment", before=both).code == 143
+    assert micro.steps("one_moment") == [4, 6]
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGINT", "SIGUSR1", "SIGUSR2"])

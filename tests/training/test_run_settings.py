@@ -173,7 +173,7 @@ def full(path):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 module.atomic_open = full
 """
-    ran = micro.train("full", before=full)
+    ran = micro.train("full_start", before=full)
     ran.assert_refused("writing the record of the run into", "No space left on device", "config")
 
 

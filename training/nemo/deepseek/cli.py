@@ -159,7 +159,7 @@ def validate_command(
         typer.Option(help="As on so many processes, which need not be there; none: as configured."),
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(help="GiB of a GPU: does every rank fit?", metavar="GIB")
+        float | None, typer.Option(help="GiB of a GPU, to see whether ranks fit.", metavar="GIB")
     ] = None,
 ) -> None:
     """Print every error of a configuration; of a sound one, its numbers and what lies where."""

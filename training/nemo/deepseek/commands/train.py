@@ -50,13 +50,13 @@ def train(
     """
     quiet(Processes.from_environment())
     run = load_config(config, overrides)
-    train_run(run, run_dir, worker_command(), sample, report, resume_from, with_changes)
+    train_run(run, run_dir, None, sample, report, resume_from, with_changes)
 
 
 def train_run(
     run: RunConfig,
     run_dir: Path | None,
-    command: Sequence[str],
+    command: Sequence[str] | None,
     sample: bool = False,
     report: bool = False,
     resume_from: int | None = None,
@@ -67,7 +67,7 @@ def train_run(
     Args:
         run: the configuration.
         run_dir: the run folder, instead of one under ``exp_manager.exp_dir``.
-        command: what each of several processes is started with.
+        command: what each of several processes is started with; None: as this one was.
         sample: print a generated sample at the end.
         report: write the run's report at the end.
         resume_from: go on from the checkpoint of this step, not from the newest.
@@ -170,7 +170,7 @@ def _refuse_without_checkpoints(option: str, run: RunConfig) -> None:
 def _train_in_others(
     run: RunConfig,
     run_dir: Path | None,
-    command: Sequence[str],
+    command: Sequence[str] | None,
     sample: bool,
     report: bool,
     resume_from: int | None,
@@ -186,7 +186,7 @@ def _train_in_others(
     try:
         with made_folder(folder):
             code = supervise(
-                command,
+                command or worker_command(),
                 trainer.devices,
                 trainer.max_restarts,
                 complain,
