@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -150,6 +151,7 @@ def _child(
     code = 1
     try:
         _die_with_parent()
+        warnings.simplefilter("default")  # as for users: torch's compiler warns of itself
         output = os.open(_file(folder, rank, "output"), os.O_WRONLY | os.O_CREAT, 0o644)
         os.dup2(output, 1)
         os.dup2(output, 2)
