@@ -102,6 +102,15 @@ def test_a_file_system_without_locks(
         Lock(path)
 
 
+@pytest.mark.timeout(20)
+def test_a_lock_where_no_file_can_be_made_is_an_error_and_not_waited_for(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Lock(tmp_path / "missing" / "lock", on_wait=print)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        Lock(tmp_path / "file" / "lock", on_wait=print)
+
+
 def test_a_lock_that_fails_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(handle: int, operation: int) -> None:
         raise OSError(errno.EIO, "Input/output error")

@@ -23,7 +23,8 @@ from deepseek.data.chat import ChatTemplate, Conversation, prepare_chat
 from deepseek.data.digests import Verification
 from deepseek.data.indexed import IndexedDataset
 from deepseek.data.prepare import PreparedData, prepare
-from deepseek.data.tokenizer import byte_tokenizer, load_tokenizer
+from deepseek.data.tokenizer_files import load_tokenizer
+from deepseek.data.tokenizer_training import byte_tokenizer
 from deepseek.monitoring.live import frame
 from deepseek.monitoring.report.page import run_page
 from deepseek.monitoring.run_log import RunLog, read_run

@@ -21,7 +21,8 @@ import torch
 from deepseek.config.errors import UserError
 from deepseek.config.yaml_file import read_yaml
 from deepseek.console import complain, say, table
-from deepseek.data.tokenizer import byte_tokenizer, load_tokenizer
+from deepseek.data.tokenizer_files import load_tokenizer
+from deepseek.data.tokenizer_training import byte_tokenizer
 from deepseek.interop.fsdp_source import open_source
 from deepseek.interop.hf_import import read_json
 from deepseek.interop.nemo_file import NemoFile

@@ -6,7 +6,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,17 +23,6 @@ from support.forked import Forked
 from support.micro_runs import MicroRuns
 
 ESCAPE = "\x1b"
-
-
-@pytest.fixture
-def cli(micro: MicroRuns) -> Forked:
-    return micro.cli
-
-
-@pytest.fixture
-def copy(micro: MicroRuns, tmp_path: Path) -> Path:
-    """A copy of the finished run."""
-    return Path(shutil.copytree(micro.folder / "run", tmp_path / "copy"))
 
 
 # -- the command line itself --

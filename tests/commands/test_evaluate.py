@@ -22,15 +22,14 @@ from deepseek.data.corpus import Corpus
 from deepseek.data.prepare import prepare
 from deepseek.data.tokenizer import Tokenizer
 from deepseek.monitoring.run_log import read_run
-from support.micro_runs import MicroRuns
 
 TEXTS = ["abc de fghij " * 9, "jij ab", "a", "", "hei ja cab " * 30]
 
 
 @pytest.fixture
-def run(micro: MicroRuns, tmp_path: Path) -> Path:
+def run(copy: Path) -> Path:
     torch.set_num_threads(1)
-    return Path(shutil.copytree(micro.folder / "run", tmp_path / "copy"))
+    return copy
 
 
 @pytest.fixture

@@ -26,12 +26,6 @@ from deepseek.models.transformer import Transformer
 from support.micro_runs import CONFIG, MicroRuns
 
 
-@pytest.fixture
-def copy(micro: MicroRuns, tmp_path: Path) -> Path:
-    """A copy of the finished run, checkpoints of steps 8 and 12."""
-    return Path(shutil.copytree(micro.folder / "run", tmp_path / "copy"))
-
-
 def step(run: Path, number: int) -> Path:
     return run / "checkpoints" / step_name(number)
 

@@ -21,17 +21,6 @@ from support.forked import Forked, environment_for_tests
 from support.micro_runs import MicroRuns
 
 
-@pytest.fixture
-def cli(micro: MicroRuns) -> Forked:
-    return micro.cli
-
-
-@pytest.fixture
-def copy(micro: MicroRuns, tmp_path: Path) -> Path:
-    """A copy of the finished run."""
-    return Path(shutil.copytree(micro.folder / "run", tmp_path / "copy"))
-
-
 @pytest.fixture(scope="module")
 def opened(micro: MicroRuns) -> tuple[Any, Any]:
     return open_model(micro.folder / "run")

@@ -22,11 +22,6 @@ NAMES = {field for field in ModelConfig.__dataclass_fields__} - {"tokenizer", "d
 MODEL = ModelConfig(**{key: value for key, value in CONFIG["model"].items() if key in NAMES})
 
 
-@pytest.fixture
-def cli(micro: MicroRuns) -> Forked:
-    return micro.cli
-
-
 @pytest.fixture(scope="module")
 def source(micro: MicroRuns) -> Path:
     """The finished run of ``micro`` as an FSDP script would have saved it."""

@@ -20,11 +20,6 @@ from support.micro_runs import MicroRuns
 
 
 @pytest.fixture
-def cli(micro: MicroRuns) -> Forked:
-    return micro.cli
-
-
-@pytest.fixture
 def copy(micro: MicroRuns, tmp_path: Path) -> Path:
     """A copy of the finished run of 12 steps, in a folder of its own."""
     return Path(shutil.copytree(micro.folder / "run", tmp_path / "runs" / "copy"))

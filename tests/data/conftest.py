@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from deepseek.data.indexed import IndexedDataset, IndexedWriter
-from deepseek.data.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from deepseek.data.tokenizer import Tokenizer
+from deepseek.data.tokenizer_training import byte_tokenizer, train_bpe
 from support.sample_texts import TEXTS
 
 

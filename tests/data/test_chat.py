@@ -23,7 +23,9 @@ from deepseek.data.dataset import ChatDataset
 from deepseek.data.indexed import IndexedDataset, IndexedWriter
 from deepseek.data.open_data import open_data
 from deepseek.data.prepare import PreparedData
-from deepseek.data.tokenizer import EOS, Tokenizer, byte_tokenizer, load_tokenizer
+from deepseek.data.tokenizer import EOS, Tokenizer
+from deepseek.data.tokenizer_files import load_tokenizer
+from deepseek.data.tokenizer_training import byte_tokenizer
 from deepseek.models.transformer import Transformer
 from support.hf_folders import small, weights
 

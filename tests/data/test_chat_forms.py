@@ -12,7 +12,9 @@ import pytest
 from deepseek.config.errors import UserError
 from deepseek.data.chat import conversation_of, prepare_chat
 from deepseek.data.chat_template import ChatError, ChatTemplate
-from deepseek.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from deepseek.data.tokenizer import Tokenizer
+from deepseek.data.tokenizer_files import load_tokenizer
+from deepseek.data.tokenizer_training import train_bpe
 from support.sample_texts import TEXTS
 
 G, H = "{% generation %}", "{% endgeneration %}"

@@ -19,7 +19,8 @@ from deepseek.data.corpus import Corpus
 from deepseek.data.documents import Chunk
 from deepseek.data.indexed import IndexedDataset
 from deepseek.data.prepare import prepare
-from deepseek.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek.data.tokenizer import Tokenizer
+from deepseek.data.tokenizer_files import load_tokenizer
 from support.sample_texts import TEXTS
 
 SPACE = "▁"

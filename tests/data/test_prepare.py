@@ -24,7 +24,8 @@ from deepseek.data import documents, prepare
 from deepseek.data.indexed import IndexedDataset
 from deepseek.data.prepare import PreparedData, Progress
 from deepseek.data.prepare import prepare as run
-from deepseek.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek.data.tokenizer import Tokenizer
+from deepseek.data.tokenizer_files import load_tokenizer
 from support.sample_texts import TEXTS as ALL_TEXTS
 
 # A file with a zero byte counts as binary.

@@ -17,16 +17,9 @@ from deepseek.data.dataset import PackedDataset
 from deepseek.data.indexed import IndexedDataset
 from deepseek.data.open_data import open_data
 from deepseek.data.prepare import prepare
-from deepseek.data.tokenizer import (
-    BOS,
-    EOS,
-    FIM_BEGIN,
-    FIM_END,
-    FIM_HOLE,
-    Tokenizer,
-    byte_tokenizer,
-    load_tokenizer,
-)
+from deepseek.data.tokenizer import BOS, EOS, FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer
+from deepseek.data.tokenizer_files import load_tokenizer
+from deepseek.data.tokenizer_training import byte_tokenizer
 from deepseek.inference.generation import Sampling
 
 BYTE = byte_tokenizer()

@@ -15,19 +15,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from deepseek.config.errors import UserError
 from deepseek.data.documents import Chunk
-from deepseek.data.tokenizer import (
-    BOS,
-    EOS,
-    FIM_BEGIN,
-    FIM_END,
-    FIM_HOLE,
-    PAD,
-    FimIds,
-    Tokenizer,
-    byte_tokenizer,
-    load_tokenizer,
-    train_bpe,
-)
+from deepseek.data.tokenizer import BOS, EOS, FIM_BEGIN, FIM_END, FIM_HOLE, PAD, FimIds, Tokenizer
+from deepseek.data.tokenizer_files import load_tokenizer
+from deepseek.data.tokenizer_training import byte_tokenizer, train_bpe
 from support.sample_texts import TEXTS
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)

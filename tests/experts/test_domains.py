@@ -13,7 +13,9 @@ from deepseek.config.errors import UserError
 from deepseek.data.dataset import PackedDataset
 from deepseek.data.indexed import IndexedDataset
 from deepseek.data.prepare import prepare
-from deepseek.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from deepseek.data.tokenizer import Tokenizer
+from deepseek.data.tokenizer_files import load_tokenizer
+from deepseek.data.tokenizer_training import byte_tokenizer
 from deepseek.experts.domains import (
     Domain,
     built_in_domains,

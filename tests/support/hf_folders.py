@@ -17,7 +17,7 @@ from torch import Tensor
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.manifest import step_name
 from deepseek.config.schema import ModelConfig, RopeScaling
-from deepseek.data.tokenizer import byte_tokenizer
+from deepseek.data.tokenizer_training import byte_tokenizer
 from deepseek.interop.hf_config import hf_config
 from deepseek.interop.huggingface import Layout, to_hf
 from deepseek.models.transformer import Transformer

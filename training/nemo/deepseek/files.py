@@ -202,6 +202,8 @@ class Lock:
         from filelock import FileLock, SoftFileLock  # takes 40 ms; few commands lock
 
         self.path = path.resolve()
+        # filelock takes a place where no file can be made for one that another is just making.
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644))
         if on_wait is None and (earlier := _HELD.get(self.path)) is not None:
             earlier.release()
         self._lock: Any = FileLock(

@@ -16,7 +16,8 @@ from deepseek.config import RunConfig, changed, check, resolved_yaml
 from deepseek.config.errors import ConfigError, UserError, nearest
 from deepseek.config.schema import ModelConfig
 from deepseek.console import StageProgress, complain, say
-from deepseek.data.tokenizer import GENERATION, Tokenizer, generation_config, load_tokenizer
+from deepseek.data.tokenizer import GENERATION, Tokenizer
+from deepseek.data.tokenizer_files import generation_config, load_tokenizer
 from deepseek.files import Staging, disk_errors, refuse_existing, write_new
 from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint, with_config
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER

@@ -134,7 +134,7 @@ def generate_text(
 
 def open_model(source: Path, tokenizer: Path | None = None) -> tuple[Transformer, Tokenizer]:
     """The model in whatever holds one, and its tokenizer; no data are needed."""
-    from deepseek.data.tokenizer import load_tokenizer
+    from deepseek.data.tokenizer_files import load_tokenizer
     from deepseek.interop.open_weights import open_checkpoint
 
     if (source / "config.json").is_file():

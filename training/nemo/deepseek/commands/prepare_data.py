@@ -12,7 +12,7 @@ from deepseek.data.chat import prepare_chat
 from deepseek.data.digests import damaged
 from deepseek.data.indexed import IndexedDataset
 from deepseek.data.prepare import PreparedData, prepare
-from deepseek.data.tokenizer import load_tokenizer
+from deepseek.data.tokenizer_files import load_tokenizer
 from deepseek.files import megabytes
 
 

@@ -274,41 +274,50 @@ def data_parallel_shards(cfg: RunConfig) -> Iterator[Problem]:
 
 def resharding(cfg: RunConfig) -> Iterator[Problem]:
     """Weights that are gathered can be kept or not, where there are any and no pipeline."""
-    model, key = cfg.model, "model.reshard_after_forward"
-    chosen, pp = model.reshard_after_forward, model.pipeline_model_parallel_size
-    shards = data_shards(model, world_size(cfg))
-    if chosen is None or shards is None:
-        return
-    if chosen and pp > 1:
-        yield Problem(
-            key,
-            True,
-            f"model.pipeline_model_parallel_size={pp} keeps weights gathered from one micro-batch "
-            "to the next, or it would gather them for each",
-            "use null or false",
-        )
-    elif shards == 1 and model.tensor_model_parallel_size == model.expert_model_parallel_size:
-        because = "no two ranks share the memory of a weight, so that none is gathered"
-        yield from idle(cfg, key, because, "more trainer.devices")
+    pp = cfg.model.pipeline_model_parallel_size
+    yield from _over_shards(
+        cfg,
+        "model.reshard_after_forward",
+        cfg.model.reshard_after_forward,
+        f"model.pipeline_model_parallel_size={pp} keeps weights gathered from one micro-batch to "
+        "the next, or it would gather them for each",
+        "no two ranks share the memory of a weight, so that none is gathered",
+    )
 
 
 def gradient_reduction(cfg: RunConfig) -> Iterator[Problem]:
     """Gradients can be divided early where there are several shares, and no pipeline."""
-    model, key = cfg.model, "model.reduce_gradients"
-    pp, shards = model.pipeline_model_parallel_size, data_shards(model, world_size(cfg))
-    if model.reduce_gradients is None or shards is None:
+    pp = cfg.model.pipeline_model_parallel_size
+    yield from _over_shards(
+        cfg,
+        "model.reduce_gradients",
+        cfg.model.reduce_gradients,
+        f"torch's schedules for model.pipeline_model_parallel_size={pp} add gradients up over "
+        "ranks once, at the end of a step",
+        "no two ranks share the memory of a weight",
+    )
+
+
+def _over_shards(
+    cfg: RunConfig, key: str, chosen: bool | None, pipelined: str, alone: str
+) -> Iterator[Problem]:
+    """What FSDP may do needs shards; true is what a pipeline cannot do.
+
+    Args:
+        cfg: the configuration.
+        key: of the choice.
+        chosen: its value.
+        pipelined: why true is refused under a pipeline.
+        alone: why either is idle where nothing is shared.
+    """
+    model = cfg.model
+    shards = data_shards(model, world_size(cfg))
+    if chosen is None or shards is None:
         return
-    if model.reduce_gradients and pp > 1:
-        yield Problem(
-            key,
-            True,
-            f"torch's schedules for model.pipeline_model_parallel_size={pp} add gradients up over "
-            "ranks once, at the end of a step",
-            "use null or false",
-        )
+    if chosen and model.pipeline_model_parallel_size > 1:
+        yield Problem(key, True, pipelined, "use null or false")
     elif shards == 1 and model.tensor_model_parallel_size == model.expert_model_parallel_size:
-        because = "no two ranks share the memory of a weight"
-        yield from idle(cfg, key, because, "more trainer.devices")
+        yield from idle(cfg, key, alone, "more trainer.devices")
 
 
 def batch(cfg: RunConfig) -> Iterator[Problem]:

@@ -31,7 +31,7 @@ from deepseek.data.prepare import (
     input_sha256,
     one_writer,
 )
-from deepseek.data.tokenizer import load_tokenizer
+from deepseek.data.tokenizer_files import load_tokenizer
 from deepseek.files import add_suffix, atomic_open, disk_errors, require_room
 
 ANSWERS = ".answers"

@@ -25,7 +25,8 @@ from deepseek.data.dataset import ChatDataset, PackedDataset, split_documents
 from deepseek.data.digests import DataFile, Verification
 from deepseek.data.indexed import IndexedDataset
 from deepseek.data.prepare import PreparedData, Report, prepare
-from deepseek.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_installed
+from deepseek.data.tokenizer import Tokenizer, tokenizers_installed
+from deepseek.data.tokenizer_files import load_tokenizer
 from deepseek.files import add_suffix, atomic_open
 
 _COUNTED = 1 << 20

@@ -37,7 +37,9 @@ from deepseek.data.corpus import Corpus, digest_lines, kinds
 from deepseek.data.digests import DataFile, FileDigest, damaged
 from deepseek.data.documents import Apart, Chunk, chunks
 from deepseek.data.indexed import IndexedDataset, dtype_for, write_index
-from deepseek.data.tokenizer import Tokenizer, load_tokenizer, tokenizers_installed, train_bpe
+from deepseek.data.tokenizer import Tokenizer, tokenizers_installed
+from deepseek.data.tokenizer_files import load_tokenizer
+from deepseek.data.tokenizer_training import train_bpe
 from deepseek.files import (
     Lock,
     add_suffix,

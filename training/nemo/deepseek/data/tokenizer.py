@@ -1,10 +1,10 @@
-"""Tokenizer: text to ids and back, from any ``tokenizer.json`` or trained here.
+"""Tokenizer: text to ids and back, as any ``tokenizer.json`` says.
 
 The ``tokenizers`` library encodes. Ids become bytes by a table where the vocabulary is byte-level,
 so text streams out without ever cutting a character.
 
-PyTorch Lightning is enough for the scripts. So where ``tokenizers`` is not installed
-the vocabulary trained here is the 256 bytes, in the same file format, and needs no library.
+It is read by ``tokenizer_files.py`` and trained by ``tokenizer_training.py``. Without that library
+a vocabulary of the 256 bytes is read, as the latter makes it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, final
 import numpy as np
 
 from deepseek.config.errors import UserError
-from deepseek.console import complain
 from deepseek.data.documents import CONTEXT, Apart, Chunk
 from deepseek.files import atomic_open
 
@@ -67,7 +66,7 @@ class FimIds(NamedTuple):
 
 @final
 class Tokenizer:
-    """Text to ids and back; make one with ``load_tokenizer`` or ``train_bpe``.
+    """Text to ids and back; ``load_tokenizer`` and ``train_bpe`` make one.
 
     Args:
         source: text of the ``tokenizer.json``.
@@ -91,7 +90,7 @@ class Tokenizer:
         self.generation = generation or {}
         """What ``generation_config.json`` says: ids that stop, defaults of sampling."""
         _check_generation(self.generation, origin)
-        self._parsed = _parse_json(source, origin)
+        self._parsed = parse_json(source, origin)
         model = self._parsed.get("model")
         if not isinstance(model, dict) or "vocab" not in model:
             raise UserError(
@@ -605,41 +604,6 @@ class StreamDecoder:
         return text
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a ``tokenizer.json``, or the one in a Hugging Face folder.
-
-    Raises:
-        UserError: no such file, not a tokenizer, a token or value that is wrong, ``tokenizers``
-            missing.
-    """
-    path = Path(path)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(_no_tokenizer(path, file))
-    config: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        beside = file.with_name(name)
-        if beside.is_file():
-            told = _parse_json(_read_text(beside), str(beside))
-            # A null says nothing: the token of the other file stands.
-            config.update({key: value for key, value in told.items() if value is not None})
-    template = file.with_name("chat_template.jinja")
-    if template.is_file():
-        config["chat_template"] = _read_text(template)
-    source = _with_added_tokens(_read_text(file), config, str(file))
-    return Tokenizer(source, config, str(file), generation_config(file.parent))
-
-
-def generation_config(folder: Path) -> dict[str, Any]:
-    """The content of ``generation_config.json`` in a folder; {} without one.
-
-    Raises:
-        UserError: it is no JSON object.
-    """
-    file = folder / GENERATION
-    return _parse_json(_read_text(file), str(file)) if file.is_file() else {}
-
-
 def _check_generation(told: dict[str, Any], origin: str) -> None:
     """Raise ``UserError`` for a value that is used here and has another type."""
     for key, value in told.items():
@@ -664,149 +628,6 @@ _GENERATION_TYPES: dict[str, tuple[Any, str]] = {
     "top_k": (int, "a whole number"),
 }
 """Values of ``generation_config.json`` that are used here."""
-
-
-def _with_added_tokens(source: str, config: dict[str, Any], origin: str) -> str:
-    """``tokenizer.json`` with the tokens that stand in ``tokenizer_config.json`` alone.
-
-    transformers adds them too; without them a ``<|im_start|>`` would be read as its characters.
-
-    Raises:
-        UserError: an entry that cannot be read, an id that is another token's or leaves a gap, or
-            the name of a special token that has no id.
-    """
-    entries = config.get("added_tokens_decoder") or {}
-    parsed = _parse_json(source, origin)
-    model = parsed.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), (dict, list)):
-        return source  # told by Tokenizer
-    vocab = model["vocab"]
-    try:
-        pairs = vocab if isinstance(vocab, dict) else {name: k for k, (name, _) in enumerate(vocab)}
-        ids = {str(name): int(number) for name, number in pairs.items()}
-        added = list(parsed.get("added_tokens") or [])
-        ids.update({str(token["content"]): int(token["id"]) for token in added})
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"{origin} is damaged: model.vocab or added_tokens has an entry that is no text with "
-            f"an id ({type(error).__name__}: {error}); download or copy the file again"
-        ) from error
-    listed = {token["content"] for token in added}
-    taken = {number: name for name, number in ids.items()}
-    where = f"{origin}: added_tokens_decoder of tokenizer_config.json"
-    if not isinstance(entries, dict):
-        raise UserError(f"{where} is no object; write {{id: {{content: ...}}}}")
-    new = []
-    for key, entry in entries.items():
-        if not str(key).isdecimal() or not isinstance(entry, dict):
-            raise UserError(f"{where} has the entry {key!r}, which is no id with an object")
-        content = entry.get("content")
-        if not isinstance(content, str) or not content:
-            raise UserError(f"{where} has an entry {key} without content; write its text")
-        new.append((int(key), content, entry))
-    for number, content, entry in sorted(new, key=lambda item: item[0]):
-        if content in listed:
-            if ids[content] != number:
-                raise UserError(
-                    f"{where} gives {content!r} the id {number}, and tokenizer.json {ids[content]};"
-                    " correct one of them"
-                )
-            continue
-        if taken.get(number, content) != content or ids.get(content, number) != number:
-            raise UserError(
-                f"{where} gives {content!r} the id {number}, which tokenizer.json gives to "
-                f"{taken.get(number)!r}; correct one of them"
-            )
-        if number > len(taken) and content not in ids:
-            raise UserError(
-                f"{where} gives {content!r} the id {number}, but the ids end at {len(taken) - 1}; "
-                f"use {len(taken)}"
-            )
-        flags = {flag: bool(entry.get(flag)) for flag in _FLAGS}
-        added.append({"id": number, "content": content, **flags})
-        ids[content], taken[number] = number, content
-        listed.add(content)
-    more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    for token in more.values() if isinstance(more, dict) else more:
-        name = token.get("content") if isinstance(token, dict) else token
-        if isinstance(name, str) and name not in ids:
-            raise UserError(
-                f"{origin}: tokenizer_config.json names the special token {name!r}, which has no "
-                "id; add it to added_tokens_decoder there"
-            )
-    if len(added) == len(parsed.get("added_tokens") or []):
-        return source
-    parsed["added_tokens"] = sorted(added, key=lambda token: token["id"])
-    return json.dumps(parsed, ensure_ascii=False, indent=2)
-
-
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-"""Of an added token."""
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE; numbers are cut into groups of up to three digits, as DeepSeek does.
-
-    The result depends on the texts only, not on threads. It has fewer ids than ``vocab_size`` if
-    the texts have no more pairs to merge. Without ``tokenizers`` it complains and is that of bytes.
-
-    Args:
-        texts: to count pairs in.
-        vocab_size: ids, special tokens included.
-
-    Raises:
-        UserError: ``vocab_size`` leaves no room for 256 bytes and the special tokens.
-    """
-    floor = 256 + len(SPECIAL)
-    if vocab_size < floor:
-        raise UserError(
-            f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL)} special tokens "
-            f"take {floor}; use at least {floor}"
-        )
-    if not tokenizers_installed():
-        complain(
-            f"tokenizers is not installed: every byte becomes a token ({floor} ids, about four "
-            "times as many tokens). For a BPE: pip install tokenizers"
-        )
-        return byte_tokenizer()
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Trained
-
-    trained = Trained(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    trained.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    trained.train_from_iterator(texts, trainer)
-    return Tokenizer(trained.to_str(pretty=True), {}, "the trained BPE")
-
-
-def byte_tokenizer() -> Tokenizer:
-    """A BPE without merges, made without the library: id = byte, then the special tokens."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    byte_level["use_regex"] = False
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    vocab = {character: value for value, character in enumerate(byte_characters())}
-    content: dict[str, Any] = {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": 256 + k, "content": name, **flags, "special": True}
-            for k, name in enumerate(SPECIAL)
-        ],
-        "pre_tokenizer": byte_level,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": []},
-    }
-    return Tokenizer(json.dumps(content, indent=2, ensure_ascii=False), {}, "the byte tokenizer")
 
 
 def _library(source: str, origin: str) -> Any | None:
@@ -845,16 +666,8 @@ def byte_characters() -> list[str]:
     return [chr(value if value in printable else next(others)) for value in range(256)]
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 at byte {error.start}; give a tokenizer.json"
-        ) from error
-
-
-def _parse_json(text: str, origin: str) -> dict[str, Any]:
+def parse_json(text: str, origin: str) -> dict[str, Any]:
+    """The object that a JSON text holds. Raises ``UserError`` if it holds none."""
     try:
         parsed = json.loads(text)
     except json.JSONDecodeError as error:
@@ -866,16 +679,3 @@ def _parse_json(text: str, origin: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise UserError(f"{origin} holds a JSON {type(parsed).__name__}, expected an object")
     return parsed
-
-
-def _no_tokenizer(path: Path, file: Path) -> str:
-    if not path.exists():
-        return f"tokenizer {path} does not exist; give a tokenizer.json or a folder that holds one"
-    for other in ("tiktoken.model", "tokenizer.model", "vocab.json"):
-        if (path / other).is_file():
-            return (
-                f"{file} does not exist; {path} holds {other}, which must be converted first: "
-                f"transformers' AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained(...) "
-                "writes a tokenizer.json"
-            )
-    return f"{file} does not exist; give a tokenizer.json or a folder that holds one"

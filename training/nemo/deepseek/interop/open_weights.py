@@ -25,7 +25,8 @@ from deepseek.console import complain
 from deepseek.data.blend import BlendedDataset
 from deepseek.data.dataset import ChatDataset, PackedDataset
 from deepseek.data.open_data import open_data
-from deepseek.data.tokenizer import Tokenizer, load_tokenizer
+from deepseek.data.tokenizer import Tokenizer
+from deepseek.data.tokenizer_files import load_tokenizer
 from deepseek.interop.hf_config import COMPUTED_KEYS
 from deepseek.interop.nemo_file import SUFFIX, NemoFile
 from deepseek.models.components.lora import is_adapter, merged_state
