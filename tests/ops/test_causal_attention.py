@@ -30,12 +30,15 @@ def compare(
     dtype: torch.dtype,
     scale: float,
     documents_BS: Tensor | None,
+    without: int = 0,
 ) -> None:
+    """Of all tokens, or of the queries of all but the first ``without``."""
     results = []
     for function in (causal_attention, causal_attention_slow):
         q, k, v = tensors(shape, dims, dtype)
-        y_BNSV = function(q, k, v, scale, documents_BS)
-        assert y_BNSV.shape == (*shape, dims[1]) and y_BNSV.dtype == dtype
+        y_BNSV = function(q[:, :, without:], k, v, scale, documents_BS)
+        wanted = (*shape[:2], shape[2] - without, dims[1])
+        assert y_BNSV.shape == wanted and y_BNSV.dtype == dtype
         y_BNSV.backward(torch.linspace(-1, 1, y_BNSV.numel()).view_as(y_BNSV).to(dtype))
         results.append((y_BNSV, q.grad, k.grad, v.grad))
     for fast, slow in zip(*results, strict=True):
@@ -62,7 +65,18 @@ def test_equals_all_scores(
         steps = st.lists(st.integers(0, 1), min_size=length, max_size=length)
         rows = [data.draw(steps, label="border") for _ in range(batch)]
         documents_BS = torch.tensor(rows).cumsum(1)
-    compare(shape, dims, dtype, scale, documents_BS)
+    without = data.draw(st.integers(0, length - 1), label="queries left out")
+    compare(shape, dims, dtype, scale, documents_BS, without)
+
+
+@pytest.mark.parametrize("function", [causal_attention, causal_attention_slow])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_fewer_queries_are_those_of_the_last_tokens(function: object, isolated: bool) -> None:
+    documents_BS = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]]) if isolated else None
+    q, k, v = tensors((2, 2, 5), (4, 3), torch.float64)
+    whole = function(q, k, v, 0.5, documents_BS)  # type: ignore[operator]
+    last = function(q[:, :, 3:], k, v, 0.5, documents_BS)  # type: ignore[operator]
+    torch.testing.assert_close(last, whole[:, :, 3:])
 
 
 @pytest.mark.parametrize("dims", [(6, 4), (4, 4), (3, 8)])
@@ -98,7 +112,9 @@ def test_what_a_token_may_see(function: object, isolated: bool) -> None:
 
 
 def test_document_mask() -> None:
-    mask = document_mask(torch.tensor([[7, 7, 3], [-1, 5, -1]]))
+    documents = torch.tensor([[7, 7, 3], [-1, 5, -1]])
+    mask = document_mask(documents, 3)
+    assert torch.equal(document_mask(documents, 2), mask[:, :, 1:])
     assert mask.shape == (2, 1, 3, 3) and mask.dtype == torch.bool
     assert mask[:, 0].int().tolist() == [
         [[1, 0, 0], [1, 1, 0], [0, 0, 1]],

@@ -1,4 +1,4 @@
-"""Causal attention of whole sequences; shapes: ``models/__init__.py``."""
+"""Causal attention; shapes: ``models/__init__.py``; of M keys' tokens, the last S have queries."""
 
 from __future__ import annotations
 
@@ -9,55 +9,65 @@ from torch import Tensor
 
 def causal_attention(
     q_BNSH: Tensor,
-    k_BNSH: Tensor,
-    v_BNSU: Tensor,
+    k_BNMH: Tensor,
+    v_BNMU: Tensor,
     scale: float,
-    documents_BS: Tensor | None = None,
+    documents_BM: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T + causal mask) v.
 
+    Queries may be fewer than keys: they are then those of the last tokens.
+
     Args:
-        q_BNSH, k_BNSH, v_BNSU: any float dtype, the same for all.
+        q_BNSH, k_BNMH, v_BNMU: any float dtype, the same for all.
         scale: multiplies the scores.
-        documents_BS: document id of each token; a token then sees only its own document.
+        documents_BM: document id of each token; a token then sees only its own document.
 
     Returns:
         (B, N, S, U) in the dtype of ``v``.
     """
-    value_dims = v_BNSU.shape[-1]
+    value_dims = v_BNMU.shape[-1]
     padding = q_BNSH.shape[-1] - value_dims
-    if padding > 0 and v_BNSU.device.type == "cpu":
+    if padding > 0 and v_BNMU.device.type == "cpu":
         # On CPU the fused kernel needs equal dims; without them torch takes a slower path silently.
-        v_BNSU = F.pad(v_BNSU, (0, padding))
-    if documents_BS is None:
-        y_BNSU = F.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSU, is_causal=True, scale=scale)
-    else:
-        y_BNSU = F.scaled_dot_product_attention(
-            q_BNSH, k_BNSH, v_BNSU, attn_mask=document_mask(documents_BS), scale=scale
-        )
+        v_BNMU = F.pad(v_BNMU, (0, padding))
+    queries, keys = q_BNSH.shape[2], k_BNMH.shape[2]
+    mask: Tensor | None = None
+    if documents_BM is not None:
+        mask = document_mask(documents_BM, queries)
+    elif queries < keys:
+        mask = causal_mask(queries, keys, q_BNSH.device)
+    y_BNSU = F.scaled_dot_product_attention(
+        q_BNSH, k_BNMH, v_BNMU, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
     return y_BNSU[..., :value_dims]
 
 
 def causal_attention_slow(
     q_BNSH: Tensor,
-    k_BNSH: Tensor,
-    v_BNSU: Tensor,
+    k_BNMH: Tensor,
+    v_BNMU: Tensor,
     scale: float,
-    documents_BS: Tensor | None = None,
+    documents_BM: Tensor | None = None,
 ) -> Tensor:
     """Readable twin of ``causal_attention``: holds all scores."""
-    scores_BNSS = q_BNSH @ k_BNSH.transpose(-2, -1) * scale
-    if documents_BS is None:
-        documents_BS = torch.zeros(
-            q_BNSH.shape[0], q_BNSH.shape[2], dtype=torch.int64, device=q_BNSH.device
+    scores_BNSM = q_BNSH @ k_BNMH.transpose(-2, -1) * scale
+    if documents_BM is None:
+        documents_BM = torch.zeros(
+            k_BNMH.shape[0], k_BNMH.shape[2], dtype=torch.int64, device=q_BNSH.device
         )
-    scores_BNSS = scores_BNSS.masked_fill(~document_mask(documents_BS), float("-inf"))
-    return scores_BNSS.softmax(dim=-1) @ v_BNSU
+    mask = document_mask(documents_BM, q_BNSH.shape[2])
+    return scores_BNSM.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v_BNMU
 
 
-def document_mask(documents_BS: Tensor) -> Tensor:
-    """True where a query may look: not ahead, and inside its own document; bool (B, 1, S, S)."""
-    length = documents_BS.shape[1]
-    causal_SS = torch.ones(length, length, dtype=torch.bool, device=documents_BS.device).tril()
-    same_BSS = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
-    return (same_BSS & causal_SS).unsqueeze(1)
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """True where a query may look: not ahead; bool (S, M)."""
+    everything = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return everything.tril(keys - queries)
+
+
+def document_mask(documents_BM: Tensor, queries: int) -> Tensor:
+    """True where a query may look: not ahead, and inside its own document; bool (B, 1, S, M)."""
+    same_BSM = documents_BM[:, -queries:].unsqueeze(2) == documents_BM.unsqueeze(1)
+    causal_SM = causal_mask(queries, documents_BM.shape[1], documents_BM.device)
+    return (same_BSM & causal_SM).unsqueeze(1)
