@@ -6,7 +6,8 @@
 #   make sweep    400 random parallel layouts against one process, and checkpoints between layouts
 #   make bench    training and decoding against Hugging Face transformers
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
-PIP_FLAGS := --quiet --disable-pip-version-check
+# What is never imported need not be compiled: an environment takes half the time.
+PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 VENV := .venv
 NEMO := .venv-nemo
 TEST_FLAGS ?= -n 2
@@ -33,7 +34,10 @@ endef
 train: $(VENV)/.ready
 	$(VENV)/bin/deepseek train --config deepseek_v3_tiny --sample --report
 
-test: lint browser test-lightning test-nemo
+# The environments are made side by side; what takes all cores for itself follows.
+test:
+	@$(MAKE) --no-print-directory -j 2 lint browser $(NEMO)/.ready
+	@$(MAKE) --no-print-directory -j 1 test-lightning test-nemo
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check .
@@ -54,7 +58,9 @@ test-nemo: $(NEMO)/.ready
 	$(NEMO)/bin/python -m pytest $(TEST_FLAGS) -m "framework and not nightly"
 
 test-all: export HYPOTHESIS_PROFILE := nightly
-test-all: lint browser $(VENV)/.ready $(NEMO)/.ready sweep
+test-all:
+	@$(MAKE) --no-print-directory -j 2 lint browser $(NEMO)/.ready
+	@$(MAKE) --no-print-directory -j 1 sweep
 	@echo "== the long version of the suite with PyTorch Lightning alone"
 	$(VENV)/bin/python -m pytest $(TEST_FLAGS) -m "" --timeout 3600
 	@echo "== and with NVIDIA NeMo"
