@@ -1,0 +1,52 @@
+"""Schedules played piece by piece, against their known bubbles and against the closed form."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepseek.planner.pipeline_timeline import StageTime, pipeline_seconds, play
+
+HELD = {
+    "GPipe": 1,
+    "1F1B": 1,
+    "Interleaved1F1B": 3,
+    "InterleavedZeroBubble": 2,
+    "ZBVZeroBubble": 2,
+    "DualPipe": 1,
+    "DualPipeV": 2,
+}
+
+
+def even(schedule: str, ranks: int) -> list[StageTime]:
+    return [StageTime(1.0, 2.0, 1.0, 0.3, 0.3)] * (ranks * HELD[schedule])
+
+
+@pytest.mark.parametrize("schedule", HELD)
+def test_every_piece_runs_once_and_no_rank_does_two_at_a_time(schedule: str) -> None:
+    for ranks, count in ((2, 8), (4, 16), (8, 32)):
+        line = play(schedule, ranks, even(schedule, ranks), count)
+        stages = ranks * HELD[schedule]
+        forward = [i for i in line.intervals if i.kind in ("F", "FB")]
+        backward = [i for i in line.intervals if i.kind in ("B", "I", "FB")]
+        assert len(forward) == len(backward) == stages * count
+        for rank in range(ranks):
+            mine = sorted((i for i in line.intervals if i.rank == rank), key=lambda i: i.start)
+            assert all(a.end <= b.start + 1e-9 for a, b in zip(mine, mine[1:], strict=False))
+        assert 0 <= line.bubble < 0.5
+
+
+def test_known_bubbles() -> None:
+    """(PP - 1)(F + B) of 1F1B, over the stages of a rank when interleaved (arXiv:2104.04473)."""
+    for ranks, count in ((4, 16), (8, 32)):
+        line = play("1F1B", ranks, even("1F1B", ranks), count)
+        assert line.seconds == pytest.approx(3 * (count + ranks - 1))
+        line = play("Interleaved1F1B", ranks, even("Interleaved1F1B", ranks), count)
+        assert line.seconds == pytest.approx(3 * 3 * count + 3 * (ranks - 1))
+
+
+@pytest.mark.parametrize("schedule", HELD)
+def test_closed_form_agrees(schedule: str) -> None:
+    for ranks, count in ((2, 16), (4, 16), (8, 64), (16, 64)):
+        times = even(schedule, ranks)
+        played = play(schedule, ranks, times, count).seconds
+        assert pipeline_seconds(schedule, ranks, times, count) == pytest.approx(played, rel=0.08)

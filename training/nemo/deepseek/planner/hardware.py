@@ -1,0 +1,81 @@
+"""GPUs as numbers: peaks, memory, links and price of an hour, each with its source."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from deepseek.config.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What one GPU, and the machine around it, can do at best."""
+
+    name: str
+    bf16: float
+    """FLOP/s of dense bf16 products."""
+    fp8: float
+    """FLOP/s of dense fp8 products; those of bf16 where there is no fp8."""
+    memory: float
+    """Bytes that a program can take."""
+    hbm: float
+    """Bytes/s of its memory."""
+    nvlink: float
+    """Bytes/s to other GPUs of its domain, in each direction."""
+    domain: int
+    """GPUs that NVLink connects."""
+    network: float
+    """Bytes/s to GPUs of other domains, in each direction."""
+    price: float | None
+    """US dollars of an hour; None: no public list price is known."""
+    source: str
+    """Of the figures."""
+    price_note: str
+    """Whose price it is."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_LIST_PRICE = "on-demand list price of 2025, rounded; contracts differ by a factor of 2"
+_NO_PRICE = "no public list price"
+
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A100", 312e12, 312e12, 80e9, 2.04e12, 300e9, 8, 25e9, 1.8,
+            "NVIDIA A100 80GB SXM data sheet; HDR InfiniBand of a DGX A100", _LIST_PRICE),
+        Gpu("H800", 989e12, 1979e12, 80e9, 3.35e12, 200e9, 8, 50e9, 2.0,
+            "arXiv:2412.19437 section 3.1, arXiv:2505.09343 section 2: an H100 with NVLink of "
+            "400 GB/s both ways", "what arXiv:2412.19437 reckons with"),
+        Gpu("H100", 989e12, 1979e12, 80e9, 3.35e12, 450e9, 8, 50e9, 3.0,
+            "NVIDIA H100 SXM data sheet; one 400 Gb/s port a GPU as in a DGX H100", _LIST_PRICE),
+        Gpu("H200", 989e12, 1979e12, 141e9, 4.8e12, 450e9, 8, 50e9, 3.5,
+            "NVIDIA H200 SXM data sheet; one 400 Gb/s port a GPU", _LIST_PRICE),
+        Gpu("B200", 2250e12, 4500e12, 180e9, 8e12, 900e9, 8, 50e9, 5.0,
+            "NVIDIA DGX B200 data sheet; one 400 Gb/s port a GPU", _LIST_PRICE),
+        Gpu("B300", 2250e12, 4500e12, 288e9, 8e12, 900e9, 8, 100e9, None,
+            "NVIDIA DGX B300 data sheet; one 800 Gb/s port a GPU", _NO_PRICE),
+        Gpu("GB200", 2500e12, 5000e12, 186e9, 8e12, 900e9, 72, 50e9, 10.5,
+            "NVIDIA GB200 NVL72 data sheet; one 400 Gb/s port a GPU", _LIST_PRICE),
+        Gpu("GB300", 2500e12, 5000e12, 279e9, 8e12, 900e9, 72, 100e9, None,
+            "NVIDIA GB300 NVL72 data sheet; one 800 Gb/s port a GPU", _NO_PRICE),
+    )
+}  # fmt: skip
+"""By name."""
+
+
+def gpu_named(text: str) -> Gpu:
+    """The GPU of a name such as ``h100``, ``NVIDIA H100 80GB HBM3`` or ``GB200-NVL72``.
+
+    Raises:
+        UserError: none is meant, or it is not known; with the nearest name, and all names.
+    """
+    words = re.split(r"[^A-Z0-9]+", text.upper())
+    for name in sorted(GPUS, key=len, reverse=True):
+        if any(re.fullmatch(rf"{name}(SXM\d*|NVL\d*)?", word) for word in words):
+            return GPUS[name]
+    near = nearest(text, GPUS, cutoff=0.4)
+    meant = f"use {near}" if near else "use one"
+    raise UserError(f"GPU {text!r} is not known; {meant} of {', '.join(GPUS)}")

@@ -1,0 +1,221 @@
+"""One training step as the model of time sees it: sizes, ranks, batch, precision, program.
+
+``job_of_run`` makes it from a configuration, ``published.py`` from a row of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from deepseek.config.layout import split_layers
+from deepseek.config.schema import ModelConfig, RunConfig
+from deepseek.planner.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class System:
+    """What a training program does that its layout does not say."""
+
+    name: str
+    hidden_all_to_all: float = 0.0
+    """Share of the experts' exchange that other work hides, under every schedule but DualPipe's."""
+    hidden_data_parallel: float = 0.5
+    """Share of the gradients' and weights' exchange that other work hides."""
+    dedicated_sms: float = 0.0
+    """Share of a GPU that the experts' exchange takes from products while it is hidden."""
+    glue: float = 1.0
+    """Memory traffic between products, in that of DeepSeek's own kernels."""
+    per_launch: float = 0.0
+    """Seconds that the host needs to launch one kernel, where it cannot run ahead."""
+    gathers_weights: bool = False
+    """Weights are sharded over data-parallel ranks (FSDP) and gathered before they are used."""
+    state_bytes: float = 18.0
+    """Of weights, gradients and moments of a parameter, on one rank and all its replicas."""
+
+
+DEEPSEEK = System("deepseek", hidden_all_to_all=1.0, dedicated_sms=20 / 132)
+OURS = System("ours", gathers_weights=True, glue=1.5, state_bytes=16)
+
+
+class Ranks(NamedTuple):
+    """Parallel sizes."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    """Stages of a rank."""
+    ep: int = 1
+    cp: int = 1
+    dp: int = 1
+    """Ranks with batches of their own, replicas included."""
+    replicas: int = 1
+    """Of the sharded weights, under HSDP."""
+
+    @property
+    def expert_dp(self) -> int:
+        """Ranks that hold the same experts."""
+        return max(1, self.dp * self.tp * self.cp // self.ep)
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return self.tp * self.pp * self.cp * self.dp
+
+
+class Stage(NamedTuple):
+    """What a pipeline stage holds."""
+
+    dense: int
+    """Blocks without experts."""
+    moe: int
+    """Blocks with experts."""
+    embedding: bool
+    head: int
+    """Passes through head and loss: one, and one for each MTP module."""
+    mtp: int
+    """MTP modules."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step of training."""
+
+    architecture: Architecture
+    seq_length: int
+    micro_batch: int
+    global_batch: int
+    ranks: Ranks
+    schedule: str
+    """As ``pipeline_schedule`` of a configuration, or DualPipe."""
+    stages: tuple[Stage, ...]
+    precision: str
+    """fp32, bf16, fp8 (scales in blocks) or mxfp8."""
+    recompute: str
+    """none, selective (norms, activations, latent projections) or full."""
+    system: System
+    imbalance: float = 1.0
+    """Rows of the fullest rank's experts over the mean."""
+    optimizer: str = "adamw"
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one step, on one data-parallel rank."""
+        return max(1, self.global_batch // (self.micro_batch * self.ranks.dp))
+
+
+def job_of_run(run: RunConfig, gpus: int) -> Job:
+    """The step of a configuration on ``gpus`` GPUs, whatever its trainer section counts."""
+    model = run.model
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    architecture = Architecture.of_model(model)
+    stages = _stages(model, architecture)
+    ranks = Ranks(
+        tp,
+        pp,
+        len(stages) // pp,
+        model.expert_model_parallel_size,
+        1,
+        max(1, gpus // (tp * pp)),
+        model.data_parallel_replicate_size,
+    )
+    precision = str(run.trainer.precision)
+    return Job(
+        architecture,
+        model.data.seq_length,
+        model.micro_batch_size,
+        model.global_batch_size,
+        ranks,
+        model.pipeline_schedule,
+        stages,
+        "fp32" if precision == "32" else "bf16",
+        model.activations_checkpoint_granularity or "none",
+        OURS,
+        optimizer=model.optim.name,
+    )
+
+
+_STAGES: dict[tuple[object, ...], tuple[Stage, ...]] = {}
+"""Of the splits met so far: a search asks for few of them, many times, and a split takes ms."""
+
+
+def _stages(model: ModelConfig, architecture: Architecture) -> tuple[Stage, ...]:
+    key = (
+        architecture,
+        model.data.seq_length,
+        model.pipeline_model_parallel_size,
+        model.pipeline_schedule,
+        model.virtual_pipeline_model_parallel_size,
+        tuple(model.pipeline_layers_per_stage or ()),
+    )
+    if key not in _STAGES:
+        stages = []
+        for part in split_layers(model):
+            moe = sum(model.is_moe_layer(layer) for layer in part.layers)
+            depth = model.num_nextn_predict_layers if part.last else 0
+            head = (1 + depth) * part.last
+            stages.append(Stage(len(part.layers) - moe, moe, part.first, head, depth))
+        _STAGES[key] = tuple(stages)
+    return _STAGES[key]
+
+
+def even_stages(
+    architecture: Architecture, costs: Sequence[float], count: int
+) -> tuple[Stage, ...]:
+    """Stages whose costliest costs least, where head and MTP modules may stand apart.
+
+    Args:
+        architecture: the sizes.
+        costs: seconds of a dense block, a MoE block, an MTP module, and a pass through the head.
+        count: stages.
+    """
+    dense, moe, mtp, head = costs
+    parts = [dense] * (architecture.layers - architecture.moe_layers)
+    kinds = [Stage(1, 0, False, 0, 0)] * len(parts)
+    parts += [moe] * architecture.moe_layers
+    kinds += [Stage(0, 1, False, 0, 0)] * architecture.moe_layers
+    for _ in range(architecture.mtp):
+        parts.append(mtp + head)
+        kinds.append(Stage(0, 0, False, 1, 1))
+    parts.append(head)
+    kinds.append(Stage(0, 0, False, 1, 0))
+    sizes = _smallest_largest(tuple(parts), count)
+    stages, at = [], 0
+    for size in sizes:
+        held = kinds[at : at + size]
+        stages.append(
+            Stage(
+                sum(k.dense for k in held),
+                sum(k.moe for k in held),
+                at == 0,
+                sum(k.head for k in held),
+                sum(k.mtp for k in held),
+            )
+        )
+        at += size
+    return tuple(stages)
+
+
+def _smallest_largest(costs: tuple[float, ...], groups: int) -> list[int]:
+    """Sizes of consecutive groups whose largest sum is smallest; the last may be empty."""
+    low, high = max(costs), sum(costs)
+    for _ in range(30):
+        middle = (low + high) / 2
+        if len(_filled(costs, middle)) <= groups:
+            high = middle
+        else:
+            low = middle
+    sizes = _filled(costs, high * (1 + 1e-9))
+    return sizes + [0] * (groups - len(sizes))
+
+
+def _filled(costs: tuple[float, ...], bound: float) -> list[int]:
+    sizes, total = [0], 0.0
+    for cost in costs:
+        if total + cost > bound and sizes[-1]:
+            sizes.append(0)
+            total = 0.0
+        sizes[-1] += 1
+        total += cost
+    return sizes

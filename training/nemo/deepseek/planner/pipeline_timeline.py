@@ -1,0 +1,334 @@
+"""When which rank of a pipeline works on what: schedules played from the times of their stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class StageTime(NamedTuple):
+    """Seconds of one stage on one micro-batch."""
+
+    forward: float
+    backward: float
+    """Gradients of inputs and weights."""
+    weight: float = 0.0
+    """Of ``backward``, what schedules that split it may do later."""
+    hidden_forward: float = 0.0
+    """Of ``forward``, exchanges that an opposite pass hides, where a schedule pairs the two."""
+    hidden_backward: float = 0.0
+    """The same of ``backward``."""
+
+
+class Interval(NamedTuple):
+    """What a rank does for a while."""
+
+    rank: int
+    kind: str
+    """F, B (whole), I (gradients of inputs), W (of weights) or FB (both passes, overlapped)."""
+    stage: int
+    micro_batch: int
+    start: float
+    end: float
+
+
+class Timeline(NamedTuple):
+    """A pipeline's step, without optimiser."""
+
+    intervals: tuple[Interval, ...]
+    seconds: float
+    ranks: int
+
+    @property
+    def bubble(self) -> float:
+        """Share of the ranks' time in which they wait."""
+        busy = sum(i.end - i.start for i in self.intervals)
+        return 1 - busy / (self.ranks * self.seconds)
+
+
+class Op(NamedTuple):
+    """One piece of a rank's work; ``also`` is the backward pass that a forward one overlaps."""
+
+    kind: str
+    stage: int
+    micro_batch: int
+    also: tuple[int, int] | None = None
+
+
+def play(
+    schedule: str, ranks: int, times: Sequence[StageTime], micro_batches: int, hop: float = 0.0
+) -> Timeline:
+    """Every interval of a step.
+
+    Args:
+        schedule: as ``pipeline_schedule``, or DualPipe.
+        ranks: of the pipeline.
+        times: of all stages, in the model's order.
+        micro_batches: of a step.
+        hop: seconds from one rank to the next.
+    """
+    return _played(orders(schedule, ranks, len(times), micro_batches), times, ranks, hop)
+
+
+def orders(schedule: str, ranks: int, stages: int, count: int) -> list[list[Op]]:
+    """The work of each rank, in order."""
+    if schedule == "GPipe":
+        return [
+            [*(Op("F", r, m) for m in range(count)), *(Op("B", r, m) for m in range(count))]
+            for r in range(ranks)
+        ]
+    if schedule in ("DualPipe", "DualPipeV"):
+        return [_dual(schedule, ranks, r, count) for r in range(ranks)]
+    if schedule == "ZBVZeroBubble":
+        return _zero_bubble_v(ranks, count)
+    return [_interleaved(schedule, ranks, r, stages // ranks, count) for r in range(ranks)]
+
+
+def _interleaved(schedule: str, ranks: int, rank: int, held: int, count: int) -> list[Op]:
+    """1F1B of one or several stages a rank, with whole or split backward passes."""
+    rounds = max(1, count // ranks)
+    size = count // rounds if held > 1 else ranks
+    total = held * count
+
+    def at(k: int, forward: bool) -> tuple[int, int]:
+        if held == 1:
+            return rank, k
+        group, inside = divmod(k, size * held)
+        local, m = divmod(inside, size)
+        local = local if forward else held - 1 - local
+        return local * ranks + rank, group * size + m
+
+    split = schedule in ("InterleavedZeroBubble", "ZBVZeroBubble", "ZB1P")
+    if held == 1:
+        warm = ranks - 1 - rank
+    elif split:
+        warm = (held - 1) * size + ranks - 1 - rank
+    else:
+        warm = (held - 1) * size + 2 * (ranks - 1 - rank)
+    warm = min(warm, total)
+    ops = [Op("F", *at(k, True)) for k in range(warm)]
+    done = 0
+    for k in range(total):
+        if warm + k < total:
+            ops.append(Op("F", *at(warm + k, True)))
+        if not split:
+            ops.append(Op("B", *at(k, False)))
+            continue
+        ops.append(Op("I", *at(k, False)))
+        if k - done >= rank or warm + k >= total:
+            ops.append(Op("W", *at(done, False)))
+            done += 1
+    ops += [Op("W", *at(k, False)) for k in range(done, total)] if split else []
+    return ops
+
+
+def _zero_bubble_v(ranks: int, count: int) -> list[list[Op]]:
+    """ZBV (arXiv:2401.10241): each rank takes what is ready, as if every piece took one tick.
+
+    Gradients of inputs go first, then forward passes, those of the later stage first, while no more
+    than ``2 * ranks`` passes wait for their weights' gradients; these fill what is left.
+    """
+    last = 2 * ranks - 1
+    done: dict[tuple[str, int, int], int] = {}
+    begun: dict[tuple[str, int], int] = {}
+    work: list[list[Op]] = [[] for _ in range(ranks)]
+    tick = 0
+
+    def ready(kind: str, stage: int) -> bool:
+        m = begun.get((kind, stage), 0)
+        if kind == "F":
+            needs = [("F", stage - 1, m)] if stage else []
+        elif kind == "I":
+            needs = [("F", stage, m), *([("I", stage + 1, m)] if stage < last else [])]
+        else:
+            needs = [("I", stage, m)]
+        return m < count and all(done.get(need, tick) < tick for need in needs)
+
+    while sum(map(len, work)) < 6 * ranks * count:
+        chosen = []
+        for rank in range(ranks):
+            near, far = rank, last - rank
+            held = sum(begun.get(("F", s), 0) - begun.get(("W", s), 0) for s in (near, far))
+            options = [("I", far), ("I", near)]
+            if held < 2 * ranks:
+                options.append(("F", far))
+                if held < 2 * ranks - 1 or begun.get(("F", near), 0) == begun.get(("F", far), 0):
+                    options.append(("F", near))
+            options += [("W", far), ("W", near)]
+            for kind, stage in options:
+                if ready(kind, stage):
+                    chosen.append((rank, kind, stage))
+                    break
+        for rank, kind, stage in chosen:
+            m = begun.get((kind, stage), 0)
+            begun[kind, stage] = m + 1
+            done[kind, stage, m] = tick
+            work[rank].append(Op(kind, stage, m))
+        tick += 1
+    return work
+
+
+def _dual(schedule: str, ranks: int, rank: int, count: int) -> list[Op]:
+    """DualPipe: two halves of a batch that run towards each other, or the two arms of a V."""
+    if schedule == "DualPipe":
+        half, reach, each = min(rank, ranks - 1 - rank), ranks // 2, count // 2
+        # Micro-batches that go up from the last rank are told by a stage number of `ranks` more.
+        stages = [rank, ranks + ranks - 1 - rank]
+        if rank >= ranks // 2:
+            stages.reverse()
+    else:
+        half, reach, each = rank, ranks, count
+        stages = [rank, 2 * ranks - 1 - rank]
+    begun, ended, owed = [0, 0], [0, 0], []
+    ops: list[Op] = []
+
+    def forward(side: int) -> None:
+        ops.append(Op("F", stages[side], begun[side]))
+        begun[side] += 1
+
+    def backward(side: int, split: bool = False) -> None:
+        at = (stages[side], ended[side])
+        ops.append(Op("I" if split else "B", *at))
+        if split:
+            owed.append(at)
+        ended[side] += 1
+
+    def weight() -> None:
+        ops.append(Op("W", *owed.pop(0)))
+
+    def both(side: int, other: int) -> None:
+        ops.append(Op("FB", stages[side], begun[side], (stages[other], ended[other])))
+        begun[side] += 1
+        ended[other] += 1
+
+    left = reach - half - 1
+    for _ in range(2 * left):
+        forward(0)
+    for _ in range(half + 1):
+        forward(0)
+        forward(1)
+    for _ in range(left):
+        backward(1, split=True)
+        weight()
+        forward(1)
+    for k in range(each - 2 * reach + half + 1):
+        if k == 0 and left == 0:
+            forward(0)
+            backward(1)
+        else:
+            both(0, 1)
+        both(1, 0)
+    for _ in range(left):
+        backward(1)
+        both(1, 0)
+    split = False
+    for k in range(half + 1):
+        split = split or (k == (half + 1) // 2 and half % 2 == 1)
+        backward(1, split)
+        split = split or (k == (half + 1) // 2 and half % 2 == 0)
+        backward(0, split)
+    for _ in range(left):
+        weight()
+        backward(0, split=True)
+    while owed:
+        weight()
+    return ops
+
+
+def _played(work: list[list[Op]], times: Sequence[StageTime], ranks: int, hop: float) -> Timeline:
+    """Each rank in its order, each piece as soon as what it needs is there."""
+    count = len(times)
+    forward: dict[tuple[int, int], float] = {}
+    backward: dict[tuple[int, int], float] = {}
+    free, at = [0.0] * ranks, [0] * ranks
+    intervals: list[Interval] = []
+
+    def ready_forward(stage: int, micro: int) -> float | None:
+        if stage % count == 0:
+            return 0.0
+        done = forward.get((stage - 1, micro))
+        return None if done is None else done + hop
+
+    def ready_backward(stage: int, micro: int) -> float | None:
+        own = forward.get((stage, micro))
+        if stage % count == count - 1 or own is None:
+            return own
+        done = backward.get((stage + 1, micro))
+        return None if done is None else max(own, done + hop)
+
+    moved = True
+    while moved:
+        moved = False
+        for rank in range(ranks):
+            while at[rank] < len(work[rank]):
+                op = work[rank][at[rank]]
+                time = times[op.stage % count]
+                if op.kind == "F":
+                    ready, length = ready_forward(op.stage, op.micro_batch), time.forward
+                elif op.kind in ("B", "I"):
+                    ready = ready_backward(op.stage, op.micro_batch)
+                    length = time.backward - (time.weight if op.kind == "I" else 0.0)
+                elif op.kind == "W":
+                    ready, length = 0.0, time.weight
+                else:
+                    assert op.also is not None
+                    one = ready_forward(op.stage, op.micro_batch)
+                    two = ready_backward(*op.also)
+                    ready = None if one is None or two is None else max(one, two)
+                    back = times[op.also[0] % count]
+                    length = overlapped(time, back)
+                if ready is None:
+                    break
+                start = max(free[rank], ready)
+                end = start + length
+                intervals.append(
+                    Interval(rank, op.kind, op.stage % count, op.micro_batch, start, end)
+                )
+                if op.kind in ("F", "FB"):
+                    forward[op.stage, op.micro_batch] = end
+                if op.kind in ("B", "I"):
+                    backward[op.stage, op.micro_batch] = end
+                if op.also is not None:
+                    backward[op.also] = end
+                free[rank] = end
+                at[rank] += 1
+                moved = True
+    assert all(at[rank] == len(work[rank]) for rank in range(ranks)), "the schedule waits for ever"
+    return Timeline(tuple(intervals), max(free), ranks)
+
+
+def overlapped(one: StageTime, other: StageTime) -> float:
+    """Seconds of a forward and a backward pass together: each hides the other's exchanges."""
+    exchanges = one.hidden_forward + other.hidden_backward
+    compute = one.forward + other.backward - exchanges
+    return max(compute, exchanges)
+
+
+def pipeline_seconds(
+    schedule: str, ranks: int, times: Sequence[StageTime], micro_batches: int, hop: float = 0.0
+) -> float:
+    """Seconds of a step in closed form, for searches: the busiest rank's work and the ramps."""
+    held = len(times) // ranks
+    forward = sum(t.forward for t in times)
+    backward = sum(t.backward for t in times)
+    weight = sum(t.weight for t in times)
+    if schedule in ("ZBVZeroBubble", "DualPipeV"):
+        of_rank = [(times[r], times[2 * ranks - 1 - r]) for r in range(ranks)]
+    elif schedule == "DualPipe":
+        of_rank = [(times[r], times[ranks - 1 - r]) for r in range(ranks)]
+    else:
+        of_rank = [tuple(times[r::ranks]) for r in range(ranks)]  # type: ignore[misc]
+    if schedule in ("DualPipe", "DualPipeV"):
+        pair = [overlapped(a, b) + overlapped(b, a) for a, b in of_rank]
+        busy = max(pair) * micro_batches / (2 if schedule == "DualPipe" else 1)
+        reach = ranks // 2 if schedule == "DualPipe" else ranks
+        mean = sum(pair) / (2 * len(pair))
+        count = len(times)
+        return busy + max(0, reach - 1) * (mean + backward / count - 3 * weight / count)
+    busy = max(sum(t.forward + t.backward for t in held_by) for held_by in of_rank) * micro_batches
+    ramp = (ranks - 1) / ranks * (forward + backward) / held
+    if schedule == "InterleavedZeroBubble":
+        ramp -= 2 * (ranks - 1) / ranks * weight / held
+    elif schedule == "ZBVZeroBubble":
+        ramp = (ranks - 1) / ranks * (forward + backward - 3 * weight) / held
+    return busy + max(0.0, ramp) + 2 * (ranks * held - 1) * hop
