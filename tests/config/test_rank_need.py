@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributed.pipelining.schedules import _Action, _ComputationType
 
-from deepseek.config import load_config
+from deepseek.config import cost, load_config
 from deepseek.config.cost import in_flight, rank_need, reduces_gradients
 from deepseek.config.layout import Layout, split_layers, stage_rank, stages_of_rank
 from deepseek.config.schema import ModelConfig
@@ -186,3 +186,22 @@ def test_large_gradients_are_divided_after_each_micro_batch() -> None:
     stages = small_run(4, 1, 1, 2, 1, *large)
     assert not reduces_gradients(stages.model, Layout.of_run(stages))
     assert not reduces_gradients(small_run(2).model, Layout(dp_shard=2))
+
+
+# -- a search over layouts --
+
+
+def test_a_search_counts_the_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other batches, schedules, policies and places of the same layout list no weight again."""
+    layout = Layout.of(V3, 2048)
+    expected = rank_need(V3, layout, 3, 16, half=True)
+    for name in ("model_weights", "block_weights", "kept_shape"):
+        monkeypatch.setattr(cost, name, None)
+    assert rank_need(replace(V3), layout, 3, 16, half=True) == expected
+    for changed in (
+        replace(V3, micro_batch_size=2),
+        replace(V3, activations_checkpoint_granularity=None),
+        replace(V3, pipeline_schedule="DualPipeV", num_nextn_predict_layers=1),
+    ):
+        for pp_rank in range(16):
+            assert rank_need(changed, layout, pp_rank, 16, half=True).total > expected.states

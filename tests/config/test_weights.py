@@ -6,7 +6,8 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from deepseek.config.weights import (
     block_weights,
     lora_targets,
     model_weights,
+    once_per_shape,
     weight_kinds,
 )
 from deepseek.models.transformer import Transformer
@@ -172,3 +174,19 @@ def test_hugging_face_names_are_unique(depth: int) -> None:
     names = [weight.hf_name for weight in model_weights(model)]
     assert all(names) and len(names) == len(set(names))
     assert {weight.routed for weight in model_weights(model) if "{e}" in weight.hf_name} == {True}
+
+
+def test_what_is_told_once_per_shape_depends_on_nothing_else() -> None:
+    """Every field of a model is changed: what was remembered of another one is never told."""
+    base = tiny_config(num_nextn_predict_layers=1)
+    tell = once_per_shape(lambda model: model_weights(model))
+    others: dict[str, Any] = {"q_lora_rank": 7, "topk_method": "greedy"}
+    others["peft"] = PeftConfig(dim=2, target_modules=["wkv_a"])
+    for field in fields(base):
+        value = getattr(base, field.name)
+        other = others.get(field.name, value + 8 if type(value) is int else value)
+        model = replace(base, **{field.name: other})
+        assert tell(base) == model_weights(base)
+        assert tell(model) == model_weights(model), field.name
+    model = replace(base, peft=PeftConfig(dim=2, target_modules=["wo"]))
+    assert tell(model) == model_weights(model)

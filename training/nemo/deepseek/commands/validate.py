@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 from deepseek.config import RunConfig, UserError, load_config
 from deepseek.config.cost import (
-    RankNeed,
     count_parameters,
     flops_per_token,
     kv_cache_bytes_per_token,
-    rank_need,
+    rank_needs,
     state_memory,
 )
 from deepseek.config.layout import (
@@ -393,16 +392,6 @@ def _memory(run: RunConfig) -> Table:
 
 
 # -- does it fit --
-
-
-def rank_needs(run: RunConfig) -> list[RankNeed]:
-    """Of the ranks at each place of the pipeline."""
-    model, layout = run.model, Layout.of_run(run)
-    half = str(run.trainer.precision) == "bf16-mixed" or (
-        run.trainer.precision == "auto" and run.trainer.accelerator != "cpu"
-    )
-    micro_batches = model.global_batch_size // (model.micro_batch_size * layout.dp)
-    return [rank_need(model, layout, pp, micro_batches, half) for pp in range(layout.pp)]
 
 
 def _check_memory(run: RunConfig, config: str, overrides: Sequence[str], memory: float) -> None:

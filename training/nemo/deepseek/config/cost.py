@@ -15,7 +15,7 @@ feed-forward and of one expert, E experts of which a token takes K, V ids:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,13 +23,13 @@ from deepseek.config.layout import (
     INTERLEAVED_SCHEDULES,
     V_SCHEDULES,
     Layout,
+    StageSlice,
     kept_shape,
-    num_stages,
     split_layers,
     stages_of_rank,
 )
-from deepseek.config.schema import ModelConfig
-from deepseek.config.weights import Weight, model_weights
+from deepseek.config.schema import ModelConfig, RunConfig
+from deepseek.config.weights import Weight, block_weights, model_weights, once_per_shape
 
 KEPT_BYTES = 1 << 30
 """Gathered weights of less stay gathered for a whole step, if nobody says otherwise."""
@@ -216,7 +216,8 @@ def state_memory(model: ModelConfig, optimizer: str = "adamw") -> StateMemory:
         model: the sizes.
         optimizer: ``adamw`` or ``muon``.
     """
-    return _states(model, model_weights(model), optimizer, lambda weight: weight.shape)
+    everything = StageSlice(range(model.num_hidden_layers), first=True, last=True)
+    return _states(model, Layout(), [everything], optimizer)
 
 
 def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_number: int = 2) -> int:
@@ -249,27 +250,25 @@ def rank_memory(
     Returns:
         Activations and gathered weights are not included.
     """
-    weights = _rank_weights(model, pp_rank)
-    return _states(model, weights, optimizer, lambda weight: kept_shape(weight, layout))
+    return _states(model, layout, rank_stages(model, pp_rank), optimizer)
+
+
+def rank_stages(model: ModelConfig, pp_rank: int) -> list[StageSlice]:
+    """What each stage of a rank has of the model, in ascending order."""
+    parts = split_layers(model)
+    return [parts[stage] for stage in stages_of_rank(model, pp_rank)]
 
 
 def _states(
-    model: ModelConfig,
-    weights: Iterable[Weight],
-    optimizer: str,
-    kept: Callable[[Weight], tuple[int, ...]],
+    model: ModelConfig, layout: Layout, stages: Sequence[StageSlice], optimizer: str
 ) -> StateMemory:
-    parameters = trained = moments = biases = 0
-    for weight in weights:
-        count = math.prod(kept(weight))
-        if weight.buffer:
-            biases += count
-            continue
-        parameters += count
-        if model.peft is None or weight.adapter:
-            hidden = len(weight.shape) > 1 and weight.name.split(".")[0] in ("layers", "mtp")
-            trained += count
-            moments += count if optimizer == "muon" and hidden else 2 * count
+    parameters = biases = trained = hidden = 0
+    for numbers, times, _ in _groups(model, layout, stages):
+        parameters += times * numbers.kept
+        biases += times * numbers.biases
+        trained += times * numbers.trained
+        hidden += times * numbers.hidden
+    moments = 2 * trained - (hidden if optimizer == "muon" else 0)
     return StateMemory(parameters, 4 * (parameters + biases), 4 * trained, 4 * moments)
 
 
@@ -278,7 +277,88 @@ def gathered_bytes(model: ModelConfig, layout: Layout) -> int:
 
     Of experts that no other rank has a part of, there is none: it computes with what it keeps.
     """
-    return max(4 * sum(_whole(model, layout, pp_rank).values()) for pp_rank in range(layout.pp))
+    ranks = (_groups(model, layout, rank_stages(model, pp_rank)) for pp_rank in range(layout.pp))
+    return 4 * max(sum(times * numbers.gathered for numbers, times, _ in rank) for rank in ranks)
+
+
+class _Numbers(NamedTuple):
+    """How many numbers a rank has of a group of weights."""
+
+    kept: int
+    """Of parameters, between steps."""
+    biases: int
+    """Of correction biases."""
+    trained: int
+    """Of ``kept``, what has gradients."""
+    hidden: int
+    """Of ``trained``, matrices of blocks, for which Muon has one momentum."""
+    gathered: int
+    """What is computed with, if other ranks keep a part of it."""
+    alone: int
+    """Of experts that are kept in whole."""
+
+
+def _groups(
+    model: ModelConfig, layout: Layout, stages: Sequence[StageSlice]
+) -> list[tuple[_Numbers, int, bool]]:
+    """What some stages have: a group of weights, how often, and whether it is a unit of FSDP."""
+    numbers, found = _numbers(model, layout), []
+    for part in stages:
+        dense, moe = _kinds(model, part)
+        found += [(numbers["dense"], dense, True), (numbers["moe"], moe, True)]
+        if part.first or part.last:
+            ends = "both ends" if part.first and part.last else "first" if part.first else "last"
+            found.append((numbers[ends], 1, False))
+        if part.last:
+            found.append((numbers["mtp"], model.num_nextn_predict_layers, True))
+    return found
+
+
+def _kinds(model: ModelConfig, part: StageSlice) -> tuple[int, int]:
+    """Dense and MoE blocks of a stage."""
+    layers = part.layers
+    dense = min(max(model.first_k_dense_replace - layers.start, 0), len(layers))
+    return dense, len(layers) - dense
+
+
+@once_per_shape
+def _numbers(model: ModelConfig, layout: Layout) -> dict[str, _Numbers]:
+    """Of one block (``dense``, ``moe``), one MTP module (``mtp``), and what stages have besides."""
+    ends = {
+        name: model_weights(model, (), first, last)
+        for name, first, last in (
+            ("first", True, False),
+            ("last", False, True),
+            ("both ends", True, True),
+        )
+    }
+    groups = {
+        "dense": block_weights(model, moe=False),
+        "moe": block_weights(model, moe=True),
+        "mtp": [weight for weight in ends["last"] if weight.name.startswith("mtp.0.")],
+    }
+    for name, weights in ends.items():
+        groups[name] = [weight for weight in weights if not weight.name.startswith("mtp.")]
+    found = {}
+    for name, weights in groups.items():
+        kept = biases = trained = hidden = gathered = alone = 0
+        for weight in weights:
+            count = math.prod(kept_shape(weight, layout))
+            if weight.buffer:
+                biases += count
+                continue
+            kept += count
+            if model.peft is None or weight.adapter:
+                trained += count
+                if len(weight.shape) > 1 and name not in ends:
+                    hidden += count
+            whole = math.prod(weight.divided(layout.tp, layout.ep))
+            if weight.routed and layout.keeps_experts:
+                alone += whole
+            else:
+                gathered += whole
+        found[name] = _Numbers(kept, biases, trained, hidden, gathered, alone)
+    return found
 
 
 def reshards(model: ModelConfig, layout: Layout) -> bool:
@@ -342,32 +422,34 @@ def rank_need(
         micro_batches: of a step.
         half: products are computed in 2 bytes (``bf16-mixed``).
     """
-    kept = rank_memory(model, layout, pp_rank, model.optim.name)
-    whole = _whole(model, layout, pp_rank)
-    root, units = whole.pop("", 0), sorted(whole.values())
+    stages, held = rank_stages(model, pp_rank), in_flight(model, pp_rank, micro_batches)
+    kept = _states(model, layout, stages, model.optim.name)
+    root = alone = 0
+    units: list[int] = []
+    for numbers, times, unit in _groups(model, layout, stages):
+        alone += times * numbers.alone
+        if unit:
+            units += times * [numbers.gathered]
+        else:
+            root += times * numbers.gathered
+    units.sort()
     parted = layout.world_size > 1
     gathered = 4 * (root + sum(units[-2:] if reshards(model, layout) else units)) * parted
     gradients = kept.gradients
     at_once = micro_batches == 1 and layout.pp == 1
     if parted and model.peft is None:
-        alone = 4 * sum(  # experts in whole, which are not gathered, nor their gradients
-            math.prod(weight.divided(layout.tp, layout.ep))
-            for weight in _rank_weights(model, pp_rank)
-            if weight.routed and layout.keeps_experts
-        )
         if reduces_gradients(model, layout) or at_once:
             gradients += 4 * (root + sum(units[-2:]))
-        else:
-            gradients = alone + 4 * (root + sum(units))
-    held = in_flight(model, pp_rank, micro_batches)
+        else:  # experts in whole are not gathered, nor their gradients
+            gradients = 4 * (alone + root + sum(units))
     waiting = sum(
-        count * _stage_activations(model, layout, stage, half) for stage, count in held.items()
+        count * _stage_activations(model, layout, part, half)
+        for part, count in zip(stages, held.values(), strict=True)
     )
     hidden = 4 * _tokens(model) // layout.tp * model.hidden_size
-    last = num_stages(model) - 1
-    ends = sum((stage > 0) + (stage < last) for stage in held)
-    working = _working(model, layout, pp_rank, half)
-    if last in held:
+    ends = sum((not part.first) + (not part.last) for part in stages)
+    working = _working(model, layout, stages, half)
+    if any(part.last for part in stages):
         depth = model.num_nextn_predict_layers
         table = 4 * model.vocab_size // layout.tp * model.hidden_size
         # Of the head the gradient, scaled, and its sum with that of the next use; of the embedding
@@ -381,6 +463,16 @@ def rank_need(
         ends * micro_batches * hidden,
         working,
     )
+
+
+def rank_needs(run: RunConfig) -> list[RankNeed]:
+    """Of the ranks at each place of the pipeline."""
+    model, layout = run.model, Layout.of_run(run)
+    half = str(run.trainer.precision) == "bf16-mixed" or (
+        run.trainer.precision == "auto" and run.trainer.accelerator != "cpu"
+    )
+    micro_batches = model.global_batch_size // (model.micro_batch_size * layout.dp)
+    return [rank_need(model, layout, pp, micro_batches, half) for pp in range(layout.pp)]
 
 
 def in_flight(model: ModelConfig, pp_rank: int, micro_batches: int) -> dict[int, int]:
@@ -406,32 +498,22 @@ def in_flight(model: ModelConfig, pp_rank: int, micro_batches: int) -> dict[int,
     return {stage: min(n, micro_batches) for stage, n in zip(stages, counts, strict=True)}
 
 
-def _whole(model: ModelConfig, layout: Layout, pp_rank: int) -> dict[str, int]:
-    """Numbers of each unit of FSDP as computed with: of every block, and "" of the rest."""
-    units: dict[str, int] = {}
-    for weight in _rank_weights(model, pp_rank):
-        if weight.buffer or (weight.routed and layout.keeps_experts):
-            continue
-        kind, _, rest = weight.name.partition(".")
-        unit = f"{kind}.{rest.partition('.')[0]}" if kind in ("layers", "mtp") else ""
-        units[unit] = units.get(unit, 0) + math.prod(weight.divided(layout.tp, layout.ep))
-    return units
-
-
 def _tokens(model: ModelConfig) -> int:
     """Of a micro-batch."""
     return model.micro_batch_size * model.data.seq_length
 
 
-def _stage_activations(model: ModelConfig, layout: Layout, stage: int, half: bool) -> int:
+def _stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, half: bool) -> int:
     """Bytes that a stage keeps of one micro-batch from its forward to its backward pass."""
-    part, recompute = split_layers(model)[stage], model.activations_checkpoint_granularity
+    recompute = model.activations_checkpoint_granularity
     hidden = 4 * _tokens(model) // layout.tp * model.hidden_size
     if recompute:
         total = len(part.layers) * hidden
     else:
         total = sum(
-            _block_activations(model, layout, model.is_moe_layer(i), half) for i in part.layers
+            n * _block_activations(model, layout, bool(moe), half)
+            for moe, n in enumerate(_kinds(model, part))
+            if n
         )
     if not part.first:
         total -= hidden  # the first block's input is what was received
@@ -447,12 +529,10 @@ def _stage_activations(model: ModelConfig, layout: Layout, stage: int, half: boo
     return total + depth * ahead
 
 
-def _working(model: ModelConfig, layout: Layout, pp_rank: int, half: bool) -> int:
+def _working(model: ModelConfig, layout: Layout, stages: Sequence[StageSlice], half: bool) -> int:
     """Bytes of one block's backward pass, the costliest of a rank, beside what waits for it."""
-    parts = split_layers(model)
-    held = [parts[stage] for stage in stages_of_rank(model, pp_rank)]
-    kinds = {model.is_moe_layer(layer) for part in held for layer in part.layers}
-    kinds |= {True} if any(part.last for part in held) and model.num_nextn_predict_layers else set()
+    kinds = {bool(moe) for part in stages for moe, n in enumerate(_kinds(model, part)) if n}
+    kinds |= {True} if any(p.last for p in stages) and model.num_nextn_predict_layers else set()
     tokens, dim = _tokens(model), model.hidden_size
     hidden = 4 * tokens // layout.tp * dim
     most = 0
@@ -509,13 +589,6 @@ def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool
         inputs = inputs if half else 0  # the router's copy
     total += (inputs if width else 0) + 4 * number * tokens * width
     return total + (2 * (matrices + 3 * dim * width) if half else 0)
-
-
-def _rank_weights(model: ModelConfig, pp_rank: int) -> list[Weight]:
-    """The weights of its stages, whole."""
-    parts = split_layers(model)
-    held = stages_of_rank(model, pp_rank)
-    return [weight for stage in held for weight in model_weights(model, *parts[stage])]
 
 
 # -- terms of the counts --

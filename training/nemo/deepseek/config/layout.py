@@ -13,12 +13,15 @@ A mesh has axes; a tensor has dims. ``layout_rules.py`` refuses the layouts that
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 from deepseek.config.schema import ModelConfig, RunConfig
-from deepseek.config.weights import Weight, block_weights
+from deepseek.config.weights import Weight, block_weights, once_per_shape
 
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 SPARSE_AXES = ("pp", "dp_replicate", "edp", "ep")
@@ -246,32 +249,48 @@ def stage_rank(model: ModelConfig, stage: int) -> int:
 
 def stages_of_rank(model: ModelConfig, pp_rank: int) -> list[int]:
     """The stages a pipeline rank holds, ascending."""
-    return [s for s in range(num_stages(model)) if stage_rank(model, s) == pp_rank]
+    pp = model.pipeline_model_parallel_size
+    if model.pipeline_schedule in V_SCHEDULES and pp > 1:
+        return [pp_rank, 2 * pp - 1 - pp_rank]
+    return list(range(pp_rank, num_stages(model), pp))
 
 
 def split_layers(model: ModelConfig) -> list[StageSlice]:
     """The parts of each stage: by hand, or so that the costliest stage costs least."""
-    stages = num_stages(model)
-    sizes = model.pipeline_layers_per_stage or balanced_sizes(
-        layer_costs(model), last_stage_cost(model), stages
-    )
-    starts = [sum(sizes[:stage]) for stage in range(stages + 1)]
+    if model.pipeline_layers_per_stage is not None:
+        return _parts(model.pipeline_layers_per_stage)
+    moe = model.num_moe_layers
+    dense_cost, moe_cost = _block_costs(model)
+    last, stages = last_stage_cost(model), num_stages(model)
+    return list(_balanced(model.num_hidden_layers - moe, moe, dense_cost, moe_cost, last, stages))
+
+
+def _parts(sizes: Sequence[int]) -> list[StageSlice]:
+    ends = list(accumulate(sizes))
     return [
-        StageSlice(range(starts[s], starts[s + 1]), s == 0, s == stages - 1) for s in range(stages)
+        StageSlice(range(end - size, end), end == size, end == ends[-1])
+        for size, end in zip(sizes, ends, strict=True)
     ]
+
+
+@lru_cache(maxsize=1 << 12)
+def _balanced(
+    dense: int, moe: int, dense_cost: int, moe_cost: int, last: int, stages: int
+) -> tuple[StageSlice, ...]:
+    return tuple(_parts(balanced_sizes([dense_cost] * dense + [moe_cost] * moe, last, stages)))
 
 
 def layer_costs(model: ModelConfig) -> list[int]:
     """Multiplications in each block's forward pass for one token, attention over half the sequence
     included."""
-    costs = {moe: _block_cost(model, moe) for moe in (False, True)}
+    costs = _block_costs(model)
     return [costs[model.is_moe_layer(layer)] for layer in range(model.num_hidden_layers)]
 
 
 def last_stage_cost(model: ModelConfig) -> int:
     """The same of what the last stage has besides its blocks: the head, MTP with its own pass."""
     head, depth = model.vocab_size * model.hidden_size, model.num_nextn_predict_layers
-    return head + depth * (head + 2 * model.hidden_size**2 + _block_cost(model, moe=True))
+    return head + depth * (head + 2 * model.hidden_size**2 + _block_costs(model)[1])
 
 
 def balanced_sizes(costs: list[int], last: int, stages: int) -> list[int]:
@@ -285,33 +304,34 @@ def balanced_sizes(costs: list[int], last: int, stages: int) -> list[int]:
         last: added to the last group, in the same unit.
         stages: number of groups, at most ``len(costs)``.
     """
+    sums = list(accumulate(costs, initial=0))
     count = len(costs)
-    total = [sum(costs[:i]) for i in range(count + 1)]
 
-    def cost(start: int, end: int, group: int) -> int:
-        return total[end] - total[start] + (last if group == stages else 0)
+    def fits(bound: int) -> bool:
+        """Whether the groups, filled from the last on, are enough; larger ones can be parted."""
+        groups, room = 1, bound - last
+        for index, cost in enumerate(reversed(costs)):
+            if cost > room:
+                groups, room = groups + 1, bound
+                if index == 0 or cost > room:
+                    return False
+            room -= cost
+        return groups <= stages
 
-    # least[end] is the smallest possible largest sum of the first groups, up to layer `end`
-    least: list[float] = [0, *[math.inf] * count]
-    for group in range(1, stages + 1):
-        least = [
-            min((max(least[cut], cost(cut, end, group)) for cut in range(end)), default=math.inf)
-            for end in range(count + 1)
-        ]
-    bound = least[count]
+    bound = bisect_left(range(sums[-1] + last + 1), True, key=fits)
     even: dict[int, tuple[int, list[int]]] = {0: (0, [])}
     for group in range(1, stages + 1):
-        even = {
-            end: min(options)
-            for end in range(group, count + 1)
-            if (
-                options := [
-                    (even[cut][0] + cost(cut, end, group) ** 2, [*even[cut][1], end - cut])
-                    for cut in range(group - 1, end)
-                    if cut in even and cost(cut, end, group) <= bound
-                ]
-            )
-        }
+        more = last if group == stages else 0
+        starts, even = even, {}
+        for end in range(group, count + 1):
+            first = bisect_left(sums, sums[end] + more - bound)
+            options = [
+                (starts[cut][0] + (sums[end] - sums[cut] + more) ** 2, [*starts[cut][1], end - cut])
+                for cut in range(first, end)
+                if cut in starts
+            ]
+            if options:
+                even[end] = min(options)
     return even[count][1]
 
 
@@ -319,15 +339,27 @@ def _share(ranks: int, inside: int) -> int | None:
     return ranks // inside if ranks % inside == 0 else None
 
 
-def _block_cost(model: ModelConfig, moe: bool) -> int:
-    """Attention with the norms of its latents, and the feed-forward without router."""
+def _block_costs(model: ModelConfig) -> tuple[int, int]:
+    """Of a dense and of a MoE block: attention with the norms of its latents, and the feed-forward
+    without router."""
     length, heads = model.data.seq_length, model.num_attention_heads
-    cost = length * heads * (model.qk_head_dim + model.v_head_dim) // 2
-    for weight in block_weights(model, moe):
-        if weight.adapter or weight.name.startswith(("attn_norm", "ffn_norm", "ffn.gate")):
-            continue
-        size = math.prod(weight.shape)
-        if weight.routed:
-            size = size // model.n_routed_experts * model.num_experts_per_tok
-        cost += size
-    return cost
+    scores = length * heads * (model.qk_head_dim + model.v_head_dim) // 2
+    dense, moe, expert = _multiplied(model)
+    return scores + dense, scores + moe + model.num_experts_per_tok * expert
+
+
+@once_per_shape
+def _multiplied(model: ModelConfig) -> tuple[int, int, int]:
+    """Numbers of the matrices of a dense block, of a MoE block less its experts, of an expert."""
+    sizes = [
+        [
+            (weight.routed, math.prod(weight.shape))
+            for weight in block_weights(model, moe)
+            if not weight.adapter
+            and not weight.name.startswith(("attn_norm", "ffn_norm", "ffn.gate"))
+        ]
+        for moe in (False, True)
+    ]
+    dense, moe = (sum(size for routed, size in block if not routed) for block in sizes)
+    experts = sum(size for routed, size in sizes[1] if routed)
+    return dense, moe, experts // model.n_routed_experts

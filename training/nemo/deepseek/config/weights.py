@@ -8,9 +8,11 @@ compare the two.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import lru_cache, wraps
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeVar
 
 from deepseek.config.schema import ModelConfig
 
@@ -157,6 +159,60 @@ class Weight:
             return 0
         sizes = enumerate(self.divided(tp, ep))
         return next((dim for dim, size in sizes if size % shards == 0), None)
+
+
+# -- counted once --
+
+T = TypeVar("T")
+
+_SHAPE = attrgetter(
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "n_shared_experts",
+    "first_k_dense_replace",
+    "topk_method",
+    "num_nextn_predict_layers",
+)
+
+
+class _Shape(tuple[Any, ...]):
+    """What names and shapes of a model's weights follow from, and one model that is so."""
+
+    model: ModelConfig
+
+
+def once_per_shape(function: Callable[..., T]) -> Callable[..., T]:
+    """Remember what ``function`` tells of a model, for all models whose weights are the same.
+
+    A search over layouts asks thousands of times. The function must depend on nothing of the model
+    but its weights; its other arguments are hashable, and what it returns is not changed.
+    """
+
+    @lru_cache(maxsize=1 << 14)
+    def told(shape: _Shape, *arguments: Any) -> T:
+        return function(shape.model, *arguments)
+
+    @wraps(function)
+    def tell(model: ModelConfig, *arguments: Any) -> T:
+        peft = model.peft and (model.peft.dim, *model.peft.target_modules)
+        shape = _Shape((*_SHAPE(model), peft))
+        shape.model = model
+        return told(shape, *arguments)
+
+    return tell
+
+
+# -- lists --
 
 
 def model_weights(
