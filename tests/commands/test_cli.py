@@ -114,6 +114,7 @@ READERS: dict[str, tuple[list[str], list[str]]] = {
     "sweep": ([], ["seed=3,4"]),
     "test": ([], []),
     "validate": ([], ["seed=3"]),
+    "plan": ([], ["seed=3"]),
     "launch": ([], ["--slurm", "seed=3"]),
     "cat": ([], ["--resolved"]),
     "cp": ([], ["copied.yaml"]),

@@ -168,6 +168,40 @@ def validate_command(
     validate(*chosen(words or [], config, "deepseek_v3_tiny"), world, memory)
 
 
+@app.command("plan", context_settings=PASS_ON)
+def plan_command(
+    words: Words = None,
+    config: Config = None,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU, such as H100, H800 or B200.")] = "H100",
+    nodes: Annotated[int | None, typer.Option(help="Nodes; none: as configured.", min=1)] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="GPUs of a node; none: as configured, or 8.", min=1)
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of a GPU; none: of its data sheet.", metavar="GIB")
+    ] = None,
+    tokens: Annotated[
+        float | None, typer.Option(help="Tokens of the training; none: of the configured steps.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Number of layouts to show.", min=1)] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    write: Annotated[
+        Path | None, typer.Option(help="Write the best to this new file, for train and validate.")
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show where seconds and bytes of the best go.")
+    ] = False,
+) -> None:
+    """Find the fastest layouts of a model on GPUs that need not be there, and their cost."""
+    from deepseek.commands.plan import plan
+
+    if as_json:
+        refuse_idle({"--explain": explain}, "with --json, which has all of it")
+    name, settings = chosen(words or [], config)
+    of_cluster = gpu, nodes, gpus_per_node, memory
+    plan(name, settings, *of_cluster, tokens, top, as_json, write, explain)
+
+
 @app.command("launch", context_settings=PASS_ON)
 def launch_command(
     words: Words = None,

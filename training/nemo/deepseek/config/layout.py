@@ -26,6 +26,20 @@ from deepseek.config.weights import Weight, block_weights, once_per_shape
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 SPARSE_AXES = ("pp", "dp_replicate", "edp", "ep")
 
+PLANNED = (
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.expert_model_parallel_size",
+    "model.micro_batch_size",
+    "model.activations_checkpoint_granularity",
+    "model.pipeline_schedule",
+    "model.virtual_pipeline_model_parallel_size",
+    "model.data_parallel_replicate_size",
+    "model.reshard_after_forward",
+    "model.reduce_gradients",
+)
+"""Keys that may be ``auto``: the planner chooses their values, in this order."""
+
 V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
 """Schedules in which a rank holds two stages, and the first rank the first and the last stage."""
 INTERLEAVED_SCHEDULES = ("Interleaved1F1B", "InterleavedZeroBubble")

@@ -5,28 +5,37 @@
 1. read the file and the files it extends, the oldest first;
 2. put the overrides on top;
 3. resolve ``${section.key}``;
-4. check keys, types and rules, and raise every problem at once as one ``ConfigError``.
+4. have values chosen for the keys of the layout that are ``auto``;
+5. check keys, types and rules, and raise every problem at once as one ``ConfigError``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from deepseek.config.errors import ConfigError, Problem, nearest, shown
 from deepseek.config.foreign_names import NO_SUCH_KEY, RENAMED
+from deepseek.config.layout import PLANNED
 from deepseek.config.rules import joint_problems, single_problems
-from deepseek.config.schema import FIELDS, LEAVES, Field, RunConfig, value_at
+from deepseek.config.schema import FIELDS, LEAVES, Field, RunConfig, changed, value_at
 from deepseek.config.yaml_file import Document, dump_yaml, read_yaml, read_yaml_file
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 """Folder of the shipped configurations."""
 
+Planner = Callable[[RunConfig, Sequence[str]], Mapping[str, object]]
+"""Values for keys that are ``auto``; it gets the configuration, these at their defaults in it."""
 
-def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+
+def load_config(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    planner: Planner | None = None,
+) -> RunConfig:
     """The checked configuration of a run.
 
     Args:
@@ -34,6 +43,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
             mapping.
         overrides: ``section.key=value``, value in YAML; a later one wins over an earlier. A leading
             ``--``, ``+`` or ``++`` is tolerated.
+        planner: chooses what is ``auto``; None: nothing may be.
 
     Raises:
         ConfigError: every problem found. A file that is missing or is not YAML is raised alone,
@@ -41,10 +51,39 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     """
     name, draft = _drafted(source, overrides)
     config = draft.resolved()
-    problems = draft.problems + joint_problems(config, draft.wrong)
+    if planner is None:
+        draft.problems += [_unplanned(path) for path in draft.auto]
+    problems = draft.problems + joint_problems(config, draft.wrong.union(draft.auto))
+    if draft.auto and planner is not None and not problems:
+        config = changed(config, planner(config, draft.auto))
+        problems = joint_problems(config, ())
     if problems:
         raise ConfigError([draft.located(problem) for problem in problems], name)
     return config
+
+
+def draft_config(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str], defaults: Mapping[str, object]
+) -> tuple[RunConfig, list[str]]:
+    """A configuration that is sound with other values of some keys, whatever it has there itself.
+
+    Args:
+        source, overrides: as for ``load_config``.
+        defaults: the other values, by dotted key.
+
+    Returns:
+        The configuration with its own values, and its keys that are ``auto``, which stand at their
+        defaults.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    name, draft = _drafted(source, overrides)
+    config = draft.resolved()
+    problems = draft.problems + joint_problems(changed(config, defaults), draft.wrong)
+    if problems:
+        raise ConfigError([draft.located(problem) for problem in problems], name)
+    return config, draft.auto
 
 
 def unchecked_value(
@@ -178,6 +217,8 @@ class _Draft:
         self.problems: list[Problem] = []
         self.wrong: set[str] = set()
         """Keys and sections whose values are among the problems, and stand at their defaults."""
+        self.auto: list[str] = []
+        """Keys whose values are to be chosen, and stand at their defaults."""
 
     def add(self, document: Document) -> None:
         """Lays a file over what is there."""
@@ -236,6 +277,8 @@ class _Draft:
             values["trainer.precision"] = "32"
         self._refuse_code(values)
         self._interpolate(values)
+        self.auto = [path for path in PLANNED if values[path] == "auto"]
+        values.update({path: LEAVES[path].default for path in self.auto})
         kept = {path: value for path, value in values.items() if path not in self.wrong}
         found = single_problems(kept)
         self.problems += found
@@ -471,6 +514,12 @@ def _meant(path: str) -> str:
 
 def _ending_with(suffix: str) -> list[str]:
     return [name for name in FIELDS if name == suffix or name.endswith(f".{suffix}")]
+
+
+def _unplanned(path: str) -> Problem:
+    rule = "is chosen where it is known what the run has: in `deepseek train` and `validate`"
+    way_out = "have `deepseek plan --write FILE` choose it, or give a value"
+    return Problem(path, "auto", rule, way_out)
 
 
 def _code_problem(path: str, key: str, value: object) -> Problem:

@@ -75,7 +75,8 @@ def predict(
     convention = convention or Convention()
     parts = stage_parts(job, gpu, efficiency)
     ranks, count = job.ranks, job.micro_batches
-    whole = [_together(stage, parts) for stage in job.stages]
+    kinds = {stage: _together(stage, parts) for stage in set(job.stages)}  # most are alike
+    whole = [kinds[stage] for stage in job.stages]
     hidden = job.system.hidden_all_to_all
     dual = job.schedule.startswith("DualPipe")
     times = [_stage_time(block, hidden, dual, job.system.dedicated_sms) for block in whole]

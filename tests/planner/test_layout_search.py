@@ -1,0 +1,106 @@
+"""The search: all that the rules allow, nothing that they refuse, in order of time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from itertools import product
+
+import pytest
+
+from deepseek.config import RunConfig, load_config
+from deepseek.config.layout import PLANNED, Layout
+from deepseek.config.rules import joint_problems
+from deepseek.config.schema import changed, value_at
+from deepseek.planner.hardware import gpu_named
+from deepseek.planner.search import VIRTUAL, Plan, search, smallest
+from support.tiny_runs import small_run
+
+H100 = gpu_named("H100")
+FIXED = (PLANNED[3], PLANNED[4], PLANNED[8], PLANNED[9])
+"""What stays, so that trying everything takes no time."""
+
+
+def a_run(devices: int, batch: int, **model: object) -> RunConfig:
+    values = {"trainer.devices": devices, "model.global_batch_size": batch}
+    return changed(small_run(1), values | {f"model.{key}": value for key, value in model.items()})
+
+
+def shape(plan: Plan) -> tuple[object, ...]:
+    return tuple(plan.values.values())[:VIRTUAL]
+
+
+def every_legal(run: RunConfig) -> set[tuple[object, ...]]:
+    """By trying all values of all keys that are not ``FIXED``."""
+    sizes = sorted({1, 2, run.trainer.devices})
+    schedules = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
+    found = set()
+    for tp, pp, ep, replicas, schedule, virtual in product(
+        sizes, sizes, sizes, sizes, (*schedules, "DualPipeV"), (1, 2)
+    ):
+        if tp * pp * replicas > run.trainer.devices:
+            continue
+        values = (tp, pp, ep, 1, None, schedule, virtual, replicas, None, None)
+        chosen = changed(run, dict(zip(PLANNED, values, strict=True)))
+        if not joint_problems(chosen, ()):
+            found.add(values[:VIRTUAL])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch", "model"), [(4, 8, {}), (3, 6, {"num_nextn_predict_layers": 0})]
+)
+def test_it_finds_all_that_the_rules_allow(
+    devices: int, batch: int, model: dict[str, object]
+) -> None:
+    run = a_run(devices, batch, num_hidden_layers=4, micro_batch_size=1, **model)
+    run = changed(run, {key: None for key in FIXED[1:]})
+    plans = search(run, H100, float("inf"), 10_000, FIXED)
+    assert {shape(plan) for plan in plans} == every_legal(run)
+    times = [plan.estimate.seconds for plan in plans]
+    assert times == sorted(times)
+
+
+def test_what_does_not_fit_is_left_out_and_nothing_else() -> None:
+    run = a_run(4, 4, num_hidden_layers=4)
+    everything = search(run, H100, float("inf"), 10_000)
+    sizes = sorted(plan.most for plan in everything)
+    room = sizes[len(sizes) // 2]
+    fitting = search(run, H100, room, 10_000)
+    assert all(plan.most <= room for plan in fitting)
+    # of one shape, replicas that do not fit give way to others, so that more may be found
+    assert {shape(plan) for plan in everything if plan.most <= room} <= set(map(shape, fitting))
+    least = smallest(run, H100)
+    assert least is not None and least.most == min(sizes)
+    assert search(run, H100, least.most - 1) == []
+
+
+def test_a_layout_is_sound_and_carries_what_it_takes() -> None:
+    run = a_run(8, 16)
+    for plan in search(run, H100, float("inf"), 5):
+        assert joint_problems(plan.run, ()) == []
+        assert Layout.of_run(plan.run).world_size == 8
+        assert plan.most == max(need.total for need in plan.needs)
+        assert 0 < plan.balance <= 1
+        assert sum(plan.estimate.parts.values()) == pytest.approx(plan.estimate.seconds)
+        other = asdict(changed(plan.run, {key: value_at(run, key) for key in PLANNED}))
+        assert other == asdict(run)
+
+
+def test_what_is_given_stays() -> None:
+    run = a_run(8, 16, tensor_model_parallel_size=2, micro_batch_size=2)
+    plans = search(run, H100, float("inf"), 50, (PLANNED[0], PLANNED[3]))
+    assert plans and {(shape(plan)[0], shape(plan)[3]) for plan in plans} == {(2, 2)}
+
+
+def test_nothing_is_legal() -> None:
+    run = a_run(8, 4, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
+    assert search(run, H100, float("inf"), 1, PLANNED[:2]) == []
+    assert smallest(run, H100, PLANNED[:2]) is None
+
+
+def test_thousands_of_gpus() -> None:
+    """V3 on 2048: the published sizes are no better, by the same estimate."""
+    run, h800, room = load_config("deepseek_v3_671b"), gpu_named("H800"), 78 * 2**30
+    (best,) = search(run, h800, room, 1)
+    (theirs,) = search(run, h800, room, 1, PLANNED)
+    assert best.estimate.seconds <= theirs.estimate.seconds

@@ -1,0 +1,315 @@
+"""``deepseek plan``: the fastest layouts of GPUs that need not be there, and what they take."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deepseek.commands.validate import RESERVED_GIB, USUAL_NODE, size_text
+from deepseek.config import UserError, shipped_configs
+from deepseek.config.layout import PLANNED, Layout, world_size
+from deepseek.config.load import draft_config
+from deepseek.config.rules import check
+from deepseek.config.schema import LEAVES, RunConfig, changed, value_at
+from deepseek.config.yaml_file import dump_yaml, read_yaml
+from deepseek.console import say, table
+from deepseek.files import write_new
+from deepseek.planner.hardware import Gpu, gpu_named
+from deepseek.planner.search import Plan, search, smallest
+from deepseek.planner.step_time import predict_step
+
+LAYERS = "model.pipeline_layers_per_stage"
+DOUBLINGS = 7
+"""Of the nodes, as a way out: 64 times as many are looked at."""
+
+
+def plan(
+    config: str,
+    overrides: Sequence[str] = (),
+    gpu: str = "H100",
+    nodes: int | None = None,
+    gpus_per_node: int | None = None,
+    memory: float | None = None,
+    tokens: float | None = None,
+    top: int = 10,
+    as_json: bool = False,
+    write: Path | None = None,
+    explain: bool = False,
+) -> None:
+    """Print the fastest layouts of a configuration's model and global batch.
+
+    Args:
+        config: name of a shipped configuration, or a YAML file; the layout in it does not matter.
+        overrides: ``a.b=c``; what of a layout is given here stays.
+        gpu: name.
+        nodes: of the cluster; None: as configured.
+        gpus_per_node: None: as configured, or the usual number.
+        memory: of a GPU, in GiB; None: as its data sheet says.
+        tokens: of the training; None: of the configured steps.
+        top: number of layouts.
+        as_json: print one JSON object instead.
+        write: new YAML file of the fastest layout.
+        explain: show where its seconds and bytes go, and what would help.
+
+    Raises:
+        ConfigError: every problem of the configuration, whatever its layout.
+        UserError: no such GPU, no layout is legal, or none fits; with the nearest that does.
+    """
+    device = gpu_named(gpu)
+    room = (device.memory / 2**30 if memory is None else memory) - RESERVED_GIB
+    if not room > 0:
+        raise UserError(
+            f"--memory {memory:g}: of a GPU, in GiB, {RESERVED_GIB} of which are its context's and "
+            "NCCL's; use 80 or 141, say"
+        )
+    if tokens is not None and not tokens > 0:
+        raise UserError(f"--tokens {tokens:g}: must be above 0, such as 14.8e12")
+    run, fixed = _cluster(config, overrides, nodes, gpus_per_node)
+    found = search(run, device, room * 2**30, top, fixed)
+    if not found:
+        raise UserError(_way_out(run, device, room, fixed))
+    problems = check(found[0].run)
+    assert not problems, f"the planner's layout breaks rules: {problems}"
+    total = tokens or run.trainer.max_steps * _step_tokens(run)
+    if as_json:
+        say(json.dumps(_json(found, device, total), indent=2))
+    else:
+        _show(config, found, device, room, total)
+    if explain and not as_json:
+        _explain(found[0], device, fixed)
+    if write is not None:
+        write_new(write, _yaml(config, overrides, write, found[0], device))
+        if not as_json:
+            say(f"wrote {write}; see it with: deepseek validate --config {shlex.quote(str(write))}")
+
+
+def _cluster(
+    config: str, overrides: Sequence[str], nodes: int | None, gpus_per_node: int | None
+) -> tuple[RunConfig, list[str]]:
+    """The run on so many GPUs, without a layout, and the keys of one that stay as given."""
+    given = {word.partition("=")[0].lstrip("-+").strip() for word in overrides}
+    layout: dict[str, object] = {key: LEAVES[key].default for key in PLANNED if key not in given}
+    layout |= {} if LAYERS in given else {LAYERS: None}
+    alone = {key: LEAVES[key].default for key in (*PLANNED, LAYERS)} | {
+        "model.micro_batch_size": 1,
+        "model.moe_token_dispatcher_type": "auto",
+        "trainer.devices": 1,
+        "trainer.num_nodes": 1,
+    }
+    run, auto = draft_config(config, overrides, alone)
+    trainer = run.trainer
+    devices = gpus_per_node or (trainer.devices if world_size(run) > 1 else USUAL_NODE)
+    cluster = {"trainer.devices": devices, "trainer.num_nodes": nodes or trainer.num_nodes}
+    return changed(run, layout | cluster), [k for k in PLANNED if k in given and k not in auto]
+
+
+def _step_tokens(run: RunConfig) -> int:
+    return run.model.global_batch_size * run.model.data.seq_length
+
+
+# -- what is shown --
+
+
+def _show(config: str, found: list[Plan], gpu: Gpu, room: float, total: float) -> None:
+    run = found[0].run
+    world, estimate = world_size(run), found[0].estimate
+    say(
+        f"{config} on {world:,} {gpu} ({run.trainer.num_nodes:,} x {run.trainer.devices}), "
+        f"{_step_tokens(run):,} tokens a step, {total:.4g} in all; memory {room:.4g} GiB and "
+        f"{RESERVED_GIB} for context and NCCL"
+    )
+    say(f"MFU: of {gpu.bf16 / 1e12:,.0f} TFLOP/s, the dense bf16 peak; FLOPs {estimate.convention}")
+    rows = []
+    for number, one in enumerate(found, 1):
+        figures = _figures(one, gpu, total)
+        rows.append(
+            (
+                str(number),
+                layout_text(one.run),
+                f"{figures['tokens_per_s_per_gpu']:,.0f}",
+                f"{100 * figures['mfu']:.1f} %",
+                f"{100 * figures['bubble']:.0f} %",
+                f"{100 * figures['exposed']:.0f} %",
+                f"{size_text(one.most)} ({100 * one.balance:.0f} %)",
+                f"{figures['days']:,.3g}",
+                f"{figures['gpu_hours']:,.0f}",
+                "-" if figures["cost"] is None else f"${figures['cost']:,.0f}",
+            )
+        )
+    columns = ("", "layout", "tok/s/GPU", "MFU", "bubble", "exposed", "memory (mean)", "days")
+    table("fastest layouts", (*columns, "GPU hours", "cost"), rows)
+
+
+def layout_text(run: RunConfig) -> str:
+    """A layout in one line, without what is 1 or as usual."""
+    model, layout = run.model, Layout.of_run(run)
+    virtual = model.virtual_pipeline_model_parallel_size
+    parts = {
+        f"TP{layout.tp}": layout.tp > 1,
+        f"PP{layout.pp}" + (f"x{virtual}" if virtual > 1 else ""): layout.pp > 1,
+        f"EP{layout.ep}": layout.ep > 1,
+        f"DP{layout.dp}": layout.dp > 1,
+        f"({layout.dp_replicate} replicas)": layout.dp_replicate > 1,
+        model.pipeline_schedule: layout.pp > 1,
+        f"micro {model.micro_batch_size}": True,
+        f"recompute {model.activations_checkpoint_granularity}": bool(
+            model.activations_checkpoint_granularity
+        ),
+        "reshard": model.reshard_after_forward is True,
+        "no reshard": model.reshard_after_forward is False,
+        "reduce each": model.reduce_gradients is True,
+        "reduce once": model.reduce_gradients is False,
+    }
+    return " ".join(text for text, shown in parts.items() if shown)
+
+
+def _figures(one: Plan, gpu: Gpu, total: float) -> dict[str, Any]:
+    """What a layout comes to; shares are of the step."""
+    estimate, world = one.estimate, world_size(one.run)
+    seconds = total / (estimate.tokens_per_s_per_gpu * world)
+    hours = seconds * world / 3600
+    parts = estimate.parts
+    exposed = sum(value for part, value in parts.items() if "exposed" in part)
+    return {
+        "step_time_s": estimate.seconds,
+        "tokens_per_s_per_gpu": estimate.tokens_per_s_per_gpu,
+        "tflops_per_gpu": estimate.tflops_per_gpu,
+        "mfu": estimate.mfu,
+        "bubble": parts.get("pipeline bubble", 0.0) / estimate.seconds,
+        "exposed": exposed / estimate.seconds,
+        "memory_bytes": one.most,
+        "memory_balance": one.balance,
+        "days": seconds / 86400,
+        "gpu_hours": hours,
+        "cost": None if gpu.price is None else hours * gpu.price,
+    }
+
+
+def _json(found: list[Plan], gpu: Gpu, total: float) -> dict[str, Any]:
+    run = found[0].run
+    return {
+        "gpu": gpu.name,
+        "gpus": world_size(run),
+        "tokens": total,
+        "mfu_peak_tflops": gpu.bf16 / 1e12,
+        "flop_convention": str(found[0].estimate.convention),
+        "layouts": [
+            {
+                "layout": {key.removeprefix("model."): value for key, value in one.values.items()},
+                **_figures(one, gpu, total),
+                "seconds": one.estimate.parts,
+                "bytes_of_ranks": [need._asdict() for need in one.needs],
+            }
+            for one in found
+        ],
+    }
+
+
+def _explain(best: Plan, gpu: Gpu, fixed: Sequence[str]) -> None:
+    """Where its seconds and bytes go, and what would make it faster."""
+    estimate = best.estimate
+    rows = [
+        (part, f"{seconds:.4g} s", f"{100 * seconds / estimate.seconds:.1f} %")
+        for part, seconds in estimate.parts.items()
+    ]
+    table(f"a step of {estimate.seconds:.4g} s, on the rank with most work", _OF, rows)
+    need = max(best.needs, key=lambda need: need.total)
+    rows = [
+        (part, size_text(size), f"{100 * size / need.total:.1f} %")
+        for part, size in need._asdict().items()
+    ]
+    table(f"{size_text(need.total)} of the fullest rank", _OF, rows)
+    run, world = best.run, world_size(best.run)
+    twice = {
+        "matrix products": replace(gpu, bf16=2 * gpu.bf16, fp8=2 * gpu.fp8),
+        "memory bandwidth": replace(gpu, hbm=2 * gpu.hbm),
+        "NVLink": replace(gpu, nvlink=2 * gpu.nvlink),
+        "network": replace(gpu, network=2 * gpu.network),
+    }
+    gains = {
+        what: estimate.seconds / predict_step(run, other, world).seconds - 1
+        for what, other in twice.items()
+    }
+    faster = [
+        (f"{what} twice as fast", f"{100 * gain:+.1f} %")
+        for what, gain in sorted(gains.items(), key=lambda item: -item[1])
+    ]
+    free = search(run, gpu, math.inf, 1, fixed)[0]
+    gain = estimate.seconds / free.estimate.seconds - 1
+    faster.append((f"memory without end: {layout_text(free.run)}", f"{100 * gain:+.1f} %"))
+    table("what would make it faster", ("what", "tokens/s"), faster)
+    say(f"next bottleneck: {max(gains, key=lambda what: gains[what])}")
+
+
+_OF = ("what", "of it", "share")
+
+
+def _yaml(config: str, overrides: Sequence[str], file: Path, best: Plan, gpu: Gpu) -> str:
+    """The configuration with the layout, over the one that it is of."""
+    run = best.run
+    if config in shipped_configs():
+        base = config
+    else:
+        try:
+            base = str(Path(config).resolve().relative_to(file.parent.resolve()))
+        except ValueError:
+            base = str(Path(config).resolve())
+    tree: dict[str, Any] = {"extends": base}
+
+    def put(path: str, value: object) -> None:
+        *sections, last = path.split(".")
+        inner = tree
+        for name in sections:
+            inner = inner.setdefault(name, {})
+        inner[last] = value
+
+    for word in overrides:
+        key, _, text = word.partition("=")
+        put(key.lstrip("-+").strip(), read_yaml(text, "").tree)
+    for key in ("trainer.devices", "trainer.num_nodes", *PLANNED):
+        put(key, value_at(run, key))
+    if value_at(run, LAYERS) is None:
+        put(LAYERS, None)
+    estimate = best.estimate
+    return (
+        f"# The fastest layout on {world_size(run):,} {gpu}, by deepseek plan:\n"
+        f"# {layout_text(run)}\n"
+        f"# {estimate.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, {estimate.seconds:.4g} s a step, "
+        f"{size_text(best.most)} of the fullest rank (predicted)\n{dump_yaml(tree)}"
+    )
+
+
+# -- what does not work out --
+
+
+def _way_out(run: RunConfig, gpu: Gpu, room: float, fixed: Sequence[str]) -> str:
+    """Why there is no plan, and the nearest cluster for which there is one."""
+    world = world_size(run)
+    least = smallest(run, gpu, fixed)
+    what = f"{world:,} {gpu}"
+    if least is None:
+        batch = run.model.global_batch_size
+        multiples = sorted({max(1, batch // world) * world, -(-batch // world) * world})
+        return (
+            f"no layout of {what} is legal with model.global_batch_size={batch}"
+            + (f" and {', '.join(fixed)} as given" if fixed else "")
+            + f"; use model.global_batch_size={' or '.join(map(str, multiples))}, or other --nodes"
+        )
+    need = least.most / 2**30 + RESERVED_GIB
+    told = (
+        f"nothing fits {what}: the least is {need:,.1f} GiB of a GPU ({layout_text(least.run)}), "
+        f"and there are {room + RESERVED_GIB:,.4g}"
+    )
+    ways = [f"--memory {-(-need // 1):.0f} or more"]
+    for nodes in (run.trainer.num_nodes << doubled for doubled in range(1, DOUBLINGS)):
+        more = search(changed(run, {"trainer.num_nodes": nodes}), gpu, room * 2**30, 1, fixed)
+        if more:
+            took = f"{layout_text(more[0].run)}, {size_text(more[0].most)}"
+            ways.insert(0, f"--nodes {nodes} ({took})")
+            break
+    return f"{told}; use {', or '.join(ways)}"

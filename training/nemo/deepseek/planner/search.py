@@ -1,0 +1,424 @@
+"""The fastest layouts of a number of GPUs, of all that the rules allow and the memory holds.
+
+Millions of layouts are legal (5.8 million of V3 on 2048 GPUs), so that they are not looked at one
+by one. Values are chosen key by key, and three things end a branch:
+
+    a rule is broken     ``config/layout_rules.py`` is the only judge; a rule that reads a key not
+                         yet chosen is asked again further down
+    it does not fit      with the cheapest values of the keys still open
+    it is not fast       a bound below the step time, from what is chosen already
+
+The branch with the lowest bound goes first, as in A*: when a whole layout comes out, no other can
+be faster, and what comes out is in order.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from itertools import count
+from typing import Any, NamedTuple, cast
+
+from deepseek.config.cost import RankNeed, rank_need
+from deepseek.config.errors import Problem, divisors
+from deepseek.config.layout import INTERLEAVED_SCHEDULES, PLANNED, V_SCHEDULES, Layout, world_size
+from deepseek.config.layout_rules import (
+    batch,
+    data_parallel_shards,
+    expert_parallel,
+    gradient_reduction,
+    pipeline_micro_batches,
+    pipeline_settings,
+    pipeline_stages,
+    processes,
+    resharding,
+    tensor_parallel,
+)
+from deepseek.config.rules import dense_only
+from deepseek.config.schema import LEAVES, RunConfig, changed, value_at
+from deepseek.planner.hardware import Gpu
+from deepseek.planner.job import Job, Ranks, Stage, job_of_run
+from deepseek.planner.step_time import StepEstimate, predict, predict_step
+
+MARGIN = 0.85
+"""Of the activations in 1F1B, the share that any schedule is taken to need."""
+
+BY_REPLICAS = ("optimizer", "data-parallel exchange exposed")
+"""Parts of a step that depend on how data-parallel ranks share weights."""
+
+Choice = tuple[Any, ...]
+"""Values of ``PLANNED`` in their order, or of the first ones."""
+
+RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
+    processes,
+    tensor_parallel,
+    pipeline_settings,
+    pipeline_stages,
+    dense_only,
+    expert_parallel,
+    data_parallel_shards,
+    pipeline_micro_batches,
+    batch,
+    resharding,
+    gradient_reduction,
+)
+"""Those that read keys of ``PLANNED``."""
+
+OVER_REPLICAS = [RULES.index(expert_parallel), RULES.index(data_parallel_shards)]
+"""Numbers of the rules of how data-parallel ranks share weights."""
+
+EXPERTS, MICRO, RECOMPUTE, SCHEDULE, VIRTUAL, REPLICAS = range(3, 9)
+"""Numbers of values chosen when these keys have theirs, as the last."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout with what it takes."""
+
+    run: RunConfig
+    """The configuration with the layout."""
+    estimate: StepEstimate
+    needs: tuple[RankNeed, ...]
+    """Of one rank at each place of the pipeline."""
+
+    @property
+    def values(self) -> dict[str, object]:
+        """The layout by dotted key."""
+        return {key: value_at(self.run, key) for key in PLANNED}
+
+    @property
+    def most(self) -> int:
+        """Bytes of the fullest rank."""
+        return max(need.total for need in self.needs)
+
+    @property
+    def balance(self) -> float:
+        """Mean of the ranks' bytes over the most."""
+        return sum(need.total for need in self.needs) / len(self.needs) / self.most
+
+
+def search(
+    run: RunConfig, gpu: Gpu, memory: float, top: int = 10, fixed: Sequence[str] = ()
+) -> list[Plan]:
+    """The ``top`` fastest layouts of the devices, the model and the global batch of ``run``.
+
+    Args:
+        run: its values of ``PLANNED`` do not matter, but for those in ``fixed``.
+        gpu: of which ``run`` has ``trainer.devices`` x ``trainer.num_nodes``.
+        memory: bytes that a rank can take.
+        top: number of layouts.
+        fixed: of ``PLANNED``, keys that stay as they are in ``run``.
+
+    Returns:
+        The fastest first; of those that differ in nothing but who shares which weights, one.
+    """
+    return _Search(run, gpu, memory, top, fixed).found()
+
+
+def smallest(run: RunConfig, gpu: Gpu, fixed: Sequence[str] = ()) -> Plan | None:
+    """The layout whose fullest rank needs least; None: none is legal."""
+    plans = _Search(run, gpu, math.inf, 1, fixed, by_memory=True).found()
+    return plans[0] if plans else None
+
+
+class _Node(NamedTuple):
+    """A branch, or a layout; the lowest bound first, whole layouts before branches."""
+
+    bound: float
+    """Seconds that no layout of the branch can be faster than; of a layout, its own."""
+    open: int
+    """Keys without a value."""
+    bytes: int
+    """Of the fullest rank of a layout, so that of equally fast ones the smallest goes first."""
+    number: int
+    """Each its own: nothing behind it is compared."""
+    chosen: Choice
+    rules: Sequence[int]
+    """Numbers of those that are still undecided."""
+    known: Plan | StepEstimate | None
+    """A whole layout; or the estimate that ``bound`` comes from."""
+
+
+class _Search:
+    def __init__(
+        self,
+        run: RunConfig,
+        gpu: Gpu,
+        memory: float,
+        top: int,
+        fixed: Sequence[str],
+        by_memory: bool = False,
+    ) -> None:
+        self._by_memory = by_memory
+        self._run, self._gpu, self._memory, self._top = run, gpu, memory, top
+        self._world = world_size(run)
+        self._judge = _Judge(run)
+        self._options = _options(run, fixed)
+        self._half = str(run.trainer.precision) != "32"
+        self._job = job_of_run(changed(run, dict.fromkeys(PLANNED[:3], 1)), self._world)
+        self._numbers = count()
+        self._fewest: dict[Choice, int | None] = {}
+
+    def found(self) -> list[Plan]:
+        plans: list[Plan] = []
+        shown: set[Choice] = set()
+        heap = [_Node(0.0, len(PLANNED), 0, 0, (), range(len(RULES)), None)]
+        while heap and len(plans) < self._top:
+            node = heapq.heappop(heap)
+            if isinstance(node.known, Plan):
+                if node.chosen[:VIRTUAL] not in shown:  # else it differs in who keeps what alone
+                    shown.add(node.chosen[:VIRTUAL])
+                    plans.append(node.known)
+                continue
+            for further in self._further(node):
+                heapq.heappush(heap, further)
+        return plans
+
+    def _further(self, node: _Node) -> Iterator[_Node]:
+        """The next nodes of a branch, or itself with a better bound."""
+        known = len(node.chosen)
+        if known == RECOMPUTE and self._least_memory(node.chosen) > self._memory:
+            return
+        if known == VIRTUAL and node.known is None and not self._by_memory:
+            estimate = self._estimate(node.chosen)
+            outside = sum(estimate.parts[part] for part in BY_REPLICAS)
+            bound = max(node.bound, estimate.seconds - outside)
+            yield node._replace(bound=bound, number=next(self._numbers), known=estimate)
+            return
+        values = self._options[known]
+        if known >= REPLICAS and node.chosen[1] > 1:
+            values = values[:1]  # a pipeline keeps weights and gradients, whatever is asked for
+        for value in values:
+            chosen = (*node.chosen, value)
+            if known + 1 == MICRO and self._least_memory(chosen) > self._memory:
+                return  # nor will more sequences fit
+            rules = self._judge.undecided(chosen, node.rules)
+            if rules is None or (known + 1 == EXPERTS and self._replicas(chosen) is None):
+                continue
+            plan, bound = None, self._bound(chosen)
+            if known + 1 == len(PLANNED):
+                plan = self._plan(chosen)
+                if plan.most > self._memory:
+                    continue
+                bound = plan.most if self._by_memory else plan.estimate.seconds
+            left = len(PLANNED) - known - 1
+            size, number = plan.most if plan else 0, next(self._numbers)
+            bound = max(bound, node.bound)
+            yield _Node(bound, left, size, number, chosen, rules, plan or node.known)
+
+    # -- what a branch takes at least --
+
+    def _bound(self, chosen: Choice) -> float:
+        """Seconds, as far as the last key chosen tells more than its parent's bound.
+
+        Of a pipeline whose stages are all alike, which leave no rank more than its share.
+        """
+        known = len(chosen)
+        if not EXPERTS <= known <= VIRTUAL:
+            return 0.0
+        if self._by_memory:
+            return self._least_memory(chosen) if known <= RECOMPUTE else 0.0
+        tp, pp, ep = chosen[:EXPERTS]
+        # A sequence takes least in the largest micro-batch.
+        micro = chosen[EXPERTS] if known >= MICRO else max(self._options[EXPERTS])
+        recompute = chosen[MICRO] if known >= RECOMPUTE else None
+        layers, dp = self._run.model.num_hidden_layers, self._world // (tp * pp)
+        batch = self._run.model.global_batch_size
+        job = replace(
+            self._job,
+            micro_batch=micro,
+            recompute=recompute or "none",
+            ranks=Ranks(tp=tp, pp=pp, ep=ep, dp=dp),
+        )
+        if known > RECOMPUTE:
+            schedule = chosen[RECOMPUTE]
+            virtual = chosen[SCHEDULE] if known == VIRTUAL else layers // pp
+            held = virtual if schedule in INTERLEAVED_SCHEDULES else 1 + (schedule in V_SCHEDULES)
+            return self._even(job, pp, schedule, held)
+        # One micro-batch on one rank, with a schedule that hides exchange and one that does not.
+        alone = replace(job, ranks=job.ranks._replace(pp=1), global_batch=micro * dp)
+        seconds = self._even(alone, pp, "1F1B", 1)
+        if pp > 1 and "DualPipeV" in self._options[RECOMPUTE]:
+            seconds = min(seconds, self._even(alone, pp, "DualPipeV", 2))
+        return seconds * batch / (micro * dp)
+
+    def _even(self, job: Job, pp: int, schedule: str, held: int) -> float:
+        """Seconds within a pipeline of ``pp`` ranks with ``held`` equal stages each, or of as many
+        of its ranks as ``job`` has."""
+        arch, parts = job.architecture, pp * held
+        share = Stage(
+            (arch.layers - arch.moe_layers) / parts,  # type: ignore[arg-type]
+            arch.moe_layers / parts,  # type: ignore[arg-type]
+            False,
+            (1 + arch.mtp) / parts,  # type: ignore[arg-type]
+            arch.mtp / parts,  # type: ignore[arg-type]
+        )
+        even = replace(job, schedule=schedule, stages=(share,) * (job.ranks.pp * held))
+        estimate = predict(even, self._gpu)
+        return estimate.seconds - sum(estimate.parts[part] for part in BY_REPLICAS)
+
+    def _replicas(self, chosen: Choice) -> int | None:
+        """The fewest replicas with which EP can borrow ranks, and weights can be shared."""
+        key = chosen[:EXPERTS]
+        if key not in self._fewest:
+            between = (_NotChosen,) * (REPLICAS - EXPERTS - 1)
+            self._fewest[key] = next(
+                (
+                    n
+                    for n in self._options[REPLICAS - 1]
+                    if self._judge.undecided((*key, *between, n), OVER_REPLICAS) == []
+                ),
+                None,
+            )
+        return self._fewest[key]
+
+    def _least_memory(self, chosen: Choice) -> float:
+        """Bytes that the fullest rank has at least: the mean of all ranks' states, and what the
+        first one's micro-batches take in 1F1B, which holds as few as any schedule.
+
+        Stages of other schedules are cut elsewhere, so that the latter is taken with a margin.
+        """
+        tp, pp, ep = chosen[:EXPERTS]
+        micro = chosen[EXPERTS] if len(chosen) >= MICRO else 1
+        recompute = chosen[MICRO] if len(chosen) == RECOMPUTE else "full"
+        replicas = self._replicas(chosen)
+        assert replicas is not None, "the branch has ended"
+        layout = Layout(pp, replicas, self._world // (tp * pp * replicas), tp, ep)
+        saving = True if pp == 1 else None
+        model = replace(
+            self._run.model,
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            expert_model_parallel_size=ep,
+            data_parallel_replicate_size=replicas,
+            micro_batch_size=micro,
+            activations_checkpoint_granularity=recompute,
+            pipeline_schedule="1F1B",
+            virtual_pipeline_model_parallel_size=1,
+            pipeline_layers_per_stage=None,
+            reshard_after_forward=saving,
+            reduce_gradients=saving,
+        )
+        batches = max(1, model.global_batch_size // (micro * layout.dp))
+        first = whole = rank_need(model, layout, 0, batches, self._half)
+        if pp > 1:
+            alone = replace(model, pipeline_model_parallel_size=1)
+            whole = rank_need(alone, replace(layout, pp=1), 0, 1, self._half)
+        states = (whole.states + whole.gradients + whole.gathered) / pp
+        return states + MARGIN * (first.activations + first.buffers + first.working)
+
+    # -- a layout --
+
+    def _estimate(self, chosen: Choice) -> StepEstimate:
+        values = dict(zip(PLANNED, chosen, strict=False))
+        return predict_step(changed(self._run, values), self._gpu, self._world)
+
+    def _plan(self, chosen: Choice) -> Plan:
+        run = changed(self._run, dict(zip(PLANNED, chosen, strict=True)))
+        layout = Layout.of_run(run)
+        batches = run.model.global_batch_size // (run.model.micro_batch_size * layout.dp)
+        needs = tuple(
+            rank_need(run.model, layout, pp, batches, self._half) for pp in range(layout.pp)
+        )
+        return Plan(run, predict_step(run, self._gpu, self._world), needs)
+
+
+def _options(run: RunConfig, fixed: Sequence[str]) -> list[list[Any]]:
+    """Values of each key that are worth a question, in the order of ``PLANNED``."""
+    model, sizes = run.model, divisors(world_size(run))
+    worth: dict[str, list[Any]] = {
+        "tensor_model_parallel_size": sizes,
+        "pipeline_model_parallel_size": [n for n in sizes if n <= model.num_hidden_layers],
+        "expert_model_parallel_size": divisors(model.n_routed_experts),
+        "micro_batch_size": divisors(model.global_batch_size),
+        "virtual_pipeline_model_parallel_size": [
+            *range(1, max(2, model.num_hidden_layers // 2 + 1))
+        ],
+        "data_parallel_replicate_size": sizes,
+        "reshard_after_forward": [None, True, False],
+        "reduce_gradients": [None, True, False],
+    }
+    return [
+        [value_at(run, key)]
+        if key in fixed
+        else worth.get(key.removeprefix("model."))
+        or [*[None] * LEAVES[key].optional, *LEAVES[key].choices]
+        for key in PLANNED
+    ]
+
+
+_UNDECIDED, _SOUND, _BROKEN = range(3)
+
+
+class _Judge:
+    """What each rule says of values chosen so far, kept by the keys that it reads."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self._run = run
+        self._reads: list[set[int]] = [set() for _ in RULES]
+        self._said: list[dict[Choice, int]] = [{} for _ in RULES]
+
+    def undecided(self, chosen: Choice, rules: Sequence[int]) -> list[int] | None:
+        """Of ``rules``, by number, those that need more keys; None if one is broken.
+
+        ``_NotChosen`` among the values stands for a key without one.
+        """
+        left = []
+        for number in rules:
+            verdict = self._verdict(number, chosen)
+            if verdict == _BROKEN:
+                return None
+            if verdict == _UNDECIDED:
+                left.append(number)
+        return left
+
+    def _verdict(self, number: int, chosen: Choice) -> int:
+        reads, said, length = self._reads[number], self._said[number], len(chosen)
+        # Equal values of all keys that a rule ever read make it read the same ones again.
+        known = tuple(chosen[key] if key < length else _NotChosen for key in reads)
+        if known in said:
+            return said[known]
+        values = {
+            key: value
+            for key, value in zip(PLANNED, chosen, strict=False)
+            if value is not _NotChosen
+        }
+        seen: set[str] = set()
+        view = _View(self._run, values, seen)
+        try:
+            verdict = _BROKEN if next(RULES[number](cast(RunConfig, view)), None) else _SOUND
+        except _NotChosen:
+            verdict = _UNDECIDED
+        more = {PLANNED.index(path) for path in seen} - reads
+        if more:
+            reads |= more
+            said.clear()
+        said[tuple(chosen[key] if key < length else _NotChosen for key in reads)] = verdict
+        return verdict
+
+
+class _NotChosen(Exception):
+    """A rule read a key that has no value yet."""
+
+
+class _View:
+    """A configuration with some keys chosen, that remembers which ones were read."""
+
+    def __init__(
+        self, section: object, chosen: dict[str, Any], seen: set[str], prefix: str = ""
+    ) -> None:
+        self._section, self._chosen, self._seen, self._prefix = section, chosen, seen, prefix
+
+    def __getattr__(self, key: str) -> Any:
+        path = f"{self._prefix}{key}"
+        if path in PLANNED:
+            self._seen.add(path)
+            if path not in self._chosen:
+                raise _NotChosen(path)
+            return self._chosen[path]
+        value = getattr(self._section, key)
+        if is_dataclass(value):
+            return _View(value, self._chosen, self._seen, f"{path}.")
+        return value
