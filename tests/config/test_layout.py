@@ -31,10 +31,11 @@ from deepseek.config.layout import (
 from deepseek.config.schema import DataConfig, ModelConfig, RunConfig, TrainerConfig
 
 LAYOUTS = [
-    Layout(pp, replicate, shard, tp, ep)
-    for pp, replicate, shard, tp in itertools.product((1, 2, 3), (1, 2), (1, 2, 3), (1, 2, 4))
+    Layout(pp, replicate, shard, tp, ep, cp)
+    for pp, replicate, shard, tp in itertools.product((1, 2, 3), (1, 2), (1, 2, 3, 4), (1, 2, 4))
     for ep in range(1, shard * tp + 1)
-    if shard * tp % ep == 0
+    for cp in range(1, shard + 1)
+    if shard * tp % ep == 0 and shard % cp == 0
 ]
 
 
@@ -74,6 +75,7 @@ def test_groups_of_an_axis_are_the_ranks_that_differ_in_it_alone() -> None:
         "TP": ("tp", DENSE_AXES),
         "EP": ("ep", SPARSE_AXES),
         "expert shards": ("edp", SPARSE_AXES),
+        "CP": ("cp", ("pp", "dp_replicate", "sequences", "cp", "tp")),
     }
     for layout in LAYOUTS:
         world = layout.world_size
@@ -82,7 +84,8 @@ def test_groups_of_an_axis_are_the_ranks_that_differ_in_it_alone() -> None:
             groups: dict[tuple[int, ...], list[int]] = {}
             for rank in range(world):
                 at = layout.coordinate(rank)
-                others = tuple(getattr(at, name) for name in view if name != field)
+                known = at._asdict() | {"sequences": at.dp_shard // layout.cp}
+                others = tuple(known[name] for name in view if name != field)
                 groups.setdefault(others, []).append(rank)
             found = [list(group) for group in axis.groups(world)]
             assert sorted(found) == sorted(groups.values()), (layout, axis)
@@ -94,14 +97,19 @@ def test_groups_of_an_axis_are_the_ranks_that_differ_in_it_alone() -> None:
 def test_a_layout_by_hand() -> None:
     layout = Layout(pp=2, dp_replicate=1, dp_shard=2, tp=2, ep=4)
     assert (layout.edp, layout.dp, layout.stage_ranks, layout.world_size) == (1, 2, 4, 8)
-    assert layout.coordinate(0) == Coordinate(0, 0, 0, 0, 0, 0)
-    assert layout.coordinate(3) == Coordinate(0, 0, 1, 1, 0, 3)
-    assert layout.coordinate(6) == Coordinate(1, 0, 1, 0, 0, 2)
+    assert layout.coordinate(0) == Coordinate(0, 0, 0, 0, 0, 0, 0)
+    assert layout.coordinate(3) == Coordinate(0, 0, 1, 1, 0, 3, 0)
+    assert layout.coordinate(6) == Coordinate(1, 0, 1, 0, 0, 2, 0)
+    shared = Layout(dp_shard=4, tp=2, cp=2)
+    assert (shared.dp, shared.edp, shared.stage_ranks) == (2, 8, 8)
+    assert [shared.coordinate(rank).cp for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="EP 4 does not divide 3 x 2 ranks"):
         Layout(dp_shard=3, tp=2, ep=4)
+    with pytest.raises(ValueError, match="CP 2 does not divide 3 data shards"):
+        Layout(dp_shard=3, cp=2)
     model = ModelConfig(pipeline_model_parallel_size=2, tensor_model_parallel_size=2)
     for world in (6, 2, 0):
         with pytest.raises(ValueError, match=f"{world} ranks cannot be PP 2 x TP 2 x 1"):
@@ -122,6 +130,10 @@ def test_what_is_left_over_shards_the_data() -> None:
     assert (data_shards(model, 32, tp=1), data_shards(model, 32, tp=16)) == (8, None)
     assert (data_parallel_size(model, 20), data_shards(model, 20)) == (5, None)
     assert data_parallel_size(model, 6) is None
+    model = replace(model, context_parallel_size=2)
+    assert Layout.of(model, 32) == Layout(pp=2, dp_replicate=2, dp_shard=4, tp=2, ep=4, cp=2)
+    assert (data_parallel_size(model, 32), data_shards(model, 32)) == (4, 4)
+    assert (data_parallel_size(model, 20), data_shards(model, 24)) == (None, None)
 
 
 # -- stages --

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from deepseek.config.schema import OptimConfig, SchedConfig
+from deepseek.config.schema import DataConfig, OptimConfig, SchedConfig
 from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.router import Router, Routing
 from deepseek.ops.cross_entropy import IGNORE_INDEX
@@ -28,6 +28,7 @@ FP64, FP32 = 1e-12, 1e-5
 SHORT = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
     "ep": "expert_model_parallel_size",
     "rep": "data_parallel_replicate_size",
     "schedule": "pipeline_schedule",
@@ -89,6 +90,12 @@ CHOSEN = {
     "gradients divided after each micro-batch": case_of(
         4, rep=2, ep=2, micro_batch_size=1, reshard_after_forward=False, reduce_gradients=True
     ),
+    "CP, two MTP depths": case_of(2, cp=2, mtp=2, global_batch_size=2, micro_batch_size=1),
+    "CP over isolated documents, recomputed": case_of(
+        4, cp=4, recompute="full", data=DataConfig(seq_length=16, isolate_documents=True)
+    ),
+    "CP and TP, EP across both": case_of(4, cp=2, tp=2, ep=4, mtp=1),
+    "CP, PP and HSDP": case_of(8, cp=2, pp=2, rep=2, ep=2, schedule="DualPipeV", optim=MUON),
     "GPipe": case_of(2, pp=2, schedule="GPipe", mtp=2),
     "1F1B, uneven by hand": case_of(2, pp=2, split=[1, 3], recompute="full"),
     "Interleaved1F1B": case_of(2, pp=2, schedule="Interleaved1F1B", virtual=2),
@@ -126,6 +133,7 @@ def compiled(backend: Any) -> Callable[[Driven], None]:
 
 COMPILED: dict[str, tuple[int, dict[str, Any]]] = {
     "EP 2": (2, dict(ep=2)),
+    "CP 2": (2, dict(cp=2)),
     "TP 2, recomputed": (2, dict(tp=2, recompute="full")),
     "TP 2, PP 2, recomputed": (4, dict(tp=2, pp=2, recompute="full")),
 }

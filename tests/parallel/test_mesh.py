@@ -27,6 +27,7 @@ LAYOUTS = [
     Layout(dp_replicate=4, dp_shard=512, ep=256),
     Layout(pp=2, dp_shard=1024, ep=8),
     Layout(tp=8, dp_shard=256),
+    Layout(pp=4, dp_replicate=2, dp_shard=64, tp=4, ep=32, cp=8),
 ]
 
 
@@ -56,7 +57,7 @@ def test_a_rank_has_few_groups_and_none_twice(layout: Layout) -> None:
         with rank_of(layout, rank):
             meshes = made(layout)
             found = groups()
-            assert len(found) <= 10
+            assert len(found) <= 10 + (layout.cp > 1)
             assert len({tuple(ranks) for ranks in found}) == len(found)
             for mesh in (meshes.dense, meshes.sparse):
                 for dim, axis in enumerate(mesh.mesh_dim_names or ()):
@@ -66,8 +67,13 @@ def test_a_rank_has_few_groups_and_none_twice(layout: Layout) -> None:
                     assert dist.get_process_group_ranks(mesh[axis].get_group()) == line
             stage = range(rank // layout.stage_ranks * layout.stage_ranks, last + 1)
             assert dist.get_process_group_ranks(meshes.stage) == [*stage[: layout.stage_ranks]]
-            same_tp = [r for r in stage[: layout.stage_ranks] if (r - rank) % layout.tp == 0]
-            assert dist.get_process_group_ranks(meshes.data) == same_tp
+            alike = layout.cp * layout.tp  # between ranks with the same part of other sequences
+            same_part = [r for r in stage[: layout.stage_ranks] if (r - rank) % alike == 0]
+            assert dist.get_process_group_ranks(meshes.data) == same_part
+            if meshes.cp is not None:
+                first = rank - rank // layout.tp % layout.cp * layout.tp
+                shared = [*range(first, first + alike, layout.tp)]
+                assert dist.get_process_group_ranks(meshes.cp) == shared
             other = rank % layout.stage_ranks
             ends = [other, last + 1 - layout.stage_ranks + other]
             assert (meshes.ends is not None) == (layout.pp > 1 and rank in ends)
@@ -96,7 +102,7 @@ def test_under_nccl_one_call_splits_all_ranks(
         bound = property(lambda group: torch.device("cuda:0"), lambda group, device: None)
         monkeypatch.setattr(type(dist.group.WORLD), "bound_device_id", bound)
         made(layout)
-        assert len(splits) <= 9 and len(splits) >= len(groups()) - 1
+        assert len(splits) <= 9 + (layout.cp > 1) and len(splits) >= len(groups()) - 1
         everyone = list(range(layout.world_size))
         for split in splits:
             ranks = sorted(rank for group in split["ranks"] for rank in group)

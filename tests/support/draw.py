@@ -4,6 +4,7 @@ allow."""
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -79,7 +80,8 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
     if pp == 1:
         schedule, virtual, held = "1F1B", 1, 1
     tp = among(_sizes(world // pp))
-    replicate = among(_divisors(world // (pp * tp)))
+    cp = among(_divisors(world // (pp * tp)))
+    replicate = among(_divisors(world // (pp * tp * cp)))
     shards = world // (pp * tp * replicate)
     ep = among(_sizes(shards * tp))
     # What TP and EP leave of a weight must divide over the ranks that share it; whole ones need not
@@ -103,10 +105,11 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
     kept = number(1, groups)
     chosen = number(1, min(4, kept * (experts // groups)))
     # 4. the batch
-    dp = replicate * shards
+    dp = replicate * shards // cp
     micro = number(1, 3)
     count = number(1, 4) if pp == 1 else _micro_batches(schedule, pp, number)
     depth = number(0, 2)
+    unit = math.lcm(2 * cp, cp * tp) if cp > 1 else tp
     hidden = whole * number(12 // whole, 24 // whole) if whole <= 12 else whole
     config: ModelConfig = replace(
         small_config(),
@@ -143,6 +146,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
         micro_batch_size=micro,
         global_batch_size=micro * count * dp,
         tensor_model_parallel_size=tp,
+        context_parallel_size=cp,
         pipeline_model_parallel_size=pp,
         pipeline_schedule=schedule,
         virtual_pipeline_model_parallel_size=virtual,
@@ -151,7 +155,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
         data_parallel_replicate_size=replicate,
         reshard_after_forward=among((True, False)) if pp == 1 and (shards > 1 or tp > ep) else None,
         data=DataConfig(
-            seq_length=tp * number(max(1, 6 // tp), max(1, 12 // tp)),
+            seq_length=unit * number(max(1, 6 // unit), max(1, 12 // unit)),
             isolate_documents=draw(st.booleans()),
         ),
         optim=OptimConfig(

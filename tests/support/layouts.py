@@ -99,8 +99,8 @@ class Case:
     def __str__(self) -> str:
         c, sizes = self.config, self.layout
         return (
-            f"pp{sizes.pp} rep{sizes.dp_replicate} dp{sizes.dp_shard} tp{sizes.tp} ep{sizes.ep} "
-            f"{c.pipeline_schedule} v{c.virtual_pipeline_model_parallel_size} "
+            f"pp{sizes.pp} rep{sizes.dp_replicate} dp{sizes.dp_shard} cp{sizes.cp} tp{sizes.tp} "
+            f"ep{sizes.ep} {c.pipeline_schedule} v{c.virtual_pipeline_model_parallel_size} "
             f"L{c.num_hidden_layers} k{c.first_k_dense_replace} E{c.n_routed_experts} "
             f"sh{c.n_shared_experts} mtp{c.num_nextn_predict_layers} q{c.q_lora_rank} "
             f"mb{c.micro_batch_size} gb{c.global_batch_size} {c.topk_method} {c.optim.name} "

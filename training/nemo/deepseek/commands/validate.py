@@ -150,6 +150,7 @@ def _layout(run: RunConfig, layout: Layout) -> str:
     sizes = {
         f"DP {layout.dp}": layout.dp > 1,
         f"{layout.dp_replicate} replicas": layout.dp_replicate > 1,
+        f"CP {layout.cp}": layout.cp > 1,
         f"TP {layout.tp}": layout.tp > 1,
         pipeline: layout.pp > 1,
         f"EP {layout.ep}": layout.ep > 1,

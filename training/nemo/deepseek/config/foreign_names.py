@@ -46,6 +46,7 @@ TRANSFORMERS: dict[str, str] = {
     "reshard_after_forward": "model.reshard_after_forward",
     "parallelism_config_dp_replicate_size": "model.data_parallel_replicate_size",
     "parallelism_config_tp_size": "model.tensor_model_parallel_size",
+    "parallelism_config_cp_size": "model.context_parallel_size",
     "dynamo_backend": "model.torch_compile",
 }
 """Settings of the Hugging Face Trainer and of accelerate."""
@@ -96,6 +97,7 @@ MEGATRON: dict[str, dict[str, str]] = {
     },
     "parallel": {
         "tensor_model_parallel_size": "model.tensor_model_parallel_size",
+        "context_parallel_size": "model.context_parallel_size",
         "pipeline_model_parallel_size": "model.pipeline_model_parallel_size",
         "expert_model_parallel_size": "model.expert_model_parallel_size",
     },
@@ -160,6 +162,7 @@ _ELSEWHERE: dict[str, str] = {
     "train_batch_size": "model.global_batch_size",
     # parallel sizes and processes
     "tp": "model.tensor_model_parallel_size",
+    "cp": "model.context_parallel_size",
     "pp": "model.pipeline_model_parallel_size",
     "ep": "model.expert_model_parallel_size",
     "tensor_parallel_size": "model.tensor_model_parallel_size",
@@ -248,8 +251,6 @@ NO_SUCH_KEY: dict[str, str] = {
     "gradient_checkpointing": "set model.activations_checkpoint_granularity=full",
     "num_layers_per_virtual_pipeline_stage": "model.virtual_pipeline_model_parallel_size "
     "counts the stages of a rank; model.pipeline_layers_per_stage gives their layers",
-    "context_parallel_size": "there is no context parallelism",
-    "parallelism_config_cp_size": "there is no context parallelism",
     "sequence_parallel": "it follows from model.tensor_model_parallel_size",
     "strategy": "it follows from model.*_model_parallel_size",
     "bf16": "set trainer.precision=bf16-mixed",

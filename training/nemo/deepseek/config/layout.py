@@ -5,7 +5,8 @@
 
 are two views of the same ranks. The innermost axis varies fastest with the rank, so a TP group, and
 an EP group, is made of neighbouring ranks. Experts borrow their ranks from TP and data parallelism,
-never from the pipeline.
+never from the pipeline. CP is no axis of its own: for weights its ranks are data shards like any
+other, and ``cp`` neighbours of ``dp_shard`` read the same sequences.
 
 A mesh has axes; a tensor has dims. ``layout_rules.py`` refuses the layouts that do not work out.
 """
@@ -57,6 +58,8 @@ class Coordinate(NamedTuple):
     tp: int
     edp: int
     ep: int
+    cp: int
+    """Which part of each sequence it has; ``dp_shard`` counts on over these."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Layout:
     """Sizes of the axes, in ranks.
 
     Raises:
-        ValueError: EP does not divide the ranks that it borrows.
+        ValueError: EP or CP does not divide the ranks that it borrows.
     """
 
     pp: int = 1
@@ -72,15 +75,19 @@ class Layout:
     dp_replicate: int = 1
     """Groups of ranks that each hold the whole model."""
     dp_shard: int = 1
-    """Ranks with batches of their own that share the memory of each weight."""
+    """Ranks that share the memory of each weight, and have tokens of their own."""
     tp: int = 1
     """Ranks that divide each sequence, and most matrices, among them."""
     ep: int = 1
     """Ranks that divide the routed experts among them."""
+    cp: int = 1
+    """Neighbours in ``dp_shard`` that divide each sequence among them."""
 
     def __post_init__(self) -> None:
         if self.dp_shard * self.tp % self.ep:
             raise ValueError(f"EP {self.ep} does not divide {self.dp_shard} x {self.tp} ranks")
+        if self.dp_shard % self.cp:
+            raise ValueError(f"CP {self.cp} does not divide {self.dp_shard} data shards")
 
     @classmethod
     def of(cls, model: ModelConfig, world: int) -> Layout:
@@ -93,7 +100,8 @@ class Layout:
         replicate, shard = model.data_parallel_replicate_size, data_shards(model, world)
         if not shard:
             raise ValueError(f"{world} ranks cannot be PP {pp} x TP {tp} x {replicate}")
-        return cls(pp, replicate, shard, tp, model.expert_model_parallel_size)
+        ep, cp = model.expert_model_parallel_size, model.context_parallel_size
+        return cls(pp, replicate, shard, tp, ep, cp)
 
     @classmethod
     def of_run(cls, run: RunConfig) -> Layout:
@@ -113,12 +121,12 @@ class Layout:
     @property
     def dp(self) -> int:
         """Ranks with batches of their own."""
-        return self.dp_replicate * self.dp_shard
+        return self.dp_replicate * self.dp_shard // self.cp
 
     @property
     def stage_ranks(self) -> int:
         """Ranks that hold the same pipeline stages."""
-        return self.dp * self.tp
+        return self.dp_replicate * self.dp_shard * self.tp
 
     @property
     def world_size(self) -> int:
@@ -141,7 +149,7 @@ class Layout:
         replicate, in_replica = divmod(in_stage, self.dp_shard * self.tp)
         shard, tp = divmod(in_replica, self.tp)
         edp, ep = divmod(in_replica, self.ep)
-        return Coordinate(pp, replicate, shard, tp, edp, ep)
+        return Coordinate(pp, replicate, shard, tp, edp, ep, shard % self.cp)
 
 
 class Axis(NamedTuple):
@@ -167,7 +175,10 @@ class Axis(NamedTuple):
 
 
 def axes(layout: Layout) -> list[Axis]:
-    """All axes; the first four are one view of the ranks, the last two part of the other."""
+    """All axes; the first four are one view of the ranks, the next two part of the other.
+
+    CP is part of the data shards.
+    """
     return [
         Axis("PP", layout.pp, layout.stage_ranks),
         Axis("replicas", layout.dp_replicate, layout.dp_shard * layout.tp),
@@ -175,6 +186,7 @@ def axes(layout: Layout) -> list[Axis]:
         Axis("TP", layout.tp, 1),
         Axis("EP", layout.ep, 1),
         Axis("expert shards", layout.edp, layout.ep),
+        Axis("CP", layout.cp, layout.tp),
     ]
 
 
@@ -184,12 +196,14 @@ def world_size(run: RunConfig) -> int:
 
 
 def data_parallel_size(model: ModelConfig, world: int) -> int | None:
-    """Ranks with batches of their own among ``world``; None where TP x PP does not divide it."""
-    return _share(world, model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
+    """Ranks with batches of their own among ``world``; None where TP x PP x CP does not divide
+    it."""
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    return _share(world, tp * pp * model.context_parallel_size)
 
 
 def data_shards(model: ModelConfig, world: int, tp: int | None = None) -> int | None:
-    """Ranks of one replica with batches of their own, which share the memory of each weight.
+    """Ranks of one replica that share the memory of each weight; CP's are among them.
 
     Args:
         model: has the sizes.
@@ -201,7 +215,8 @@ def data_shards(model: ModelConfig, world: int, tp: int | None = None) -> int | 
     """
     tp = model.tensor_model_parallel_size if tp is None else tp
     inside = tp * model.pipeline_model_parallel_size * model.data_parallel_replicate_size
-    return _share(world, inside)
+    shards = _share(world, inside)
+    return shards if shards and shards % model.context_parallel_size == 0 else None
 
 
 def kept_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:

@@ -24,20 +24,40 @@ from deepseek.config.weights import Weight, has_experts, weight_kinds
 
 
 def processes(cfg: RunConfig) -> Iterator[Problem]:
-    """The processes can be divided into tensor, pipeline and data parallel ranks."""
-    world = world_size(cfg)
-    tp, pp = cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
-    if world % (tp * pp):
+    """The processes can be divided into tensor, pipeline, context and data parallel ranks."""
+    world, inside = world_size(cfg), _ranks_of_a_batch(cfg)
+    if world % inside:
         nodes = cfg.trainer.num_nodes
-        enough = math.lcm(tp * pp, nodes) // nodes
+        enough = math.lcm(inside, nodes) // nodes
+        context = " x context" if cfg.model.context_parallel_size > 1 else ""
         yield Problem(
             "trainer.devices",
             cfg.trainer.devices,
             f"devices {cfg.trainer.devices} x nodes {nodes} = {world} processes is not a multiple "
-            f"of tensor {tp} x pipeline {pp} = {tp * pp}",
-            f"use trainer.devices={enough} (or a multiple), or tensor x pipeline equal to "
-            f"{listed(divisors(world), near=tp * pp)}",
+            f"of {_sizes_of_a_batch(cfg)} = {inside}",
+            f"use trainer.devices={enough} (or a multiple), or tensor x pipeline{context} equal to "
+            f"{listed(divisors(world), near=inside)}",
         )
+
+
+def context_parallel(cfg: RunConfig) -> Iterator[Problem]:
+    """A sequence can be cut into two chunks for every rank that shares it, and those for TP."""
+    cp, tp = cfg.model.context_parallel_size, cfg.model.tensor_model_parallel_size
+    length, unit = cfg.model.data.seq_length, math.lcm(2 * cp, cp * tp)
+    if cp == 1 or length % unit == 0:
+        return
+    chunks = f"2 x {cp} chunks" + (f" and those of a rank over tensor {tp}" if tp > 1 else "")
+    near = [n for n in (length // unit * unit, (length // unit + 1) * unit) if n]
+    ranks = world_size(cfg) * cp // _ranks_of_a_batch(cfg)
+    fits = [n for n in divisors(ranks) if n == 1 or length % math.lcm(2 * n, n * tp) == 0]
+    yield Problem(
+        "model.context_parallel_size",
+        cp,
+        f"cuts a sequence into {chunks}, and model.data.seq_length={length} is no multiple of "
+        f"{unit}",
+        f"use model.data.seq_length={' or '.join(map(str, near))}, or for "
+        f"model.context_parallel_size {listed(fits, near=cp)}",
+    )
 
 
 def tensor_parallel(cfg: RunConfig) -> Iterator[Problem]:
@@ -45,8 +65,8 @@ def tensor_parallel(cfg: RunConfig) -> Iterator[Problem]:
     tp, cut = cfg.model.tensor_model_parallel_size, _cut_by_tensor_ranks(cfg)
     uneven = [f"{what}={size}" for what, size in cut.items() if size % tp]
     if uneven:
-        world, pp = world_size(cfg), cfg.model.pipeline_model_parallel_size
-        ranks = world // pp if world % pp == 0 else 0
+        world, others = world_size(cfg), _ranks_of_a_batch(cfg) // tp
+        ranks = world // others if world % others == 0 else 0
         yield Problem(
             "model.tensor_model_parallel_size",
             tp,
@@ -193,7 +213,8 @@ def expert_parallel(cfg: RunConfig) -> Iterator[Problem]:
             f"use {listed(divisors(dp), near=replicas)}",
         )
         return
-    ranks = dp // replicas * tp
+    context = cfg.model.context_parallel_size
+    ranks = dp // replicas * context * tp
     legal = f"use {listed(divisors(math.gcd(ranks, experts)), near=ep)}"
     if experts % ep:
         rule = f"does not divide model.n_routed_experts={experts}"
@@ -203,7 +224,8 @@ def expert_parallel(cfg: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "model.expert_model_parallel_size",
             ep,
-            f"does not divide data-parallel x tensor ranks = {dp // replicas} x {tp} = {ranks} "
+            f"does not divide data-parallel x {'context x ' if context > 1 else ''}tensor ranks = "
+            f"{dp // replicas} x {f'{context} x ' if context > 1 else ''}{tp} = {ranks} "
             f"(data-parallel size = {_data_parallel_sum(cfg, dp)}{halves})",
             legal,
         )
@@ -365,11 +387,29 @@ def _parts(weight: Weight, tp: int, ep: int) -> str:
 
 def _data_parallel_sum(cfg: RunConfig, size: int) -> str:
     """The data-parallel size with its arithmetic."""
-    tp, pp = cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
     return (
-        f"devices {cfg.trainer.devices} x nodes {cfg.trainer.num_nodes} / (tensor {tp} x pipeline "
-        f"{pp}) = {size}"
+        f"devices {cfg.trainer.devices} x nodes {cfg.trainer.num_nodes} / "
+        f"({_sizes_of_a_batch(cfg)}) = {size}"
     )
+
+
+def _ranks_of_a_batch(cfg: RunConfig) -> int:
+    """Ranks that work on the same sequences."""
+    model = cfg.model
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    return tp * pp * model.context_parallel_size
+
+
+def _sizes_of_a_batch(cfg: RunConfig) -> str:
+    """Their number as a product; without CP, where there is none."""
+    model = cfg.model
+    sizes = {
+        "tensor": model.tensor_model_parallel_size,
+        "pipeline": model.pipeline_model_parallel_size,
+        "context": model.context_parallel_size,
+    }
+    shown = [f"{what} {size}" for what, size in sizes.items() if what != "context" or size > 1]
+    return " x ".join(shown)
 
 
 def _needed_micro_batches(schedule: str, pp: int, count: int) -> tuple[Callable[[int], bool], str]:

@@ -20,6 +20,7 @@ from deepseek.config.errors import Problem, divisors, listed, nearest
 from deepseek.config.foreign_names import LORA_TARGETS
 from deepseek.config.layout_rules import (
     batch,
+    context_parallel,
     data_parallel_shards,
     dispatchers,
     expert_parallel,
@@ -637,6 +638,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     learning_rates,
     schedule_steps,
     processes,
+    context_parallel,
     tensor_parallel,
     pipeline_settings,
     pipeline_stages,

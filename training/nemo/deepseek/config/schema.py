@@ -341,6 +341,9 @@ class ModelConfig:
     tensor_model_parallel_size: int = key(
         1, "that share the matrices of a layer (TP)", unit="ranks", at_least=1
     )
+    context_parallel_size: int = key(
+        1, "that share each sequence, for long ones (CP)", unit="ranks", at_least=1
+    )
     pipeline_model_parallel_size: int = key(
         1, "that share the layers, in stages (PP)", unit="ranks", at_least=1
     )

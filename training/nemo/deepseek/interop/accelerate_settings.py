@@ -14,7 +14,7 @@ from typing import Any
 
 from deepseek.config import load_config
 from deepseek.config.errors import ConfigError, UserError, shown
-from deepseek.config.foreign_names import NO_SUCH_KEY, RENAMED, TRANSFORMERS
+from deepseek.config.foreign_names import RENAMED, TRANSFORMERS
 from deepseek.config.yaml_file import dump_yaml, read_yaml
 from deepseek.console import complain, say
 from deepseek.files import refuse_existing, write_new
@@ -424,8 +424,8 @@ _FSDP: Rules = {
 _PARALLEL: Rules = {
     "parallelism_config_dp_replicate_size": _Found.set,
     "parallelism_config_tp_size": _Found.set,
-    "parallelism_config_dp_shard_size": "follows: devices x nodes / (TP x PP x replicas)",
-    "parallelism_config_cp_size": NO_SUCH_KEY["parallelism_config_cp_size"],
+    "parallelism_config_cp_size": _Found.set,
+    "parallelism_config_dp_shard_size": "follows: devices x nodes / (TP x PP x CP x replicas)",
 }
 _DYNAMO: Rules = {"dynamo_backend": _dynamo}
 _SECTIONS = {"fsdp_config": _FSDP, "parallelism_config": _PARALLEL, "dynamo_config": _DYNAMO}
@@ -435,6 +435,7 @@ _NUMBERS = {
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "parallelism_config.parallelism_config_tp_size",
+    "parallelism_config.parallelism_config_cp_size",
 }
 _NO_EPOCHS = "a run has a number of steps; trainer.max_steps = epochs x tokens / tokens a step"
 _DATA = "the data come prepared (deepseek prepare-data), packed, in an order the seed decides"

@@ -15,7 +15,7 @@ from typing import Any
 from deepseek.config import RunConfig, load_config
 from deepseek.config.errors import ConfigError, Problem
 from deepseek.config.foreign_names import MEGATRON
-from deepseek.config.layout import split_layers
+from deepseek.config.layout import data_parallel_size, split_layers, world_size
 from deepseek.config.schema import value_at
 from deepseek.config.yaml_file import dump_yaml
 from deepseek.console import say
@@ -242,6 +242,12 @@ def _automodel_problems(run: RunConfig) -> list[Problem]:
                 "tensor_model_parallel_size",
                 1,
                 "its DeepSeek-V3 declares supports_tp=False",
+                "1, and more expert or data parallelism",
+            ),
+            (
+                "context_parallel_size",
+                1,
+                "its context parallelism has not been compared with this one",
                 "1, and more expert or data parallelism",
             ),
             ("num_nextn_predict_layers", 0, "its DeepSeek-V3 makes no MTP modules", "0"),
@@ -556,8 +562,8 @@ def _problem(run: RunConfig, key: str, why: str, instead: str) -> Problem:
 def _local_batch(run: RunConfig) -> int:
     """Sequences of one optimiser step on one data-parallel rank."""
     model = run.model
-    world = run.trainer.devices * run.trainer.num_nodes
-    ranks = world // (model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
+    ranks = data_parallel_size(model, world_size(run))
+    assert ranks is not None, "config/layout_rules.py lets this layout through"
     return model.global_batch_size // ranks
 
 

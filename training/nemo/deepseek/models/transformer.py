@@ -6,7 +6,7 @@ Single-device code. Source: arXiv:2412.19437 section 2. Shapes: ``models/__init_
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -263,14 +263,21 @@ class Stage(Transformer):
 
 
 class Head(nn.Linear):
-    """Linear map to the vocabulary, shared by the main model and every MTP depth."""
+    """Linear map to the vocabulary, shared by the main model and every MTP depth.
+
+    Attributes:
+        sequence_part: of labels (B, S), those of the hidden states here; replaced where several
+            ranks share each sequence.
+    """
 
     def __init__(self, dim: int, vocab_size: int) -> None:
         super().__init__(dim, vocab_size, bias=False)
+        self.sequence_part: Callable[[Tensor], Tensor] = lambda labels_BS: labels_BS
 
     def loss_sum(self, hidden_BSD: Tensor, labels_BS: Tensor) -> Tensor:
         """Cross-entropy summed over labelled tokens, in nats; scalar. Never holds all logits."""
-        return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.weight, labels_BS.flatten())
+        labels_T = self.sequence_part(labels_BS).flatten()
+        return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.weight, labels_T)
 
 
 # -- start weights --

@@ -26,6 +26,7 @@ OPERATIONS_OF = {
     "dp_replicate": ("all_reduce",),
     "dp_shard": ("all_gather", "reduce_scatter"),
     "tp": ("all_gather", "reduce_scatter", "all_reduce"),
+    "cp": ("all_gather", "reduce_scatter", "all_reduce"),
     "edp": ("all_gather", "reduce_scatter"),
     "ep": ("all_to_all",),
     "data": ("all_reduce",),
@@ -46,7 +47,10 @@ class Meshes:
 
     Attributes:
         pp, tp, ep: groups of this rank along these axes.
-        data: the ranks that read other batches and hold the same stages and the same TP shard.
+        cp: the ranks that share this one's sequences, each with its own part of them; None if there
+            is no other.
+        data: the ranks that read other batches and hold the same stages, the same TP shard and the
+            same part of a sequence.
         stage: all ranks that hold the same stages.
         ends: the two ranks that hold the first and the last stage of this rank's pipeline, or None
             if there is one stage, or this rank holds neither.
@@ -67,7 +71,11 @@ class Meshes:
         self.tp = self.dense.get_group("tp")
         self.ep = self.sparse.get_group("ep")
         ranks = self.dense.mesh
-        self.data = self._group("data", ranks.movedim(3, 1).flatten(2).flatten(0, 1))
+        parts = ranks.unflatten(2, (-1, layout.cp))  # (pp, dp_replicate, sequences, cp, tp)
+        self.cp: dist.ProcessGroup | None = None
+        if layout.cp > 1:
+            self.cp = self._group("cp", parts.movedim(3, -1).flatten(0, -2))
+        self.data = self._group("data", parts.permute(0, 3, 4, 1, 2).flatten(3).flatten(0, 2))
         self.stage = self._group("stage", ranks.flatten(1))
         self.world = self._group("world", ranks.flatten().unsqueeze(0))
         self.ends = self._ends()
@@ -75,7 +83,8 @@ class Meshes:
     @property
     def data_rank(self) -> int:
         """Which share of each batch this rank reads."""
-        return self.coordinate.dp_replicate * self.layout.dp_shard + self.coordinate.dp_shard
+        at, layout = self.coordinate, self.layout
+        return (at.dp_replicate * layout.dp_shard + at.dp_shard) // layout.cp
 
     @property
     def dense_shards(self) -> DeviceMesh:
@@ -155,7 +164,7 @@ class SingleProcess:
     rank = 0
     coordinate = layout.coordinate(0)
     data_rank = 0
-    tp = data = stage = ends = world = None
+    tp = cp = data = stage = ends = world = None
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from deepseek.models.components.block import DeepSeekBlock
 from deepseek.models.components.moe import MoE
 from deepseek.models.transformer import Stage, Transformer, initial_weight
 from deepseek.parallel import cpu_memory
+from deepseek.parallel.context import shard_sequences
 from deepseek.parallel.expert_dispatcher import build_dispatcher
 from deepseek.parallel.mesh import Meshes, SingleProcess, local, local_slices
 from deepseek.parallel.pipeline import MicroBatches, Pipeline, Sequential
@@ -81,23 +82,27 @@ def parallelize(
     if layout.tp > 1:
         shard_tensors(model, meshes)
         log.info(f"TP {layout.tp}: matrices, vocabulary and sequences are divided")
-    # 3. EP: each rank keeps some of the experts, and tokens travel to them
+    # 3. CP: each rank keeps a part of every sequence
+    if layout.cp > 1:
+        shard_sequences(model, meshes)
+        log.info(f"CP {layout.cp}: sequences are divided, the latents of attention gathered")
+    # 4. EP: each rank keeps some of the experts, and tokens travel to them
     if layout.ep > 1:
         shard_experts(model, meshes, config.moe_token_dispatcher_type)
         total = config.n_routed_experts
         log.info(f"EP {layout.ep}: {total // layout.ep} of {total} experts of a layer here")
-    # 4. PP: layers are run in stages
+    # 5. PP: layers are run in stages
     stages = {index: Stage(model, parts[index]) for index in here}
     if layout.pp > 1:
         log.info(f"PP {layout.pp}: stages {here} of {len(parts)}, {config.pipeline_schedule}")
-    # 5. FSDP: ranks that would hold the same weights divide them
+    # 6. FSDP: ranks that would hold the same weights divide them
     reshard = reshards(config, layout)
     units = shard_data_parallel(model, list(stages.values()), meshes, reshard)
     log.info(
         f"FSDP {layout.dp_shard} (experts {layout.edp}) x {layout.dp_replicate} replicas: {units} "
         f"units, weights {'given back' if reshard else 'kept'} after the forward pass"
     )
-    # 6. numbers, for what is left here
+    # 7. numbers, for what is left here
     model.to_empty(device=device)
     fill(model, seed)
     log.info(f"{sum(local(p).numel() for p in model.parameters()):,} weights here, on {device}")

@@ -203,8 +203,8 @@ class Pipeline:
         return self._loss(sums)
 
     def _hidden(self, rows: int, device: torch.device | str | None = None) -> Tensor:
-        """What a stage hands to the next, unfilled: this TP rank's part of each sequence."""
-        length = self.config.data.seq_length // self.meshes.layout.tp
+        """What a stage hands to the next, unfilled: this rank's part of each sequence."""
+        length = self.config.data.seq_length // (self.meshes.layout.cp * self.meshes.layout.tp)
         shape = (rows, length, self.config.hidden_size)
         return torch.empty(shape, dtype=self._dtype, device=device or self._device)
 

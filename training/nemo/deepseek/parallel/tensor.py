@@ -234,7 +234,10 @@ class VocabularyHead(Head):
         hidden_TD = gather_sequence(hidden_BsD, self.group).flatten(0, 1)
         softmax_loss = sharded_softmax_loss(self.first_id, self.group)
         return linear_cross_entropy(
-            hidden_TD, local(self.weight), labels_BS.flatten(), softmax_loss=softmax_loss
+            hidden_TD,
+            local(self.weight),
+            self.sequence_part(labels_BS).flatten(),
+            softmax_loss=softmax_loss,
         )
 
     def forward(self, hidden_BsD: Tensor) -> Tensor:

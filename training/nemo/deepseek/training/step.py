@@ -204,12 +204,15 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
     ) -> tuple[bool, _Told]:
         """Whether a signal has reached a rank, and the numbers of the step, in one read.
 
-        Losses are summed over all ranks; TP ranks all know the same.
+        Losses are summed over all ranks; TP ranks all know the same, and CP ranks have the losses
+        of their own tokens but know the same balance loss.
         """
         balance = sum((router.balance_loss for router in routers), torch.zeros_like(sums[0]))
         mine = torch.stack([*sums, balance, torch.full_like(balance, self.stop_signal is not None)])
         if self.meshes.coordinate.tp > 0:
             mine[:3].zero_()
+        if self.meshes.coordinate.cp > 0:
+            mine[2].zero_()
         known = torch.stack(norms), counts_2.to(mine.dtype)
         read = torch.cat((sum_over(mine, self.meshes.world), *known)).tolist()
         main, mtp, balance_loss, signals, *norms_4, num_labels, num_real = read
@@ -228,7 +231,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         if self.meshes.coordinate.tp > 0:
             return
         self._validation_sums[0] += float(main)
-        if self.model.head is not None:
+        if self.model.head is not None and self.meshes.coordinate.cp == 0:
             self._validation_sums[1] += int((batch["labels"] != IGNORE_INDEX).sum())
 
     def on_validation_epoch_end(self) -> None:

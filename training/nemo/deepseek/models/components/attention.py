@@ -12,6 +12,7 @@ S is the number of new tokens here, M that of the tokens in the cache, these inc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -32,7 +33,14 @@ class LatentStore(Protocol):
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """MLA; the number of heads is read from the projections' width, so shards work unchanged."""
+    """MLA; the number of heads is read from the projections' width, so shards work unchanged.
+
+    Attributes:
+        whole_sequence: from the latents (B, S, C) and rotary keys (B, S, H) here to those of the
+            whole sequence; replaced where several ranks share each sequence.
+        attend: attention of the queries here over the keys and values of the whole sequence;
+            replaced likewise.
+    """
 
     def __init__(
         self,
@@ -67,6 +75,8 @@ class MultiHeadLatentAttention(nn.Module):
             kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False
         )
         self.wo = nn.Linear(num_heads * v_head_dim, dim, bias=False)
+        self.whole_sequence: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda *part: part
+        self.attend: Callable[..., Tensor] = causal_attention
 
     def forward(
         self,
@@ -80,13 +90,15 @@ class MultiHeadLatentAttention(nn.Module):
 
         Args:
             cos_BSA, sin_BSA: rotation of the positions (``rope.rotation``).
-            documents_BS: attention stays inside a document; None: one stream.
+            documents_BS: of the whole sequence: attention stays inside a document; None: one
+                stream.
             cache: the new tokens also see the cached ones.
         """
         q_nope_BSNH, q_rope_BSNH = self._queries(x_BSD, cos_BSA, sin_BSA)
         latent_BSC, k_rope_BSH = self._latents(x_BSD, cos_BSA, sin_BSA)
         if cache is None:
-            y_BSNU = self._expanded(q_nope_BSNH, q_rope_BSNH, latent_BSC, k_rope_BSH, documents_BS)
+            keys = self.whole_sequence(latent_BSC, k_rope_BSH)
+            y_BSNU = self._expanded(q_nope_BSNH, q_rope_BSNH, *keys, documents_BS)
         else:
             latent_BMC, k_rope_BMH, visible_BSM = cache.append(latent_BSC, k_rope_BSH)
             y_BSNU = self._absorbed(q_nope_BSNH, q_rope_BSNH, latent_BMC, k_rope_BMH, visible_BSM)
@@ -124,7 +136,7 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope_BSNH = k_rope_BSH.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)
         q = torch.cat((q_nope_BSNH, q_rope_BSNH), dim=-1).transpose(1, 2)
         k = torch.cat((k_nope, k_rope_BSNH), dim=-1).transpose(1, 2)
-        y_BNSU = causal_attention(q, k, v_BSNU.transpose(1, 2), self.softmax_scale, documents_BS)
+        y_BNSU = self.attend(q, k, v_BSNU.transpose(1, 2), self.softmax_scale, documents_BS)
         return y_BNSU.transpose(1, 2)
 
     def _absorbed(
