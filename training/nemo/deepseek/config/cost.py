@@ -446,7 +446,7 @@ def rank_need(
         count * _stage_activations(model, layout, part, half)
         for part, count in zip(stages, held.values(), strict=True)
     )
-    hidden = 4 * _tokens(model) // layout.tp * model.hidden_size
+    hidden = 4 * _tokens(model, layout) // layout.tp * model.hidden_size
     ends = sum((not part.first) + (not part.last) for part in stages)
     working = _working(model, layout, stages, half)
     if any(part.last for part in stages):
@@ -498,15 +498,15 @@ def in_flight(model: ModelConfig, pp_rank: int, micro_batches: int) -> dict[int,
     return {stage: min(n, micro_batches) for stage, n in zip(stages, counts, strict=True)}
 
 
-def _tokens(model: ModelConfig) -> int:
-    """Of a micro-batch."""
-    return model.micro_batch_size * model.data.seq_length
+def _tokens(model: ModelConfig, layout: Layout) -> int:
+    """Of a micro-batch on the ranks of one part of its sequences."""
+    return model.micro_batch_size * model.data.seq_length // layout.cp
 
 
 def _stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, half: bool) -> int:
     """Bytes that a stage keeps of one micro-batch from its forward to its backward pass."""
     recompute = model.activations_checkpoint_granularity
-    hidden = 4 * _tokens(model) // layout.tp * model.hidden_size
+    hidden = 4 * _tokens(model, layout) // layout.tp * model.hidden_size
     if recompute:
         total = len(part.layers) * hidden
     else:
@@ -533,7 +533,7 @@ def _working(model: ModelConfig, layout: Layout, stages: Sequence[StageSlice], h
     """Bytes of one block's backward pass, the costliest of a rank, beside what waits for it."""
     kinds = {bool(moe) for part in stages for moe, n in enumerate(_kinds(model, part)) if n}
     kinds |= {True} if any(p.last for p in stages) and model.num_nextn_predict_layers else set()
-    tokens, dim = _tokens(model), model.hidden_size
+    tokens, dim = _tokens(model, layout), model.hidden_size
     hidden = 4 * tokens // layout.tp * dim
     most = 0
     for moe in kinds:
@@ -561,15 +561,17 @@ def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool
     The residual stream and what norms keep are fp32. In half precision every product keeps a copy
     of its input and of its matrix: autocast casts them anew for each.
     """
-    tokens, dim, tp = _tokens(model), model.hidden_size, layout.tp
+    tokens, dim, tp = _tokens(model, layout), model.hidden_size, layout.tp
     number, heads = 2 if half else 4, model.num_attention_heads // tp
     here, latent = tokens // tp, model.kv_lora_rank
     total = 4 * 4 * here * dim  # input, after attention, and both normed
     inputs = 2 * number * tokens * dim if half else number * tokens * dim
     # attention
-    total += inputs + tokens * heads * (
-        number * (2 * model.qk_head_dim + model.qk_nope_head_dim + 2 * model.v_head_dim) + 4
-    )
+    keys = tokens * layout.cp  # of the whole sequence
+    total += inputs + tokens * heads * (number * (model.qk_head_dim + model.v_head_dim) + 4)
+    total += keys * heads * number * (model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim)
+    if layout.cp > 1:
+        total += number * keys * (latent + model.qk_rope_head_dim)
     total += tokens * ((8 if half else 12) * (latent + (model.q_lora_rank or 0)))
     if model.data.isolate_documents:
         total += (1 + number) * tokens * model.data.seq_length
