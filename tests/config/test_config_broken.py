@@ -114,7 +114,7 @@ ONE_PROBLEM = [
     (
         "model.optim.sched.name=cosine",
         "model.optim.sched.name",
-        ["CosineAnnealing or WarmupConstantCosine", "use CosineAnnealing"],
+        ["CosineAnnealing, WarmupConstantCosine or WarmupStable", "use CosineAnnealing"],
     ),
     ("trainer.precision=16", "trainer.precision", ["32, bf16-mixed or auto", "use bf16-mixed"]),
     ("trainer.precision=bf16", "trainer.precision", ["32, bf16-mixed or auto", "use bf16-mixed"]),

@@ -99,6 +99,12 @@ def legal_configs(draw: st.DrawFn) -> dict[str, Any]:
                 "warmup_steps": warmup,
                 "constant_steps": draw(integers(0, steps - warmup)),
                 "min_lr": draw(st.floats(0, 1e-6)),
+            }
+            if draw(st.booleans())
+            else {
+                "name": "WarmupStableDecay",
+                "warmup_steps": warmup,
+                "decay_steps": draw(integers(0, steps - warmup)),
             },
         },
     }

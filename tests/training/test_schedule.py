@@ -6,6 +6,8 @@ import math
 
 import pytest
 
+from deepseek.config.errors import ConfigError
+from deepseek.config.load import load_config
 from deepseek.config.schema import SchedConfig
 from deepseek.training.optim import learning_rate
 
@@ -43,6 +45,58 @@ def test_warmup_constant_cosine_without_its_parts() -> None:
     assert only_warmup[0] == 0.4 and only_warmup[19] == 8.0 and only_warmup[20:] == [1.0, 1.0]
     no_decay = rates(range(22), name=name, warmup_steps=2, constant_steps=18, min_lr=1.0)
     assert no_decay[:20] == [4.0] + [8.0] * 19 and no_decay[20:] == [1.0, 1.0]
+
+
+# -- warm-up, stable, decay --
+
+
+@pytest.mark.parametrize(
+    ("style", "middle"), [("linear", 5.0), ("cosine", 5.0), ("minus_sqrt", 8 - 6 * 0.5**0.5)]
+)
+def test_warmup_stable_decay(style: str, middle: float) -> None:
+    """4 steps up, the peak, and down in the last 8 of 20."""
+    settings = dict(name="WarmupStableDecay", warmup_steps=4, decay_steps=8, min_lr=2.0)
+    got = rates(range(24), decay_style=style, **settings)
+    assert got[:4] == [2.0, 4.0, 6.0, 8.0]
+    assert got[4:13] == [8.0] * 9 and got[13] < 8.0
+    assert got[16] == pytest.approx(middle)
+    assert got[20:] == pytest.approx([2.0] * 4)
+    # what is learned before the decay serves a longer run as well
+    longer = rates(range(24), 40, decay_style=style, **settings)
+    assert longer[:12] == got[:12] and longer[12:] == [8.0] * 12
+
+
+def test_warmup_stable_decay_without_its_parts() -> None:
+    name = "WarmupStableDecay"
+    assert rates(range(30), name=name, warmup_steps=2) == [4.0] + [8.0] * 29
+    assert rates(range(21), name=name, decay_steps=20)[::10] == [8.0, 4.0, 0.0]
+    trial = rates(range(4), 4, name=name, warmup_steps=8, decay_steps=8)  # cut short
+    assert trial == [1.0, 2.0, 3.0, 4.0]
+    no_room = rates(range(6), 4, name=name, warmup_steps=4, decay_steps=2)
+    assert no_room == [2.0, 4.0, 6.0, 8.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        (["name=WarmupStableDecay", "constant_steps=3"], ["constant_steps", "would be ignored"]),
+        (["decay_steps=3"], ["decay_steps", "name=CosineAnnealing", "name=WarmupStableDecay"]),
+        (
+            ["name=WarmupStableDecay", "decay_style=cosine"],
+            ["since model.optim.sched.decay_steps=0"],
+        ),
+        (
+            ["name=WarmupStableDecay", "warmup_steps=8", "decay_steps=8", "max_steps=10"],
+            ["warm-up 8 + decay 8 = 16 steps", "decay_steps=5"],
+        ),
+    ],
+    ids=str,
+)
+def test_parts_that_do_not_act_or_fit(settings: list[str], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("deepseek_v3_tiny", [f"model.optim.sched.{text}" for text in settings])
+    for part in parts:
+        assert part in str(caught.value)
 
 
 # -- NeMo's --

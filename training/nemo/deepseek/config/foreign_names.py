@@ -276,7 +276,11 @@ OTHER_VALUES: dict[str, dict[str, str]] = {
     },
     "model.moe_token_dispatcher_type": {"allgather": "alltoall", "flex": "deepep"},
     "model.optim.name": {"distributed_fused_adam": "adamw", "adam": "adamw"},
-    "model.optim.sched.name": {"cosine": "CosineAnnealing", "wsd": "WarmupConstantCosine"},
+    "model.optim.sched.name": {
+        "cosine": "CosineAnnealing",
+        "wsd": "WarmupStableDecay",
+        "constant": "WarmupStableDecay",
+    },
 }
 """Of a key here: its values elsewhere, in lower case, where the spelling alone would not tell."""
 

@@ -348,24 +348,41 @@ def learning_rates(cfg: RunConfig) -> Iterator[Problem]:
         )
 
 
+def schedule_parts(cfg: RunConfig) -> Iterator[Problem]:
+    """What is told of a schedule is a part of it."""
+    sched, section = cfg.model.optim.sched, "model.optim.sched"
+    stable, because = "WarmupStableDecay", f"{section}.name={sched.name}"
+    if sched.name != stable:
+        for key in ("decay_steps", "decay_style"):
+            yield from idle(cfg, f"{section}.{key}", because, f"{section}.name={stable}")
+        return
+    instead = f"{section}.name=WarmupConstantCosine"
+    yield from idle(cfg, f"{section}.constant_steps", because, instead)
+    if sched.decay_steps == 0:
+        for key in ("decay_style", "min_lr"):
+            because, instead = f"{section}.decay_steps=0", f"{section}.decay_steps above 0"
+            yield from idle(cfg, f"{section}.{key}", because, instead)
+
+
 def schedule_steps(cfg: RunConfig) -> Iterator[Problem]:
-    """Warm-up and constant part fit into a schedule of a length of its own.
+    """Warm-up and the other part fit into a schedule of a length of its own.
 
     A schedule as long as the run may be cut short by ``trainer.max_steps``: a trial of ten steps
     then ends in the warm-up, as it should.
     """
-    sched = cfg.model.optim.sched
-    used = sched.warmup_steps + sched.constant_steps
+    sched, section = cfg.model.optim.sched, "model.optim.sched"
+    part = "decay" if sched.name == "WarmupStableDecay" else "constant"
+    held = sched.decay_steps if part == "decay" else sched.constant_steps
+    used = sched.warmup_steps + held
     if sched.max_steps is not None and used > sched.max_steps:
         total = sched.max_steps
         yield Problem(
-            "model.optim.sched.warmup_steps",
+            f"{section}.warmup_steps",
             sched.warmup_steps,
-            f"warm-up {sched.warmup_steps} + constant {sched.constant_steps} = {used} steps is "
-            f"more than model.optim.sched.max_steps={total}",
+            f"warm-up {sched.warmup_steps} + {part} {held} = {used} steps is "
+            f"more than {section}.max_steps={total}",
             f"use warmup_steps={min(sched.warmup_steps, total // 10)} and "
-            f"constant_steps={min(sched.constant_steps, total // 2)}, or "
-            f"model.optim.sched.max_steps={used}",
+            f"{part}_steps={min(held, total // 2)}, or {section}.max_steps={used}",
         )
 
 
@@ -636,6 +653,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     context,
     optimiser,
     learning_rates,
+    schedule_parts,
     schedule_steps,
     processes,
     context_parallel,

@@ -189,8 +189,9 @@ class SchedConfig:
 
     name: str = key(
         "CosineAnnealing",
-        "CosineAnnealing (NeMo: warm-up, cosine, optional floor) or WarmupConstantCosine (V3)",
-        choices=("CosineAnnealing", "WarmupConstantCosine"),
+        "CosineAnnealing (NeMo: warm-up, cosine, optional floor), WarmupConstantCosine (V3) or "
+        "WarmupStableDecay (WSD)",
+        choices=("CosineAnnealing", "WarmupConstantCosine", "WarmupStableDecay"),
     )
     warmup_steps: int = key(0, "linear warm-up from 0", unit="steps", at_least=0)
     constant_steps: int = key(
@@ -200,7 +201,18 @@ class SchedConfig:
         unit="steps",
         at_least=0,
     )
-    min_lr: float = key(0.0, "learning rate at the end of the cosine", at_least=0)
+    decay_steps: int = key(
+        0,
+        "of WarmupStableDecay, which holds the peak until then, from max_steps backwards; 0: none",
+        unit="steps",
+        at_least=0,
+    )
+    decay_style: str = key(
+        "linear",
+        "of WarmupStableDecay: linear, cosine or minus_sqrt (1 - sqrt: fast at first)",
+        choices=("linear", "cosine", "minus_sqrt"),
+    )
+    min_lr: float = key(0.0, "learning rate at the end of the decay", at_least=0)
     max_steps: int | None = key(
         None, "length of the schedule; null: trainer.max_steps", unit="steps", at_least=1
     )

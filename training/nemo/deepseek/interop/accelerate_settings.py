@@ -255,14 +255,14 @@ def _schedule(found: _Found, value: Any) -> None:
     kind = str(value).lower().removeprefix("schedulertype.")
     least = "model.optim.sched.min_lr"
     if kind in ("constant", "constant_with_warmup"):
-        found.set(rate, "a cosine from the peak to the peak", key=least)
+        found.set("WarmupStableDecay", "without a decay")
     elif kind == "cosine":
         found.set("CosineAnnealing")
     elif kind == "cosine_with_min_lr" and isinstance(more, dict):
         floor = more.get("min_lr", float(rate) * float(more.get("min_lr_rate", 0.0)))
         found.set(floor, key=least)
     else:
-        found.leave("schedules are CosineAnnealing and WarmupConstantCosine")
+        found.leave("schedules are CosineAnnealing, WarmupConstantCosine and WarmupStableDecay")
 
 
 def _warmup(found: _Found, value: Any) -> None:

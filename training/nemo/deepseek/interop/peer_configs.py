@@ -489,11 +489,13 @@ def _schedule(run: RunConfig) -> dict[str, Any]:
     sched, peak = run.model.optim.sched, run.model.optim.lr
     total = sched.max_steps if sched.max_steps is not None else run.trainer.max_steps
     warmup, constant = sched.warmup_steps, sched.constant_steps
-    if sched.name == "WarmupConstantCosine":
+    if sched.name != "CosineAnnealing":
+        stable = sched.name == "WarmupStableDecay"
+        decay = min(sched.decay_steps, total - warmup) if stable else total - warmup - constant
         return {
-            "lr_decay_style": "WSD",
-            "lr_wsd_decay_style": "cosine",
-            "wsd_decay_steps": max(1, total - warmup - constant),
+            "lr_decay_style": "WSD" if decay or not stable else "constant",
+            "lr_wsd_decay_style": sched.decay_style if stable else "cosine",
+            "wsd_decay_steps": max(1, decay),
             "init_lr": peak / warmup if warmup else 0.0,
             "lr_warmup_steps": max(0, warmup - 1),
             "lr_decay_steps": total,

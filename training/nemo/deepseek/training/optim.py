@@ -79,6 +79,8 @@ def learning_rate(step: int, peak: float, sched: SchedConfig, trainer_steps: int
     total = sched.max_steps if sched.max_steps is not None else trainer_steps
     if sched.name == "WarmupConstantCosine":
         return _warmup_constant_cosine(step, peak, sched, total)
+    if sched.name == "WarmupStableDecay":
+        return _warmup_stable_decay(step, peak, sched, total)
     return _nemo_cosine_annealing(step, peak, sched, total)
 
 
@@ -90,6 +92,26 @@ def _warmup_constant_cosine(step: int, peak: float, sched: SchedConfig, total: i
     if step < start:
         return peak
     return _cosine(step - start, total - start, peak, sched.min_lr)
+
+
+def _warmup_stable_decay(step: int, peak: float, sched: SchedConfig, total: int) -> float:
+    """The peak until ``decay_steps`` before ``total`` (arXiv:2404.06395 section 4), then down.
+
+    The steps before the decay do not depend on ``total``: a run can be made longer from any of
+    their checkpoints. ``minus_sqrt`` is arXiv:2405.18392's 1 - sqrt.
+    """
+    if step < sched.warmup_steps:
+        return peak * (step + 1) / sched.warmup_steps
+    start = max(sched.warmup_steps, total - sched.decay_steps)
+    if step < start or sched.decay_steps == 0:
+        return peak
+    done = min(1.0, (step - start) / (total - start)) if total > start else 1.0
+    left = {
+        "linear": 1 - done,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "minus_sqrt": 1 - math.sqrt(done),
+    }[sched.decay_style]
+    return sched.min_lr + (peak - sched.min_lr) * left
 
 
 def _nemo_cosine_annealing(step: int, peak: float, sched: SchedConfig, total: int) -> float:
