@@ -7,6 +7,7 @@ router, norms and recomputation are not. Two things differ from one publisher to
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from deepseek.config.cost import flops_per_token as flops_of_model
@@ -23,14 +24,17 @@ class Convention(NamedTuple):
     """MTP modules are counted, if the model has them."""
 
     @classmethod
-    def of_text(cls, text: str) -> Convention:
-        """Of a description such as ``causal 3xfwd + MTP``; what it does not say is as by default.
+    def of_text(cls, text: str, with_mtp: bool = False) -> Convention:
+        """Of a description such as ``causal 3xfwd + MTP``.
 
-        ``no MTP`` and a description that names neither leave MTP out.
+        Args:
+            text: of several descriptions, the first counts.
+            with_mtp: holds where it names no MTP.
         """
         first = text.lower().split(";")[0]
-        without = "no mtp" in first or "without mtp" in first or "mtp" not in first
-        return cls("non-causal" not in first and "noncausal" not in first, not without)
+        if "mtp" in first:
+            with_mtp = not re.search(r"(no|without|excl\w*|not)\W+mtp", first)
+        return cls(not re.search(r"non\W?causal", first), with_mtp)
 
     def __str__(self) -> str:
         return (

@@ -33,34 +33,65 @@ class Gpu:
     """Of the figures."""
     price_note: str
     """Whose price it is."""
+    product_share: float = 0.8
+    """Of the bf16 peak, what a large product reaches, measured alone."""
+    fp8_share: float = 0.56
+    """The same of the fp8 peak, with scales in blocks."""
+    attention_share: float = 0.55
+    """Of the bf16 peak, latent attention forward, the mask's half not counted."""
+    attention_back_share: float = 0.46
+    """The same backward, counted as 2.5 times forward."""
 
     def __str__(self) -> str:
         return self.name
 
 
+# Shares are medians of the kernel tables in aiconfigurator-core 0.12.0 (NVIDIA, Apache-2.0):
+# products of 4096 rows, latent attention of 128 heads on 4096 tokens. Attention's backward share is
+# that of DeepSeek's profile (455 TFLOP/s on H800), elsewhere in the same proportion to forward.
+_AMPERE = {"attention_share": 0.47, "attention_back_share": 0.39}
+_BLACKWELL = {
+    "product_share": 0.67,
+    "fp8_share": 0.56,
+    "attention_share": 0.48,
+    "attention_back_share": 0.4,
+}
+_B300 = {
+    "product_share": 0.72,
+    "fp8_share": 0.6,
+    "attention_share": 0.55,
+    "attention_back_share": 0.46,
+}
+_GB300 = {
+    "product_share": 0.76,
+    "fp8_share": 0.63,
+    "attention_share": 0.55,
+    "attention_back_share": 0.46,
+}
 _LIST_PRICE = "on-demand list price of 2025, rounded; contracts differ by a factor of 2"
 _NO_PRICE = "no public list price"
 
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", 312e12, 312e12, 80e9, 2.04e12, 300e9, 8, 25e9, 1.8,
-            "NVIDIA A100 80GB SXM data sheet; HDR InfiniBand of a DGX A100", _LIST_PRICE),
-        Gpu("H800", 989e12, 1979e12, 80e9, 3.35e12, 200e9, 8, 50e9, 2.0,
+        Gpu("A100", 312e12, 312e12, 85.9e9, 2.04e12, 300e9, 8, 25e9, 1.8,
+            "NVIDIA A100 80GB SXM data sheet; HDR InfiniBand of a DGX A100",
+            _LIST_PRICE, **_AMPERE),
+        Gpu("H800", 989e12, 1979e12, 85.9e9, 3.35e12, 200e9, 8, 50e9, 2.0,
             "arXiv:2412.19437 section 3.1, arXiv:2505.09343 section 2: an H100 with NVLink of "
             "400 GB/s both ways", "what arXiv:2412.19437 reckons with"),
-        Gpu("H100", 989e12, 1979e12, 80e9, 3.35e12, 450e9, 8, 50e9, 3.0,
+        Gpu("H100", 989e12, 1979e12, 85.9e9, 3.35e12, 450e9, 8, 50e9, 3.0,
             "NVIDIA H100 SXM data sheet; one 400 Gb/s port a GPU as in a DGX H100", _LIST_PRICE),
-        Gpu("H200", 989e12, 1979e12, 141e9, 4.8e12, 450e9, 8, 50e9, 3.5,
+        Gpu("H200", 989e12, 1979e12, 151.4e9, 4.8e12, 450e9, 8, 50e9, 3.5,
             "NVIDIA H200 SXM data sheet; one 400 Gb/s port a GPU", _LIST_PRICE),
-        Gpu("B200", 2250e12, 4500e12, 180e9, 8e12, 900e9, 8, 50e9, 5.0,
-            "NVIDIA DGX B200 data sheet; one 400 Gb/s port a GPU", _LIST_PRICE),
+        Gpu("B200", 2250e12, 4500e12, 193.3e9, 8e12, 900e9, 8, 50e9, 5.0,
+            "NVIDIA DGX B200 data sheet; one 400 Gb/s port a GPU", _LIST_PRICE, **_BLACKWELL),
         Gpu("B300", 2250e12, 4500e12, 288e9, 8e12, 900e9, 8, 100e9, None,
-            "NVIDIA DGX B300 data sheet; one 800 Gb/s port a GPU", _NO_PRICE),
-        Gpu("GB200", 2500e12, 5000e12, 186e9, 8e12, 900e9, 72, 50e9, 10.5,
-            "NVIDIA GB200 NVL72 data sheet; one 400 Gb/s port a GPU", _LIST_PRICE),
-        Gpu("GB300", 2500e12, 5000e12, 279e9, 8e12, 900e9, 72, 100e9, None,
-            "NVIDIA GB300 NVL72 data sheet; one 800 Gb/s port a GPU", _NO_PRICE),
+            "NVIDIA DGX B300 data sheet; one 800 Gb/s port a GPU", _NO_PRICE, **_B300),
+        Gpu("GB200", 2500e12, 5000e12, 198.7e9, 8e12, 900e9, 72, 50e9, 10.5,
+            "NVIDIA GB200 NVL72 data sheet; one 400 Gb/s port a GPU", _LIST_PRICE, **_BLACKWELL),
+        Gpu("GB300", 2500e12, 5000e12, 298.0e9, 8e12, 900e9, 72, 100e9, None,
+            "NVIDIA GB300 NVL72 data sheet; one 800 Gb/s port a GPU", _NO_PRICE, **_GB300),
     )
 }  # fmt: skip
 """By name."""

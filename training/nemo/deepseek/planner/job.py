@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
-from deepseek.config.layout import split_layers
+from deepseek.config.cost import reduces_gradients, reshards
+from deepseek.config.layout import V_SCHEDULES, Layout, split_layers
 from deepseek.config.schema import ModelConfig, RunConfig
 from deepseek.planner.architecture import Architecture
 
@@ -19,24 +21,24 @@ class System:
     """What a training program does that its layout does not say."""
 
     name: str
+    tuned: bool = False
+    """Kernels between products are as fused as DeepSeek's own, and no GPU waits for its host."""
+    release: float = 26.0
+    """Years, such as 26.25 for April 2026: fused kernels became more from release to release."""
+    graphs: bool = False
+    """A step's kernels are launched as CUDA graphs: the GPU does not wait for its host."""
     hidden_all_to_all: float = 0.0
-    """Share of the experts' exchange that other work hides, under every schedule but DualPipe's."""
-    hidden_data_parallel: float = 0.5
+    """Share of the experts' exchange that other work hides, but under DualPipe."""
+    hidden_data_parallel: float = 0.7
     """Share of the gradients' and weights' exchange that other work hides."""
     dedicated_sms: float = 0.0
     """Share of a GPU that the experts' exchange takes from products while it is hidden."""
-    glue: float = 1.0
-    """Memory traffic between products, in that of DeepSeek's own kernels."""
-    per_launch: float = 0.0
-    """Seconds that the host needs to launch one kernel, where it cannot run ahead."""
     gathers_weights: bool = False
     """Weights are sharded over data-parallel ranks (FSDP) and gathered before they are used."""
-    state_bytes: float = 18.0
-    """Of weights, gradients and moments of a parameter, on one rank and all its replicas."""
 
 
-DEEPSEEK = System("deepseek", hidden_all_to_all=1.0, dedicated_sms=20 / 132)
-OURS = System("ours", gathers_weights=True, glue=1.5, state_bytes=16)
+DEEPSEEK = System("deepseek", tuned=True, dedicated_sms=20 / 132, hidden_data_parallel=0.3)
+OURS = System("ours", gathers_weights=True)
 
 
 class Ranks(NamedTuple):
@@ -98,27 +100,41 @@ class Job:
     imbalance: float = 1.0
     """Rows of the fullest rank's experts over the mean."""
     optimizer: str = "adamw"
+    flushes: int = 1
+    """Times that the pipeline runs empty in a step: of gradient accumulation around it."""
+    exchanges: float = 1
+    """Times that weights are gathered and gradients given back in a step."""
 
     @property
     def micro_batches(self) -> int:
         """Of one step, on one data-parallel rank."""
         return max(1, self.global_batch // (self.micro_batch * self.ranks.dp))
 
+    @cached_property
+    def held(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of the stages that each rank of a pipeline holds."""
+        pp, count = self.ranks.pp, len(self.stages)
+        if self.schedule == "DualPipe":
+            return tuple((rank, pp - 1 - rank) for rank in range(pp))
+        if self.schedule in V_SCHEDULES:
+            return tuple((rank, 2 * pp - 1 - rank) for rank in range(pp))
+        return tuple(tuple(range(rank, count, pp)) for rank in range(pp))
+
 
 def job_of_run(run: RunConfig, gpus: int) -> Job:
     """The step of a configuration on ``gpus`` GPUs, whatever its trainer section counts."""
     model = run.model
-    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    layout = Layout.of(model, gpus)
     architecture = Architecture.of_model(model)
     stages = _stages(model, architecture)
     ranks = Ranks(
-        tp,
-        pp,
-        len(stages) // pp,
-        model.expert_model_parallel_size,
-        1,
-        max(1, gpus // (tp * pp)),
-        model.data_parallel_replicate_size,
+        layout.tp,
+        layout.pp,
+        len(stages) // layout.pp,
+        layout.ep,
+        layout.cp,
+        layout.dp,
+        layout.dp_replicate,
     )
     precision = str(run.trainer.precision)
     return Job(
@@ -133,7 +149,16 @@ def job_of_run(run: RunConfig, gpus: int) -> Job:
         model.activations_checkpoint_granularity or "none",
         OURS,
         optimizer=model.optim.name,
+        exchanges=_exchanges(model, layout),
     )
+
+
+def _exchanges(model: ModelConfig, layout: Layout) -> float:
+    """Of half a step's traffic each: weights gathered, twice where they are dropped in between, and
+    gradients added up."""
+    count = max(1, model.global_batch_size // (model.micro_batch_size * layout.dp))
+    gathered = 2 * count if reshards(model, layout) else 1
+    return (gathered + (count if reduces_gradients(model, layout) else 1)) / 2
 
 
 _STAGES: dict[tuple[object, ...], tuple[Stage, ...]] = {}
@@ -163,7 +188,8 @@ def _stages(model: ModelConfig, architecture: Architecture) -> tuple[Stage, ...]
 def even_stages(
     architecture: Architecture, costs: Sequence[float], count: int
 ) -> tuple[Stage, ...]:
-    """Stages whose costliest costs least, where head and MTP modules may stand apart.
+    """Equal stages if they divide the blocks; else those whose costliest costs least, where head
+    and MTP modules may stand apart.
 
     Args:
         architecture: the sizes.
@@ -171,7 +197,13 @@ def even_stages(
         count: stages.
     """
     dense, moe, mtp, head = costs
-    parts = [dense] * (architecture.layers - architecture.moe_layers)
+    plain = architecture.layers - architecture.moe_layers
+    if architecture.layers % count == 0 and not architecture.mtp:
+        sizes = [architecture.layers // count] * count
+        sizes[-1] += 1
+    else:
+        sizes = []
+    parts = [dense] * plain
     kinds = [Stage(1, 0, False, 0, 0)] * len(parts)
     parts += [moe] * architecture.moe_layers
     kinds += [Stage(0, 1, False, 0, 0)] * architecture.moe_layers
@@ -180,7 +212,7 @@ def even_stages(
         kinds.append(Stage(0, 0, False, 1, 1))
     parts.append(head)
     kinds.append(Stage(0, 0, False, 1, 0))
-    sizes = _smallest_largest(tuple(parts), count)
+    sizes = sizes or _smallest_largest(tuple(parts), count)
     stages, at = [], 0
     for size in sizes:
         held = kinds[at : at + size]

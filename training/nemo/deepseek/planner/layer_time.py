@@ -12,6 +12,7 @@ Shares of the peak are those of NVIDIA's published kernel tables (``aiconfigurat
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,6 +22,12 @@ from deepseek.planner.flops import scores_per_token
 from deepseek.planner.hardware import Gpu
 from deepseek.planner.job import Job, System
 
+MEMORY = 0.75
+"""Share of the memory's peak that glue reaches."""
+NVLINK, NETWORK = 0.75, 0.8
+"""Shares of the links' peaks that exchanges reach: arXiv:2603.07685 table 7, 8 to 64 GPUs."""
+CAST = 1.9
+"""Glue of fp8 in that of bf16: 8.3 ms of a block in DeepSeek's profile, 3.9 of them casts."""
 START = 6e-6
 """Seconds that a product loses at its begin and end, whatever its size."""
 
@@ -31,13 +38,20 @@ class Efficiency:
 
     products: float = 0.9
     """Of what a product alone reaches, the share that it reaches in a step."""
-    memory: float = 0.75
-    """Share of the memory's peak that glue reaches."""
-    network: float = 0.85
-    """Share of the links' peak that exchanges reach."""
+    air_cooled: float = 0.85
+    """The same once more on B200 and B300, which have less power than GB200 and GB300."""
+    glue: float = 1.2
+    """Memory traffic between products, in that of DeepSeek's own kernels, in January 2026."""
+    trend: float = 0.3
+    """By how much glue and host time fall in a year of releases, as an exponent."""
+    graphed: float = 1.0
+    """Share of glue that is left where a whole step is launched as graphs: no gaps in between."""
+    host: float = 1.5e-3
+    """Seconds of a block, forward and backward, in which a GPU waits for launches, likewise."""
 
 
-FITTED = Efficiency()
+FITTED = Efficiency(0.849, 0.7, 0.823, 0.513, 0.683, 1.45e-3)
+"""As ``benchmarks/fit_planner.py`` found them on ``published.FITTED_ROWS``."""
 
 
 class Parts(NamedTuple):
@@ -47,6 +61,7 @@ class Parts(NamedTuple):
     attention: float = 0.0
     experts: float = 0.0
     glue: float = 0.0
+    host: float = 0.0
     all_to_all: float = 0.0
     other_links: float = 0.0
 
@@ -59,7 +74,7 @@ class Parts(NamedTuple):
     @property
     def compute(self) -> float:
         """On the compute units."""
-        return self.products + self.attention + self.experts + self.glue
+        return self.products + self.attention + self.experts + self.glue + self.host
 
 
 class BlockTime(NamedTuple):
@@ -117,12 +132,10 @@ def _stage_parts(
     efficiency: Efficiency,
 ) -> StageParts:
     tokens = micro_batch * seq_length / cp
-    at = _At(
-        arch, tokens, seq_length, tp, cp, ep, precision, imbalance, gpu, efficiency, system.glue
-    )
+    at = _At(arch, tokens, seq_length, tp, cp, ep, precision, imbalance, gpu, efficiency, system)
     dense, moe = (at.block(m, recompute) for m in (False, True))
     head = at.head()
-    joined = at.products((Product(2 * arch.hidden, arch.hidden),), tokens / tp)
+    joined, _ = at.products((Product(2 * arch.hidden, arch.hidden),), tokens / tp)
     mtp = BlockTime(
         moe.forward + Parts(products=joined),
         moe.backward + Parts(products=2 * joined),
@@ -145,78 +158,108 @@ class _At(NamedTuple):
     imbalance: float
     gpu: Gpu
     efficiency: Efficiency
-    glue: float
+    system: System
 
-    def rate(self) -> tuple[float, int]:
-        """FLOP/s of large products, and bytes of a number of their weights."""
-        return product_rate(self.gpu, self.precision) * self.efficiency.products, {
-            "fp32": 4,
-            "bf16": 2,
-        }.get(self.precision, 1)
+    def rate(self, precision: str) -> float:
+        """FLOP/s of large products in a step."""
+        share = self.efficiency.products
+        if self.gpu.name in ("B200", "B300"):
+            share *= self.efficiency.air_cooled
+        return product_rate(self.gpu, precision) * share
 
-    def products(self, matrices: tuple[Product, ...], rows: float, split: int = 1) -> float:
-        """Seconds of one pass through matrices, of which each rank of ``split`` has its part."""
-        rate, number = self.rate()
-        return sum(
-            2 * rows * matrix.size / split / rate
-            + START
-            + number * matrix.size / split / self.gpu.hbm
-            for matrix in matrices
-        )
+    def products(
+        self, matrices: tuple[Product, ...], rows: float, split: float = 1, copies: float = 1
+    ) -> tuple[float, float]:
+        """Seconds of the forward pass through matrices, and of their weights' gradients.
+
+        Args:
+            matrices: one after the other.
+            rows: of all copies together.
+            split: ranks among which a matrix is divided.
+            copies: of each matrix, the experts of a rank, which share the rows.
+        """
+        rate, hbm = self.rate(self.precision), self.gpu.hbm * MEMORY
+        number = {"fp32": 4, "bf16": 2}.get(self.precision, 1)
+        forward = weight = 0.0
+        for matrix in matrices:
+            size = matrix.size / split
+            flops = 2 * rows * size / rate
+            passed = rows * (matrix.inner + matrix.outer / split)
+            forward += START + max(flops, (number * (copies * size + passed)) / hbm)
+            # Gradients of weights are added to fp32 sums, which are read and written.
+            weight += START + max(flops, (8 * copies * size + number * passed) / hbm)
+        return forward, weight
+
+    def extra(self) -> float:
+        """Glue of the program, in that of DeepSeek's own kernels."""
+        if self.system.tuned:
+            return 1.0
+        years = self.system.release - 26
+        glue = self.efficiency.glue * math.exp(-self.efficiency.trend * years)
+        return glue * (self.efficiency.graphed if self.system.graphs else 1.0)
 
     def block(self, moe: bool, recompute: str) -> BlockTime:
         arch, gpu, tokens, tp = self.arch, self.gpu, self.tokens, self.tp
-        plain = self.products((*arch.attention, *arch.feed_forward(moe)), tokens, tp)
+        plain, weight = self.products((*arch.attention, *arch.feed_forward(moe)), tokens, tp)
         flops = 4 * tokens * scores_per_token(arch, self.seq_length, causal=True) / tp
-        forward_share, backward_share = attention_shares(gpu)
-        attention = flops / 2 / (gpu.bf16 * forward_share)
-        attention_back = 2.5 * flops / 2 / (gpu.bf16 * backward_share)
-        experts, exchange = 0.0, 0.0
+        longer = 1.19 * self.seq_length / (self.seq_length + 768)
+        attention = flops / 2 / (gpu.bf16 * gpu.attention_share * longer)
+        attention_back = 2.5 * flops / 2 / (gpu.bf16 * gpu.attention_back_share * longer)
+        experts, weights, exchange = 0.0, 0.0, 0.0
         if moe:
-            held = arch.experts / self.ep
             rows = tokens / tp * arch.top_k * self.imbalance
-            rate, number = self.rate()
-            experts = sum(
-                2 * rows * matrix.size / rate
-                + START * max(1.0, held / 8)
-                + number * held * matrix.size / gpu.hbm
-                for matrix in arch.expert
-            )
+            experts, weights = self.products(arch.expert, rows, copies=arch.experts / self.ep)
             exchange = self.exchange()
-        glue = self.glue_bytes(moe) * self.glue / (gpu.hbm * self.efficiency.memory)
+        glue = self.glue_bytes(moe) * self.extra() / (gpu.hbm * MEMORY)
+        waits = not (self.system.tuned or self.system.graphs)
+        power = self.efficiency.air_cooled if gpu.name in ("B200", "B300") else 1.0
+        attention, attention_back, glue = attention / power, attention_back / power, glue / power
+        host = self.efficiency.host * self.extra() / self.efficiency.glue * waits
         links = 0.0
         if tp > 1:
             bytes_ = 2 * tokens * arch.hidden * (tp - 1) / tp
             links = (
-                4
-                * bytes_
-                / ((gpu.nvlink if tp <= gpu.domain else gpu.network) * self.efficiency.network)
+                4 * bytes_ / (NVLINK * gpu.nvlink if tp <= gpu.domain else NETWORK * gpu.network)
             )
-        forward = Parts(plain, attention, experts, glue / 3, exchange, links / 2)
-        backward = Parts(2 * plain, attention_back, 2 * experts, glue * 2 / 3, exchange, links / 2)
+        if self.cp > 1:  # each rank gathers the keys and values, or the latents, of its sequence
+            width = arch.kv_lora + arch.rope_dim or arch.kv_heads * (arch.qk_dim + arch.v_dim) / tp
+            sent = 2 * tokens * (self.cp - 1) * width
+            near = tp * self.cp <= gpu.domain
+            links += 2 * sent / (NVLINK * gpu.nvlink if near else NETWORK * gpu.network)
+        forward = Parts(plain, attention, experts, glue / 3, host / 3, exchange, links / 2)
+        backward = Parts(
+            plain + weight,
+            attention_back,
+            experts + weights,
+            glue * 2 / 3,
+            host * 2 / 3,
+            exchange,
+            links / 2,
+        )
         if recompute == "full":
             backward += forward
         elif recompute == "selective":
-            backward += Parts(products=0.15 * plain, glue=0.5 * forward.glue)
-        return BlockTime(forward, backward, plain + experts)
+            backward += Parts(products=0.2 * plain, glue=0.2 * forward.glue)
+        return BlockTime(forward, backward, weight + weights)
 
     def exchange(self) -> float:
         """Seconds of one dispatch and one combine."""
         arch, gpu, ep = self.arch, self.gpu, self.ep
         if ep == 1:
             return 0.0
-        tokens = self.tokens / self.tp
         domain = min(gpu.domain, ep)
         domain = 1 << (int(domain).bit_length() - 1)
         nodes = max(1, ep // domain)
-        sent = (1 if self.precision in ("fp8",) else 2) + 2
-        per_token = sent * arch.hidden
-        limit = arch.top_groups * nodes / arch.groups if arch.groups > 1 else nodes
-        reached = min(limit, nodes * (1 - (1 - 1 / nodes) ** arch.top_k))
-        remote = tokens * per_token * reached * (nodes - 1) / nodes
-        inside = tokens * per_token * min(arch.top_k, ep) * (domain - 1) / domain
-        share = self.efficiency.network
-        return max(remote / (gpu.network * share), inside / (gpu.nvlink * share)) + 40e-6
+        sent = (1 if self.precision == "fp8" else 2) + 2
+        copy = self.tokens / self.tp * sent * arch.hidden * self.imbalance
+        nodes = max(1, ep // domain)
+        limited = arch.groups > 1 and nodes > 1
+        reached = hit(nodes, arch.top_groups if limited else arch.top_k)
+        if limited and nodes >= arch.groups:
+            reached = min(reached, arch.top_groups)
+        remote = copy * reached * (nodes - 1) / nodes
+        inside = copy * hit(ep, arch.top_k) * (domain - 1) / domain
+        return max(remote / (gpu.network * NETWORK), inside / (gpu.nvlink * NVLINK)) + 80e-6
 
     def glue_bytes(self, moe: bool) -> float:
         """Bytes that a block's forward and backward pass move outside its products."""
@@ -226,15 +269,14 @@ class _At(NamedTuple):
         width = (arch.shared if moe else 1) * (arch.expert_ffn if moe else arch.dense_ffn)
         inner = 24 * width
         routed = arch.top_k * (24 * arch.hidden + 24 * arch.expert_ffn) if moe else 0
-        cast = 1.3 if self.precision in ("fp8", "mxfp8") else 1.0
-        return 2 * cast / 2 * self.tokens / self.tp * (wide + heads + inner + routed)
+        cast = CAST if self.precision in ("fp8", "mxfp8") else 1.0
+        return 1.03 * cast * self.tokens / self.tp * (wide + heads + inner + routed)
 
     def head(self) -> BlockTime:
         arch, tokens, tp = self.arch, self.tokens, self.tp
-        rate = product_rate(self.gpu, "fp32" if self.precision == "fp32" else "bf16")
-        rate *= self.efficiency.products
+        rate = self.rate("fp32" if self.precision == "fp32" else "bf16")
         product = 2 * tokens * arch.vocab * arch.hidden / tp / rate
-        glue = 12 * tokens * arch.vocab / tp / (self.gpu.hbm * self.efficiency.memory)
+        glue = 30 * tokens * arch.vocab / tp / (self.gpu.hbm * MEMORY)
         return BlockTime(
             Parts(products=product, glue=glue / 2),
             Parts(products=2 * product, glue=glue / 2),
@@ -242,17 +284,15 @@ class _At(NamedTuple):
         )
 
 
+def hit(places: int, draws: int) -> float:
+    """Places that are drawn at least once, on average."""
+    return places * (1 - (1 - 1 / places) ** draws)
+
+
 def product_rate(gpu: Gpu, precision: str) -> float:
-    """FLOP/s of a large product alone."""
-    blackwell = "B" in gpu.name
+    """FLOP/s of a large product alone; of fp32 those of the tensor cores' TF32, half of bf16's."""
     if precision == "fp32":
-        return gpu.bf16 * 0.35
+        return gpu.bf16 * gpu.product_share / 2
     if precision == "bf16" or gpu.fp8 == gpu.bf16:
-        return gpu.bf16 * (0.66 if blackwell else 0.8)
-    return gpu.fp8 * (0.6 if blackwell else 0.6)
-
-
-def attention_shares(gpu: Gpu) -> tuple[float, float]:
-    """Shares of the bf16 peak that attention reaches forward and backward, the mask's half not
-    counted."""
-    return (0.56, 0.46) if "B" not in gpu.name else (0.6, 0.45)
+        return gpu.bf16 * gpu.product_share
+    return gpu.fp8 * gpu.fp8_share

@@ -304,31 +304,49 @@ def overlapped(one: StageTime, other: StageTime) -> float:
     return max(compute, exchanges)
 
 
+def busy_seconds(schedule: str, times: Sequence[StageTime], held: Sequence[int]) -> float:
+    """Seconds of a rank's work for one micro-batch; for one of each direction in DualPipe."""
+    if schedule.startswith("DualPipe"):
+        near, far = (times[stage] for stage in held)
+        return overlapped(near, far) + overlapped(far, near)
+    return sum(times[stage].forward + times[stage].backward for stage in held)
+
+
 def pipeline_seconds(
-    schedule: str, ranks: int, times: Sequence[StageTime], micro_batches: int, hop: float = 0.0
+    schedule: str,
+    held: Sequence[Sequence[int]],
+    times: Sequence[StageTime],
+    micro_batches: int,
+    hop: float = 0.0,
 ) -> float:
-    """Seconds of a step in closed form, for searches: the busiest rank's work and the ramps."""
-    held = len(times) // ranks
-    forward = sum(t.forward for t in times)
-    backward = sum(t.backward for t in times)
-    weight = sum(t.weight for t in times)
-    if schedule in ("ZBVZeroBubble", "DualPipeV"):
-        of_rank = [(times[r], times[2 * ranks - 1 - r]) for r in range(ranks)]
-    elif schedule == "DualPipe":
-        of_rank = [(times[r], times[ranks - 1 - r]) for r in range(ranks)]
-    else:
-        of_rank = [tuple(times[r::ranks]) for r in range(ranks)]  # type: ignore[misc]
-    if schedule in ("DualPipe", "DualPipeV"):
-        pair = [overlapped(a, b) + overlapped(b, a) for a, b in of_rank]
-        busy = max(pair) * micro_batches / (2 if schedule == "DualPipe" else 1)
-        reach = ranks // 2 if schedule == "DualPipe" else ranks
-        mean = sum(pair) / (2 * len(pair))
-        count = len(times)
-        return busy + max(0, reach - 1) * (mean + backward / count - 3 * weight / count)
-    busy = max(sum(t.forward + t.backward for t in held_by) for held_by in of_rank) * micro_batches
-    ramp = (ranks - 1) / ranks * (forward + backward) / held
+    """Seconds of a step in closed form, for searches: the busiest rank's work and the ramps.
+
+    Args:
+        schedule: as in ``play``.
+        held: stages of each rank.
+        times: of all stages.
+        micro_batches: of a step.
+        hop: seconds from one rank to the next.
+    """
+    ranks, stages = len(held), len(times)
+    loads = [busy_seconds(schedule, times, mine) for mine in held]
+    forward, backward, weight = (
+        sum(values) / stages for values in list(zip(*times, strict=True))[:3]
+    )
+    if schedule.startswith("DualPipe"):
+        two = schedule == "DualPipe"
+        reach = ranks // 2 if two else ranks
+        most = max(range(ranks), key=loads.__getitem__)
+        pair = loads[most] / 2
+        alone = sum(times[stage].forward + times[stage].backward for stage in held[most]) / 2
+        count = micro_batches * (1 if two else 2)
+        # Half way up, a rank does so many passes each way that nothing overlaps.
+        single = min(count, 2.5 * reach - 0.5) if ranks > 1 else 0.0
+        ramp = (reach - 1) * (pair + backward - 3 * weight) + 2 * (stages - 1) * hop
+        return (count - single) * pair + single * alone + ramp
+    ramp = (ranks - 1) * (forward + backward)
     if schedule == "InterleavedZeroBubble":
-        ramp -= 2 * (ranks - 1) / ranks * weight / held
+        ramp -= 2 * (ranks - 1) * weight
     elif schedule == "ZBVZeroBubble":
-        ramp = (ranks - 1) / ranks * (forward + backward - 3 * weight) / held
-    return busy + max(0.0, ramp) + 2 * (ranks * held - 1) * hop
+        ramp -= 3 * (ranks - 1) * weight
+    return max(loads) * micro_batches + max(0.0, ramp) + 2 * (stages - 1) * hop

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -11,16 +10,28 @@ from deepseek.config.layout import Layout
 from deepseek.config.schema import RunConfig
 from deepseek.planner.flops import Convention, flops_per_token
 from deepseek.planner.hardware import Gpu
-from deepseek.planner.job import Job, Stage, job_of_run
+from deepseek.planner.job import Job, Stage, System, job_of_run
 from deepseek.planner.layer_time import (
     FITTED,
+    MEMORY,
+    NETWORK,
+    NVLINK,
     BlockTime,
     Efficiency,
     Parts,
     StageParts,
     stage_parts,
 )
-from deepseek.planner.pipeline_timeline import StageTime, Timeline, pipeline_seconds, play
+from deepseek.planner.pipeline_timeline import (
+    StageTime,
+    Timeline,
+    busy_seconds,
+    pipeline_seconds,
+    play,
+)
+
+OPTIMIZER_BYTES = 60
+"""Read and written for each parameter that a rank updates: gradient and norm, moments, weights."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +59,18 @@ class StepEstimate:
         assert self.run is not None, "memory is of a configuration"
         return _peak_bytes(self.run, self.job.ranks.world)
 
+    def kinds(self) -> dict[str, float]:
+        """Seconds of the pipeline by the kind of an interval, and of the bubble, mean of ranks."""
+        line, seconds = self.timeline(), dict.fromkeys(("F", "B", "I", "W", "FB"), 0.0)
+        for interval in line.intervals:
+            seconds[interval.kind] += (interval.end - interval.start) / line.ranks
+        return {**seconds, "bubble": line.bubble * line.seconds}
+
     def timeline(self) -> Timeline:
         """Every interval of the pipeline, for pictures."""
         job = self.job
-        return play(job.schedule, job.ranks.pp, self.stages, job.micro_batches)
+        count = max(1, job.micro_batches // job.flushes)
+        return play(job.schedule, job.ranks.pp, self.stages, count, _hop(job, self.gpu))
 
 
 def predict_step(run: RunConfig, gpu: Gpu, gpus: int) -> StepEstimate:
@@ -77,17 +96,28 @@ def predict(
     ranks, count = job.ranks, job.micro_batches
     kinds = {stage: _together(stage, parts) for stage in set(job.stages)}  # most are alike
     whole = [kinds[stage] for stage in job.stages]
-    hidden = job.system.hidden_all_to_all
     dual = job.schedule.startswith("DualPipe")
-    times = [_stage_time(block, hidden, dual, job.system.dedicated_sms) for block in whole]
-    pipeline = pipeline_seconds(job.schedule, ranks.pp, times, count)
-    parts_of = _parts_of_busiest(job, whole, times, count)
-    busy = sum(parts_of.values())
-    optimizer, exchange = _outside(job, gpu, efficiency)
+    system = job.system
+    times = [_stage_time(block, system, dual) for block in whole]
+    each = max(1, count // job.flushes)
+    hop = _hop(job, gpu)
+    pipeline = pipeline_seconds(job.schedule, job.held, times, each, hop) * count / each
+    loads = [busy_seconds(job.schedule, times, held) for held in job.held]
+    most = max(range(ranks.pp), key=loads.__getitem__)
+    split = Parts()
+    for stage in job.held[most]:
+        split = split + whole[stage].forward + whole[stage].backward
+    worked = count / 2 if job.schedule == "DualPipe" else count
+    optimizer, exchange = _outside(job, gpu)
     seconds = pipeline + optimizer + exchange
     named = {
-        **parts_of,
-        "pipeline bubble": pipeline - busy,
+        "dense products": split.products * worked,
+        "attention": split.attention * worked,
+        "experts": split.experts * worked,
+        "memory-bound glue": split.glue * worked,
+        "host": split.host * worked,
+        "exchanges exposed": (loads[most] - split.compute) * worked,
+        "pipeline bubble": pipeline - loads[most] * worked,
         "optimizer": optimizer,
         "data-parallel exchange exposed": exchange,
     }
@@ -109,61 +139,48 @@ def _together(stage: Stage, parts: StageParts) -> BlockTime:
     return BlockTime(forward, backward, weight)
 
 
-def _stage_time(block: BlockTime, hidden: float, dual: bool, sms: float) -> StageTime:
-    forward, backward = block.forward, block.backward
-    if dual:
-        slow = 1 / (1 - sms)
-        return StageTime(
-            forward.compute * slow + forward.all_to_all + forward.other_links,
-            backward.compute * slow + backward.all_to_all + backward.other_links,
-            block.weight,
-            forward.all_to_all,
-            backward.all_to_all,
-        )
-    shown = 1 - hidden
-    return StageTime(
-        forward.compute + forward.all_to_all * shown + forward.other_links,
-        backward.compute + backward.all_to_all * shown + backward.other_links,
-        block.weight,
+def _stage_time(block: BlockTime, system: System, dual: bool) -> StageTime:
+    """Exchanges that are hidden take their share of the compute units."""
+    slow = 1 / (1 - system.dedicated_sms)
+    shown = 1.0 if dual else 1 - system.hidden_all_to_all
+    forward, backward = (
+        part.compute * slow + part.all_to_all * shown + part.other_links
+        for part in (block.forward, block.backward)
     )
+    hidden = (block.forward.all_to_all, block.backward.all_to_all) if dual else (0.0, 0.0)
+    return StageTime(forward, backward, block.weight * slow, *hidden)
 
 
-def _parts_of_busiest(
-    job: Job, whole: Sequence[BlockTime], times: Sequence[StageTime], count: int
-) -> dict[str, float]:
-    """Seconds by kind on the rank with most work."""
-    pp = job.ranks.pp
-    if job.schedule in ("ZBVZeroBubble", "DualPipeV"):
-        held = [(r, 2 * pp - 1 - r) for r in range(pp)]
-    else:
-        held = [tuple(range(r, len(times), pp)) for r in range(pp)]  # type: ignore[misc]
-    most = max(held, key=lambda stages: sum(times[s].forward + times[s].backward for s in stages))
-    parts = Parts()
-    for s in most:
-        parts += whole[s].forward + whole[s].backward
-    shown = sum(times[s].forward + times[s].backward for s in most) - parts.compute
-    return {
-        "dense products": parts.products * count,
-        "attention": parts.attention * count,
-        "experts": parts.experts * count,
-        "memory-bound glue": parts.glue * count,
-        "exchanges exposed": shown * count,
-    }
+def _hop(job: Job, gpu: Gpu) -> float:
+    """Seconds of a micro-batch's activations from one rank of a pipeline to the next."""
+    ranks = job.ranks
+    if ranks.pp == 1:
+        return 0.0
+    sent = 2 * job.micro_batch * job.seq_length / ranks.cp / ranks.tp * job.architecture.hidden
+    inside = ranks.world <= gpu.domain
+    return sent / (gpu.nvlink * NVLINK if inside else gpu.network * NETWORK)
 
 
-def _outside(job: Job, gpu: Gpu, efficiency: Efficiency) -> tuple[float, float]:
+def _outside(job: Job, gpu: Gpu) -> tuple[float, float]:
     """Seconds of the optimiser, and of the exposed part of the data-parallel exchange."""
     arch, ranks = job.architecture, job.ranks
-    blocks = max((s.moe + s.mtp for s in job.stages), default=0)
-    held = len(job.stages) // ranks.pp
-    experts = held * blocks * arch.experts * arch.expert_size / ranks.ep if arch.experts else 0.0
-    dense: float = arch.parameters - arch.moe_layers * arch.experts * arch.expert_size
-    dense /= ranks.pp * ranks.tp
-    kept = dense / ranks.dp + experts / ranks.expert_dp
-    optimizer = kept * 28 / (gpu.hbm * efficiency.memory)
-    sent = 6 * (dense * (ranks.dp > 1) + experts * (ranks.expert_dp > 1))
+    most = (0.0, 0.0)
+    for held in job.held:
+        stages = [job.stages[stage] for stage in held]
+        moe = sum(stage.moe + stage.mtp for stage in stages)
+        experts = moe * arch.experts * arch.expert_size / ranks.ep
+        dense = (
+            moe * arch.block_size[True]
+            + sum(stage.dense for stage in stages) * arch.block_size[False]
+            + sum(stage.embedding + bool(stage.head) for stage in stages) * arch.vocab * arch.hidden
+        ) / ranks.tp
+        most = max(most, (experts, dense))
+    experts, dense = most
+    kept = dense / (ranks.dp * ranks.cp) + experts / ranks.expert_dp
+    optimizer = kept * OPTIMIZER_BYTES / (gpu.hbm * MEMORY)
+    sent = 6 * job.exchanges * (dense * (ranks.dp > 1) + experts * (1 - 1 / ranks.expert_dp))
     inside = ranks.world <= gpu.domain
-    link = (gpu.nvlink if inside else gpu.network) * efficiency.network
+    link = gpu.nvlink * NVLINK if inside else gpu.network * NETWORK
     return optimizer, sent / link * (1 - job.system.hidden_data_parallel)
 
 

@@ -1,0 +1,244 @@
+"""Predictions of published runs: rows of a table as jobs, and their errors.
+
+A row is a mapping such as ``{"name": ..., "gpu": "H100", "gpus": 1024, "model": "DeepSeek-V3 671B",
+"tp": 2, "pp": 8, "vpp": 4, "ep": 64, "precision": "FP8-block", "seq_len": 4096, "global_batch":
+8192, "micro_batch": 1, "tflops_per_gpu": 368, ...}``. Whatever is missing or null is assumed where
+something is usual, and said; a row that nothing can be made of says why.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from deepseek.config.errors import UserError
+from deepseek.planner.architecture import Architecture
+from deepseek.planner.flops import Convention
+from deepseek.planner.hardware import Gpu, gpu_named
+from deepseek.planner.job import Job, Ranks, even_stages
+from deepseek.planner.known_models import known_model
+from deepseek.planner.layer_time import FITTED, Efficiency, stage_parts
+from deepseek.planner.megatron_memory import peak_bytes
+from deepseek.planner.step_time import StepEstimate, predict
+from deepseek.planner.systems import system_of
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A row as a job."""
+
+    job: Job
+    gpu: Gpu
+    convention: Convention
+    assumed: tuple[str, ...]
+    """What the row does not say."""
+
+
+def read_row(row: Row) -> Reading:
+    """The job of a row.
+
+    Raises:
+        UserError: why none can be made of it.
+    """
+    text = " ".join(str(row.get(key) or "") for key in ("name", "source", "notes"))
+    gpu = gpu_named(str(row.get("gpu") or "none"))
+    model = known_model(str(row.get("model") or ""))
+    assumed: list[str] = []
+    sizes = {key: _count(row, key) for key in (
+        "tp", "pp", "vpp", "ep", "cp", "dp", "gpus", "seq_len", "global_batch", "micro_batch"
+    )}  # fmt: skip
+    gpus = sizes["gpus"]
+    if sizes["tp"] is None and sizes["pp"] is None and sizes["ep"] is None:
+        if gpus is None or gpus > 8:
+            raise UserError("tp, pp and ep are missing: a row needs a layout")
+        assumed.append(f"ep={gpus}")
+        sizes["ep"] = math.gcd(gpus, max(1, model.experts))
+
+    def given(key: str, otherwise: int) -> int:
+        value = sizes[key]
+        if value is None:
+            assumed.append(f"{key}={otherwise}")
+            return otherwise
+        return value
+
+    tp, cp = given("tp", 1), sizes["cp"] or 1
+    if gpus is None:
+        if sizes["dp"] is None or sizes["pp"] is None:
+            raise UserError("gpus is missing, and dp or pp")
+        gpus = given("gpus", sizes["dp"] * sizes["pp"] * tp * cp)
+    pp = sizes["pp"]
+    if pp is None and sizes["dp"]:
+        pp = given("pp", max(1, gpus // (sizes["dp"] * tp * cp)))
+    if pp is None:
+        pp = given("pp", _usual_pp(model, gpus, sizes["vpp"], sizes["ep"], tp * cp))
+    if gpus % (tp * pp * cp):
+        raise UserError(f"tp {tp} x pp {pp} x cp {cp} does not divide {gpus} gpus")
+    dp = gpus // (tp * pp * cp)
+    if model.experts:
+        ep = given("ep", math.gcd(64, dp * tp * cp, model.experts))
+        if dp * tp * cp % ep:
+            raise UserError(f"ep {ep} does not divide the {dp * tp * cp} ranks of a stage")
+        if model.experts % ep:
+            raise UserError(f"ep {ep} does not divide {model.experts} experts")
+    else:
+        ep = 1
+    vpp = sizes["vpp"] or 1
+    if pp == 1:
+        vpp = 1
+    if pp * vpp > model.layers + model.mtp + 2:
+        raise UserError(f"pp {pp} x vpp {vpp} stages are more than {model.layers} layers")
+    micro = given("micro_batch", 1)
+    batch = given("global_batch", dp * micro * max(16, 4 * pp))
+    if batch < dp * micro:
+        raise UserError(f"global_batch {batch} is less than dp {dp} x micro_batch {micro}")
+    precision = _precision(row, assumed)
+    mtp = row.get("mtp")
+    trained = mtp is True or str(mtp or "no").lower() not in ("no", "none", "false", "0")
+    if not trained:
+        model = replace(model, mtp=0)
+    convention = Convention.of_text(str(row.get("flop_convention") or ""), mtp is True)
+    system = system_of(text, gpu, ep)
+    dual = system.name == "deepseek"
+    schedule = (
+        "1F1B" if pp == 1 else "DualPipe" if dual and pp % 2 == 0 else "Interleaved1F1B"
+        if vpp > 1 else "1F1B"
+    )  # fmt: skip
+    natural = "real" in str(row.get("routing") or "") or "natural" in str(row.get("routing") or "")
+    job = Job(
+        model,
+        given("seq_len", 4096),
+        micro,
+        batch,
+        Ranks(tp, pp, vpp, ep, cp, dp),
+        schedule,
+        (),
+        precision,
+        "none",
+        system,
+        imbalance=NATURAL_IMBALANCE if natural else 1.0,
+        optimizer="muon" if "muon" in text.lower() else "adamw",
+        flushes=_flushes(text),
+        exchanges=_flushes(text) if system.gathers_weights else 1,
+    )
+    job = _recomputing(with_even_stages(job, gpu), gpu, text)
+    return Reading(job, gpu, convention, tuple(assumed))
+
+
+FULL = 0.95
+"""Of a GPU's memory, what a run plans with."""
+NATURAL_IMBALANCE = 1.08
+"""Rows of the fullest rank over the mean in natural routing: DeepSeek's chunk takes 138.8 ms in
+production (arXiv:2505.09343 table 4) and 128 ms with forced balance (its public profile)."""
+
+
+def predict_row(row: Row, efficiency: Efficiency = FITTED) -> dict[str, Any]:
+    """What is predicted of a row, as plain values; ``why_not`` where nothing is."""
+    name = row.get("name") if isinstance(row, Mapping) else None
+    try:
+        if not isinstance(row, Mapping):
+            raise UserError("a row must be an object")
+        reading = read_row(row)
+        step = predict(reading.job, reading.gpu, reading.convention, efficiency)
+    except UserError as error:
+        return {"name": name, "why_not": str(error)}
+    return {
+        "name": name,
+        **figures(step),
+        "system": reading.job.system.name,
+        "recompute": reading.job.recompute,
+        "flop_convention": str(reading.convention),
+        "assumed": list(reading.assumed),
+    }
+
+
+def measured_rate(row: Row) -> float | None:
+    """Tokens/s of one GPU that a row gives, or that its batch and step time amount to."""
+    rate = row.get("tokens_per_s_per_gpu")
+    if rate:
+        return float(rate)
+    parts = [row.get(key) for key in ("global_batch", "seq_len", "step_time_s", "gpus")]
+    if all(parts):
+        batch, length, seconds, gpus = map(float, parts)  # type: ignore[arg-type]
+        return batch * length / seconds / gpus
+    return None
+
+
+def figures(step: StepEstimate) -> dict[str, Any]:
+    """The figures that published rows have."""
+    return {
+        "tflops_per_gpu": round(step.tflops_per_gpu, 1),
+        "tokens_per_s_per_gpu": round(step.tokens_per_s_per_gpu, 1),
+        "step_time_s": round(step.seconds, 4),
+        "mfu": round(step.mfu, 4),
+        "peak_mem_gib": round(peak_bytes(step.job).total / 2**30, 2),
+    }
+
+
+def with_even_stages(job: Job, gpu: Gpu) -> Job:
+    """With the model cut so that the costliest stage costs least."""
+    parts = stage_parts(job, gpu)
+    costs = [
+        part.forward.compute + part.backward.compute
+        for part in (parts.dense, parts.moe, parts.mtp, parts.head)
+    ]
+    ranks = job.ranks
+    count = ranks.pp * ranks.vpp if job.schedule == "Interleaved1F1B" else ranks.pp
+    return replace(job, stages=even_stages(job.architecture, costs, count))
+
+
+def _recomputing(job: Job, gpu: Gpu, text: str) -> Job:
+    """With what the row says is recomputed, or as much as memory asks for."""
+    lower = text.lower()
+    if re.search(r"activation checkpointing|full recompute|recompute[^a-z]*full", lower):
+        return replace(job, recompute="full")
+    if "recompute" in lower or job.schedule == "DualPipe":
+        return replace(job, recompute="selective")
+    if peak_bytes(job).total < FULL * gpu.memory:
+        return job
+    return replace(job, recompute="full" if job.system.gathers_weights else "selective")
+
+
+def _usual_pp(model: Architecture, gpus: int, vpp: int | None, ep: int | None, tp_cp: int) -> int:
+    """The least power of two whose stages hold 60 B parameters' share, and that fits the rest."""
+    least = ep or 1
+    pp = 2 if (vpp or 1) > 1 else 1
+    while pp * 2 * max(least, tp_cp) <= gpus and model.parameters / pp / max(1, least) > 5e9:
+        pp *= 2
+    return pp
+
+
+def _flushes(text: str) -> int:
+    """Times that the pipeline runs empty in a step, where notes tell of gradient accumulation."""
+    found = re.search(r"\bGA\s*=?\s*(\d+)", text)
+    return max(1, int(found[1])) if found else 1
+
+
+def _precision(row: Row, assumed: list[str]) -> str:
+    text = str(row.get("precision") or "").lower()
+    if not text:
+        assumed.append("precision=BF16")
+    if "mx" in text or "nvfp4" in text or "fp4" in text:
+        return "mxfp8"
+    return "fp8" if "fp8" in text or "8-bit" in text else "fp32" if "32" in text else "bf16"
+
+
+def _count(row: Row, key: str) -> int | None:
+    """A whole number of one or more, also written as text; None where there is none.
+
+    Raises ``UserError`` for what is neither.
+    """
+    value = row.get(key)
+    if value is None or value == "" or isinstance(value, bool):
+        return None
+    try:
+        number = float(str(value).replace(",", "").replace("_", ""))
+    except ValueError:
+        raise UserError(f"{key} must be a whole number, got {value!r}") from None
+    if not math.isfinite(number) or number != int(number) or not 1 <= number <= 10**9:
+        raise UserError(f"{key} must be a whole number of 1 or more, got {value!r}")
+    return int(number)
