@@ -10,7 +10,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
 VENV := .venv
 NEMO := .venv-nemo
-TEST_FLAGS ?= -n 2
+# Each worker begins with half of the files, so that what a file's tests share is made once.
+TEST_FLAGS ?= -n 2 --dist worksteal
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 TORCH_KIND := $(if $(GPU),with CUDA (several GB),without CUDA since there is no GPU)
 # What NVIDIA's AutoModel and Megatron-Core need to be built on a CPU, without what needs a GPU.
@@ -55,7 +56,8 @@ test-lightning: $(VENV)/.ready
 
 test-nemo: $(NEMO)/.ready
 	@echo "== the tests that may differ with NVIDIA NeMo"
-	$(NEMO)/bin/python -m pytest $(TEST_FLAGS) -m "framework and not nightly"
+	$(NEMO)/bin/python -m pytest $(TEST_FLAGS) -m "framework and not nightly" \
+	  $$(grep -rl --include="test_*.py" "mark.framework" tests)
 
 test-all: export HYPOTHESIS_PROFILE := nightly
 test-all:

@@ -1,5 +1,6 @@
 """One thread per process: tests run side by side, and threads that wait for each other crawl."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,12 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MicroRuns]:
 def whole(micro: MicroRuns) -> str:
     """The uninterrupted run that others are compared with."""
     return micro.make("whole")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: no search for garbage goes through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

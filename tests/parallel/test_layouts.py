@@ -25,6 +25,8 @@ from support.ranks import run_ranks
 
 FP64, FP32 = 1e-12, 1e-5
 
+nightly = pytest.mark.nightly
+
 SHORT = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -45,6 +47,8 @@ def case_of(world: int, dtype: torch.dtype = torch.float64, **changes: Any) -> C
     named = {SHORT.get(key, key): value for key, value in changes.items()}
     if "pp" not in changes:
         named = {"num_hidden_layers": 2} | named
+    elif world == changes["pp"]:
+        named = {"micro_batch_size": 2} | named  # four micro-batches are as good as eight
     optim = named.pop("optim", OptimConfig(lr=1e-2, sched=SchedConfig(min_lr=1e-3)))
     case = Case(
         small_config(optim=replace(optim, eps=ADAM_EPS[dtype]), **named), world, dtype, seed=1
@@ -65,12 +69,14 @@ def assert_exact(case: Case) -> dict[str, float]:
 # -- layouts --
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize(
+    "number", [n if n in (0, 1, 3) else pytest.param(n, marks=nightly) for n in range(6)]
+)
 def test_drawn_layout_in_fp64(number: int) -> None:
     assert_exact(draw_cases(6, torch.float64, 11)[number])
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", [pytest.param(0, marks=nightly), 1])
 def test_drawn_layout_in_fp32(number: int) -> None:
     assert_exact(draw_cases(2, torch.float32, 12)[number])
 
@@ -103,7 +109,7 @@ CHOSEN = {
         2, pp=2, schedule="InterleavedZeroBubble", virtual=2, mtp=2
     ),
     "ZBVZeroBubble, recomputed": case_of(
-        2, pp=2, schedule="ZBVZeroBubble", mtp=2, recompute="full", micro_batch_size=2
+        2, pp=2, schedule="ZBVZeroBubble", mtp=2, recompute="full"
     ),
     "DualPipeV with data parallelism": case_of(4, pp=2, schedule="DualPipeV", ep=2),
     "all at once": case_of(8, pp=2, tp=2, ep=4, schedule="DualPipeV", optim=MUON, mtp=2),
@@ -131,23 +137,21 @@ def compiled(backend: Any) -> Callable[[Driven], None]:
     return prepare
 
 
-COMPILED: dict[str, tuple[int, dict[str, Any]]] = {
-    "EP 2": (2, dict(ep=2)),
-    "CP 2": (2, dict(cp=2)),
-    "TP 2, recomputed": (2, dict(tp=2, recompute="full")),
-    "TP 2, PP 2, recomputed": (4, dict(tp=2, pp=2, recompute="full")),
-}
+COMPILED: list[tuple[int, dict[str, Any]]] = [
+    (2, dict(tp=2)),
+    (2, dict(ep=2)),
+    (2, dict(cp=2)),
+    (2, dict(tp=2, recompute="full")),
+    (4, dict(tp=2, pp=2, recompute="full")),
+]
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.nightly] if world > 2 else [])
-        for name, (world, _) in COMPILED.items()
-    ],
+    ("world", "changes"),
+    [COMPILED[0], *(pytest.param(*long, marks=nightly) for long in COMPILED[1:])],
+    ids=str,
 )
-def test_compiled_attention(name: str) -> None:
-    world, changes = COMPILED[name]
+def test_compiled_attention(world: int, changes: dict[str, Any]) -> None:
     case = case_of(world, **changes)
     case.prepare = compiled("aot_eager")
     assert_exact(case)
@@ -162,6 +166,7 @@ def twice_as_much(graph: Any, inputs: Any) -> Callable[..., Any]:
     return call
 
 
+@nightly
 def test_the_attention_of_these_layouts_is_compiled() -> None:
     case = case_of(2, tp=2)
     case.prepare = compiled(twice_as_much)
@@ -186,10 +191,10 @@ def send_all_to(*experts: int) -> Callable[[Driven], None]:
     ("experts", "changes"),
     [
         ((0, 1), dict(ep=4)),  # all rows to the first rank
-        ((6, 7), dict(ep=4, recompute="full")),  # all to the last
+        pytest.param((6, 7), dict(ep=4, recompute="full"), marks=nightly),  # all to the last
         ((7,), dict(ep=4, num_experts_per_tok=1, norm_topk_prob=False)),  # to one expert
         ((0, 3), dict(ep=2, tp=2)),  # all to one of two EP ranks, whose shards lie on two
-        ((2, 5), dict(ep=2, pp=2)),
+        pytest.param((2, 5), dict(ep=2, pp=2), marks=nightly),
     ],
 )
 def test_ranks_without_tokens(experts: tuple[int, ...], changes: dict[str, Any]) -> None:
@@ -218,7 +223,11 @@ def no_labels_at_all(batch: dict[str, Tensor]) -> None:
     batch["labels"][:] = IGNORE_INDEX
 
 
-@pytest.mark.parametrize("edit", [pad_first_half, no_labels_at_all])
+@pytest.mark.parametrize(
+    # test_validation has ranks with only padding as well, in training too
+    "edit",
+    [pytest.param(pad_first_half, marks=nightly), no_labels_at_all],
+)
 @pytest.mark.parametrize(
     "changes", [dict(ep=4), dict(tp=2, ep=2), dict(pp=2, schedule="ZBVZeroBubble")], ids=str
 )
@@ -257,7 +266,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(
     assert [metrics.skipped for metrics in in_one_process(case).metrics] == [False, True, False]
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.05, 1e6])
+@pytest.mark.parametrize("clip", [0.0, 0.05, pytest.param(1e6, marks=nightly)])
 def test_clipping(clip: float) -> None:
     """Off, active and inactive."""
     case = case_of(2, tp=2)
@@ -298,10 +307,10 @@ def validated_by_rank(rank: int, case: Case) -> list[float]:
     ("world", "changes"),
     [
         (4, dict(rep=2, ep=2)),
-        (4, dict(tp=2, ep=4, micro_batch_size=2)),
+        pytest.param(4, dict(tp=2, ep=4, micro_batch_size=2), marks=nightly),
         (4, dict(pp=2, tp=2, mtp=2)),
         (2, dict(pp=2, schedule="Interleaved1F1B", virtual=2, split=[1, 1, 1, 1])),
-        (4, dict(pp=2, schedule="DualPipeV", ep=2)),
+        pytest.param(4, dict(pp=2, schedule="DualPipeV", ep=2), marks=nightly),
     ],
     ids=str,
 )
@@ -411,17 +420,20 @@ def measure_copies_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "_holders", lambda *args: 1)
 
 
+SABOTAGES = [
+    (keep_tensor_ranks_apart, dict(tp=2), "gradient.layers.1.attn.wkv_a.weight"),
+    (keep_copies_apart, dict(pp=2), "gradient.embed.weight"),
+    (keep_copies_apart, dict(pp=2, schedule="ZBVZeroBubble"), "gradient.embed.weight"),
+    (average_gradients, dict(ep=2), "gradient.layers.0.attn.wo.weight"),
+    (balance_parts_of_sequences, dict(tp=2), "gradient.layers.1.ffn.gate.weight"),
+    (count_at_home, dict(ep=2), "buffer.layers.1.ffn.gate.bias"),
+    (measure_copies_twice, dict(tp=2), "grad_norm"),
+]
+
+
 @pytest.mark.parametrize(
     ("sabotage", "changes", "shows_in"),
-    [
-        (keep_copies_apart, dict(pp=2), "gradient.embed.weight"),
-        (keep_copies_apart, dict(pp=2, schedule="ZBVZeroBubble"), "gradient.embed.weight"),
-        (keep_tensor_ranks_apart, dict(tp=2), "gradient.layers.1.attn.wkv_a.weight"),
-        (average_gradients, dict(ep=2), "gradient.layers.0.attn.wo.weight"),
-        (balance_parts_of_sequences, dict(tp=2), "gradient.layers.1.ffn.gate.weight"),
-        (count_at_home, dict(ep=2), "buffer.layers.1.ffn.gate.bias"),
-        (measure_copies_twice, dict(tp=2), "grad_norm"),
-    ],
+    [SABOTAGES[0], *(pytest.param(*sabotage, marks=nightly) for sabotage in SABOTAGES[1:])],
 )
 def test_the_comparison_notices(
     monkeypatch: pytest.MonkeyPatch,
@@ -435,6 +447,7 @@ def test_the_comparison_notices(
     assert compare(case)[shows_in] > 1e-3
 
 
+@nightly
 def test_the_comparison_notices_gradients_that_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks_apart = mixed(2, ep=2, reshard_after_forward=True)
     in_one_process(blocks_apart)  # in peace

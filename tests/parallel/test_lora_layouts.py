@@ -71,7 +71,16 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+IN_SHORT = {"TP and EP", "PP, recomputed", "zero bubble, a stage without adapters"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in IN_SHORT else [pytest.mark.nightly])
+        for name in LAYOUTS
+    ],
+)
 def test_layout(name: str) -> None:
     errors = compare(LAYOUTS[name])
     too_far = {key: error for key, error in errors.items() if not error <= FP64}
@@ -103,6 +112,7 @@ def keep_tensor_ranks_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "_sum_over_tensor_ranks", lambda *args: None)
 
 
+@pytest.mark.nightly
 def test_the_comparison_notices(monkeypatch: pytest.MonkeyPatch) -> None:
     keep_tensor_ranks_apart(monkeypatch)
     errors = compare(LAYOUTS["TP and EP"])

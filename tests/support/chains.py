@@ -42,38 +42,38 @@ def _layout(world: int, **changes: Any) -> Case:
 
 
 LAYOUTS = {
-    "one process": _layout(1, micro=4),
-    "dp2": _layout(2, micro=3),
-    "dp3": _layout(3),  # 16 rows in parts of 6, 6 and 4
-    "dp6": _layout(6),  # 8 rows in parts of 2 for four ranks, none for two
-    "replicate2": _layout(2, replicate=2),
-    "ep2": _layout(2, ep=2),
-    "ep8": _layout(8, ep=8),
-    "dp8 ep4": _layout(8, ep=4),
-    "tp2": _layout(2, tp=2, micro=4),
-    "tp4 ep2": _layout(4, tp=4, ep=2, micro=4),
-    "tp2 dp2": _layout(4, tp=2),
-    "tp2 dp2 ep4": _layout(4, tp=2, ep=4),
-    "replicate2 dp2 ep2": _layout(4, replicate=2, ep=2),
-    "replicate2 dp2 tp2 ep4": _layout(8, replicate=2, tp=2, ep=4),
-    "GPipe pp2": _layout(2, pp=2, schedule="GPipe", micro=4),
-    "GPipe pp4": _layout(4, pp=4, schedule="GPipe", micro=4),
-    "1F1B pp4": _layout(4, pp=4, micro=4),
-    "1F1B pp2 by hand": _layout(2, pp=2, split=[1, 3], micro=4),
-    "1F1B pp2 dp2 ep2": _layout(4, pp=2, ep=2, micro=2),
-    "1F1B pp2 replicate2 tp2 ep2": _layout(8, pp=2, replicate=2, tp=2, ep=2, micro=2),
-    "Interleaved1F1B pp2": _layout(2, pp=2, schedule="Interleaved1F1B", virtual=2, micro=4),
+    "one process": _layout(1, micro=12),
+    "dp2": _layout(2, micro=6),
+    "dp3": _layout(3, micro=4),  # 16 rows in parts of 6, 6 and 4
+    "dp6": _layout(6, micro=2),  # 8 rows in parts of 2 for four ranks, none for two
+    "replicate2": _layout(2, replicate=2, micro=6),
+    "ep2": _layout(2, ep=2, micro=6),
+    "ep8": _layout(8, ep=8, micro=3),
+    "dp8 ep4": _layout(8, ep=4, micro=3),
+    "tp2": _layout(2, tp=2, micro=12),
+    "tp4 ep2": _layout(4, tp=4, ep=2, micro=12),
+    "tp2 dp2": _layout(4, tp=2, micro=6),
+    "tp2 dp2 ep4": _layout(4, tp=2, ep=4, micro=6),
+    "replicate2 dp2 ep2": _layout(4, replicate=2, ep=2, micro=3),
+    "replicate2 dp2 tp2 ep4": _layout(8, replicate=2, tp=2, ep=4, micro=3),
+    "GPipe pp2": _layout(2, pp=2, schedule="GPipe", micro=6),
+    "GPipe pp4": _layout(4, pp=4, schedule="GPipe", micro=6),
+    "1F1B pp4": _layout(4, pp=4, micro=6),
+    "1F1B pp2 by hand": _layout(2, pp=2, split=[1, 3], micro=6),
+    "1F1B pp2 dp2 ep2": _layout(4, pp=2, ep=2, micro=3),
+    "1F1B pp2 replicate2 tp2 ep2": _layout(8, pp=2, replicate=2, tp=2, ep=2, micro=3),
+    "Interleaved1F1B pp2": _layout(2, pp=2, schedule="Interleaved1F1B", virtual=2, micro=6),
     "InterleavedZeroBubble pp2 dp2": _layout(
-        4, pp=2, schedule="InterleavedZeroBubble", virtual=2, micro=2
+        4, pp=2, schedule="InterleavedZeroBubble", virtual=2, micro=3
     ),
-    "ZBVZeroBubble pp2": _layout(2, pp=2, schedule="ZBVZeroBubble", micro=4),
+    "ZBVZeroBubble pp2": _layout(2, pp=2, schedule="ZBVZeroBubble", micro=6),
     "ZBVZeroBubble pp2 dp2 tp2 ep4": _layout(
-        8, pp=2, tp=2, ep=4, schedule="ZBVZeroBubble", micro=2
+        8, pp=2, tp=2, ep=4, schedule="ZBVZeroBubble", micro=3
     ),
-    "DualPipeV pp2 dp2 ep2": _layout(4, pp=2, ep=2, schedule="DualPipeV", micro=2),
-    "DualPipeV pp2 dp2 tp2 ep4": _layout(8, pp=2, tp=2, ep=4, schedule="DualPipeV", micro=2),
+    "DualPipeV pp2 dp2 ep2": _layout(4, pp=2, ep=2, schedule="DualPipeV", micro=3),
+    "DualPipeV pp2 dp2 tp2 ep4": _layout(8, pp=2, tp=2, ep=4, schedule="DualPipeV", micro=3),
 }
-"""One model in many layouts; each reads the same global batches."""
+"""One model in many layouts; each reads the same global batches, in few micro-batches."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -191,6 +192,7 @@ def is_running(pid: int) -> bool:
 def serve() -> None:
     """Answer requests until standard input ends."""
     preload()
+    gc.freeze()  # no child searches this for garbage, nor copies its pages to do so
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a command leaves behind becomes a child of ours
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from deepseek.config.layout import Layout
 from deepseek.config.rules import check
@@ -151,8 +152,8 @@ class Driven:
         return self.optimizer.param_groups
 
     def step(self) -> None:
-        self.gradients = {
-            name: parameter.grad.clone()
+        self.gradients = {  # zero_grad drops them, so they need no copy
+            name: parameter.grad
             for name, parameter in self.module.model.named_parameters()
             if parameter.grad is not None
         }
@@ -187,7 +188,7 @@ class Driven:
     def tensors(self) -> dict[str, Tensor]:
         """Weights, buffers, the last step's gradients, and the optimiser's state."""
         named = dict(self.module.model.named_parameters())
-        tensors = {f"weight.{name}": p.detach() for name, p in named.items()}
+        tensors = {f"weight.{name}": _detached(p) for name, p in named.items()}
         tensors |= {f"buffer.{n}": b for n, b in self.module.model.named_buffers() if ".bias" in n}
         tensors |= {
             f"load.{name}": router.tokens_per_expert
@@ -198,6 +199,11 @@ class Driven:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
         return tensors
+
+
+def _detached(parameter: Tensor) -> Tensor:
+    """A DTensor as it is: only its local part is looked at, and each of its operations is dear."""
+    return parameter if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def spread(case: Case) -> Driven:
@@ -213,7 +219,9 @@ def work_of_rank(rank: int, case: Case) -> tuple[list[Any], list[Any]]:
     for name, tensor in driven.tensors().items():
         part, shape = local_slices(tensor), tuple(tensor.shape)
         kind, _, rest = name.partition(".")
-        parts.append((f"{kind}.{global_name(rest)}", shape, part, local(tensor).clone().numpy()))
+        parts.append(
+            (f"{kind}.{global_name(rest)}", shape, part, local(tensor).detach().clone().numpy())
+        )
     return driven.metrics, parts
 
 
