@@ -76,6 +76,18 @@ def test_a_sweep_runs_skips_what_is_done_and_compares(micro: MicroRuns) -> None:
     again = micro.cli(*command, before=FORK_WORKERS)
     assert again.code == 0, again.err
     assert again.out.count("is complete") == 2
+    others = [*command, "model.optim.weight_decay=0.3"]  # which the folders' names do not tell
+    refused = micro.cli(*others, before=FORK_WORKERS)
+    assert (
+        refused.code == 2
+        and "was trained with other settings: model.optim.weight_decay 0.1 -> 0.3;" in refused.err
+    )
+    taken = micro.cli(*others, "--resume-with-changes", before=FORK_WORKERS)
+    assert taken.code == 0 and taken.out.count("is complete") == 2
+    longer = [*others, "trainer.max_steps=3", "--resume-with-changes"]
+    went_on = micro.cli(*longer, before=FORK_WORKERS)
+    assert went_on.code == 0, went_on.err
+    assert went_on.out.count("weight_decay 0.1 -> 0.3") == 2
 
 
 def test_a_failing_run_does_not_stop_the_others(micro: MicroRuns) -> None:
@@ -95,7 +107,7 @@ def test_the_job_array_of_a_sweep(tmp_path: Path) -> None:
     file = tmp_path / "sweep.sh"
     sweep("deepseek_v3_tiny", ["seed=1,2,3"], Path("runs of mine"), slurm=file)
     text = file.read_text()
-    assert "#SBATCH --array=0-2" in text
+    assert "#SBATCH --array=0-2" in text and "--resume-with-changes" not in text
     assert "--output 'runs of mine' --only $SLURM_ARRAY_TASK_ID" in text
     with pytest.raises(UserError, match="exists"):
         sweep("deepseek_v3_tiny", ["seed=1,2,3"], slurm=file)

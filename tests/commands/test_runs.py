@@ -219,7 +219,7 @@ def test_rm_refuses(cli: Forked, copy: Path, tmp_path: Path) -> None:
     refused = "is neither a run folder nor a checkpoint"
     for path in ("nowhere", tmp_path, copy / "tokenizer", copy / "config.yaml"):
         cli("rm", path, "--yes").assert_refused(refused)
-    cli("rm", copy.parent, "--yes").assert_refused(refused, "it holds 1 runs: name them")
+    cli("rm", copy.parent, "--yes").assert_refused(refused, "it holds 1 run: name it")
     (tmp_path / "project" / "checkpoints").mkdir(parents=True)  # some other program's
     (tmp_path / "project" / "main.py").touch()
     cli("rm", tmp_path / "project", "--yes").assert_refused(refused)

@@ -246,6 +246,11 @@ def test_it_begins_with_five_lines(capsys: pytest.CaptureFixture[str], tmp_path:
         "optimiser states",
         "data         built-in corpus, prepared by the first run that needs it",
     ]
+    validate("deepseek_v3_tiny", ["trainer.accelerator=cpu"])
+    assert (
+        "of tensors, of which 118.18 MiB are weights and optimiser states; Python"
+        in capsys.readouterr().out
+    )
     one, two = tmp_path / "one", tmp_path / "two"
     for prefix in (one, two):
         with IndexedWriter(prefix, np.uint16) as writer:

@@ -1,6 +1,7 @@
 """What the detectors find stands in the log and is shown, at once and once."""
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deepseek.monitoring.live import frame, plain
 from deepseek.monitoring.record.alarms import (
     COLLAPSED_RECORDS,
     MOST_SHOWN,
@@ -19,7 +21,8 @@ from deepseek.monitoring.record.alarms import (
 from deepseek.monitoring.record.expert_monitor import ExpertRecord
 from deepseek.monitoring.record.metrics_log import MetricsLog
 from deepseek.monitoring.record.rank_monitor import COLUMNS, RankRecord
-from deepseek.monitoring.run_log import read_run
+from deepseek.monitoring.report.run_panels import alarms_panel
+from deepseek.monitoring.run_log import RunLog, read_run
 from support.log_rows import all_rows
 
 
@@ -116,6 +119,26 @@ def test_the_end_of_a_trouble_is_told_and_kept(
     log.write({"step": 60, "loss": 2.0})
     (alarm,) = read_run(tmp_path).alarms()
     assert (alarm["step"], alarm["until"]) == (STRAGGLER_RECORDS, end["step"])
+
+
+def test_an_alarm_ends_with_the_process_that_watched_it(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    alarm = {"kind": "straggler", "message": "slow", "remedy": "look", "rank": 1}
+    log.event("alarm", 3, **alarm)
+    log.write({"step": 4, "loss": 2.0, "time": time.time()})
+    run = RunLog(tmp_path)
+    assert run.alarms()[0]["until"] is None and "goes on" in alarms_panel(run).body
+    log.event("resumed", 2)  # killed after step 4, whose checkpoint is of step 2
+    for step in (3, 4, 5):
+        log.write({"step": step, "loss": 2.0, "time": time.time()})
+    log.event("alarm", 5, **alarm)
+    run.update()
+    assert [(row["until"], row["with_run"]) for row in run.alarms()] == [(4, True), (None, False)]
+    assert "still so at step 4, when the run ended. look" in plain(frame(run), 200)
+    log.event("stopped", 5, reason="SIGTERM")
+    run.update()
+    assert [row["until"] for row in run.alarms()] == [4, 5]
+    assert alarms_panel(run).body.count(", the run ended") == 2
 
 
 def test_of_many_alarms_a_few_are_shown() -> None:

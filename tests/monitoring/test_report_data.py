@@ -79,7 +79,7 @@ def test_cards_of_parameters_data_and_ends_of_alarms(tmp_path: Path) -> None:
     assert cards["data"] == ("4.00 k", f"tokens of corpus, {20 * batch / 40:.2f} epochs")
     body = alarms_panel(run).body
     assert '<td class="num">17</td><td >straggler</td>' in body
-    assert body.count("goes on") == len(run.alarms()) - 1 > 0
+    assert body.count("20, the run ended") == len(run.alarms()) - 1 > 0
     facts["data"] = [one | {"share": 0.25}, one | {"name": "b", "share": 0.75}]
     path.write_text(json.dumps(facts))
     (data,) = (card for card in headline(read_run(folder)) if card.label == "data")

@@ -218,10 +218,72 @@ def test_output_to_a_full_disk_does_not_end_the_run(micro: MicroRuns) -> None:
     assert micro.steps("full_output") == [3]
 
 
-def test_interrupted_before_the_first_step(micro: MicroRuns) -> None:
-    code = "import deepseek.commands.fit as t\ndef stop(*args): raise KeyboardInterrupt\n"
-    ran = micro.train("early", before=code + "t.open_data = stop")
-    assert ran.code == 130 and "Traceback" not in ran.err
+MOMENTS = {
+    "start": ("deepseek.commands.fit", "open_data", 0, None),
+    "step": ("deepseek.training.step.DeepSeekModel", "training_step", 6, 6),
+    "validation": ("deepseek.training.step.DeepSeekModel", "on_validation_epoch_start", 1, 5),
+    "saving": ("deepseek.checkpoint.manager.CheckpointManager", "save", 1, 5),
+    "report": ("deepseek.commands.train", "write_report", 1, 12),
+}
+"""Where a call is made, its name, the how-maniest call the end comes with (0: the first), and the
+step that the newest checkpoint must then be of."""
+SIGNALS = ["SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "closed output"]
+END_AT = """
+import importlib, os, signal
+where, _, last = {place!r}.rpartition(".")
+try:
+    owner = importlib.import_module({place!r})
+except ModuleNotFoundError:
+    owner = getattr(importlib.import_module(where), last)
+calls, call = [], getattr(owner, {name!r})
+def ending(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == max(1, {number}):
+        if {how!r} == "closed output":
+            read, write = os.pipe()
+            os.dup2(write, 1)
+            os.close(read), os.close(write)
+            from deepseek.console import say
+            say("x")
+        else:
+            os.kill(os.getpid(), getattr(signal, {how!r}))
+    return call(*args, **kwargs)
+setattr(owner, {name!r}, ending)
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "how"),
+    [
+        pytest.param(
+            moment,
+            how,
+            marks=()
+            if (moment, how)
+            in [("start", "SIGTERM"), ("saving", "SIGUSR1"), ("report", "closed output")]
+            else pytest.mark.nightly,
+        )
+        for moment in MOMENTS
+        for how in SIGNALS
+    ],
+)
+def test_every_end_at_every_moment(micro: MicroRuns, whole: str, moment: str, how: str) -> None:
+    """Exit code, the event in the log, the checkpoint, and that the run goes on bitwise."""
+    place, call, number, saved = MOMENTS[moment]
+    name = f"ended_{moment}_{how}".replace(" ", "_")
+    code = END_AT.format(place=place, name=call, number=number, how=how)
+    words = [*micro.words(name), *(["--report"] if moment == "report" else [])]
+    ran = micro.cli(*words, before=code)
+    signalled = signal.SIGPIPE if how == "closed output" else getattr(signal, how)
+    assert ran.code == 128 + signalled and "Traceback" not in ran.err, (ran.code, ran.err)
+    if saved is None:
+        assert not (micro.folder / name).exists()  # a start that failed leaves nothing
+    else:
+        assert micro.steps(name)[-1] == saved
+        reason = events(micro, name)[-1]["reason"]
+        assert reason.startswith("complete" if saved == 12 else signalled.name), reason
+    micro.train(name).assert_done()
+    assert micro.differences(whole, name) == []
 
 
 @pytest.mark.parametrize("settings", [["model.optim.name=muon", "model.data.num_workers=2",

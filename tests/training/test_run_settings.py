@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek.checkpoint.callback import _dead_loaders_wait, _with_new_keys
+from deepseek.checkpoint.callback import _dead_loaders_wait
+from deepseek.config.changes import with_new_keys
 from deepseek.config.schema import FIELDS
 from deepseek.files import Lock
 from deepseek.frameworks import USES_NEMO
@@ -111,7 +112,7 @@ def test_what_is_harmless_asks_for_nothing(micro: MicroRuns) -> None:
 def test_keys_that_an_earlier_version_did_not_know_have_their_default() -> None:
     before = {"seed": 1, "model.hidden_size": 8, "model.peft": None}
     now = before | {"model.moe_z_loss_coeff": 0.5, "model.peft.dim": 16}
-    merged = _with_new_keys(before, now)
+    merged = with_new_keys(before, now)
     assert merged["model.moe_z_loss_coeff"] == FIELDS["model.moe_z_loss_coeff"].default
     assert "model.peft.dim" not in merged  # its section is new: that is a change
 

@@ -17,6 +17,7 @@ from deepseek.commands.train import train_run
 from deepseek.config import RunConfig, UserError, load_config, resolved_yaml
 from deepseek.data import open_data as data
 from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint
+from deepseek.launch.signals import StoppedAtOnce
 
 
 def train(
@@ -66,6 +67,10 @@ def train(
                 resume_from=resume_from,
                 with_changes=resume_with_changes,
             )
+        except StoppedAtOnce as stop:
+            if stop.number != signal.SIGINT:
+                sys.exit(128 + stop.number)
+            raise
         except SystemExit as end:
             if end.code == 128 + signal.SIGINT:  # the run is saved, and the program is to stop
                 raise KeyboardInterrupt from end

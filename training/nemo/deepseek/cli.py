@@ -128,6 +128,9 @@ def sweep_command(
     time: Annotated[str | None, typer.Option(help="With --slurm: time limit of a run.")] = None,
     partition: Annotated[str | None, typer.Option(help="With --slurm: partition.")] = None,
     account: Annotated[str | None, typer.Option(help="With --slurm: account.")] = None,
+    resume_with_changes: Annotated[
+        bool, typer.Option(help="Take runs that other settings have left, and go on with them.")
+    ] = False,
 ) -> None:
     """Run a grid, such as model.optim.lr=1e-3,2e-3 seed=1,2, skip what is done, compare."""
     from deepseek.commands.sweep import sweep
@@ -137,7 +140,8 @@ def sweep_command(
     if slurm is None:
         refuse_idle({key: value is not None for key, value in of_jobs.items()}, "without --slurm")
     settings = JobSettings(time, partition, account)
-    sweep(*chosen(words or [], config, "deepseek_v3_tiny"), output, only, slurm, settings)
+    name, grid = chosen(words or [], config, "deepseek_v3_tiny")
+    sweep(name, grid, output, only, slurm, settings, resume_with_changes)
 
 
 @app.command("test")

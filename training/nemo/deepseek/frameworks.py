@@ -23,6 +23,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,8 +208,12 @@ def _wandb_answers(tell: Callable[[str], None]) -> bool:
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", FINISH_SECONDS)  # should it go away later
     if os.environ.get("WANDB_MODE", "online") != "online":
         return True  # the user's own choice
-    url = importlib.import_module("wandb").setup().settings.base_url
-    atexit.register(_end_wandb_service)  # the last one registered is the first one called
+    wandb = importlib.import_module("wandb")
+    # The last one registered is the first one called: one comes before the package's own, which
+    # may wait for ever, and one after it, since its service may live on and hold our output open.
+    atexit.register(_end_wandb_service)
+    url = wandb.setup().settings.base_url
+    atexit.register(lambda: threading.Thread(target=_end_wandb_late, daemon=True).start())
     try:
         urllib.request.urlopen(url, timeout=ANSWER_SECONDS).close()
     except urllib.error.HTTPError:
@@ -223,17 +228,18 @@ def _wandb_answers(tell: Callable[[str], None]) -> bool:
 
 
 def _end_wandb_service() -> None:
-    """Let the process end: the package waits there for its service, which waits for ever if the run
-    ended while it was still being opened."""
-
-    def end() -> None:
-        time.sleep(ANSWER_SECONDS)
-        for listing in Path("/proc/self/task").glob("*/children"):
+    """Let the process, and what reads its output, end: the service tries on without a network."""
+    for listing in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # what has ended meanwhile
             for child in listing.read_text().split():
                 if "wandb" in Path(f"/proc/{child}/comm").read_text():
                     os.kill(int(child), signal.SIGKILL)
 
-    threading.Thread(target=end, daemon=True).start()
+
+def _end_wandb_late() -> None:
+    """Where the run ended while the service was still being opened, the package waits for ever."""
+    time.sleep(ANSWER_SECONDS)
+    _end_wandb_service()
 
 
 def _need(package: str, key: str) -> None:

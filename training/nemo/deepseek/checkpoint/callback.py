@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +14,18 @@ from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.checkpoint.manifest import complete_steps
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.training_state import Base, collect_tensors, restore, run_state
+from deepseek.config.changes import (
+    FIXED,
+    HARMLESS,
+    SAMPLES,
+    changed_settings,
+    flatten,
+    with_new_keys,
+)
 from deepseek.config.cost import count_parameters, state_memory
 from deepseek.config.errors import UserError
 from deepseek.config.load import stored_config
-from deepseek.config.schema import FIELDS, CheckpointConfig, RunConfig
+from deepseek.config.schema import CheckpointConfig, RunConfig
 from deepseek.data.digests import Verification
 from deepseek.files import LOCK, Lock, disk_errors, megabytes, require_room
 from deepseek.frameworks import Trainer
@@ -26,50 +33,6 @@ from deepseek.run_folder import CONFIG_FILE
 from deepseek.training.optim import learning_rate
 from deepseek.training.phases import measured_memory
 from deepseek.training.step import DeepSeekCallback, DeepSeekModel, NonFiniteError, SaveRecord
-
-FIXED = {
-    "model.optim.name",
-    "model.vocab_size",
-    "model.hidden_size",
-    "model.num_hidden_layers",
-    "model.num_attention_heads",
-    "model.q_lora_rank",
-    "model.kv_lora_rank",
-    "model.qk_nope_head_dim",
-    "model.qk_rope_head_dim",
-    "model.v_head_dim",
-    "model.intermediate_size",
-    "model.moe_intermediate_size",
-    "model.n_routed_experts",
-    "model.n_shared_experts",
-    "model.first_k_dense_replace",
-    "model.num_nextn_predict_layers",
-    "model.topk_method",
-    "model.peft",
-    "model.peft.peft_scheme",
-    "model.peft.dim",
-    "model.peft.alpha",
-    "model.peft.target_modules",
-}
-"""Keys a run keeps for life: they decide the tensors."""
-SAMPLES = {
-    "seed",
-    "model.global_batch_size",
-    "model.data.seq_length",
-    "model.data.isolate_documents",
-    "model.data.fim_rate",
-    "model.data.validation_fraction",
-}
-"""Keys that decide which sample comes when."""
-HARMLESS = re.compile(
-    r"name|exp_manager\..*|trainer\.(?!precision|gradient_clip_val).*"
-    r"|model\.(model_type|restore_from|micro_batch_size|torch_compile|reshard_after_forward"
-    r"|pipeline_.*|.*_parallel_size|data_parallel_replicate_size|moe_token_dispatcher_type"
-    r"|activations_checkpoint_granularity|optim\.sched\.max_steps|tokenizer\..*"
-    r"|data\.(data_prefix|validation_prefix|chat|num_workers|cache_dir))"
-)
-"""Keys under which a run computes the same up to rounding, or that are compared by what they come
-to: data and tokenizer by their fingerprint, the length of the schedule by its learning rates."""
 
 
 class Checkpointing(DeepSeekCallback):
@@ -265,12 +228,8 @@ class Checkpointing(DeepSeekCallback):
                 f"model.restore_from={path.parent.parent} and another run folder"
             )
         step, now = int(state["step"]), flatten(self.config)
-        before = _with_new_keys(flatten(state["config"]), now)
-        changes = {
-            key: f"{key} {before.get(key)} -> {now.get(key)}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        }
+        before = with_new_keys(flatten(state["config"]), now)
+        changes = changed_settings(before, now)
         if fixed := [text for key, text in changes.items() if key in FIXED]:
             raise UserError(
                 f"{path} cannot be continued, since this configuration differs: "
@@ -377,28 +336,6 @@ def _dead_loaders_wait() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, handler)
     if died:
         handler(*died[-1])
-
-
-def _with_new_keys(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of an earlier version, with the default of each key that it did not know."""
-    sections = {key.rpartition(".")[0] for key in before}
-    new = {
-        key: FIELDS[key].default
-        for key in now.keys() - before.keys()
-        if key in FIELDS and key.rpartition(".")[0] in sections
-    }
-    return before | new
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def continue_loops(trainer: Trainer, step: int) -> None:

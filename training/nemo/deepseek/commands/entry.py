@@ -7,6 +7,7 @@ and to train. The full command line is ``cli.py``.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -28,9 +29,16 @@ def guarded(call: Callable[[], object]) -> None:
     except UserError as error:
         complain_at_the_end(f"error: {error}")
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        complain_at_the_end("interrupted", by_first_alone=True)
-        sys.exit(128 + getattr(stop, "number", signal.SIGINT))
+    except (KeyboardInterrupt, SystemExit, BrokenPipeError) as end:
+        why = _reason(end)
+        if isinstance(why, KeyboardInterrupt):
+            complain_at_the_end("interrupted", by_first_alone=True)
+            sys.exit(128 + getattr(why, "number", signal.SIGINT))
+        if isinstance(why, BrokenPipeError):  # the reader of a pipe (`| head`) went away
+            with open(os.devnull, "wb") as nowhere:  # for what is flushed at the very end
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
+            sys.exit(141)
+        raise
     except RuntimeError as error:
         if died := _DEAD_LOADER.search(str(error)):
             # Not the user's error as such: a supervisor starts all again.
@@ -44,9 +52,16 @@ def guarded(call: Callable[[], object]) -> None:
             raise
         tell_lost_contact(error)
         sys.exit(LOST_PEER_EXIT_CODE)
-    except BrokenPipeError:  # the reader of a pipe (`| head`) went away
-        sys.stderr.close()
-        sys.exit(141)
+
+
+def _reason(end: BaseException) -> BaseException | None:
+    """What ended the program: typer makes an exit with 130 of any interruption, and one with 1 of a
+    closed output."""
+    found: BaseException | None = end
+    if not isinstance(end, SystemExit) or end.code in (1, 130):
+        while found is not None and not isinstance(found, (KeyboardInterrupt, BrokenPipeError)):
+            found = found.__cause__ or found.__context__
+    return found
 
 
 def overrides_of(words: Sequence[str]) -> list[str]:

@@ -131,7 +131,7 @@ def _fit(
             dp_rank=rank,
             dp_size=size,
         )
-    for what, value in summary(run):
+    for what, value in summary(run, on_gpu):
         say(f"{what:<12} {value}")
     with _quiet():
         trainer = Trainer(

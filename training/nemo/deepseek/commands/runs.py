@@ -203,7 +203,7 @@ def _show_runs(folder: Path, runs: Sequence[RunState], as_json: bool) -> None:
         if run.damaged:
             steps = ", ".join(map(str, run.damaged))
             say(f"damaged      {printable(run.name)}: checkpoints of steps {steps}")
-    say(f"together     {len(runs)} runs, {_short_size(sum(run.size for run in runs))}")
+    say(f"together     {_runs(len(runs))}, {_short_size(sum(run.size for run in runs))}")
 
 
 def _show_checkpoints(title: str, found: Sequence[Summary], as_json: bool, verified: bool) -> None:
@@ -225,6 +225,10 @@ def _show_checkpoints(title: str, found: Sequence[Summary], as_json: bool, verif
     table(printable(title), ("step", "size", "tensors", "state"), rows)
     if not verified and rows:
         say("whole: every file is there with its size; --verify compares the digests too")
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' * (count != 1)}"
 
 
 def _short_size(count: int) -> str:
@@ -282,7 +286,9 @@ def _check_removable(path: Path) -> None:
         raise UserError(f"{path} is a link; give {path.resolve()}, where it points to")
     if not is_checkpoint(path) and not is_run(path):
         inside = sum(1 for _ in runs_below(path)) if path.is_dir() else 0
-        more = f"; it holds {inside} runs: name them" if inside else ""
+        more = (
+            f"; it holds {_runs(inside)}: name {'it' if inside == 1 else 'them'}" if inside else ""
+        )
         raise UserError(
             f"{path} is neither a run folder nor a checkpoint, and nothing else is deleted{more}"
         )

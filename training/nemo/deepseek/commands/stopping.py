@@ -10,7 +10,7 @@ from typing import Any
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.console import when_output_closes
 from deepseek.frameworks import Trainer
-from deepseek.launch.signals import StopRequests, signal_name
+from deepseek.launch.signals import StoppedAtOnce, StopRequests, signal_name
 from deepseek.training.step import DeepSeekCallback, DeepSeekModel
 
 
@@ -94,20 +94,5 @@ class Stopping(DeepSeekCallback):
                 self._report(message)
 
 
-class StoppedAtOnce(KeyboardInterrupt):
-    """A second signal: it does not wait for the step.
-
-    Args:
-        number: the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-    def __str__(self) -> str:
-        return f"{signal_name(self.number)}, a second one"
-
-
 def _insist(number: int) -> None:
-    raise StoppedAtOnce(number)
+    raise StoppedAtOnce(number, again=True)

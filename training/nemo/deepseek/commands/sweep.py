@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek.commands.report import report
-from deepseek.commands.versions import finished_steps
+from deepseek.commands.versions import finished_steps, other_settings
 from deepseek.config import ConfigError, RunConfig, UserError, load_config
 from deepseek.console import say, table
 from deepseek.files import write_new
@@ -48,6 +48,7 @@ def sweep(
     only: int | None = None,
     slurm: Path | None = None,
     settings: JobSettings | None = None,
+    with_changes: bool = False,
 ) -> None:
     """Run every point of a grid that is not finished, then compare all of them.
 
@@ -62,26 +63,30 @@ def sweep(
         only: number of one run, from 0: the others are left to other jobs.
         slurm: write a job array for sbatch to this file instead of running.
         settings: of that job.
+        with_changes: take runs that were trained, or begun, with other settings: those that are
+            finished as they are, the others go on with these.
 
     Raises:
         ConfigError: the problems of the first point that has any.
-        UserError: no axis, too many runs, no such number.
+        UserError: no axis, too many runs, no such number, a run of other settings.
         SystemExit: 1 if a run failed, 128 + N after signal N.
     """
     points = grid(config, words, output)
     if slurm is not None:
-        _write_array(slurm, config, words, output, points, settings or JobSettings())
+        _write_array(slurm, config, words, output, points, settings or JobSettings(), with_changes)
         return
     if only is not None and not 0 <= only < len(points):
         raise UserError(f"--only {only}: the grid has runs 0 to {len(points) - 1}")
     chosen = points if only is None else [points[only]]
+    if not with_changes:
+        _refuse_other_settings(chosen)
     failed = []
     for number, point in enumerate(chosen, start=1):
         if point.is_finished:
             say(f"sweep        {number} of {len(chosen)}: {point.name} is complete")
             continue
         say(f"sweep        {number} of {len(chosen)}: {point.name}")
-        code, stopped_by = _run(config, point)
+        code, stopped_by = _run(config, point, with_changes)
         if stopped_by is not None:  # also where the run was complete by then
             sys.exit(128 + stopped_by)
         if code < 0 or code > 128:
@@ -190,7 +195,18 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _run(config: str, point: Point) -> tuple[int, int | None]:
+def _refuse_other_settings(points: Sequence[Point]) -> None:
+    """A run's name tells the axes alone: another sweep may have left it."""
+    for point in points:
+        if finished_steps(point.folder) and (others := other_settings(point.folder, point.config)):
+            raise UserError(
+                f"{point.folder} was trained with other settings: {', '.join(others)}; set them "
+                "back, give the sweep another --output, or add --resume-with-changes to take "
+                "finished runs as they are and go on with the others under these settings"
+            )
+
+
+def _run(config: str, point: Point, with_changes: bool) -> tuple[int, int | None]:
     """Train one point in a process of its own.
 
     Returns:
@@ -199,6 +215,7 @@ def _run(config: str, point: Point) -> tuple[int, int | None]:
     """
     command = [sys.executable, "-m", "deepseek", "train", "--config", config]
     command += ["--run-dir", str(point.folder), *point.overrides]
+    command += ["--resume-with-changes"] * (with_changes and finished_steps(point.folder) > 0)
     # A group of its own: a Ctrl-C of the terminal comes here alone, and is passed on.
     process = subprocess.Popen(command, process_group=0)
     requests = StopRequests(process.send_signal, lambda number: process.kill())
@@ -216,10 +233,12 @@ def _write_array(
     output: Path | None,
     points: Sequence[Point],
     settings: JobSettings,
+    with_changes: bool,
 ) -> None:
     """A Slurm array with a task for each run."""
     command = ["deepseek", "sweep", "--config", config, *words]
     if output is not None:
         command += ["--output", str(output)]
+    command += ["--resume-with-changes"] * with_changes
     write_new(file, array_script(points[0].config, shlex.join(command), len(points), settings))
     say(f"wrote {file}, {len(points)} runs; submit it with: sbatch {shlex.quote(str(file))}")

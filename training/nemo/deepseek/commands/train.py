@@ -6,15 +6,23 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from deepseek.commands.generate import generate_text
 from deepseek.commands.report import report as write_report
-from deepseek.commands.versions import RUN_FOLDER, finished_steps, made_folder, run_folder
+from deepseek.commands.versions import (
+    RUN_FOLDER,
+    finished_steps,
+    made_folder,
+    other_settings,
+    run_folder,
+)
 from deepseek.config import RunConfig, UserError, load_config
 from deepseek.console import complain, say
 from deepseek.files import disk_errors
 from deepseek.launch.processes import Processes, check_world, leave, quiet
+from deepseek.launch.signals import stopped_at_once
 from deepseek.launch.supervisor import supervise, worker_command
 from deepseek.run_folder import SAMPLES_FILE, TOKENIZER
 
@@ -93,6 +101,21 @@ def train_run(
     if processes.started_by == "none" and run.trainer.devices > 1 and run.trainer.num_nodes == 1:
         return _train_in_others(run, run_dir, command, sample, report, resume_from)
     check_world(processes, run.trainer.devices, run.trainer.num_nodes)
+    # Several processes may be in a collective, which no handler would interrupt: they just end.
+    with stopped_at_once() if processes.world_size == 1 else nullcontext():
+        return _train_here(run, run_dir, processes, sample, report, resume_from, with_changes)
+
+
+def _train_here(
+    run: RunConfig,
+    run_dir: Path | None,
+    processes: Processes,
+    sample: bool,
+    report: bool,
+    resume_from: int | None,
+    with_changes: bool,
+) -> Path:
+    """Train in this process, and do what comes after."""
     # Imported here: a configuration error should not wait seconds for a training framework.
     from deepseek.commands.fit import fit
 
@@ -213,6 +236,8 @@ def _say_complete(
         f"{folder} is complete: {steps} of {run.trainer.max_steps} steps. "
         "To go on, raise trainer.max_steps; to start again, use another --run-dir"
     )
+    if others := other_settings(folder, run):
+        say(f"note         it was trained with other settings: {', '.join(others)}")
     if leads:  # what was asked for, also if the run was killed while it wrote these
         _keep_nemo(folder, run)
         _show(folder, sample, report)

@@ -71,7 +71,7 @@ def validate(
         overrides = [*overrides, *_cluster(config, overrides, world)]
     run = load_config(config, overrides)
     say(f"{config} is sound")
-    for what, value in [*summary(run), ("data", _data(run))]:
+    for what, value in [*summary(run, run.trainer.accelerator != "cpu"), ("data", _data(run))]:
         say(f"{what:<12} {value}")
     table("in numbers", ("what", "value"), validate_report(run))
     if world_size(run) > 1:
@@ -111,7 +111,7 @@ def _cluster(config: str, overrides: Sequence[str], world: int) -> list[str]:
 # -- in a few lines --
 
 
-def summary(run: RunConfig) -> list[tuple[str, str]]:
+def summary(run: RunConfig, on_gpu: bool) -> list[tuple[str, str]]:
     """Rows (what, value) of what people ask first; of a run, too, before its first step."""
     model, layout = run.model, Layout.of_run(run)
     counts = count_parameters(model)
@@ -136,8 +136,9 @@ def summary(run: RunConfig) -> list[tuple[str, str]]:
         ),
         (
             "memory",
-            f"{size_text(most.total)} of a GPU{of_rank}, of which {size_text(most.states)} are "
-            "weights and optimiser states",
+            f"{size_text(most.total)} {'of a GPU' if on_gpu else 'of tensors'}{of_rank}, of which "
+            f"{size_text(most.states)} are weights and optimiser states"
+            + ("" if on_gpu else "; Python and torch need some 400 MiB besides"),
         ),
     ]
 

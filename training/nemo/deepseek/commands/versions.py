@@ -7,11 +7,15 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from deepseek.checkpoint.manifest import complete_steps
+from deepseek.config.changes import HARMLESS, changed_settings, flatten
 from deepseek.config.errors import UserError
+from deepseek.config.load import stored_config
 from deepseek.config.schema import RunConfig
+from deepseek.config.yaml_file import read_yaml_file
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE
 
 RUN_FOLDER = "DEEPSEEK_RUN_FOLDER"
@@ -75,6 +79,18 @@ def made_folder(folder: Path) -> Iterator[None]:
 def finished_steps(folder: Path) -> int:
     """Step of the newest complete checkpoint of a run, 0 if there is none."""
     return max(complete_steps(folder / CHECKPOINTS), default=0)
+
+
+def other_settings(folder: Path, run: RunConfig) -> list[str]:
+    """What the run in ``folder`` was trained with otherwise, as ``key ITS -> THIS``; what changes
+    no number is left out, and nothing is known of a folder without a sound ``config.yaml``."""
+    with suppress(UserError):
+        tree = read_yaml_file(folder / CONFIG_FILE, "", "").tree
+        if isinstance(tree, dict):
+            before, now = flatten(asdict(stored_config(tree))), flatten(asdict(run))
+            changes = changed_settings(before, now)
+            return [text for key, text in changes.items() if not HARMLESS.fullmatch(key)]
+    return []
 
 
 def _version(parent: Path, config: RunConfig, resume: bool) -> str:

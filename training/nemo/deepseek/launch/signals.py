@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -68,6 +69,37 @@ class StopRequests:
             or number == self.first == signal.SIGINT
         ):
             self._insist(number)
+
+
+class StoppedAtOnce(KeyboardInterrupt):
+    """A signal where there is nothing to be saved, or one more that does not wait for it.
+
+    Args:
+        number: the signal.
+        again: it is not the first one.
+    """
+
+    def __init__(self, number: int, again: bool = False) -> None:
+        super().__init__(number)
+        self.number, self._again = number, again
+
+    def __str__(self) -> str:
+        return signal_name(self.number) + (", a second one" if self._again else "")
+
+
+@contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """Raise ``StoppedAtOnce`` on a stop signal, so that what was begun is tidied up."""
+
+    def stop(number: int) -> None:
+        raise StoppedAtOnce(number)
+
+    requests = StopRequests(stop, stop)
+    requests.listen()
+    try:
+        yield
+    finally:
+        requests.release()
 
 
 def signal_name(number: int) -> str:

@@ -245,11 +245,16 @@ def _alarms(run: RunLog) -> RenderableType:
         return Text("no alarms")
     lines = Text()
     for alarm in alarms[-MOST_ALARMS:]:
-        over = alarm.get("until")
-        style = "bold red" if over is None else "bold"
+        over = alarm["until"]
+        style = "bold red" if over is None or alarm["with_run"] else "bold"
         lines.append(f"step {alarm['step']:,} {alarm.get('kind')}: ", style=style)
         lines.append(f"{alarm.get('message')}\n   ")
-        lines.append(f"{alarm.get('remedy')}\n" if over is None else f"over at step {over:,}\n")
+        if over is None:
+            lines.append(f"{alarm.get('remedy')}\n")
+        elif alarm["with_run"]:
+            lines.append(f"still so at step {over:,}, when the run ended. {alarm.get('remedy')}\n")
+        else:
+            lines.append(f"over at step {over:,}\n")
     lines.rstrip()
     title = f"alarms: {len(alarms)}" + (", the last" if len(alarms) > MOST_ALARMS else "")
     return _panel(lines, title, "red")

@@ -124,7 +124,7 @@ class RunLog:
         self._evaluations: list[dict[str, Any]] = []
         self._notes: list[str] = []
         self.events: list[dict[str, Any]] = []
-        self.lost_steps = 0
+        self.lost_steps = self._last_step = 0
 
     def update(self) -> bool:
         """Read on; returns whether there was anything new.
@@ -150,9 +150,13 @@ class RunLog:
 
     def _take(self, row: dict[str, Any]) -> None:
         if "event" in row:
-            self.events.append(row)
-            if row["event"] in ("started", "resumed"):  # these files are written at each start
+            if row["event"] in ("started", "resumed"):
+                row["last_step"] = (
+                    self._last_step
+                )  # of the process before, which may have lost some
+                # These files are written at each start.
                 self._forget("config_text", "config", "environment")
+            self.events.append(row)
         elif "val_loss" in row:
             self._validations.cut(row["step"])
             self._validations.add(row)
@@ -161,6 +165,7 @@ class RunLog:
                 self.lost_steps += lost
                 self._validations.cut(row["step"])
             self._steps.add(row)
+            self._last_step = row["step"]
 
     def _forget(self, *names: str) -> None:
         """Read these properties anew when they are asked for."""
@@ -200,17 +205,24 @@ class RunLog:
         return None if values is None or not np.isfinite(values).any() else values
 
     def alarms(self) -> list[dict[str, Any]]:
-        """The alarms in the order of steps; of a step trained twice the later ones. One whose
-        trouble is over has the step at which it was, as ``until``."""
+        """The alarms in the order of steps; of a step trained twice the later ones.
+
+        ``until`` is the step at which the trouble was over, None before. The end of the process
+        that watched it ends an alarm too, with the last step of that process; it is ``with_run``.
+        """
         found: dict[tuple[Any, ...], dict[str, Any]] = {}
         for event in self.events:
             if event["event"] == "alarm":
                 keys = ("step", "kind", "layer", "rank")
-                found[tuple(event.get(key) for key in keys)] = event
+                fresh = event | {"until": None, "with_run": False}
+                found[tuple(event.get(key) for key in keys)] = fresh
             elif event["event"] == "alarm_over":
                 key = tuple(event.get(key) for key in ("since", "kind", "layer", "rank"))
                 if key in found:
-                    found[key] = found[key] | {"until": event["step"]}
+                    found[key] |= {"until": event["step"], "with_run": False}
+            elif event["event"] in ("stopped", "started", "resumed"):
+                ended = {"until": event.get("last_step", event["step"]), "with_run": True}
+                found |= {key: row | ended for key, row in found.items() if row["until"] is None}
         return sorted(found.values(), key=lambda alarm: int(alarm["step"]))
 
     def state(self, now: float | None = None) -> str:

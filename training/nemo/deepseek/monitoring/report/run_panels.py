@@ -133,7 +133,7 @@ def alarms_panel(run: RunLog) -> Panel:
     rows = [
         [
             f"{alarm['step']:,}",
-            f"{alarm['until']:,}" if isinstance(alarm.get("until"), int) else "goes on",
+            _until(alarm, run),
             str(alarm.get("kind", "")).replace("_", " "),
             str(alarm.get("message", "")),
             str(alarm.get("remedy", "")),
@@ -143,6 +143,15 @@ def alarms_panel(run: RunLog) -> Panel:
     note = "" if len(alarms) <= MOST_ALARMS else f"The last {MOST_ALARMS} of {len(alarms):,}."
     words = ["step", "until", "kind", "what", "likely remedy"]
     return Panel("alarms", "Alarms", note, body=table(words, rows, "r r l l l"), wide=True)
+
+
+def _until(alarm: dict[str, Any], run: RunLog) -> str:
+    """When its trouble was over, as far as it was watched."""
+    over: int | None = alarm["until"]
+    if over is None and run.state() == "running":
+        return "goes on"
+    ended = over is None or alarm["with_run"]
+    return f"{run.step if over is None else over:,}{', the run ended' if ended else ''}"
 
 
 def events_panel(run: RunLog) -> Panel:
