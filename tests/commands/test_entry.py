@@ -170,3 +170,15 @@ def test_the_command_line_names_what_it_misses(tmp_path: Path) -> None:
     code = BLOCKED.format(names={"typer"}) + f"sys.path.insert(0, {str(SOURCE)!r})\n"
     ran = python(code + "import runpy; runpy.run_module('deepseek')", tmp_path, "ls")
     ran.assert_refused("pip install typer", "scripts/train_deepseek.py")
+
+
+def test_a_data_worker_that_died_too_often_is_one_message(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def dead() -> None:
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+    with pytest.raises(SystemExit) as end:
+        guarded(dead)
+    assert end.value.code == 1
+    assert "a process that loads data died (DataLoader worker (pid(s) 7)" in capsys.readouterr().err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,7 +21,9 @@ from deepseek.data.blend import Blend, BlendedDataset
 from deepseek.data.dataset import PackedDataset
 from deepseek.data.indexed import IndexedDataset
 from deepseek.data.loader import (
+    MOST_DEATHS,
     Batch,
+    SteadyLoader,
     StepBatches,
     TimedLoader,
     _loader,
@@ -128,6 +132,51 @@ def test_workers_change_nothing(
         found = list(loader)
         assert len(found) == len(expected)
         assert all(map(same, found, expected))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_worker_that_dies_is_replaced(
+    data: BlendedDataset,
+    validation: PackedDataset,
+    cfg: ModelConfig,
+    capsys: pytest.CaptureFixture[str],
+    train: bool,
+) -> None:
+    def loader(cfg: ModelConfig) -> Any:
+        if train:
+            return build_train_loader(data, cfg, max_steps=9, start_step=2)
+        return build_validation_loader(validation, cfg, limit_batches=3)
+
+    expected = list(loader(cfg))
+    handler = signal.getsignal(signal.SIGCHLD)
+    steady, found = loader(changed(cfg, {"data.num_workers": 1})), []
+    for batch in steady:
+        found.append(batch)
+        if len(found) == 2:
+            (worker,) = multiprocessing.active_children()
+            os.kill(worker.pid or 0, signal.SIGKILL)
+            worker.join()  # no signal handler strikes here
+    assert len(found) == len(expected) and all(map(same, found, expected))
+    assert capsys.readouterr().err.count("a process that loads data died") == 1
+    again = [] if train else list(steady)
+    assert all(map(same, again, expected)) and signal.getsignal(signal.SIGCHLD) is handler
+
+
+def test_a_loader_whose_workers_die_again_and_again_gives_up(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Deadly:
+        def __len__(self) -> int:
+            return 2
+
+        def __iter__(self) -> Iterator[Any]:
+            raise RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly")
+
+    made: list[int] = []
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        list(SteadyLoader(lambda done: made.append(done) or Deadly()))  # type: ignore[func-returns-value]
+    assert made == [0] * (1 + MOST_DEATHS)
+    assert capsys.readouterr().err.count("begins anew") == MOST_DEATHS
 
 
 def test_a_run_goes_on_from_any_step(data: BlendedDataset, cfg: ModelConfig) -> None:

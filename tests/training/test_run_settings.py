@@ -1,7 +1,6 @@
 """What a run folder accepts and refuses, and the settings of the trainer, through the command."""
 
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek.checkpoint.callback import _dead_loaders_wait
 from deepseek.config.changes import with_new_keys
 from deepseek.config.schema import FIELDS
 from deepseek.files import Lock
@@ -311,23 +309,6 @@ def test_a_second_writer_is_refused_without_checkpoints_too(micro: MicroRuns) ->
         micro.train("alone", off, "trainer.max_steps=2").assert_refused("writes here already")
         assert not (micro.folder / "alone" / "metrics.jsonl").exists()
     micro.train("alone", off, "trainer.max_steps=2").assert_done()
-
-
-def test_a_data_worker_that_dies_during_a_save_is_told_after_it() -> None:
-    def torch_tells(number: int, frame: object) -> None:
-        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
-
-    before, saved = signal.signal(signal.SIGCHLD, torch_tells), False
-    try:
-        with pytest.raises(RuntimeError, match="DataLoader worker"):
-            with _dead_loaders_wait():
-                os.kill(os.getpid(), signal.SIGCHLD)
-                saved = True
-        assert saved and signal.getsignal(signal.SIGCHLD) is torch_tells
-        with _dead_loaders_wait():  # none died
-            pass
-    finally:
-        signal.signal(signal.SIGCHLD, before)
 
 
 def checkpoint_tensors(micro: MicroRuns, name: str, step: int) -> dict[str, torch.Tensor]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +153,7 @@ class Checkpointing(DeepSeekCallback):
         begin, step = time.perf_counter(), module.finished_steps
         saves = self._saved_step != step
         device = next(module.model.parameters()).device
-        with measured_memory(device) as memory, _dead_loaders_wait():
+        with measured_memory(device) as memory:
             if saves:
                 tensors = collect_tensors(module.model, _optimizer(trainer))
                 known = self.verification.digests if self.verification else ()
@@ -315,27 +313,6 @@ class FolderLock(DeepSeekCallback):
         """Let the next one in."""
         if self._lock is not None:
             self._lock.release()
-
-
-@contextmanager
-def _dead_loaders_wait() -> Iterator[None]:
-    """Tell of a data worker that dies meanwhile afterwards.
-
-    torch raises it from a signal handler, in whatever the main thread is doing: here it would look
-    like a failed write, and cost the checkpoint.
-    """
-    handler = signal.getsignal(signal.SIGCHLD)
-    if not callable(handler):
-        yield
-        return
-    died: list[Any] = []
-    signal.signal(signal.SIGCHLD, lambda *which: died.append(which))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
-    if died:
-        handler(*died[-1])
 
 
 def continue_loops(trainer: Trainer, step: int) -> None:

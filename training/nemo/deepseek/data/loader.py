@@ -9,8 +9,9 @@ workers.
 from __future__ import annotations
 
 import os
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
+from deepseek.console import complain
 from deepseek.data.blend import BlendedDataset
 from deepseek.data.dataset import ChatDataset, PackedDataset, Sample
 
@@ -58,6 +60,16 @@ class StepBatches(Sampler[list[int]]):
             first = step * self.global_batch_size + self.dp_rank * share
             yield list(range(first, first + share))
 
+    def after(self, done: int) -> StepBatches:
+        """The same without so many steps more."""
+        return StepBatches(
+            self.global_batch_size,
+            self.max_steps,
+            start_step=self.start_step + done,
+            dp_rank=self.dp_rank,
+            dp_size=self.dp_size,
+        )
+
     def __len__(self) -> int:
         """Steps from ``start_step`` on. A loader without a length would make Lightning read one
         batch ahead, and lose it when it resumes."""
@@ -72,7 +84,7 @@ def build_train_loader(
     start_step: int = 0,
     dp_rank: int = 0,
     dp_size: int = 1,
-) -> DataLoader[Sample]:
+) -> DataLoader[Sample] | SteadyLoader:
     """A loader whose items are one optimiser step for this rank.
 
     Args:
@@ -106,7 +118,7 @@ def build_validation_loader(
     limit_batches: int,
     dp_rank: int = 0,
     dp_size: int = 1,
-) -> DataLoader[Sample]:
+) -> DataLoader[Sample] | SteadyLoader:
     """A loader over a validation set, the same samples in every pass and for any number of ranks.
 
     If the batches cannot hold all samples, those taken are spread evenly over the set; if they can,
@@ -132,6 +144,60 @@ def build_validation_loader(
         for places in StepBatches(step, count, dp_rank=dp_rank, dp_size=dp_size)
     ]
     return _loader(dataset, batches, cfg.data.num_workers)
+
+
+MOST_DEATHS = 3
+"""Of its processes, without a batch between them, before a loader gives up."""
+
+
+class SteadyLoader:
+    """Iterates over a loader whose processes begin anew if one dies, as where memory runs out.
+
+    Nothing is read twice or left out, since the number of a batch decides what is in it.
+
+    Args:
+        make: gives the loader of the batches after so many.
+    """
+
+    def __init__(self, make: Callable[[int], DataLoader[Sample]]) -> None:
+        self._make = make
+        self._loader = make(0)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        done = deaths = 0
+        loader, batches = self._loader, None
+        while True:
+            try:
+                batches = _begun(loader) if batches is None else batches
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error) or deaths == MOST_DEATHS:
+                    raise
+                deaths += 1
+                complain(
+                    f"a process that loads data died ({error}); it begins anew, and nothing is "
+                    "lost. Mostly memory ran out: watch it, or lower model.data.num_workers"
+                )
+                loader, batches = self._make(done), None
+                self._loader = self._make(0) if done else loader  # of the next pass
+                continue
+            deaths, done = 0, done + 1
+            yield batch
+
+
+def _begun(loader: DataLoader[Sample]) -> Iterator[Any]:
+    """Its iterator. torch would raise the death of a process from a signal handler, in whatever the
+    main thread is doing, such as saving; without the handler the wait for the batch tells it."""
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if signal.getsignal(signal.SIGCHLD) is not before:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+    return batches
 
 
 class TimedLoader:
@@ -168,6 +234,16 @@ def stack(samples: Sequence[Sample]) -> Batch:
 
 
 def _loader(
+    dataset: Any, batches: StepBatches | list[list[int]], workers: int
+) -> DataLoader[Sample] | SteadyLoader:
+    def make(done: int) -> DataLoader[Sample]:
+        rest = batches[done:] if isinstance(batches, list) else batches.after(done)
+        return _plain_loader(dataset, rest, workers)
+
+    return SteadyLoader(make) if workers else make(0)
+
+
+def _plain_loader(
     dataset: Any, batches: StepBatches | list[list[int]], workers: int
 ) -> DataLoader[Sample]:
     return DataLoader(
