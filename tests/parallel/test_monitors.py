@@ -130,6 +130,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "micro_batch_size": 8},
     ),
+    "cp2 ep2": (
+        2,
+        {"context_parallel_size": 2, "expert_model_parallel_size": 2, "micro_batch_size": 8},
+    ),
     "pp2": (2, {"pipeline_model_parallel_size": 2, "micro_batch_size": 2}),
     "pp2 in a V": (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "DualPipeV"}),
     "recomputation, accumulation": (
