@@ -122,6 +122,16 @@ def test_chosen_layout(name: str) -> None:
     assert_exact(CHOSEN[name])
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_in_bf16(name: str) -> None:
+    """As exact as what rounding leaves: sums in another order may round the other way."""
+    optim = OptimConfig(name=name, lr=1e-3, moments_dtype="bf16", sched=SchedConfig(min_lr=1e-4))
+    errors = compare(case_of(4, tp=2, ep=2, optim=optim))
+    kept = {"all.momentum_buffer", "all.exp_avg", "all.exp_avg_sq"} & errors.keys()
+    assert errors["all.gradient"] < 1e-4 and errors["all.weight"] < 1e-5
+    assert all(errors[key] < 1e-2 for key in kept) and kept
+
+
 # -- compiled attention --
 
 

@@ -219,14 +219,15 @@ def work_of_rank(rank: int, case: Case) -> tuple[list[Any], list[Any]]:
     for name, tensor in driven.tensors().items():
         part, shape = local_slices(tensor), tuple(tensor.shape)
         kind, _, rest = name.partition(".")
-        parts.append(
-            (f"{kind}.{global_name(rest)}", shape, part, local(tensor).detach().clone().numpy())
-        )
+        here = local(tensor).detach().clone()
+        here = here.float() if here.dtype == torch.bfloat16 else here  # which numpy does not know
+        parts.append((f"{kind}.{global_name(rest)}", shape, part, here.numpy()))
     return driven.metrics, parts
 
 
 WITHOUT_LAYOUT = {
     "tensor_model_parallel_size": 1,
+    "context_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "pipeline_schedule": "1F1B",
     "virtual_pipeline_model_parallel_size": 1,

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from deepseek.training.adamw import AdamW
 from deepseek.training.muon import Muon, newton_schulz
 
 COMMON = dict(lr=0.05, betas=(0.9, 0.95), eps=1e-8, momentum=0.9)
@@ -202,22 +203,56 @@ def test_state() -> None:
     assert optimizer.state[lookup]["step"] == 1
 
 
-def test_state_made_before_the_first_step_changes_nothing() -> None:
-    """A checkpoint is loaded into zero state: as if the first step had made it."""
-    found = []
-    for early in (False, True):
-        hidden, lookup = nn.Parameter(random(4, 3)), nn.Parameter(random(4, 3))
-        optimizer = Muon([{"params": [hidden], "muon": True}, {"params": [lookup]}], **COMMON)
-        if early:
-            for parameter, is_muon in ((hidden, True), (lookup, False)):
-                state = optimizer.init_state(parameter, is_muon)
-                assert not any(tensor.any() for tensor in state.values())
-                assert optimizer.init_state(parameter, is_muon) is state
-        for parameter in (hidden, lookup):
-            parameter.grad = random(4, 3, seed=1)
+def by_hand(weight: Tensor, grads: list[Tensor], lr: float) -> tuple[Tensor, Tensor, Tensor]:
+    """AdamW in fp32, its moments rounded to bf16 after each step."""
+    first = second = torch.zeros_like(weight)
+    for number, grad in enumerate(grads, start=1):
+        first = 0.9 * first + 0.1 * grad
+        second = 0.95 * second + 0.05 * grad.square()
+        middle, spread = first / (1 - 0.9**number), second / (1 - 0.95**number)
+        weight = weight * (1 - lr * 0.1) - lr * middle / (spread.sqrt() + 1e-8)
+        first, second = first.bfloat16().float(), second.bfloat16().float()
+    return weight, first, second
+
+
+def test_moments_in_bf16() -> None:
+    """What is computed is fp32; what is kept is rounded."""
+    weight, grads = random(16, 8), [random(16, 8, seed=n) for n in range(1, 4)]
+    parameter = nn.Parameter(weight.clone())
+    settings = dict(lr=0.05, betas=(0.9, 0.95), eps=1e-8)
+    groups = [{"params": [parameter], "weight_decay": 0.1}]
+    optimizer = AdamW(groups, moments=torch.bfloat16, **settings)
+    for grad in grads:
+        parameter.grad = grad
         optimizer.step()
-        found.append((hidden.detach(), lookup.detach()))
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    state = optimizer.state[parameter]
+    assert state["step"] == 3
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+    wanted, first, second = by_hand(weight, grads, 0.05)
+    torch.testing.assert_close(parameter.detach(), wanted, rtol=1e-5, atol=1e-5)
+    for key, value in (("exp_avg", first), ("exp_avg_sq", second)):
+        same = state[key].float() == value
+        assert same.float().mean() > 0.95  # a last bit may be rounded the other way
+        torch.testing.assert_close(state[key].float(), value, rtol=2**-7, atol=0)
+
+
+def test_momentum_in_bf16() -> None:
+    parameter = nn.Parameter(random(6, 4))
+    optimizer = muon([parameter], moments=torch.bfloat16)
+    twin = copy.deepcopy(parameter)
+    exact = muon([twin])
+    for number in range(3):
+        for one in (parameter, twin):
+            one.grad = random(6, 4, seed=number + 1)
+        optimizer.step()
+        exact.step()
+    kept, wanted = (
+        o.state[p]["momentum_buffer"] for o, p in ((optimizer, parameter), (exact, twin))
+    )
+    assert kept.dtype == torch.bfloat16
+    torch.testing.assert_close(kept.float(), wanted, rtol=2**-6, atol=1e-3)
+    assert not torch.equal(parameter, twin)
+    torch.testing.assert_close(parameter, twin, rtol=0.02, atol=0.01)
 
 
 def test_saved_and_loaded() -> None:

@@ -22,11 +22,17 @@ CONFIG = ModelConfig(
 )
 
 
+def optim(name: str) -> OptimConfig:
+    """``adamw``, or ``adamw bf16``."""
+    kind, _, moments = name.partition(" ")
+    return OptimConfig(name=kind, moments_dtype=moments or "fp32")
+
+
 def trained(optimizer_name: str, config: ModelConfig = CONFIG) -> tuple[Transformer, Any]:
     """A model after two updates with arbitrary gradients, and a bias that is not zero."""
     model = Transformer(config)
     model.init_weights(1)
-    optimizer = build_optimizer(model.named_parameters(), OptimConfig(name=optimizer_name))
+    optimizer = build_optimizer(model.named_parameters(), optim(optimizer_name))
     generator = torch.Generator().manual_seed(2)
     for _ in range(2):
         for parameter in model.parameters():
@@ -41,7 +47,7 @@ def trained(optimizer_name: str, config: ModelConfig = CONFIG) -> tuple[Transfor
 def fresh(optimizer_name: str, config: ModelConfig = CONFIG) -> tuple[Transformer, Any]:
     model = Transformer(config)
     model.init_weights(9)
-    return model, build_optimizer(model.named_parameters(), OptimConfig(name=optimizer_name))
+    return model, build_optimizer(model.named_parameters(), optim(optimizer_name))
 
 
 def saved(folder: Path, tensors: dict[str, Tensor]) -> Checkpoint:
@@ -51,7 +57,7 @@ def saved(folder: Path, tensors: dict[str, Tensor]) -> Checkpoint:
     return Checkpoint.open(path)
 
 
-@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon", "adamw bf16", "muon bf16"])
 def test_everything_comes_back_and_the_next_update_is_the_same(
     tmp_path: Path, optimizer_name: str
 ) -> None:
@@ -59,7 +65,7 @@ def test_everything_comes_back_and_the_next_update_is_the_same(
     tensors = collect_tensors(model, optimizer)
     keys = {name.rsplit(".", 1)[1] for name in tensors if name.startswith("optim.")}
     assert keys == {"step", "exp_avg", "exp_avg_sq"} | (
-        {"momentum_buffer"} if optimizer_name == "muon" else set()
+        {"momentum_buffer"} if "muon" in optimizer_name else set()
     )
     assert any(name.endswith("gate.bias") for name in tensors)
     again, its_optimizer = fresh(optimizer_name)
@@ -75,6 +81,19 @@ def test_everything_comes_back_and_the_next_update_is_the_same(
         assert torch.equal(one, other)
 
 
+def test_moments_are_rounded_or_widened_to_what_is_asked_for(tmp_path: Path) -> None:
+    model, optimizer = trained("adamw")
+    checkpoint = saved(tmp_path, collect_tensors(model, optimizer))
+    half, its_optimizer = fresh("adamw bf16")
+    restore(checkpoint, half, its_optimizer)
+    for name, parameter in half.named_parameters():
+        exact = optimizer.state[dict(model.named_parameters())[name]]["exp_avg"]
+        assert torch.equal(its_optimizer.state[parameter]["exp_avg"], exact.bfloat16())
+    again, wide = fresh("adamw")
+    restore(saved(tmp_path / "half", collect_tensors(half, its_optimizer)), again, wide)
+    assert {state["exp_avg"].dtype for state in wide.state.values()} == {torch.float32}
+
+
 def test_state_lies_beside_its_parameter() -> None:
     """On a GPU the step count of fused AdamW is refused elsewhere; meta stands in for one."""
     model, optimizer = trained("adamw")
@@ -85,6 +104,7 @@ def test_state_lies_beside_its_parameter() -> None:
         ranks=Ranks(),
         tensor_names=lambda: sorted(shapes),
         tensor_shapes=lambda: shapes,
+        tensor_dtypes=lambda: dict.fromkeys(shapes, torch.float32),
         load=asked.update,
     )
     with torch.device("meta"):

@@ -55,7 +55,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         UserError: a tensor is missing, unknown to all ranks, or of another shape; on all ranks,
             and nothing has been changed then.
     """
-    saved = checkpoint.tensor_shapes()
+    saved, dtypes = checkpoint.tensor_shapes(), checkpoint.tensor_dtypes()
     places = _weights(model, lambda name: _is_kept(name, model))
     parameters: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -67,7 +67,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         parameter_name, key = name.removeprefix("optim.").rsplit(".", 1)
         # A copy gets a state of its own: shared, it would be updated twice a step.
         for parameter in parameters.get(parameter_name, []):
-            state = _empty_state(parameter, shape)
+            state = _empty_state(parameter, shape, dtypes[name])
             states.setdefault(parameter, {})[key] = state
             places.setdefault(name, []).append(state)
     known = checkpoint.ranks.together(lambda: list(places))
@@ -81,7 +81,10 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     _load(checkpoint, places)
     optimizer.state.clear()
     for parameter, state_of in states.items():
-        optimizer.state[parameter] = state_of
+        wanted = getattr(optimizer, "moments", None) or parameter.dtype
+        optimizer.state[parameter] = {
+            key: state if key == "step" else state.to(wanted) for key, state in state_of.items()
+        }
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -156,10 +159,10 @@ def _load(checkpoint: Checkpoint, places: dict[str, list[Tensor]]) -> None:
                 other.copy_(first)
 
 
-def _empty_state(parameter: nn.Parameter, shape: tuple[int, ...]) -> Tensor:
+def _empty_state(parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor of the optimiser, where and how it is to lie."""
     if shape == tuple(parameter.shape):
-        return torch.zeros_like(parameter, requires_grad=False)
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
     # The step count: fused AdamW wants it beside its parameter.
     return torch.zeros(shape, device=parameter.device)
 

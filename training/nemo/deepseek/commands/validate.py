@@ -228,7 +228,10 @@ def validate_report(cfg: RunConfig) -> list[tuple[str, str]]:
         ),
         ("weights", f"{size_text(memory.weights)} (fp32)"),
         ("gradients", f"{size_text(memory.gradients)} (fp32)"),
-        ("optimiser states", f"{size_text(memory.optimizer)} ({model.optim.name}, fp32)"),
+        (
+            "optimiser states",
+            f"{size_text(memory.optimizer)} ({model.optim.name}, {model.optim.moments_dtype})",
+        ),
         (
             "states together",
             f"{size_text(memory.total)}, without activations"

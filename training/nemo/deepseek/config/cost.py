@@ -207,10 +207,11 @@ def flops_per_token(
 def state_memory(model: ModelConfig, optimizer: str = "adamw") -> StateMemory:
     """Bytes of weights, gradients and optimiser states, summed over all ranks.
 
-    Everything is fp32, under ``bf16-mixed`` too: that precision casts inside matrix products and
-    keeps fp32 weights, the master weights, as the only ones. AdamW holds two moments (16 bytes per
-    parameter in all); Muon holds one momentum for hidden matrices (12 bytes) and AdamW's moments
-    for embedding, head and norms. With adapters, they alone have gradients and moments.
+    Everything is fp32, but for moments if so configured, under ``bf16-mixed`` too: that precision
+    casts inside matrix products and keeps fp32 weights, the master weights, as the only ones. AdamW
+    holds two moments (16 bytes per parameter in all); Muon holds one momentum for hidden matrices
+    (12 bytes) and AdamW's moments for embedding, head and norms. With adapters, they alone have
+    gradients and moments.
 
     Args:
         model: the sizes.
@@ -269,7 +270,8 @@ def _states(
         trained += times * numbers.trained
         hidden += times * numbers.hidden
     moments = 2 * trained - (hidden if optimizer == "muon" else 0)
-    return StateMemory(parameters, 4 * (parameters + biases), 4 * trained, 4 * moments)
+    number = 2 if model.optim.moments_dtype == "bf16" else 4
+    return StateMemory(parameters, 4 * (parameters + biases), 4 * trained, number * moments)
 
 
 def gathered_bytes(model: ModelConfig, layout: Layout) -> int:

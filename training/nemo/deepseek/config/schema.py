@@ -231,6 +231,11 @@ class OptimConfig:
     weight_decay: float = key(
         0.1, "decoupled decay of matrices; norms and biases are never decayed", at_least=0
     )
+    moments_dtype: str = key(
+        "fp32",
+        "of what the optimiser keeps of gradients: fp32, or bf16 (V3), which takes half the bytes",
+        choices=("fp32", "bf16"),
+    )
     muon_momentum: float = key(0.95, "Nesterov momentum of Muon", at_least=0, below=1)
     sched: SchedConfig = key(SchedConfig(), "learning rate over the steps")
 

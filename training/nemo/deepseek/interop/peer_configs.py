@@ -535,6 +535,7 @@ def _unlike(
             f"{target} does not read these files",
             "null; `deepseek hf export` writes the weights as files that it loads",
         ),
+        ("optim.moments_dtype", "fp32", f"{target} chooses it elsewhere", "fp32"),
         ("optim.name", "adamw", "Muon is another one there, with other settings", "adamw"),
         (
             "data.chat",

@@ -11,97 +11,61 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
+
+from deepseek.training.adamw import AdamW
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration, chosen to lift small singular values fast."""
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(AdamW):
     """Groups with ``muon=True`` are orthogonalised; the others get AdamW.
 
-    State per parameter: ``momentum_buffer`` for Muon; ``step``, ``exp_avg``, ``exp_avg_sq`` for
-    AdamW.
+    State per parameter: ``momentum_buffer`` for Muon, AdamW's for the others.
 
     Args:
         groups: parameters, ``weight_decay`` and ``muon``.
         orthogonalise: of a momentum with the shape and the kind of tensor of its parameter; where
             parameters are spread over ranks, one that knows how.
+        moments: dtype of momentum and moments; None: the parameters'.
+        defaults: of the groups: ``lr``, ``betas``, ``eps``, ``momentum``.
     """
 
     def __init__(
         self,
         groups: Iterable[dict[str, Any]],
         *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        momentum: float,
         orthogonalise: Callable[[Tensor], Tensor] | None = None,
+        moments: torch.dtype | None = None,
+        **defaults: Any,
     ) -> None:
         self._orthogonalise = orthogonalise or newton_schulz
-        defaults = dict(
-            lr=lr, betas=betas, eps=eps, momentum=momentum, weight_decay=0.0, muon=False
-        )
-        super().__init__(groups, defaults)
+        super().__init__(groups, moments=moments, **dict(muon=False) | defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if group["muon"]:
-                for parameter in parameters:
-                    self._muon_step(parameter, group)
-            elif parameters:
-                self._adamw_step(parameters, group)
-        return loss
-
-    def init_state(self, parameter: Tensor, muon: bool) -> dict[str, Tensor]:
-        """Zero state of one parameter, made at its first step or before a checkpoint is loaded."""
-        state = self.state[parameter]
-        if not state:
-            if muon:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            else:
-                state["step"] = torch.zeros((), device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-        return state
+    def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Move the parameters of a group."""
+        if not group["muon"]:
+            super().update(parameters, group)
+            return
+        for parameter in parameters:
+            self._muon_step(parameter, group)
 
     def _muon_step(self, parameter: Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
-        momentum = self.init_state(parameter, muon=True)["momentum_buffer"]
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter, dtype=self.moments)
+        kept = state["momentum_buffer"]
+        momentum = kept.to(parameter.dtype)  # itself, if it is kept like that
         momentum.lerp_(parameter.grad, 1 - group["momentum"])
+        if kept is not momentum:
+            kept.copy_(momentum)
         nesterov = parameter.grad.lerp(momentum, group["momentum"])
         update = self._orthogonalise(nesterov)
         # Moonlight eq 4: the update gets the root mean square that AdamW's typically has
         scale = 0.2 * max(parameter.shape[-2:]) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
-
-    def _adamw_step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        states = [self.init_state(p, muon=False) for p in parameters]
-        adamw(
-            parameters,
-            [p.grad for p in parameters if p.grad is not None],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
 
 
 def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deepseek.config.schema import OptimConfig, SchedConfig
+from deepseek.training.adamw import AdamW
 from deepseek.training.muon import Muon
 
 
@@ -38,6 +40,7 @@ def build_optimizer(
         else:
             hidden.append(parameter)
     betas = (config.betas[0], config.betas[1])
+    moments = torch.bfloat16 if config.moments_dtype == "bf16" else None
     decay = config.weight_decay
     if config.name == "muon":
         groups = [
@@ -52,17 +55,16 @@ def build_optimizer(
             eps=config.eps,
             momentum=config.muon_momentum,
             orthogonalise=orthogonalise,
+            moments=moments,
         )
-    return torch.optim.AdamW(
-        [
-            {"params": hidden + lookup, "weight_decay": decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=betas,
-        eps=config.eps,
-        fused=True,
-    )
+    groups = [
+        {"params": hidden + lookup, "weight_decay": decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    settings: dict[str, Any] = dict(lr=config.lr, betas=betas, eps=config.eps)
+    if moments is not None:
+        return AdamW(groups, moments=moments, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 def learning_rate(step: int, peak: float, sched: SchedConfig, trainer_steps: int) -> float:
