@@ -12,7 +12,9 @@ from deepseek.commands.report import report
 from deepseek.config.errors import UserError
 from deepseek.monitoring.array_history import MOST_FRAMES, Traffic
 from deepseek.monitoring.array_log import ArrayLog
+from deepseek.monitoring.live import frame, plain
 from deepseek.monitoring.report.expert_panels import utilisation_codes, worst_layer
+from deepseek.monitoring.report.page import run_page
 from deepseek.monitoring.report.panel import binned, duration, quantity, smoothed, table, thin
 from deepseek.monitoring.report.rank_panels import folded, replica_counts
 from deepseek.monitoring.report.run_panels import alarms_panel, headline
@@ -85,6 +87,24 @@ def test_cards_of_parameters_data_and_ends_of_alarms(tmp_path: Path) -> None:
     (data,) = (card for card in headline(read_run(folder)) if card.label == "data")
     most = 20 * batch * 0.75 / 40
     assert data.below == f"tokens of 2 prefixes, {most:.2f} epochs of the one read most"
+
+
+def test_numbers_without_measure_are_not_logged(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", SyntheticRun(steps=20))
+    huge = 10**400
+    facts = {"parameters": huge, "active_parameters": huge, "flops_per_token": huge,
+             "peak_flops_per_device": huge, "processes": huge,
+             "data": [{"name": "x", "tokens": huge, "samples": huge, "share": 1.0}]}  # fmt: skip
+    (folder / "environment.json").write_text(json.dumps(facts))
+    row = {"step": 20, "count": huge, "bytes": "x", "p50": None, "op": []}
+    (folder / "monitor" / "collectives.jsonl").write_text(json.dumps(row) + "\n")
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps({"step": huge, "loss": 1.0}) + "\n")
+        log.write(json.dumps({"step": 21, "loss": huge, "time": huge}) + "\n")
+    run = RunLog(folder)
+    assert run.step == 21 and len(run.damaged_lines) == 1
+    assert "collectives at step 20" in plain(frame(run), 200)
+    run_page([run])
 
 
 def test_goodput_is_the_time_of_kept_steps(planted: Path) -> None:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from deepseek.monitoring import load_metrics
 from deepseek.monitoring.array_log import Record
-from deepseek.monitoring.run_log import RunLog, clock
+from deepseek.monitoring.run_log import RunLog, clock, number
 from deepseek.run_folder import EXPERTS_FILE, RANKS_FILE
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -225,10 +225,12 @@ def _collectives(run: RunLog) -> RenderableType:
         if row["step"] != step:
             continue
         keys = ("count", "bytes", "p50", "p95", "max", "busbw", "wait_seconds", "exposed_share")
-        count, size, p50, p95, longest, speed, wait, exposed = (float(row[key]) for key in keys)
+        count, size, p50, p95, longest, speed, wait, exposed = (
+            number(row.get(key)) for key in keys
+        )
         table.add_row(
-            str(row["group"]),
-            str(row["op"]),
+            str(row.get("group", "?")),
+            str(row.get("op", "?")),
             f"{count:.0f}",
             _bytes(size),
             *(f"{1e3 * seconds:.2f}" for seconds in (p50, p95, longest)),

@@ -257,7 +257,7 @@ class RunLog:
         stops = [event for event in self.events if event["event"] == "stopped"]
         pauses = 0.0
         for stop in stops:
-            later = np.searchsorted(times, at := _number(stop.get("time")), side="right")
+            later = np.searchsorted(times, at := number(stop.get("time")), side="right")
             if later < len(times):
                 pauses += float(times[later]) - at
         return float(times[-1] - times[0]) - pauses
@@ -271,7 +271,7 @@ class RunLog:
 
     def _times(self) -> np.ndarray:
         """When rows were written, ascending."""
-        events = [_number(event.get("time")) for event in self.events]
+        events = [number(event.get("time")) for event in self.events]
         times = np.concatenate([self.steps.get("time", np.empty(0)), events])
         return np.sort(times[np.isfinite(times)])
 
@@ -310,7 +310,7 @@ class RunLog:
         if text is None:
             return None
         try:
-            tree = json.loads(text)
+            tree = _JSON.decode(text)
         except (ValueError, RecursionError):
             tree = None
         if not isinstance(tree, dict):
@@ -328,14 +328,14 @@ class RunLog:
             try:
                 tokens, samples = int(part["tokens"]), int(part["samples"])
                 found.append(DataPart(str(part["name"]), tokens, samples, float(part["share"])))
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 continue
         return found
 
     def epochs(self) -> dict[str, float]:
         """How often each part of the data has been read, by its name."""
         batch = self.setting("model.global_batch_size")
-        if not isinstance(batch, int):
+        if not isinstance(batch, int) or abs(batch) > _MOST_STEPS:
             return {}
         read = self.step * batch
         return {
@@ -438,10 +438,10 @@ class LogEnd:
             window *= 8
         events = [row for row in rows if "event" in row]
         stop = events[-1] if events and events[-1]["event"] == "stopped" else None
-        times = [time for row in rows if math.isfinite(time := _number(row.get("time")))]
+        times = [time for row in rows if math.isfinite(time := number(row.get("time")))]
         return cls(
             steps[-1]["step"] if steps else None,
-            _number(steps[-1]["loss"]) if steps else None,
+            number(steps[-1]["loss"]) if steps else None,
             times[-1] if times else None,
             str(stop.get("reason", "no reason was logged")) if stop else None,
         )
@@ -486,7 +486,7 @@ class _Table:
         names = dict.fromkeys([*self.columns, *(name for row in rows for name in row)])
         self.columns = {
             name: np.concatenate(
-                [self.columns.get(name, nothing), [_number(row.get(name)) for row in rows]]
+                [self.columns.get(name, nothing), [number(row.get(name)) for row in rows]]
             )
             for name in names
         }
@@ -543,10 +543,18 @@ _MOST_STEPS = 1 << 31
 """A row of a later step is damaged."""
 
 
+def _measured(digits: str) -> int | float:
+    """An integer of JSON; one of hundreds of digits, which no float can hold, is infinite."""
+    return int(digits) if len(digits) < 20 else float(digits)
+
+
+_JSON = json.JSONDecoder(parse_int=_measured)
+
+
 def _row(line: bytes) -> dict[str, Any] | None:
     """One line of a log; None if it is no object with a step."""
     try:
-        row = json.loads(line)
+        row = _JSON.decode(line.decode(errors="surrogatepass"))
     except (ValueError, RecursionError):
         return None
     fits = (
@@ -558,7 +566,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if fits else None
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     """A number of a row; non-finite ones stand there as words."""
     try:
         return float(value)

@@ -115,9 +115,8 @@ def headline(run: RunLog) -> list[Card]:
 def last_row(run: RunLog) -> str:
     """When it was written, for people."""
     times = run.steps.get("time", np.empty(0))
-    if not np.isfinite(times).any():
-        return ""
-    return time.strftime("last row %Y-%m-%d %H:%M UTC", time.gmtime(float(np.nanmax(times))))
+    last = float(np.nanmax(times)) if np.isfinite(times).any() else None
+    return f"last row {at} UTC" if (at := _clock(last, "%Y-%m-%d %H:%M")) else ""
 
 
 def _kinds(alarms: list[dict[str, Any]]) -> str:
@@ -179,10 +178,12 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _clock(seconds: Any) -> str:
-    if not isinstance(seconds, int | float):
+def _clock(seconds: Any, form: str = "%Y-%m-%d %H:%M:%S") -> str:
+    """A Unix time in UTC; empty if there is none, or none that a calendar has."""
+    try:
+        return time.strftime(form, time.gmtime(seconds)) if seconds is not None else ""
+    except (TypeError, ValueError, OverflowError, OSError):
         return ""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
 
 
 def data_panel(run: RunLog) -> Panel:
