@@ -10,6 +10,7 @@ import inspect
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,14 @@ def local_shape_and_global_offset() -> None:
 
     mesh = init_device_mesh("cpu", (1,))
     assert compute_local_shape_and_global_offset((4, 3), mesh, [Shard(0)]) == ((4, 3), (0, 0))
+
+
+def set_pg_timeout() -> None:
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    gloo = dist.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
+    _set_pg_timeout(timedelta(seconds=7))
+    assert gloo.options._timeout == timedelta(seconds=7)
 
 
 def storage_info() -> None:
@@ -117,6 +126,7 @@ NAMES: dict[str, Callable[[], None]] = {
     "torch._C._current_graph_task_id": current_graph_task_id,
     "DTensor(local, tensor._spec)": dtensor_of_a_spec,
     "tensor._utils.compute_local_shape_and_global_offset": local_shape_and_global_offset,
+    "distributed_c10d._set_pg_timeout": set_pg_timeout,
     "checkpoint.filesystem._StorageInfo": storage_info,
     "metadata._MEM_FORMAT_ENCODING, serialization._get_layout": mem_format_encoding,
     "pipelining.schedules._batch_p2p": batch_p2p,

@@ -1,6 +1,7 @@
 """What the environment of each launcher means, and what is refused."""
 
 import contextlib
+import os
 import signal
 import socket
 from datetime import timedelta
@@ -240,6 +241,26 @@ def test_only_rank_0_speaks_and_the_first_of_a_node_tells_why_it_ends(
         (RuntimeError("unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation"), True),
         (RuntimeError("wait timeout after 60000ms, keys: /default_pg/0/1"), True),
         (RuntimeError("Failed to recv, got 0 bytes. Connection was likely closed."), True),
+        (RuntimeError("NCCL communicator was aborted on rank 3."), True),
+        (
+            RuntimeError(
+                "NCCL error in: ProcessGroupNCCL.cpp:77, unhandled system error (run with "
+                "NCCL_DEBUG=INFO for details), NCCL version 2.29.7\nncclSystemError: System call "
+                "(e.g. socket, malloc) or external library call failed or device error."
+            ),
+            True,
+        ),
+        (RuntimeError("ncclRemoteError: A call failed possibly due to a network error"), True),
+        (
+            RuntimeError(
+                "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType="
+                "ALLREDUCE, Timeout(ms)=100000) ran for 100012 milliseconds before timing out."
+            ),
+            True,
+        ),
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (RuntimeError("The client socket has timed out after 60000ms while trying"), True),
+        (RuntimeError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (OSError("Connection reset by peer"), False),  # a download, not a rank
     ],
@@ -310,7 +331,7 @@ def test_who_is_lost_is_told_by_the_first_that_is_not(
     monkeypatch.setenv("WORLD_SIZE", "4")
     key = f"lost.0.{processes._times_joined}."
     for rank, others, told in [
-        ("1", "3", "contact lost with ranks 0, 2, which did not come within trainer.collective"),
+        ("1", "3", "contact lost with ranks 0, 2, which did not come within 18 s (trainer.dist"),
         ("3", "1", ""),  # rank 1 tells it
         ("0", "12", "contact lost with rank 3, which"),
     ]:
@@ -321,6 +342,37 @@ def test_who_is_lost_is_told_by_the_first_that_is_not(
         monkeypatch.setenv("RANK", rank)
         processes.tell_lost_contact(RuntimeError("Timed out waiting 18000ms for recv"))
         assert told in capsys.readouterr().err if told else not capsys.readouterr().err
+
+
+def test_what_nccl_says_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(processes, "_store", None)
+    for name, value in (TORCHRUN | {"RANK": "1", "WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    says = "ncclRemoteError: a remote process exiting\nLast error:\nsocketProgress: closed by peer"
+    processes.tell_lost_contact(RuntimeError(f"NCCL error in: a.cpp:7, {says}"))
+    told = capsys.readouterr().err
+    assert "contact lost with rank 0, which ended or cannot be reached; NCCL: " in told
+    assert "Last error: socketProgress: closed by peer" in told and told.count("\n") == 1
+
+
+def test_the_flight_recorder_writes_into_the_run_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    former, now = "TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_FR_DUMP_TEMP_FILE"
+    for name in (former, now):
+        monkeypatch.setenv(name, "")  # so that it is as before after the test
+        monkeypatch.delenv(name)
+    folder = tmp_path / "flight_recorder"
+    processes.record_flights(folder, attempt=2)
+    assert os.environ[now] == f"{folder}/attempt2_rank_" and folder.is_dir()
+    processes.record_flights(folder, attempt=3)  # what is there stays, as a user's own would
+    assert os.environ[now] == f"{folder}/attempt2_rank_"
+    monkeypatch.delenv(now)
+    monkeypatch.setenv(former, "/elsewhere/rank_")
+    processes.record_flights(folder, attempt=3)
+    assert now not in os.environ
 
 
 def test_a_meeting_point_that_nobody_serves() -> None:

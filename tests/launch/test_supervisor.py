@@ -134,8 +134,33 @@ elif attempt == 0:
     )
     said: list[str] = []
     assert supervise(command, 2, 1, said.append) == 0
-    assert said == ["rank 1 ended with exit code 7; all start again, restart 1 of 1"]
+    deaf = "(did not answer SIGTERM: 0)"
+    assert said == [f"rank 1 ended with exit code 7 {deaf}; all start again, restart 1 of 1"]
     assert noted("told") == ["0.0"]
+
+
+def test_a_stopped_worker_hears_that_it_is_to_end(worker: Worker) -> None:
+    command = worker(
+        """
+if attempt == 0 and rank == 0:
+    note("stops")
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(60)
+elif attempt == 0:
+    wait_for("stops.0.0")
+    sys.exit(75)
+"""
+    )
+    said: list[str] = []
+    assert supervise(command, 2, 1, said.append) == 0
+    assert said == ["rank 1 lost contact with another rank; all start again, restart 1 of 1"]
+
+
+def test_a_worker_that_torch_aborts_points_to_its_record(worker: Worker) -> None:
+    said: list[str] = []
+    assert supervise(worker("os.kill(os.getpid(), signal.SIGABRT)"), 1, 0, said.append) == 1
+    assert "SIGABRT, as torch does when a collective of NCCL times out" in said[0]
+    assert "flight_recorder in the run folder" in said[0]
 
 
 def test_restarts_are_used_up(worker: Worker) -> None:

@@ -5,8 +5,9 @@ On torch's fake backend, at sizes that no machine here has.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from deepseek.config.layout import Layout
 from deepseek.parallel.mesh import Meshes
+from support.ranks import run_ranks
 
 V3 = Layout(pp=16, dp_shard=128, ep=64)
 """Of 2,048 ranks, as ``deepseek_v3_671b``."""
@@ -125,3 +127,23 @@ def test_what_passes_in_groups_of_the_same_ranks_is_told_apart() -> None:
         assert set(meshes.names("all_gather").values()) == {"dp_shard"}
         assert set(meshes.names("all_to_all").values()) == {"ep"}
         assert meshes.names("send_recv") == {}
+
+
+def test_steps_wait_less_long_than_other_work() -> None:
+    def work(rank: int) -> list[float]:
+        waited = []
+        meshes = Meshes(
+            Layout(dp_shard=2), "cpu", timedelta(seconds=60), step_timeout=timedelta(seconds=0.2)
+        )
+        for soon in (False, True):
+            meshes.expect_steps(soon)
+            if rank == 1:
+                time.sleep(0.7)
+            began = time.monotonic()
+            with pytest.raises(RuntimeError) if soon else nullcontext():
+                dist.all_reduce(torch.ones(1), group=meshes.world)
+            waited.append(time.monotonic() - began)
+        return waited
+
+    (patient, hasty), _ = run_ranks(2, work)
+    assert patient > 0.5 > hasty

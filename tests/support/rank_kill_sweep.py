@@ -1,10 +1,12 @@
 """Kill ranks of one run in several processes, which must come back by itself each time.
 
     python -m support.rank_kill_sweep --kills 10 [--devices 4] [--launcher torchrun] [--fork]
+        [--stop]
 
 prints a line a kill and then what differs from the uninterrupted run of the same layout, bitwise,
 which must be nothing. ``--fork``: workers are forks instead of new interpreters, which starts them
-in a tenth of the time.
+in a tenth of the time. ``--stop``: they are stopped instead (SIGSTOP), and must be missed within
+the time-out of a step.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ LAYOUTS = {
 }
 MOST_ROWS = 12
 """New rows a run is let write before a rank is killed: at most so many."""
+STEP_SECONDS = 3
+"""Time-out of a step where ranks are stopped."""
 MOMENTS = ("step", "save", "start", "step")
 """What the run is doing when a rank is killed, in turn."""
 
@@ -57,16 +61,25 @@ class Supervisor(Protocol):
 
 
 def kill_ranks(
-    runs: MicroRuns, name: str, supervisor: Supervisor, devices: int, kills: int, seed: int
+    runs: MicroRuns,
+    name: str,
+    supervisor: Supervisor,
+    devices: int,
+    kills: int,
+    seed: int,
+    stop: bool = False,
 ) -> list[Kill]:
-    """Kill a random rank at a random moment, so many times; the run must start anew each time."""
+    """Kill a random rank at a random moment, so many times; the run must start anew each time.
+
+    ``stop``: stop it instead, in a step.
+    """
     chance = random.Random(seed)
     folder = runs.folder / name
     done: list[Kill] = []
     before: set[int] = set()
     for number in range(kills):
         ranks = new_ranks(supervisor.pid, devices, before)
-        moment = MOMENTS[number % len(MOMENTS)]
+        moment = "step" if stop else MOMENTS[number % len(MOMENTS)]
         delay = chance.uniform(0.0, 0.05)
         rows = lines(folder / "metrics.jsonl") + chance.randint(2, MOST_ROWS)
         if moment == "start":  # while it imports, joins, or loads
@@ -78,7 +91,7 @@ def kill_ranks(
             delay /= 10
         time.sleep(delay)
         rank = chance.randrange(devices)
-        os.kill(ranks[rank], signal.SIGKILL)
+        os.kill(ranks[rank], signal.SIGSTOP if stop else signal.SIGKILL)
         before = set(ranks)
         checkpoint = max(runs.steps(name), default=0)
         log = folder / "metrics.jsonl"
@@ -147,8 +160,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--launcher", default="supervisor", choices=["supervisor", "torchrun"])
     parser.add_argument("--fork", action="store_true")
+    parser.add_argument("--stop", action="store_true")
     options = parser.parse_args()
     settings = settings_of(options.devices, options.kills)
+    if options.stop:
+        settings.append(f"trainer.distributed_timeout_seconds_after_init={STEP_SECONDS}")
     with tempfile.TemporaryDirectory() as folder:
         runs = MicroRuns(Path(folder) / "runs")
         try:
@@ -178,7 +194,9 @@ def sweep(runs: MicroRuns, options: argparse.Namespace, settings: list[str]) -> 
             process = by_torchrun(runs, "killed", options.devices, *settings, restarts=restarts)
     else:
         process = start_real(runs, "killed", launcher, settings)
-    kills = kill_ranks(runs, "killed", process, options.devices, options.kills, options.seed)
+    kills = kill_ranks(
+        runs, "killed", process, options.devices, options.kills, options.seed, options.stop
+    )
     print(f"{'kill':>4}  {'moment':<16} {'rank':>4} {'rows':>5} {'checkpoint':>10}")
     for number, kill in enumerate(kills, 1):
         print(f"{number:>4}  {kill.moment:<16} {kill.rank:>4} {kill.rows:>5} {kill.checkpoint:>10}")

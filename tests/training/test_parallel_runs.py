@@ -118,6 +118,23 @@ def test_real_interpreters_and_a_lost_rank(micro: MicroRuns, whole: str) -> None
     assert_same_log_and_weights_after_a_loss(micro, whole, name)
 
 
+def test_a_rank_that_stops_is_missed_within_the_time_of_a_step(
+    micro: MicroRuns, whole: str
+) -> None:
+    """Not killed: nothing ends, no connection closes."""
+    name = "stopped"
+    log = micro.folder / name / "metrics.jsonl"
+    started = by_itself(micro, name, *EP2, "trainer.distributed_timeout_seconds_after_init=2")
+    wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") > 6)
+    os.kill(children(started.pid)[1], signal.SIGSTOP)
+    ran = started.wait().assert_done()
+    told = "error: contact lost with rank 1, which did not come within 2 s (trainer.distributed_"
+    assert told in ran.err and "Traceback" not in ran.err
+    assert "rank 0 lost contact with another rank; all start again, restart 1 of 3" in ran.err
+    assert re.search(r"resumed from .* at step [48]\b", ran.out)
+    assert_same_log_and_weights_after_a_loss(micro, whole, name)
+
+
 def assert_same_log_and_weights_after_a_loss(micro: MicroRuns, whole: str, name: str) -> None:
     """Rows of repeated steps stand twice; the later one counts."""
     rows = {(row["step"], "val_loss" in row): row for row in micro.rows(name)}

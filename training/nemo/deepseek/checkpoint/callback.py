@@ -151,6 +151,7 @@ class Checkpointing(DeepSeekCallback):
     def _save(self, trainer: Trainer, module: DeepSeekModel, in_background: bool = False) -> None:
         """Make sure that this step is saved, or, in the background, that it is being saved."""
         begin, step = time.perf_counter(), module.finished_steps
+        module.meshes.expect_steps(False)
         saves = self._saved_step != step
         device = next(module.model.parameters()).device
         with measured_memory(device) as memory:

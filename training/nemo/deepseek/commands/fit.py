@@ -28,11 +28,11 @@ from deepseek.frameworks import (
     framework_name,
     remote_loggers,
 )
-from deepseek.launch.processes import Processes, join
+from deepseek.launch.processes import Processes, join, record_flights
 from deepseek.launch.strategy import DeepSeekStrategy
 from deepseek.monitoring.record.run_record import peak_of
 from deepseek.parallel.cpu_memory import keep_freed_memory
-from deepseek.run_folder import LOGS
+from deepseek.run_folder import FLIGHT_RECORDER, LOGS
 from deepseek.training.step import DeepSeekModel
 
 
@@ -65,7 +65,7 @@ def fit(
     together = processes.world_size > 1
     on_gpu = _device_is_gpu(run)
     if together:
-        timeout = timedelta(minutes=run.trainer.collective_timeout_minutes)
+        timeout = timedelta(minutes=run.trainer.distributed_timeout_minutes)
         join(processes, "cuda" if on_gpu else "cpu", timeout)
     if processes.attempt > 0:
         resume_from = None  # started anew: the run has gone back already
@@ -89,7 +89,6 @@ def _fit(
     with_changes: bool,
 ) -> FitResult:
     together = processes.world_size > 1
-    timeout = timedelta(minutes=run.trainer.collective_timeout_minutes)
     loggers = remote_loggers(folder, run, complain)
     if run.trainer.num_threads:
         torch.set_num_threads(run.trainer.num_threads)
@@ -97,6 +96,8 @@ def _fit(
         keep_freed_memory()
     say(f"run folder   {folder}")
     say(f"framework    {framework_name()}")
+    if together and on_gpu:
+        record_flights(folder / FLIGHT_RECORDER, processes.attempt)
     data = _open_data_in_turn(run, processes)
     for part in data.parts:
         epochs = data.epochs(run.trainer.max_steps * run.model.global_batch_size, part)
@@ -139,7 +140,10 @@ def _fit(
             devices=run.trainer.devices,
             num_nodes=run.trainer.num_nodes,
             strategy=DeepSeekStrategy(
-                lambda size: Layout.of(run.model, size), timeout, processes=processes
+                lambda size: Layout.of(run.model, size),
+                timedelta(minutes=run.trainer.distributed_timeout_minutes),
+                step_timeout=timedelta(seconds=run.trainer.distributed_timeout_seconds_after_init),
+                processes=processes,
             )
             if together
             else "auto",
@@ -175,6 +179,7 @@ def _fit(
             if isinstance(end.__context__, KeyboardInterrupt):  # Lightning's exit(1) for Ctrl-C
                 raise end.__context__ from None
             raise
+    module.meshes.expect_steps(False)
     if left := Ranks().together(data.verification.finish)[0]:
         say(f"data         {left}")
     metrics = module.validation_record

@@ -34,7 +34,7 @@ TRANSFORMERS: dict[str, str] = {
     "save_total_limit": "exp_manager.checkpoint_callback_params.save_top_k",
     "report_to": "exp_manager.create_tensorboard_logger",
     "dataloader_num_workers": "model.data.num_workers",
-    "ddp_timeout": "trainer.collective_timeout_minutes",
+    "ddp_timeout": "trainer.distributed_timeout_minutes",
     "use_cpu": "trainer.accelerator",
     # accelerate, with its sections fsdp_config, parallelism_config and dynamo_config
     "num_machines": "trainer.num_nodes",
@@ -178,7 +178,10 @@ _ELSEWHERE: dict[str, str] = {
     "gpus": "trainer.devices",
     "nproc_per_node": "trainer.devices",
     "nnodes": "trainer.num_nodes",
-    "timeout": "trainer.collective_timeout_minutes",
+    "timeout": "trainer.distributed_timeout_minutes",
+    "collective_timeout_minutes": "trainer.distributed_timeout_minutes",
+    "init_timeout_seconds": "trainer.distributed_timeout_minutes",
+    "train_timeout_seconds": "trainer.distributed_timeout_seconds_after_init",
     "recompute_granularity": "model.activations_checkpoint_granularity",
     # optimiser
     "gradient_clip": "trainer.gradient_clip_val",

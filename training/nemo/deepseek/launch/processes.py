@@ -33,6 +33,10 @@ STORE_FD = "DEEPSEEK_STORE_FD"
 """Rank 0 under the supervisor: the listening socket, inherited, of the store."""
 LOST_PEER_EXIT_CODE = 75
 """Of a rank that ends because another one did ("temporary failure" in sysexits.h)."""
+NCCL_CHARACTERS = 200
+"""The end of NCCL's text, which gives its cause."""
+FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "20000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+"""torch's record of the newest collectives of NCCL, written when one times out."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,8 @@ def join(processes: Processes, device_type: str, timeout: timedelta) -> None:
                 "per GPU, and let each see all of them (no CUDA_VISIBLE_DEVICES of its own)"
             )
         torch.cuda.set_device(processes.local_rank)
+        for name, value in FLIGHT_RECORDER.items():
+            os.environ.setdefault(name, value)
         # For messages alone, gloo need not connect every rank with every other before it starts:
         # that takes more sockets than a process may usually have from a thousand ranks on.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
@@ -191,6 +197,18 @@ def join(processes: Processes, device_type: str, timeout: timedelta) -> None:
     atexit.register(leave)
 
 
+def record_flights(folder: Path, attempt: int) -> None:
+    """Where torch's flight recorder writes, one file a rank: it asks when there is need to.
+
+    Args:
+        folder: made here; a user's own TORCH_FR_DUMP_TEMP_FILE stays.
+        attempt: how often the run was started anew; later ones leave the files of earlier ones.
+    """
+    if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ:  # its former name
+        folder.mkdir(exist_ok=True)
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", f"{folder}/attempt{attempt}_rank_")
+
+
 def leave() -> None:
     """Give the process group up; not a collective, and no error if other ranks are dead."""
     import torch.distributed as dist
@@ -217,9 +235,16 @@ def is_lost_peer(error: BaseException) -> bool:
     return False
 
 
+_TIMED_OUT = re.compile(
+    r"(?:timed out waiting|wait timeout after|ran for) (\d+) ?(?:ms|milliseconds)"
+    r"|timed out|collective operation timeout|timeout caused pair closure",
+    re.IGNORECASE,
+)
 _LOST_PEER = re.compile(
-    r"connection (was )?(closed|reset|refused)|broken pipe|failed to recv|pair closure"
-    r"|remote process (has )?(exited|terminated)|timed out waiting|wait timeout after",
+    rf"{_TIMED_OUT.pattern}|connection (was )?(closed|reset|refused)|broken pipe|failed to recv"
+    # NCCL's, but for those of this rank's own device (unhandled cuda error)
+    r"|pair closure|connect timeout|remote process (has )?(exited|terminated)|ncclRemoteError"
+    r"|communicator was aborted|unhandled system error|ncclSystemError",
     re.IGNORECASE,
 )
 
@@ -239,8 +264,14 @@ def tell_lost_contact(error: BaseException) -> None:
     if not missing:
         who = "another rank"
     why = "ended or cannot be reached"
-    if re.search("timed out|wait timeout", str(error), re.IGNORECASE):
-        why = "did not come within trainer.collective_timeout_minutes: it hangs, or is much slower"
+    if match := _TIMED_OUT.search(str(error)):
+        within = f"{int(match[1]) / 1000:g} s" if match[1] else "the time allowed"
+        why = (
+            f"did not come within {within} (trainer.distributed_timeout_minutes, in a step "
+            "trainer.distributed_timeout_seconds_after_init): it hangs, or is much slower"
+        )
+    if "nccl" in str(error).lower():
+        why += f"; NCCL: {' '.join(str(error).split())[-NCCL_CHARACTERS:]}"
     frames = traceback.extract_tb(error.__traceback__)
     ours = [
         frame

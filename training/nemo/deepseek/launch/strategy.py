@@ -42,6 +42,7 @@ class DeepSeekStrategy(pl.strategies.ParallelStrategy):  # type: ignore[misc, na
     Args:
         layout_of: the layout for a world size; or a layout.
         timeout: of every collective.
+        step_timeout: of those of a step, after the first; None: the same.
         max_restarts: how often a supervisor of our own starts the processes anew.
         processes: this process; read from the environment if not given.
 
@@ -58,11 +59,12 @@ class DeepSeekStrategy(pl.strategies.ParallelStrategy):  # type: ignore[misc, na
         timeout: timedelta = timedelta(minutes=30),
         max_restarts: int = 0,
         processes: Processes | None = None,
+        step_timeout: timedelta | None = None,
     ) -> None:
         self.processes = processes or Processes.from_environment()
         super().__init__(cluster_environment=OurEnvironment(self.processes))
         self.layout_of = layout_of
-        self.timeout = timeout
+        self.timeout, self.step_timeout = timeout, step_timeout
         self.max_restarts = max_restarts
         self.num_nodes = 1  # the Trainer sets it
         self._meshes: Meshes | None = None
@@ -113,7 +115,7 @@ class DeepSeekStrategy(pl.strategies.ParallelStrategy):  # type: ignore[misc, na
             layout = self.layout_of if isinstance(self.layout_of, Layout) else self.layout_of(size)
             if layout.world_size != size:
                 raise UserError(f"the layout is for {layout.world_size} ranks, started are {size}")
-            self._meshes = Meshes(layout, self.root_device.type, self.timeout)
+            self._meshes = Meshes(layout, self.root_device.type, self.timeout, self.step_timeout)
 
     def setup(self, trainer: Any) -> None:
         """Optimisers, over the parameters that ``configure_model`` has left."""

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deepseek.config.errors import UserError
@@ -155,6 +155,8 @@ class _Worker:
 class _Failure:
     rank: int
     code: int
+    deaf: tuple[int, ...] = ()
+    """Ranks that did not end when they were asked to."""
 
     @property
     def is_error(self) -> bool:
@@ -162,11 +164,17 @@ class _Failure:
         return self.code > 0 and self.code != LOST_PEER_EXIT_CODE
 
     def __str__(self) -> str:
+        deaf = f" (did not answer SIGTERM: {', '.join(map(str, self.deaf))})" if self.deaf else ""
         if self.code == LOST_PEER_EXIT_CODE:
-            return f"rank {self.rank} lost contact with another rank"
+            return f"rank {self.rank} lost contact with another rank{deaf}"
         if self.code >= 0:
-            return f"rank {self.rank} ended with exit code {self.code}"
-        return f"rank {self.rank} was killed by {signal_name(-self.code)}"
+            return f"rank {self.rank} ended with exit code {self.code}{deaf}"
+        watchdog = (
+            ", as torch does when a collective of NCCL times out: see its lines above, and "
+            "flight_recorder in the run folder"
+        )
+        cause = signal_name(-self.code) + (watchdog if self.code == -signal.SIGABRT else "")
+        return f"rank {self.rank} was killed by {cause}{deaf}"
 
 
 class _Signals:
@@ -227,12 +235,14 @@ class _WorkerGroup:
                 self._note_endings()
             for worker in self._running():
                 worker.tell(signal.SIGTERM)
+                worker.process.send_signal(signal.SIGCONT)  # stopped, it would not hear
             self._wait(GRACE_SECONDS)
+            deaf = tuple(worker.rank for worker in self._running())
         finally:
             self._kill_all()
         # The first that did not end only because another had.
         causes = [failure for failure in self._endings if failure.code != LOST_PEER_EXIT_CODE]
-        return next(iter(causes or self._endings), None)
+        return next((replace(ending, deaf=deaf) for ending in causes or self._endings), None)
 
     def stopped_by_signal(self) -> int:
         """128 + N if workers obeyed signal N, sent to one of them: they have saved; else 0."""

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -44,6 +45,7 @@ class Meshes:
         layout: sizes; their product is the world size.
         device_type: ``cpu`` or ``cuda``.
         timeout: of every collective in every group.
+        step_timeout: of those of a step, after the first; None: the same.
 
     Attributes:
         pp, tp, ep: groups of this rank along these axes.
@@ -57,11 +59,19 @@ class Meshes:
         world: all ranks.
     """
 
-    def __init__(self, layout: Layout, device_type: str, timeout: timedelta) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        device_type: str,
+        timeout: timedelta,
+        step_timeout: timedelta | None = None,
+    ) -> None:
         assert dist.get_world_size() == layout.world_size
         self.layout = layout
         self.device_type = device_type
         self.timeout = timeout
+        self.step_timeout = step_timeout or timeout
+        self._timeout_now = timeout
         self.rank = dist.get_rank()
         self.coordinate = layout.coordinate(self.rank)
         self._made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = {}
@@ -79,6 +89,15 @@ class Meshes:
         self.stage = self._group("stage", ranks.flatten(1))
         self.world = self._group("world", ranks.flatten().unsqueeze(0))
         self.ends = self._ends()
+
+    def expect_steps(self, soon: bool) -> None:
+        """From here on, how long this rank waits for others: as long as steps take, or as long as
+        other work may (a checkpoint, data to be read). Not a collective."""
+        timeout = self.step_timeout if soon else self.timeout
+        if timeout != self._timeout_now:
+            for group in {dist.group.WORLD, *self._made.values()} - {None}:
+                _set_pg_timeout(timeout, group)
+            self._timeout_now = timeout
 
     @property
     def data_rank(self) -> int:
@@ -165,6 +184,9 @@ class SingleProcess:
     coordinate = layout.coordinate(0)
     data_rank = 0
     tp = cp = data = stage = ends = world = None
+
+    def expect_steps(self, soon: bool) -> None:
+        """Nothing: nobody is waited for."""
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -117,6 +117,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         Raises:
             NonFiniteError: this and the steps before it had no finite gradient.
         """
+        self.meshes.expect_steps(self.step_record is not None)  # the first connects and compiles
         self.phases.start_step(batch["tokens"].device)
         lr = learning_rate(
             self.finished_steps, self.config.optim.lr, self.config.optim.sched, self.max_steps
