@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from deepseek.commands.launch import launch
 from deepseek.config import ConfigError, UserError, load_config
-from deepseek.launch.slurm import JobSettings, launch
+from deepseek.config.yaml_file import read_yaml
+from deepseek.launch.cluster_job import JobSettings
 from support.launchers import arguments_of_srun
 
 AWKWARD = [
@@ -23,9 +25,9 @@ AWKWARD = [
 ]
 
 
-def written(tmp_path: Path, *overrides: str, **settings: str) -> Path:
-    path = tmp_path / "a job.sbatch"
-    launch("deepseek_v3_32gpu", overrides, JobSettings(**settings), slurm=True, output=path)
+def written(tmp_path: Path, *overrides: str, to: str = "slurm", **settings: Any) -> Path:
+    path = tmp_path / f"a job.{to}"
+    launch("deepseek_v3_32gpu", overrides, JobSettings(**settings), [to], path)
     return path
 
 
@@ -48,7 +50,8 @@ def test_the_job_is_shell_and_asks_for_the_processes(tmp_path: Path) -> None:
         "nodes": "4",
         "ntasks-per-node": "1",
         "gpus-per-node": "8",
-        "cpus-per-task": "24",
+        "exclusive": "",
+        "mem": "0",
         "time": "1-12:00:00",
         "partition": "gpu",
         "account": "lab",
@@ -72,9 +75,10 @@ def test_srun_gets_every_override_as_it_was_given(tmp_path: Path) -> None:
     given = arguments_of_srun(path, tmp_path)
     overrides = given[-len(AWKWARD) :]
     assert given == [
-        *("--kill-on-bad-exit=1", "--cpus-per-task=24"),
+        *("--kill-on-bad-exit=1", "--cpus-per-task=96"),
         *("torchrun", "--nnodes", "4", "--nproc-per-node", "8"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:15077"),
+        *("--max-restarts", "3"),
         *("-m", "deepseek", "train", "--config", "deepseek_v3_32gpu", *AWKWARD),
     ]
     assert load_config("deepseek_v3_32gpu", overrides) == load_config("deepseek_v3_32gpu", AWKWARD)
@@ -86,7 +90,7 @@ def test_without_a_file_the_job_is_printed(
 ) -> None:
     path = written(tmp_path, *AWKWARD)
     assert capsys.readouterr().out == f"wrote {path}; submit it with: sbatch '{path}'\n"
-    launch("deepseek_v3_32gpu", AWKWARD, slurm=True)
+    launch("deepseek_v3_32gpu", AWKWARD, targets=["slurm"])
     assert capsys.readouterr().out == path.read_text()
 
 
@@ -100,10 +104,14 @@ def test_the_command_line(tmp_path: Path) -> None:
         env=env,
     )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.endswith("--config deepseek_v3_8gpu --seed=5 trainer.max_steps=3\n")
+    assert "--config deepseek_v3_8gpu --seed=5 trainer.max_steps=3 || code" in ran.stdout
     assert options(ran.stdout)["time"] == "2:00:00"
     ran = subprocess.run([sys.executable, "-m", "deepseek", *words[:2]], capture_output=True)
-    assert ran.returncode == 2 and b"choose --slurm" in ran.stderr and b"Trace" not in ran.stderr
+    assert (
+        ran.returncode == 2
+        and b"choose one of --slurm" in ran.stderr
+        and b"Trace" not in ran.stderr
+    )
 
 
 @pytest.mark.parametrize("time", ["3", "2:01", "0:2:1", "0-1", "1-0:0", "0-0:2:1", "1440"])
@@ -123,10 +131,24 @@ def test_times_that_slurm_reads(tmp_path: Path, time: str) -> None:
         ({"partition": "a b"}, "--partition 'a b': a name of letters, digits"),
         ({"account": ""}, "--account ''"),
         ({"job_name": "x\n#SBATCH --nodes=99"}, "--job-name 'x"),
+        ({"container": "a b"}, "--container 'a b'"),
+        ({"container": "a", "mounts": ["/data"]}, "--mount '/data': write SOURCE:/PATH"),
+        ({"mounts": ["/data:/data"]}, "--mount would be ignored without --container"),
+        ({"env": ["1A=b"]}, "--env '1A=b': write NAME=VALUE"),
+        ({"sbatch": ["qos=high"]}, "--sbatch 'qos=high': write one option of sbatch"),
+        ({"sbatch": ["--qos=high\nrm x"]}, "write one option of sbatch"),
+        ({"sbatch": ["--nodes=9"]}, "--sbatch --nodes=9: the job has --nodes=4 already"),
+        ({"gpu": "H100"}, "--gpu would be ignored with --slurm"),
+        ({"save_bandwidth": 0.0}, "--save-bandwidth 0.0: GB/s, more than 0"),
+        (
+            {"save_bandwidth": 0.001, "time": "2:00:00"},
+            r"--time 2:00:00 is 7200 seconds, and the last \d{4} are kept for saving a checkpoint "
+            r"\(\d+ s to save 16 GB, at 0.001 GB/s a node .*; use 04:3\d:00 or more",
+        ),
     ],
 )
 def test_settings_that_slurm_would_not_take(
-    tmp_path: Path, settings: dict[str, str], message: str
+    tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         written(tmp_path, **settings)
@@ -134,19 +156,216 @@ def test_settings_that_slurm_would_not_take(
 
 
 def test_what_launch_refuses(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="neither was given"):
+    with pytest.raises(UserError, match="choose one of .*: none was given"):
         launch("deepseek_v3_8gpu")
-    with pytest.raises(UserError, match="both were given"):
-        launch("deepseek_v3_8gpu", slurm=True, nemo_run=True)
+    with pytest.raises(UserError, match="--slurm and --nemo-run was given"):
+        launch("deepseek_v3_8gpu", targets=["slurm", "nemo-run"])
     with pytest.raises(ConfigError, match="is not a multiple"):
-        launch("deepseek_v3_8gpu", ["trainer.devices=3"], slurm=True)
+        launch("deepseek_v3_8gpu", ["trainer.devices=3"], targets=["slurm"])
     path = written(tmp_path)
     before = path.read_text()
     with pytest.raises(UserError, match="exists already and nothing is overwritten"):
         written(tmp_path, "seed=1")
     assert path.read_text() == before
     with pytest.raises(UserError, match="cannot write"):
-        launch("deepseek_v3_8gpu", slurm=True, output=tmp_path / "no" / "file")
+        launch("deepseek_v3_8gpu", targets=["slurm"], output=tmp_path / "no" / "file")
+    with pytest.raises(UserError, match="--output would be ignored with --nemo-run"):
+        launch("deepseek_v3_8gpu", targets=["nemo-run"], output=path)
+
+
+# -- what happens after srun, under stand-ins for it and for scontrol --
+
+
+@pytest.mark.parametrize(
+    ("srun", "restarts", "code", "requeued"),
+    [
+        ("exit 0", "", 0, False),
+        ("exit 1", "", 1, True),
+        ("exit 1", "2", 1, True),
+        ("exit 1", "3", 1, False),  # it fails at once, time after time
+        ("kill -TERM $PPID; sleep 0.2; exit 143", "", 143, False),  # scancel
+    ],
+)
+def test_a_job_that_fails_is_queued_again(
+    tmp_path: Path, srun: str, restarts: str, code: int, requeued: bool
+) -> None:
+    path = written(tmp_path, env=["WORD=it's"])
+    stand_ins = {
+        "srun": f'#!/bin/bash\necho "$WORD $PYTORCH_ALLOC_CONF"\n{srun}\n',
+        "scontrol": '#!/bin/bash\n[ "$1" = show ] || echo "scontrol $@"\n',
+    }
+    for name, text in stand_ins.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_CPUS_ON_NODE": "96",
+        "SLURM_RESTART_COUNT": restarts,
+    }
+    ran = subprocess.run(["bash", str(path)], env=env, capture_output=True, text=True)
+    assert ran.returncode == code, ran.stderr
+    assert ran.stdout.startswith("it's expandable_segments:True\n")
+    assert ("scontrol requeue 77" in ran.stdout) is requeued
+    assert ("srun ended with code 1 after 0 s: the job is queued again" in ran.stderr) is requeued
+
+
+def test_a_container_and_more_options(tmp_path: Path) -> None:
+    settings = {"container": "nvcr.io#lab/a:1", "mounts": ["/data:/data", "/run:/run"]}
+    path = written(tmp_path, sbatch=["--qos=high", "--comment=a b", "--overcommit"], **settings)
+    found = options(path.read_text())
+    assert (found["qos"], found["comment"], found["overcommit"]) == ("high", "a b", "")
+    given = arguments_of_srun(path, tmp_path)
+    assert given[2:5] == [
+        "--container-image=nvcr.io#lab/a:1",
+        "--container-mounts=/data:/data,/run:/run",
+        "torchrun",
+    ]
+
+
+def test_a_node_that_is_shared_gives_what_the_processes_keep_busy(tmp_path: Path) -> None:
+    found = options(written(tmp_path, exclusive=False).read_text())
+    assert found["cpus-per-task"] == "48" and not {"exclusive", "mem"} & found.keys()
+
+
+def test_the_time_to_save_follows_from_the_checkpoint(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """V3's is 8.2 TB: with 256 nodes 32 s at 1 GB/s each, doubled, and a step."""
+    for bandwidth, seconds in ((1.0, 124), (0.1, 700)):
+        settings = JobSettings(save_bandwidth=bandwidth)
+        launch("deepseek_v3_671b", (), settings, ["slurm"])
+        script = capsys.readouterr().out
+        assert f"# {seconds} s to save 8,19" in script
+        assert options(script)["signal"] == f"TERM@{seconds}"
+        assert f"SHUTDOWN_TIMEOUT={seconds}\n" in script
+
+
+# -- Kubernetes and SkyPilot: the part of their schemas that is used --
+
+TEXT, NUMBER = str, int
+PYTORCH_JOB = {
+    "apiVersion": TEXT,
+    "kind": TEXT,
+    "metadata": {"name": TEXT},
+    "spec": {
+        "nprocPerNode": TEXT,
+        "elasticPolicy": {
+            "rdzvBackend": TEXT,
+            "rdzvPort": NUMBER,
+            "minReplicas": NUMBER,
+            "maxReplicas": NUMBER,
+            "maxRestarts": NUMBER,
+        },
+        "runPolicy": {"backoffLimit": NUMBER, "cleanPodPolicy": TEXT},
+        "pytorchReplicaSpecs": {
+            "Worker": {
+                "replicas": NUMBER,
+                "restartPolicy": TEXT,
+                "template": {
+                    "spec": {
+                        "terminationGracePeriodSeconds": NUMBER,
+                        "containers": [
+                            {
+                                "name": TEXT,
+                                "image": TEXT,
+                                "command": [TEXT],
+                                "env": [{"name": TEXT, "value": TEXT}],
+                                "volumeMounts": [{"name": TEXT, "mountPath": TEXT}],
+                                "resources": {"limits": {"nvidia.com/gpu": NUMBER}},
+                            }
+                        ],
+                        "volumes": [
+                            {
+                                "name": TEXT,
+                                "emptyDir": {"medium": TEXT},
+                                "persistentVolumeClaim": {"claimName": TEXT},
+                            }
+                        ],
+                    }
+                },
+            }
+        },
+    },
+}
+"""Of Kubeflow's definition kubeflow.org_pytorchjobs.yaml, v1."""
+SKY_TASK = {
+    "name": TEXT,
+    "num_nodes": NUMBER,
+    "resources": {
+        "accelerators": {"H100": NUMBER},
+        "image_id": TEXT,
+        "job_recovery": {"max_restarts_on_errors": NUMBER},
+    },
+    "envs": {"PYTORCH_ALLOC_CONF": TEXT, "A": TEXT},
+    "file_mounts": {"/shared": {"name": TEXT, "mode": TEXT}},
+    "run": TEXT,
+}
+"""Of skypilot 0.14, ``sky/utils/schemas.py``."""
+
+
+def assert_conforms(value: Any, schema: Any, path: str = "") -> None:
+    if isinstance(schema, dict):
+        assert isinstance(value, dict) and value.keys() <= schema.keys(), path
+        for key, item in value.items():
+            assert_conforms(item, schema[key], f"{path}.{key}")
+    elif isinstance(schema, list):
+        assert isinstance(value, list) and value, path
+        for item in value:
+            assert_conforms(item, schema[0], path)
+    else:
+        assert type(value) is schema, path
+
+
+def test_kubernetes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"container": "lab/deepseek:1", "mounts": ["data:/shared"], "env": ["A=b c"]}
+    path = written(tmp_path, *AWKWARD, to="kubernetes", **settings)
+    assert f"submit it with: kubectl apply -f '{path}'" in capsys.readouterr().out
+    assert "NOT RUN" in path.read_text().splitlines()[0]
+    tree: Any = read_yaml(path.read_text(), "the job").tree
+    assert_conforms(tree, PYTORCH_JOB)
+    assert re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", tree["metadata"]["name"])
+    worker = tree["spec"]["pytorchReplicaSpecs"]["Worker"]
+    policy = tree["spec"]["elasticPolicy"]
+    assert worker["replicas"] == policy["minReplicas"] == policy["maxReplicas"] == 4
+    assert tree["spec"]["nprocPerNode"] == "8" and policy["maxRestarts"] == 3
+    (container,) = worker["template"]["spec"]["containers"]
+    assert container["command"] == [
+        *("torchrun", "-m", "deepseek", "train", "--config", "deepseek_v3_32gpu"),
+        *AWKWARD,
+    ]
+    assert {"name": "A", "value": "b c"} in container["env"]
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in worker["template"]["spec"]["volumes"]}
+    with pytest.raises(UserError, match="needs an image that has deepseek; add --container"):
+        written(tmp_path, to="kubernetes")
+    with pytest.raises(UserError, match="needs a volume that all pods see.*--mount CLAIM:/PATH"):
+        written(tmp_path, to="kubernetes", container="a")
+    with pytest.raises(UserError, match="--time would be ignored with --kubernetes"):
+        written(tmp_path, to="kubernetes", time="1:00:00")
+
+
+def test_skypilot(tmp_path: Path) -> None:
+    settings = {"gpu": "H100", "container": "lab/a:1", "mounts": ["data:/shared"], "env": ["A=b"]}
+    path = written(tmp_path, *AWKWARD, to="skypilot", **settings)
+    assert "NOT RUN" in path.read_text().splitlines()[0]
+    tree: Any = read_yaml(path.read_text(), "the task").tree
+    assert_conforms(tree, SKY_TASK)
+    assert tree["resources"]["accelerators"] == {"H100": 8} and tree["num_nodes"] == 4
+    shown = tree["run"].replace("torchrun ", "printf '%s\\0' ", 1)
+    env = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NODE_RANK": "0"}
+    ran = subprocess.run(
+        ["bash", "-c", shown], env=os.environ | env, capture_output=True, text=True
+    )
+    words = ran.stdout.split("\0")[:-1]
+    assert words[words.index("--rdzv-endpoint") + 1] == "10.0.0.1:29500"
+    assert words[words.index("--rdzv-conf") + 1] == "is_host=1"
+    assert words[-len(AWKWARD) :] == AWKWARD
+    with pytest.raises(UserError, match="needs the kind of GPU; add --gpu H100"):
+        written(tmp_path, to="skypilot", mounts=["data:/shared"])
+    with pytest.raises(UserError, match="needs storage that all nodes see.*--mount BUCKET:/PATH"):
+        written(tmp_path, to="skypilot", gpu="H100")
 
 
 # -- NeMo-Run, of which a stand-in records what it is told --
@@ -155,7 +374,7 @@ def test_what_launch_refuses(tmp_path: Path) -> None:
 def test_nemo_run_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nemo_run", None)
     with pytest.raises(UserError, match="pip install nemo_run, or use --slurm"):
-        launch("deepseek_v3_8gpu", settings=JobSettings(account="lab"), nemo_run=True)
+        launch("deepseek_v3_8gpu", (), JobSettings(account="lab"), ["nemo-run"])
 
 
 def test_nemo_run_is_told_the_same_as_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,21 +405,25 @@ def test_nemo_run_is_told_the_same_as_slurm(monkeypatch: pytest.MonkeyPatch) -> 
     )
     monkeypatch.setitem(sys.modules, "nemo_run", stand_in)
     with pytest.raises(UserError, match="--account NAME"):
-        launch("deepseek_v3_32gpu", nemo_run=True)
+        launch("deepseek_v3_32gpu", targets=["nemo-run"])
     assert told == {}
-    settings = JobSettings(account="lab", partition="gpu", time="4:00:00")
-    launch("deepseek_v3_32gpu", ["name=a b"], settings, nemo_run=True)
+    settings = JobSettings(account="lab", partition="gpu", time="4:00:00", env=["A=b c"])
+    launch("deepseek_v3_32gpu", ["name=a b"], settings, ["nemo-run"])
     assert told == {
         "name": "a_b",
         "task": 'torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "$('
         'scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 1q):$((15000 + SLURM_JOB_ID % 5000))" '
-        "-m deepseek train --config deepseek_v3_32gpu 'name=a b'",
+        "--max-restarts 3 -m deepseek train --config deepseek_v3_32gpu 'name=a b'",
         "account": "lab",
         "partition": "gpu",
         "time": "4:00:00",
         "nodes": 4,
         "ntasks_per_node": 1,
         "gpus_per_node": 8,
+        "exclusive": True,
+        "container_image": None,
+        "container_mounts": [],
+        "env_vars": {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "A": "b c"},
         "signal": "TERM@120",
         "additional_parameters": {"requeue": True},
         "packager": "nothing",

@@ -96,6 +96,7 @@ def arguments_of_srun(job: Path, folder: Path) -> list[str]:
         program.chmod(0o755)
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     variables = {"SLURM_JOB_NODELIST": "localhost,other", "SLURM_JOB_ID": "20077"}
+    variables["SLURM_CPUS_ON_NODE"] = "96"
     env = os.environ | variables | {"PATH": path}
     subprocess.run(["bash", str(job)], cwd=folder, env=env, check=True)
     return noted.read_text().split("\0")[:-1]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek.launch.slurm import launch
+from deepseek.commands.launch import launch
 from support.forked import FORK_WORKERS, Ran, Started, children, environment_for_tests
 from support.launchers import (
     by_itself,
@@ -87,14 +87,21 @@ def test_8_ranks_on_2_nodes(micro: MicroRuns, whole: str) -> None:
     assert_same_run(micro, whole, "variables")
 
 
-def test_the_job_for_slurm_trains_on_2_nodes(micro: MicroRuns, whole: str, tmp_path: Path) -> None:
+def test_the_job_for_slurm_trains_on_2_nodes_and_survives_a_loss(
+    micro: MicroRuns, whole: str, tmp_path: Path
+) -> None:
     sizes = [*EP2_PP2, "trainer.devices=2", "trainer.num_nodes=2", "exp_manager.exp_dir=jobs"]
     settings = [str(word) for word in micro.words(None, *sizes) if "=" in str(word)]
     job = tmp_path / "train.sbatch"
-    launch(str(micro.config), settings, slurm=True, output=job)
-    for ran in ended(by_slurm(micro, job, nodes=2)):
-        ran.assert_done()
-    assert_same_run(micro, whole, "jobs/micro/version_0")
+    launch(str(micro.config), settings, targets=["slurm"], output=job)
+    nodes = by_slurm(micro, job, nodes=2)
+    name = "jobs/micro/version_0"
+    log = micro.folder / name / "metrics.jsonl"
+    wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") > 6)
+    os.kill(children(nodes[1].pid)[1], signal.SIGKILL)
+    outputs = "".join(ran.assert_done().out for ran in ended(nodes))
+    assert re.search(r"resumed from .* at step [48]\b", outputs)
+    assert_same_log_and_weights_after_a_loss(micro, whole, name)
 
 
 def test_real_interpreters_and_a_lost_rank(micro: MicroRuns, whole: str) -> None:

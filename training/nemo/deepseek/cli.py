@@ -134,7 +134,7 @@ def sweep_command(
 ) -> None:
     """Run a grid, such as model.optim.lr=1e-3,2e-3 seed=1,2, skip what is done, compare."""
     from deepseek.commands.sweep import sweep
-    from deepseek.launch.slurm import JobSettings
+    from deepseek.launch.cluster_job import JobSettings
 
     of_jobs = {"--time": time, "--partition": partition, "--account": account}
     if slurm is None:
@@ -211,6 +211,12 @@ def launch_command(
     words: Words = None,
     config: Config = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Write a job for sbatch.")] = False,
+    kubernetes: Annotated[
+        bool, typer.Option("--kubernetes", help="Write a PyTorchJob (Kubeflow).")
+    ] = False,
+    skypilot: Annotated[
+        bool, typer.Option("--skypilot", help="Write a task for SkyPilot.")
+    ] = False,
     nemo_run: Annotated[
         bool, typer.Option("--nemo-run", help="Submit through NeMo-Run, which must be installed.")
     ] = False,
@@ -219,12 +225,64 @@ def launch_command(
     partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
     job_name: Annotated[str | None, typer.Option(help="Name of the job; none: the run's.")] = None,
+    container: Annotated[
+        str | None, typer.Option(help="Image in which to train; with Slurm through pyxis.")
+    ] = None,
+    mount: Annotated[
+        list[str] | None,
+        typer.Option(help="SOURCE:/PATH in the container: a folder, claim or bucket. Repeatable."),
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE of the environment. Repeatable.")
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="One more option of sbatch, --qos=high. Repeatable.")
+    ] = None,
+    exclusive: Annotated[
+        bool | None,
+        typer.Option("--exclusive/--no-exclusive", help="Whole nodes; none: if several."),
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="With --skypilot: kind of GPU.")] = None,
+    save_bandwidth: Annotated[
+        float, typer.Option(help="GB/s that a node writes: when to save before the limit.")
+    ] = 1.0,
 ) -> None:
-    """Start a run on a cluster: with --slurm, a job file for sbatch."""
-    from deepseek.launch.slurm import JobSettings, launch
+    """Start a run on a cluster: write the file that Slurm, Kubernetes or SkyPilot takes."""
+    from deepseek.commands.launch import launch
+    from deepseek.launch.cluster_job import JobSettings
 
-    settings = JobSettings(time, partition, account, job_name)
-    launch(*chosen(words or [], config), settings, slurm, nemo_run, output)
+    settings = JobSettings(
+        time,
+        partition,
+        account,
+        job_name,
+        container,
+        mount or (),
+        env or (),
+        sbatch or (),
+        exclusive,
+        gpu,
+        save_bandwidth,
+    )
+    flags = {"slurm": slurm, "kubernetes": kubernetes, "skypilot": skypilot, "nemo-run": nemo_run}
+    targets = [name for name, is_chosen in flags.items() if is_chosen]
+    launch(*chosen(words or [], config), settings, targets, output)
+
+
+@app.command("doctor", context_settings=PASS_ON)
+def doctor_command(
+    words: Words = None,
+    config: Config = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run is to write.")] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Processes to start; none: trainer.devices.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at devices, memory, disk, and with several processes at clocks and bandwidth."""
+    from deepseek.commands.doctor import doctor
+
+    doctor(*chosen(words or [], config, "deepseek_v3_tiny"), run_dir, devices, json_)
 
 
 @app.command("prepare-data")

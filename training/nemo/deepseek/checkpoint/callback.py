@@ -20,7 +20,7 @@ from deepseek.config.changes import (
     flatten,
     with_new_keys,
 )
-from deepseek.config.cost import count_parameters, state_memory
+from deepseek.config.cost import checkpoint_bytes
 from deepseek.config.errors import UserError
 from deepseek.config.load import stored_config
 from deepseek.config.schema import CheckpointConfig, RunConfig
@@ -177,8 +177,7 @@ class Checkpointing(DeepSeekCallback):
         more = written
         if self.keep >= 0:
             more = min(written, max(self.keep + 1 - len(complete_steps(self.folder)), 1))
-        states = state_memory(module.config, module.config.optim.name)
-        size = states.optimizer + 4 * count_parameters(module.config).trained
+        size = checkpoint_bytes(module.config, module.config.optim.name)
         with disk_errors(f"looking for room in {self.folder}"):
             require_room(
                 self.folder,

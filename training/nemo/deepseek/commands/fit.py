@@ -28,6 +28,7 @@ from deepseek.frameworks import (
     framework_name,
     remote_loggers,
 )
+from deepseek.launch.health import local_checks, worst
 from deepseek.launch.processes import Processes, join, record_flights
 from deepseek.launch.strategy import DeepSeekStrategy
 from deepseek.monitoring.record.run_record import peak_of
@@ -96,6 +97,7 @@ def _fit(
         keep_freed_memory()
     say(f"run folder   {folder}")
     say(f"framework    {framework_name()}")
+    _say_health(run, processes, on_gpu)
     if together and on_gpu:
         record_flights(folder / FLIGHT_RECORDER, processes.attempt)
     data = _open_data_in_turn(run, processes)
@@ -190,6 +192,17 @@ def _fit(
         metrics.val_bits_per_byte if metrics else None,
         module.stop_signal if module.finished_steps < run.trainer.max_steps else None,
     )
+
+
+def _say_health(run: RunConfig, processes: Processes, on_gpu: bool) -> None:
+    """What ``deepseek doctor`` finds in milliseconds, if it is anything to be told."""
+    workers = run.model.data.num_workers
+    look = lambda: local_checks(processes.local_world_size, on_gpu, workers)  # noqa: E731
+    for check in worst(Ranks().together(look)):
+        if check.verdict == "fail":
+            raise UserError(f"{check.name}: {check.value}; {check.way_out}")
+        if check.verdict == "warn":
+            say(f"note         {check.name}: {check.value}; {check.way_out}")
 
 
 def _device_is_gpu(run: RunConfig) -> bool:

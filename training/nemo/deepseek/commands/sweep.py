@@ -17,8 +17,9 @@ from deepseek.commands.versions import finished_steps, other_settings
 from deepseek.config import ConfigError, RunConfig, UserError, load_config
 from deepseek.console import say, table
 from deepseek.files import write_new
+from deepseek.launch.cluster_job import JobSettings
 from deepseek.launch.signals import StopRequests
-from deepseek.launch.slurm import JobSettings, array_script
+from deepseek.launch.slurm import array_script
 from deepseek.run_folder import METRICS_FILE
 
 REPORT_FILE = "sweep.html"

@@ -221,6 +221,11 @@ def state_memory(model: ModelConfig, optimizer: str = "adamw") -> StateMemory:
     return _states(model, Layout(), [everything], optimizer)
 
 
+def checkpoint_bytes(model: ModelConfig, optimizer: str) -> int:
+    """Of one checkpoint: the weights that are trained, in fp32, and their optimiser states."""
+    return int(state_memory(model, optimizer).optimizer + 4 * count_parameters(model).trained)
+
+
 def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_number: int = 2) -> int:
     """Bytes that decoding caches for one token: latent and rotary key of every layer.
 

@@ -1,87 +1,54 @@
-"""``deepseek launch``: a run on a cluster, as a job for Slurm or through NeMo-Run."""
+"""A job for Slurm, an array of jobs, and the same through NeMo-Run."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from deepseek.config import RunConfig, UserError, load_config
-from deepseek.console import say
-from deepseek.files import write_new
+from deepseek.config import RunConfig, UserError
+from deepseek.launch.cluster_job import LEAST_SECONDS_TO_SAVE, Job, JobSettings
 from deepseek.launch.processes import torchrun
 
-SECONDS_TO_SAVE = 120
-"""How long before the time limit the processes are told to save and stop."""
+QUICK_SECONDS, QUICK_REQUEUES = 600, 3
+"""A job that fails so soon has an error that comes again, and is queued again so often only."""
 
 
-@dataclass(frozen=True)
-class JobSettings:
-    """What the configuration does not know of a cluster; None: the cluster's default."""
-
-    time: str | None = None
-    """Time limit as Slurm writes it, such as ``24:00:00`` or ``2-00:00:00``."""
-    partition: str | None = None
-    account: str | None = None
-    job_name: str | None = None
-    """None: the run's name."""
-
-
-def launch(
-    config: str,
-    overrides: Sequence[str] = (),
-    settings: JobSettings | None = None,
-    slurm: bool = False,
-    nemo_run: bool = False,
-    output: Path | None = None,
-) -> None:
-    """Write the job for Slurm, or submit the run through NeMo-Run.
+def slurm_script(job: Job) -> str:
+    """The job: one task a node, a torchrun, which starts the processes there.
 
     Raises:
-        ConfigError: every problem of the configuration at once.
-        UserError: neither or both ways chosen, a setting Slurm would not take, a file that exists
-            or cannot be written, NeMo-Run not installed.
+        UserError: a setting Slurm would not take.
     """
-    if slurm == nemo_run:
-        what = "both were given" if slurm else "neither was given"
-        raise UserError(f"choose --slurm (a job for sbatch) or --nemo-run: {what}")
-    run = load_config(config, overrides)
-    settings = settings or JobSettings()
-    _check(settings)
-    if nemo_run:
-        _submit(run, config, overrides, settings)
-        return
-    script = slurm_script(run, config, overrides, settings)
-    if output is None:
-        say(script.rstrip())
-        return
-    write_new(output, script)
-    say(f"wrote {output}; submit it with: sbatch {shlex.quote(str(output))}")
-
-
-def slurm_script(
-    run: RunConfig, config: str, overrides: Sequence[str], settings: JobSettings
-) -> str:
-    """The job: one task a node, a torchrun, which starts the processes there."""
-    return _job(
-        run,
-        settings,
-        {"nodes": run.trainer.num_nodes, "ntasks-per-node": 1},
-        f"TERM@{SECONDS_TO_SAVE}",
+    limit = job.seconds_to_save
+    return _script(
+        job,
+        {"nodes": job.nodes, "ntasks-per-node": 1},
+        f"TERM@{limit}",
         "%x-%j.log",
         about=[
-            "Written by: deepseek launch --slurm. Submit with sbatch where torchrun is on the",
-            f"PATH, that of the Python with deepseek. {SECONDS_TO_SAVE} seconds before the time",
-            "limit the processes get SIGTERM, save a checkpoint and end; submit the same file",
-            "again to go on. A job whose node fails is queued again by Slurm.",
+            "Written by: deepseek launch --slurm. NOT RUN by a real Slurm yet. Submit with sbatch",
+            "where torchrun is on the PATH, that of the Python with deepseek, or with a container.",
+            "If a rank is lost, torchrun starts all anew from the newest checkpoint. If that does",
+            "not help, if a node fails, and after the time limit, the job is queued again and goes",
+            "on from there. Before the limit the processes get SIGTERM:",
+            job.about_saving + ".",
         ],
         script=[
+            *(f"export {name}={shlex.quote(text)}" for name, text in job.environment.items()),
             "# torchrun passes SIGTERM on and kills after this time (before torch 2.13: 30 s).",
-            f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={SECONDS_TO_SAVE}",
-            f"srun --kill-on-bad-exit=1 --cpus-per-task={_cpus(run)} "
-            f"{_train(run, config, overrides)}",
+            f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={limit}",
+            "cancelled=",
+            "trap 'cancelled=yes' TERM  # scancel tells this shell too, the time limit only srun",
+            "code=0",
+            " ".join(["srun", *_srun(job), *_train(job), "|| code=$?"]),
+            'if [ "$code" = 0 ] || [ -n "$cancelled" ]; then exit "$code"; fi',
+            f'if [ "$SECONDS" -ge {QUICK_SECONDS} ] || '
+            f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {QUICK_REQUEUES} ]; then',
+            '  echo "srun ended with code $code after $SECONDS s: the job is queued again" >&2',
+            '  scontrol requeue "$SLURM_JOB_ID"',
+            "fi",
+            'exit "$code"',
         ],
     )
 
@@ -98,18 +65,16 @@ def array_script(run: RunConfig, command: str, runs: int, settings: JobSettings)
     Raises:
         UserError: a setting Slurm would not take, or runs of several nodes.
     """
-    _check(settings)
-    trainer = run.trainer
-    if trainer.num_nodes > 1:
+    job = Job.of(run, "", (), settings)
+    if job.nodes > 1:
         raise UserError(
-            f"trainer.num_nodes={trainer.num_nodes}: the runs of a job array have one node each; "
+            f"trainer.num_nodes={job.nodes}: the runs of a job array have one node each; "
             "write each job with `deepseek launch --slurm`"
         )
-    return _job(
-        run,
-        settings,
+    return _script(
+        job,
         {"array": f"0-{runs - 1}", "nodes": 1, "ntasks": 1},
-        f"B:TERM@{SECONDS_TO_SAVE}",
+        f"B:TERM@{job.seconds_to_save}",
         "%x-%A_%a.log",
         about=[
             "Written by: deepseek sweep --slurm. Submit with sbatch where `deepseek` is on the",
@@ -120,9 +85,43 @@ def array_script(run: RunConfig, command: str, runs: int, settings: JobSettings)
     )
 
 
-def _job(
-    run: RunConfig,
-    settings: JobSettings,
+def submit(job: Job) -> None:
+    """Submit through NeMo-Run from a login node.
+
+    Written after the documentation of NeMo-Run 0.11; it has not been run against a real cluster.
+    """
+    try:
+        import nemo_run
+    except ImportError as error:
+        raise UserError(
+            f"--nemo-run needs NeMo-Run ({error}); pip install nemo_run, or use --slurm"
+        ) from error
+    settings = job.settings
+    if settings.account is None:
+        raise UserError("--nemo-run needs an account to charge; add --account NAME")
+    executor = nemo_run.SlurmExecutor(
+        account=settings.account,
+        partition=settings.partition,
+        time=settings.time or "01:00:00",
+        nodes=job.nodes,
+        ntasks_per_node=1,
+        gpus_per_node=job.gpus or None,
+        exclusive=job.is_exclusive,
+        container_image=settings.container,
+        container_mounts=list(settings.mounts),
+        env_vars=dict(job.environment),
+        signal=f"TERM@{job.seconds_to_save}",
+        additional_parameters={"requeue": True},
+        packager=nemo_run.Packager(),  # `deepseek` is on the PATH there; nothing to send
+    )
+    with nemo_run.Experiment(job.name) as experiment:
+        script = nemo_run.Script(inline=" ".join(_train(job)))
+        experiment.add(script, executor=executor, name=job.name)
+        experiment.run(detach=True)
+
+
+def _script(
+    job: Job,
     tasks: Mapping[str, object],
     signal: str,
     output: str,
@@ -131,39 +130,58 @@ def _job(
     script: Sequence[str],
 ) -> str:
     """A script for sbatch: comments, options, commands."""
+    settings = job.settings
+    _check_time(job)
     options = {
-        "job-name": _job_name(run, settings),
+        "job-name": job.name,
         **tasks,
-        "gpus-per-node": None if run.trainer.accelerator == "cpu" else run.trainer.devices,
-        "cpus-per-task": _cpus(run),
+        "gpus-per-node": job.gpus or None,
+        # A node of one's own is had whole: srun is told how many CPUs that is.
+        "exclusive": "" if job.is_exclusive else None,
+        "mem": 0 if job.is_exclusive else None,
+        "cpus-per-task": None if job.is_exclusive else job.cpus,
         "time": settings.time,
         "partition": settings.partition,
         "account": settings.account,
         "signal": signal,
         "output": output,
         "open-mode": "append",
+        "requeue": "",
     }
-    lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
+    lines = [
+        f"#SBATCH --{key}{'=' * (value != '')}{value}"
+        for key, value in options.items()
+        if value is not None
+    ]
+    for option in settings.sbatch:
+        name = option[2:].partition("=")[0]
+        if options.get(name) is not None:
+            raise UserError(
+                f"--sbatch {option}: the job has --{name}={options[name]} already; set that by "
+                "the configuration or by the option of `deepseek launch`"
+            )
+        lines.append(f"#SBATCH {option}")
     comments = [f"# {line}" for line in about]
-    start = ["#SBATCH --requeue", "", "set -euo pipefail"]
-    return "\n".join(["#!/bin/bash", *comments, *lines, *start, *script, ""])
+    return "\n".join(["#!/bin/bash", *comments, *lines, "", "set -euo pipefail", *script, ""])
 
 
-def _cpus(run: RunConfig) -> int:
-    return run.trainer.devices * (max(1, run.trainer.num_threads) + run.model.data.num_workers)
+def _srun(job: Job) -> list[str]:
+    """Its options, for a shell inside the job."""
+    cpus = '"$SLURM_CPUS_ON_NODE"' if job.is_exclusive else str(job.cpus)
+    words = ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}"]
+    if job.settings.container:  # of pyxis and enroot
+        words.append(f"--container-image={job.settings.container}")
+        if job.settings.mounts:
+            words.append(shlex.quote(f"--container-mounts={','.join(job.settings.mounts)}"))
+    return words
 
 
-def _train(run: RunConfig, config: str, overrides: Sequence[str]) -> str:
+def _train(job: Job) -> list[str]:
     """The command of every node, for a shell inside the job."""
     head = 'scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 1q'
     endpoint = f'"$({head}):$((15000 + SLURM_JOB_ID % 5000))"'  # jobs may share a node
-    start = torchrun(run.trainer.devices, run.trainer.num_nodes, endpoint)
-    words = ["-m", "deepseek", "train", "--config", config, *overrides]
-    return f"{start} {shlex.join(words)}"
-
-
-def _job_name(run: RunConfig, settings: JobSettings) -> str:
-    return settings.job_name or re.sub(r"[^\w.-]+", "_", run.name)
+    start = torchrun(job.run.trainer.devices, job.nodes, endpoint)
+    return [start, f"--max-restarts {job.run.trainer.max_restarts}", shlex.join(job.words)]
 
 
 _TIME = re.compile(
@@ -171,28 +189,24 @@ _TIME = re.compile(
 )
 
 
-def _check(settings: JobSettings) -> None:
-    """No setting may break out of its line, or leave no time to train."""
-    for key in ("partition", "account", "job_name"):
-        value = getattr(settings, key)
-        if value is not None and not re.fullmatch(r"[\w.,:@+-]+", value):
-            option = key.replace("_", "-")
-            raise UserError(
-                f"--{option} {value!r}: a name of letters, digits and . , : @ + - _; use one word"
-            )
-    if settings.time is None:
+def _check_time(job: Job) -> None:
+    """The limit must leave time to train."""
+    time = job.settings.time
+    if time is None:
         return
-    match = _TIME.match(settings.time)
+    match = _TIME.match(time)
     if match is None:
         raise UserError(
-            f"--time {settings.time!r} is no time limit of Slurm; write HH:MM:SS, such as "
-            "24:00:00, or D-HH:MM:SS"
+            f"--time {time!r} is no time limit of Slurm; write HH:MM:SS, such as 24:00:00, or "
+            "D-HH:MM:SS"
         )
-    seconds = _seconds(match)
-    if seconds <= SECONDS_TO_SAVE:
+    seconds, kept = _seconds(match), job.seconds_to_save
+    if seconds <= kept:
+        why = f" ({job.about_saving})" if kept > LEAST_SECONDS_TO_SAVE else ""
+        minutes = max(10, 2 * kept // 60)
         raise UserError(
-            f"--time {settings.time} is {seconds} seconds, and the last {SECONDS_TO_SAVE} are kept "
-            "for saving a checkpoint; use 00:10:00 or more"
+            f"--time {time} is {seconds} seconds, and the last {kept} are kept for saving a "
+            f"checkpoint{why}; use {minutes // 60:02d}:{minutes % 60:02d}:00 or more"
         )
 
 
@@ -206,34 +220,3 @@ def _seconds(match: re.Match[str]) -> int:
         return parts[0] * 3600 + parts[1] * 60 + parts[2]
     minutes, seconds = [*parts, 0][:2]
     return minutes * 60 + seconds
-
-
-def _submit(run: RunConfig, config: str, overrides: Sequence[str], settings: JobSettings) -> None:
-    """Submit through NeMo-Run from a login node.
-
-    Written after the documentation of NeMo-Run 0.11; it has not been run against a real cluster.
-    """
-    try:
-        import nemo_run
-    except ImportError as error:
-        raise UserError(
-            f"--nemo-run needs NeMo-Run ({error}); pip install nemo_run, or use --slurm"
-        ) from error
-    if settings.account is None:
-        raise UserError("--nemo-run needs an account to charge; add --account NAME")
-    executor = nemo_run.SlurmExecutor(
-        account=settings.account,
-        partition=settings.partition,
-        time=settings.time or "01:00:00",
-        nodes=run.trainer.num_nodes,
-        ntasks_per_node=1,
-        gpus_per_node=None if run.trainer.accelerator == "cpu" else run.trainer.devices,
-        signal=f"TERM@{SECONDS_TO_SAVE}",
-        additional_parameters={"requeue": True},
-        packager=nemo_run.Packager(),  # `deepseek` is on the PATH there; nothing to send
-    )
-    name = _job_name(run, settings)
-    with nemo_run.Experiment(name) as experiment:
-        script = nemo_run.Script(inline=_train(run, config, overrides))
-        experiment.add(script, executor=executor, name=name)
-        experiment.run(detach=True)
