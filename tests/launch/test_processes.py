@@ -302,7 +302,7 @@ guarded(call)
 """
 
 
-@pytest.mark.parametrize("ranks", ["01", "1"])
+@pytest.mark.parametrize("ranks", ["01", pytest.param("1", marks=pytest.mark.nightly)])
 def test_what_ranks_say_when_they_end(micro: MicroRuns, ranks: str, tmp_path: Path) -> None:
     """First rank 1 is killed, then some ranks have an error that the user can mend."""
     (tmp_path / "joined.py").write_text(JOINED)

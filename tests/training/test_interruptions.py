@@ -9,7 +9,7 @@ import pytest
 
 from support.micro_runs import MicroRuns
 
-pytestmark = pytest.mark.framework
+framework = pytest.mark.framework  # what its loop calls, and when
 
 # The process kills itself before the n-th of the calls named, at or after step 4, when a log row, a
 # validation of two batches and a checkpoint follow each other.
@@ -71,7 +71,15 @@ def terminate_at(name: str, finished: int) -> str:
     return SIGNAL_AT.format(name=name, finished=finished, signals="[15]")
 
 
-@pytest.mark.parametrize("n", range(1, len(ORDER) + 1))
+@pytest.mark.parametrize(
+    "n",
+    [
+        3,
+        pytest.param(5, marks=framework),
+        7,
+        *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 2, 4, 6)),
+    ],
+)
 def test_a_kill_between_log_validation_and_checkpoint_loses_nothing(
     micro: MicroRuns, whole: str, n: int
 ) -> None:
@@ -102,10 +110,12 @@ def test_a_line_cut_short_by_a_kill_is_dropped(micro: MicroRuns, whole: str) -> 
     assert micro.differences(whole, "cut") == []
 
 
+@framework
 @pytest.mark.parametrize(
     ("hook", "finished", "saved"),
     [
-        ("training_step", 4, 5),  # between two validations: none is added
+        # between two validations: none is added
+        pytest.param("training_step", 4, 5, marks=pytest.mark.nightly),
         ("training_step", 3, 4),  # where a validation is due: it takes place
         ("on_validation_epoch_start", 4, 5),  # in a validation: it ends first, and one step more
         ("on_validation_epoch_start", 12, 12),  # after the last step
@@ -137,6 +147,7 @@ def test_a_stop_where_a_validation_is_due_saves_first(micro: MicroRuns) -> None:
     assert micro.steps("preempted") == [4]
 
 
+@framework
 def test_a_second_signal_stops_at_once(micro: MicroRuns) -> None:
     twice = SIGNAL_AT.format(name="training_step", finished=5, signals="[2, 2]")
     ran = micro.train("twice", before=twice)
@@ -172,6 +183,7 @@ def test_what_nohup_ignores_stays_ignored(micro: MicroRuns) -> None:
     micro.train("nohup", "trainer.max_steps=7", before=code).assert_done()
 
 
+@framework
 def test_without_checkpoints_a_signal_ends_the_run_too(micro: MicroRuns) -> None:
     code = terminate_at("training_step", 2)
     ran = micro.train("none", "exp_manager.create_checkpoint_callback=false", before=code)
@@ -286,6 +298,7 @@ def test_every_end_at_every_moment(micro: MicroRuns, whole: str, moment: str, ho
     assert micro.differences(whole, name) == []
 
 
+@framework
 @pytest.mark.parametrize("settings", [["model.optim.name=muon", "model.data.num_workers=2",
                                        "model.data.isolate_documents=true",
                                        "model.data.fim_rate=0.5"],
@@ -302,6 +315,7 @@ def test_other_settings_continue_bitwise_too(micro: MicroRuns, settings: list[st
     assert micro.differences(f"{kind}_whole", f"{kind}_stopped") == []
 
 
+@framework
 def test_steps_of_checkpoints_and_validations(micro: MicroRuns) -> None:
     every = "exp_manager.checkpoint_callback_params.every_n_train_steps=3"
     keep = "exp_manager.checkpoint_callback_params.save_top_k=-1"

@@ -45,7 +45,13 @@ def nemo(micro: MicroRuns) -> Path:
     return micro.folder / "nemo_source" / "micro.nemo"
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.nightly] if name in ("ep2", "fsdp2") else [])
+        for name in LAYOUTS
+    ],
+)
 def test_of_any_layout_it_holds_the_tensors_of_the_checkpoint(
     micro: MicroRuns, name: str, tmp_path: Path
 ) -> None:

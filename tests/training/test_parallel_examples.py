@@ -25,7 +25,13 @@ def alone(micro: MicroRuns) -> str:
     return "example"
 
 
-@pytest.mark.parametrize("name", AFFORDABLE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.nightly] if PROCESSES[name] > 4 else [])
+        for name in AFFORDABLE
+    ],
+)
 def test_an_example_trains_as_one_process_does(micro: MicroRuns, alone: str, name: str) -> None:
     settings = [*header_overrides(name), *QUICK]
     ran = by_itself(micro, name, *settings, config=name).wait().assert_done()

@@ -15,7 +15,7 @@ from deepseek.frameworks import USES_NEMO
 from support.log_rows import latest_rows
 from support.micro_runs import MicroRuns, by_step
 
-pytestmark = pytest.mark.framework
+framework = pytest.mark.framework  # settings of its trainer, and what it writes
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,7 @@ def test_all_checkpoints_damaged(micro: MicroRuns) -> None:
     micro.cli("generate", "damaged").assert_refused("is sound")
 
 
+@framework
 def test_a_flipped_bit_in_the_newest_checkpoint(micro: MicroRuns, whole: str) -> None:
     micro.train("flipped", "trainer.max_steps=9", "model.optim.sched.max_steps=12").assert_done()
     shard = micro.folder / "flipped" / "checkpoints" / "step_00000009" / "__0_0.distcp"
@@ -186,6 +187,7 @@ def test_two_processes_on_one_folder(micro: MicroRuns) -> None:
     assert "max_steps: 100000" in (micro.folder / "busy" / "config.yaml").read_text()
 
 
+@framework
 def test_versions(micro: MicroRuns, tmp_path: Path) -> None:
     words = ["train", "--config", micro.config, f"model.data.data_prefix={micro.folder / 'data'}"]
     for steps, version in ((1, 0), (1, 1), (2, 1)):
@@ -214,6 +216,7 @@ DeepSeekModel.training_step, Sequential.train = training_step, wrapped
 """
 
 
+@framework
 def test_one_bad_step_is_skipped_and_said(micro: MicroRuns) -> None:
     every = "exp_manager.checkpoint_callback_params.every_n_train_steps=1"
     keep = "exp_manager.checkpoint_callback_params.save_top_k=-1"
@@ -250,6 +253,7 @@ def test_a_skipped_step_counts_also_after_a_kill(micro: MicroRuns) -> None:
     assert micro.differences("skipped_whole", "skipped_cut") == []
 
 
+@framework
 def test_ten_bad_steps_end_the_run(micro: MicroRuns) -> None:
     ran = micro.train("bad", "trainer.max_steps=50", before=NAN_FROM.format(first=2, end=99))
     ran.assert_refused("was not finite for 10 steps in a row", "the weights are those of step 2",
@@ -331,6 +335,7 @@ def losses(micro: MicroRuns, name: str) -> list[float]:
     return [row["loss"] for row in micro.rows(name) if "loss" in row]
 
 
+@framework
 def test_bf16_is_close_and_keeps_its_weights_in_fp32(micro: MicroRuns, whole: str) -> None:
     micro.train("half", "trainer.precision=bf16-mixed").assert_done()
     assert losses(micro, "half") != losses(micro, whole)
@@ -358,6 +363,7 @@ def test_compiled_is_close(micro: MicroRuns, whole: str) -> None:
     assert ran.err == ""
 
 
+@framework
 def test_clipping(micro: MicroRuns, whole: str) -> None:
     for name, clip in (("unclipped", 0), ("clipped", 0.01)):
         settings = [f"trainer.gradient_clip_val={clip}", "trainer.max_steps=6"]
@@ -371,6 +377,7 @@ def test_clipping(micro: MicroRuns, whole: str) -> None:
     assert len(set(later)) == 3
 
 
+@framework
 def test_an_apple_gpu_is_left_alone(micro: MicroRuns) -> None:
     """It has no fp64; Lightning's own choice would be to use it."""
     before = (
@@ -384,6 +391,7 @@ def test_an_apple_gpu_is_left_alone(micro: MicroRuns) -> None:
     assert "Apple GPUs have no fp64, which losses and norms need: the CPU trains" in ran.out
 
 
+@framework
 def test_without_validation_checkpoints_and_tensorboard(micro: MicroRuns) -> None:
     settings = ["trainer.val_check_interval=0", "trainer.max_steps=3"]
     off = "exp_manager.create_checkpoint_callback=false"
@@ -394,6 +402,7 @@ def test_without_validation_checkpoints_and_tensorboard(micro: MicroRuns) -> Non
     assert [row["step"] for row in micro.rows("bare")] == [1, 2, 3]
 
 
+@framework
 def test_tensorboard_has_the_numbers_of_the_log(micro: MicroRuns) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -406,6 +415,7 @@ def test_tensorboard_has_the_numbers_of_the_log(micro: MicroRuns) -> None:
     assert [event.step for event in events.Scalars("val_loss")] == [4, 8, 12]
 
 
+@framework
 def test_more_validation_batches_is_another_mean(micro: MicroRuns, whole: str) -> None:
     settings = ["trainer.limit_val_batches=2", "trainer.max_steps=4"]
     micro.train("two_batches", *settings, "model.optim.sched.max_steps=12").assert_done()
@@ -419,6 +429,7 @@ def test_the_resolved_configuration_makes_the_same_run(micro: MicroRuns, whole: 
     assert micro.differences(whole, "again") == []
 
 
+@framework
 def test_each_step_has_one_row(micro: MicroRuns, whole: str) -> None:
     lines = (micro.folder / whole / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
@@ -439,6 +450,7 @@ def test_each_step_has_one_row(micro: MicroRuns, whole: str) -> None:
 # -- with NeMo --
 
 
+@framework
 @pytest.mark.skipif(not USES_NEMO, reason="NeMo is not installed; there is nothing to compare")
 def test_nemo_and_lightning_give_the_same_numbers(
     micro: MicroRuns, whole: str, tmp_path_factory: pytest.TempPathFactory
@@ -452,6 +464,7 @@ def test_nemo_and_lightning_give_the_same_numbers(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@framework
 @pytest.mark.skipif(not USES_NEMO, reason="restored by NeMo")
 def test_a_run_with_nemo_writes_a_nemo_file_of_its_last_weights(micro: MicroRuns) -> None:
     from deepseek.training.step import DeepSeekModel
