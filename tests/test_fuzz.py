@@ -18,6 +18,7 @@ from rich.console import Console
 
 from deepseek.checkpoint.checkpoint import Checkpoint, describe
 from deepseek.commands.convert import import_hf
+from deepseek.commands.generate import sampling_for
 from deepseek.config.errors import UserError
 from deepseek.data.chat import ChatTemplate, Conversation, prepare_chat
 from deepseek.data.digests import Verification
@@ -67,7 +68,7 @@ def files(
 ) -> dict[str, tuple[Path, Read]]:
     """By kind: a sound file, and how it is read."""
     folder = tmp_path_factory.mktemp("sound")
-    byte_tokenizer().with_chat_template(TEMPLATE).save(folder / "tok")
+    tokenizer_folder(folder / "tok")
     chat, text = folder / "chat" / "a.jsonl", folder / "text" / "a.jsonl"
     for path in (chat, text):
         path.parent.mkdir()
@@ -87,7 +88,14 @@ def files(
     run = micro.folder / whole
     found: dict[str, tuple[Path, Read]] = {
         "tokenizer.json": (folder / "tok" / "tokenizer.json", tokenizer),
-        "tokenizer_config.json": (folder / "tok" / "tokenizer_config.json", tokenizer),
+        **{
+            name: (folder / "tok" / name, tokenizer)
+            for name in (
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                "generation_config.json",
+            )
+        },
         "chat.jsonl": (chat, lambda path: conversations(path, folder / "tok")),
         "text.jsonl": (text, lambda path: documents(path, folder / "tok")),
         "idx": (Path(f"{data}.idx"), prepared),
@@ -110,11 +118,54 @@ def files(
     return found
 
 
+def tokenizer_folder(folder: Path) -> None:
+    """A tokenizer with all that lies beside one."""
+    plain = byte_tokenizer()
+    plain.save(folder)
+    start, end = (f"<|im_{side}|>" for side in ("start", "end"))
+    files: dict[str, dict[str, object]] = {
+        "tokenizer_config.json": {
+            **json.loads((folder / "tokenizer_config.json").read_text()),
+            "add_bos_token": True,
+            "pad_token": {"__type": "AddedToken", "content": end, "lstrip": False},
+            "added_tokens_decoder": {
+                str(plain.vocab_size): {"content": start, "special": True},
+                str(plain.vocab_size + 1): {"content": end, "special": True, "rstrip": False},
+            },
+            "additional_special_tokens": [start, {"content": end}],
+            "extra_special_tokens": {"image": start},
+            "chat_template": [
+                {"name": "default", "template": TEMPLATE},
+                {"name": "tool_use", "template": "{{ tools | tojson }}" + TEMPLATE},
+            ],
+            "model_max_length": 4096,
+        },
+        "special_tokens_map.json": {
+            "eos_token": {"content": "<｜end▁of▁sentence｜>", "single_word": False},
+            "additional_special_tokens": [start],
+        },
+        "generation_config.json": {
+            "eos_token_id": [257, plain.vocab_size + 1],
+            "bos_token_id": 256,
+            "pad_token_id": None,
+            "do_sample": True,
+            "temperature": 0.6,
+            "top_p": 0.95,
+            "top_k": 50,
+        },
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+
+
 def tokenizer(path: Path) -> None:
     found = load_tokenizer(path.parent)
-    found.decode(found.encode("a text 東\n", parse_special=True))
+    found.decode(found.prompt_ids("a text 東\n"))
+    sampling_for(found, None, None, None)
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ChatTemplate(found).encode(Conversation(messages, None))
+    for tools in (None, [{"name": "f"}]):
+        ChatTemplate(found).encode(Conversation(messages, tools))
+    found.save(path.parent / "out")
 
 
 def conversations(path: Path, tokenizer: Path) -> None:
@@ -159,7 +210,8 @@ def loaded(path: Path) -> object:
 
 
 KINDS = [
-    "tokenizer.json", "tokenizer_config.json", "chat.jsonl", "text.jsonl", "idx", "bin", "P.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "generation_config.json", "chat.jsonl", "text.jsonl", "idx", "bin", "P.json",
     "config.json", "model.safetensors.index.json", "metrics.jsonl", "environment.json",
     "config.yaml", "experts.arrays", "ranks.arrays", "manifest", "state",
     "metadata", "shard",

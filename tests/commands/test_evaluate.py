@@ -16,11 +16,13 @@ from tokenizers import models, pre_tokenizers
 
 from deepseek.commands.convert import export_hf
 from deepseek.commands.evaluate import DomainScore, _texts, evaluate
+from deepseek.commands.experts import experts
 from deepseek.commands.report import report
 from deepseek.config.errors import UserError
 from deepseek.data.corpus import Corpus
 from deepseek.data.prepare import prepare
 from deepseek.data.tokenizer import Tokenizer
+from deepseek.interop.open_weights import open_checkpoint
 from deepseek.monitoring.run_log import read_run
 
 TEXTS = ["abc de fghij " * 9, "jij ab", "a", "", "hei ja cab " * 30]
@@ -87,6 +89,64 @@ def test_every_document_has_the_loss_that_transformers_finds(
     assert domain["bytes"] == text_bytes
 
 
+TASK = """
+task: local_text
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}, {metric: byte_perplexity}]
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("default")  # those of the peer's own libraries
+def test_lm_eval_finds_the_same_on_the_export(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task of a local file, without network; and continuations after a context."""
+    lm_eval = pytest.importorskip("lm_eval", reason="pip install '.[peers]'")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    # lm-eval reads a text after this token; so that the model does too:
+    file = run / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "add_bos_token": True}))
+    lines = tmp_path / "text.jsonl"
+    texts = ["abc de fghij abc", "jij ab", "hei ja cab"]
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    export_hf(run, tmp_path / "hf", mtp="drop")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "local_text.yaml").write_text(TASK % lines)
+    theirs = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=2)
+    found = lm_eval.simple_evaluate(
+        model=theirs,
+        tasks=["local_text"],
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks")),
+        bootstrap_iters=0,
+    )
+    (ours,) = evaluate(run, [f"text={lines}"])
+    bits = found["results"]["local_text"]["bits_per_byte,none"]
+    assert bits == pytest.approx(ours.total.bits_per_byte, rel=1e-5)
+    pairs = [("abc de", " fghij"), ("a", "bc de"), ("hei", " ja cab")]
+    asked = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    opened = open_checkpoint(run)
+    model, tokenizer = opened.model(), opened.tokenizer()
+    assert tokenizer is not None
+    for pair, (nats, _) in zip(pairs, theirs.loglikelihood(asked, disable_tqdm=True), strict=True):
+        ids = torch.tensor([tokenizer.encode("".join(pair))])
+        kept = len(tokenizer.encode(pair[0]))
+        with torch.no_grad():
+            logs = model(ids)[0, :-1].log_softmax(-1)
+        wanted = logs.gather(1, ids[0, 1:, None])[kept - 1 :].sum()
+        assert nats == pytest.approx(float(wanted), abs=1e-4)
+
+
 def test_text_and_what_is_prepared_of_it_are_the_same(
     run: Path, lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +157,20 @@ def test_text_and_what_is_prepared_of_it_are_the_same(
     assert text.total.text_bytes == prepared.total.text_bytes
     out = capsys.readouterr().out
     assert "together" in out and "windows of 32 ids, 16 apart" in out
+
+
+def test_data_that_are_not_what_was_prepared_are_refused(
+    run: Path, lines: Path, tmp_path: Path
+) -> None:
+    """One id is another, which no other check can see."""
+    prepare([lines], tmp_path / "some", tokenizer=run / "tokenizer")
+    content = bytearray((tmp_path / "some.bin").read_bytes())
+    content[:2] = content[2:4]
+    (tmp_path / "some.bin").write_bytes(content)
+    for command in (evaluate, experts):
+        with pytest.raises(UserError, match=r"some.bin is not what prepare-data wrote: block 1"):
+            command(run, [f"ids={tmp_path / 'some'}"])
+    assert not (run / "evaluations.jsonl").exists() and not (run / "routing.html").exists()
 
 
 def test_the_runs_own_validation_data_and_its_report(

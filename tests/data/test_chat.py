@@ -209,7 +209,9 @@ def test_a_template_beside_the_tokenizer_is_read_and_kept(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages %}", "is not Jinja"),
+        ("{% for m in messages %}", "is not Jinja: line 1: Unexpected end"),
+        ("{{ m | nothing }}", "is not Jinja: line 1: No filter named 'nothing'"),
+        ("{{ " + "[" * 5000, "is not Jinja: maximum recursion depth"),
         ([{"name": "tool_use", "template": "x"}], "none is called default"),
     ],
 )

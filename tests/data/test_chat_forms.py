@@ -279,6 +279,12 @@ def test_tokens_that_stand_in_the_config_alone_are_tokens(bpe: Tokenizer, tmp_pa
         ({"added_tokens_decoder": []}, None),
         ({"added_tokens_decoder": [1]}, "is no object"),
         ({"additional_special_tokens": ["<|new|>"]}, "which has no id"),
+        ({"additional_special_tokens": 1.5}, "additional_special_tokens beside it must be a list"),
+        ({"extra_special_tokens": "<|new|>"}, "extra_special_tokens beside it must be a list"),
+        ({"extra_special_tokens": {"image": "<|new|>"}}, "which has no id"),
+        ({"chat_template": "\ud800"}, "holds half of a surrogate pair"),
+        ({"name": {"a": ["b\udc00"]}}, "holds half of a surrogate pair"),
+        ({"name": "\U0001f642 \\ud800"}, None),
     ],
 )
 def test_added_tokens_that_cannot_be(
@@ -290,6 +296,44 @@ def test_added_tokens_that_cannot_be(
         return
     with pytest.raises(UserError, match=message):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("content", [{}, [], 3, None])
+def test_tokens_of_tokenizer_json_without_a_text(
+    content: Any, bpe: Tokenizer, tmp_path: Path
+) -> None:
+    bpe.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    told = json.loads(file.read_text())
+    told["added_tokens"][0]["content"] = content
+    file.write_text(json.dumps(told))
+    with pytest.raises(UserError, match="is damaged|cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_an_answer_without_an_id_is_refused(bpe: Tokenizer, tmp_path: Path) -> None:
+    """The only b stands in the constant text, so the answer seems to be told."""
+    silent = folder_of(bpe, tmp_path, "a b c{{ eos_token }}")
+    with pytest.raises(ChatError, match="an answer becomes no id at all"):
+        ChatTemplate(load_tokenizer(silent)).encode(conversation_of(row(content="b")))
+
+
+def test_white_space_without_an_id_at_the_end_of_a_mark(bpe: Tokenizer, tmp_path: Path) -> None:
+    """Where the mark ends in it the answer is marked to its last id, and what follows is not:
+    transformers marks all to the end there."""
+    folder = folder_of(bpe, tmp_path, MARKED["ChatML, new line inside the mark"])
+    file = folder / "tokenizer.json"
+    told = json.loads(file.read_text())
+    told["pre_tokenizer"] = {"type": "Whitespace"}
+    told["decoder"], told["model"]["unk_token"] = None, "<｜end▁of▁sentence｜>"
+    file.write_text(json.dumps(told))
+    ours = ChatTemplate(load_tokenizer(folder))
+    turns = [*row(content="one two")["messages"], *row(content="three")["messages"]]
+    found = ours.encode(conversation_of({"messages": turns}))
+    text, marked = ours.render(turns), found.is_answer
+    places = ours.tokenizer.encode_with_places(text, parse_special=True)[1]
+    inside = [text[a:b] for (a, b), on in zip(places, marked, strict=True) if on]
+    assert "".join(inside) == "onetwo<|im_end|>three<|im_end|>"
 
 
 def test_a_null_in_one_file_leaves_what_the_other_says(bpe: Tokenizer, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from deepseek.commands.generate import generate_text
 from deepseek.config import RunConfig, load_config
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig, RopeScaling
+from deepseek.data.tokenizer_training import byte_tokenizer
 from deepseek.inference.generation import Sampling, generate
 from deepseek.interop.hf_config import hf_config, model_config
 from deepseek.interop.hf_import import HfFolder, plan_import
@@ -297,6 +298,7 @@ def test_transformers_loads_and_generates_what_we_write(
     assert len(text) > 0
 
 
+@pytest.mark.parametrize("tokenizer", [True, False])
 @pytest.mark.parametrize(
     ("generation", "config", "eos"),
     [
@@ -307,10 +309,14 @@ def test_transformers_loads_and_generates_what_we_write(
         (None, {}, 257),
     ],
 )
-def test_ids_that_stop_survive(tmp_path: Path, generation: Any, config: Any, eos: Any) -> None:
-    """As does all else that ``generation_config.json`` says."""
+def test_ids_that_stop_survive(
+    tmp_path: Path, generation: Any, config: Any, eos: Any, tokenizer: bool
+) -> None:
+    """As does all else that ``generation_config.json`` says, with a tokenizer and without."""
     cfg = small()
-    write_folder(tmp_path / "hf", cfg, weights(cfg))
+    write_folder(tmp_path / "hf", cfg, weights(cfg), tokenizer=tokenizer)
+    if not tokenizer and not (generation or config):
+        eos = None
     file = tmp_path / "hf" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
     if generation is not None:
@@ -322,6 +328,10 @@ def test_ids_that_stop_survive(tmp_path: Path, generation: Any, config: Any, eos
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == eos
     read = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
     assert read.eos_token_id == eos
+    byte_tokenizer().save(tmp_path / "tok")
+    if not tokenizer:  # one that is given later draws as the model says
+        given = open_checkpoint(tmp_path / "run").tokenizer(tmp_path / "tok")
+        assert given is not None and given.generation == (generation or config)
 
 
 # -- published configurations --

@@ -16,7 +16,7 @@ from deepseek.config import RunConfig, changed, check, resolved_yaml
 from deepseek.config.errors import ConfigError, UserError, nearest
 from deepseek.config.schema import ModelConfig
 from deepseek.console import StageProgress, complain, say
-from deepseek.data.tokenizer import GENERATION, Tokenizer
+from deepseek.data.tokenizer import GENERATION, Tokenizer, check_generation
 from deepseek.data.tokenizer_files import generation_config, load_tokenizer
 from deepseek.files import Staging, disk_errors, refuse_existing, write_new
 from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint, with_config
@@ -66,7 +66,10 @@ def import_hf(
             raise UserError(f"--ignore-key {key}: config.json has no such key{hint}")
     stated = model_config(folder.config, ignore_keys)
     _run_config(target, stated)  # the rules first: nothing is listed by sizes that break them
-    read = _tokenizer(source, tokenizer, folder.config)
+    token_ids = {k: folder.config[k] for k in _TOKEN_IDS if folder.config.get(k) is not None}
+    told = generation_config(source) or token_ids  # as transformers reads it
+    check_generation(told, str(source))
+    read = _tokenizer(source, tokenizer, told)
     ids = 0 if read is None else read.vocab_size
     weights = plan_import(folder, stated, kept, rows, ids)
     run = _run_config(target, weights.config)
@@ -105,6 +108,8 @@ def import_hf(
         if read is not None:
             read.save(staging.folder / TOKENIZER)
             copy_template(tokenizer or source, staging.folder / TOKENIZER)
+        elif told:
+            staging.write(GENERATION, json.dumps(told, indent=2).encode() + b"\n")
         staging.finish()
     _say_result(target, run, dropped, read)
 
@@ -146,11 +151,10 @@ def copy_template(source: Path, target: Path) -> None:
         shutil.copyfile(template, target / CHAT_TEMPLATE)
 
 
-def _tokenizer(source: Path, given: Path | None, config: dict[str, Any]) -> Tokenizer | None:
-    """None, with a note, where the folder has none that can be read.
+def _tokenizer(source: Path, given: Path | None, told: dict[str, Any]) -> Tokenizer | None:
+    """The tokenizer with what the source tells of generation.
 
-    With it goes what the source says of generation, as transformers reads it: in its
-    ``generation_config.json``, else in ``config.json``.
+    None, with a note, where the folder has none that can be read.
     """
     if given is None and not (source / "tokenizer.json").is_file():
         try:
@@ -158,8 +162,7 @@ def _tokenizer(source: Path, given: Path | None, config: dict[str, Any]) -> Toke
         except UserError as failure:
             say(f"note         imported without a tokenizer (--tokenizer PATH adds one): {failure}")
         return None
-    ids = {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}
-    return load_tokenizer(given or source).with_generation(generation_config(source) or ids)
+    return load_tokenizer(given or source).with_generation(told)
 
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -263,7 +266,8 @@ def export_hf(
         keep,
         int(shard_gb * 1e9),
     )
-    ids = _token_ids(tokenizer)
+    told = tokenizer.generation if tokenizer is not None else opened.generation
+    ids = _token_ids(tokenizer, told)
     plan = {
         "export": 1,
         "checkpoint": Base.of(opened.path).sha256,
@@ -280,8 +284,7 @@ def export_hf(
         if tokenizer is not None and opened.run is not None:
             tokenizer.save(staging.folder)
             copy_template(opened.run / TOKENIZER, staging.folder)
-        told = {**(tokenizer.generation if tokenizer else {}), **ids}
-        staging.write(GENERATION, json.dumps(told, indent=2).encode() + b"\n")
+        staging.write(GENERATION, json.dumps({**told, **ids}, indent=2).encode() + b"\n")
         staging.finish()
     files = len(weights.file_names)
     say(
@@ -297,12 +300,13 @@ def export_hf(
         say("note         there is no tokenizer with this checkpoint; add the model's own")
 
 
-def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | list[int] | None]:
+def _token_ids(
+    tokenizer: Tokenizer | None, told: dict[str, Any]
+) -> dict[str, int | list[int] | None]:
     """What ``config.json`` says of the tokenizer: one id or, where several stop, their list."""
     if tokenizer is None:
-        return dict.fromkeys(_TOKEN_IDS)
+        return {key: told.get(key) for key in _TOKEN_IDS}
     stops = tokenizer.stop_ids
-    told = tokenizer.generation
     return {
         "bos_token_id": told.get("bos_token_id") if tokenizer.bos_id is None else tokenizer.bos_id,
         "eos_token_id": stops if len(stops) > 1 else next(iter(stops), None),

@@ -16,6 +16,7 @@ from deepseek.console import StageProgress, complain, say, table
 from deepseek.data.chat import answers_of
 from deepseek.data.corpus import Corpus, Source
 from deepseek.data.dataset import ChatDataset
+from deepseek.data.digests import Verification
 from deepseek.data.documents import chunks
 from deepseek.data.indexed import IndexedDataset
 from deepseek.data.prepare import PreparedData
@@ -66,16 +67,17 @@ def evaluate(
 
     Raises:
         UserError: no checkpoint, sizes that do not fit the model, data that cannot be read, are
-            empty or belong to another tokenizer.
+            empty, not what prepare-data wrote, or belong to another tokenizer.
     """
     opened = open_checkpoint(run)
     size, step = _sizes(opened, window, stride)
     if tokens is not None and tokens < 2:
         raise UserError(f"--tokens {tokens}: give at least 2, one to read and one to predict")
     tokenizer = opened.tokenizer()
+    checks: list[Verification] = []
     domains = [
         (name, source, list(_until(documents, tokens)))
-        for name, source, documents in _domains(opened, tokenizer, data, json_key)
+        for name, source, documents in _domains(opened, tokenizer, data, json_key, checks)
     ]
     for name, source, documents in domains:
         if not any(document.num_predicted for document in documents):
@@ -100,6 +102,9 @@ def evaluate(
             scores = score_documents(model, documents, size, step, tell)
             pairs = zip((document.name for document in documents), scores, strict=True)
             found.append(DomainScore(name, source, tuple(pairs)))
+    for check in checks:
+        if left := check.finish():
+            complain(left)
     result = {
         "checkpoint": str(opened.path),
         "step": opened.step,
@@ -139,10 +144,14 @@ _Named = tuple[str, str, Iterator[Document]]
 
 
 def _domains(
-    opened: OpenedCheckpoint, tokenizer: Tokenizer | None, words: Sequence[str], json_key: str
+    opened: OpenedCheckpoint,
+    tokenizer: Tokenizer | None,
+    words: Sequence[str],
+    json_key: str,
+    checks: list[Verification],
 ) -> Iterator[_Named]:
     if not words:
-        yield from _validation(opened, tokenizer)
+        yield from _validation(opened, tokenizer, checks)
         return
     seen: set[str] = set()
     for word in words:
@@ -154,7 +163,7 @@ def _domains(
             )
         seen.add(name)
         if is_prepared(path):
-            indexed, record = open_prepared(path, tokenizer), PreparedData.load(path)
+            indexed, record = open_prepared(path, tokenizer, checks), PreparedData.load(path)
             answers = None if record is None or record.chat is None else answers_of(record)
             everything = range(indexed.num_documents)
             yield name, str(path), _prepared(indexed, everything, answers, tokenizer)
@@ -172,9 +181,11 @@ def _domains(
             yield name, str(path), _texts(Corpus.from_paths([path]).sources, tokenizer, json_key)
 
 
-def _validation(opened: OpenedCheckpoint, tokenizer: Tokenizer | None) -> Iterator[_Named]:
+def _validation(
+    opened: OpenedCheckpoint, tokenizer: Tokenizer | None, checks: list[Verification]
+) -> Iterator[_Named]:
     """What the run validates on, whole documents of it."""
-    for name, part in opened.validation_parts():
+    for name, part in opened.validation_parts(checks):
         answers = part.is_answer if isinstance(part, ChatDataset) else None
         documents = _prepared(part.indexed, part.documents, answers, tokenizer)
         yield name, f"{part.indexed.prefix}, documents for validation", documents

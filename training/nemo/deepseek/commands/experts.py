@@ -12,6 +12,7 @@ import numpy as np
 from deepseek.config import RunConfig
 from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, complain, say, table
+from deepseek.data.digests import Verification
 from deepseek.data.tokenizer import Tokenizer
 from deepseek.experts.analysis import (
     MEANING,
@@ -63,8 +64,9 @@ def experts(
         json_key: key or column of the text in .jsonl and .parquet files.
 
     Raises:
-        UserError: no checkpoint, no experts in it, data that cannot be read or belong to another
-            tokenizer, checkpoints that cannot be compared, an output that cannot be written.
+        UserError: no checkpoint, no experts in it, data that cannot be read, are not what
+            prepare-data wrote or belong to another tokenizer, checkpoints that cannot be compared,
+            an output that cannot be written.
     """
     for name, value in (("--tokens", tokens), ("--minimum", minimum)):
         if value < 1:
@@ -81,10 +83,11 @@ def experts(
             f"(model.first_k_dense_replace={config.first_k_dense_replace})"
         )
     tokenizer = opened.tokenizer()
+    checks: list[Verification] = []
     domains = (
-        open_domains(data, tokenizer, config.vocab_size, tokens, json_key)
+        open_domains(data, tokenizer, config.vocab_size, tokens, json_key, checks)
         if data
-        else _own_domains(opened, tokenizer, tokens)
+        else _own_domains(opened, tokenizer, tokens, checks)
     )
     counts = RoutingCounts(
         names,
@@ -112,6 +115,9 @@ def experts(
             del model
             shares = [mean_saturation(kept, theirs, name, len(domains)) for name in names]
             compared.append(Compared(str(other.path), other.step, shares))
+    for check in checks:
+        if left := check.finish():
+            complain(left)
     analysis = RoutingAnalysis(
         name=str(opened.path),
         step=opened.step,
@@ -185,7 +191,10 @@ def _check_comparable(mine: OpenedCheckpoint, other: OpenedCheckpoint) -> None:
 
 
 def _own_domains(
-    opened: OpenedCheckpoint, tokenizer: Tokenizer | None, tokens: int
+    opened: OpenedCheckpoint,
+    tokenizer: Tokenizer | None,
+    tokens: int,
+    checks: list[Verification],
 ) -> list[Domain]:
     """The run's own data: what it validates on, by part of a blend, or the built-in corpus."""
     model = opened.config.model
@@ -198,7 +207,7 @@ def _own_domains(
         return built_in_domains(tokenizer, model.vocab_size, tokens)
     return [
         packed_domain(name, f"{part.indexed.prefix}, documents for validation", part, tokens)
-        for name, part in opened.validation_parts()
+        for name, part in opened.validation_parts(checks)
     ]
 
 

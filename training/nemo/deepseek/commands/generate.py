@@ -134,13 +134,12 @@ def generate_text(
 
 def open_model(source: Path, tokenizer: Path | None = None) -> tuple[Transformer, Tokenizer]:
     """The model in whatever holds one, and its tokenizer; no data are needed."""
-    from deepseek.data.tokenizer_files import load_tokenizer
     from deepseek.interop.open_weights import open_checkpoint
 
     if (source / "config.json").is_file():
         return _opened_hf(source, tokenizer)
     opened = open_checkpoint(source)
-    read = load_tokenizer(tokenizer) if tokenizer is not None else opened.tokenizer()
+    read = opened.tokenizer(tokenizer)
     if read is None:
         place = opened.run / TOKENIZER if opened.run is not None else opened.path
         gone = "does not exist" if opened.run is not None else "has no tokenizer beside it"

@@ -10,7 +10,7 @@ from typing import Any
 
 from deepseek.config import RunConfig, load_config, resolved_yaml
 from deepseek.config.errors import UserError
-from deepseek.console import StageProgress, say
+from deepseek.console import StageProgress, complain, say
 from deepseek.data.open_data import open_data
 from deepseek.files import Staging, disk_errors, refuse_existing, require_room, write_new
 from deepseek.interop.open_weights import open_checkpoint
@@ -76,12 +76,14 @@ def migrate_checkpoint(
     notes = [*migration.notes, *_notes(opened.objects, migration, run, steps)]
     with StageProgress() as shown:
         data = open_data(run.model, run.seed, shown.of_data)
+    data.verification.start()
     state = {
         "step": steps,
         "consumed_samples": steps * run.model.global_batch_size,
         "seed": run.seed,
         "config": asdict(run),
         "data": data.fingerprint,
+        "data_sha256": data.verification.digests,
         "migrated": {"from": str(source), "dropped": dict(migration.dropped)},
     }
     stats = [(str(file.resolve()), file.stat()) for file in opened.files()]
@@ -108,6 +110,8 @@ def migrate_checkpoint(
         staging.write(ORIGIN, Origin.of(migration).to_json())
         if data.tokenizer is not None:
             data.tokenizer.save(staging.folder / TOKENIZER)
+        if left := data.verification.finish():
+            complain(left)
         staging.finish()
     _say_result(migration, target, steps, origin, notes, [config, *overrides])
 

@@ -13,7 +13,6 @@ The whole text is encoded once, as everybody else encodes it who is asked the sa
 answer's if it holds a character of an answer. Cut at the marks and encoded piece by piece, an
 answer that begins with a space would get ids that no model is ever asked with.
 
-
 The end token that a template without marks writes after an answer belongs to it, white space after
 that does not.
 
@@ -183,11 +182,17 @@ class ChatTemplate:
         for start, end in spans:
             # An id of no width is white space that the tokenizer cuts off: it stands at its start.
             of_span = np.flatnonzero((starts < end) & (np.maximum(ends, starts + 1) > start))
+            if not of_span.size:
+                raise ChatError(
+                    "an answer becomes no id at all: the chat template leaves it out, or the "
+                    "tokenizer drops its characters; leave the line out"
+                )
             length = self._answer_length([ids[k] for k in of_span])
             ended &= length > 0 and self.tokenizer.is_special(ids[of_span[length - 1]])
-            # As transformers marks: of a last character of several ids the first alone counts.
-            marked = of_span[: int(np.argmax(ends[of_span] >= end)) + 1]
-            is_answer[marked if self._has_marks else of_span[:length]] = True
+            if self._has_marks and (ends[of_span] >= end).any():
+                # As transformers marks: of a last character of several ids the first alone counts.
+                length = int(np.argmax(ends[of_span] >= end)) + 1
+            is_answer[of_span[:length]] = True
         return EncodedConversation(np.array(ids, np.int64), is_answer, ended, lost)
 
     def _learnt(self, spans: list[Span], conversation: Conversation) -> list[Span]:
@@ -278,7 +283,7 @@ class ChatTemplate:
         return text
 
     def _compiled(self, source: str) -> Any:
-        from jinja2.exceptions import TemplateError, TemplateSyntaxError
+        from jinja2.exceptions import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         class Bounded(ImmutableSandboxedEnvironment):
@@ -307,10 +312,12 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             return environment.from_string(source)
-        except TemplateSyntaxError as error:
+        except Exception as error:  # as well brackets that are too many for Python
+            line = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
+            what = getattr(error, "message", None) or str(error) or type(error).__name__
             raise UserError(
-                f"the chat template of {self.tokenizer.origin} is not Jinja: line {error.lineno}: "
-                f"{error.message}; correct chat_template in tokenizer_config.json"
+                f"the chat template of {self.tokenizer.origin} is not Jinja: {line}{what}; "
+                "correct chat_template in tokenizer_config.json"
             ) from error
 
     # -- ids --

@@ -140,6 +140,17 @@ class Verification:
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
+    @classmethod
+    def begun(cls, files: Sequence[DataFile]) -> Verification:
+        """Of the files that are recorded, for commands that only read; begun.
+
+        Raises:
+            UserError: a file differs.
+        """
+        found = cls([file for file in files if file.recorded is not None])
+        found.start()
+        return found
+
     @property
     def digests(self) -> list[str | None]:
         """sha256 of each file; None as long as it is not known. For the checkpoint."""

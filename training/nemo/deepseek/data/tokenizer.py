@@ -89,7 +89,7 @@ class Tokenizer:
         self._source, self._config, self._origin = source, config, origin
         self.generation = generation or {}
         """What ``generation_config.json`` says: ids that stop, defaults of sampling."""
-        _check_generation(self.generation, origin)
+        check_generation(self.generation, origin)
         self._parsed = parse_json(source, origin)
         model = self._parsed.get("model")
         if not isinstance(model, dict) or "vocab" not in model:
@@ -604,7 +604,7 @@ class StreamDecoder:
         return text
 
 
-def _check_generation(told: dict[str, Any], origin: str) -> None:
+def check_generation(told: dict[str, Any], origin: str) -> None:
     """Raise ``UserError`` for a value that is used here and has another type."""
     for key, value in told.items():
         several = key == "eos_token_id" and isinstance(value, list)
@@ -678,4 +678,12 @@ def parse_json(text: str, origin: str) -> dict[str, Any]:
         raise UserError(f"{origin}: not JSON ({error}); download or copy the file again") from error
     if not isinstance(parsed, dict):
         raise UserError(f"{origin} holds a JSON {type(parsed).__name__}, expected an object")
+    if "\\ud" in text.lower():  # half of a pair is JSON, and no text that could be written again
+        try:
+            json.dumps(parsed, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{origin} holds half of a surrogate pair ({error.object[error.start]!a}), which "
+                "is no character; write the whole one, or remove it"
+            ) from error
     return parsed

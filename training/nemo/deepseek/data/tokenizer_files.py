@@ -64,13 +64,13 @@ def _with_added_tokens(source: str, config: dict[str, Any], origin: str) -> str:
         pairs = vocab if isinstance(vocab, dict) else {name: k for k, (name, _) in enumerate(vocab)}
         ids = {str(name): int(number) for name, number in pairs.items()}
         added = list(parsed.get("added_tokens") or [])
+        listed = {token["content"] for token in added}
         ids.update({str(token["content"]): int(token["id"]) for token in added})
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{origin} is damaged: model.vocab or added_tokens has an entry that is no text with "
             f"an id ({type(error).__name__}: {error}); download or copy the file again"
         ) from error
-    listed = {token["content"] for token in added}
     taken = {number: name for name, number in ids.items()}
     where = f"{origin}: added_tokens_decoder of tokenizer_config.json"
     if not isinstance(entries, dict):
@@ -105,7 +105,10 @@ def _with_added_tokens(source: str, config: dict[str, Any], origin: str) -> str:
         added.append({"id": number, "content": content, **flags})
         ids[content], taken[number] = number, content
         listed.add(content)
-    more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    key = next((k for k in _MORE_TOKENS if config.get(k)), _MORE_TOKENS[0])
+    more = config.get(key) or []
+    if not isinstance(more, (dict, list)):
+        raise UserError(f"{origin}: {key} beside it must be a list of tokens, and is {more!r}")
     for token in more.values() if isinstance(more, dict) else more:
         name = token.get("content") if isinstance(token, dict) else token
         if isinstance(name, str) and name not in ids:
@@ -119,6 +122,7 @@ def _with_added_tokens(source: str, config: dict[str, Any], origin: str) -> str:
     return json.dumps(parsed, ensure_ascii=False, indent=2)
 
 
+_MORE_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 """Of an added token."""
 

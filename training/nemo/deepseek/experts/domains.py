@@ -18,6 +18,7 @@ import numpy as np
 from deepseek.config.errors import UserError
 from deepseek.data.corpus import Corpus, Source
 from deepseek.data.dataset import ChatDataset, PackedDataset, Sample
+from deepseek.data.digests import Verification
 from deepseek.data.documents import chunks
 from deepseek.data.indexed import IndexedDataset
 from deepseek.data.prepare import PreparedData
@@ -83,6 +84,7 @@ def open_domains(
     vocab_size: int,
     max_tokens: int,
     json_key: str = "text",
+    checks: list[Verification] | None = None,
 ) -> list[Domain]:
     """Domains as given on a command line: ``name=path``, or a path, which names itself.
 
@@ -93,6 +95,7 @@ def open_domains(
         vocab_size: rows of the model's embedding.
         max_tokens: read of each domain.
         json_key: key or column of the text in .jsonl and .parquet files.
+        checks: gets the comparison of prepared data with their digests, see ``open_prepared``.
 
     Raises:
         UserError: a path or name that is wrong, no text in it, or ids of another tokenizer.
@@ -106,7 +109,7 @@ def open_domains(
                 f"name this one apart, --data {name}2={path}"
             )
         if is_prepared(path):
-            documents = _prepared(path, tokenizer, max_tokens)
+            documents = _prepared(path, tokenizer, max_tokens, checks)
         elif path.exists():
             if tokenizer is None:
                 raise UserError(
@@ -182,8 +185,16 @@ def is_prepared(path: Path) -> bool:
     return add_suffix(path, ".idx").is_file() or add_suffix(path, ".bin").is_file()
 
 
-def open_prepared(prefix: Path, tokenizer: Tokenizer | None) -> IndexedDataset:
+def open_prepared(
+    prefix: Path, tokenizer: Tokenizer | None, checks: list[Verification] | None = None
+) -> IndexedDataset:
     """Prepared data whose ids mean what they mean to the model.
+
+    Args:
+        prefix: of the data.
+        tokenizer: the model's, if it is known.
+        checks: gets the comparison with what prepare-data recorded, which goes on beside the work
+            where there is much to compare; its ``finish`` is the caller's.
 
     Raises:
         UserError: files missing or damaged, numbers that are no ids, or another tokenizer's.
@@ -200,6 +211,8 @@ def open_prepared(prefix: Path, tokenizer: Tokenizer | None) -> IndexedDataset:
                 f"model's ({ours[:12]}); give the text itself, or prepare it with the tokenizer "
                 "in the run folder"
             )
+    if record is not None and checks is not None:
+        checks.append(Verification.begun(record.data_files()))
     return indexed
 
 
@@ -213,8 +226,13 @@ def check_ids(name: str, source: str, smallest: int, largest: int, vocab_size: i
         )
 
 
-def _prepared(prefix: Path, tokenizer: Tokenizer | None, max_tokens: int) -> tuple[np.ndarray, ...]:
-    indexed = open_prepared(prefix, tokenizer)
+def _prepared(
+    prefix: Path,
+    tokenizer: Tokenizer | None,
+    max_tokens: int,
+    checks: list[Verification] | None,
+) -> tuple[np.ndarray, ...]:
+    indexed = open_prepared(prefix, tokenizer, checks)
     numbers = _shuffled(range(indexed.num_documents))
     return _beginnings(((indexed.document(i),) for i in numbers), len(numbers), max_tokens)
 

@@ -24,9 +24,10 @@ from deepseek.config.schema import ModelConfig
 from deepseek.console import complain
 from deepseek.data.blend import BlendedDataset
 from deepseek.data.dataset import ChatDataset, PackedDataset
+from deepseek.data.digests import Verification
 from deepseek.data.open_data import open_data
 from deepseek.data.tokenizer import Tokenizer
-from deepseek.data.tokenizer_files import load_tokenizer
+from deepseek.data.tokenizer_files import generation_config, load_tokenizer
 from deepseek.interop.hf_config import COMPUTED_KEYS
 from deepseek.interop.nemo_file import SUFFIX, NemoFile
 from deepseek.models.components.lora import is_adapter, merged_state
@@ -53,19 +54,34 @@ class OpenedCheckpoint:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return load_whole(self.checkpoint, self.config.model, device).eval()
 
-    def tokenizer(self) -> Tokenizer | None:
-        """The one in its run folder."""
-        if self.run is None or not (self.run / TOKENIZER).is_dir():
-            return None
-        return load_tokenizer(self.run / TOKENIZER)
+    def tokenizer(self, given: Path | None = None) -> Tokenizer | None:
+        """The ``given`` one, else that in its run folder, which may have none."""
+        if given is None:
+            if self.run is None or not (self.run / TOKENIZER).is_dir():
+                return None
+            given = self.run / TOKENIZER
+        read = load_tokenizer(given)
+        return read if read.generation else read.with_generation(self.generation)
 
-    def validation_parts(self) -> list[tuple[str, PackedDataset | ChatDataset]]:
+    @property
+    def generation(self) -> dict[str, Any]:
+        """The ``generation_config.json`` of a model that was imported without its tokenizer."""
+        return generation_config(self.run) if self.run is not None else {}
+
+    def validation_parts(
+        self, checks: list[Verification]
+    ) -> list[tuple[str, PackedDataset | ChatDataset]]:
         """What the run validates on: name and data of each prefix.
 
+        Args:
+            checks: gets the comparison of the run's data with their digests.
+
         Raises:
-            UserError: it does not validate.
+            UserError: it does not validate, or its data differ.
         """
-        validation = open_data(self.config.model, self.config.seed).validation
+        data = open_data(self.config.model, self.config.seed)
+        checks.append(Verification.begun(data.verification.files))
+        validation = data.validation
         if validation is None:
             raise UserError(
                 f"{self.path}: the run has no validation data "
