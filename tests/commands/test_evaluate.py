@@ -123,7 +123,8 @@ def test_lm_eval_finds_the_same_on_the_export(
     export_hf(run, tmp_path / "hf", mtp="drop")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "local_text.yaml").write_text(TASK % lines)
-    theirs = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=2)
+    options = {"device": "cpu", "dtype": "float32", "batch_size": 2, "add_bos_token": False}
+    theirs = HFLM(pretrained=str(tmp_path / "hf"), **options)
     found = lm_eval.simple_evaluate(
         model=theirs,
         tasks=["local_text"],

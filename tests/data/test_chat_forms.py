@@ -169,7 +169,38 @@ def test_a_call_of_a_tool_may_have_no_content(bpe: Tokenizer, tmp_path: Path) ->
         (row(content="4", weight=1, trainable=False), "contradict each other"),
         (row(content="4", train_detail=[]), "train_detail is not read here"),
         (row(content="hi \ud83d"), "half of a surrogate pair"),
-        (row(content="4") | {"tools": ["\udc00"]}, "tools: character 0"),
+        (row(content="4") | {"tools": ["\udc00"]}, "tools: holds half of a surrogate pair"),
+        (
+            row(content="4") | {"tools": [{"a": [{"\udc00": 1}]}]},
+            "tools: holds half of a surrogate",
+        ),
+        (row(content="4", **{"\ud800": 1}), "message 1: holds half of a surrogate pair"),
+        (row(content="4", tool_calls=5), "message 1: tool_calls is a JSON number, expected a list"),
+        (row(content="4", tool_calls=CALL), "tool_calls is a JSON object, expected a list"),
+        (row(content="4", tool_calls=[None]), "no place for its tool_calls"),
+        (row(content="4", tool_calls=[{"function": None}]), "no place for its tool_calls"),
+        (row(content=None, function_call=CALL), "function_call is not read here; write OpenAI's"),
+        (row(content="4", function_call=CALL), "function_call is not read here; write OpenAI's"),
+        (row(content="4", weight="1"), "weight='1' must be 0 or 1"),
+        (row(content="4", weight=10**400), "weight=10{59} must be 0 or 1"),
+        (row(content="4", weight=[1]), r"weight=\[1\] must be 0 or 1"),
+        (row(content="4") | {"loss": False}, "loss=false of a whole line is not read here"),
+        (row(content="4") | {"images": ["a.png"]}, "images is not read here, and the text would"),
+        (row(content="4") | {"functions": [{}]}, "functions is not read here"),
+        (row(content="4") | {"documents": [{}]}, "documents is not read here"),
+        (row(content="4") | {"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs is not read"),
+        (row(content="4") | {"conversations": []}, "has both messages and conversations"),
+        ({"prompt": "a", "completion": "b", "response": "c"}, "has both completion and response"),
+        ({"instruction": "a", "input": 5, "output": "b"}, "input is a JSON number, expected text"),
+        ({"messages": [{"role": "User", "content": "a"}]}, r"nothing to learn \(roles: User\)"),
+        ({"messages": []}, r"nothing to learn \(roles: none\)"),
+        (row(content=[{"text": "x"}]), "a part of type None"),
+        (row(content=[None]), "a part of type null"),
+        (row(content=[{"type": "text", "text": None}]), "a part of type text"),
+        (row(content=[]), "the answer is empty"),
+        (row(content=" \n"), "the answer is empty"),
+        (row(content={"a": 1}), "content is a JSON object, expected text"),
+        (row(content=10**400), "content is a JSON number, expected text"),
     ],
 )
 def test_what_would_be_read_half_is_refused(
@@ -180,10 +211,67 @@ def test_what_would_be_read_half_is_refused(
 
 
 def test_parts_of_text_are_joined(bpe: Tokenizer) -> None:
-    parts = [{"type": "text", "text": "fo"}, {"type": "text", "text": "ur"}]
-    whole, joined = row(content="four"), row(content=parts)
-    ids = [ChatTemplate(bpe).encode(conversation_of(data)).ids.tolist() for data in (whole, joined)]
-    assert ids[0] == ids[1]
+    for parts in (
+        [{"type": "text", "text": "fo"}, {"type": "text", "text": "ur"}],
+        ["four"],
+        [{"type": "input_text", "text": "f"}, "", {"type": "output_text", "text": "our"}],
+    ):
+        assert conversation_of(row(content=parts)) == conversation_of(row(content="four"))
+
+
+def test_what_says_nothing_is_no_reason_to_refuse() -> None:
+    plain = conversation_of(row(content="4"))
+    for more in (
+        {"images": []},
+        {"functions": None},
+        {"loss": 2.3},
+        {"train": True},
+        {"id": 10**400},
+    ):
+        assert conversation_of(row(content="4") | more) == plain
+    for more in ({"weight": None}, {"weight": 1.0}, {"loss": True}, {"train_detail": None}):
+        answer = conversation_of(row(content="4", **more)).messages[-1]
+        assert answer["content"] == "4"
+    user = {"role": "user", "content": "x", "function_call": None, "tool_calls": None}
+    conversation_of({"messages": [user, *row(content="4")["messages"]]})
+
+
+@pytest.mark.parametrize(
+    "tag",
+    ["{% generation %}", "{%- generation -%}", "{%+ generation +%}", "{%-generation-%}",
+     "{%\ngeneration\n%}", "{%- generation +%}"],
+)  # fmt: skip
+def test_marks_are_known_however_they_are_written(tag: str, bpe: Tokenizer, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    template = "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}" + tag + (
+        " {{ m.content }} " + tag.replace("gen", "endgen") + "{% else %}{{ m.content }}{% endif %}"
+        "\n{% endfor %}"
+    )  # fmt: skip
+    folder = folder_of(bpe, tmp_path, template)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    messages = [*row(content="one ünï")["messages"], *row(content="🙂")["messages"]]
+    found = ChatTemplate(load_tokenizer(folder)).encode(conversation_of({"messages": messages}))
+    wanted = theirs.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert found.ids.tolist() == wanted["input_ids"]
+    assert found.is_answer.tolist() == [bit == 1 for bit in wanted["assistant_masks"]]
+
+
+def test_marks_of_one_template_say_nothing_of_another(bpe: Tokenizer, tmp_path: Path) -> None:
+    plain = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    named = [
+        {"name": "default", "template": MARKED["plain"]},
+        {"name": "tool_use", "template": "{{ tools | tojson }}" + plain},
+    ]
+    ours = ChatTemplate(load_tokenizer(folder_of(bpe, tmp_path, named)))
+    for more in ({}, {"tools": [{"name": "add"}]}):
+        found = ours.encode(conversation_of(row(content="four") | more))
+        learnt = ours.tokenizer.decode(found.ids[found.is_answer].tolist(), skip_special=True)
+        assert learnt == "four"
 
 
 def test_what_a_template_leaves_out_is_told(

@@ -337,6 +337,8 @@ BAD = [
         b'\xef\xbb\xbf [{"text":"a"},\n',
         r"jq -c '\.\[\]' 'b c\.json\.gz' > 'b c\.jsonl'",
     ),
+    ("a.json", b'[\n {\n  "text": "a"\n }\n]', r"not JSON.*lines: jq -c '\.\[\]' a\.json"),
+    ("a.json", b'["a",\n "b"]', r"not JSON.*: jq -c '\.\[\] \| \{text: \.\}' a\.json"),
     ("a.json", b'["a", "b"]', r"a JSON array, .*: jq -c '\.\[\] \| \{text: \.\}' a\.json"),
     (
         "a.jsonl",

@@ -7,6 +7,7 @@ A line of chat data is an object of one of the forms of ``_messages``. A message
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from deepseek.config.errors import UserError
+from deepseek.config.errors import UserError, shown
 from deepseek.console import complain
-from deepseek.data.chat_template import ChatError, ChatTemplate, Conversation, Message, texts_of
+from deepseek.data.chat_template import ChatError, ChatTemplate, Conversation, Message
 from deepseek.data.corpus import Corpus
 from deepseek.data.digests import FileDigest
 from deepseek.data.documents import json_lines, json_type
@@ -47,16 +48,27 @@ def conversation_of(row: Any) -> Conversation:
     """
     if not isinstance(row, Mapping):
         raise ChatError(f'a JSON {json_type(row)}, expected an object: {{"messages": [...]}}')
-    if row.get("weight", 1) not in (1, None):
-        raise ChatError(
-            f"weight={row['weight']!r} of a whole line is not read here; give it to each message, "
-            "or leave the line out"
-        )
+    for key in _SWITCHES:
+        value = row.get(key)
+        if value is not None and (value != 1 if key == "weight" else value in (0, False)):
+            raise ChatError(
+                f"{key}={shown(value)} of a whole line is not read here; give it to each message, "
+                "or leave the line out"
+            )
+    for key in _UNREAD_OF_LINES:
+        if row.get(key):
+            raise ChatError(
+                f"{key} is not read here, and the text would be another with it; remove it, or "
+                "leave the line out"
+            )
     messages = _messages(row)
     told = [_message(k, message) for k, message in enumerate(messages)]
     answers = [k for k, message in enumerate(told) if message["role"] == "assistant"]
     if not answers:
-        raise ChatError("no message has the role assistant, so there is nothing to learn")
+        roles = ", ".join(dict.fromkeys(shown(message["role"]) for message in told)) or "none"
+        raise ChatError(
+            f"no message has the role assistant, so there is nothing to learn (roles: {roles})"
+        )
     if answers[0] == 0:
         raise ChatError("message 0 is the assistant's: an answer needs something before it")
     tools = row.get("tools")
@@ -89,6 +101,9 @@ def _messages(row: Mapping[str, Any]) -> list[Any]:
     """
     system = row.get("system")
     first = [{"role": "system", "content": system}] if system not in (None, "") else []
+    for one, other in (("messages", "conversations"), ("completion", "response")):
+        if row.get(one) is not None and row.get(other) is not None:
+            raise ChatError(f"has both {one} and {other}, of which one would be lost; keep one")
     for key in ("messages", "conversations"):
         if key in row:
             return [*first, *(_share_gpt(k, m) for k, m in enumerate(_list(key, row[key])))]
@@ -107,8 +122,10 @@ def _messages(row: Mapping[str, Any]) -> list[Any]:
             if not isinstance(pair, list) or len(pair) != 2:
                 raise ChatError(f"history: entry {k} is no [question, answer]")
             earlier += [*_side(pair[0], "user"), *_side(pair[1], "assistant")]
-        task, more = row["instruction"], row.get("input")
-        if isinstance(task, str) and isinstance(more, str) and more:
+        task, more = row["instruction"], row.get("input") or ""
+        if not isinstance(more, str):
+            raise ChatError(f"input is a JSON {json_type(more)}, expected text")
+        if isinstance(task, str) and more:
             task = f"{task}\n{more}" if task else more
         return [*first, *earlier, *_side(task, "user"), *_side(row["output"], "assistant")]
     raise ChatError(
@@ -160,8 +177,18 @@ def _share_gpt(number: int, message: Any) -> Any:
 
 _SWITCHES = ("weight", "trainable", "train", "training", "loss")
 """Keys by which data sets say whether an answer is learnt."""
-_UNREAD = ("train_detail", "mask", "loss_mask", "loss_weight")
-"""Keys of finer switches, which are not done here and so are refused."""
+_UNREAD = {
+    **dict.fromkeys(
+        ("train_detail", "mask", "loss_mask", "loss_weight"),
+        "use weight 0 or 1 on the whole message",
+    ),
+    "function_call": "write OpenAI's newer form, tool_calls",
+}
+"""Keys of a message that are not done here, and the way out."""
+_UNREAD_OF_LINES = (
+    "images", "image", "videos", "audios", "functions", "documents", "chat_template_kwargs"
+)  # fmt: skip
+"""Keys of a line that change the text, and are not done here."""
 
 
 def _message(number: int, message: Any) -> Message:
@@ -173,11 +200,14 @@ def _message(number: int, message: Any) -> Message:
     if not isinstance(role, str):
         found = f"a JSON {json_type(role)}" if "role" in told else "missing"
         raise ChatError(f"message {number}: role is {found}, expected text")
-    for key in _UNREAD:
-        if key in told:
-            raise ChatError(
-                f"message {number}: {key} is not read here; use weight 0 or 1 on the whole message"
-            )
+    for key, way_out in _UNREAD.items():
+        if told.get(key) is not None:
+            raise ChatError(f"message {number}: {key} is not read here; {way_out}")
+    calls = told.get("tool_calls")
+    if calls is not None and not isinstance(calls, list):
+        raise ChatError(
+            f"message {number}: tool_calls is a JSON {json_type(calls)}, expected a list"
+        )
     if isinstance(content, list):
         told["content"] = _joined(number, content)
     elif content is None and role == "assistant" and told.get("tool_calls"):
@@ -189,15 +219,20 @@ def _message(number: int, message: Any) -> Message:
     return told
 
 
-def _check_unicode(what: str, value: Any) -> None:
-    for text in texts_of(value):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ChatError(
-                f"{what}: character {error.start} of the text is half of a surrogate pair, which "
-                "no tokenizer can read; write the whole character"
-            ) from error
+def _check_unicode(what: str, said: Any) -> None:
+    """Raise ``ChatError`` for half a character, keys included."""
+    try:
+        json.dumps(said, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half, before = error.object[error.start], error.object[: error.start][-20:]
+        raise ChatError(
+            f"{what}: holds half of a surrogate pair ({half!a} after {before!a}), which no "
+            "tokenizer can read; write the whole character"
+        ) from error
+
+
+_TEXTS = ("text", "input_text", "output_text")
+"""Types of parts that are text, in OpenAI's two interfaces."""
 
 
 def _joined(number: int, parts: list[Any]) -> str:
@@ -205,7 +240,7 @@ def _joined(number: int, parts: list[Any]) -> str:
     texts = []
     for part in parts:
         kind = part.get("type") if isinstance(part, Mapping) else json_type(part)
-        text = part.get("text") if kind == "text" else part if isinstance(part, str) else None
+        text = part.get("text") if kind in _TEXTS else part if isinstance(part, str) else None
         if not isinstance(text, str):
             raise ChatError(
                 f"message {number}: content has a part of type {kind}, and this model reads text "
@@ -221,8 +256,8 @@ def _is_learnt(number: int, message: Mapping[str, Any]) -> bool:
     for key, value in given.items():
         if value not in (0, 1):  # True and False among them
             raise ChatError(
-                f"message {number}: {key}={value!r} must be 0 or 1, false or true: an answer is "
-                "learnt or not"
+                f"message {number}: {key}={value!r:.60} must be 0 or 1, false or true: an answer "
+                "is learnt or not"
             )
     if len({bool(value) for value in given.values()}) > 1:
         told = ", ".join(f"{key}={value!r}" for key, value in given.items())

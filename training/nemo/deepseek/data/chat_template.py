@@ -53,7 +53,6 @@ PLAIN_TEMPLATE = (
 
 _MARKS = ("\ue0f0", "\ue0f1")
 """Written by ``{% generation %}`` and ``{% endgeneration %}``."""
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 RENDER_SECONDS = 5.0
 """How long a chat template may take for one conversation."""
 MOST_CHARACTERS = 1 << 26
@@ -116,6 +115,9 @@ class ChatTemplate:
         # A template called tool_use is taken where a conversation has tools, as transformers does.
         self._tool_source = tokenizer.tool_chat_template or self.source
         self._tool_template = self._compiled(self._tool_source)
+        self._has_marks = any(
+            template.environment.marks_answers for template in (self._template, self._tool_template)
+        )
         self._special = re.compile(
             "|".join(map(re.escape, sorted(tokenizer.special_names, key=len, reverse=True)))
             or r"(?!)"
@@ -169,7 +171,9 @@ class ChatTemplate:
                 told.
         """
         (messages, tools), guard = self._guarded(conversation[:2])
-        find = self._answers_by_marks if self._has_marks else self._answers_by_prefixes
+        template = self._template if tools is None else self._tool_template
+        marked = template.environment.marks_answers
+        find = self._answers_by_marks if marked else self._answers_by_prefixes
         text, spans = find(messages, tools)
         lost = _lost(messages, tools, text)
         if self.answers == "last":
@@ -189,7 +193,7 @@ class ChatTemplate:
                 )
             length = self._answer_length([ids[k] for k in of_span])
             ended &= length > 0 and self.tokenizer.is_special(ids[of_span[length - 1]])
-            if self._has_marks and (ends[of_span] >= end).any():
+            if marked and (ends[of_span] >= end).any():
                 # As transformers marks: of a last character of several ids the first alone counts.
                 length = int(np.argmax(ends[of_span] >= end)) + 1
             is_answer[of_span[:length]] = True
@@ -214,10 +218,6 @@ class ChatTemplate:
         return kept
 
     # -- text --
-
-    @property
-    def _has_marks(self) -> bool:
-        return _GENERATION.search(self.source + self._tool_source) is not None
 
     def _answers_by_marks(
         self, messages: list[Message], tools: list[Any] | None
@@ -449,8 +449,13 @@ def _generation_extension() -> type:
     class Generation(Extension):
         tags = {"generation"}
 
+        def __init__(self, environment: Any) -> None:
+            super().__init__(environment)
+            environment.extend(marks_answers=False)
+
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
+            self.environment.marks_answers = True
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             marks = [nodes.Output([nodes.TemplateData(mark)]) for mark in _MARKS]
             return [marks[0].set_lineno(line), *body, marks[1].set_lineno(line)]

@@ -233,7 +233,8 @@ def _json_rows(
             start = line.removeprefix(codecs.BOM_UTF8).lstrip()
             hint = "every line must be one JSON object"
             if number == 1 and start.startswith(b"["):
-                hint = _array_hint(b"{" in start, source)
+                # A bracket alone on its line mostly begins an array of objects.
+                hint = _array_hint(b"{" in start or b'"' not in start, source)
             elif number == 1 and start.rstrip() == b"{":
                 hint = f"each object must stand on one line: jq -c . {_lines_of(source)}"
             raise UserError(f"{where}: not JSON ({error}); {hint}") from error
@@ -310,6 +311,11 @@ def _parquet_chunks(
                 if pyarrow.types.is_struct(field.type) and field.type.get_field_index(column) >= 0
             ]
             raise UserError(f"{source.path}: {_no_key('column', column, names, inside)}")
+        if names.count(column) > 1:
+            raise UserError(
+                f"{source.path}: {names.count(column)} columns are called {column!r}; rename all "
+                "but one, or choose another --json-key"
+            )
         kind = file.schema_arrow.field(column).type
         if pyarrow.types.is_dictionary(kind):
             kind = kind.value_type
@@ -485,7 +491,7 @@ def _encoding_hint(start: bytes) -> str:
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "; it looks like UTF-16: iconv -f UTF-16 -t UTF-8"
     if start.startswith(b"\x1f\x8b"):
-        return "; it is gzip-compressed: unpack it with gunzip, or name it .gz"
+        return "; it is gzip-compressed: unpack it with gunzip (perhaps twice), or name it .gz"
     return "; convert it with iconv -t UTF-8, or leave it out"
 
 
