@@ -100,6 +100,27 @@ def test_other_architectures_are_refused_with_the_reason(name: str, reason: str)
                 model_config(DEEPSEEK_V3 | more | {"architectures": [name]})
 
 
+def test_model_types_alone_are_refused_with_the_reason() -> None:
+    for reason, kinds in {
+        "sliding and compressed attention": "deepseek_v4",
+        "indexer": "deepseek_v32 glm_moe_dsa axk2",
+        "llama_4_scaling_beta": "mistral4",
+        "zero_expert_num": "longcat_flash longcat_flash_ngram",
+        "Kimi Delta Attention": "kimi_linear",
+        "linear attention": "bailing_hybrid bailing_moe_linear bailing_moe_linear_v2 "
+        "bailing_moe_v2_5",
+        "grouped-query attention": "bailing_moe bailing_moe_v2 dots1 glm4_moe",
+        "no experts, and its head shares": "youtu youtu_llm",
+        "post_mlp_layernorm": "axk1 AXK1",
+        "no experts, and scales": "minicpm3",
+        "vision and a language model": "deepseek_vl deepseek_vl_v2 deepseek_vl_hybrid kimi_vl "
+        "kimi_k25 mistral3 deepseek_ocr",
+    }.items():
+        for kind in kinds.split():
+            with pytest.raises(UserError, match=f"describes {kind}: .*{reason}"):
+                model_config(DEEPSEEK_V3 | {"architectures": None, "model_type": kind})
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -179,7 +179,7 @@ _REFUSED = {
         "of its experts are identities (zero_expert_num)"
     ),
     r"KimiLinear|kimi_linear": "most of its layers are linear attention (Kimi Delta Attention)",
-    r"BailingHybrid|bailing_hybrid|BailingMoeV2_5|BailingMoeLinear": (
+    r"BailingHybrid|bailing_hybrid|BailingMoe(V2_5|Linear)|bailing_moe_(v2_5|linear)": (
         "most of its layers are linear attention"
     ),
     r"BailingMoe|bailing_moe|Dots1|dots1|Glm4MoeFor|glm4_moe$": _GROUPED,
