@@ -437,6 +437,18 @@ def test_bad_parquet_is_named(tmp_path: Path) -> None:
         read(path)
     with pytest.raises(UserError, match=r"column 'row' holds struct<.*>, expected strings"):
         read(path, "row")
+    for column, kind in (
+        ([["a", "b"]], "list"), ([b"a"], "binary"), ([None], "null"), ([1.5], "double"),
+        ([[{"text": "a"}]], "list"), ([{"a": {"text": "b"}}], "struct"),
+        (pyarrow.array([b"a"], pyarrow.large_binary()), "large_binary"),
+    ):  # fmt: skip
+        path = parquet(tmp_path / "k.parquet", column, "text")
+        with pytest.raises(UserError, match=f"column 'text' holds {kind}.*, expected strings"):
+            read(path)
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="2 columns are called 'text'; rename all but one"):
+        read(tmp_path / "t.parquet")
     rows = [random.Random(i).randbytes(500).hex() for i in range(50)]
     path = parquet(tmp_path / "b.parquet", rows, compression="zstd", use_dictionary=False)
     content = bytearray(path.read_bytes())
