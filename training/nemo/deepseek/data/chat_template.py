@@ -448,6 +448,7 @@ def _generation_extension() -> type:
 
     class Generation(Extension):
         tags = {"generation"}
+        environment: Any  # with an attribute of ours
 
         def __init__(self, environment: Any) -> None:
             super().__init__(environment)
