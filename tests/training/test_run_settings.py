@@ -143,7 +143,9 @@ def test_a_finished_run_whose_last_checkpoint_is_cut_is_not_complete(
     micro: MicroRuns, whole: str
 ) -> None:
     micro.train("cut_at_end").assert_done()
-    assert "is complete: 12 of 12 steps" in micro.train("cut_at_end").assert_done().out
+    done = micro.train("cut_at_end", "model.optim.lr=1e-4", "trainer.max_steps=9").assert_done().out
+    assert "is complete: 12 of 9 steps" in done
+    assert "other settings: model.optim.lr 0.003 -> 0.0001; its own are in --config" in done
     shard = micro.folder / "cut_at_end" / "checkpoints" / "step_00000012" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:1000])
     ran = micro.train("cut_at_end").assert_done()

@@ -24,7 +24,7 @@ from deepseek.files import disk_errors
 from deepseek.launch.processes import Processes, check_world, leave, quiet
 from deepseek.launch.signals import stopped_at_once
 from deepseek.launch.supervisor import supervise, worker_command
-from deepseek.run_folder import SAMPLES_FILE, TOKENIZER
+from deepseek.run_folder import CONFIG_FILE, SAMPLES_FILE, TOKENIZER
 
 SAMPLE_TOKENS = 160
 
@@ -123,7 +123,7 @@ def _train_here(
     folder, steps = result.folder, run.trainer.max_steps
     if result.was_complete:
         leave()
-        _say_complete(folder, steps, run, sample, report, leads=processes.rank == 0)
+        _say_complete(folder, run, sample, report, leads=processes.rank == 0)
         return folder
     if result.val_loss is not None:
         bits = result.val_bits_per_byte
@@ -202,7 +202,7 @@ def _train_in_others(
     folder, trainer = run_folder(run, run_dir), run.trainer
     complete = finished_steps(folder) >= trainer.max_steps
     if run.exp_manager.resume_if_exists and resume_from is None and complete:
-        _say_complete(folder, finished_steps(folder), run, sample, report, leads=True)
+        _say_complete(folder, run, sample, report, leads=True)
         return folder
     say(f"processes    {trainer.devices}, started and watched by this one")
     os.environ[RUN_FOLDER] = str(folder)
@@ -229,15 +229,17 @@ def _keep_nemo(folder: Path, run: RunConfig) -> None:
         keep_nemo(folder, run.name)
 
 
-def _say_complete(
-    folder: Path, steps: int, run: RunConfig, sample: bool, report: bool, leads: bool
-) -> None:
+def _say_complete(folder: Path, run: RunConfig, sample: bool, report: bool, leads: bool) -> None:
     say(
-        f"{folder} is complete: {steps} of {run.trainer.max_steps} steps. "
+        f"{folder} is complete: {finished_steps(folder)} of {run.trainer.max_steps} steps. "
         "To go on, raise trainer.max_steps; to start again, use another --run-dir"
     )
     if others := other_settings(folder, run):
-        say(f"note         it was trained with other settings: {', '.join(others)}")
+        more = f", and {len(others) - 5} more" if len(others) > 5 else ""
+        say(
+            f"note         it was trained with other settings: {', '.join(others[:5])}{more}; its "
+            f"own are in --config {folder / CONFIG_FILE}"
+        )
     if leads:  # what was asked for, also if the run was killed while it wrote these
         _keep_nemo(folder, run)
         _show(folder, sample, report)
