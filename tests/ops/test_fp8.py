@@ -14,6 +14,7 @@ from deepseek.ops.fp8 import (
     quantise_blocks,
     quantise_blocks_plainly,
 )
+from support.profiles import fewer
 
 BLOCKS = [(128, 128), (8, 8), (4, 16), (1, 1)]
 
@@ -68,6 +69,7 @@ def test_scales_must_be_one_per_block() -> None:
 # -- to FP8 --
 
 
+@fewer(2)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 40),
@@ -92,6 +94,7 @@ def test_what_came_from_fp8_comes_back(
     assert torch.equal(scale_PQ, plain_PQ) and torch.equal(numbers_IJ.float(), plain_IJ.float())
 
 
+@fewer(2)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 40),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import json
@@ -207,19 +208,34 @@ def serve() -> None:
 
 
 def preload() -> None:
-    """What a training run imports."""
+    """What commands import, also what they import late: typer's parsing brings pydantic, and costs
+    a command more than all that it does itself."""
     import torch.distributed.run  # noqa: F401
+    import typer.main
 
     import deepseek.checkpoint.callback
-    import deepseek.cli
     import deepseek.commands.check
+    import deepseek.commands.convert
+    import deepseek.commands.evaluate
+    import deepseek.commands.experts
     import deepseek.commands.fit
+    import deepseek.commands.migrate
+    import deepseek.commands.monitor
+    import deepseek.commands.prepare_data
+    import deepseek.commands.runs
     import deepseek.commands.train
-    import deepseek.data.prepare
-    import deepseek.inference.generation
+    import deepseek.inference.speculative
     import deepseek.monitoring.record.metrics_log
     import deepseek.monitoring.record.progress
     import deepseek.monitoring.record.run_record  # noqa: F401
+    from deepseek.cli import main
+
+    typer.main.get_command = functools.cache(typer.main.get_command)  # the parser is built once
+    for words in (["--help"], ["validate", "deepseek_v3_tiny"]):
+        sys.argv = ["deepseek", *words]
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            with contextlib.suppress(SystemExit):
+                main()
 
 
 def child(request: dict[str, Any]) -> int:
@@ -242,7 +258,7 @@ def become(program: str, args: Sequence[str], before: str = "") -> NoReturn:
     """Be ``deepseek``, ``torchrun`` or ``python`` until it ends, and end."""
     code: Any = 0
     try:
-        import torch.distributed.run
+        import torch.distributed.run  # noqa: F401
 
         from deepseek.cli import main
 

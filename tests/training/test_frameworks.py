@@ -15,6 +15,7 @@ from deepseek.data.loader import StepBatches
 from deepseek.frameworks import NEMO_TARGET, USES_NEMO, ModelBase, Trainer, attach_loggers, pl
 from deepseek.training.optim import learning_rate
 from deepseek.training.step import DeepSeekModel
+from support.micro_runs import MicroRuns
 
 pytestmark = pytest.mark.framework
 
@@ -112,12 +113,7 @@ def test_nemo_file_round_trip(tmp_path: Path) -> None:
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
-def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-m", "deepseek", "train", "--run-dir", "r", "trainer.accelerator=gpu"],
-        cwd=tmp_path,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 2 and "torch finds no GPU here" in ran.stderr
+def test_a_gpu_that_is_not_there(micro: MicroRuns) -> None:
+    words = micro.words("no_gpu", "trainer.accelerator=gpu")
+    ran = micro.cli.start(*words, env={"CUDA_VISIBLE_DEVICES": ""}).wait()
+    ran.assert_refused("torch finds no GPU here")
