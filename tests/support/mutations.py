@@ -155,7 +155,7 @@ MUTATIONS = (
              "self.train_loader(max(0, self.finished_steps - 1),",
              "training/test_interruptions.py::test_other_settings_continue_bitwise_too"),
     Mutation("resume: the optimiser begins anew", "checkpoint/training_state.py",
-             "        optimizer.state[parameter] = state_of\n", "        pass\n",
+             "        optimizer.state[parameter] = {\n", "        _ = {\n",
              "training/test_training_state.py::test_everything_comes_back_and_the_next_update_is_the_same"),
     Mutation("resume: reading draws from the run's random numbers", LOADER,
              "        generator=torch.Generator().manual_seed(0),\n", "",
