@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from deepseek.commands.plan import plan
 from deepseek.config import ConfigError, UserError, load_config
+from deepseek.config.cost import RankNeed
 from deepseek.config.layout import Layout
 
 TINY = "deepseek_v3_tiny"
@@ -56,6 +58,19 @@ def test_the_file_it_writes_is_sound(tmp_path: Path, capsys: pytest.CaptureFixtu
             plan(str(config), nodes=1, gpus_per_node=4, write=file)
 
 
+def test_the_picture_has_every_piece(tmp_path: Path) -> None:
+    file, kept = tmp_path / "plan.html", ["model.pipeline_model_parallel_size=2"]
+    plan(TINY, kept, nodes=1, gpus_per_node=2, memory=40, top=2, html=file)
+    text = file.read_text()
+    found = re.search(r'id="figures">(.*?)</script>', text, re.DOTALL)
+    assert found is not None and TINY in text
+    figures = json.loads(found[1])
+    assert sorted(figures) == ["memory-0", "seconds-0", "timeline-0"]
+    assert sum(len(bars["base"]) for bars in figures["timeline-0"]["data"]) >= 2 * 2
+    assert len(figures["memory-0"]["data"]) == len(RankNeed._fields)
+    assert figures["memory-0"]["layout"]["shapes"][0]["y0"] == 38
+
+
 def test_a_layout_that_does_not_fit_its_cluster_is_no_obstacle() -> None:
     """Neither is one that is illegal on the configured GPUs."""
     plan(TINY, ["model.micro_batch_size=auto"], nodes=1, gpus_per_node=2)
@@ -75,6 +90,10 @@ def test_what_is_refused() -> None:
             {"overrides": ["model.tensor_model_parallel_size=1", *LONELY], "nodes": 3},
             r"no layout of 24 H100 is legal with model.global_batch_size=8 and .* as given; use "
             r"model.global_batch_size=24, or other --nodes",
+        ),
+        (
+            {"overrides": ["model.expert_model_parallel_size=3"]},
+            r"no layout of 8 H100 .*: model.expert_model_parallel_size=3: does not div",
         ),
     ]
     for options, words in refused:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from deepseek.commands.auto_layout import auto_layout
 from deepseek.commands.generate import Prompt, Writer, sampling_for
 from deepseek.commands.train import train_run
 from deepseek.config import RunConfig, UserError, load_config, resolved_yaml
@@ -50,8 +51,8 @@ def train(
             f"overrides={list(overrides)} would be ignored beside a RunConfig; give them to "
             "load_config"
         )
-    config = run if isinstance(run, RunConfig) else load_config(run, overrides)
     folder = None if run_dir is None else Path(run_dir)
+    config = run if isinstance(run, RunConfig) else load_config(run, overrides, auto_layout(folder))
     with tempfile.TemporaryDirectory() as scratch:
         # Several processes are started from a file, as a notebook's own program cannot be.
         file = Path(scratch) / "config.yaml"

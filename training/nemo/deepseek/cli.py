@@ -167,9 +167,11 @@ def validate_command(
     ] = None,
 ) -> None:
     """Print every error of a configuration; of a sound one, its numbers and what lies where."""
+    from deepseek.commands.auto_layout import auto_layout
     from deepseek.commands.validate import validate
 
-    validate(*chosen(words or [], config, "deepseek_v3_tiny"), world, memory)
+    of_run = chosen(words or [], config, "deepseek_v3_tiny")
+    validate(*of_run, world, memory, auto_layout())
 
 
 @app.command("plan", context_settings=PASS_ON)
@@ -195,6 +197,9 @@ def plan_command(
     explain: Annotated[
         bool, typer.Option("--explain", help="Show where seconds and bytes of the best go.")
     ] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Draw the best: pipeline and memory, into this new file.")
+    ] = None,
 ) -> None:
     """Find the fastest layouts of a model on GPUs that need not be there, and their cost."""
     from deepseek.commands.plan import plan
@@ -203,7 +208,44 @@ def plan_command(
         refuse_idle({"--explain": explain}, "with --json, which has all of it")
     name, settings = chosen(words or [], config)
     of_cluster = gpu, nodes, gpus_per_node, memory
-    plan(name, settings, *of_cluster, tokens, top, as_json, write, explain)
+    plan(name, settings, *of_cluster, tokens, top, as_json, write, explain, html)
+
+
+@app.command("scaling", context_settings=PASS_ON)
+def scaling_command(
+    words: Words = None,
+    config: Config = None,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU, such as H100, H800 or B200.")] = "H100",
+    nodes: Annotated[
+        int | None, typer.Option(help="Nodes of the smallest cluster; none: as configured.", min=1)
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="GPUs of a node; none: as configured, or 8.", min=1)
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of a GPU; none: of its data sheet.", metavar="GIB")
+    ] = None,
+    up_to: Annotated[int, typer.Option(help="GPUs of the largest cluster.", min=1)] = 16384,
+    mtbf_hours: Annotated[
+        float, typer.Option(help="Mean hours between failures of one GPU.", min=1)
+    ] = 50_700.0,
+    write_rate: Annotated[
+        float, typer.Option(help="GB/s that each GPU writes of a checkpoint.", min=1e-3)
+    ] = 0.5,
+    restart: Annotated[
+        float, typer.Option(help="Seconds to start again after a failure.", min=0)
+    ] = 600.0,
+    output: Annotated[
+        Path | None, typer.Option(help="Draw the curves into this new SVG file.")
+    ] = None,
+) -> None:
+    """Follow a training to thousands of GPUs on paper: speed, what limits it, failures."""
+    from deepseek.commands.scaling import scaling
+    from deepseek.planner.scaling import Failures
+
+    name, settings = chosen(words or [], config)
+    failures = Failures(mtbf_hours, write_rate * 1e9, restart)
+    scaling(name, settings, gpu, nodes, gpus_per_node, memory, up_to, failures, output)
 
 
 @app.command("launch", context_settings=PASS_ON)

@@ -6,24 +6,36 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from deepseek.commands.plan_page import plan_page
 from deepseek.commands.validate import RESERVED_GIB, USUAL_NODE, size_text
 from deepseek.config import UserError, shipped_configs
 from deepseek.config.layout import PLANNED, Layout, world_size
 from deepseek.config.load import draft_config
-from deepseek.config.rules import check
+from deepseek.config.rules import check, joint_problems
 from deepseek.config.schema import LEAVES, RunConfig, changed, value_at
 from deepseek.config.yaml_file import dump_yaml, read_yaml
 from deepseek.console import say, table
 from deepseek.files import write_new
 from deepseek.planner.hardware import Gpu, gpu_named
+from deepseek.planner.scaling import gains
 from deepseek.planner.search import Plan, search, smallest
-from deepseek.planner.step_time import predict_step
 
-LAYERS = "model.pipeline_layers_per_stage"
+LAYERS, MICRO_BATCH = "model.pipeline_layers_per_stage", "model.micro_batch_size"
+COLUMNS = (
+    "",
+    "layout",
+    "tok/s/GPU",
+    "MFU",
+    "bubble",
+    "exposed",
+    "memory (mean)",
+    "days",
+    "GPU hours",
+    "cost",
+)
 DOUBLINGS = 7
 """Of the nodes, as a way out: 64 times as many are looked at."""
 
@@ -40,6 +52,7 @@ def plan(
     as_json: bool = False,
     write: Path | None = None,
     explain: bool = False,
+    html: Path | None = None,
 ) -> None:
     """Print the fastest layouts of a configuration's model and global batch.
 
@@ -55,48 +68,75 @@ def plan(
         as_json: print one JSON object instead.
         write: new YAML file of the fastest layout.
         explain: show where its seconds and bytes go, and what would help.
+        html: new file of a picture of its pipeline and memory.
 
     Raises:
         ConfigError: every problem of the configuration, whatever its layout.
         UserError: no such GPU, no layout is legal, or none fits; with the nearest that does.
     """
     device = gpu_named(gpu)
-    room = (device.memory / 2**30 if memory is None else memory) - RESERVED_GIB
-    if not room > 0:
-        raise UserError(
-            f"--memory {memory:g}: of a GPU, in GiB, {RESERVED_GIB} of which are its context's and "
-            "NCCL's; use 80 or 141, say"
-        )
+    room = room_of(device, memory)
     if tokens is not None and not tokens > 0:
         raise UserError(f"--tokens {tokens:g}: must be above 0, such as 14.8e12")
-    run, fixed = _cluster(config, overrides, nodes, gpus_per_node)
+    run, fixed = cluster(config, overrides, nodes, gpus_per_node)
     found = search(run, device, room * 2**30, top, fixed)
     if not found:
-        raise UserError(_way_out(run, device, room, fixed))
+        raise UserError(way_out(run, device, room, fixed))
     problems = check(found[0].run)
     assert not problems, f"the planner's layout breaks rules: {problems}"
     total = tokens or run.trainer.max_steps * _step_tokens(run)
+    rows = _rows(found, device, total)
     if as_json:
         say(json.dumps(_json(found, device, total), indent=2))
     else:
         _show(config, found, device, room, total)
+        table("fastest layouts", COLUMNS, rows)
     if explain and not as_json:
         _explain(found[0], device, fixed)
+    if html is not None:
+        title = f"plan of {config}"
+        write_new(html, plan_page(title, COLUMNS, rows, found[0], device, room * 2**30))
+        if not as_json:
+            say(f"wrote {html}")
     if write is not None:
         write_new(write, _yaml(config, overrides, write, found[0], device))
         if not as_json:
             say(f"wrote {write}; see it with: deepseek validate --config {shlex.quote(str(write))}")
 
 
-def _cluster(
+def room_of(gpu: Gpu, memory: float | None) -> float:
+    """GiB that a rank can take, of ``memory`` or what the data sheet says.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    if memory is not None and not memory > RESERVED_GIB:
+        raise UserError(
+            f"--memory {memory:g}: of a GPU, in GiB, {RESERVED_GIB} of which are its context's and "
+            "NCCL's; use 80 or 141, say"
+        )
+    return (gpu.memory / 2**30 if memory is None else memory) - RESERVED_GIB
+
+
+def cluster(
     config: str, overrides: Sequence[str], nodes: int | None, gpus_per_node: int | None
 ) -> tuple[RunConfig, list[str]]:
-    """The run on so many GPUs, without a layout, and the keys of one that stay as given."""
+    """The run on so many GPUs, without a layout, and the keys of one that stay as given.
+
+    Args:
+        config: name of a shipped configuration, or a YAML file.
+        overrides: ``a.b=c``.
+        nodes: None: as configured.
+        gpus_per_node: None: as configured, or the usual number.
+
+    Raises:
+        ConfigError: every problem of the configuration, whatever its layout.
+    """
     given = {word.partition("=")[0].lstrip("-+").strip() for word in overrides}
     layout: dict[str, object] = {key: LEAVES[key].default for key in PLANNED if key not in given}
     layout |= {} if LAYERS in given else {LAYERS: None}
     alone = {key: LEAVES[key].default for key in (*PLANNED, LAYERS)} | {
-        "model.micro_batch_size": 1,
+        MICRO_BATCH: 1,
         "model.moe_token_dispatcher_type": "auto",
         "trainer.devices": 1,
         "trainer.num_nodes": 1,
@@ -124,7 +164,11 @@ def _show(config: str, found: list[Plan], gpu: Gpu, room: float, total: float) -
         f"{RESERVED_GIB} for context and NCCL"
     )
     say(f"MFU: of {gpu.bf16 / 1e12:,.0f} TFLOP/s, the dense bf16 peak; FLOPs {estimate.convention}")
-    rows = []
+
+
+def _rows(found: list[Plan], gpu: Gpu, total: float) -> list[tuple[str, ...]]:
+    """Of ``COLUMNS``."""
+    rows: list[tuple[str, ...]] = []
     for number, one in enumerate(found, 1):
         figures = _figures(one, gpu, total)
         rows.append(
@@ -137,12 +181,11 @@ def _show(config: str, found: list[Plan], gpu: Gpu, room: float, total: float) -
                 f"{100 * figures['exposed']:.0f} %",
                 f"{size_text(one.most)} ({100 * one.balance:.0f} %)",
                 f"{figures['days']:,.3g}",
-                f"{figures['gpu_hours']:,.0f}",
+                f"{figures['gpu_hours']:,.{0 if figures['gpu_hours'] >= 10 else 2}f}",
                 "-" if figures["cost"] is None else f"${figures['cost']:,.0f}",
             )
         )
-    columns = ("", "layout", "tok/s/GPU", "MFU", "bubble", "exposed", "memory (mean)", "days")
-    table("fastest layouts", (*columns, "GPU hours", "cost"), rows)
+    return rows
 
 
 def layout_text(run: RunConfig) -> str:
@@ -152,6 +195,7 @@ def layout_text(run: RunConfig) -> str:
     parts = {
         f"TP{layout.tp}": layout.tp > 1,
         f"PP{layout.pp}" + (f"x{virtual}" if virtual > 1 else ""): layout.pp > 1,
+        f"CP{layout.cp}": layout.cp > 1,
         f"EP{layout.ep}": layout.ep > 1,
         f"DP{layout.dp}": layout.dp > 1,
         f"({layout.dp_replicate} replicas)": layout.dp_replicate > 1,
@@ -224,26 +268,16 @@ def _explain(best: Plan, gpu: Gpu, fixed: Sequence[str]) -> None:
         for part, size in need._asdict().items()
     ]
     table(f"{size_text(need.total)} of the fullest rank", _OF, rows)
-    run, world = best.run, world_size(best.run)
-    twice = {
-        "matrix products": replace(gpu, bf16=2 * gpu.bf16, fp8=2 * gpu.fp8),
-        "memory bandwidth": replace(gpu, hbm=2 * gpu.hbm),
-        "NVLink": replace(gpu, nvlink=2 * gpu.nvlink),
-        "network": replace(gpu, network=2 * gpu.network),
-    }
-    gains = {
-        what: estimate.seconds / predict_step(run, other, world).seconds - 1
-        for what, other in twice.items()
-    }
+    won = gains(best, gpu)
     faster = [
         (f"{what} twice as fast", f"{100 * gain:+.1f} %")
-        for what, gain in sorted(gains.items(), key=lambda item: -item[1])
+        for what, gain in sorted(won.items(), key=lambda item: -item[1])
     ]
-    free = search(run, gpu, math.inf, 1, fixed)[0]
+    free = search(best.run, gpu, math.inf, 1, fixed)[0]
     gain = estimate.seconds / free.estimate.seconds - 1
     faster.append((f"memory without end: {layout_text(free.run)}", f"{100 * gain:+.1f} %"))
     table("what would make it faster", ("what", "tokens/s"), faster)
-    say(f"next bottleneck: {max(gains, key=lambda what: gains[what])}")
+    say(f"next bottleneck: {max(won, key=lambda what: won[what])}")
 
 
 _OF = ("what", "of it", "share")
@@ -287,19 +321,30 @@ def _yaml(config: str, overrides: Sequence[str], file: Path, best: Plan, gpu: Gp
 # -- what does not work out --
 
 
-def _way_out(run: RunConfig, gpu: Gpu, room: float, fixed: Sequence[str]) -> str:
-    """Why there is no plan, and the nearest cluster for which there is one."""
+def way_out(run: RunConfig, gpu: Gpu, room: float, fixed: Sequence[str]) -> str:
+    """Why there is no plan, and the nearest cluster for which there is one.
+
+    Args:
+        run: on a cluster.
+        gpu: of it.
+        room: GiB of one, without what is reserved.
+        fixed: keys that stay as they are.
+    """
     world = world_size(run)
     least = smallest(run, gpu, fixed)
     what = f"{world:,} {gpu}"
     if least is None:
         batch = run.model.global_batch_size
-        multiples = sorted({max(1, batch // world) * world, -(-batch // world) * world})
-        return (
-            f"no layout of {what} is legal with model.global_batch_size={batch}"
-            + (f" and {', '.join(fixed)} as given" if fixed else "")
-            + f"; use model.global_batch_size={' or '.join(map(str, multiples))}, or other --nodes"
-        )
+        given = f" and {', '.join(fixed) if len(fixed) < 4 else 'the rest of the layout'} as given"
+        told = f"no layout of {what} is legal with model.global_batch_size={batch}"
+        told += given if fixed else ""
+        more = -(-batch // world) * world
+        if smallest(changed(run, {"model.global_batch_size": more}), gpu, fixed) is None:
+            alone = changed(run, {} if MICRO_BATCH in fixed else {MICRO_BATCH: 1})
+            faults = [str(p) for p in joint_problems(alone, ()) if p.field in fixed]
+            return f"{told}: {'; '.join(faults) or 'use other --nodes'}"
+        batches = " or ".join(map(str, sorted({max(1, batch // world) * world, more})))
+        return f"{told}; use model.global_batch_size={batches}, or other --nodes"
     need = least.most / 2**30 + RESERVED_GIB
     told = (
         f"nothing fits {what}: the least is {need:,.1f} GiB of a GPU ({layout_text(least.run)}), "
@@ -307,9 +352,9 @@ def _way_out(run: RunConfig, gpu: Gpu, room: float, fixed: Sequence[str]) -> str
     )
     ways = [f"--memory {-(-need // 1):.0f} or more"]
     for nodes in (run.trainer.num_nodes << doubled for doubled in range(1, DOUBLINGS)):
-        more = search(changed(run, {"trainer.num_nodes": nodes}), gpu, room * 2**30, 1, fixed)
-        if more:
-            took = f"{layout_text(more[0].run)}, {size_text(more[0].most)}"
+        larger = search(changed(run, {"trainer.num_nodes": nodes}), gpu, room * 2**30, 1, fixed)
+        if larger:
+            took = f"{layout_text(larger[0].run)}, {size_text(larger[0].most)}"
             ways.insert(0, f"--nodes {nodes} ({took})")
             break
     return f"{told}; use {', or '.join(ways)}"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepseek.commands.auto_layout import auto_layout
 from deepseek.commands.report import report
 from deepseek.commands.versions import finished_steps, other_settings
 from deepseek.config import ConfigError, RunConfig, UserError, load_config
@@ -127,7 +128,7 @@ def grid(config: str, words: Sequence[str], output: Path | None) -> list[Point]:
             for key, _, value in (word.partition("=") for word in told)
         )
         try:
-            run = load_config(config, overrides)
+            run = load_config(config, overrides, auto_layout(told=False))
         except ConfigError as error:
             raise ConfigError(error.problems, f"run {name} of the sweep") from error
         if base is None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from deepseek.commands.auto_layout import auto_layout, settings_of
 from deepseek.commands.generate import generate_text
 from deepseek.commands.report import report as write_report
 from deepseek.commands.versions import (
@@ -57,8 +58,17 @@ def train(
         UserError: anything else the user can mend.
     """
     quiet(Processes.from_environment())
-    run = load_config(config, overrides)
-    train_run(run, run_dir, None, sample, report, resume_from, with_changes)
+    chosen: dict[str, object] = {}
+
+    def choose(run: RunConfig, auto: Sequence[str]) -> Mapping[str, object]:
+        chosen.update(auto_layout(run_dir)(run, auto))
+        return chosen
+
+    run = load_config(config, overrides, choose)
+    command = None
+    if chosen and run.trainer.devices > 1:  # its processes are not to choose once more
+        command = [*worker_command(), *settings_of(chosen)]
+    train_run(run, run_dir, command, sample, report, resume_from, with_changes)
 
 
 def train_run(

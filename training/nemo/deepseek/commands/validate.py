@@ -29,7 +29,7 @@ from deepseek.config.layout import (
     stage_rank,
     world_size,
 )
-from deepseek.config.load import unchecked_value
+from deepseek.config.load import Planner, unchecked_value
 from deepseek.config.schema import ModelConfig
 from deepseek.config.weights import weight_kinds
 from deepseek.console import say, table
@@ -49,6 +49,7 @@ def validate(
     overrides: Sequence[str] = (),
     world: int | None = None,
     memory: float | None = None,
+    planner: Planner | None = None,
 ) -> None:
     """Print the numbers of a sound configuration, and its layout if it has several processes.
 
@@ -57,6 +58,7 @@ def validate(
         overrides: ``a.b=c``.
         world: processes of a cluster that need not be there; None: as configured.
         memory: of a GPU, in GiB; None: what is needed is not compared.
+        planner: chooses what is ``auto``; None: nothing may be.
 
     Raises:
         ConfigError: every problem at once.
@@ -69,7 +71,7 @@ def validate(
         )
     if world is not None:
         overrides = [*overrides, *_cluster(config, overrides, world)]
-    run = load_config(config, overrides)
+    run = load_config(config, overrides, planner)
     say(f"{config} is sound")
     for what, value in [*summary(run, run.trainer.accelerator != "cpu"), ("data", _data(run))]:
         say(f"{what:<12} {value}")

@@ -30,6 +30,7 @@ SPARSE_AXES = ("pp", "dp_replicate", "edp", "ep")
 PLANNED = (
     "model.tensor_model_parallel_size",
     "model.pipeline_model_parallel_size",
+    "model.context_parallel_size",
     "model.expert_model_parallel_size",
     "model.micro_batch_size",
     "model.activations_checkpoint_granularity",
@@ -40,6 +41,8 @@ PLANNED = (
     "model.reduce_gradients",
 )
 """Keys that may be ``auto``: the planner chooses their values, in this order."""
+DEVICES = "trainer.devices"
+"""May be ``auto``, too: as many as there are."""
 
 V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
 """Schedules in which a rank holds two stages, and the first rank the first and the last stage."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from deepseek.config.errors import ConfigError, Problem, nearest, shown
 from deepseek.config.foreign_names import NO_SUCH_KEY, RENAMED
-from deepseek.config.layout import PLANNED
+from deepseek.config.layout import DEVICES, PLANNED
 from deepseek.config.rules import joint_problems, single_problems
 from deepseek.config.schema import FIELDS, LEAVES, Field, RunConfig, changed, value_at
 from deepseek.config.yaml_file import Document, dump_yaml, read_yaml, read_yaml_file
@@ -279,7 +279,7 @@ class _Draft:
             values["trainer.precision"] = "32"
         self._refuse_code(values)
         self._interpolate(values)
-        self.auto = [path for path in PLANNED if values[path] == "auto"]
+        self.auto = [path for path in (*PLANNED, DEVICES) if values[path] == "auto"]
         values.update({path: LEAVES[path].default for path in self.auto})
         kept = {path: value for path, value in values.items() if path not in self.wrong}
         found = single_problems(kept)

@@ -21,11 +21,12 @@ from dataclasses import dataclass, is_dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple, cast
 
-from deepseek.config.cost import RankNeed, rank_need
+from deepseek.config.cost import RankNeed, rank_need, rank_needs
 from deepseek.config.errors import Problem, divisors
 from deepseek.config.layout import INTERLEAVED_SCHEDULES, PLANNED, V_SCHEDULES, Layout, world_size
 from deepseek.config.layout_rules import (
     batch,
+    context_parallel,
     data_parallel_shards,
     expert_parallel,
     gradient_reduction,
@@ -45,6 +46,9 @@ from deepseek.planner.step_time import StepEstimate, predict, predict_step
 MARGIN = 0.85
 """Of the activations in 1F1B, the share that any schedule is taken to need."""
 
+LEAST_PART = 4096
+"""Tokens of a rank from which on context parallelism is tried: it is for long sequences."""
+
 BY_REPLICAS = ("optimizer", "data-parallel exchange exposed")
 """Parts of a step that depend on how data-parallel ranks share weights."""
 
@@ -54,6 +58,7 @@ Choice = tuple[Any, ...]
 RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     processes,
     tensor_parallel,
+    context_parallel,
     pipeline_settings,
     pipeline_stages,
     dense_only,
@@ -69,7 +74,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
 OVER_REPLICAS = [RULES.index(expert_parallel), RULES.index(data_parallel_shards)]
 """Numbers of the rules of how data-parallel ranks share weights."""
 
-EXPERTS, MICRO, RECOMPUTE, SCHEDULE, VIRTUAL, REPLICAS = range(3, 9)
+EXPERTS, MICRO, RECOMPUTE, SCHEDULE, VIRTUAL, REPLICAS = range(4, 10)
 """Numbers of values chosen when these keys have theirs, as the last."""
 
 
@@ -157,9 +162,10 @@ class _Search:
         self._judge = _Judge(run)
         self._options = _options(run, fixed)
         self._half = str(run.trainer.precision) != "32"
-        self._job = job_of_run(changed(run, dict.fromkeys(PLANNED[:3], 1)), self._world)
+        self._job = job_of_run(changed(run, dict.fromkeys(PLANNED[:4], 1)), self._world)
         self._numbers = count()
         self._fewest: dict[Choice, int | None] = {}
+        self._fastest: dict[Choice, float] = {}
 
     def found(self) -> list[Plan]:
         plans: list[Plan] = []
@@ -200,7 +206,7 @@ class _Search:
             plan, bound = None, self._bound(chosen)
             if known + 1 == len(PLANNED):
                 plan = self._plan(chosen)
-                if plan.most > self._memory:
+                if plan is None:
                     continue
                 bound = plan.most if self._by_memory else plan.estimate.seconds
             left = len(PLANNED) - known - 1
@@ -220,17 +226,17 @@ class _Search:
             return 0.0
         if self._by_memory:
             return self._least_memory(chosen) if known <= RECOMPUTE else 0.0
-        tp, pp, ep = chosen[:EXPERTS]
+        tp, pp, cp, ep = chosen[:EXPERTS]
         # A sequence takes least in the largest micro-batch.
         micro = chosen[EXPERTS] if known >= MICRO else max(self._options[EXPERTS])
         recompute = chosen[MICRO] if known >= RECOMPUTE else None
-        layers, dp = self._run.model.num_hidden_layers, self._world // (tp * pp)
+        layers, dp = self._run.model.num_hidden_layers, self._world // (tp * pp * cp)
         batch = self._run.model.global_batch_size
         job = replace(
             self._job,
             micro_batch=micro,
             recompute=recompute or "none",
-            ranks=Ranks(tp=tp, pp=pp, ep=ep, dp=dp),
+            ranks=Ranks(tp=tp, pp=pp, ep=ep, cp=cp, dp=dp),
         )
         if known > RECOMPUTE:
             schedule = chosen[RECOMPUTE]
@@ -280,17 +286,18 @@ class _Search:
 
         Stages of other schedules are cut elsewhere, so that the latter is taken with a margin.
         """
-        tp, pp, ep = chosen[:EXPERTS]
+        tp, pp, cp, ep = chosen[:EXPERTS]
         micro = chosen[EXPERTS] if len(chosen) >= MICRO else 1
         recompute = chosen[MICRO] if len(chosen) == RECOMPUTE else "full"
         replicas = self._replicas(chosen)
         assert replicas is not None, "the branch has ended"
-        layout = Layout(pp, replicas, self._world // (tp * pp * replicas), tp, ep)
+        layout = Layout(pp, replicas, self._world // (tp * pp * replicas), tp, ep, cp)
         saving = True if pp == 1 else None
         model = replace(
             self._run.model,
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
+            context_parallel_size=cp,
             expert_model_parallel_size=ep,
             data_parallel_replicate_size=replicas,
             micro_batch_size=micro,
@@ -315,22 +322,26 @@ class _Search:
         values = dict(zip(PLANNED, chosen, strict=False))
         return predict_step(changed(self._run, values), self._gpu, self._world)
 
-    def _plan(self, chosen: Choice) -> Plan:
+    def _plan(self, chosen: Choice) -> Plan | None:
+        """A whole layout; None if it does not fit, or one of its shape is as good."""
         run = changed(self._run, dict(zip(PLANNED, chosen, strict=True)))
-        layout = Layout.of_run(run)
-        batches = run.model.global_batch_size // (run.model.micro_batch_size * layout.dp)
-        needs = tuple(
-            rank_need(run.model, layout, pp, batches, self._half) for pp in range(layout.pp)
-        )
-        return Plan(run, predict_step(run, self._gpu, self._world), needs)
+        estimate, shape = predict_step(run, self._gpu, self._world), chosen[:VIRTUAL]
+        if not self._by_memory and estimate.seconds >= self._fastest.get(shape, math.inf):
+            return None
+        plan = Plan(run, estimate, tuple(rank_needs(run)))
+        if plan.most > self._memory:
+            return None
+        self._fastest[shape] = estimate.seconds
+        return plan
 
 
 def _options(run: RunConfig, fixed: Sequence[str]) -> list[list[Any]]:
     """Values of each key that are worth a question, in the order of ``PLANNED``."""
-    model, sizes = run.model, divisors(world_size(run))
+    model, sizes, length = run.model, divisors(world_size(run)), run.model.data.seq_length
     worth: dict[str, list[Any]] = {
         "tensor_model_parallel_size": sizes,
         "pipeline_model_parallel_size": [n for n in sizes if n <= model.num_hidden_layers],
+        "context_parallel_size": [n for n in sizes if n == 1 or length >= n * LEAST_PART],
         "expert_model_parallel_size": divisors(model.n_routed_experts),
         "micro_batch_size": divisors(model.global_batch_size),
         "virtual_pipeline_model_parallel_size": [
