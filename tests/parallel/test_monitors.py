@@ -101,7 +101,11 @@ def _margin(config: Any, scores_TE: np.ndarray) -> float:
     return float(np.mean(found))
 
 
-def experts_of_rank(rank: int, case: Case, folder: Path) -> list[int]:
+def experts_of_rank(rank: int, cases: dict[str, Case], folder: Path) -> list[list[int]]:
+    return [_experts(rank, case, folder / name) for name, case in cases.items()]
+
+
+def _experts(rank: int, case: Case, folder: Path) -> list[int]:
     """Collectives of each record."""
     driven = spread(case)
     monitor = ExpertMonitor(folder / "experts.arrays", 1, leads=rank == 0)
@@ -135,7 +139,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {"context_parallel_size": 2, "expert_model_parallel_size": 2, "micro_batch_size": 8},
     ),
     "pp2": (2, {"pipeline_model_parallel_size": 2, "micro_batch_size": 2}),
-    "pp2 in a V": (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "DualPipeV"}),
+    "pp2 in a V": (
+        2,
+        {
+            "pipeline_model_parallel_size": 2, "pipeline_schedule": "DualPipeV",
+            "micro_batch_size": 2,
+        },
+    ),
     "recomputation, accumulation": (
         2,
         {"expert_model_parallel_size": 2, "activations_checkpoint_granularity": "full"},
@@ -145,21 +155,32 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {
             "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2,
             "num_hidden_layers": 5, "first_k_dense_replace": 2, "num_nextn_predict_layers": 2,
+            "micro_batch_size": 2,
         },
     ),
     "replicas": (4, {"data_parallel_replicate_size": 2, "expert_model_parallel_size": 2}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_counts_are_those_of_the_whole_batch(name: str, tmp_path: Path) -> None:
-    world, changes = LAYOUTS[name]
-    config = small_config(**changes)
-    case = Case(config, world, steps=3)
-    assert not case.problems()
-    counted = run_ranks(world, experts_of_rank, case, tmp_path)
-    assert counted == [[1, 1, 1]] * world
-    records = list(read_arrays(tmp_path / "experts.arrays"))
+@pytest.mark.parametrize("world", [2, 4])
+def test_counts_are_those_of_the_whole_batch(world: int, tmp_path: Path) -> None:
+    cases = {
+        name: Case(small_config(**changes), world, steps=3)
+        for name, (size, changes) in LAYOUTS.items()
+        if size == world
+    }
+    for name, case in cases.items():
+        assert not case.problems()
+        (tmp_path / name).mkdir()
+    counted = run_ranks(world, experts_of_rank, cases, tmp_path)
+    assert counted == [[[1, 1, 1]] * len(cases)] * world
+    for name, case in cases.items():
+        assert_counts(case, tmp_path / name)
+
+
+def assert_counts(case: Case, folder: Path) -> None:
+    config = case.config
+    records = list(read_arrays(folder / "experts.arrays"))
     assert [record.step for record in records] == [1, 2, 3]
     first_batch_is_all = config.micro_batch_size * case.layout.dp == config.global_batch_size
     for record, (counts, margins) in zip(records, brute_force(case), strict=True):
