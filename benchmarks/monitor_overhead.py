@@ -34,7 +34,7 @@ from deepseek.config.schema import ModelConfig
 from deepseek.monitoring.record.alarms import Alarms
 from deepseek.monitoring.record.expert_monitor import ExpertMonitor
 from deepseek.monitoring.record.metrics_log import MetricsLog
-from deepseek.monitoring.record.rank_monitor import RankMonitor
+from deepseek.monitoring.record.rank_monitor import RankMonitor, RecordSchedule
 from deepseek.parallel.mesh import Meshes, SingleProcess
 from deepseek.training.step import DeepSeekModel
 
@@ -116,8 +116,8 @@ class Driven:
         self.module.parallelize(meshes, torch.device("cpu"))
         self.optimizer = self.module.configure_optimizers()
         leads = meshes.rank == 0
-        ranks = RankMonitor(folder / "monitor", 1, leads)
-        experts = ExpertMonitor(folder / "monitor" / "experts.arrays", 1, leads)
+        ranks = RankMonitor(folder / "monitor", RecordSchedule(1), leads)
+        experts = ExpertMonitor(folder / "monitor" / "experts.arrays", RecordSchedule(1), leads)
         self.callbacks: list[Any] = [ranks, experts]
         if leads:
             log = MetricsLog(folder / "metrics.jsonl", 1e9, 1e12)

@@ -19,11 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepseek.checkpoint import checkpoint as checkpoint_module
 from deepseek.checkpoint import manager as manager_module
 from deepseek.checkpoint import manifest, shards
 from deepseek.checkpoint.callback import Checkpointing
 from deepseek.checkpoint.checkpoint import Checkpoint, newest_sound
 from deepseek.checkpoint.manager import CheckpointManager
+from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.training_state import collect_tensors, load_weights, restore
 from deepseek.commands.stopping import Stopping
 from deepseek.config.errors import UserError
@@ -420,3 +422,32 @@ def _refused_by_callback(rank: int, case: Case, folder: Path, config: dict[str, 
     callback.on_exception(trainer, driven.module, caught.value)
     dist.barrier()
     return str(caught.value)
+
+
+def test_what_is_large_goes_to_rank_0_alone_and_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved_by_ranks(tmp_path, "dp3", 1)
+
+    def full(rank: int) -> None:
+        if rank == 1:
+            raise UserError("full")
+
+    def work(rank: int) -> tuple[list[int], str, int, list[str]]:
+        reads: list[Path] = []
+        read = checkpoint_module.read_metadata
+        monkeypatch.setattr(
+            checkpoint_module,
+            "read_metadata",
+            lambda path, sizes: reads.append(path) or read(path, sizes),  # type: ignore[func-returns-value]
+        )
+        ranks = Ranks()
+        gathered = ranks.gather(lambda: 10 * rank)
+        with pytest.raises(UserError) as raised:
+            ranks.gather(lambda: full(rank))
+        opened = Checkpoint.open(tmp_path / "step_00000001", ranks)
+        return gathered, str(raised.value), len(reads), opened.tensor_names()
+
+    first, second = run_ranks(2, work)
+    assert (first[0], second[0]) == ([0, 10], []) and first[1] == second[1] == "rank 1: full"
+    assert (first[2], second[2]) == (1, 0) and first[3] == second[3] != []

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,15 +16,19 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from deepseek.config import changed
+from deepseek.config.layout import Layout
 from deepseek.frameworks import Callback
 from deepseek.models.components.moe import MoE
-from deepseek.monitoring.array_log import Record, read_arrays
+from deepseek.monitoring.array_history import read_traffic
+from deepseek.monitoring.array_log import ArrayReader, Record, read_arrays
 from deepseek.monitoring.record.expert_monitor import MARGIN_TOKENS, ExpertMonitor, expert_layers
-from deepseek.monitoring.record.rank_monitor import COLUMNS, RankMonitor
-from deepseek.parallel.mesh import SingleProcess
-from deepseek.training.phases import Memory
+from deepseek.monitoring.record.rank_monitor import COLUMNS, RankMonitor, RecordSchedule
+from deepseek.monitoring.record.recorder import CommunicationRecorder
+from deepseek.parallel.mesh import Meshes, SingleProcess
+from deepseek.training.phases import Memory, Phases
 from deepseek.training.step import SaveRecord
 from support.layouts import Case, Driven, batches, small_config, spread
 from support.ranks import run_ranks
@@ -51,8 +56,8 @@ def watched(driven: Driven, callbacks: list[Any]) -> list[dict[str, Any]]:
 
 def monitors(folder: Path, leads: bool, every: int = 1) -> list[Any]:
     return [
-        RankMonitor(folder, every, leads, ranks_per_node=2),
-        ExpertMonitor(folder / "experts.arrays", every, leads),
+        RankMonitor(folder, RecordSchedule(every), leads, ranks_per_node=2),
+        ExpertMonitor(folder / "experts.arrays", RecordSchedule(every), leads),
     ]
 
 
@@ -108,7 +113,7 @@ def experts_of_rank(rank: int, cases: dict[str, Case], folder: Path) -> list[lis
 def _experts(rank: int, case: Case, folder: Path) -> list[int]:
     """Collectives of each record."""
     driven = spread(case)
-    monitor = ExpertMonitor(folder / "experts.arrays", 1, leads=rank == 0)
+    monitor = ExpertMonitor(folder / "experts.arrays", RecordSchedule(1), leads=rank == 0)
     counted: list[int] = []
     original, end = dist.all_reduce, monitor.on_train_batch_end
 
@@ -386,7 +391,7 @@ def hungry_of_rank(rank: int, case: Case, folder: Path) -> None:
 
     driven.optimizer.step = hungry  # type: ignore[method-assign]
     driven.module.save_record = SaveRecord(0, 1.0, Memory(5_000_000, 6_000_000, 7_000_000))
-    watching = RankMonitor(folder, 1, rank == 0)
+    watching = RankMonitor(folder, RecordSchedule(1), rank == 0)
     watched(driven, [watching])
 
 
@@ -418,8 +423,12 @@ def test_traffic_and_collectives_are_written(tmp_path: Path) -> None:
     matrix = record.arrays["bytes"].astype(np.int64)
     assert record.meta == {"row_bytes": config.hidden_size * 8, "node_of_rank": [0, 0, 1, 1]}
     # What goes out comes back, and nothing leaves the EP groups (0, 1) and (2, 3).
-    assert (matrix == matrix.T).all() and matrix[0, 1] > 0 and matrix[2, 3] > 0
-    assert not matrix[:2, 2:].any() and not np.diag(matrix).any()
+    assert matrix.shape == (4, 2)
+    there, back, stays = matrix[::2, 1], matrix[1::2, 0], [*matrix[::2, 0], *matrix[1::2, 1]]
+    assert (there == back).all() and (there > 0).all() and not any(stays)
+    traffic = read_traffic(ArrayReader(tmp_path / "traffic.arrays"), [])
+    assert traffic is not None and traffic.bytes_per_step.shape == (4, 4)
+    assert traffic.bytes_per_step[2, 3] > 0 and not traffic.bytes_per_step[:2, 2:].any()
     rows = [json.loads(line) for line in (tmp_path / "collectives.jsonl").read_text().splitlines()]
     found = {(row["group"], row["op"]): row for row in rows if row["step"] == 2}
     dispatch = found["ep", "all_to_all"]
@@ -482,3 +491,52 @@ def test_waiting_for_a_rank_that_is_busy_is_not_a_cost_of_watching(tmp_path: Pat
     case = Case(small_config(expert_model_parallel_size=2, micro_batch_size=4), 2, steps=3)
     for costs in run_ranks(2, costs_of_rank, case, tmp_path):
         assert all(0 < cost < LATE / 2 for cost in costs), costs
+
+
+# -- at scale --
+
+
+def test_records_are_as_rare_as_their_cost_asks() -> None:
+    """2,048 ranks, steps of 20 s, 1.2 s for a record: a 600th of the time at most, from the third
+    one on."""
+    schedule, due, step = RecordSchedule(None, 2048), [], 0
+    while step < 50:
+        step += 1
+        if schedule.is_due(step):
+            schedule.recorded(step, cost=1.2 if due else 0.0, step_seconds=20.0)
+            assert schedule.is_due(step)  # the other monitor asks after this one has
+            due.append(step)
+    assert due == [1, 2, 8, 14, 20, 26, 32, 38, 44, 50]
+    assert [RecordSchedule(None, 64).is_due(step) for step in (1, 2, 3)] == [True] * 3
+    assert [RecordSchedule(2, 2048).is_due(step) for step in (1, 2, 3)] == [False, True, False]
+
+
+def test_a_record_of_many_ranks_is_not_their_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes over the network for a record of DeepSeek-V3's 2,048 ranks, and of 4,096."""
+    sent: list[int] = []
+    monkeypatch.setattr(
+        "deepseek.monitoring.record.rank_monitor.sum_over",
+        lambda table, group: sent.append(table.numel() * 8),
+    )
+    for ranks in (2048, 4096):
+        layout = Layout(pp=16, dp_shard=ranks // 16, ep=64)
+        dist.init_process_group("fake", rank=5, world_size=ranks, store=FakeStore())
+        try:
+            meshes = Meshes(layout, "cpu", timedelta(minutes=1))
+            recorder = CommunicationRecorder(meshes)
+            monitor = RankMonitor(Path(), RecordSchedule(1), leads=False)
+            monitor._recorder = recorder
+            recorder.start()
+            dist.all_reduce(torch.zeros(1), group=meshes.stage)
+            recorder.stop()
+            model = torch.nn.Linear(1, 1)
+            module: Any = SimpleNamespace(
+                meshes=meshes, model=model, phases=Phases(), save_record=None
+            )
+            used = Memory(1, 1, 1)
+            module.phases.memory = {"forward_backward": used, "optimizer": used}
+            row: Any = SimpleNamespace(data_seconds=0, optimizer_seconds=0, memory_bytes=0)
+            monitor._record(module, row, 1.0, recorder.summary())
+        finally:
+            dist.destroy_process_group()
+    assert sent[1] == 2 * sent[0] and sent[0] < 4e6  # a row of all ranks made it 40 MB

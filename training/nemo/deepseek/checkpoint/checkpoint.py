@@ -67,19 +67,19 @@ class Checkpoint:
         if problems:
             raise UserError(f"{path} is damaged: {'; '.join(problems)}")
         sizes = {name: entry.size for name, entry in manifest.files.items()}
-        opened = []
 
-        def read() -> None:
+        def read() -> tuple[dict[str, Any], Metadata]:
             state, metadata = read_state(path), read_metadata(path, sizes)
             if state.get("step", manifest.step) != manifest.step:
                 raise UserError(
                     f"{path} is damaged: its manifest says step {str(manifest.step)[:20]}, its "
                     f"state {state['step']}"
                 )
-            opened.append(cls(path, manifest.step, state, metadata, ranks, _hold=held))
+            return state, metadata
 
-        ranks.together(read)
-        return opened[0]
+        # Read and checked once: of 2,048 ranks it takes half a minute.
+        state, metadata = ranks.lead(read)
+        return cls(path, manifest.step, state, metadata, ranks, _hold=held)
 
     def release(self) -> None:
         """Let it be retired; for its own writer, which knows what it still needs."""

@@ -225,7 +225,7 @@ class CheckpointManager:
         self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]
     ) -> list[_Prepared]:
         ranks = self._ranks
-        return ranks.together(lambda: _prepare(step, tensors, state, alone=ranks.size == 1))
+        return ranks.gather(lambda: _prepare(step, tensors, state, alone=ranks.size == 1))
 
     def _write(
         self,
@@ -235,11 +235,11 @@ class CheckpointManager:
         ranks: Ranks,
         retire: bool,
     ) -> Path:
-        """Write and name; ``prepared`` is of all ranks. In whatever thread: ``ranks`` are its."""
+        """Write and name. In whatever thread: ``ranks`` are its. ``prepared`` is rank 0's alone."""
         temporary = ranks.lead(lambda: self._begin(step, [parts for _, parts in prepared]))
         try:
             # 1. Every rank writes its shards.
-            written = ranks.together(lambda: write_shards(temporary, tensors, ranks))
+            written = ranks.gather(lambda: write_shards(temporary, tensors, ranks))
             # 2. Rank 0 adds the state and the manifest, and gives the directory its name.
             files = {name: entry for part in written for name, entry in part.items()}
             ranks.lead(lambda: self._finish(step, temporary, files, prepared[0][0], retire))

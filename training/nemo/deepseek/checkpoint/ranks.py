@@ -1,15 +1,15 @@
 """The ranks that write or read a checkpoint together: every collective decision of the package.
 
-Two verbs are enough. ``together`` runs a piece of work on every rank and hands all results to all;
-``lead`` runs it on rank 0 and hands the result to all. What fails on one rank fails on every rank,
-with the same message, so that none waits for one that has left. Without a process group both are
-a plain call: a layout of one.
+Three verbs are enough. ``together`` runs a piece of work on every rank and hands all results to
+all; ``gather`` hands them to rank 0 alone; ``lead`` runs it on rank 0 and hands the result to all.
+What fails on one rank fails on every rank, with the same message, so that none waits for one that
+has left. Without a process group all are a plain call: a layout of one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -71,6 +71,26 @@ class Ranks:
         if messages:
             _raise(failure, _joined(messages, self.size))
         return [cast(T, value) for value, _ in outcomes]
+
+    def gather(self, work: Callable[[], T]) -> list[T]:
+        """Run ``work`` on every rank; the results of all ranks on rank 0, nothing on the others.
+
+        For what is large: of a checkpoint of 2,048 ranks, what all want to write is 50 MB.
+
+        Raises as ``together``.
+        """
+        if not self.active:
+            return [work()]
+        value, failure = _attempt(work)
+        root = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        outcomes: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object((value, _message(failure)), outcomes, dst=root, group=self.group)
+        failures = {rank: text for rank, (_, text) in enumerate(outcomes or ()) if text is not None}
+        messages: list[dict[int, str]] = [failures]
+        dist.broadcast_object_list(messages, src=root, group=self.group)
+        if messages[0]:
+            _raise(failure, _joined(messages[0], self.size))
+        return [value for value, _ in outcomes or ()]
 
     def lead(self, work: Callable[[], T]) -> T:
         """Run ``work`` on rank 0; its result on every rank.

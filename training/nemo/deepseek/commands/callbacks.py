@@ -21,7 +21,7 @@ from deepseek.monitoring.record.expert_monitor import ExpertMonitor
 from deepseek.monitoring.record.metrics_log import MetricsLog
 from deepseek.monitoring.record.profile import Profile
 from deepseek.monitoring.record.progress import Progress
-from deepseek.monitoring.record.rank_monitor import RankMonitor
+from deepseek.monitoring.record.rank_monitor import RankMonitor, RecordSchedule
 from deepseek.monitoring.record.run_record import Peak, RunRecord, environment
 from deepseek.run_folder import CHECKPOINTS, EXPERTS_FILE, METRICS_FILE, MONITOR, PROFILE
 from deepseek.training.step import DeepSeekCallback, DeepSeekModel
@@ -82,15 +82,16 @@ def callbacks(
         found.append(StartingWeights(Path(run.model.restore_from)))
     if manager.profile.steps:
         found.append(Profile(folder / PROFILE, manager.profile))
+    model, world = run.model, run.trainer.devices * run.trainer.num_nodes
     every = manager.monitor.every_n_steps
     ranks = experts = None
-    if every > 0:
-        ranks = RankMonitor(folder / MONITOR, every, leads, run.trainer.devices)
-        experts = ExpertMonitor(folder / MONITOR / EXPERTS_FILE, every, leads)
+    if every != 0:
+        schedule = RecordSchedule(every, world)
+        ranks = RankMonitor(folder / MONITOR, schedule, leads, run.trainer.devices)
+        experts = ExpertMonitor(folder / MONITOR / EXPERTS_FILE, schedule, leads)
         found += [ranks, experts]
     if not leads:
         return found
-    model, world = run.model, run.trainer.devices * run.trainer.num_nodes
     flops = flops_per_token(model, model.data.seq_length, model.num_nextn_predict_layers > 0)
     counts = count_parameters(model)
     parameters = counts.total + counts.mtp

@@ -539,9 +539,10 @@ class ProfileConfig:
 class MonitorConfig:
     """What is recorded of a run besides its losses."""
 
-    every_n_steps: int = key(
-        1,
-        "between records of expert loads, traffic, times and memory of every rank; 0: none",
+    every_n_steps: int | None = key(
+        None,
+        "between records of expert loads, traffic, times and memory of every rank; 0: none; null: "
+        "1 up to 64 processes, beyond as many as keep it below 1 % of the time",
         unit="steps",
         at_least=0,
     )

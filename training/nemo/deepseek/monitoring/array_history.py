@@ -179,7 +179,18 @@ def read_traffic(reader: ArrayReader, notes: list[str]) -> Traffic | None:
         count, meta = count + 1, record.meta
     if not count:
         return None
-    return Traffic(total / count, count, meta.get("node_of_rank"), meta.get("row_bytes"))
+    mean_RR = _whole(total / count)
+    return Traffic(mean_RR, count, meta.get("node_of_rank"), meta.get("row_bytes"))
+
+
+def _whole(traffic_RP: np.ndarray) -> np.ndarray:
+    """(R, R): each rank's EP group are its neighbours, and it sends to no others."""
+    ranks, places = traffic_RP.shape
+    whole_RR = np.zeros((ranks, ranks))
+    for rank, row in enumerate(traffic_RP):
+        first = rank // places * places
+        whole_RR[rank, first : first + places] = row
+    return whole_RR
 
 
 def _alike(reader: ArrayReader, of: str, notes: list[str]) -> list[Entry]:

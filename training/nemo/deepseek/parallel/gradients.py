@@ -69,6 +69,13 @@ def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return tensor
 
 
+def max_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Largest over a group, in place, element by element; None: this rank alone."""
+    if group is not None:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
+    return tensor
+
+
 def sum_over_all(tensor: Tensor) -> Tensor:
     """Sum over every rank, in place; without a process group, this one alone."""
     if dist.is_available() and dist.is_initialized():

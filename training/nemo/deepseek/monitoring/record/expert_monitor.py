@@ -21,6 +21,7 @@ from deepseek.models.components.moe import MoE
 from deepseek.models.components.router import Router, Routing
 from deepseek.monitoring import load_metrics
 from deepseek.monitoring.array_log import ArrayLog
+from deepseek.monitoring.record.rank_monitor import RecordSchedule
 from deepseek.parallel.gradients import sum_over
 from deepseek.training.step import DeepSeekCallback, DeepSeekModel, StepRecord
 
@@ -50,15 +51,15 @@ class ExpertMonitor(DeepSeekCallback):
 
     Args:
         path: the file; only rank 0 writes it.
-        every_n_steps: steps between records.
+        schedule: which steps are recorded.
         leads: whether this is rank 0.
 
     Attributes:
         latest: the newest record; on rank 0 alone.
     """
 
-    def __init__(self, path: Path, every_n_steps: int, leads: bool) -> None:
-        self.every_n_steps = every_n_steps
+    def __init__(self, path: Path, schedule: RecordSchedule, leads: bool) -> None:
+        self.schedule = schedule
         self.latest: ExpertRecord | None = None
         self._leads = leads
         self._log: ArrayLog | None = ArrayLog(path) if leads else None
@@ -73,7 +74,7 @@ class ExpertMonitor(DeepSeekCallback):
 
     def on_train_batch_start(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Measure margins only in steps that are recorded."""
-        if self._is_due(module.finished_steps + 1):
+        if self.schedule.is_due(module.finished_steps + 1):
             for margin in self._margins.values():
                 margin.measure_next()
 
@@ -81,7 +82,7 @@ class ExpertMonitor(DeepSeekCallback):
         """Collect, on every rank; write, on rank 0."""
         step, config = module.finished_steps, module.config
         layers = expert_layers(config)
-        if not layers or not self._is_due(step):
+        if not layers or not self.schedule.is_due(step):
             return
         begin = time.perf_counter()
         record = self._collect(module, step, layers)
@@ -110,9 +111,6 @@ class ExpertMonitor(DeepSeekCallback):
         for margin in self._margins.values():
             margin.remove()
         self._margins.clear()
-
-    def _is_due(self, step: int) -> bool:
-        return step % self.every_n_steps == 0
 
     def _collect(self, module: DeepSeekModel, step: int, layers: list[str]) -> ExpertRecord:
         """All layers, on every rank: one sum of a table with a row for each."""

@@ -6,6 +6,7 @@ R ranks, M measurements.
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from deepseek.monitoring.record.recorder import (
     Kind,
     Summary,
 )
-from deepseek.parallel.gradients import sum_over
+from deepseek.parallel.gradients import max_over, sum_over
 from deepseek.parallel.mesh import Meshes
 from deepseek.run_folder import COLLECTIVES_FILE, RANKS_FILE, TRAFFIC_FILE
 from deepseek.training.phases import Memory, resident_bytes
@@ -56,6 +57,38 @@ COLUMNS = (
 came to its experts. The phase ``checkpoint`` is the newest one, of whatever step."""
 
 
+SHARE = 0.01
+"""Of the time, at most, that records may take if nothing else is asked for."""
+FEW_RANKS = 64
+"""Up to so many every step is recorded: what it costs grows with their number."""
+
+
+class RecordSchedule:
+    """Which steps are recorded; the same on every rank.
+
+    Args:
+        every_n_steps: between them; None: every step with few ranks, else as seldom as costs
+            ``SHARE`` of the time, by what the newest record cost.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, every_n_steps: int | None, world_size: int = 1) -> None:
+        self._every = 1 if every_n_steps is None and world_size <= FEW_RANKS else every_n_steps
+        self._newest = self._next = 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether this step is recorded."""
+        if self._every is not None:
+            return step % self._every == 0
+        return step == self._newest or step >= self._next
+
+    def recorded(self, step: int, cost: float, step_seconds: float) -> None:
+        """Of the record at ``step``: seconds that the one before it cost, and those of the step."""
+        if step_seconds > 0:
+            self._newest = step
+            self._next = step + max(1, math.ceil(cost / (SHARE * step_seconds)))
+
+
 @dataclass(frozen=True)
 class RankRecord:
     """What was found in one step."""
@@ -76,7 +109,7 @@ class RankMonitor(DeepSeekCallback):
 
     Args:
         folder: of the files; only rank 0 writes them.
-        every_n_steps: steps between records.
+        schedule: which steps are recorded.
         leads: whether this is rank 0.
         ranks_per_node: tells which rank is where.
 
@@ -87,17 +120,19 @@ class RankMonitor(DeepSeekCallback):
     def __init__(
         self,
         folder: Path,
-        every_n_steps: int,
+        schedule: RecordSchedule,
         leads: bool,
         ranks_per_node: int = 1,
     ) -> None:
-        self.every_n_steps = every_n_steps
+        self.schedule = schedule
         self.latest: RankRecord | None = None
         self._leads = leads
         self._files = _Files(folder, ranks_per_node) if leads else None
         self._recorder: CommunicationRecorder | None = None
         self._rows: ReceivedRows | None = None
         self._clock = 0.0
+        self._cost = 0.0
+        """Seconds that watching took in the newest recorded step, writing included."""
 
     def on_train_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Get ready to record, where there is something to record."""
@@ -107,7 +142,10 @@ class RankMonitor(DeepSeekCallback):
 
     def on_train_batch_start(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Start the clock, and the recorder if this step is recorded."""
-        if self._recorder is not None and self._is_due(module.finished_steps + 1):
+        is_due = self.schedule.is_due
+        if module.step_record is not None and is_due(module.finished_steps):
+            self._cost = module.step_record.monitor_seconds
+        if self._recorder is not None and is_due(module.finished_steps + 1):
             self._recorder.start()
         if self._rows is not None:
             self._rows.start()
@@ -117,12 +155,13 @@ class RankMonitor(DeepSeekCallback):
         """Collect, on every rank; write, on rank 0."""
         step_seconds = time.perf_counter() - self._clock
         step = module.finished_steps
-        if self._is_due(step):
-            _meet(module)
+        is_due = self.schedule.is_due(step)
+        if is_due:
+            self.schedule.recorded(step, *_meet(module, self._cost, step_seconds))
         begin = time.perf_counter()
         row = module.step_record
         assert row is not None
-        if self._is_due(step):
+        if is_due:
             summary = None
             if self._recorder is not None:
                 self._recorder.stop()
@@ -145,17 +184,16 @@ class RankMonitor(DeepSeekCallback):
         if self._rows is not None:
             self._rows.remove()
 
-    def _is_due(self, step: int) -> bool:
-        return step % self.every_n_steps == 0
-
     def _record(
         self, module: DeepSeekModel, row: StepRecord, step_seconds: float, summary: Summary | None
     ) -> None:
         own = _measurements(module, row, step_seconds, summary, self._rows)
         kinds = self._recorder.kinds() if self._recorder is not None else []
-        rank, size = module.meshes.rank, module.meshes.layout.world_size
-        # One collective: each rank fills its row of one table; at its end what it sent to whom.
-        width = len(COLUMNS) + len(kinds) * len(NUMBERS) + 1 + size
+        layout = module.meshes.layout
+        rank, size, ep = module.meshes.rank, layout.world_size, layout.ep
+        # One collective: each rank fills its row of one table; at its end what it sent to whom in
+        # its EP group, which are neighbours: a row of all ranks would make it size x size.
+        width = len(COLUMNS) + len(kinds) * len(NUMBERS) + 1 + ep
         device = next(module.model.parameters()).device
         table = torch.zeros(size, width, dtype=torch.float64, device=device)
         mine = [own]
@@ -163,18 +201,18 @@ class RankMonitor(DeepSeekCallback):
             mine += [summary.numbers.get(kind, np.zeros(len(NUMBERS))) for kind in kinds]
             mine += [np.array([float(summary.row_bytes)]), summary.expert_bytes.astype(np.float64)]
         else:
-            mine.append(np.zeros(1 + size))
+            mine.append(np.zeros(1 + ep))
         table[rank] = torch.from_numpy(np.concatenate(mine))
-        found = sum_over(table, module.meshes.world).cpu().numpy()
+        sum_over(table, module.meshes.world)
         if not self._leads:
             return
+        found = table.cpu().numpy()
         ranks_RM = found[:, : len(COLUMNS)]
-        layout = module.meshes.layout
         stages = [layout.coordinate(rank).pp for rank in range(size)]
         self.latest = RankRecord(row.step, stages, ranks_RM)
         peak = self.latest.column("peak_memory_bytes")
         row.memory_bytes = int(peak.max())
-        numbers_RKN = found[:, len(COLUMNS) : width - size - 1].reshape(
+        numbers_RKN = found[:, len(COLUMNS) : width - ep - 1].reshape(
             size, len(kinds), len(NUMBERS)
         )
         all_to_all = [k for k, kind in enumerate(kinds) if kind.operation == "all_to_all"]
@@ -185,20 +223,20 @@ class RankMonitor(DeepSeekCallback):
             return
         try:
             self._files.write(row.step, ranks_RM, kinds, numbers_RKN)
-            self._files.write_traffic(row.step, found[:, -size:], int(found[:, -size - 1].max()))
+            self._files.write_traffic(row.step, found[:, -ep:], int(found[:, -ep - 1].max()))
         except OSError as error:  # watching must not stop what is watched
             complain(f"{error.filename}: {error.strerror}; ranks are no longer recorded")
             self._files = None
 
 
-def _meet(module: DeepSeekModel) -> None:
-    """Wait for the ranks that are still busy with the step.
+def _meet(module: DeepSeekModel, *values: float) -> list[float]:
+    """Wait for the ranks that are still busy with the step; the largest of each value on any rank.
 
     Not a cost of watching: who is early waits now instead of at the next step's first collective.
     What the monitors' own collectives take afterwards is their cost.
     """
     device = next(module.model.parameters()).device
-    sum_over(torch.zeros(1, device=device), module.meshes.world).item()
+    return max_over(torch.tensor(values, device=device), module.meshes.world).tolist()
 
 
 def _measurements(
@@ -272,11 +310,11 @@ class _Files:
             with open(self._collectives, "ab", buffering=0) as file:
                 file.write(text.encode())
 
-    def write_traffic(self, step: int, traffic_RR: np.ndarray, row_bytes: int) -> None:
-        """Row s, column d: bytes of rows that rank s sent to rank d."""
-        if traffic_RR.any():
-            nodes = [rank // self._ranks_per_node for rank in range(len(traffic_RR))]
-            arrays = {"bytes": traffic_RR.astype(np.uint64)}
+    def write_traffic(self, step: int, traffic_RP: np.ndarray, row_bytes: int) -> None:
+        """Row s, column p: bytes of rows that rank s sent to place p of its EP group."""
+        if traffic_RP.any():
+            nodes = [rank // self._ranks_per_node for rank in range(len(traffic_RP))]
+            arrays = {"bytes": traffic_RP.astype(np.uint64)}
             self._traffic.append(step, arrays, row_bytes=row_bytes, node_of_rank=nodes)
 
 

@@ -91,8 +91,8 @@ class Summary:
     their sum, that part of it in which all ranks of the group were there (the rest was waiting),
     that part in which this rank could not compute, and the size of the group."""
     expert_bytes: np.ndarray
-    """int64 (ranks): bytes of rows sent to each rank on their way to experts and back; rows that
-    stay here do not count."""
+    """int64 (EP): bytes of rows sent to each rank of this one's EP group on their way to experts
+    and back; rows that stay here do not count."""
     row_bytes: int
     """Of one such row; 0 if there was none."""
 
@@ -119,7 +119,7 @@ class CommunicationRecorder:
             name: dist.get_process_group_ranks(group) for name, group in self._groups.items()
         }
         self._calls: dict[Kind, list[_Call]] = defaultdict(list)
-        self._expert_bytes = [0] * meshes.layout.world_size
+        self._expert_bytes = [0] * meshes.layout.ep
         self._row_bytes = 0
         self._originals: list[tuple[Any, str, Callable[..., Any]]] = []
         self._stream: Any = None
@@ -136,7 +136,7 @@ class CommunicationRecorder:
     def start(self) -> None:
         """Begin, with nothing recorded."""
         self._calls.clear()
-        self._expert_bytes = [0] * self._meshes.layout.world_size
+        self._expert_bytes = [0] * self._meshes.layout.ep
         self._row_bytes = 0
         self.own_seconds = 0.0
         self._stream = torch.cuda.current_stream() if self._on_gpu else None
@@ -283,9 +283,9 @@ class CommunicationRecorder:
     def _note_rows(self, rows_RD: Tensor, splits: Sequence[int] | None, ranks: list[int]) -> None:
         counts = splits if splits is not None else [len(rows_RD) // len(ranks)] * len(ranks)
         self._row_bytes = math.prod(rows_RD.shape[1:]) * rows_RD.element_size()
-        for rank, count in zip(ranks, counts, strict=True):
+        for place, (rank, count) in enumerate(zip(ranks, counts, strict=True)):
             if rank != self._meshes.rank:
-                self._expert_bytes[rank] += count * self._row_bytes
+                self._expert_bytes[place] += count * self._row_bytes
 
 
 class _TimedWork:
