@@ -456,13 +456,13 @@ ONE_PROBLEM = [
     # processes that are lost
     ("trainer.max_restarts=-1", "trainer.max_restarts", ["at least 0", "(default 3)"]),
     (
-        "trainer.distributed_timeout_minutes=0",
-        "trainer.distributed_timeout_minutes",
+        "trainer.collective_timeout_minutes=0",
+        "trainer.collective_timeout_minutes",
         ["must be above 0", "use more than 0 (default 30.0)"],
     ),
     (
-        "trainer.distributed_timeout_minutes=1e7",
-        "trainer.distributed_timeout_minutes",
+        "trainer.collective_timeout_minutes=1e7",
+        "trainer.collective_timeout_minutes",
         ["at most 1000000"],
     ),
     # data, files, folders

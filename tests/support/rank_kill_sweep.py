@@ -164,7 +164,7 @@ def main() -> None:
     options = parser.parse_args()
     settings = settings_of(options.devices, options.kills)
     if options.stop:
-        settings.append(f"trainer.distributed_timeout_seconds_after_init={STEP_SECONDS}")
+        settings.append(f"trainer.step_timeout_seconds={STEP_SECONDS}")
     with tempfile.TemporaryDirectory() as folder:
         runs = MicroRuns(Path(folder) / "runs")
         try:

@@ -66,7 +66,7 @@ def fit(
     together = processes.world_size > 1
     on_gpu = _device_is_gpu(run)
     if together:
-        timeout = timedelta(minutes=run.trainer.distributed_timeout_minutes)
+        timeout = timedelta(minutes=run.trainer.collective_timeout_minutes)
         join(processes, "cuda" if on_gpu else "cpu", timeout)
     if processes.attempt > 0:
         resume_from = None  # started anew: the run has gone back already
@@ -143,8 +143,8 @@ def _fit(
             num_nodes=run.trainer.num_nodes,
             strategy=DeepSeekStrategy(
                 lambda size: Layout.of(run.model, size),
-                timedelta(minutes=run.trainer.distributed_timeout_minutes),
-                step_timeout=timedelta(seconds=run.trainer.distributed_timeout_seconds_after_init),
+                timedelta(minutes=run.trainer.collective_timeout_minutes),
+                step_timeout=timedelta(seconds=run.trainer.step_timeout_seconds),
                 processes=processes,
             )
             if together

@@ -105,10 +105,8 @@ def stored_config(tree: Mapping[str, Any]) -> RunConfig:
 
     Raises ``ConfigError`` for keys and values that are not of this version.
     """
-    draft, stored = _Draft(), plain_copy(tree)
-    if isinstance(trainer := stored.get("trainer"), dict):
-        trainer.pop("collective_timeout_minutes", None)  # of runs before it had two time-outs
-    draft.add(Document(stored))
+    draft = _Draft()
+    draft.add(Document(plain_copy(tree)))
     config = draft.resolved()
     if draft.problems:
         raise ConfigError(draft.problems, "the stored configuration")

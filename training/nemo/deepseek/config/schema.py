@@ -485,7 +485,7 @@ class TrainerConfig:
         at_least=0,
     )
     # torch counts it in nanoseconds of 64 bits
-    distributed_timeout_minutes: float = key(
+    collective_timeout_minutes: float = key(
         30.0,
         "that a rank waits for the others in one collective, at the start, in the first step and "
         "while a checkpoint is written",
@@ -493,9 +493,10 @@ class TrainerConfig:
         above=0,
         at_most=10**6,
     )
-    distributed_timeout_seconds_after_init: float = key(
+    step_timeout_seconds: float = key(
         300.0,
-        "the same from the second step on: how long a rank that hangs is waited for",
+        "the same from the second step on, if it is shorter: how long a rank that hangs is waited "
+        "for",
         unit="seconds",
         above=0,
         at_most=10**7,

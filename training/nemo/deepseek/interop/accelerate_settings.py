@@ -391,7 +391,7 @@ _ACCELERATE: Rules = {
         "main_process_port rdzv_backend same_network",
         "the launcher's: torchrun, or deepseek launch --slurm",
     ),
-    "debug": "collectives are always watched (trainer.distributed_timeout_minutes)",
+    "debug": "collectives are always watched (trainer.collective_timeout_minutes)",
     "distributed_type": _distributed,
     "downcast_bf16": "for TPUs",
     "main_training_function": "there is no training function; the command is deepseek train",

@@ -94,7 +94,7 @@ def automodel_recipe(run: RunConfig) -> dict[str, Any]:
         },
         "dist_env": {
             "backend": "nccl",
-            "timeout_minutes": math.ceil(trainer.distributed_timeout_minutes),
+            "timeout_minutes": math.ceil(trainer.collective_timeout_minutes),
         },
         "model": {
             "_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_config",

@@ -267,8 +267,8 @@ def tell_lost_contact(error: BaseException) -> None:
     if match := _TIMED_OUT.search(str(error)):
         within = f"{int(match[1]) / 1000:g} s" if match[1] else "the time allowed"
         why = (
-            f"did not come within {within} (trainer.distributed_timeout_minutes, in a step "
-            "trainer.distributed_timeout_seconds_after_init): it hangs, or is much slower"
+            f"did not come within {within} (trainer.collective_timeout_minutes, in a step "
+            "trainer.step_timeout_seconds): it hangs, or is much slower"
         )
     if "nccl" in str(error).lower():
         why += f"; NCCL: {' '.join(str(error).split())[-NCCL_CHARACTERS:]}"

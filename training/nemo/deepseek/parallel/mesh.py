@@ -45,7 +45,7 @@ class Meshes:
         layout: sizes; their product is the world size.
         device_type: ``cpu`` or ``cuda``.
         timeout: of every collective in every group.
-        step_timeout: of those of a step, after the first; None: the same.
+        step_timeout: of those of a step, after the first, if it is shorter; None: the same.
 
     Attributes:
         pp, tp, ep: groups of this rank along these axes.
@@ -70,7 +70,7 @@ class Meshes:
         self.layout = layout
         self.device_type = device_type
         self.timeout = timeout
-        self.step_timeout = step_timeout or timeout
+        self.step_timeout = min(step_timeout or timeout, timeout)
         self._timeout_now = timeout
         self.rank = dist.get_rank()
         self.coordinate = layout.coordinate(self.rank)
