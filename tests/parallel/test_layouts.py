@@ -20,7 +20,16 @@ from deepseek.parallel import gradients, tensor
 from deepseek.parallel.mesh import SingleProcess, local
 from deepseek.training.step import DeepSeekModel
 from support.draw import ADAM_EPS, WEIGHTS, draw_cases
-from support.layouts import Case, Driven, batches, compare, in_one_process, small_config, spread
+from support.layouts import (
+    Case,
+    Driven,
+    batches,
+    compare,
+    compare_all,
+    in_one_process,
+    small_config,
+    spread,
+)
 from support.ranks import run_ranks
 
 FP64, FP32 = 1e-12, 1e-5
@@ -57,12 +66,13 @@ def case_of(world: int, dtype: torch.dtype = torch.float64, **changes: Any) -> C
     return case
 
 
-def assert_exact(case: Case) -> dict[str, float]:
-    """Errors, all of them within what the dtype allows."""
-    errors = compare(case)
-    allowed = FP64 if case.dtype == torch.float64 else FP32
-    too_far = {name: error for name, error in errors.items() if not error <= allowed}
-    assert not too_far, too_far
+def assert_exact(*cases: Case) -> list[dict[str, float]]:
+    """Errors of each, all of them within what the dtype allows."""
+    errors = compare_all([*cases])
+    for case, found in zip(cases, errors, strict=True):
+        allowed = FP64 if case.dtype == torch.float64 else FP32
+        too_far = {name: error for name, error in found.items() if not error <= allowed}
+        assert not too_far, (str(case), too_far)
     return errors
 
 
@@ -197,25 +207,27 @@ def send_all_to(*experts: int) -> Callable[[Driven], None]:
     return prepare
 
 
-@pytest.mark.parametrize(
-    ("experts", "changes"),
-    [
-        ((0, 1), dict(ep=4)),  # all rows to the first rank
-        pytest.param((6, 7), dict(ep=4, recompute="full"), marks=nightly),  # all to the last
-        ((7,), dict(ep=4, num_experts_per_tok=1, norm_topk_prob=False)),  # to one expert
-        ((0, 3), dict(ep=2, tp=2)),  # all to one of two EP ranks, whose shards lie on two
-        pytest.param((2, 5), dict(ep=2, pp=2), marks=nightly),
-    ],
-)
-def test_ranks_without_tokens(experts: tuple[int, ...], changes: dict[str, Any]) -> None:
+TO_FEW: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+    ((0, 1), dict(ep=4)),  # all rows to the first rank
+    ((6, 7), dict(ep=4, recompute="full")),  # all to the last
+    ((7,), dict(ep=4, num_experts_per_tok=1, norm_topk_prob=False)),  # to one expert
+    ((0, 3), dict(ep=2, tp=2)),  # all to one of two EP ranks, whose shards lie on two
+    ((2, 5), dict(ep=2, pp=2)),
+]
+
+
+def test_ranks_without_tokens() -> None:
     # Weights as wide as drawn cases have them: wider ones blow up what is rounded differently.
-    case = case_of(4, n_group=1, topk_group=1, initializer_range=WEIGHTS[torch.float64], **changes)
-    case.prepare = send_all_to(*experts)
-    errors = assert_exact(case)
-    assert errors["all.load"] == 0
-    loads = [t for name, t in in_one_process(case).tensors().items() if name.startswith("load.")]
-    for load in loads:
-        assert {int(expert) for expert in load.nonzero()} == set(experts)
+    wide = dict(n_group=1, topk_group=1, initializer_range=WEIGHTS[torch.float64])
+    cases = [
+        replace(case_of(4, **wide, **changes), prepare=send_all_to(*experts))
+        for experts, changes in TO_FEW
+    ]
+    for (experts, _), case, errors in zip(TO_FEW, cases, assert_exact(*cases), strict=True):
+        assert errors["all.load"] == 0
+        tensors = in_one_process(case).tensors()
+        for load in (t for name, t in tensors.items() if name.startswith("load.")):
+            assert {int(expert) for expert in load.nonzero()} == set(experts)
 
 
 # -- batches --
@@ -238,21 +250,14 @@ def no_labels_at_all(batch: dict[str, Tensor]) -> None:
     "edit",
     [pytest.param(pad_first_half, marks=nightly), no_labels_at_all],
 )
-@pytest.mark.parametrize(
-    "changes", [dict(ep=4), dict(tp=2, ep=2), dict(pp=2, schedule="ZBVZeroBubble")], ids=str
-)
 def test_ranks_with_only_padding_or_without_labels(
-    edit: Callable[[dict[str, Tensor]], None], changes: dict[str, Any]
+    edit: Callable[[dict[str, Tensor]], None],
 ) -> None:
-    case = case_of(4, **changes)
-    case.edit = edit
-    assert_exact(case)
+    layouts = dict(ep=4), dict(tp=2, ep=2), dict(pp=2, schedule="ZBVZeroBubble")
+    assert_exact(*(replace(case_of(4, **layout), edit=edit) for layout in layouts))
 
 
-@pytest.mark.parametrize("changes", [dict(ep=2), dict(pp=2, mtp=2)], ids=str)
-def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(
-    changes: dict[str, Any],
-) -> None:
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all() -> None:
     """In the second step of three; the metrics, weights and moments agree afterwards."""
 
     def prepare(driven: Driven) -> None:
@@ -269,19 +274,17 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(
 
         driven.module.micro_batches.train = spoiled
 
-    case = replace(case_of(4, **changes), steps=3, prepare=prepare)
-    errors = assert_exact(case)
-    assert errors["loss"] <= FP64
-    # compare() has asked every rank for the same
-    assert [metrics.skipped for metrics in in_one_process(case).metrics] == [False, True, False]
+    layouts = dict(ep=2), dict(pp=2, mtp=2)
+    cases = [replace(case_of(4, **layout), steps=3, prepare=prepare) for layout in layouts]
+    for case, errors in zip(cases, assert_exact(*cases), strict=True):
+        assert errors["loss"] <= FP64
+        # compare_all() has asked every rank for the same
+        assert [metrics.skipped for metrics in in_one_process(case).metrics] == [False, True, False]
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.05, pytest.param(1e6, marks=nightly)])
-def test_clipping(clip: float) -> None:
+def test_clipping() -> None:
     """Off, active and inactive."""
-    case = case_of(2, tp=2)
-    case.clip = clip
-    assert_exact(case)
+    assert_exact(*(replace(case_of(2, tp=2), clip=clip) for clip in (0.0, 0.05, 1e6)))
 
 
 def test_the_active_clipping_above_is_active() -> None:

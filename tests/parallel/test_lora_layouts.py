@@ -12,7 +12,7 @@ from deepseek.config.schema import OptimConfig, PeftConfig, SchedConfig
 from deepseek.models.components.lora import is_adapter
 from deepseek.parallel import gradients
 from deepseek.parallel.mesh import SingleProcess, local, local_slices
-from support.layouts import Case, Driven, batches, compare, small_config
+from support.layouts import Case, Driven, batches, compare, compare_all, small_config
 from support.ranks import run_ranks
 
 FP64 = 1e-12
@@ -71,22 +71,22 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-IN_SHORT = {"TP and EP", "PP, recomputed", "zero bubble, a stage without adapters"}
-
-
 @pytest.mark.parametrize(
-    "name",
+    "names",
     [
-        pytest.param(name, marks=[] if name in IN_SHORT else [pytest.mark.nightly])
-        for name in LAYOUTS
+        ["TP and EP"],
+        ["PP, recomputed", "zero bubble, a stage without adapters"],
+        pytest.param(["EP over TP ranks, direct queries", "HSDP, Muon"], marks=pytest.mark.nightly),
+        pytest.param(["all at once"], marks=pytest.mark.nightly),
     ],
+    ids=", ".join,
 )
-def test_layout(name: str) -> None:
-    errors = compare(LAYOUTS[name])
-    too_far = {key: error for key, error in errors.items() if not error <= FP64}
-    assert not too_far, too_far
-    learnt = {key.removeprefix("gradient.") for key in errors if key.startswith("gradient.")}
-    assert learnt and all(map(is_adapter, learnt))
+def test_layouts(names: list[str]) -> None:
+    for name, errors in zip(names, compare_all([LAYOUTS[n] for n in names]), strict=True):
+        too_far = {key: error for key, error in errors.items() if not error <= FP64}
+        assert not too_far, (name, too_far)
+        learnt = {key.removeprefix("gradient.") for key in errors if key.startswith("gradient.")}
+        assert learnt and all(map(is_adapter, learnt))
 
 
 def frozen_of(driven: Driven) -> dict[str, Tensor]:

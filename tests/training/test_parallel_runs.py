@@ -36,6 +36,7 @@ EP2_PP2 = layout(4, ep=2, pp=2)
 TP2_EP2 = layout(4, tp=2, ep=2)
 TP2_PP2_EP2 = layout(8, tp=2, pp=2, ep=2)
 ONE = layout(1, micro=2)
+FOUR_STEPS = "trainer.max_steps=4"
 
 
 def assert_same_run(runs: MicroRuns, whole: str, name: str) -> None:
@@ -55,7 +56,9 @@ def assert_one_error(ran: Ran, *parts: str) -> None:
 
 
 @pytest.mark.framework
-@pytest.mark.parametrize("sizes", [EP2, TP2_EP2], ids=["2", "4"])
+@pytest.mark.parametrize(
+    "sizes", [EP2, pytest.param(TP2_EP2, marks=pytest.mark.nightly)], ids=["2", "4"]
+)
 def test_it_starts_its_processes_itself(micro: MicroRuns, whole: str, sizes: list[str]) -> None:
     name = f"itself{sizes[0]}"
     ran = by_itself(micro, name, *sizes).wait().assert_done()
@@ -71,20 +74,27 @@ def test_it_starts_its_processes_itself(micro: MicroRuns, whole: str, sizes: lis
     assert "is complete: 12 of 12 steps" in again.out and "processes" not in again.out
 
 
-def test_torchrun_starts_4(micro: MicroRuns, whole: str) -> None:
-    ran = by_torchrun(micro, "torchrun", 4, *EP2_PP2).wait().assert_done()
+@pytest.fixture(scope="module")
+def four_steps(micro: MicroRuns) -> str:
+    """In one process, with a validation and a checkpoint at the end."""
+    micro.train("four_steps", FOUR_STEPS).assert_done()
+    return "four_steps"
+
+
+def test_torchrun_starts_4(micro: MicroRuns, four_steps: str) -> None:
+    ran = by_torchrun(micro, "torchrun", 4, *EP2_PP2, FOUR_STEPS).wait().assert_done()
     assert "DP 2, PP 2 (1F1B, 2 stages), EP 2" in ran.out
-    assert_same_run(micro, whole, "torchrun")
+    assert_same_run(micro, four_steps, "torchrun")
 
 
-def test_8_ranks_on_2_nodes(micro: MicroRuns, whole: str) -> None:
-    sizes = [*TP2_PP2_EP2, "trainer.devices=4", "trainer.num_nodes=2"]
+def test_8_ranks_on_2_nodes(micro: MicroRuns, four_steps: str) -> None:
+    sizes = [*TP2_PP2_EP2, "trainer.devices=4", "trainer.num_nodes=2", FOUR_STEPS]
     rans = ended(by_variables(micro, "variables", 8, *sizes, nodes=2))
     for ran in rans:
         ran.assert_done()
         assert ran.err == ""
     assert [bool(ran.out) for ran in rans] == [True] + 7 * [False]
-    assert_same_run(micro, whole, "variables")
+    assert_same_run(micro, four_steps, "variables")
 
 
 def test_the_job_for_slurm_trains_on_2_nodes_and_survives_a_loss(
@@ -104,22 +114,38 @@ def test_the_job_for_slurm_trains_on_2_nodes_and_survives_a_loss(
     assert_same_log_and_weights_after_a_loss(micro, whole, name)
 
 
+def test_a_lost_rank(micro: MicroRuns, whole: str) -> None:
+    started = by_itself(micro, "lost", *EP2)
+    kill_rank_1(micro.folder / "lost", started.pid)
+    ran = started.wait().assert_done()
+    assert_came_back(micro, whole, "lost", ran.out, ran.err)
+
+
+@pytest.mark.nightly
 def test_real_interpreters_and_a_lost_rank(micro: MicroRuns, whole: str) -> None:
-    """Nothing forked: the program as a user starts it. Rank 1 is killed after 6 steps."""
-    name = "real"
-    log = micro.folder / name / "metrics.jsonl"
+    """Nothing forked: the program as a user starts it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "deepseek", *map(str, micro.words(name, *EP2))],
+        [sys.executable, "-m", "deepseek", *map(str, micro.words("real", *EP2))],
         cwd=micro.folder,
         env=environment_for_tests(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") > 6)
-    os.kill(children(process.pid)[1], signal.SIGKILL)
+    kill_rank_1(micro.folder / "real", process.pid)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
+    assert_came_back(micro, whole, "real", out, err)
+
+
+def kill_rank_1(folder: Path, supervisor: int) -> None:
+    """After 6 steps."""
+    log = folder / "metrics.jsonl"
+    wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") > 6)
+    os.kill(children(supervisor)[1], signal.SIGKILL)
+
+
+def assert_came_back(micro: MicroRuns, whole: str, name: str, out: str, err: str) -> None:
     assert "rank 1 was killed by SIGKILL; all start again, restart 1 of 3" in err
     assert re.search(r"resumed from .* at step [48]\b", out) and "Traceback" not in err
     assert_same_log_and_weights_after_a_loss(micro, whole, name)
@@ -131,7 +157,7 @@ def test_a_rank_that_stops_is_missed_within_the_time_of_a_step(
     """Not killed: nothing ends, no connection closes."""
     name = "stopped"
     log = micro.folder / name / "metrics.jsonl"
-    started = by_itself(micro, name, *EP2, "trainer.step_timeout_seconds=2")
+    started = by_itself(micro, name, *EP2, "trainer.distributed_timeout_seconds_after_init=2")
     wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") > 6)
     os.kill(children(started.pid)[1], signal.SIGSTOP)
     ran = started.wait().assert_done()
@@ -254,14 +280,16 @@ def test_an_error_that_every_rank_finds_is_told_once(micro: MicroRuns) -> None:
 
 
 @pytest.mark.framework
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)]
+)
 def test_a_signal_to_the_supervisor(micro: MicroRuns, whole: str, number: int) -> None:
     """As in one process: a checkpoint after a whole step, and the run goes on."""
     name = f"stopped{number}"
     never = "exp_manager.checkpoint_callback_params.every_n_train_steps=0"
     slow = "from deepseek.training.step import DeepSeekModel as M; import time\n"
     slow += "step = M.training_step\n"
-    slow += "def slowly(*args):\n    time.sleep(0.3)\n    return step(*args)\n"
+    slow += "def slowly(*args):\n    time.sleep(0.1)\n    return step(*args)\n"
     slow += "M.training_step = slowly\n"
     started = by_itself(micro, name, *PP2, never, before=slow)
     started.wait_for("step      3/12")
