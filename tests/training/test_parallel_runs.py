@@ -157,7 +157,7 @@ def test_a_rank_that_stops_is_missed_within_the_time_of_a_step(
     """Not killed: nothing ends, no connection closes."""
     name = "stopped"
     log = micro.folder / name / "metrics.jsonl"
-    started = by_itself(micro, name, *EP2, "trainer.distributed_timeout_seconds_after_init=2")
+    started = by_itself(micro, name, *EP2, "trainer.step_timeout_seconds=2")
     wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") > 6)
     os.kill(children(started.pid)[1], signal.SIGSTOP)
     ran = started.wait().assert_done()
