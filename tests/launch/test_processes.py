@@ -331,7 +331,7 @@ def test_who_is_lost_is_told_by_the_first_that_is_not(
     monkeypatch.setenv("WORLD_SIZE", "4")
     key = f"lost.0.{processes._times_joined}."
     for rank, others, told in [
-        ("1", "3", "contact lost with ranks 0, 2, which did not come within 18 s (trainer.dist"),
+        ("1", "3", "contact lost with ranks 0, 2, which did not come within 18 s (trainer.coll"),
         ("3", "1", ""),  # rank 1 tells it
         ("0", "12", "contact lost with rank 3, which"),
     ]:
