@@ -157,11 +157,11 @@ def test_a_rank_that_stops_is_missed_within_the_time_of_a_step(
     """Not killed: nothing ends, no connection closes."""
     name = "stopped"
     log = micro.folder / name / "metrics.jsonl"
-    started = by_itself(micro, name, *EP2, "trainer.step_timeout_seconds=2")
+    started = by_itself(micro, name, *EP2, "trainer.step_timeout_seconds=5")
     wait_until(lambda: log.exists() and log.read_bytes().count(b"\n") > 6)
     os.kill(children(started.pid)[1], signal.SIGSTOP)
     ran = started.wait().assert_done()
-    told = "error: contact lost with rank 1, which did not come within 2 s (trainer.distributed_"
+    told = "error: contact lost with rank 1, which did not come within 5 s (trainer.coll"
     assert told in ran.err and "Traceback" not in ran.err
     assert "rank 0 lost contact with another rank; all start again, restart 1 of 3" in ran.err
     assert re.search(r"resumed from .* at step [48]\b", ran.out)
