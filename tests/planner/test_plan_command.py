@@ -37,6 +37,7 @@ def test_json_has_the_same_and_more(capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(capsys.readouterr().out)
     assert told["gpus"] == 4 and told["gpu"] == "H100" and len(told["layouts"]) == 2
     first = told["layouts"][0]
+    assert "network" in told["gain_if_twice_as_fast"]
     assert first["gpu_hours"] == pytest.approx(first["days"] * 24 * 4)
     assert first["days"] * 86400 * 4 * first["tokens_per_s_per_gpu"] == pytest.approx(1e9)
     assert first["memory_bytes"] == max(sum(r.values()) for r in first["bytes_of_ranks"])

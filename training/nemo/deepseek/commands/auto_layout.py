@@ -50,7 +50,8 @@ def auto_layout(run_dir: Path | None = None, told: bool = True) -> Planner:
         fixed = [key for key in PLANNED if key not in auto]
         plans = search(run, device, room, 2, fixed)
         if not plans:
-            raise UserError(way_out(run, device, room / 2**30, fixed))
+            told_by_plan = way_out(run, device, room / 2**30, fixed)
+            raise UserError(f"{told_by_plan} (--nodes and --memory are those of deepseek plan)")
         best, *others = plans
         values = {key: value_at(best.run, key) for key in auto}
         if told:

@@ -242,6 +242,7 @@ def _json(found: list[Plan], gpu: Gpu, total: float) -> dict[str, Any]:
         "tokens": total,
         "mfu_peak_tflops": gpu.bf16 / 1e12,
         "flop_convention": str(found[0].estimate.convention),
+        "gain_if_twice_as_fast": gains(found[0], gpu),
         "layouts": [
             {
                 "layout": {key.removeprefix("model."): value for key, value in one.values.items()},
