@@ -158,6 +158,7 @@ def compiled(backend: Any) -> Callable[[Driven], None]:
 
 
 COMPILED: list[tuple[int, dict[str, Any]]] = [
+    (2, dict(tp=2, num_hidden_layers=1, first_k_dense_replace=0, mtp=0)),
     (2, dict(tp=2)),
     (2, dict(ep=2)),
     (2, dict(cp=2)),
