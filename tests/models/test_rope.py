@@ -13,7 +13,13 @@ from torch import Tensor
 
 from deepseek.config.schema import RopeScaling
 from deepseek.models.components.block import build_attention
-from deepseek.models.components.rope import rotate, rotation, softmax_scale, yarn_mscale
+from deepseek.models.components.rope import (
+    rotate,
+    rotate_slow,
+    rotation,
+    softmax_scale,
+    yarn_mscale,
+)
 from support.tiny_models import tiny_config
 
 V3_YARN = RopeScaling(
@@ -34,6 +40,25 @@ def frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
 
 def plain_frequencies(dim: int, theta: float) -> list[float]:
     return [theta ** (-2 * pair / dim) for pair in range(dim // 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("skipped", [0, 4, 3])  # an odd one has no view as complex numbers
+def test_rotate_equals_its_twin(dtype: torch.dtype, skipped: int) -> None:
+    positions_BS = torch.arange(10).view(2, 5)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    turn = rotation(positions_BS, 6, 100.0, None, wide)
+    results = []
+    for function in (rotate, rotate_slow):
+        x = torch.randn(2, 5, 3, skipped + 6, generator=torch.Generator().manual_seed(1))
+        x = x.to(dtype).requires_grad_()
+        y = function(x[..., skipped:], *turn)
+        y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).to(dtype))
+        assert y.dtype == dtype
+        results.append((y.detach(), x.grad))
+    for got, wanted in zip(*results, strict=True):
+        assert got is not None
+        torch.testing.assert_close(got, wanted, rtol=1e-6 if wide != dtype else 1e-12, atol=1e-6)
 
 
 # -- plain --

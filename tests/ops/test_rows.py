@@ -156,6 +156,15 @@ def test_most_slots_can_be_needed() -> None:
             assert int(padded_e.sum()) == most_slots(num_rows, num_experts)
 
 
+@given(counts=counts_lists)
+def test_without_empty_experts(counts: list[int]) -> None:
+    """As if they were not there: the others' blocks, and never more slots than were foretold."""
+    padded_e, slots_R = aligned_slots(torch.tensor(counts), sum(counts), skip_empty=True)
+    padded, slots = slots_by_hand([count for count in counts if count])
+    assert padded_e[torch.tensor(counts) > 0].tolist() == padded and slots_R.tolist() == slots
+    assert int(padded_e.sum()) == sum(padded) <= most_slots(sum(counts), len(counts), True)
+
+
 @given(ids=st.lists(st.integers(0, 4), max_size=12))
 def test_count_rows(ids: list[int]) -> None:
     counts_E = count_rows(torch.tensor(ids, dtype=torch.int64), 5)

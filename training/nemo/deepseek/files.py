@@ -81,6 +81,11 @@ class HashingWriter(io.BufferedWriter):
             self._done(FileEntry(self._size, self._sha256.hexdigest()))
 
 
+def user_cache() -> Path:
+    """Folder of what is made once for a user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek"
+
+
 def write_durably(path: Path, content: bytes) -> FileEntry:
     """Write a new file and sync it. Raises ``OSError``."""
     entries: list[FileEntry] = []

@@ -22,6 +22,7 @@ from deepseek.config.layout import Layout
 from deepseek.console import StageProgress, complain, say
 from deepseek.data.loader import build_train_loader, build_validation_loader
 from deepseek.data.open_data import OpenedData, open_data
+from deepseek.files import user_cache
 from deepseek.frameworks import (
     Trainer,
     attach_loggers,
@@ -34,6 +35,7 @@ from deepseek.launch.strategy import DeepSeekStrategy
 from deepseek.monitoring.record.run_record import peak_of
 from deepseek.parallel.cpu_memory import keep_freed_memory
 from deepseek.run_folder import FLIGHT_RECORDER, LOGS
+from deepseek.training.precision import WORTH_IT, cpu_speedup
 from deepseek.training.step import DeepSeekModel
 
 
@@ -220,12 +222,23 @@ def _device(processes: Processes, on_gpu: bool) -> torch.device:
 
 
 def _precision(run: RunConfig, on_gpu: bool) -> str:
-    """As Lightning names it."""
+    """As Lightning names it; the same on all ranks."""
     precision = str(run.trainer.precision)
-    if precision == "auto":
-        precision = "bf16-mixed" if on_gpu else "32"
-    elif precision == "bf16-mixed" and not on_gpu:
-        say("note         trainer.precision=bf16-mixed is slow on most CPUs; 32 or auto is faster")
+    if on_gpu:
+        precision = "bf16-mixed" if precision == "auto" else precision
+    elif precision != "32":
+        speedup = Ranks().lead(lambda: cpu_speedup(user_cache()))
+        if precision == "bf16-mixed" and speedup < 1:
+            say(
+                "note         trainer.precision=bf16-mixed is slow on this CPU, whose products in "
+                f"bf16 take {1 / speedup:.3g} times as long as in fp32; 32 or auto is faster"
+            )
+        elif precision == "auto":
+            precision = "bf16-mixed" if speedup >= WORTH_IT else "32"
+            say(
+                f"precision    {precision}, since products in bf16 run at {speedup:.3g} times the "
+                "rate of fp32 on this CPU; trainer.precision=32 or bf16-mixed decides itself"
+            )
     return "32-true" if precision == "32" else precision
 
 

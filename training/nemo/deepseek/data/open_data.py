@@ -27,7 +27,7 @@ from deepseek.data.indexed import IndexedDataset
 from deepseek.data.prepare import PreparedData, Report, prepare
 from deepseek.data.tokenizer import Tokenizer, tokenizers_installed
 from deepseek.data.tokenizer_files import load_tokenizer
-from deepseek.files import add_suffix, atomic_open
+from deepseek.files import add_suffix, atomic_open, user_cache
 
 _COUNTED = 1 << 20
 """Ids looked at to find bytes per id where they are not recorded."""
@@ -303,11 +303,7 @@ def _bytes_per_token(
 
 def _built_in(cfg: ModelConfig, given: Tokenizer | None, progress: Report | None) -> Path:
     """Prepare the built-in corpus in the cache; return its prefix."""
-    if cfg.data.cache_dir is not None:
-        cache = Path(cfg.data.cache_dir)
-    else:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache = Path(home) / "deepseek"
+    cache = Path(cfg.data.cache_dir) if cfg.data.cache_dir is not None else user_cache()
     if given is not None:
         kind = given.fingerprint[:12]
     else:

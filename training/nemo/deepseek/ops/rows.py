@@ -9,7 +9,8 @@ token's result depends on the token alone: a change in one document leaves anoth
 was. (Found so on CPUs for fp32 with dims that are a multiple of 4, and for fp64 on one thread; the
 kernels promise it nowhere.) An expert without rows gets a block of zeros too: on Blackwell, the
 weight gradient of an empty group of a grouped product is whatever the memory held
-(github.com/pytorch/pytorch/issues/172439).
+(github.com/pytorch/pytorch/issues/172439). Only where no gradient is asked for, on a CPU, are such
+experts left out: a token that is decoded then reads the weights of its own K alone.
 
 Nothing here waits for the device: sizes come from shapes, or from bounds on what is counted.
 """
@@ -60,22 +61,28 @@ def count_rows(expert_ids_R: Tensor, num_experts: int) -> Tensor:
     return counts_E.scatter_add_(0, expert_ids_R, torch.ones_like(expert_ids_R))
 
 
-def aligned_slots(counts_e: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+def aligned_slots(
+    counts_e: Tensor, num_rows: int, skip_empty: bool = False
+) -> tuple[Tensor, Tensor]:
     """Padded counts (e,), and the slot of each row among the padded ones (R,), both int64.
 
     Args:
         counts_e: int64 rows per expert.
         num_rows: R, their sum.
+        skip_empty: an expert without rows gets none: its weights are not read.
     """
-    padded_e = (counts_e.clamp(min=1) + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    least_rows = 0 if skip_empty else 1
+    padded_e = (counts_e.clamp(min=least_rows) + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     added_e = padded_e - counts_e
     shift_e = added_e.cumsum(0) - added_e
     shift_R = shift_e.repeat_interleave(counts_e, output_size=num_rows)
     return padded_e, torch.arange(num_rows, device=counts_e.device) + shift_R
 
 
-def most_slots(num_rows: int, num_experts: int) -> int:
+def most_slots(num_rows: int, num_experts: int, skip_empty: bool = False) -> int:
     """P, the most slots that so many rows can need, whatever their counts: known without them."""
+    if skip_empty:
+        num_experts = min(num_experts, num_rows)
     return (num_experts + max(num_rows - 1, 0) // ALIGNMENT) * ALIGNMENT
 
 

@@ -121,8 +121,10 @@ class GroupedExperts(nn.Module):
         device = rows_RD.device.type
         if torch.is_autocast_enabled(device):  # grouped products are not on autocast's list
             rows_RD = rows_RD.to(torch.get_autocast_dtype(device))
-        padded_e, slots_R = aligned_slots(counts_e, rows_RD.shape[0])
-        x_PD = spread_rows(rows_RD, slots_R, most_slots(rows_RD.shape[0], counts_e.shape[0]))
+        num_rows, num_experts = rows_RD.shape[0], counts_e.shape[0]
+        skip = device == "cpu" and not torch.is_grad_enabled()
+        padded_e, slots_R = aligned_slots(counts_e, num_rows, skip)
+        x_PD = spread_rows(rows_RD, slots_R, most_slots(num_rows, num_experts, skip))
         hidden_PF = F.silu(self.product("w1", x_PD, padded_e))
         hidden_PF = hidden_PF * self.product("w3", x_PD, padded_e)
         return gather_rows(self.product("w2", hidden_PF, padded_e), slots_R)

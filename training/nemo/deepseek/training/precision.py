@@ -1,0 +1,70 @@
+"""Which precision ``trainer.precision=auto`` is: on a CPU, whichever has the faster products.
+
+CPUs differ a hundredfold: with AMX or AVX512-BF16 a product in bf16 takes a half to a quarter of
+fp32's time, without them a hundred times as long. No list of names or flags tells this as well as
+a measurement, which takes a fraction of a second and is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from deepseek.files import atomic_open
+
+WORTH_IT = 1.5
+"""How many times faster products must be: the casts around them take a part of the gain back."""
+_SIZE, _ROUNDS, _HOPELESS = 512, 6, 0.25
+
+
+def cpu_speedup(cache: Path) -> float:
+    """How many times faster this CPU multiplies matrices in bf16 than in fp32.
+
+    Measured once for a CPU, a torch and a number of threads, then read from the cache.
+
+    Args:
+        cache: folder of ``precision.json``; one that cannot be written only costs the measurement.
+    """
+    file = cache / "precision.json"
+    machine = f"{_cpu_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return float(json.loads(file.read_text())[machine])
+    speedup = _measured_speedup()
+    with suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+        with atomic_open(file) as stream:
+            stream.write(json.dumps({machine: round(speedup, 2)}, indent=1).encode())
+    return speedup
+
+
+def _measured_speedup() -> float:
+    """The best of some rounds, in turn: what else runs here slows both."""
+    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    ones_SS = torch.ones(_SIZE, _SIZE)
+    for number in range(_ROUNDS):
+        for dtype in best:
+            x_SS = ones_SS.to(dtype)
+            begin = time.perf_counter()
+            F.linear(x_SS, x_SS)
+            if number > 0:  # the first one chooses its kernel
+                best[dtype] = min(best[dtype], time.perf_counter() - begin)
+        if number > 0 and best[torch.float32] < _HOPELESS * best[torch.bfloat16]:
+            break
+    return best[torch.float32] / best[torch.bfloat16]
+
+
+def _cpu_name() -> str:
+    """With the instructions that matter: rented machines hide the model behind one name."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found = {name.strip(): text.strip() for name, _, text in (x.partition(":") for x in lines)}
+        flags = [flag for flag in found.get("flags", "").split() if "bf16" in flag]
+        return " ".join([found.get("model name", ""), found.get("model", ""), *flags])
+    return f"{platform.machine()} {platform.processor()}"
