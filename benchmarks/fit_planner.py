@@ -80,7 +80,7 @@ def fitted(rows: Sequence[Known]) -> Efficiency:
 
 
 def _least(
-    function: Callable[[Sequence[float]], float], start: list[float], steps: int = 150
+    function: Callable[[Sequence[float]], float], start: list[float], steps: int = 130
 ) -> list[float]:
     size = len(start)
     corners = [start] + [

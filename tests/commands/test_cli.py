@@ -116,6 +116,7 @@ READERS: dict[str, tuple[list[str], list[str]]] = {
     "validate": ([], ["seed=3"]),
     "plan": ([], ["seed=3"]),
     "scaling": ([], ["seed=3"]),
+    "estimate": ([], ["seed=3"]),
     "launch": ([], ["--slurm", "seed=3"]),
     "doctor": ([], ["seed=3"]),
     "cat": ([], ["--resolved"]),

@@ -174,6 +174,31 @@ def validate_command(
     validate(*of_run, world, memory, auto_layout())
 
 
+@app.command("estimate", context_settings=PASS_ON)
+def estimate_command(
+    words: Words = None,
+    config: Config = None,
+    gpu: Annotated[str, typer.Option(help="H100, H800, H200, A100, B200, GB200, ...")] = "H100",
+    gpus: Annotated[int | None, typer.Option(help="Their number; none: as configured.")] = None,
+    published: Annotated[
+        Path | None,
+        typer.Option(help="JSON list of published runs: predict each of them instead."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Tell what one layout computes, holds, sends and takes on GPUs that need not be there."""
+    from deepseek.commands.estimate import estimate, estimate_published
+
+    if published is None:
+        name, settings = chosen(words or [], config)
+        estimate(name, settings, gpu, gpus, as_json)
+        return
+    given = {"--config": config is not None, "--gpus": gpus is not None, "--json": as_json}
+    refuse_idle({**given, "--gpu": gpu != "H100"}, "with --published, which prints JSON")
+    refuse_words(words or [])
+    estimate_published(published)
+
+
 @app.command("plan", context_settings=PASS_ON)
 def plan_command(
     words: Words = None,

@@ -70,7 +70,7 @@ def validate(
             "NCCL's; use 80 or 141, say"
         )
     if world is not None:
-        overrides = [*overrides, *_cluster(config, overrides, world)]
+        overrides = [*overrides, *cluster(config, overrides, world)]
     run = load_config(config, overrides, planner)
     say(f"{config} is sound")
     for what, value in [*summary(run, run.trainer.accelerator != "cpu"), ("data", _data(run))]:
@@ -88,25 +88,44 @@ def validate(
     say(f"train it with: {shlex.join(['deepseek', 'train', '--config', config, *overrides])}")
 
 
-def _cluster(config: str, overrides: Sequence[str], world: int) -> list[str]:
-    """The overrides that make ``world`` processes: one node, or whole nodes as configured."""
+def cluster(
+    config: str,
+    overrides: Sequence[str],
+    world: int,
+    option: str = "--world",
+    aloud: bool = True,
+) -> list[str]:
+    """The overrides that make ``world`` processes: one node, or whole nodes as configured.
+
+    Args:
+        config: the configuration.
+        overrides: given before.
+        world: processes.
+        option: that gave them, in messages.
+        aloud: say what is set.
+
+    Raises:
+        UserError: they do not fill whole nodes.
+    """
     devices = unchecked_value(config, overrides, "trainer.devices")
     nodes = unchecked_value(config, overrides, "trainer.num_nodes")
     if world < 1:
-        raise UserError(f"--world {world}: a cluster has at least 1 process; use 1 or more")
+        raise UserError(f"{option} {world}: a cluster has at least 1 process; use 1 or more")
     if not isinstance(devices, int) or not isinstance(nodes, int) or devices < 1:
         return []  # the configuration's own problem is told
     node = USUAL_NODE if devices * nodes == 1 else devices
     if world <= node:
-        say(f"for {world} processes: one node (trainer.devices={world} trainer.num_nodes=1)")
+        if aloud:
+            say(f"for {world} processes: one node (trainer.devices={world} trainer.num_nodes=1)")
         return [f"trainer.devices={world}", "trainer.num_nodes=1"]
     if world % node:
         fewer, more = world // node * node, -(-world // node) * node
         raise UserError(
-            f"--world {world}: nodes of {node} processes make {fewer} or {more}; use one of these, "
-            f"or give trainer.devices another divisor of {world}"
+            f"{option} {world}: nodes of {node} processes make {fewer} or {more}; use one of "
+            f"these, or give trainer.devices another divisor of {world}"
         )
-    say(f"for {world} processes: trainer.num_nodes={world // node} of trainer.devices={node}")
+    if aloud:
+        say(f"for {world} processes: trainer.num_nodes={world // node} of trainer.devices={node}")
     return [f"trainer.devices={node}", f"trainer.num_nodes={world // node}"]
 
 

@@ -29,16 +29,20 @@ class System:
     """A step's kernels are launched as CUDA graphs: the GPU does not wait for its host."""
     hidden_all_to_all: float = 0.0
     """Share of the experts' exchange that other work hides, but under DualPipe."""
+    pairs_passes: bool = True
+    """DualPipe's opposite passes hide each other's exchange, and are not just run in turn."""
     hidden_data_parallel: float = 0.7
     """Share of the gradients' and weights' exchange that other work hides."""
     dedicated_sms: float = 0.0
     """Share of a GPU that the experts' exchange takes from products while it is hidden."""
     gathers_weights: bool = False
     """Weights are sharded over data-parallel ranks (FSDP) and gathered before they are used."""
+    exchanged_bytes: float = 6
+    """Of a parameter, gathered and its gradient added up over data-parallel ranks."""
 
 
 DEEPSEEK = System("deepseek", tuned=True, dedicated_sms=20 / 132, hidden_data_parallel=0.3)
-OURS = System("ours", gathers_weights=True)
+OURS = System("ours", pairs_passes=False, gathers_weights=True, exchanged_bytes=8)
 
 
 class Ranks(NamedTuple):

@@ -24,10 +24,12 @@ from deepseek.planner.job import Job, System
 
 MEMORY = 0.75
 """Share of the memory's peak that glue reaches."""
-NVLINK, NETWORK = 0.75, 0.8
+NVLINK, NETWORK = 0.75, 0.88
 """Shares of the links' peaks that exchanges reach: arXiv:2603.07685 table 7, 8 to 64 GPUs."""
 CAST = 1.9
 """Glue of fp8 in that of bf16: 8.3 ms of a block in DeepSeek's profile, 3.9 of them casts."""
+EXCHANGE_START = 80e-6
+"""Seconds of a dispatch and a combine that carry nothing."""
 START = 6e-6
 """Seconds that a product loses at its begin and end, whatever its size."""
 
@@ -50,8 +52,8 @@ class Efficiency:
     """Seconds of a block, forward and backward, in which a GPU waits for launches, likewise."""
 
 
-FITTED = Efficiency(0.849, 0.7, 0.823, 0.513, 0.683, 1.45e-3)
-"""As ``benchmarks/fit_planner.py`` found them on ``published.FITTED_ROWS``."""
+FITTED = Efficiency(0.86, 0.697, 0.825, 0.475, 0.683, 1.53e-3)
+"""As ``benchmarks/fit_planner.py`` found them on ``fitted_rows.py``'s rows."""
 
 
 class Parts(NamedTuple):
@@ -244,22 +246,14 @@ class _At(NamedTuple):
 
     def exchange(self) -> float:
         """Seconds of one dispatch and one combine."""
-        arch, gpu, ep = self.arch, self.gpu, self.ep
-        if ep == 1:
+        far, near = sent_to_experts(
+            self.arch, self.gpu, self.ep, self.tokens / self.tp, self.precision
+        )
+        if not near:
             return 0.0
-        domain = min(gpu.domain, ep)
-        domain = 1 << (int(domain).bit_length() - 1)
-        nodes = max(1, ep // domain)
-        sent = (1 if self.precision == "fp8" else 2) + 2
-        copy = self.tokens / self.tp * sent * arch.hidden * self.imbalance
-        nodes = max(1, ep // domain)
-        limited = arch.groups > 1 and nodes > 1
-        reached = hit(nodes, arch.top_groups if limited else arch.top_k)
-        if limited and nodes >= arch.groups:
-            reached = min(reached, arch.top_groups)
-        remote = copy * reached * (nodes - 1) / nodes
-        inside = copy * hit(ep, arch.top_k) * (domain - 1) / domain
-        return max(remote / (gpu.network * NETWORK), inside / (gpu.nvlink * NVLINK)) + 80e-6
+        over_network = far * self.imbalance / (self.gpu.network * NETWORK)
+        over_nvlink = near * self.imbalance / (self.gpu.nvlink * NVLINK)
+        return max(over_network, over_nvlink) + EXCHANGE_START
 
     def glue_bytes(self, moe: bool) -> float:
         """Bytes that a block's forward and backward pass move outside its products."""
@@ -284,9 +278,34 @@ class _At(NamedTuple):
         )
 
 
-def hit(places: int, draws: int) -> float:
-    """Places that are drawn at least once, on average."""
-    return places * (1 - (1 - 1 / places) ** draws)
+def sent_to_experts(
+    arch: Architecture, gpu: Gpu, ep: int, tokens: float, precision: str
+) -> tuple[float, float]:
+    """Bytes that a GPU sends in one dispatch and one combine: over the network, and over NVLink.
+
+    A token goes once to every domain that it has experts in, and there to each of their GPUs.
+
+    Args:
+        arch: how experts are chosen.
+        gpu: has the size of a domain.
+        ep: ranks that share the experts.
+        tokens: of this GPU.
+        precision: fp8 is dispatched in 8 bits; results come back in bf16.
+    """
+    if ep == 1:
+        return 0.0, 0.0
+    domain = min(ep, 1 << (gpu.domain.bit_length() - 1))
+    domains = max(1, ep // domain)
+    number = 4 if precision == "fp32" else 2
+    copy = tokens * arch.hidden * ((1.03 if precision == "fp8" else number) + number)
+    reached = domains * (1 - (1 - 1 / domains) ** arch.top_k)
+    if arch.groups > 1 and arch.groups % domains == 0:
+        others = math.comb(arch.groups - arch.groups // domains, arch.top_groups)
+        reached = domains * (1 - others / math.comb(arch.groups, arch.top_groups))
+    elif arch.groups > 1:
+        reached = min(reached, arch.top_groups)
+    ranks = ep * (1 - (1 - 1 / ep) ** arch.top_k)
+    return copy * reached * (domains - 1) / domains, copy * ranks * (domain - 1) / domain
 
 
 def product_rate(gpu: Gpu, precision: str) -> float:

@@ -46,8 +46,11 @@ def read_row(row: Row) -> Reading:
         UserError: why none can be made of it.
     """
     text = " ".join(str(row.get(key) or "") for key in ("name", "source", "notes"))
-    gpu = gpu_named(str(row.get("gpu") or "none"))
-    model = known_model(str(row.get("model") or ""))
+    for key in ("gpu", "model"):
+        if not row.get(key):
+            raise UserError(f"{key} is missing")
+    gpu = gpu_named(str(row["gpu"]))
+    model = known_model(str(row["model"]))
     assumed: list[str] = []
     sizes = {key: _count(row, key) for key in (
         "tp", "pp", "vpp", "ep", "cp", "dp", "gpus", "seq_len", "global_batch", "micro_batch"
@@ -136,16 +139,21 @@ NATURAL_IMBALANCE = 1.08
 production (arXiv:2505.09343 table 4) and 128 ms with forced balance (its public profile)."""
 
 
+FIGURES = ("tflops_per_gpu", "tokens_per_s_per_gpu", "step_time_s", "mfu", "peak_mem_gib")
+"""Of a row, with these names; all None where nothing is predicted."""
+
+
 def predict_row(row: Row, efficiency: Efficiency = FITTED) -> dict[str, Any]:
     """What is predicted of a row, as plain values; ``why_not`` where nothing is."""
     name = row.get("name") if isinstance(row, Mapping) else None
+    name = name if name is None else str(name)
     try:
         if not isinstance(row, Mapping):
             raise UserError("a row must be an object")
         reading = read_row(row)
         step = predict(reading.job, reading.gpu, reading.convention, efficiency)
     except UserError as error:
-        return {"name": name, "why_not": str(error)}
+        return {"name": name, "why_not": str(error), **dict.fromkeys(FIGURES)}
     return {
         "name": name,
         **figures(step),
@@ -169,14 +177,10 @@ def measured_rate(row: Row) -> float | None:
 
 
 def figures(step: StepEstimate) -> dict[str, Any]:
-    """The figures that published rows have."""
-    return {
-        "tflops_per_gpu": round(step.tflops_per_gpu, 1),
-        "tokens_per_s_per_gpu": round(step.tokens_per_s_per_gpu, 1),
-        "step_time_s": round(step.seconds, 4),
-        "mfu": round(step.mfu, 4),
-        "peak_mem_gib": round(peak_bytes(step.job).total / 2**30, 2),
-    }
+    """The figures that published rows have, to five digits."""
+    memory = peak_bytes(step.job).total / 2**30
+    values = (step.tflops_per_gpu, step.tokens_per_s_per_gpu, step.seconds, step.mfu, memory)
+    return {name: float(f"{value:.5g}") for name, value in zip(FIGURES, values, strict=True)}
 
 
 def with_even_stages(job: Job, gpu: Gpu) -> Job:

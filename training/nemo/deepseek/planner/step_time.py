@@ -20,6 +20,7 @@ from deepseek.planner.layer_time import (
     Efficiency,
     Parts,
     StageParts,
+    sent_to_experts,
     stage_parts,
 )
 from deepseek.planner.pipeline_timeline import (
@@ -94,11 +95,12 @@ def predict(
     convention = convention or Convention()
     parts = stage_parts(job, gpu, efficiency)
     ranks, count = job.ranks, job.micro_batches
-    kinds = {stage: _together(stage, parts) for stage in set(job.stages)}  # most are alike
-    whole = [kinds[stage] for stage in job.stages]
-    dual = job.schedule.startswith("DualPipe")
     system = job.system
-    times = [_stage_time(block, system, dual) for block in whole]
+    dual = job.schedule.startswith("DualPipe") and system.pairs_passes
+    kinds = {stage: _together(stage, parts) for stage in set(job.stages)}  # most are alike
+    of_kind = {stage: _stage_time(block, system, dual) for stage, block in kinds.items()}
+    whole = [kinds[stage] for stage in job.stages]
+    times = [of_kind[stage] for stage in job.stages]
     each = max(1, count // job.flushes)
     hop = _hop(job, gpu)
     pipeline = pipeline_seconds(job.schedule, job.held, times, each, hop) * count / each
@@ -107,6 +109,7 @@ def predict(
     split = Parts()
     for stage in job.held[most]:
         split = split + whole[stage].forward + whole[stage].backward
+    lent = split.compute * (1 / (1 - system.dedicated_sms) - 1)
     worked = count / 2 if job.schedule == "DualPipe" else count
     optimizer, exchange = _outside(job, gpu)
     seconds = pipeline + optimizer + exchange
@@ -116,7 +119,8 @@ def predict(
         "experts": split.experts * worked,
         "memory-bound glue": split.glue * worked,
         "host": split.host * worked,
-        "exchanges exposed": (loads[most] - split.compute) * worked,
+        "given to exchanges": lent * worked,
+        "exchanges exposed": (loads[most] - split.compute - lent) * worked,
         "pipeline bubble": pipeline - loads[most] * worked,
         "optimizer": optimizer,
         "data-parallel exchange exposed": exchange,
@@ -161,27 +165,62 @@ def _hop(job: Job, gpu: Gpu) -> float:
     return sent / (gpu.nvlink * NVLINK if inside else gpu.network * NETWORK)
 
 
+def traffic(job: Job, gpu: Gpu) -> dict[str, tuple[float, float]]:
+    """Bytes that the busiest GPU sends in a step by what for: over the network, and over NVLink.
+
+    Data-parallel exchange is counted as crossing the network unless all GPUs share a domain.
+    """
+    ranks, count = job.ranks, job.micro_batches
+    tokens = job.micro_batch * job.seq_length / ranks.cp / ranks.tp
+    moe = max(sum(job.stages[s].moe + job.stages[s].mtp for s in held) for held in job.held)
+    far, near = sent_to_experts(job.architecture, gpu, ranks.ep, tokens, job.precision)
+    times = 2 * moe * count / (2 if job.schedule == "DualPipe" else 1)  # forward and backward
+    inside = ranks.world <= gpu.domain
+    hops = 2 * 2 * tokens * job.architecture.hidden * count * max(map(len, job.held))
+    hops *= ranks.pp > 1
+    dense, experts = _held_weights(job)
+    data = _data_parallel_bytes(job, dense, experts)
+    return {
+        "experts": (far * times, near * times),
+        "pipeline": (0.0, hops) if inside else (hops, 0.0),
+        "data parallel": (0.0, data) if inside else (data, 0.0),
+    }
+
+
 def _outside(job: Job, gpu: Gpu) -> tuple[float, float]:
     """Seconds of the optimiser, and of the exposed part of the data-parallel exchange."""
-    arch, ranks = job.architecture, job.ranks
-    most = (0.0, 0.0)
-    for held in job.held:
-        stages = [job.stages[stage] for stage in held]
-        moe = sum(stage.moe + stage.mtp for stage in stages)
-        experts = moe * arch.experts * arch.expert_size / ranks.ep
-        dense = (
-            moe * arch.block_size[True]
-            + sum(stage.dense for stage in stages) * arch.block_size[False]
-            + sum(stage.embedding + bool(stage.head) for stage in stages) * arch.vocab * arch.hidden
-        ) / ranks.tp
-        most = max(most, (experts, dense))
-    experts, dense = most
+    ranks = job.ranks
+    dense, experts = _held_weights(job)
     kept = dense / (ranks.dp * ranks.cp) + experts / ranks.expert_dp
     optimizer = kept * OPTIMIZER_BYTES / (gpu.hbm * MEMORY)
-    sent = 6 * job.exchanges * (dense * (ranks.dp > 1) + experts * (1 - 1 / ranks.expert_dp))
+    sent = _data_parallel_bytes(job, dense, experts)
     inside = ranks.world <= gpu.domain
     link = gpu.nvlink * NVLINK if inside else gpu.network * NETWORK
     return optimizer, sent / link * (1 - job.system.hidden_data_parallel)
+
+
+def _data_parallel_bytes(job: Job, dense: float, experts: float) -> float:
+    """Gradients and weights of what other ranks hold too."""
+    ranks = job.ranks
+    shared = dense * (ranks.dp * ranks.cp > 1) + experts * (1 - 1 / ranks.expert_dp)
+    return job.system.exchanged_bytes * job.exchanges * shared
+
+
+def _held_weights(job: Job) -> tuple[float, float]:
+    """Numbers of the fullest rank, data parallelism not applied: dense, and of routed experts."""
+    arch, ranks = job.architecture, job.ranks
+    kinds: dict[Stage, tuple[float, float]] = {}
+    for stage in set(job.stages):
+        moe = stage.moe + stage.mtp
+        tables = (stage.embedding + bool(stage.head)) * arch.vocab * arch.hidden
+        dense = moe * arch.block_size[True] + stage.dense * arch.block_size[False] + tables
+        experts = moe * arch.experts * arch.expert_size
+        kinds[stage] = dense / ranks.tp, experts / ranks.ep
+    most = (0.0, 0.0)
+    for held in job.held:
+        mine = [kinds[job.stages[stage]] for stage in held]
+        most = max(most, (sum(d for d, _ in mine), sum(e for _, e in mine)), key=sum)
+    return most
 
 
 @lru_cache(maxsize=4096)

@@ -1,0 +1,119 @@
+"""``deepseek estimate``: one layout, and tables of published runs."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from deepseek.commands.estimate import estimate, estimate_published
+from deepseek.config import UserError, load_config
+from deepseek.config.cost import flops_per_token
+from deepseek.planner.fitted_rows import FITTED_ROWS
+
+ROW = {
+    "name": "MBridge 26.02 DeepSeek-V3 GB200 MXFP8 GBS4096",
+    "source": "docs",
+    "gpu": "GB200",
+    "gpus": 256,
+    "model": "DeepSeek-V3 671B",
+    "tp": 1,
+    "pp": 4,
+    "vpp": 4,
+    "ep": 64,
+    "precision": "MXFP8",
+    "seq_len": 4096,
+    "global_batch": 4096,
+    "micro_batch": 1,
+    "mtp": True,
+    "notes": "",
+}
+
+
+def test_one_layout_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    estimate("deepseek_v3_671b", gpu="h800")
+    told = capsys.readouterr().out
+    for part in (
+        "37.5",
+        "H800",
+        "tokens/s",
+        "MFU",
+        "dense bf16 peak",
+        "pipeline bubble",
+        "over NVLink",
+    ):
+        assert part in told, part
+    estimate("deepseek_v3_671b", ["model.micro_batch_size=2"], "H200", 1024, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    run = load_config("deepseek_v3_671b")
+    assert found["flops_per_token"] == pytest.approx(flops_per_token(run.model, 4096, True))
+    assert found["gpus"] == 1024 and found["parameters"] > 671e9
+    assert sum(found["seconds"].values()) == pytest.approx(found["step_time_s"])
+    assert len(found["memory_bytes"]) == len(found["stages"]) == 16
+    # 4096 tokens, 3.5 other nodes of 7 for each, dispatched and combined in bf16, both ways.
+    sent = found["sent_bytes"]["experts"]["network"]
+    micro_batches = 15360 * 16 / 1024 / 2
+    assert sent == pytest.approx(2 * 4 * micro_batches * 2 * 4096 * 7168 * 4 * 3.5, rel=0.05)
+
+
+def test_what_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    estimate("deepseek_v3_671b", ["model.pipeline_model_parallel_size=1"], "H100", 64)
+    assert "are more than the 80.00 GiB of one H100" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "gpu, gpus, why",
+    [
+        ("H10", None, "GPU 'H10' is not known; use H100"),
+        ("H100", 100, "--gpus 100: nodes of 8 processes make 96 or 104"),
+        ("H100", 0, "--gpus 0: a cluster has at least 1"),
+        ("H100", 8, "8 processes is not a multiple of tensor 1 x pipeline 16"),
+    ],
+)
+def test_impossible_clusters_are_refused(gpu: str, gpus: int | None, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        estimate("deepseek_v3_671b", gpu=gpu, gpus=gpus)
+
+
+def test_published_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "runs.json"
+    known = next(iter(FITTED_ROWS.values()))[0]
+    rows = [ROW | {"name": "mine"}, ROW | {"name": known}, {"name": "none"}, 7, ROW | {"pp": 5}]
+    file.write_text(json.dumps(rows))
+    estimate_published(file)
+    found = json.loads(capsys.readouterr().out)
+    assert [row.get("kind") for row in found] == ["predicted", "fitted", None, None, None]
+    assert 3000 < found[0]["tokens_per_s_per_gpu"] < 5000 and found[0]["peak_mem_gib"] > 50
+    assert [row["why_not"] for row in found[2:4]] == ["gpu is missing", "a row must be an object"]
+    assert found[4]["step_time_s"] is None
+
+
+def test_files_that_are_no_tables(tmp_path: Path) -> None:
+    file = tmp_path / "runs.json"
+    for text, why in (("{", "is not JSON"), ('{"a": 1}', "must be a list of rows")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=why):
+            estimate_published(file)
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        estimate_published(tmp_path / "none.json")
+
+
+def test_any_row_is_predicted_or_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Values of all kinds in every place end in an answer, and the answer is JSON."""
+    odd = (None, "", 0, -1, 3, 7.5, 1e30, "256", "many", True, [1], {"a": 1}, "H100", "Kimi-K2")
+    draw = random.Random(0)
+    rows = []
+    for _ in range(300):
+        changes = draw.sample(list(ROW), draw.randrange(1, 4))
+        rows.append(ROW | {key: draw.choice(odd) for key in changes})
+    file = tmp_path / "runs.json"
+    file.write_text(json.dumps(rows))
+    estimate_published(file)
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == len(rows)
+    for row in found:
+        assert (row["step_time_s"] or 0) > 0 or row["why_not"], row
