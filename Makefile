@@ -89,6 +89,9 @@ browser:
 bench: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/train_step.py
 
+gpu-check: $(VENV)/.ready
+	$(VENV)/bin/python benchmarks/gpu.py --out gpu_check.json
+
 sweep: $(VENV)/.ready
 	cd tests && ../$(VENV)/bin/python -m support.sweep --cases 200 --dtype float64
 	cd tests && ../$(VENV)/bin/python -m support.sweep --cases 200 --dtype float32

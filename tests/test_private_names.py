@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import schedules
+from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor, Shard
 
 from deepseek.frameworks import Trainer
@@ -85,6 +85,22 @@ def batch_p2p() -> None:
     assert f"{name}(" in inspect.getsource(schedules)
 
 
+def receive_buffers() -> None:
+    """Made when the stage is prepared, filled by the operations, and read by the other two."""
+    from torch.distributed.pipelining.stage import _PipelineStageBase, _RecvInfo
+
+    assert "buffer" in inspect.signature(_RecvInfo.__init__).parameters
+    for name, attribute in (
+        ("get_fwd_recv_ops", "args_recv_info"),
+        ("get_bwd_recv_ops", "grad_recv_info"),
+        ("_retrieve_recv_activations", "args_recv_info"),
+        ("_retrieve_recv_grads", "grad_recv_info"),
+    ):
+        assert f"self.{attribute}" in inspect.getsource(getattr(_PipelineStageBase, name))
+    for name in ("_prepare_forward_infra", "_prepare_backward_infra"):
+        assert callable(getattr(PipelineStage, name))
+
+
 def custom_collectives() -> None:
     from torch.distributed.fsdp._fully_shard import _fsdp_api as api
 
@@ -130,6 +146,8 @@ NAMES: dict[str, Callable[[], None]] = {
     "checkpoint.filesystem._StorageInfo": storage_info,
     "metadata._MEM_FORMAT_ENCODING, serialization._get_layout": mem_format_encoding,
     "pipelining.schedules._batch_p2p": batch_p2p,
+    "PipelineStage._prepare_forward_infra, ._prepare_backward_infra, "
+    "._retrieve_recv_activations, ._retrieve_recv_grads": receive_buffers,
     "FSDPModule.set_custom_all_gather, .set_custom_reduce_scatter": custom_collectives,
     "Trainer._signal_connector.register_signal_handlers": signal_connector,
     "epoch_loop.manual_optimization.optim_step_progress": optim_step_progress,

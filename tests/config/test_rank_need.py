@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,82 +14,128 @@ import pytest
 import torch
 from torch.distributed.pipelining.schedules import _Action, _ComputationType
 
-from deepseek.config import cost, load_config
+from deepseek.config import cost, load_config, shipped_configs
 from deepseek.config.cost import in_flight, rank_need, reduces_gradients
-from deepseek.config.layout import Layout, split_layers, stage_rank, stages_of_rank
-from deepseek.config.schema import ModelConfig
+from deepseek.config.layout import Layout, stages_of_rank
+from deepseek.config.schema import ModelConfig, PeftConfig
 from deepseek.parallel.pipeline import SCHEDULES
-from support.live_bytes import stage_bytes
+from support.live_bytes import step_bytes
 from support.tiny_runs import small_run
 
 V3 = load_config("deepseek_v3_671b").model
 
 
-def assert_near(model: ModelConfig, layout: Layout, stage: int, half: bool) -> None:
-    """Of two micro-batches in flight: all bytes within 5 %, activations alone within 15 %."""
-    part = split_layers(model)[stage]
-    tracked, most = stage_bytes(model, layout, part, 2, half)
-    need = rank_need(model, layout, stage_rank(model, stage), 16, half)
-    # The input of a later stage is what it has received, which is counted for all micro-batches.
-    received = 4 * model.micro_batch_size * model.data.seq_length * model.hidden_size
-    waiting = in_flight(model, stage_rank(model, stage), 16)[stage]
-    kept = need.activations // waiting + (0 if part.first else received)
-    told = 2 * kept + need.working
-    assert kept == pytest.approx(tracked, rel=0.05)
-    assert told == pytest.approx(most, rel=0.15)
-    states = need.states + need.gathered + need.gradients
-    assert states + told == pytest.approx(states + most, rel=0.05)
+def assert_near(
+    model: ModelConfig, layout: Layout, ranks: Iterable[int], micro_batches: int, half: bool
+) -> None:
+    """Of whole steps of ranks of the pipeline: told is within 5 % of what is tracked.
+
+    It may be 10 % more: what is told to be there at once is not always, which shows where a model
+    is so small that one tensor counts.
+
+    Each in a process of its own: torch remembers by mesh what a rank holds.
+    """
+    for pp_rank in ranks:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:
+            rank = pp_rank * layout.stage_ranks
+            job = process.submit(step_bytes, model, layout, rank, micro_batches, half)
+            tracked = job.result()
+        need = rank_need(model, layout, pp_rank, micro_batches, half)
+        assert 0.95 < need.total / tracked < 1.1, (pp_rank, layout, need)
 
 
-@pytest.mark.parametrize(("stage", "recomputed"), [(0, None), (1, "full"), (15, "full")])
-def test_v3_on_2048_ranks(stage: int, recomputed: str | None) -> None:
-    model = replace(V3, activations_checkpoint_granularity=recomputed)
-    assert_near(model, Layout.of(model, 2048), stage, half=True)
+@pytest.mark.nightly
+@pytest.mark.parametrize("schedule", ["1F1B", "DualPipeV"])
+@pytest.mark.parametrize("pp_rank", [0, 7, 15])
+def test_v3_on_2048_ranks(schedule: str, pp_rank: int) -> None:
+    """The whole step of a rank of 671B, with every micro-batch that is ever under way."""
+    micro_batches = 17 if schedule == "1F1B" else 32
+    model = replace(V3, pipeline_schedule=schedule)
+    assert_near(model, Layout.of(model, 2048), [pp_rank], micro_batches, half=True)
 
 
-@pytest.mark.parametrize(
-    "name", ["deepseek_v3_base", "deepseek_v3_2gpu", "deepseek_v3_distributed", "moonlight_16b"]
-)
+def test_a_slice_of_v3() -> None:
+    """V3's widths in two stages of 128 ranks, the last with head and MTP."""
+    model = replace(V3, pipeline_model_parallel_size=2, num_hidden_layers=4)
+    assert_near(model, Layout.of(model, 256), [1], 2, half=True)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", shipped_configs())
 def test_shipped_layout(name: str) -> None:
-    """Those without tensor parallelism; six blocks of them, which is what differs."""
+    """Every one of one stage in a step of two micro-batches, of several with as many as stages."""
     run = load_config(name)
-    model = replace(run.model, num_hidden_layers=min(6, run.model.num_hidden_layers))
-    assert_near(model, Layout.of_run(run), 0, half=True)
+    layout = Layout.of_run(run)
+    half = run.trainer.precision == "bf16-mixed"
+    assert_near(run.model, layout, {0, layout.pp - 1}, max(2, 2 * layout.pp), half)
 
 
-def drawn(seed: int) -> tuple[ModelConfig, Layout, bool]:
+def drawn(seed: int) -> tuple[ModelConfig, Layout, int, bool]:
+    """A model in a layout, the micro-batches of a step, and whether products are in bf16."""
     among = random.Random(seed).choice
-    dim = among((1024, 2048, 4096))
+    dim, pp, tp = among((1024, 2048)), among((1, 1, 2, 4)), among((1, 1, 2, 4))
+    # Not InterleavedZeroBubble, of which up to 12 % are not counted without recomputation.
+    names = [name for name in SCHEDULES if name != "InterleavedZeroBubble"]
+    schedule = among(names) if pp > 1 else "1F1B"
+    held = 1 if schedule in ("1F1B", "GPipe") else 2
+    peft = PeftConfig(dim=16, target_modules=["attention", "feed_forward", "experts"])
+    adapted = among((True, False, False, False))
     model = replace(
         V3,
         hidden_size=dim,
-        num_attention_heads=among((8, 16, 32)),
-        q_lora_rank=among((None, 512, 1536)),
-        kv_lora_rank=among((256, 512)),
-        intermediate_size=among((2, 4)) * dim,
-        moe_intermediate_size=among((512, 1024, 1408)),
-        n_routed_experts=among((16, 64, 128)),
+        num_attention_heads=among((8, 16)),
+        q_lora_rank=among((None, 512)),
+        kv_lora_rank=256,
+        intermediate_size=4 * dim,
+        moe_intermediate_size=among((512, 1024)),
+        n_routed_experts=among((16, 64)),
         n_group=1,
         topk_group=1,
         num_experts_per_tok=among((2, 6, 8)),
         n_shared_experts=among((0, 1, 2)),
-        num_hidden_layers=4,
-        first_k_dense_replace=among((1, 3)),
-        num_nextn_predict_layers=among((0, 1, 2)),
-        vocab_size=among((32000, 129280)),
-        micro_batch_size=among((1, 2, 4)),
+        num_hidden_layers=max(3, among((1, 2)) * pp * held),
+        first_k_dense_replace=1,
+        num_nextn_predict_layers=0 if adapted else among((0, 1, 2)),
+        vocab_size=among((32000, 128000)),
+        micro_batch_size=among((1, 2)),
         activations_checkpoint_granularity=among((None, "full")),
-        pipeline_model_parallel_size=2,
-        data=replace(V3.data, seq_length=among((2048, 4096, 8192))),
+        pipeline_model_parallel_size=pp,
+        pipeline_schedule=schedule,
+        virtual_pipeline_model_parallel_size=2 if schedule.startswith("Interleaved") else 1,
+        tensor_model_parallel_size=tp,
+        expert_model_parallel_size=among((1, 4, 8)),
+        data_parallel_replicate_size=among((1, 2)),
+        reduce_gradients=among((None, True, False)) if pp == 1 else None,
+        data=replace(V3.data, seq_length=among((2048, 4096))),
+        peft=peft if adapted else None,
     )
-    return model, Layout(pp=2, dp_shard=8, ep=among((1, 8))), among((True, True, False))
+    layout = Layout.of(model, 8 * pp * tp * model.data_parallel_replicate_size)
+    return model, layout, 2 * pp, among((True, True, False))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(12))
 def test_drawn_layout(seed: int) -> None:
-    model, layout, half = drawn(seed)
-    for stage in range(2):
-        assert_near(model, layout, stage, half)
+    model, layout, micro_batches, half = drawn(seed)
+    assert_near(model, layout, {0, layout.pp - 1}, micro_batches, half)
+
+
+def test_a_split_backward_pass_recomputes_once() -> None:
+    """DualPipeV: nothing that was recomputed for the inputs waits for the weights' turn."""
+    model, *_ = drawn(0)
+    model = replace(
+        model,
+        activations_checkpoint_granularity="full",
+        pipeline_model_parallel_size=2,
+        tensor_model_parallel_size=1,
+        pipeline_schedule="DualPipeV",
+        virtual_pipeline_model_parallel_size=1,
+        num_hidden_layers=4,
+        num_nextn_predict_layers=1,
+        n_shared_experts=1,
+        expert_model_parallel_size=4,
+    )
+    assert_near(model, Layout.of(model, 16), [0], 4, half=True)
 
 
 # -- micro-batches in flight --

@@ -242,3 +242,12 @@ def test_sums_over_chunks_in_fp32() -> None:
     assert loss.item() == pytest.approx(tokens * 0.6931472, rel=1e-4)
     assert weight_VD.grad is not None
     assert weight_VD.grad[:, 0].tolist() == pytest.approx([-1000.0, 1000.0], rel=1e-2)
+
+
+def test_gradients_are_gone_after_the_backward_pass() -> None:
+    """Those of the head are large, and a pipeline keeps the loss of every micro-batch."""
+    hidden_TD, weight_VD, labels_T = inputs(4, 3, 5)
+    loss = linear_cross_entropy(hidden_TD, weight_VD, labels_T)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()

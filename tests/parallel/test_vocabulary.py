@@ -16,9 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from deepseek.config.cost import CHUNK_TOKENS
 from deepseek.models.transformer import Head
 from deepseek.ops import cross_entropy as module
-from deepseek.ops.cross_entropy import CHUNK_TOKENS, IGNORE_INDEX, linear_cross_entropy
+from deepseek.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from deepseek.parallel.mesh import local
 from deepseek.parallel.tensor import (
     VocabularyEmbedding,

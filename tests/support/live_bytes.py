@@ -1,34 +1,48 @@
-"""The bytes that a stage of a model holds while it computes, told without computing: on fakes.
+"""The bytes that a rank holds in a step, told without computing: on fakes.
 
-Every tensor is one of torch's fakes, with a shape and no numbers, so that a rank of the largest
-model takes seconds. What torch keeps for the backward pass is what it would keep on a device.
+Every tensor is one of torch's fakes, with a shape and no numbers, and the other ranks are torch's
+fake process group, so that a rank of the largest model takes seconds. All else is the product's own
+code as it runs on GPUs: TP, EP, FSDP, the schedule of the pipeline, recomputation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import schedules
+from torch.distributed.pipelining.stage import InferenceMode
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from deepseek.config.layout import Layout, StageSlice
+from deepseek.config.cost import rank_memory
+from deepseek.config.layout import Layout
 from deepseek.config.schema import ModelConfig
 from deepseek.models.components import attention
-from deepseek.models.components.moe import GroupedExperts, MoE
-from deepseek.models.transformer import Stage, Transformer
+from deepseek.models.transformer import Transformer
 from deepseek.ops import grouped_linear
-from deepseek.parallel import expert_dispatcher
+from deepseek.parallel import cpu_memory, parallelize
 from deepseek.parallel.expert_dispatcher import AllToAllDispatcher
+from deepseek.parallel.gradients import clip_gradients, finish_gradients
+from deepseek.parallel.mesh import Meshes, SingleProcess
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows every storage that an operator makes until it is gone.
+    """Follows every storage that an operator makes or fills until it is gone or emptied.
 
     Attributes:
         peak: bytes.
@@ -40,9 +54,14 @@ class LiveBytes(TorchDispatchMode):
         self._at_most = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what it does with its local part is seen next
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+        made = tree_leaves(result)
+        if result is None:  # an operator that fills what FSDP has just given its bytes
+            made = tree_leaves((args, kwargs))
+        for leaf in made:
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
                 storage = leaf.untyped_storage()
                 _, before = self._alive.get(storage._cdata, (None, 0))
                 self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
@@ -54,8 +73,13 @@ class LiveBytes(TorchDispatchMode):
 
     def count(self) -> int:
         """Bytes alive at this moment."""
-        self._alive = {k: v for k, v in self._alive.items() if not v[0].expired()}
-        return sum(size for _, size in self._alive.values())
+        alive = {}
+        for key, (reference, _) in self._alive.items():
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+            if storage is not None:
+                alive[key] = (reference, storage.nbytes())
+        self._alive = alive
+        return sum(size for _, size in alive.values())
 
 
 class _Attention(torch.autograd.Function):
@@ -88,76 +112,118 @@ class _GroupedProduct(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(w), None
 
 
-class _Balanced(AllToAllDispatcher):
-    """Every rank of the EP group gets as many rows as it sends, and they do not travel."""
-
-    def __init__(self, num_experts: int, num_ranks: int) -> None:
-        self.num_experts, self.num_ranks, self.group = num_experts, num_ranks, None  # type: ignore
-        self.experts_per_rank = num_experts // num_ranks
-
-    def exchange_counts(self, expert_ids_R: Tensor) -> Any:
-        each = expert_ids_R.numel() // self.num_ranks
-        received_ne = expert_ids_R.new_zeros(self.num_ranks, self.experts_per_rank)
-        told = SimpleNamespace(tolist=lambda: [[each] * self.num_ranks] * 2)
-        return _Counts(received_ne, told)
-
-
 class _Counts:
-    def __init__(self, received_ne: Tensor, sums: Any) -> None:
-        self._received, self._sums = received_ne, sums
+    """Every rank of the EP group gets as many rows as it sends."""
+
+    def __init__(self, received_ne: Tensor, each: int) -> None:
+        self._received_ne = received_ne
+        self._told = [[each] * len(received_ne)] * 2
 
     def sum(self, dim: int) -> Any:
-        return self._sums
+        return SimpleNamespace(tolist=lambda: self._told)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self._received
+        return self._received_ne
 
 
-def stage_bytes(
-    config: ModelConfig, layout: Layout, part: StageSlice, in_flight: int, autocast: bool
-) -> tuple[int, int]:
-    """Of a stage whose rank has all its weights gathered, with whole gradients, TP 1.
+def _exchange_counts(self: AllToAllDispatcher, expert_ids_R: Tensor) -> Any:
+    received_ne = expert_ids_R.new_zeros(self.num_ranks, self.experts_per_rank)
+    return _Counts(received_ne, expert_ids_R.numel() // self.num_ranks)
 
-    Returns:
-        What each micro-batch in flight keeps, and the most that is there on top of weights and
-        gradients while one of ``in_flight`` goes backward.
+
+def step_bytes(
+    config: ModelConfig, layout: Layout, rank: int, micro_batches: int, autocast: bool
+) -> int:
+    """The most that a rank holds in a step of so many micro-batches, optimiser states included.
+
+    Makes a process group: a process can ask for one rank of each layout.
     """
-    assert layout.tp == 1
-    rows, length = config.micro_batch_size, config.data.seq_length
-    live = LiveBytes()
-    with pytest.MonkeyPatch.context() as patch, FakeTensorMode(), live:
-        patch.setattr(expert_dispatcher, "all_to_all_rows", lambda rows, *_: rows.clone())
+    rows = micro_batches * config.micro_batch_size
+    config = replace(config, global_batch_size=rows * layout.dp)
+    live, mode = LiveBytes(), FakeTensorMode(allow_non_fake_inputs=True)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+    try:
+        with _as_on_gpus(mode, live):
+            meshes: Meshes | SingleProcess = SingleProcess()
+            if layout.world_size > 1:
+                meshes = Meshes(layout, "cpu", timedelta(minutes=1))
+                meshes.device_type = "cuda"  # which decides the units of FSDP
+            model, runner = parallelize.parallelize(config, meshes, torch.device("cpu"), seed=0)
+            with mode, live:
+                ids = torch.zeros(rows, config.data.seq_length, dtype=torch.int64)
+                batch = {"tokens": ids, "labels": ids, "positions": ids, "documents": ids.int()}
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+                    runner.train(batch, lambda sums: sums.sum(), torch.ones(()))
+                finish_gradients(model, meshes)
+                clip_gradients(model, 1.0, torch.ones(()))
+    finally:
+        dist.destroy_process_group()
+    pp_rank = layout.coordinate(rank).pp
+    return live.peak + rank_memory(config, layout, pp_rank, config.optim.name).optimizer
+
+
+@contextmanager
+def _as_on_gpus(mode: FakeTensorMode, live: LiveBytes) -> Iterator[None]:
+    """Stand-ins for what asks for numbers, and for kernels of GPUs."""
+
+    units: list[FSDPModule] = []
+    shard = parallelize.shard_data_parallel
+
+    def note_units(model: Transformer, stages: Any, *others: Any) -> int:
+        count = shard(model, stages, *others)
+        units.extend(m for stage in stages for m in stage.modules() if isinstance(m, FSDPModule))
+        return count
+
+    def to_empty(model: Transformer, device: torch.device) -> None:
+        """The parameters as fakes; ``nn.Module.to_empty`` cannot swap those of FSDP for such."""
+        for module in model.modules():
+            for name, tensor in module.named_parameters(recurse=False):
+                with mode, live:
+                    made = nn.Parameter(_fake(tensor), requires_grad=tensor.requires_grad)
+                setattr(module, name, made)
+            for name, tensor in module.named_buffers(recurse=False):
+                with mode, live:
+                    setattr(module, name, torch.empty_like(tensor, device=device))
+        for unit in units:
+            group = unit._get_fsdp_state()._fsdp_param_group
+            for parameter in group.fsdp_params if group is not None else ():
+                parameter.reset_sharded_param()
+
+    shapes_of = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def unseen(*arguments: Any) -> Any:
+        """DTensor tells the shape of a result by computing it on fakes of its own, in whole."""
+        with _disable_current_modes():
+            return shapes_of(*arguments)
+
+    def warm_up(_: Any, stages: list[Any], *others: Any) -> None:
+        for stage in stages:
+            stage._inference_mode = InferenceMode.STATIC
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallelize, "fill", lambda *_: None)
+        patch.setattr(Transformer, "init_weights", lambda *_: None)
+        patch.setattr(parallelize, "shard_data_parallel", note_units)
+        patch.setattr(cpu_memory, "group_memory", lambda *_: None)
+        patch.setattr(ShardingPropagator, "_propagate_tensor_meta_non_cached", unseen)
+        patch.setattr(Transformer, "to_empty", to_empty)
+        patch.setattr(schedules._PipelineSchedule, "_warmup_p2p", warm_up)
+        patch.setattr(AllToAllDispatcher, "exchange_counts", _exchange_counts)
         patch.setattr(attention, "causal_attention", lambda q, k, v, *_: _Attention.apply(q, k, v))
         patch.setattr(
             grouped_linear.F, "grouped_mm", lambda x, w, offs: _GroupedProduct.apply(x, w, offs)
         )
-        model = Transformer(config, [part])
-        for module in model.modules():
-            if isinstance(module, MoE) and layout.ep > 1:
-                here = config.n_routed_experts // layout.ep
-                module.experts = GroupedExperts(
-                    here, config.hidden_size, config.moe_intermediate_size
-                )
-                module.dispatcher = _Balanced(config.n_routed_experts, layout.ep)
-        for parameter in model.parameters():
-            parameter.grad = torch.empty_like(parameter)
-        stage = Stage(model, part)
-        ids = torch.zeros(rows, length, dtype=torch.int64)
-        arguments = (ids, ids, ids, ids.int(), torch.ones(rows))
-        fixed = live.count()
+        yield
 
-        def forward() -> Tensor:
-            inputs = ids
-            if not part.first:
-                inputs = torch.empty(rows, length, config.hidden_size, requires_grad=True)
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
-                return stage(inputs, *arguments)
 
-        outputs = [forward()]
-        first = live.count() - fixed
-        outputs += [forward() for _ in range(in_flight - 1)]
-        kept = (live.count() - fixed - first) // max(1, in_flight - 1)
-        live.peak = 0
-        output = outputs.pop(0)
-        torch.autograd.backward([output], [torch.empty_like(output)])
-        return kept, live.peak - fixed
+def _fake(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    return DTensor.from_local(
+        torch.empty(tensor.to_local().shape, dtype=tensor.dtype),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )

@@ -34,6 +34,9 @@ from deepseek.config.weights import Weight, block_weights, model_weights, once_p
 KEPT_BYTES = 1 << 30
 """Gathered weights of less stay gathered for a whole step, if nobody says otherwise."""
 
+CHUNK_TOKENS = 512
+"""Tokens whose logits exist at one time; ``ops/cross_entropy.py`` computes in such chunks."""
+
 ROW_ALIGNMENT = 16
 """Rows of every routed expert are padded to a multiple of this; ``ops/rows.py`` says why."""
 
@@ -299,8 +302,10 @@ class _Numbers(NamedTuple):
     """Of ``kept``, what has gradients."""
     hidden: int
     """Of ``trained``, matrices of blocks, for which Muon has one momentum."""
-    gathered: int
+    whole: int
     """What is computed with, if other ranks keep a part of it."""
+    gathered: int
+    """The same with FSDP's padding: 16 experts over 32 ranks take the bytes of 32."""
     alone: int
     """Of experts that are kept in whole."""
 
@@ -348,7 +353,7 @@ def _numbers(model: ModelConfig, layout: Layout) -> dict[str, _Numbers]:
         groups[name] = [weight for weight in weights if not weight.name.startswith("mtp.")]
     found = {}
     for name, weights in groups.items():
-        kept = biases = trained = hidden = gathered = alone = 0
+        kept = biases = trained = hidden = whole = gathered = alone = 0
         for weight in weights:
             count = math.prod(kept_shape(weight, layout))
             if weight.buffer:
@@ -359,12 +364,13 @@ def _numbers(model: ModelConfig, layout: Layout) -> dict[str, _Numbers]:
                 trained += count
                 if len(weight.shape) > 1 and name not in ends:
                     hidden += count
-            whole = math.prod(weight.divided(layout.tp, layout.ep))
+            here = math.prod(weight.divided(layout.tp, layout.ep))
             if weight.routed and layout.keeps_experts:
-                alone += whole
+                alone += here
             else:
-                gathered += whole
-        found[name] = _Numbers(kept, biases, trained, hidden, gathered, alone)
+                whole += here
+                gathered += count * (layout.edp if weight.routed else layout.dp_shard)
+        found[name] = _Numbers(kept, biases, trained, hidden, whole, gathered, alone)
     return found
 
 
@@ -406,7 +412,7 @@ class RankNeed(NamedTuple):
     activations: int
     """Of the micro-batches that wait for their backward pass."""
     buffers: int
-    """That stages of a pipeline receive in: torch makes one for every micro-batch."""
+    """That stages of a pipeline receive in: one in each direction is under way."""
     working: int
     """What one backward pass needs besides, its recomputation and the experts' exchange included.
     """
@@ -431,24 +437,26 @@ def rank_need(
     """
     stages, held = rank_stages(model, pp_rank), in_flight(model, pp_rank, micro_batches)
     kept = _states(model, layout, stages, model.optim.name)
-    root = alone = 0
-    units: list[int] = []
+    root = roots_gradient = alone = 0
+    units: list[tuple[int, int]] = []
     for numbers, times, unit in _groups(model, layout, stages):
         alone += times * numbers.alone
         if unit:
-            units += times * [numbers.gathered]
+            units += times * [(numbers.whole, numbers.gathered)]
         else:
+            roots_gradient += times * numbers.whole
             root += times * numbers.gathered
     units.sort()
     parted = layout.world_size > 1
-    gathered = 4 * (root + sum(units[-2:] if reshards(model, layout) else units)) * parted
+    under_way = units[-2:] if reshards(model, layout) else units
+    gathered = 4 * (root + sum(unit[1] for unit in under_way)) * parted
     gradients = kept.gradients
     at_once = micro_batches == 1 and layout.pp == 1
     if parted and model.peft is None:
         if reduces_gradients(model, layout) or at_once:
-            gradients += 4 * (root + sum(units[-2:]))
+            gradients += 4 * (roots_gradient + sum(unit[0] for unit in units[-2:]))
         else:  # experts in whole are not gathered, nor their gradients
-            gradients = 4 * (alone + root + sum(units))
+            gradients = 4 * (alone + roots_gradient + sum(unit[0] for unit in units))
     waiting = sum(
         count * _stage_activations(model, layout, part, half)
         for part, count in zip(stages, held.values(), strict=True)
@@ -458,16 +466,22 @@ def rank_need(
     working = _working(model, layout, stages, half)
     if any(part.last for part in stages):
         depth = model.num_nextn_predict_layers
-        table = 4 * model.vocab_size // layout.tp * model.hidden_size
-        # Of the head the gradient, scaled, and its sum with that of the next use; of the embedding
-        # that of one depth while the next one's block works.
-        working = max(table * (1 + 2 * min(depth, 1)), working + table * (depth > 1))
+        table = 4 * model.vocab_size // layout.tp * model.hidden_size * (model.peft is None)
+        # In half precision a copy of the head, its product and a chunk's logits are there while a
+        # gradient of it is made; without gradients yet, where all go forward first.
+        forward_first = at_once or (layout.pp > 1 and model.pipeline_schedule == "GPipe")
+        logits = (
+            0 if forward_first or not half else 8 * model.vocab_size // layout.tp * CHUNK_TOKENS
+        )
+        # Beside the gradients of the head that wait: one that is scaled or added to; of the
+        # embedding that of one depth while the next one's block works.
+        working = max(table + logits, working + table * (depth > 1))
     return RankNeed(
         kept.weights + kept.optimizer,
         gathered,
         gradients,
         waiting,
-        ends * micro_batches * hidden,
+        ends * hidden,
         working,
     )
 
@@ -522,13 +536,13 @@ def _stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, hal
             for moe, n in enumerate(_kinds(model, part))
             if n
         )
-    if not part.first:
-        total -= hidden  # the first block's input is what was received
     if not part.last:
         return total + (hidden if layout.pp > 1 else 0)  # the pipeline keeps what it has sent
     depth, number = model.num_nextn_predict_layers, 2 if half else 4
     head = 4 * model.vocab_size // layout.tp * model.hidden_size
-    total += (1 + depth) * head + 3 * hidden  # input of the norm, normed, gradient of the head's
+    if model.peft is None:
+        total += (1 + depth) * head  # its gradients, made in the forward pass
+    total += 3 * hidden  # input of the norm, normed, gradient of the head's
     ahead = hidden * 2 + hidden * number // 4
     if not recompute:
         ahead += _block_activations(model, layout, True, half) + 2 * hidden

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepseek.config.cost import CHUNK_TOKENS
 from deepseek.models.transformer import Transformer
-from deepseek.ops.cross_entropy import CHUNK_TOKENS, softmax_loss
+from deepseek.ops.cross_entropy import softmax_loss
 
 BATCH_TOKENS = 4096
 """Read in one forward pass, or one window if that is longer."""

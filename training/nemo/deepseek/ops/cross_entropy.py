@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek.config.cost import CHUNK_TOKENS
+
 IGNORE_INDEX = -100
 """Label of a position that has none."""
-
-CHUNK_TOKENS = 512
-"""Tokens whose logits exist at one time."""
 
 SoftmaxLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 """From logits (t, V), labels (t,) and whether a gradient is wanted to ``-log softmax[label]`` (t,)
@@ -122,14 +121,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         grad_weight_VD.addmm_(grad_tV.t(), h_tD)
                     else:
                         grad_weight_VD += grad_tV.t() @ h_tD
-        ctx.grad_hidden_TD = grad_hidden_TD
-        ctx.grad_weight_VD = grad_weight_VD
+        # Saved, not attributes: those live as long as the loss does, which the schedule of a
+        # pipeline keeps of every micro-batch to the end of the step.
+        ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        grad_hidden_TD, grad_weight_VD = ctx.grad_hidden_TD, ctx.grad_weight_VD
+        grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         if grad_hidden_TD is not None:
             grad_hidden_TD = grad_hidden_TD * grad.to(grad_hidden_TD.dtype)
         if grad_weight_VD is not None:

@@ -1,0 +1,336 @@
+"""What one GPU says of this package, everything in one run: ``make gpu-check``.
+
+    python benchmarks/gpu.py [--device cuda|cpu] [--out FILE]
+
+Parts, each on its own, so that one run tells all that is wrong and not only the first thing:
+
+- ``device``: what it is, and the versions,
+- ``tests``: those marked ``gpu``,
+- ``losses``: of five fp32 steps against those of the CPU,
+- ``waits``: operators of one step after which the host waited, by CUDA's own sync debug mode,
+- ``base``, ``slice``: tokens/s, MFU and peak memory against the predicted, of ``deepseek_v3_base``
+  and of a slice with V3's widths: as many layers, up to 16, as are predicted to fit,
+- ``transformers``: the same step of ``deepseek_v3_base`` there, where it is installed.
+
+One JSON object comes out. Exit code 0: all parts are sound; 1: some are not; 2: there is no GPU.
+``--device cpu`` runs every part in tiny sizes, to prove this file. **No GPU has run it yet.**
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from deepseek.config import load_config
+from deepseek.config.cost import flops_per_token, rank_need
+from deepseek.config.layout import Layout
+from deepseek.config.schema import ModelConfig
+from deepseek.models.transformer import Transformer
+from deepseek.monitoring.record.run_record import peak_of
+from deepseek.parallel.mesh import SingleProcess
+from deepseek.training.step import DeepSeekModel
+
+ROOT = Path(__file__).parents[1]
+STEPS = 5
+RELATIVE = 1e-4
+"""Losses in fp32 of other kernels, with other orders of sums, over ``STEPS`` steps."""
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "vocab_size": 512,
+}
+RESERVED = 2 << 30
+"""Bytes of context and libraries, which no prediction counts."""
+
+Step = Callable[[], float]
+"""One optimiser step; its loss."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run every part and print what they say."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, help="file for the JSON, besides the terminal")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "gpu-check: this machine has no GPU that torch can use; run it on one that has, or "
+            "python benchmarks/gpu.py --device cpu to try the check itself in tiny sizes",
+            file=sys.stderr,
+        )
+        return 2
+    if options.device == "cpu":
+        torch.set_num_threads(1)  # such sizes are not worth handing out
+    result = {}
+    for name, part in PARTS.items():
+        begin = time.perf_counter()
+        try:
+            said = part(torch.device(options.device))
+        except Exception as error:  # whatever it is: the other parts are to be heard, too
+            said = {"error": repr(error), "traceback": traceback.format_exc()}
+        result[name] = {**said, "seconds": round(time.perf_counter() - begin, 1)}
+        print(f"{name}: {'FAILED' if _failed(said) else 'done'}", file=sys.stderr)
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text + "\n")
+    return 1 if any(map(_failed, result.values())) else 0
+
+
+def _failed(said: dict[str, Any]) -> bool:
+    return "error" in said or said.get("sound") is False
+
+
+# -- parts --
+
+
+def device_part(device: torch.device) -> dict[str, Any]:
+    """What runs this."""
+    said: dict[str, Any] = {"torch": torch.__version__, "device": str(device)}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        said |= {
+            "name": properties.name,
+            "capability": torch.cuda.get_device_capability(device),
+            "bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+            "nccl": torch.cuda.nccl.version(),
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return said
+
+
+def tests_part(device: torch.device) -> dict[str, Any]:
+    """The tests marked ``gpu``; on a CPU it is only asked which there are."""
+    marked = [str(f) for f in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in f.read_text()]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *marked]
+    if device.type == "cpu":
+        command.append("--collect-only")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return {"sound": done.returncode == 0, "said": done.stdout.splitlines()[-20:]}
+
+
+def losses_part(device: torch.device) -> dict[str, Any]:
+    """In fp32, without TF32, so that only the order of sums differs."""
+    model = replace(load_config("deepseek_v3_base").model, micro_batch_size=2, **SMALL)
+    model = _of_length(model, 64)
+    told = {}
+    for kind in (torch.device("cpu"), device):
+        torch.manual_seed(0)
+        step, _ = train_step(model, kind, half=False)
+        told[str(kind)] = [step() for _ in range(STEPS)]
+    ours, theirs = told["cpu"], told[str(device)]
+    worst = max(abs(a - b) / abs(a) for a, b in zip(ours, theirs, strict=True))
+    return {"sound": worst < RELATIVE, "losses": told, "largest_relative": worst}
+
+
+def waits_part(device: torch.device) -> dict[str, Any]:
+    """Without expert parallelism the host may wait once a step, for what it reports."""
+    model = replace(load_config("deepseek_v3_base").model, micro_batch_size=2, **SMALL)
+    step, _ = train_step(_of_length(model, 64), device, half=True)
+    step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    found = [w for w in caught if "synchroniz" in str(w.message)]
+    places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in found)
+    return {"sound": len(found) <= 1, "waits": dict(places)}
+
+
+def base_part(device: torch.device) -> dict[str, Any]:
+    """The shipped configuration for one GPU."""
+    return speed(_base(device), device)
+
+
+def slice_part(device: torch.device) -> dict[str, Any]:
+    """V3's widths with 8 experts, two a token: its products, on one card."""
+    model = replace(
+        load_config("deepseek_v3_671b").model,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        num_nextn_predict_layers=0,
+        vocab_size=32768,
+        pipeline_model_parallel_size=1,
+        expert_model_parallel_size=1,
+        micro_batch_size=1,
+        global_batch_size=1,
+    )
+    if device.type == "cpu":
+        model = _of_length(replace(model, **SMALL), 64)
+        return speed(model, device) | {"layers": model.num_hidden_layers}
+    room = torch.cuda.get_device_properties(device).total_memory - RESERVED
+    for layers in range(16, 0, -1):
+        smaller = replace(model, num_hidden_layers=layers)
+        if rank_need(smaller, Layout(), 0, 1, half=True).total < room:
+            return speed(smaller, device) | {"layers": layers}
+    return {"error": f"not one layer of V3's widths fits into {room / 2**30:.0f} GiB"}
+
+
+def transformers_part(device: torch.device) -> dict[str, Any]:
+    """Their model in the shape of ``deepseek_v3_base``: forward, backward, AdamW, bf16."""
+    try:
+        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    except ImportError:
+        return {"skipped": "transformers is not installed"}
+    from deepseek.interop.hf_config import hf_config
+
+    model = replace(_base(device), num_nextn_predict_layers=0)
+    with device:
+        theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(model)))
+    theirs.set_experts_implementation("grouped_mm")
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)
+    tokens_BS = _batch(model, device)["tokens"]
+
+    def step() -> float:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss: Tensor = theirs(tokens_BS, labels=tokens_BS, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    ours, _ = train_step(model, device, half=True)
+    theirs_s, ours_s = _seconds(step, device), _seconds(ours, device)
+    return {"theirs_s": theirs_s, "ours_s": ours_s, "times_faster": theirs_s / ours_s}
+
+
+PARTS: dict[str, Callable[[torch.device], dict[str, Any]]] = {
+    "device": device_part,
+    "tests": tests_part,
+    "losses": losses_part,
+    "waits": waits_part,
+    "base": base_part,
+    "slice": slice_part,
+    "transformers": transformers_part,
+}
+
+
+# -- what they share --
+
+
+def speed(model: ModelConfig, device: torch.device) -> dict[str, Any]:
+    """Tokens/s, MFU, and the most bytes of the device against those predicted."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    step, tokens = train_step(model, device, half=True)
+    seconds = _seconds(step, device)
+    depth = model.num_nextn_predict_layers > 0
+    flops = flops_per_token(model, model.data.seq_length, with_mtp=depth) * tokens / seconds
+    peak = peak_of(device, None)
+    micro_batches = model.global_batch_size // model.micro_batch_size
+    predicted = rank_need(model, Layout(), 0, micro_batches, half=True).total
+    measured = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {
+        "step_s": seconds,
+        "tokens_per_s": tokens / seconds,
+        "tflops": flops / 1e12,
+        "mfu": flops / peak.flops if peak.flops else None,
+        "peak": peak.source,
+        "predicted_bytes": predicted,
+        "measured_bytes": measured,
+        "predicted_over_measured": predicted / measured if measured else None,
+    }
+
+
+def train_step(model: ModelConfig, device: torch.device, half: bool) -> tuple[Step, int]:
+    """The product's own optimiser step without a trainer, and its tokens."""
+    module = DeepSeekModel(model, parallelize_later=True)
+    quick = model.hidden_size > 1024  # drawing 10^10 numbers on the CPU takes minutes
+    with mock.patch.object(
+        Transformer, "init_weights", _fill if quick else Transformer.init_weights
+    ):
+        module.parallelize(SingleProcess(), device)
+    optimizer = module.configure_optimizers()
+    batch = _batch(model, device)
+
+    def step() -> float:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            return module.train_step(batch, optimizer).loss
+
+    return step, batch["tokens"].numel()
+
+
+@torch.no_grad()
+def _fill(model: Transformer, seed: int) -> None:
+    for parameter in model.parameters():
+        parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, 0.006)
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+def _seconds(step: Step, device: torch.device) -> float:
+    """Median of ``STEPS`` after two that warm up; a step ends with a number on the host."""
+    times = []
+    for _ in range(STEPS + 2):
+        begin = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[2:])
+
+
+def _base(device: torch.device) -> ModelConfig:
+    model = load_config("deepseek_v3_base").model
+    if device.type == "cpu":
+        model = _of_length(replace(model, micro_batch_size=1, **SMALL), 64)
+    return replace(model, global_batch_size=2 * model.micro_batch_size)
+
+
+def _of_length(model: ModelConfig, length: int) -> ModelConfig:
+    return replace(
+        model,
+        global_batch_size=model.micro_batch_size,
+        data=replace(model.data, seq_length=length),
+    )
+
+
+def _batch(model: ModelConfig, device: torch.device) -> dict[str, Tensor]:
+    """Random tokens, one document a sequence; drawn on the CPU, so alike everywhere."""
+    shape = (model.global_batch_size, model.data.seq_length)
+    generator = torch.Generator().manual_seed(1)
+    tokens_BS = torch.randint(model.vocab_size, shape, generator=generator).to(device)
+    return {
+        "tokens": tokens_BS,
+        "labels": tokens_BS.roll(-1, 1),
+        "positions": torch.arange(shape[1], device=device).expand(shape),
+        "documents": torch.zeros(shape, dtype=torch.int32, device=device),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
