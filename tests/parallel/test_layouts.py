@@ -173,6 +173,7 @@ COMPILED: list[tuple[int, dict[str, Any]]] = [
     ids=str,
 )
 def test_compiled_attention(world: int, changes: dict[str, Any]) -> None:
+    torch.compile(torch.sin, backend="aot_eager")(torch.ones(1))  # imported once, not on each rank
     case = case_of(world, **changes)
     case.prepare = compiled("aot_eager")
     assert_exact(case)

@@ -353,9 +353,11 @@ def way_out(run: RunConfig, gpu: Gpu, room: float, fixed: Sequence[str]) -> str:
     )
     ways = [f"--memory {-(-need // 1):.0f} or more"]
     for nodes in (run.trainer.num_nodes << doubled for doubled in range(1, DOUBLINGS)):
-        larger = search(changed(run, {"trainer.num_nodes": nodes}), gpu, room * 2**30, 1, fixed)
-        if larger:
-            took = f"{layout_text(larger[0].run)}, {size_text(larger[0].most)}"
+        larger = changed(run, {"trainer.num_nodes": nodes})
+        least = smallest(larger, gpu, fixed)
+        if least is not None and least.most <= room * 2**30:
+            best = search(larger, gpu, room * 2**30, 1, fixed)[0]
+            took = f"{layout_text(best.run)}, {size_text(best.most)}"
             ways.insert(0, f"--nodes {nodes} ({took})")
             break
     return f"{told}; use {', or '.join(ways)}"
