@@ -69,7 +69,7 @@ def fit(
     on_gpu = _device_is_gpu(run)
     if together:
         timeout = timedelta(minutes=run.trainer.collective_timeout_minutes)
-        join(processes, "cuda" if on_gpu else "cpu", timeout)
+        processes = join(processes, "cuda" if on_gpu else "cpu", timeout)
     if processes.attempt > 0:
         resume_from = None  # started anew: the run has gone back already
     resume = run.exp_manager.resume_if_exists or processes.attempt > 0 or resume_from is not None

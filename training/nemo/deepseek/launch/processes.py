@@ -16,13 +16,14 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from deepseek import console
 from deepseek.config.errors import UserError
+from deepseek.launch.attempt import agreed_attempt
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -126,6 +127,7 @@ def torchrun(devices: int | str, num_nodes: int | str, endpoint: str = "FIRST_NO
 
 _store: Store | None = None
 _times_joined = 0
+_attempt = 0
 
 
 def quiet(processes: Processes) -> None:
@@ -133,7 +135,7 @@ def quiet(processes: Processes) -> None:
     console.speak_for_all(processes.rank, processes.local_rank)
 
 
-def join(processes: Processes, device_type: str, timeout: timedelta) -> None:
+def join(processes: Processes, device_type: str, timeout: timedelta) -> Processes:
     """Make the default process group, unless it is there: gloo for CPU tensors, NCCL for CUDA's.
 
     Args:
@@ -141,13 +143,16 @@ def join(processes: Processes, device_type: str, timeout: timedelta) -> None:
         device_type: ``cpu`` or ``cuda``; with ``cuda``, the device of the local rank is chosen.
         timeout: of the rendezvous and of every collective.
 
+    Returns:
+        This process, with the number of the attempt that all ranks agree on.
+
     Raises:
         UserError: no GPU for this rank, or other ranks cannot be reached.
     """
     import torch
     import torch.distributed as dist
 
-    global _times_joined
+    global _times_joined, _attempt
     if dist.is_initialized():
         have = (dist.get_rank(), dist.get_world_size())
         if have != (processes.rank, processes.world_size):
@@ -155,7 +160,7 @@ def join(processes: Processes, device_type: str, timeout: timedelta) -> None:
                 f"a process group exists already, in which this is rank {have[0]} of {have[1]} "
                 f"instead of {processes.rank} of {processes.world_size}; let none be made before"
             )
-        return
+        return replace(processes, attempt=_attempt)
     if device_type == "cuda":
         visible = torch.cuda.device_count()
         if processes.local_rank >= visible:
@@ -171,9 +176,13 @@ def join(processes: Processes, device_type: str, timeout: timedelta) -> None:
         # that takes more sockets than a process may usually have from a thousand ranks on.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     store = _open_store(processes, timeout)
-    # torchrun keeps one store for all attempts, in which gloo would find the addresses of the dead.
-    name = f"attempt{processes.attempt}.{_times_joined}"
+    _attempt = processes.attempt
     try:
+        if processes.agent_store and _times_joined == 0:
+            among = processes.rank, processes.world_size
+            _attempt = agreed_attempt(store, *among, timeout)
+        # torchrun keeps one store for all attempts: gloo would find the addresses of the dead.
+        name = f"attempt{_attempt}.{_times_joined}"
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
             store=dist.PrefixStore(name, store),
@@ -195,6 +204,7 @@ def join(processes: Processes, device_type: str, timeout: timedelta) -> None:
         ) from error
     _times_joined += 1
     atexit.register(leave)
+    return replace(processes, attempt=_attempt)
 
 
 def record_flights(folder: Path, attempt: int) -> None:
@@ -288,7 +298,7 @@ def tell_lost_contact(error: BaseException) -> None:
 
 def _who_said_so(me: Processes) -> set[int]:
     """Ranks that lost contact, this one among them; without a store, all but rank 0, its keeper."""
-    name = f"lost.{me.attempt}.{_times_joined}."
+    name = f"lost.{_attempt}.{_times_joined}."
     said: set[int] = set()
 
     def ask(store: Store) -> None:
