@@ -201,6 +201,10 @@ class SchedConfig:
         unit="steps",
         at_least=0,
     )
+    min_lr: float = key(0.0, "learning rate at the end of the decay", at_least=0)
+    max_steps: int | None = key(
+        None, "length of the schedule; null: trainer.max_steps", unit="steps", at_least=1
+    )
     decay_steps: int = key(
         0,
         "of WarmupStableDecay, which holds the peak until then, from max_steps backwards; 0: none",
@@ -211,10 +215,6 @@ class SchedConfig:
         "linear",
         "of WarmupStableDecay: linear, cosine or minus_sqrt (1 - sqrt: fast at first)",
         choices=("linear", "cosine", "minus_sqrt"),
-    )
-    min_lr: float = key(0.0, "learning rate at the end of the decay", at_least=0)
-    max_steps: int | None = key(
-        None, "length of the schedule; null: trainer.max_steps", unit="steps", at_least=1
     )
 
 
