@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from deepseek.config.errors import UserError
 from deepseek.monitoring.array_log import ArrayLog
 from deepseek.monitoring.live import frame, plain, sparkline, strip
 from deepseek.monitoring.record.metrics_log import MetricsLog
+from deepseek.monitoring.report.patch import difference, patched
 from deepseek.monitoring.run_log import RunLog
 from support.chromium import Chromium, find_chromium
 
@@ -316,8 +317,8 @@ def get(
     return answer.status, data, answer.headers
 
 
-def news(server: ReportServer, version: str = "", known: Iterable[str] = ()) -> dict[str, Any]:
-    status, data, _ = get(server, f"/news?version={version}&known={','.join(known)}")
+def news(server: ReportServer, version: str = "") -> dict[str, Any]:
+    status, data, _ = get(server, f"/news?version={version}")
     assert status == 200
     found: dict[str, Any] = json.loads(data)
     return found
@@ -329,22 +330,50 @@ def test_what_is_new_is_sent_and_nothing_else(folder: Path, server: ReportServer
     assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
     assert len(page) < 60_000 and b'src="/plotly.js"' in page and b"connect-src 'self'" in page
     first = news(server)
-    assert first["title"] == "tiny" and first["state"].startswith("silent for")
-    assert "loss-0" in first["figures"] and "</main>" in first["body"]
-    assert first["new"].keys() == set(first["figures"].values())
+    content = patched(None, first["patch"])
+    assert content["title"] == "tiny" and first["state"].startswith("silent for")
+    assert "loss-0" in content["figures"] and "</main>" in "".join(content["body"])
     # Nothing has happened.
     assert news(server, first["version"]).keys() == {"state"}
-    # A step: what goes over steps is new, the rest is not sent again.
+    # A step: points are added to what goes over steps, the rest is not sent again.
     MetricsLog(folder / "metrics.jsonl").write(row(41, time=time.time()))
-    second = news(server, first["version"], first["new"])
+    second = news(server, first["version"])
     assert second["state"] == "running"
-    assert second["figures"]["loss-0"] in second["new"]
-    assert second["figures"]["lorenz-0"] == first["figures"]["lorenz-0"]
-    assert not second["new"].keys() & first["new"].keys()
-    assert len(json.dumps(second)) < 0.9 * len(json.dumps(first))
+    assert "loss-0" in second["patch"]["k"]["figures"]["k"]
+    assert "lorenz-0" not in second["patch"]["k"]["figures"]["k"]
+    assert len(json.dumps(second)) < 0.2 * len(json.dumps(first))
+    # The page is the same as one that is opened now, and one of an unknown version is sent whole.
+    whole = patched(None, news(server)["patch"])
+    assert patched(content, second["patch"]) == whole
+    for step in range(42, 42 + monitor_module.MOST_VERSIONS):
+        MetricsLog(folder / "metrics.jsonl").write(row(step, time=time.time()))
+        news(server)
+    assert "=" in news(server, second["version"])["patch"]
     zipped = get(server, "/news", **{"Accept-Encoding": "gzip, br"})
     assert zipped[2]["Content-Encoding"] == "gzip"
-    assert json.loads(gzip.decompress(zipped[1]))["version"] == second["version"]
+    assert json.loads(gzip.decompress(zipped[1]))["state"] == "running"
+
+
+def test_patches() -> None:
+    """The ends of strings, arrays that grow and shrink, members that come and go, other types."""
+    long = "0123456789" * 9
+    values: list[Any] = [
+        {"a": long + "x" + long, "b": [1, {"c": 2}, [3]], "d": 1.0},
+        {"a": long + "yy" + long, "b": [1, {"c": 4}], "e": {}},
+        {"a": long, "b": [1, {"c": 4}, [3], long + "z"], "d": True, "e": []},
+        {"a": long + long, "b": "", "d": 1, "e": {"n": 1, "~": [], "=": 0, "-": ""}},
+        [],
+        None,
+    ]
+    for old in values:
+        for new in values:
+            patch = difference(old, new)
+            assert (patch is None) == (old is new)
+            made = patched(old, json.loads(json.dumps(patch)))
+            assert json.dumps(made, sort_keys=True) == json.dumps(new, sort_keys=True)
+    assert difference(values[0], values[0] | {"a": long + "y" + long}) == {
+        "k": {"a": {"~": [90, 90, "y"]}}
+    }
 
 
 def test_the_page_is_not_made_for_every_step(folder: Path) -> None:
@@ -424,6 +453,7 @@ def test_a_browser_follows_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(monitor_module, "PATIENCE", 0)
     drawn = "document.documentElement?.dataset.state === 'drawn'"
     loss = "document.querySelector('[data-plot=loss-0]')"
+    map_ = "document.querySelector('[data-plot=utilisation-0]')"
     slider = "document.querySelector('[data-panel=utilisation] input')"
     layer = "document.querySelector('.chooser select')"
     with serving(folder, every=0.02) as server, Chromium(executable, offline=False) as browser:
@@ -439,6 +469,7 @@ def test_a_browser_follows_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch
         MetricsLog(folder / "metrics.jsonl").write(row(41, time=time.time()))
         browser.wait(f"{drawn} && {loss}._fullData[0].x.length === 41")
         assert browser.evaluate(f"{loss}.kept") == 1  # the same drawing, with more in it
+        assert browser.evaluate(f"{map_}._fullData[0].z.length") == 12  # and this is not sent again
         assert browser.evaluate("document.querySelector('.state').textContent") == "running"
         assert browser.evaluate(f"[{slider}.value, {layer}.value, scrollY]") == ["0", "7", 900]
         (folder / "metrics.jsonl").unlink()

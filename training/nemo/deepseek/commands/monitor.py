@@ -8,7 +8,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Collection
+import uuid
 from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +19,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from deepseek.config.errors import UserError
 from deepseek.console import say
-from deepseek.monitoring.report.page import PLOTLY_PATH, Page, plotly_script, run_page, shell
+from deepseek.monitoring.report.page import PLOTLY_PATH, plotly_script, run_page, shell
+from deepseek.monitoring.report.patch import difference
 from deepseek.monitoring.run_log import RunLog
 from deepseek.run_folder import CHECKPOINTS, METRICS_FILE
 
@@ -29,6 +30,8 @@ SILENT_CLIENT_SECONDS = 10.0
 """After which a connection that asks nothing, or takes nothing, is closed."""
 MOST_CLIENTS = 32
 """Connections at once; further ones are closed."""
+MOST_VERSIONS = 3
+"""Of the page that are kept, for pages that have them; others get it whole."""
 PATIENCE = 10
 """The page is made anew at most every so many times as long as making it takes."""
 
@@ -129,33 +132,40 @@ class ReportServer(ThreadingHTTPServer):
         self.seconds = 5 * every
         self._run = run
         self._lock, self._guard = threading.Lock(), threading.Lock()
-        self._page: Page | None = None
+        self._contents: dict[str, Any] = {}
+        """By version, the newest last: what open pages have."""
         self._is_stale, self._due = True, -float("inf")
         self._open: dict[Any, None] = {}
 
-    def news(self, version: str, known: Collection[str]) -> str:
-        """JSON: the state of the run and, unless the reader has this version, the page's content
-        without the figures that the reader knows; or what is in its way, which may go by."""
+    def news(self, version: str) -> str:
+        """JSON: the state of the run and, unless the reader has the newest version, a patch of the
+        version that it has; or what is in its way, which may go by."""
         with self._lock:
             try:
-                page, state = self._newest(), self._run.state()
+                self._renew()
+                answer: dict[str, Any] = {"state": self._run.state()}
             except UserError as error:
                 return json.dumps({"problem": str(error)})
-        if page is None:
+            contents = dict(self._contents)
+        if not contents:
             return json.dumps({"problem": f"{self._run.label} has begun; no step is logged yet"})
-        if page.version == version:
-            return json.dumps({"state": state})
-        return page.news(known, state=state)
+        newest = next(reversed(contents))
+        if newest != version:
+            patch = difference(contents.get(version), contents[newest])
+            answer |= {"version": newest, "patch": patch or {"k": {}}}
+        return json.dumps(answer, separators=(",", ":"), allow_nan=False)
 
-    def _newest(self) -> Page | None:
-        """The page, made anew if the log has grown and the last one is old enough."""
+    def _renew(self) -> None:
+        """Make the page anew if the log has grown and the last one is old enough."""
         self._is_stale |= self._run.update()
         begin = time.monotonic()
         if self._is_stale and begin >= self._due and self._run.steps:
-            self._page, self._is_stale = run_page([self._run]), False
+            content, self._is_stale = run_page([self._run]).content(), False
+            self._contents[uuid.uuid4().hex[:16]] = content
+            while len(self._contents) > MOST_VERSIONS:
+                del self._contents[next(iter(self._contents))]
             spent = time.monotonic() - begin
             self._due = begin + max(self.seconds, PATIENCE * spent)
-        return self._page
 
     def is_own(self, host: str) -> bool:
         """Whether a request was meant for this server: not one that a foreign page sent here."""
@@ -198,8 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send("text/html", shell(self.server.seconds))
         elif address.path == "/news":
             asked = parse_qs(address.query)
-            version, known = (asked.get(name, [""])[0] for name in ("version", "known"))
-            self._send("application/json", self.server.news(version, set(known.split(","))))
+            self._send("application/json", self.server.news(asked.get("version", [""])[0]))
         elif address.path == PLOTLY_PATH:
             self._send("text/javascript", plotly_script(), "private, max-age=86400")
         else:

@@ -88,12 +88,17 @@ class Traffic:
     """Bytes of one token's row."""
 
 
+def stretch_length(count: int, most: int) -> int:
+    """The smallest of 1, 2, 4, ... of which at most ``most`` cover ``count``, at least 1."""
+    return 1 << (-(-max(1, count) // most) - 1).bit_length()
+
+
 def evenly(count: int, most: int) -> list[int]:
-    """At most ``most`` of the indices 0..count-1, evenly spaced, the first and the last among
-    them."""
+    """At most ``most`` of the indices 0..count-1, evenly spaced, and the last. A larger count
+    changes the others only where it doubles the distance."""
     if count <= most:
         return list(range(count))
-    return sorted(set(np.linspace(0, count - 1, most).round().astype(int).tolist()))
+    return sorted({*range(0, count, stretch_length(count, most - 1)), count - 1})
 
 
 def read_experts(reader: ArrayReader, notes: list[str]) -> ExpertHistory | None:

@@ -156,7 +156,7 @@ def _per_layer(
     drawn = figure(data, "step", label, yaxis={"rangemode": "tozero"})
     drawn["layers"] = {
         "names": experts.layers,
-        "values": packed(mean.T),
+        "values": packed(mean),  # a layer's curve is a column, so that new steps come at the end
         "trace": 3,
         "first": worst_layer(experts),
     }
@@ -233,7 +233,9 @@ def _bias(experts: ExpertHistory) -> Panel:
     if experts.bias is None:
         why = "The log has no bias: the router balances without one."
         return Panel("bias", title, missing=why, wide=True)
-    most = float(np.nanmax(np.abs(experts.bias), initial=0.0)) or 1e-6
+    # A round number, so that the codes of what was drawn before mostly stay.
+    largest = float(np.nanmax(np.abs(experts.bias), initial=0.0)) or 1e-6
+    most = float(2 ** np.ceil(np.log2(largest)))
     place = np.nan_to_num(experts.bias / most)
     codes = np.where(np.isnan(experts.bias), 255, 1 + np.rint(CODES * (place + 1) / 2))
     hover = "%{y}, expert %{x}: bias %{customdata:.3g}"

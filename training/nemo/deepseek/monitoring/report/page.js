@@ -107,8 +107,7 @@
   function layerCurve(state, layer) {
     const { values, names } = state.figure.layers;
     state.values ??= new Float32Array(bytesOf(values.bdata).buffer);
-    const length = state.values.length / names.length;
-    return state.values.subarray(layer * length, (layer + 1) * length);
+    return state.values.filter((_, at) => at % names.length === layer);
   }
 
   // -- drawing ---------------------------------------------------------------------------------
@@ -270,21 +269,34 @@
 
   // -- from a server ---------------------------------------------------------------------------
 
-  // Asks for what is new and puts it in the place of what is there: figures that have not changed
-  // are not sent again, drawn ones are not drawn from nothing, what the reader has chosen stays.
+  // Of patch.py: the new value; what has not changed is the same object.
+  function patched(old, patch) {
+    if ("=" in patch) return patch["="];
+    if ("~" in patch) {
+      const [start, end, text] = patch["~"];
+      return old.slice(0, start) + text + old.slice(old.length - end);
+    }
+    const changed = "n" in patch ? old.slice(0, patch.n) : { ...old };
+    for (const [key, change] of Object.entries(patch.i ?? patch.k)) changed[key] = patched(old[key], change);
+    for (const key of patch["-"] ?? []) delete changed[key];
+    return changed;
+  }
+
+  // Asks for what is new and puts it in the place of what is there: what has not changed is not
+  // sent again nor drawn again, and what the reader has chosen stays.
   function follow(seconds) {
     const root = document.getElementById("tabs");
-    let hashes = {}, version = "", known = new Map();
+    let version = "", content = null;
     const take = (news) => {
-      for (const [hash, figure] of Object.entries(news.new)) known.set(hash, figure);
-      known = new Map(Object.values(news.figures).map((hash) => [hash, known.get(hash)]));
-      figures = Object.fromEntries(Object.entries(news.figures).map(([key, hash]) => [key, known.get(hash)]));
-      ({ version, figures: hashes } = news);
-      document.title = news.title;
+      content = patched(content, news.patch);
+      ({ version } = news);
+      const { title, body } = content;
+      figures = content.figures;
+      document.title = title;
       const plots = new Map([...root.querySelectorAll(".plot")].map((plot) => [plot.dataset.plot, plot]));
       const chosen = [...root.querySelectorAll(".chooser select")].map((select) => select.value);
       const [top, opened] = [scrollY, root.querySelector("details")?.open];
-      root.innerHTML = news.body;
+      root.innerHTML = body.join("");
       root.querySelectorAll(".chooser select").forEach((select, at) => {
         if (chosen[at] !== undefined) select.value = chosen[at];
       });
@@ -294,8 +306,9 @@
         if (plot === undefined) continue;
         plots.delete(place.dataset.plot);
         place.replaceWith(plot);
+        const same = shown.get(plot)?.figure === figures[plot.dataset.plot];
         prepare(plot);
-        delete plot.dataset.drawn;
+        if (!same) delete plot.dataset.drawn;
       }
       for (const gone of plots.values()) { shown.delete(gone); Plotly.purge(gone); }
       scrollTo(0, top);
@@ -303,10 +316,9 @@
     };
     const ask = async () => {
       try {
-        const query = new URLSearchParams({ version, known: Object.values(hashes).join(",") });
-        const answer = await fetch(`/news?${query}`, { cache: "no-store" });
+        const answer = await fetch(`/news?version=${version}`, { cache: "no-store" });
         const news = await answer.json();
-        if (news.body !== undefined) take(news);
+        if (news.patch !== undefined) take(news);
         if (news.problem !== undefined && !version) root.innerHTML = `<main><p class="damage"></p></main>`;
         const place = root.querySelector(news.problem === undefined ? ".state" : ".state, .damage");
         if (place) place.textContent = news.problem ?? news.state;

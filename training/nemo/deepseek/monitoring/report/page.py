@@ -6,10 +6,9 @@ page that a server keeps up to date may ask that server alone, and gets what is 
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
-from collections.abc import Collection
+import re
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import Any
@@ -63,13 +62,13 @@ class Page:
         tabs: of which the first is shown at first.
 
     Attributes:
-        version: equal for equal content.
+        figures: what is drawn, by the name of its place.
     """
 
     def __init__(self, title: str, tabs: list[Tab]) -> None:
         self.title = title
-        figures: dict[str, Figure] = {}
-        bodies = [_tab(tab, index, figures, len(tabs) > 1) for index, tab in enumerate(tabs)]
+        self.figures: dict[str, Figure] = {}
+        bodies = [_tab(tab, index, self.figures, len(tabs) > 1) for index, tab in enumerate(tabs)]
         if len(tabs) > 1:
             options = "".join(
                 f'<option value="{index}">{html.escape(tab.title)}</option>'
@@ -79,9 +78,6 @@ class Page:
             bodies.insert(0, picker)
         # Half of a surrogate pair, which a log may hold, is no UTF-8.
         self._body = "\n".join(bodies).encode(errors="replace").decode()
-        self._figures = {key: _json(drawn) for key, drawn in figures.items()}
-        self._hashes = {key: _hash(text) for key, text in self._figures.items()}
-        self.version = _hash(self._body + _json(self._hashes))
 
     def whole(self) -> str:
         """One file with everything in it.
@@ -89,25 +85,14 @@ class Page:
         Raises:
             UserError: plotly is not installed.
         """
-        figures = _object(self._figures)
-        data = f'<script type="application/json" id="figures">{figures}</script>'
+        data = f'<script type="application/json" id="figures">{_json(self.figures)}</script>'
         library = f"<script>{plotly_script()}</script>"
         return _document(self.title, POLICY.format(""), self._body, data + library)
 
-    def news(self, known: Collection[str], **more: Any) -> str:
-        """The content, as JSON, for a page that has some of the figures, by their hashes; and
-        ``more``."""
-        new = {key: self._figures[name] for name, key in self._hashes.items() if key not in known}
-        plain = {
-            "version": self.version,
-            "title": self.title,
-            "body": self._body,
-            "figures": self._hashes,
-            **more,
-        }
-        return _object(
-            {name: _json(value) for name, value in plain.items()} | {"new": _object(new)}
-        )
+    def content(self) -> dict[str, Any]:
+        """What a page shows that a server keeps up to date; as JSON, so that it can be compared."""
+        pieces = re.split("(?=<article|</section)", self._body)
+        return {"title": self.title, "body": pieces, "figures": self.figures}
 
 
 def shell(seconds: float) -> str:
@@ -296,16 +281,7 @@ def _missing(panels: list[Panel]) -> str:
     return f"<details>{summary}<dl>{rows}</dl></details>"
 
 
-def _object(members: dict[str, str]) -> str:
-    """A JSON object of values that are JSON already."""
-    return "{" + ",".join(f"{_json(name)}:{text}" for name, text in members.items()) + "}"
-
-
 def _json(value: Any) -> str:
     """JSON that cannot end the script element it stands in."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

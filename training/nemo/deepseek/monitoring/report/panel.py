@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from deepseek.monitoring.array_history import stretch_length
+
 MOST_POINTS = 1200
 """Points of one line; more are thinned, keeping the extremes."""
 CODES = 253
@@ -198,11 +200,12 @@ def figure(
 
 
 def thin(x: np.ndarray, y: np.ndarray, points: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """About ``points`` of the points: of each stretch the lowest and the highest, and both ends."""
+    """At most ``points`` of the points, and gaps: of each stretch the lowest and the highest, and
+    both ends."""
     if len(x) <= points:
         return x, y
     kept = {0, len(x) - 1}
-    for stretch in np.array_split(np.arange(len(x)), points // 2 - 1):
+    for stretch in np.split(np.arange(len(x)), stretch_starts(len(x), points // 2 - 1)[1:]):
         values = y[stretch]
         finite = np.isfinite(values)
         if not finite.all():
@@ -215,7 +218,7 @@ def thin(x: np.ndarray, y: np.ndarray, points: int = MOST_POINTS) -> tuple[np.nd
 
 
 def binned(values: np.ndarray, bins: int) -> np.ndarray:
-    """Means of ``bins`` stretches of the first axis, NaN left out; all if there are fewer."""
+    """Means of at most ``bins`` stretches of the first axis, NaN left out."""
     if len(values) <= bins:
         return values.astype(np.float64)
     edges = stretch_starts(len(values), bins)
@@ -226,8 +229,11 @@ def binned(values: np.ndarray, bins: int) -> np.ndarray:
 
 
 def stretch_starts(length: int, bins: int) -> np.ndarray:
-    """Index of the first element of each stretch."""
-    return np.arange(min(length, bins)) * length // min(length, bins)
+    """Index of the first element of each of at most ``bins`` stretches.
+
+    They are of 1, 2, 4, ... elements, so that a log that has grown changes the last one alone.
+    """
+    return np.arange(0, length, stretch_length(length, bins))
 
 
 def smoothed(values: np.ndarray, half_life: float) -> np.ndarray:
@@ -235,12 +241,18 @@ def smoothed(values: np.ndarray, half_life: float) -> np.ndarray:
 
     Both sides, since a mean over the past alone lags behind a falling loss.
     """
-    keep = 0.5 ** (1 / max(half_life, 1e-9))
+    keep = 0.5 ** (1 / half_life)
     finite = np.isfinite(values)
     numbers, ones = np.where(finite, values, 0.0).tolist(), finite.astype(float).tolist()
     total = _decayed(numbers, keep) + _decayed(numbers[::-1], keep)[::-1]
     weight = _decayed(ones, keep) + _decayed(ones[::-1], keep)[::-1]
     return total / np.where(weight > 0, weight, np.nan)
+
+
+def hundredth(count: int) -> float:
+    """Half-life for a curve of so many values, a hundredth of them or somewhat less: 1, 2, 4, ...,
+    so that it mostly stays while the log grows."""
+    return float(1 << max(0, (count // 100).bit_length() - 1))
 
 
 def _decayed(values: list[float], keep: float) -> np.ndarray:

@@ -78,7 +78,7 @@ def _rank_map(steps: np.ndarray, values: np.ndarray, words: str, label: str) -> 
     # A single odd step must not pale all others.
     far = max(0.05, float(np.percentile(away, 98)) if away.size else 0.0)
     hover = f"step %{{x}}, rank %{{y}}: %{{z:.3f}} {words}"
-    cells = {"x": packed(steps[starts]), "z": packed(mean.T)}
+    cells = {"x": packed(steps[starts]), "z": packed(mean), "transpose": True}
     return figure(
         [heat("@diverging", label, 1 - far, 1 + far, hover, **cells)],
         "step",

@@ -17,6 +17,7 @@ from deepseek.monitoring.report.panel import (
     Panel,
     duration,
     figure,
+    hundredth,
     line,
     quantity,
     smoothed,
@@ -303,7 +304,7 @@ def _speed_curve(run: RunLog) -> tuple[np.ndarray, np.ndarray] | None:
     values = run.column("tokens_per_second")
     if values is None:
         return None
-    return run.steps["step"], smoothed(values, max(1.0, len(values) / 100))
+    return run.steps["step"], smoothed(values, hundredth(len(values)))
 
 
 def _load_curve(run: RunLog) -> tuple[np.ndarray, np.ndarray] | None:

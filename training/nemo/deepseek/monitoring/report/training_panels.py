@@ -12,6 +12,7 @@ from deepseek.monitoring.report.panel import (
     binned,
     duration,
     figure,
+    hundredth,
     line,
     marks,
     packed,
@@ -74,7 +75,7 @@ def training_panels(run: RunLog) -> list[Panel]:
 def loss_curve(run: RunLog) -> tuple[np.ndarray, np.ndarray]:
     """Steps and the training loss, smoothed over a hundredth of the run."""
     steps = run.steps["step"]
-    return steps, smoothed(run.steps["loss"], max(1.0, len(steps) / 100))
+    return steps, smoothed(run.steps["loss"], hundredth(len(steps)))
 
 
 def _loss(run: RunLog) -> Panel:
@@ -88,7 +89,7 @@ def _loss(run: RunLog) -> Panel:
     ]
     mtp = run.column("mtp_loss")
     if mtp is not None:
-        mtp_smooth = smoothed(mtp, max(1.0, len(steps) / 100))
+        mtp_smooth = smoothed(mtp, hundredth(len(steps)))
         data.append(line(steps, mtp_smooth, "MTP, smoothed", "@4", dash="dot"))
     if "val_loss" in run.validations:
         data.append(_validation(run, "val_loss"))
@@ -96,8 +97,8 @@ def _loss(run: RunLog) -> Panel:
     return Panel(
         "loss",
         title,
-        "Per token, in nats. Smoothed: a mean whose weights halve every hundredth of the run to "
-        "both sides. Marks on the curve are events; ticks along the bottom are checkpoints.",
+        "Per token, in nats. Smoothed: a mean whose weights halve about every hundredth of the "
+        "run to both sides. Marks on the curve are events; ticks along the bottom are checkpoints.",
         figure(
             data,
             STEP,
@@ -220,7 +221,13 @@ def _speed(run: RunLog) -> Panel:
         return Panel("speed", "Speed", missing="No step row has tokens per second.")
     data = [
         line(run.steps["step"], values, "each step", "@2/0.35", "%{y:,.0f}", width=1),
-        line(run.steps["step"], smoothed(values, len(values) / 100), "smoothed", "@2", "%{y:,.0f}"),
+        line(
+            run.steps["step"],
+            smoothed(values, hundredth(len(values))),
+            "smoothed",
+            "@2",
+            "%{y:,.0f}",
+        ),
     ]
     axis = {"rangemode": "tozero", "exponentformat": "SI"}
     note = "Tokens of the whole global batch, by the step's wall time."
@@ -235,7 +242,7 @@ def _mfu(run: RunLog) -> Panel:
         return Panel("mfu", title, missing=why)
     data = [
         line(run.steps["step"], 100 * values, "each step", "@4/0.35", width=1),
-        line(run.steps["step"], 100 * smoothed(values, len(values) / 100), "smoothed", "@4"),
+        line(run.steps["step"], 100 * smoothed(values, hundredth(len(values))), "smoothed", "@4"),
     ]
     return Panel(
         "mfu",
