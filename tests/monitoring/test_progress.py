@@ -81,14 +81,14 @@ def test_step_line() -> None:
 @pytest.mark.parametrize(
     ("columns", "end"),
     [
-        (80, "| 12:34:56 left"),
+        (80, "| 12:34:56 left | mtp 10.7321"),
         (100, "| 12:34:56 left | epoch 1.23/2.47 | mtp 10.7321"),
-        (120, "| epoch 1.23/2.47 | mtp 10.7321 | grad 1.200"),
+        (120, "| epoch 1.23/2.47 | mtp 10.7321 | grad 1.200 | a2a 12%"),
         (160, "| grad 1.200 | lr 2.20e-04 | load 1.32 dead 2 | mfu 31.4%"),
     ],
 )
-def test_a_long_line_fits_and_loses_its_end(columns: int, end: str) -> None:
-    """Loss, speed and time left stay."""
+def test_a_long_line_fits(columns: int, end: str) -> None:
+    """Loss, speed and time left stay; what follows one that has no room may still have it."""
     long = record(1234567, loss=10.5594, mtp_loss=10.7321, **MEASURED)
     line = fitted(step_parts(long, 2469134, 123456.7, 45296, 1e-6), columns)
     assert line.startswith("step 1234567/2469134 loss 10.5594 | 123,457 tok/s | 12:34:56 left")

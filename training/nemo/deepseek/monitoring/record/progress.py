@@ -124,10 +124,10 @@ def step_parts(
 
 
 def fitted(parts: list[str], columns: int) -> str:
-    """One line of at most so many columns, the last parts dropped; 0: of any length."""
+    """One line of at most so many columns, without the parts that have no room beside those before
+    them; 0: of any length."""
     line = parts[0]
     for part in parts[1:]:
-        if columns and len(line) + 3 + len(part) > columns:
-            break
-        line += f" | {part}"
+        if not columns or len(line) + 3 + len(part) <= columns:
+            line += f" | {part}"
     return line
