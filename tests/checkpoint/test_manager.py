@@ -121,6 +121,43 @@ def test_equal_content_gives_equal_files(tmp_path: Path) -> None:
     assert manifests[0] == manifests[1]
 
 
+def test_a_plan_is_made_anew_only_for_other_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("full")
+
+    made: list[int] = []
+    plan = dcp.DefaultSavePlanner.create_local_plan
+    monkeypatch.setattr(
+        dcp.DefaultSavePlanner, "create_local_plan", lambda self: made.append(1) or plan(self)
+    )
+    manager, tensors = CheckpointManager(tmp_path / "a"), odd_tensors()
+    manager.save(1, tensors, {})
+    changed = {
+        name: (1 - tensor.float()).to(tensor.dtype) if name.startswith("rare") else tensor
+        for name, tensor in tensors.items()
+    }
+    manager.save(2, changed, {})
+    assert len(made) == 1
+    other = CheckpointManager(tmp_path / "b")
+    other.save(2, changed, {})
+    files = [(folder / "step_00000002/manifest.json").read_text() for folder in tmp_path.iterdir()]
+    assert files[0] == files[1]
+    assert len(made) == 2
+    manager.save(3, {**changed, "rare.fp32": changed["rare.fp32"].double()}, {})
+    assert len(made) == 3
+    with pytest.raises(OSError, match="full"), monkeypatch.context() as patch:
+        patch.setattr(CheckpointManager, "_finish", full)
+        manager.save(4, changed, {})
+    manager.save(4, changed, {})
+    manager.save(5, changed, {})
+    assert len(made) == 5, "one for the save that failed, one for those after it"
+    assert Checkpoint.open(tmp_path / "a/step_00000005").tensor_dtypes() == {
+        name: tensor.dtype for name, tensor in changed.items()
+    }
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_plain_dcp_reads_it(manager: CheckpointManager) -> None:
     path = save(manager, 1, 2.5)

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner
 
 from deepseek.checkpoint import checkpoint as checkpoint_module
 from deepseek.checkpoint import manager as manager_module
@@ -293,14 +294,23 @@ def _train_while_saving(rank: int, case: Case, folder: Path) -> tuple[str, bool]
         now = {name: local for name, _, local in parts_of(driven)}
         changed = not any(torch.equal(now[name], old) for name, old in moment.items())
         trained.touch()
+        manager.wait()
+        _assert_holds(case, folder, moment)
+        with pytest.MonkeyPatch.context() as patch:  # by the plan of the first one
+            patch.setattr(DefaultSavePlanner, "create_local_plan", fail)
+            manager.save(2, collect_tensors(driven.module.model, driven.optimizer), {"rank": rank})
+    _assert_holds(case, folder, now)
+    return order[0], changed
+
+
+def _assert_holds(case: Case, folder: Path, expected: dict[str, Tensor]) -> None:
     again = drive(case)
     checkpoint = newest_sound(folder / "checkpoints", fail)
     assert checkpoint is not None and checkpoint.state() == {"rank": 0}
     restore(checkpoint, again.module.model, again.optimizer)
     loaded = {name: local for name, _, local in parts_of(again)}
-    assert loaded.keys() == moment.keys()
-    assert all(torch.equal(loaded[name], old) for name, old in moment.items())
-    return order[0], changed
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], old) for name, old in expected.items())
 
 
 def test_a_failure_in_the_background_is_raised_on_all_ranks(tmp_path: Path) -> None:

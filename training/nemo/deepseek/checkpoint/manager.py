@@ -30,7 +30,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -50,7 +50,7 @@ from deepseek.checkpoint.manifest import (
     step_of,
 )
 from deepseek.checkpoint.ranks import Ranks
-from deepseek.checkpoint.shards import write_shards
+from deepseek.checkpoint.shards import Planner, write_shards
 from deepseek.config.errors import UserError
 from deepseek.files import (
     LOCK,
@@ -100,6 +100,9 @@ class CheckpointManager:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future[Path] | None = None
         self._thread_ranks: Ranks | None = None
+        # What the newest save has written, and by which plan; None after one that failed.
+        self._places: _Places | None = None
+        self._planner = Planner()
         # Steps whose files have been found to differ. Only a new write makes them good.
         self._damaged: set[int] = set()
         self._ranks.lead(self._open)
@@ -224,8 +227,8 @@ class CheckpointManager:
     def _prepare(
         self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]
     ) -> list[_Prepared]:
-        ranks = self._ranks
-        return ranks.gather(lambda: _prepare(step, tensors, state, alone=ranks.size == 1))
+        ranks, before = self._ranks, self._places
+        return ranks.gather(lambda: _prepare(step, tensors, state, before, alone=ranks.size == 1))
 
     def _write(
         self,
@@ -236,18 +239,23 @@ class CheckpointManager:
         retire: bool,
     ) -> Path:
         """Write and name. In whatever thread: ``ranks`` are its. ``prepared`` is rank 0's alone."""
-        temporary = ranks.lead(lambda: self._begin(step, [parts for _, parts in prepared]))
+        self._places = None
+        temporary, known = ranks.lead(lambda: self._begin(step, prepared))
+        if not known:
+            self._planner = Planner()
+        planner = self._planner
         try:
             # 1. Every rank writes its shards.
-            written = ranks.gather(lambda: write_shards(temporary, tensors, ranks))
+            written = ranks.gather(lambda: write_shards(temporary, tensors, ranks, planner))
             # 2. Rank 0 adds the state and the manifest, and gives the directory its name.
             files = {name: entry for part in written for name, entry in part.items()}
-            ranks.lead(lambda: self._finish(step, temporary, files, prepared[0][0], retire))
+            ranks.lead(lambda: self._finish(step, temporary, files, prepared[0].state, retire))
         except BaseException:
             # No collective here: an interruption may have come to this rank alone.
             if ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+        self._places = _places(tensors)
         return self.folder / step_name(step)
 
     # -- rank 0 only ---------------------------------------------------------------------------
@@ -273,21 +281,25 @@ class CheckpointManager:
                     path.rename(place)
                     sync_folder(self.folder)
 
-    def _begin(self, step: int, parts: list[dict[str, _Part]]) -> Path:
-        """Check lock, later checkpoints, agreement of the ranks and space; make the directory."""
+    def _begin(self, step: int, prepared: list[_Prepared]) -> tuple[Path, bool]:
+        """Check lock, later checkpoints, agreement of the ranks and space; make the directory.
+
+        Returns:
+            The directory, and whether the plan of the save before is good for this one.
+        """
         if self._lock is None or not self._lock.held:
             raise UserError(
                 f"{self.folder}: this manager was closed, or a later one of the same process "
                 "took over; make a new CheckpointManager"
             )
         self._refuse_later(step)
-        whole = _merge(parts)
+        whole = _merge([own.parts for own in prepared])
         needed = sum(part.size + _OVERHEAD for part in whole.values()) + _OVERHEAD
         with disk_errors(f"starting the checkpoint of step {step} in {self.folder}"):
             require_room(self.folder, needed, f"the checkpoint of step {step}", _FEWER)
             temporary = self.folder / f"{_TEMPORARY}{uuid.uuid4().hex}"
             temporary.mkdir()
-        return temporary
+        return temporary, all(own.known for own in prepared)
 
     def _set_aside_after(self, step: int) -> list[Path]:
         moved = []
@@ -383,14 +395,40 @@ class _Part:
     """Of a plain tensor that other ranks may have as well."""
 
 
-_Prepared = tuple[bytes, dict[str, _Part]]
-"""The state as JSON, and what one rank has under each name."""
+_Places = dict[str, tuple[object, ...]]
+"""Of each tensor: what must be the same so that a plan is good for another save."""
+
+
+class _Prepared(NamedTuple):
+    """What rank 0 is told by one rank."""
+
+    state: bytes
+    """As JSON."""
+    parts: dict[str, _Part]
+    known: bool
+    """The save before had the same tensors in the same places."""
+
+
+def _places(tensors: dict[str, Tensor]) -> _Places:
+    return {
+        name: (
+            (tensor.dtype, tensor.shape, tensor.to_local().shape, tensor.placements)
+            + (id(tensor.device_mesh),)
+            if isinstance(tensor, DTensor)
+            else (tensor.dtype, tensor.shape)
+        )
+        for name, tensor in tensors.items()
+    }
 
 
 def _prepare(
-    step: int, tensors: dict[str, Tensor], state: dict[str, Any], alone: bool
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    before: _Places | None,
+    alone: bool,
 ) -> _Prepared:
-    """This rank's share of ``_Prepared``. Raises ``UserError`` for what cannot be stored."""
+    """This rank's share. Raises ``UserError`` for what cannot be stored."""
     if type(step) is not int or step < 0:
         raise UserError(f"the step of a checkpoint must be an int of 0 or more, got {step!r}")
     problems = []
@@ -408,7 +446,8 @@ def _prepare(
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(f"the tensors of a checkpoint cannot be stored:\n{lines}")
-    return state_to_json(state), {name: _part(tensor, alone) for name, tensor in tensors.items()}
+    parts = {name: _part(tensor, alone) for name, tensor in tensors.items()}
+    return _Prepared(state_to_json(state), parts, known=before == _places(tensors))
 
 
 def _part(tensor: Tensor, alone: bool) -> _Part:

@@ -51,8 +51,49 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_shards(path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, FileEntry]:
+class Planner(dcp.DefaultSavePlanner):
+    """What each rank writes, agreed upon once: the next save with it repeats that.
+
+    At 2,048 ranks of V3 the plans have 379,392 parts, which rank 0 otherwise collects, compares and
+    hands out anew at each save. To be used again only with the same tensors in the same places.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._agreed: dcp.SavePlan | None = None
+
+    def create_local_plan(self) -> dcp.SavePlan:
+        """Of this rank; empty if all know it."""
+        return super().create_local_plan() if self._agreed is None else dcp.SavePlan([])
+
+    def create_global_plan(
+        self, all_plans: list[dcp.SavePlan]
+    ) -> tuple[list[dcp.SavePlan], Metadata]:
+        """Who writes what of all, on rank 0."""
+        if self._agreed is None:
+            return super().create_global_plan(all_plans)
+        return all_plans, self.metadata
+
+    def finish_plan(self, new_plan: dcp.SavePlan) -> dcp.SavePlan:
+        """This rank's part of it."""
+        self._agreed = self._agreed or super().finish_plan(new_plan)
+        return self._agreed
+
+    def forget(self) -> None:
+        """Let go of what the next save does not need: the tensors, and the plans of other ranks."""
+        self.state_dict, self.global_plan = {}, []
+
+
+def write_shards(
+    path: Path, tensors: dict[str, Tensor], ranks: Ranks, planner: Planner | None = None
+) -> dict[str, FileEntry]:
     """Write ``tensors`` into the directory ``path``; a collective.
+
+    Args:
+        path: of the directory.
+        tensors: by global name.
+        ranks: that write together.
+        planner: of a save before, of the same tensors in the same places; None: one of this save.
 
     Returns:
         Name, size and digest of the files this rank wrote, all of them synced.
@@ -60,14 +101,18 @@ def write_shards(path: Path, tensors: dict[str, Tensor], ranks: Ranks) -> dict[s
     Raises:
         UserError: the disk is full or refuses, here or on another rank.
     """
-    writer = _Writer(path)
-    with _explained(f"writing to {path}", writer.files):
-        dcp.save(
-            dict(tensors),
-            storage_writer=writer,
-            process_group=ranks.group,
-            no_dist=not ranks.active,
-        )
+    writer, planner = _Writer(path), planner or Planner()
+    try:
+        with _explained(f"writing to {path}", writer.files):
+            dcp.save(
+                dict(tensors),
+                storage_writer=writer,
+                planner=planner,
+                process_group=ranks.group,
+                no_dist=not ranks.active,
+            )
+    finally:
+        planner.forget()
     return writer.files.written
 
 
