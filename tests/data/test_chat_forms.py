@@ -18,57 +18,80 @@ from deepseek.data.tokenizer_training import train_bpe
 from support.sample_texts import TEXTS
 
 G, H = "{% generation %}", "{% endgeneration %}"
+CALLS = (
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}\n"
+    "{{ c.function.arguments | tojson }}</call>{% endfor %}"
+)
+TOOL = "{% elif m.role == 'tool' %}<tool>{{ m.content }}</tool>"
+THOUGHT = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
 MARKED = {
     "V2, a space before the mark": (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}\n\n"
-        "{% elif m.role == 'assistant' %}Assistant: " + G + "{{ m.content + eos_token }}" + H +
-        "{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}"
+        "{% elif m.role == 'assistant' %}Assistant: " + G + "{{ m.content }}" + CALLS +
+        "{{ eos_token }}" + H + "{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}Assistant:{% endif %}"
     ),
     "V3": (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
-        "{% elif m.role == 'user' %}<｜User｜>{{ m.content }}{% else %}<｜Assistant｜>" + G +
-        "{{ m.content + eos_token }}" + H + "{% endif %}{% endfor %}"
+        "{% elif m.role == 'user' %}<｜User｜>{{ m.content }}" + TOOL +
+        "{% else %}<｜Assistant｜>" + G + "{{ m.content }}" + CALLS + "{{ eos_token }}" + H +
+        "{% endif %}{% endfor %}"
     ),
     "R1, earlier reasoning dropped": (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
-        "{% elif m.role == 'assistant' %}<｜Assistant｜>" + G +
-        "{{ m.content.split('</think>')[-1] + eos_token }}" + H + "{% endif %}{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}" +
+        TOOL + "{% elif m.role == 'assistant' %}<｜Assistant｜>" + G +
+        "{{ m.content.split('</think>')[-1] }}" + CALLS + "{{ eos_token }}" + H +
+        "{% endif %}{% endfor %}"
     ),
-    "V3.1, think tag outside the mark": (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
-        "{% elif m.role == 'assistant' %}<｜Assistant｜></think>" + G + "{{ m.content }}" +
-        "{{ eos_token }}" + H + "{% endif %}{% endfor %}"
+    "V3.1, thinking off, think tag outside the mark": (
+        "{% set thinking = thinking if thinking is defined else false %}{{ bos_token }}"
+        "{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}" + TOOL +
+        "{% elif m.role == 'assistant' %}<｜Assistant｜>{% if not thinking %}</think>{% endif %}" +
+        G + "{{ m.content.split('</think>', 1)[-1] }}" + CALLS + "{{ eos_token }}" + H +
+        "{% endif %}{% endfor %}"
     ),
-    "Kimi-K2": (
+    "Kimi-K2, tools declared": (
+        "{% if tools %}<|im_system|>tool_declare<|im_middle|>"
+        "{{ tools | tojson(separators=(',', ':')) }}<|im_end|>{% endif %}"
         "{% for m in messages %}<|im_{{ m.role }}|>{{ m.role }}<|im_middle|>"
-        "{% if m.role == 'assistant' %}" + G + "{{ m.content }}<|im_end|>" + H +
+        "{% if m.role == 'assistant' %}" + G + "{{ m.content }}" + CALLS + "<|im_end|>" + H +
         "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    ),
+    "Moonlight, a default system": (
+        "{%- for m in messages -%}{%- if loop.first and messages[0].role != 'system' -%}"
+        "<|im_system|>system<|im_middle|>You are helpful.<|im_end|>{%- endif -%}"
+        "{%- if m.role == 'system' -%}<|im_system|>{%- elif m.role == 'user' -%}<|im_user|>"
+        "{%- else -%}<|im_assistant|>{%- endif -%}{{ m.role }}<|im_middle|>"
+        "{%- if m.role == 'assistant' -%}{%- generation -%}{{ m.content }}" + CALLS +
+        "<|im_end|>{%- endgeneration -%}{%- else -%}{{ m.content }}<|im_end|>{%- endif -%}"
+        "{%- endfor -%}"
     ),
     "ChatML, new line inside the mark": (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}" + G +
-        "{{ m.content }}<|im_end|>\n" + H + "{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
-        "{% endfor %}"
+        THOUGHT + "{{ m.content }}" + CALLS + "<|im_end|>\n" + H +
+        "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     ),
     "Qwen, default system and white space control": (
         "{%- if messages[0].role != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{%- endif %}"
         "{%- for m in messages %}\n<|im_start|>{{ m.role }}\n{%- if m.role == 'assistant' %}\n"
-        "{%- generation %}{{- m.content }}<|im_end|>{%- endgeneration %}{%- else %}"
-        "{{- m.content }}<|im_end|>{%- endif %}{%- endfor %}"
+        "{%- generation %}{% set said = m.content %}" + THOUGHT + "{{- said }}" + CALLS +
+        "<|im_end|>{%- endgeneration %}{%- else %}{{- m.content }}{{ said }}<|im_end|>{%- endif %}"
+        "{%- endfor %}"
     ),
     "Llama 3, trimmed": (
         "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-        "{% if m.role == 'assistant' %}" + G + "{{ m.content | trim }}<|eot_id|>" + H +
+        "{% if m.role == 'assistant' %}" + G + "{{ m.content | trim }}" + CALLS + "<|eot_id|>" + H +
         "{% else %}{{ m.content | trim }}<|eot_id|>{% endif %}{% endfor %}"
     ),
     "Mistral": (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} "
-        "[/INST]{% elif m.role == 'assistant' %} " + G + "{{ m.content }}{{ eos_token }}" + H +
-        "{% endif %}{% endfor %}"
+        "[/INST]" + TOOL + "{% elif m.role == 'assistant' %} " + G + "{{ m.content }}" + CALLS +
+        "{{ eos_token }}" + H + "{% endif %}{% endfor %}"
     ),
     "plain": (
         "{% for m in messages %}{{ m.role | upper }}: {% if m.role == 'assistant' %}" + G +
-        "{{ m.content }}" + H + "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+        "{{ m.thinking }}{{ m.content }}" + CALLS + H + "{% else %}{{ m.content }}{% endif %}\n"
+        "{% endfor %}"
     ),
 }  # fmt: skip
 WORDS = "a is two, don't for x in\nrange(3): ünï 中文 1234 <b> \t end. 🙂 def f".split(" ")
@@ -88,7 +111,8 @@ def folder_of(bpe: Tokenizer, folder: Path, template: Any, **config: Any) -> Pat
     return folder
 
 
-def talks(count: int) -> list[list[dict[str, Any]]]:
+def talks(count: int) -> list[dict[str, Any]]:
+    """Drawn conversations: with system, tools, several turns, empty ones, reasoning, and none."""
     rng = random.Random(7)
 
     def text() -> str:
@@ -96,28 +120,47 @@ def talks(count: int) -> list[list[dict[str, Any]]]:
 
     made = []
     for number in range(count):
+        kind = number % 6
         turns = [{"role": "system", "content": text()}] if number % 3 == 0 else []
-        for _ in range(rng.randint(1, 3)):
-            turns += [{"role": "user", "content": text()}, {"role": "assistant", "content": text()}]
-        made.append(turns)
+        for turn in range(rng.randint(1, 3)):
+            turns.append({"role": "user", "content": "" if kind == 1 and turn else text()})
+            if kind == 2:
+                call = {"name": "add", "arguments": {"a": rng.randint(0, 99), "é": text()}}
+                said = rng.choice(["", text()])
+                turns += [
+                    {"role": "assistant", "content": said, "tool_calls": [{"function": call}]},
+                    {"role": "tool", "content": text()},
+                ]
+            answer = {"role": "assistant", "content": text()}
+            if kind == 3:
+                answer[rng.choice(["reasoning_content", "thinking", "reasoning"])] = text()
+            if kind in (4, 5):
+                thought = f"\n{text()}\n" if kind == 4 else "\n\n"
+                answer["content"] = f"<think>{thought}</think>\n\n" + answer["content"]
+            turns.append(answer)
+        tools = [{"type": "function", "function": {"name": "add", "description": "ünï"}}]
+        made.append({"messages": turns, **({"tools": tools} if kind == 2 else {})})
     return made
 
 
-@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize("count", [6, pytest.param(60, marks=pytest.mark.nightly)])
 def test_ids_and_masks_equal_those_of_transformers(
-    name: str, bpe: Tokenizer, tmp_path: Path
+    count: int, bpe: Tokenizer, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    folder = folder_of(bpe, tmp_path, MARKED[name])
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    ours = ChatTemplate(load_tokenizer(folder))
-    for messages in talks(60):
-        found = ours.encode(conversation_of({"messages": messages}))
-        wanted = theirs.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        assert found.ids.tolist() == wanted["input_ids"]
-        assert found.is_answer.tolist() == [bit == 1 for bit in wanted["assistant_masks"]]
+    for number, (name, template) in enumerate(MARKED.items()):
+        folder = folder_of(bpe, tmp_path / str(number), template)
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        ours = ChatTemplate(load_tokenizer(folder))
+        for row in talks(count):
+            found = ours.encode(conversation_of(row))
+            wanted = theirs.apply_chat_template(
+                row["messages"], tools=row.get("tools"), tokenize=True, return_dict=True,
+                return_assistant_tokens_mask=True,
+            )  # fmt: skip
+            assert found.ids.tolist() == wanted["input_ids"], (name, row)
+            marked = [bit == 1 for bit in wanted["assistant_masks"]]
+            assert found.is_answer.tolist() == marked, (name, row)
 
 
 @pytest.mark.parametrize("key", ["weight", "trainable", "train", "training", "loss"])

@@ -267,7 +267,7 @@ class ChatTemplate:
                 text = "".join(
                     bounded(
                         template.generate(
-                            messages=list(messages),
+                            messages=[_with_reasoning(message) for message in messages],
                             tools=tools,
                             documents=None,
                             add_generation_prompt=add_generation_prompt,
@@ -441,8 +441,20 @@ def _is_told(said: str, text: str) -> bool:
     return said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text
 
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys that data sets give a message's reasoning, by precedence."""
+
+
+def _with_reasoning(message: Message) -> Message:
+    """A message with its reasoning under the two names that templates read, as transformers."""
+    said = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    if said is None:
+        return message
+    return {"thinking": said, **message, "reasoning_content": said}
+
+
 def _generation_extension() -> type:
-    """``{% generation %}`` puts marks around what it encloses."""
+    """``{% generation %}`` puts marks around what it encloses, which is a scope of its own."""
     from jinja2 import nodes
     from jinja2.ext import Extension
 
@@ -459,7 +471,7 @@ def _generation_extension() -> type:
             self.environment.marks_answers = True
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             marks = [nodes.Output([nodes.TemplateData(mark)]) for mark in _MARKS]
-            return [marks[0].set_lineno(line), *body, marks[1].set_lineno(line)]
+            return nodes.Scope([marks[0], *body, marks[1]]).set_lineno(line)
 
     return Generation
 
