@@ -1,6 +1,8 @@
 """What the report reads from a run folder, and what it says of folders it cannot read."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -324,11 +326,23 @@ def test_records_of_another_shape_are_noted(tmp_path: Path) -> None:
     assert "4 records have another number of layers or experts" in run.notes[0]
 
 
-def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_a_page_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_run(tmp_path / "run", SyntheticRun(steps=3))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write .*choose another file with --output"):
         report([tmp_path / "run"], tmp_path / "file" / "report.html")
+    target = report([tmp_path / "run"], tmp_path / "new" / "report.html")
+    before = target.read_bytes()
+
+    def full_disk(stream: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("deepseek.files.sync", full_disk)
+    with pytest.raises(UserError, match="cannot write .*No space left on device; choose"):
+        report([tmp_path / "run"], target)
+    assert target.read_bytes() == before and list(target.parent.iterdir()) == [target]
 
 
 def test_a_missing_plotly_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

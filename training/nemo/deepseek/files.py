@@ -466,10 +466,31 @@ def write_new(path: Path, text: str) -> None:
         UserError: it does, or it cannot be written.
     """
     refuse_existing(path)
+    write_whole(path, text)
+
+
+def write_whole(path: Path, text: str, way_out: str = "", folders: bool = False) -> None:
+    """Write a file whole or not at all, in place of one of this name; a pipe or device is written
+    to, and what a link points to is the file.
+
+    Args:
+        way_out: ends the message of the error.
+        folders: make those above it too.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    target = Path(os.path.realpath(path))
     try:
-        path.write_text(text, encoding="utf-8")
+        if folders:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_file():
+            target.write_text(text, encoding="utf-8")
+        else:
+            with atomic_open(target) as stream:
+                stream.write(text.encode())
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(f"cannot write {path}: {error.strerror}{way_out}") from error
 
 
 # -- what the disk says --------------------------------------------------------------------------

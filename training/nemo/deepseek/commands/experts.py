@@ -28,7 +28,7 @@ from deepseek.experts.analysis import (
     read_routing,
 )
 from deepseek.experts.domains import Domain, built_in_domains, open_domains, packed_domain
-from deepseek.files import atomic_open
+from deepseek.files import write_whole
 from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint, with_config
 from deepseek.run_folder import CHECKPOINTS
 
@@ -275,8 +275,7 @@ def _write(analysis: RoutingAnalysis, target: Path) -> None:
         from deepseek.experts.routing_page import routing_page
 
         text = routing_page(analysis)
-    with atomic_open(target) as stream:
-        stream.write(text.encode())
+    write_whole(target, text, "; choose another file with --output")
 
 
 def _show(analysis: RoutingAnalysis) -> None:

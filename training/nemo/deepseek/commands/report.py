@@ -8,6 +8,7 @@ from pathlib import Path
 
 from deepseek.config.errors import UserError
 from deepseek.console import say
+from deepseek.files import write_whole
 
 REPORT_FILE = "report.html"
 
@@ -38,13 +39,7 @@ def report(runs: Sequence[Path], output: Path | None = None) -> Path:
             run.label = f"{run.label} ({run.folder.resolve().name})"
     page = run_page(read).whole()
     target = output or runs[0] / REPORT_FILE
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror}; choose another file with --output"
-        ) from error
+    write_whole(target, page, "; choose another file with --output", folders=True)
     say(
         f"report       {target} ({target.stat().st_size / 1e6:.1f} MB, {len(read)} run"
         f"{'s' if len(read) > 1 else ''})"
