@@ -17,7 +17,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from support import profiles  # noqa: E402, F401
+from support import forked, profiles  # noqa: E402, F401
 from support.micro_runs import MicroRuns  # noqa: E402
 
 torch.set_num_threads(1)
@@ -35,6 +35,12 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MicroRuns]:
 def whole(micro: MicroRuns) -> str:
     """The uninterrupted run that others are compared with."""
     return micro.make("whole")
+
+
+def pytest_sessionstart() -> None:
+    """Before anything is collected."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        forked.prepare_server()
 
 
 def pytest_collection_finish() -> None:

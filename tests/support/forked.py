@@ -6,6 +6,9 @@ and answers each with one line.
 
 ``before=FORK_WORKERS`` makes forks of what a supervisor or torchrun starts, too: all of theirs is
 real but the start of an interpreter for each rank.
+
+A worker of xdist runs all tests, most of which import the same: there the process is a fork of the
+worker, made before anything is collected, so that both have the imports for the price of one.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 FORK_WORKERS = "from support.forked import fork_workers; fork_workers()\n"
 TESTS = Path(__file__).resolve().parents[1]
@@ -70,13 +73,10 @@ class Forked:
         self._count = 0
         self._folder = folder
         self._running: set[int] = set()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "support.forked"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment_for_tests(**environment),
-        )
+        values = environment_for_tests(**environment)
+        usual = "DEEPSEEK_FRAMEWORK" not in values  # which counts when it is imported
+        self._server = _prepared.pop() if usual and _prepared else _new_server(values)
+        self.ask(do="environment", values=values)
 
     def __call__(self, *args: object, cwd: Path | None = None, before: str = "") -> Ran:
         """Run to the end. ``before``: Python that the child executes first."""
@@ -116,10 +116,9 @@ class Forked:
 
     def ask(self, **request: Any) -> int:
         """One request, one answer."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return int(json.loads(self._process.stdout.readline()))
+        self._server.requests.write(json.dumps(request) + "\n")
+        self._server.requests.flush()
+        return int(json.loads(self._server.answers.readline()))
 
     def wait(self, pid: int) -> int:
         """Until the command ends; its exit code."""
@@ -129,14 +128,73 @@ class Forked:
 
     def orphans(self) -> list[int]:
         """Processes that run on though the command that started them has ended."""
-        return [pid for pid in children(self._process.pid) if pid not in self._running]
+        return [pid for pid in children(self._server.pid) if pid not in self._running]
 
     def close(self) -> None:
         """End the process, and what a failed test left running."""
         for pid in self._running:
             os.kill(pid, signal.SIGKILL)
-        self._process.kill()
-        self._process.wait()
+        os.kill(self._server.pid, signal.SIGKILL)
+        os.waitpid(self._server.pid, 0)
+        self._server.requests.close()
+        self._server.answers.close()
+
+
+@dataclass(frozen=True)
+class _Server:
+    """The process, as the client has it."""
+
+    pid: int
+    requests: IO[str]
+    answers: IO[str]
+
+
+_prepared: list[_Server] = []
+"""A fork of this process that waits for its client."""
+
+
+def _new_server(environment: dict[str, str]) -> _Server:
+    """Of an interpreter of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "support.forked"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    process.returncode = 0  # the client waits for it by its number
+    return _Server(process.pid, process.stdin, process.stdout)
+
+
+def prepare_server() -> None:
+    """Import what commands import, and fork the process of the first client to come.
+
+    What imports take note of (a logger of its stream, a library of its filters for warnings) is
+    what a program of its own would have.
+    """
+    ours = sys.stdin, sys.stdout, sys.stderr
+    streams = [open(number, "w" if number else "r", closefd=False) for number in range(3)]
+    sys.stdin, sys.stdout, sys.stderr = streams
+    imports()
+    (requests, client_writes), (client_reads, answers) = os.pipe(), os.pipe()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+        _close_all_but({0, 1, 2, requests, answers})
+        sys.modules["__main__"] = importlib.import_module("support.forked")
+        sys.__stdin__, sys.__stdout__, sys.__stderr__ = streams
+        try:
+            serve(os.fdopen(requests), os.fdopen(answers, "w"))
+        finally:
+            os._exit(1)
+    sys.stdin, sys.stdout, sys.stderr = ours
+    os.close(requests)
+    os.close(answers)
+    _prepared.append(_Server(pid, os.fdopen(client_writes, "w"), os.fdopen(client_reads)))
 
 
 @dataclass(frozen=True)
@@ -190,16 +248,20 @@ def is_running(pid: int) -> bool:
 # -- the process --
 
 
-def serve() -> None:
-    """Answer requests until standard input ends."""
-    preload()
+def serve(requests: IO[str], answers: IO[str]) -> None:
+    """Answer requests until there are no more."""
+    imports()
+    parse_once()
     gc.freeze()  # no child searches this for garbage, nor copies its pages to do so
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a command leaves behind becomes a child of ours
-    answers = os.fdopen(os.dup(1), "w")
-    for line in sys.stdin:
+    for line in requests:
         request = json.loads(line)
         if request["do"] == "start":
             answer = child(request)
+        elif request["do"] == "environment":
+            os.environ.clear()
+            os.environ.update(request["values"])
+            answer = 0
         elif request["do"] == "import":
             answer = len(list(map(importlib.import_module, request["modules"])))
         else:
@@ -207,11 +269,9 @@ def serve() -> None:
         print(answer, file=answers, flush=True)
 
 
-def preload() -> None:
-    """What commands import, also what they import late: typer's parsing brings pydantic, and costs
-    a command more than all that it does itself."""
+def imports() -> None:
+    """What commands import, also what they import late."""
     import torch.distributed.run  # noqa: F401
-    import typer.main
 
     import deepseek.checkpoint.callback
     import deepseek.commands.check
@@ -228,6 +288,12 @@ def preload() -> None:
     import deepseek.monitoring.record.metrics_log
     import deepseek.monitoring.record.progress
     import deepseek.monitoring.record.run_record  # noqa: F401
+
+
+def parse_once() -> None:
+    """Typer's parsing brings pydantic, and costs a command more than all that it does itself."""
+    import typer.main
+
     from deepseek.cli import main
 
     typer.main.get_command = functools.cache(typer.main.get_command)  # the parser is built once
@@ -386,4 +452,4 @@ def _close_all_but(kept: set[int]) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.stdin, os.fdopen(os.dup(1), "w"))
