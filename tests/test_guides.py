@@ -21,7 +21,8 @@ SMALL = (
     "model.hidden_size=32 model.num_hidden_layers=2 model.num_attention_heads=2 "
     "model.intermediate_size=32 model.moe_intermediate_size=16 model.data.seq_length=32 "
     "model.vocab_size=512 model.tokenizer.vocab_size=512 model.global_batch_size=4 "
-    "model.micro_batch_size=4 exp_manager.checkpoint_callback_params.every_n_train_steps=1"
+    "model.micro_batch_size=4 exp_manager.checkpoint_callback_params.every_n_train_steps=1 "
+    "exp_manager.monitor.peak_tflops=0.1"
 ).split()
 IN_TWO_STEPS = {"step_00000400": "step_00000002", "[20,21]": "[1,2]"}
 """What a guide says of a longer run."""

@@ -12,6 +12,7 @@ import pytest
 
 import deepseek
 from deepseek.config import UserError
+from support.micro_runs import MicroRuns
 
 ROOT = Path(deepseek.__file__).parent
 GUIDE = ROOT / "docs" / "python.md"
@@ -44,7 +45,7 @@ def test_importing_it_and_loading_a_configuration_needs_no_torch() -> None:
 
 
 @pytest.mark.framework
-def test_the_guide_runs_from_top_to_bottom(tmp_path: Path) -> None:
+def test_the_guide_runs_from_top_to_bottom(micro: MicroRuns, tmp_path: Path) -> None:
     """Its blocks as one program, on the tiny model in small, on text of this package."""
     from deepseek.data.prepare import prepare
 
@@ -69,12 +70,10 @@ def test_the_guide_runs_from_top_to_bottom(tmp_path: Path) -> None:
     program = (
         program.replace(shown, f"settings = {small!r}") + "print('rows', len(log.steps['loss']))"
     )
+    (tmp_path / "guide.py").write_text(program)
     # A process of its own: training keeps freed memory, which would mislead tests of memory.
-    ran = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert "hiden_size" in ran.stdout and "did you mean" in ran.stdout and "rows 2" in ran.stdout
+    ran = micro.cli.start("guide.py", cwd=tmp_path, program="python").wait().assert_done()
+    assert "hiden_size" in ran.out and "did you mean" in ran.out and "rows 2" in ran.out
     assert (tmp_path / "my_run" / "checkpoints" / "step_00000002").is_dir()
 
 

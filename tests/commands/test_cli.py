@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -52,18 +51,15 @@ def test_help_lists_every_command(cli: Forked) -> None:
         assert re.search(rf"^\W*{command}\s", out, re.MULTILINE), command
 
 
-def test_verbose_shows_what_a_rank_applies() -> None:
-    program = """
-import logging, sys
-from deepseek.cli import main
+def test_verbose_shows_what_a_rank_applies(cli: Forked) -> None:
+    code = """
+import logging
 from deepseek.commands import train
 train.train = lambda *options: logging.getLogger("deepseek.parallel").info("TP 2: divided")
-main()
 """
     for options, told in (([], ""), (["--verbose"], "rank 3       TP 2: divided\n")):
-        words = [sys.executable, "-c", program, "train", "deepseek_v3_tiny", *options]
-        env = {**os.environ, "RANK": "3"}
-        assert subprocess.run(words, capture_output=True, text=True, env=env).stderr == told
+        words = ["train", "deepseek_v3_tiny", *options]
+        assert cli.start(*words, before=code, env={"RANK": "3"}).wait().err == told
 
 
 def test_every_word_and_option_is_explained() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,10 +50,11 @@ def emitted(micro: MicroRuns, kind: str, name: str, *settings: str) -> Path:
 
 def driven(driver: str, micro: MicroRuns, *arguments: object) -> dict[str, Any]:
     """What the driver prints."""
-    words = [sys.executable, "-m", f"support.{driver}", *map(str, arguments)]
-    ran = subprocess.run(words, cwd=micro.folder, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    code = (
+        f"import runpy\nrunpy.run_module('support.{driver}', run_name='__main__')\nraise SystemExit"
+    )
+    ran = micro.cli(*arguments, before=code).assert_done()
+    found: dict[str, Any] = json.loads(ran.out.splitlines()[-1])
     return found
 
 

@@ -5,9 +5,6 @@ import os
 import pty
 import select
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ import pytest
 from deepseek.commands.generate import Prompt, Writer, open_model, read_prompts, talk, template_of
 from deepseek.data.chat_template import PLAIN_TEMPLATE
 from deepseek.inference.generation import Sampling
-from support.forked import Forked, environment_for_tests
+from support.forked import Forked
 from support.micro_runs import MicroRuns
 
 
@@ -401,30 +398,22 @@ def test_ctrl_c_ends_an_answer_alone(asked: Path, capsys: Any, monkeypatch: Any)
     assert capsys.readouterr().out.count("half ...") == 2
 
 
-def test_a_conversation_on_a_terminal(asked: Path) -> None:
+def test_a_conversation_on_a_terminal(cli: Forked, asked: Path) -> None:
     """The command itself, on a pseudo-terminal, left with Ctrl-D."""
     ours, theirs = pty.openpty()
-    words = [sys.executable, "-m", "deepseek", "generate", str(asked), "--chat"]
-    process = subprocess.Popen(
-        [*words, "--max-new-tokens", "3"],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=environment_for_tests(TERM="dumb"),
-        close_fds=True,
-    )
-    os.close(theirs)
-    out, sent, end = "", 0, time.monotonic() + 120
-    answers = {1: "hello\n", 2: "again\n", 3: "\x04"}
-    while time.monotonic() < end:
-        if select.select([ours], [], [], 1.0)[0]:
-            try:
-                out += os.read(ours, 4096).decode(errors="replace")
-            except OSError:
-                break
-        if out.count("> ") > sent and sent < 3:
-            sent += 1
-            os.write(ours, answers[sent].encode())
-    assert process.wait(10) == 0, out
+    terminal = f"import os\nfd = os.open({os.ttyname(theirs)!r}, os.O_RDWR)\n"
+    terminal += "for number in range(3):\n    os.dup2(fd, number)\n"
+    words = ["generate", asked, "--chat", "--max-new-tokens", "3"]
+    started = cli.start(*words, before=terminal, env={"TERM": "dumb"})
+    out = ""
+    for number, answer in enumerate(("hello\n", "again\n", "\x04"), start=1):
+        while out.count("> ") < number:
+            assert select.select([ours], [], [], 120)[0], out
+            out += os.read(ours, 4096).decode(errors="replace")
+        os.write(ours, answer.encode())
+    assert started.wait().code == 0, out
+    while select.select([ours], [], [], 0)[0]:
+        out += os.read(ours, 4096).decode(errors="replace")
     os.close(ours)
+    os.close(theirs)
     assert "/reset begins" in out and "Traceback" not in out

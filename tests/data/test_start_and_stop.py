@@ -12,6 +12,7 @@ import pytest
 from deepseek.commands.generate import sampling_for
 from deepseek.config.errors import UserError
 from deepseek.config.schema import DataConfig, ModelConfig
+from deepseek.data import documents
 from deepseek.data.chat import prepare_chat
 from deepseek.data.dataset import PackedDataset
 from deepseek.data.indexed import IndexedDataset
@@ -133,27 +134,30 @@ def test_a_token_that_is_asked_for_and_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_documents_begin_and_end_as_the_tokenizer_says(tmp_path: Path, workers: int) -> None:
-    (tmp_path / "a.txt").write_text("one " * 600_000)  # two chunks: one begins, one ends
+def test_documents_begin_and_end_as_the_tokenizer_says(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "CHUNK", 10_000)
+    (tmp_path / "a.txt").write_text("one " * 3000)  # two chunks: one begins, one ends
     (tmp_path / "b.txt").write_text("two")
     (tmp_path / "c.txt").touch()
     texts = [tmp_path / name for name in ("a.txt", "b.txt", "c.txt")]
     both = written(tmp_path / "both", POSTS["both"][0])
 
-    def documents(name: str, folder: Path, **settings: Any) -> list[list[int]]:
+    def documents_of(name: str, folder: Path, **settings: Any) -> list[list[int]]:
         prepare(texts, tmp_path / name, folder, workers=workers, **settings)
         data = IndexedDataset(tmp_path / name)
         return [data.document(k).tolist() for k in range(data.num_documents)]
 
     one, two = list((tmp_path / "a.txt").read_bytes()), list(b"two")
-    assert documents("p", both) == [[256, *one, 257], [256, *two, 257]]
+    assert documents_of("p", both) == [[256, *one, 257], [256, *two, 257]]
     if workers > 1:
         return
-    assert documents("q", both, bos=False) == [[*one, 257], [*two, 257]]
-    assert documents("r", both, append_eos=False) == [[256, *one], [256, *two]]
+    assert documents_of("q", both, bos=False) == [[*one, 257], [*two, 257]]
+    assert documents_of("r", both, append_eos=False) == [[256, *one], [256, *two]]
     plain = written(tmp_path / "plain")
-    assert documents("s", plain) == [[*one, 257], [*two, 257]]
-    assert documents("t", plain, bos=True) == [[256, *one, 257], [256, *two, 257]]
+    assert documents_of("s", plain) == [[*one, 257], [*two, 257]]
+    assert documents_of("t", plain, bos=True) == [[256, *one, 257], [256, *two, 257]]
     with pytest.raises(UserError, match=r"prepared differently \(begin: \[256\] -> None\)"):
         prepare(texts, tmp_path / "p", both, bos=False)
     with pytest.raises(UserError, match=r"--bos needs --tokenizer"):

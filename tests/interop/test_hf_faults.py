@@ -8,8 +8,6 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,9 @@ from deepseek.interop.hf_config import hf_config
 from deepseek.interop.hf_export import TensorFileWriter
 from deepseek.interop.hf_import import TensorFile
 from deepseek.interop.huggingface import to_hf
+from support.forked import TESTS
 from support.hf_folders import small, weights, write_folder, write_tensors
+from support.micro_runs import MicroRuns
 
 CFG = small(num_nextn_predict_layers=1)
 INDEX = "model.safetensors.index.json"
@@ -190,7 +190,7 @@ def test_no_room(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # -- memory --
 
 
-def test_memory(tmp_path: Path) -> None:
+def test_memory(micro: MicroRuns, tmp_path: Path) -> None:
     """Below two files plus the largest tensor; of the export, a few of the largest tensors."""
     cfg = small(
         hidden_size=512, vocab_size=6000, num_hidden_layers=4, intermediate_size=1536,
@@ -204,12 +204,9 @@ def test_memory(tmp_path: Path) -> None:
     largest = max(tensor.numel() * 4 for tensor in state.values())
     del state
 
-    words = [sys.executable, "-m", "support.hf_memory_driver", str(tmp_path)]
-    # Freed memory goes back at once, so that what is counted is what is held.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    ran = subprocess.run(words, capture_output=True, text=True, env=environment)
-    assert ran.returncode == 0, ran.stderr
-    bytes_in, bytes_out = map(int, ran.stderr.split()[-2:])
+    driver = TESTS / "support" / "hf_memory_driver.py"
+    ran = micro.cli.start(driver, tmp_path, program="python").wait().assert_done()
+    bytes_in, bytes_out = map(int, ran.err.split()[-2:])
     print(f"import: {bytes_in / 1e6:.1f} MB; file {shard / 1e6:.1f}, tensor {largest / 1e6:.1f}")
     print(f"export: {bytes_out / 1e6:.1f} MB")
     assert 0 < bytes_in < 2 * shard + largest

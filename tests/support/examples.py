@@ -22,6 +22,7 @@ QUICK = [
     "model.intermediate_size=64",
     "model.moe_intermediate_size=32",
     "model.data.num_workers=0",
+    "exp_manager.monitor.peak_tflops=0.1",
 ]
 """On top: fewer tokens and narrower layers, so that a test can afford them. 32 sequences in 2 to 8
 micro-batches, whatever the layout; fp32, in which layouts agree to 1e-5, whatever the CPU is fast

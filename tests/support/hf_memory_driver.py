@@ -4,6 +4,7 @@ Argument: a folder with ``hf``, and ``tiny`` to load all code with. Linux: ``ru_
 the size of the process that started this one, so the kernel is told to forget the peak so far.
 """
 
+import ctypes
 import gc
 import re
 import sys
@@ -29,6 +30,8 @@ def grown(work: Callable[[], None]) -> int:
     return resident("VmHWM") - before
 
 
+M_MMAP_THRESHOLD = -3
+ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)  # freed memory goes back at once, is not held
 folder = Path(sys.argv[1])
 import_hf(folder / "tiny", folder / "tiny-run")
 export_hf(folder / "tiny-run", folder / "tiny-out")

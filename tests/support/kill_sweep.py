@@ -17,7 +17,7 @@ from pathlib import Path
 
 from support.micro_runs import MicroRuns
 
-MOST_ROWS = 15
+MOST_ROWS = 9
 """New steps a run is let make before it is killed: at most so many."""
 
 
@@ -73,8 +73,8 @@ def settings_of(kills: int, optimizer: str, workers: int) -> list[str]:
     """A run long enough that so many kills do not let it end."""
     return [
         f"trainer.max_steps={(kills + 1) * (MOST_ROWS + 5)}",
-        "trainer.val_check_interval=10",
-        "exp_manager.checkpoint_callback_params.every_n_train_steps=7",
+        "trainer.val_check_interval=6",
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=4",
         f"model.optim.name={optimizer}",
         f"model.data.num_workers={workers}",
     ]

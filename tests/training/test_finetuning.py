@@ -69,7 +69,8 @@ def test_full_fine_tuning_lowers_the_loss_of_answers(micro: MicroRuns, base: str
     validated = [row["val_loss"] for row in micro.rows("tuned_full") if "val_loss" in row]
     assert validated[-1] < 0.8 * validated[0]
     assert all(row.get("val_bits_per_byte") is None for row in micro.rows("tuned_full"))
-    micro.train("scratch", *settings(micro, "model.restore_from=null")).assert_done()
+    first = ("model.restore_from=null", "trainer.max_steps=1")
+    micro.train("scratch", *settings(micro, *first)).assert_done()
     assert losses(micro, "scratch")[0] > found[0]
 
 
@@ -119,7 +120,8 @@ def test_merging_changes_nothing_but_what_has_adapters(micro: MicroRuns, adapted
     micro.cli("lora", "merge", adapted, "merged").assert_refused("exists already")
     micro.cli("hf", "export", adapted, "other").assert_refused("lora merge", "lora export")
     micro.cli("lora", "merge", "tuned_base", "other").assert_refused("holds no adapters")
-    micro.train("tuned_again", *settings(micro, "model.restore_from=merged")).assert_done()
+    first = ("model.restore_from=merged", "trainer.max_steps=1")
+    micro.train("tuned_again", *settings(micro, *first)).assert_done()
     assert losses(micro, "tuned_again")[0] < losses(micro, adapted)[0]
 
 

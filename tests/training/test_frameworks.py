@@ -1,9 +1,6 @@
 """NeMo where it works, Lightning otherwise, and nothing silent in between."""
 
 import importlib.metadata
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,43 +19,44 @@ pytestmark = pytest.mark.framework
 SMALL = ModelConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, kv_lora_rank=8)
 PRETEND = """
 import importlib.metadata as metadata
-real = metadata.version
-def version(name):
-    found = {versions}.get(name)
-    return found if found else real(name)
-metadata.version = version
 import sys
-for name in {blocked}:
-    sys.modules[name] = None
+real = metadata.version
+metadata.version = lambda name: {versions}.get(name) or real(name)
+for name in list(sys.modules):
+    if name == "deepseek.frameworks" or name.split(".")[0] == "nemo":
+        del sys.modules[name]
+sys.modules.update(dict.fromkeys({blocked}))  # what is None there cannot be imported
 import deepseek.frameworks as f
 print(f.framework_name(), f.pl.__name__)
 """
 
 
-def pretend(versions: dict[str, str], blocked: list[str], choice: str = "auto") -> tuple[str, str]:
+def pretend(
+    micro: MicroRuns, versions: dict[str, str], blocked: list[str], choice: str = "auto"
+) -> tuple[str, str]:
     """Import the frameworks where these versions are said to be installed."""
     code = PRETEND.format(versions=versions, blocked=blocked)
-    env = os.environ | {"DEEPSEEK_FRAMEWORK": choice}
-    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    return ran.stdout, ran.stderr.strip().splitlines()[-1] if ran.stderr.strip() else ""
+    env = {"DEEPSEEK_FRAMEWORK": choice}
+    ran = micro.cli.start("--version", before=code, env=env).wait()
+    return ran.out, ran.err.strip().splitlines()[-1] if ran.err.strip() else ""
 
 
-def test_nemo_with_a_lightning_too_new_for_it_is_an_error() -> None:
-    _, error = pretend({"nemo_toolkit": "3.0.0", "lightning": "2.6.6"}, [])
+def test_nemo_with_a_lightning_too_new_for_it_is_an_error(micro: MicroRuns) -> None:
+    _, error = pretend(micro, {"nemo_toolkit": "3.0.0", "lightning": "2.6.6"}, [])
     assert "needs lightning>2.2.1,<=2.4.0; installed is 2.6.6" in error
     assert "DEEPSEEK_FRAMEWORK=lightning" in error
 
 
-def test_a_broken_nemo_is_an_error_and_not_a_fallback() -> None:
+def test_a_broken_nemo_is_an_error_and_not_a_fallback(micro: MicroRuns) -> None:
     versions = {"nemo_toolkit": "3.0.0", "lightning": "2.4.0"}
-    _, error = pretend(versions, ["nemo", "nemo.core"])
+    _, error = pretend(micro, versions, ["nemo", "nemo.core"])
     assert "nemo_toolkit 3.0.0 is installed but does not import" in error
-    out, error = pretend(versions, ["nemo", "nemo.core"], choice="lightning")
+    out, error = pretend(micro, versions, ["nemo", "nemo.core"], choice="lightning")
     assert "PyTorch Lightning" in out, error
 
 
-def test_asking_for_the_impossible() -> None:
-    assert "must be auto, nemo or lightning" in pretend({}, [], choice="jax")[1]
+def test_asking_for_the_impossible(micro: MicroRuns) -> None:
+    assert "must be auto, nemo or lightning" in pretend(micro, {}, [], choice="jax")[1]
 
 
 def test_one_namespace() -> None:
