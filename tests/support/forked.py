@@ -20,6 +20,7 @@ import functools
 import gc
 import importlib
 import json
+import logging
 import os
 import runpy
 import signal
@@ -184,9 +185,9 @@ def prepare_server() -> None:
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
-        _close_all_but({0, 1, 2, requests, answers})
         sys.modules["__main__"] = importlib.import_module("support.forked")
         sys.__stdin__, sys.__stdout__, sys.__stderr__ = streams
+        _log_as_a_program(dict(zip(ours, streams, strict=True)))
         try:
             serve(os.fdopen(requests), os.fdopen(answers, "w"))
         finally:
@@ -195,6 +196,15 @@ def prepare_server() -> None:
     os.close(requests)
     os.close(answers)
     _prepared.append(_Server(pid, os.fdopen(client_writes, "w"), os.fdopen(client_reads)))
+
+
+def _log_as_a_program(streams: Mapping[Any, IO[str]]) -> None:
+    """Without pytest's handlers, and not into its streams: the keys, for which the values are."""
+    root = logging.getLogger()
+    root.handlers = [h for h in root.handlers if not type(h).__module__.startswith("_pytest")]
+    for handler in (reference() for reference in logging._handlerList):  # type: ignore[attr-defined]
+        if isinstance(handler, logging.StreamHandler) and handler.stream in streams:
+            handler.setStream(streams[handler.stream])
 
 
 @dataclass(frozen=True)

@@ -256,7 +256,7 @@ def _opened(kind: str, config: Any, **settings: Any) -> Any:
     return logger
 
 
-def attach_loggers(trainer: Any, folder: Path, tensorboard: bool) -> None:
+def attach_loggers(trainer: Trainer, folder: Path, tensorboard: bool) -> None:
     """Give the trainer its loggers: by NeMo's exp_manager, or the same TensorBoard files without.
 
     Checkpoints and resuming are ours under both, so exp_manager's are switched off. The folder must

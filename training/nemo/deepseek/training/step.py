@@ -60,7 +60,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
     def __init__(
         self,
         cfg: ModelConfig | Mapping[str, Any],
-        trainer: Any = None,
+        trainer: Trainer | None = None,
         *,
         seed: int = 1234,
         max_steps: int = 1,
