@@ -8,11 +8,13 @@ from itertools import product
 import pytest
 
 from deepseek.config import RunConfig, load_config
+from deepseek.config.cost import rank_needs
 from deepseek.config.layout import PLANNED, Layout
 from deepseek.config.rules import joint_problems
 from deepseek.config.schema import changed, value_at
 from deepseek.planner.hardware import gpu_named
 from deepseek.planner.search import VIRTUAL, Plan, search, smallest
+from deepseek.planner.step_time import predict_step
 from support.tiny_runs import small_run
 
 H100 = gpu_named("H100")
@@ -60,18 +62,26 @@ def test_it_finds_all_that_the_rules_allow(
     assert times == sorted(times)
 
 
-def test_what_does_not_fit_is_left_out_and_nothing_else() -> None:
-    run = a_run(4, 4, num_hidden_layers=4)
-    everything = search(run, H100, float("inf"), 10_000)
+@pytest.mark.parametrize("devices", [4, 6])
+def test_what_does_not_fit_is_left_out_and_nothing_else(devices: int) -> None:
+    """Of every shape its fastest division of weights that fits; on 6 ranks FSDP pads weights."""
+    run = a_run(devices, devices, num_hidden_layers=3)
+    fixed = PLANNED[4:6]
+    everything = search(run, H100, float("inf"), 10_000, fixed)
     sizes = sorted(plan.most for plan in everything)
     room = sizes[len(sizes) // 2]
-    fitting = search(run, H100, room, 10_000)
-    assert all(plan.most <= room for plan in fitting)
-    # of one shape, replicas that do not fit give way to others, so that more may be found
-    assert {shape(plan) for plan in everything if plan.most <= room} <= set(map(shape, fitting))
-    least = smallest(run, H100)
+    fastest: dict[tuple[object, ...], float] = {}
+    for plan, values in product(everything, product((1, 2, 3, 6), *[(None, True, False)] * 2)):
+        other = changed(plan.run, dict(zip(PLANNED[VIRTUAL:], values, strict=True)))
+        if joint_problems(other, ()) or max(need.total for need in rank_needs(other)) > room:
+            continue
+        seconds = predict_step(other, H100, devices).seconds
+        fastest[shape(plan)] = min(fastest.get(shape(plan), seconds), seconds)
+    found = {shape(p): p.estimate.seconds for p in search(run, H100, room, 10_000, fixed)}
+    assert found == pytest.approx(fastest) and 0 < len(found) < len(everything)
+    least = smallest(run, H100, fixed)
     assert least is not None and least.most == min(sizes)
-    assert search(run, H100, least.most - 1) == []
+    assert search(run, H100, least.most - 1, fixed=fixed) == []
 
 
 def test_a_layout_is_sound_and_carries_what_it_takes() -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from deepseek.config.layout import (
@@ -314,7 +314,7 @@ def _groups(
     model: ModelConfig, layout: Layout, stages: Sequence[StageSlice]
 ) -> list[tuple[_Numbers, int, bool]]:
     """What some stages have: a group of weights, how often, and whether it is a unit of FSDP."""
-    numbers, found = _numbers(model, layout), []
+    numbers, found = _numbers(model, replace(layout, pp=1)), []
     for part in stages:
         dense, moe = _kinds(model, part)
         found += [(numbers["dense"], dense, True), (numbers["moe"], moe, True)]
@@ -334,7 +334,7 @@ def _kinds(model: ModelConfig, part: StageSlice) -> tuple[int, int]:
 
 
 @once_per_shape
-def _numbers(model: ModelConfig, layout: Layout) -> dict[str, _Numbers]:
+def _weights_of_groups(model: ModelConfig) -> dict[str, list[Weight]]:
     """Of one block (``dense``, ``moe``), one MTP module (``mtp``), and what stages have besides."""
     ends = {
         name: model_weights(model, (), first, last)
@@ -351,8 +351,14 @@ def _numbers(model: ModelConfig, layout: Layout) -> dict[str, _Numbers]:
     }
     for name, weights in ends.items():
         groups[name] = [weight for weight in weights if not weight.name.startswith("mtp.")]
+    return groups
+
+
+@once_per_shape
+def _numbers(model: ModelConfig, layout: Layout) -> dict[str, _Numbers]:
+    """Of each of ``_weights_of_groups``, whatever the pipeline."""
     found = {}
-    for name, weights in groups.items():
+    for name, weights in _weights_of_groups(model).items():
         kept = biases = trained = hidden = whole = gathered = alone = 0
         for weight in weights:
             count = math.prod(kept_shape(weight, layout))
@@ -362,7 +368,7 @@ def _numbers(model: ModelConfig, layout: Layout) -> dict[str, _Numbers]:
             kept += count
             if model.peft is None or weight.adapter:
                 trained += count
-                if len(weight.shape) > 1 and name not in ends:
+                if len(weight.shape) > 1 and name in ("dense", "moe", "mtp"):
                     hidden += count
             here = math.prod(weight.divided(layout.tp, layout.ep))
             if weight.routed and layout.keeps_experts:
@@ -489,11 +495,15 @@ def rank_need(
 def rank_needs(run: RunConfig) -> list[RankNeed]:
     """Of the ranks at each place of the pipeline."""
     model, layout = run.model, Layout.of_run(run)
-    half = str(run.trainer.precision) == "bf16-mixed" or (
-        run.trainer.precision == "auto" and run.trainer.accelerator != "cpu"
-    )
     micro_batches = model.global_batch_size // (model.micro_batch_size * layout.dp)
+    half = in_half(run)
     return [rank_need(model, layout, pp, micro_batches, half) for pp in range(layout.pp)]
+
+
+def in_half(run: RunConfig) -> bool:
+    """Whether products are taken to be computed in 2 bytes; of ``auto``, on anything but a CPU."""
+    precision = str(run.trainer.precision)
+    return precision == "bf16-mixed" or (precision == "auto" and run.trainer.accelerator != "cpu")
 
 
 def in_flight(model: ModelConfig, pp_rank: int, micro_batches: int) -> dict[int, int]:

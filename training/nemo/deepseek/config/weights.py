@@ -259,6 +259,7 @@ def block_weights(model: ModelConfig, moe: bool) -> list[Weight]:
     return [*plain, *(half for weight in adapted for half in _adapter(weight, model.peft.dim))]
 
 
+@once_per_shape
 def weight_kinds(model: ModelConfig) -> list[Weight]:
     """One weight of each kind that the model has; of blocks, and of MTP modules, named without."""
     found = _weights(_MODEL_INPUT, model)

@@ -328,17 +328,40 @@ def pipeline_seconds(
         micro_batches: of a step.
         hop: seconds from one rank to the next.
     """
-    ranks, stages = len(held), len(times)
     loads = [busy_seconds(schedule, times, mine) for mine in held]
-    forward, backward, weight = (
-        sum(values) / stages for values in list(zip(*times, strict=True))[:3]
-    )
+    most = max(range(len(held)), key=loads.__getitem__)
+    alone = sum(times[stage].forward + times[stage].backward for stage in held[most]) / 2
+    mean = [sum(values) / len(times) for values in list(zip(*times, strict=True))[:3]]
+    return _closed(schedule, len(held), len(times), micro_batches, hop, loads[most], alone, *mean)
+
+
+def even_seconds(
+    schedule: str, ranks: int, held: int, time: StageTime, micro_batches: int, hop: float = 0.0
+) -> float:
+    """The same of ``ranks`` that hold ``held`` stages each, all alike."""
+    load = busy_seconds(schedule, [time] * held, range(held))
+    alone = held * (time.forward + time.backward) / 2
+    return _closed(schedule, ranks, ranks * held, micro_batches, hop, load, alone, *time[:3])
+
+
+def _closed(
+    schedule: str,
+    ranks: int,
+    stages: int,
+    micro_batches: int,
+    hop: float,
+    load: float,
+    alone: float,
+    forward: float,
+    backward: float,
+    weight: float,
+) -> float:
+    """``load`` is of the busiest rank, ``alone`` half of its passes without overlap; the last three
+    are means of all stages."""
     if schedule.startswith("DualPipe"):
         two = schedule == "DualPipe"
         reach = ranks // 2 if two else ranks
-        most = max(range(ranks), key=loads.__getitem__)
-        pair = loads[most] / 2
-        alone = sum(times[stage].forward + times[stage].backward for stage in held[most]) / 2
+        pair = load / 2
         count = micro_batches * (1 if two else 2)
         # Half way up, a rank does so many passes each way that nothing overlaps.
         single = min(count, 2.5 * reach - 0.5) if ranks > 1 else 0.0
@@ -349,4 +372,4 @@ def pipeline_seconds(
         ramp -= 2 * (ranks - 1) * weight
     elif schedule == "ZBVZeroBubble":
         ramp -= 3 * (ranks - 1) * weight
-    return max(loads) * micro_batches + max(0.0, ramp) + 2 * (stages - 1) * hop
+    return load * micro_batches + max(0.0, ramp) + 2 * (stages - 1) * hop

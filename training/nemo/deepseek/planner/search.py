@@ -21,7 +21,7 @@ from dataclasses import dataclass, is_dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple, cast
 
-from deepseek.config.cost import RankNeed, rank_need, rank_needs
+from deepseek.config.cost import RankNeed, in_half, rank_need, rank_needs
 from deepseek.config.errors import Problem, divisors
 from deepseek.config.layout import INTERLEAVED_SCHEDULES, PLANNED, V_SCHEDULES, Layout, world_size
 from deepseek.config.layout_rules import (
@@ -38,10 +38,10 @@ from deepseek.config.layout_rules import (
     tensor_parallel,
 )
 from deepseek.config.rules import dense_only
-from deepseek.config.schema import LEAVES, RunConfig, changed, value_at
+from deepseek.config.schema import LEAVES, ModelConfig, RunConfig, changed, value_at
 from deepseek.planner.hardware import Gpu
-from deepseek.planner.job import Job, Ranks, Stage, job_of_run
-from deepseek.planner.step_time import StepEstimate, predict, predict_step
+from deepseek.planner.job import Ranks, job_of_run
+from deepseek.planner.step_time import StepEstimate, even_pipeline_seconds, predict_step
 
 MARGIN = 0.85
 """Of the activations in 1F1B, the share that any schedule is taken to need."""
@@ -161,11 +161,13 @@ class _Search:
         self._world = world_size(run)
         self._judge = _Judge(run)
         self._options = _options(run, fixed)
-        self._half = str(run.trainer.precision) != "32"
+        self._half = in_half(run)
         self._job = job_of_run(changed(run, dict.fromkeys(PLANNED[:4], 1)), self._world)
         self._numbers = count()
         self._fewest: dict[Choice, int | None] = {}
         self._fastest: dict[Choice, float] = {}
+        self._mean_states: dict[Choice, int] = {}
+        self._fullest = 0
 
     def found(self) -> list[Plan]:
         plans: list[Plan] = []
@@ -188,6 +190,8 @@ class _Search:
         if known == RECOMPUTE and self._least_memory(node.chosen) > self._memory:
             return
         if known == VIRTUAL and node.known is None and not self._by_memory:
+            if not self._may_fit(node.chosen):
+                return
             estimate = self._estimate(node.chosen)
             outside = sum(estimate.parts[part] for part in BY_REPLICAS)
             bound = max(node.bound, estimate.seconds - outside)
@@ -242,28 +246,14 @@ class _Search:
             schedule = chosen[RECOMPUTE]
             virtual = chosen[SCHEDULE] if known == VIRTUAL else layers // pp
             held = virtual if schedule in INTERLEAVED_SCHEDULES else 1 + (schedule in V_SCHEDULES)
-            return self._even(job, pp, schedule, held)
+            return even_pipeline_seconds(replace(job, schedule=schedule), self._gpu, pp, held)
         # One micro-batch on one rank, with a schedule that hides exchange and one that does not.
         alone = replace(job, ranks=job.ranks._replace(pp=1), global_batch=micro * dp)
-        seconds = self._even(alone, pp, "1F1B", 1)
+        seconds = even_pipeline_seconds(replace(alone, schedule="1F1B"), self._gpu, pp, 1)
         if pp > 1 and "DualPipeV" in self._options[RECOMPUTE]:
-            seconds = min(seconds, self._even(alone, pp, "DualPipeV", 2))
+            alone = replace(alone, schedule="DualPipeV")
+            seconds = min(seconds, even_pipeline_seconds(alone, self._gpu, pp, 2))
         return seconds * batch / (micro * dp)
-
-    def _even(self, job: Job, pp: int, schedule: str, held: int) -> float:
-        """Seconds within a pipeline of ``pp`` ranks with ``held`` equal stages each, or of as many
-        of its ranks as ``job`` has."""
-        arch, parts = job.architecture, pp * held
-        share = Stage(
-            (arch.layers - arch.moe_layers) / parts,  # type: ignore[arg-type]
-            arch.moe_layers / parts,  # type: ignore[arg-type]
-            False,
-            (1 + arch.mtp) / parts,  # type: ignore[arg-type]
-            arch.mtp / parts,  # type: ignore[arg-type]
-        )
-        even = replace(job, schedule=schedule, stages=(share,) * (job.ranks.pp * held))
-        estimate = predict(even, self._gpu)
-        return estimate.seconds - sum(estimate.parts[part] for part in BY_REPLICAS)
 
     def _replicas(self, chosen: Choice) -> int | None:
         """The fewest replicas with which EP can borrow ranks, and weights can be shared."""
@@ -309,30 +299,63 @@ class _Search:
             reduce_gradients=saving,
         )
         batches = max(1, model.global_batch_size // (micro * layout.dp))
-        first = whole = rank_need(model, layout, 0, batches, self._half)
-        if pp > 1:
+        first = rank_need(model, layout, 0, batches, self._half)
+        if pp == 1:
+            kept = first.states + first.gradients + first.gathered
+        elif (tp, pp, cp, ep) in self._mean_states:
+            kept = self._mean_states[tp, pp, cp, ep]
+        else:
             alone = replace(model, pipeline_model_parallel_size=1)
             whole = rank_need(alone, replace(layout, pp=1), 0, 1, self._half)
-        states = (whole.states + whole.gradients + whole.gathered) / pp
-        return states + MARGIN * (first.activations + first.buffers + first.working)
+            kept = self._mean_states[tp, pp, cp, ep] = sum(whole[:3]) // pp
+        return kept + MARGIN * (first.activations + first.buffers + first.working)
+
+    def _may_fit(self, chosen: Choice) -> bool:
+        """Whether a shape can fit, however its data-parallel ranks share weights.
+
+        Fewer replicas hold less of everything but FSDP's padding, which is least where the fewest
+        ranks share a weight: their number divides all others.
+        """
+        tp, pp, cp, ep = chosen[:EXPERTS]
+        replicas = self._replicas(chosen)
+        assert replicas is not None, "the branch has ended"
+        saving = True if pp == 1 else None
+        model = self._model((*chosen, replicas, saving, saving))
+        layout = Layout(pp, replicas, self._world // (tp * pp * replicas), tp, ep, cp)
+        unpadded = replace(layout, dp_shard=math.lcm(cp, ep // math.gcd(ep, tp)))
+        batches = model.global_batch_size // (model.micro_batch_size * layout.dp)
+        for rank in sorted(range(pp), key=lambda rank: rank != self._fullest % pp):
+            need = rank_need(model, layout, rank, batches, self._half)
+            least = need.total - need.gathered
+            if least <= self._memory < need.total:
+                padded = need.gathered
+                least += min(padded, rank_need(model, unpadded, rank, batches, self._half).gathered)
+            if least > self._memory:
+                self._fullest = rank
+                return False
+        return True
 
     # -- a layout --
 
+    def _model(self, chosen: Choice) -> ModelConfig:
+        keys = (path.removeprefix("model.") for path in PLANNED)
+        return replace(self._run.model, **dict(zip(keys, chosen, strict=False)))
+
     def _estimate(self, chosen: Choice) -> StepEstimate:
-        values = dict(zip(PLANNED, chosen, strict=False))
-        return predict_step(changed(self._run, values), self._gpu, self._world)
+        run = replace(self._run, model=self._model((*chosen, self._replicas(chosen))))
+        return predict_step(run, self._gpu, self._world)
 
     def _plan(self, chosen: Choice) -> Plan | None:
         """A whole layout; None if it does not fit, or one of its shape is as good."""
-        run = changed(self._run, dict(zip(PLANNED, chosen, strict=True)))
+        run = replace(self._run, model=self._model(chosen))
+        needs = tuple(rank_needs(run))
+        if max(need.total for need in needs) > self._memory:
+            return None
         estimate, shape = predict_step(run, self._gpu, self._world), chosen[:VIRTUAL]
         if not self._by_memory and estimate.seconds >= self._fastest.get(shape, math.inf):
             return None
-        plan = Plan(run, estimate, tuple(rank_needs(run)))
-        if plan.most > self._memory:
-            return None
         self._fastest[shape] = estimate.seconds
-        return plan
+        return Plan(run, estimate, needs)
 
 
 def _options(run: RunConfig, fixed: Sequence[str]) -> list[list[Any]]:

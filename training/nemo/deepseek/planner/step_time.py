@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from deepseek.config.cost import rank_need
-from deepseek.config.layout import Layout
 from deepseek.config.schema import RunConfig
 from deepseek.planner.flops import Convention, flops_per_token
 from deepseek.planner.hardware import Gpu
@@ -27,6 +25,7 @@ from deepseek.planner.pipeline_timeline import (
     StageTime,
     Timeline,
     busy_seconds,
+    even_seconds,
     pipeline_seconds,
     play,
 )
@@ -52,13 +51,6 @@ class StepEstimate:
     """Seconds of every pipeline stage on one micro-batch."""
     job: Job
     gpu: Gpu
-    run: RunConfig | None = None
-
-    @cached_property
-    def peak_bytes(self) -> int:
-        """Of the worst rank; made when asked for, since it takes longer than all the rest."""
-        assert self.run is not None, "memory is of a configuration"
-        return _peak_bytes(self.run, self.job.ranks.world)
 
     def kinds(self) -> dict[str, float]:
         """Seconds of the pipeline by the kind of an interval, and of the bubble, mean of ranks."""
@@ -76,9 +68,7 @@ class StepEstimate:
 
 def predict_step(run: RunConfig, gpu: Gpu, gpus: int) -> StepEstimate:
     """A step of a sound configuration on ``gpus`` GPUs, whatever its trainer section counts."""
-    estimate = predict(job_of_run(run, gpus), gpu)
-    object.__setattr__(estimate, "run", run)
-    return estimate
+    return predict(job_of_run(run, gpus), gpu)
 
 
 def predict(
@@ -130,6 +120,31 @@ def predict(
     return StepEstimate(
         seconds, named, tokens, flops / 1e12, flops / gpu.bf16, convention, tuple(times), job, gpu
     )
+
+
+def even_pipeline_seconds(job: Job, gpu: Gpu, pp: int, held: int) -> float:
+    """Seconds of a pipeline without what comes after it, if all stages were alike.
+
+    No split of the blocks leaves the busiest rank less.
+
+    Args:
+        job: its stages do not matter; its ranks may be one of the pipeline's.
+        gpu: on what.
+        pp: ranks of the pipeline that the model is divided over.
+        held: stages of each.
+    """
+    parts, arch, system = stage_parts(job, gpu), job.architecture, job.system
+    whole = _whole(parts, arch.layers - arch.moe_layers, arch.moe_layers, arch.mtp)
+    dual = job.schedule.startswith("DualPipe") and system.pairs_passes
+    time = StageTime(*(value / (pp * held) for value in _stage_time(whole, system, dual)))
+    count, hop = job.micro_batches, _hop(job, gpu)
+    each = max(1, count // job.flushes)
+    return even_seconds(job.schedule, job.ranks.pp, held, time, each, hop) * count / each
+
+
+@lru_cache(maxsize=4096)
+def _whole(parts: StageParts, dense: int, moe: int, mtp: int) -> BlockTime:
+    return _together(Stage(dense, moe, True, 1 + mtp, mtp), parts)
 
 
 def _together(stage: Stage, parts: StageParts) -> BlockTime:
@@ -230,11 +245,3 @@ def _cached_flops(architecture: object, seq_length: int, convention: Convention)
 
 def _flops(job: Job, convention: Convention) -> int:
     return _cached_flops(job.architecture, job.seq_length, convention)
-
-
-def _peak_bytes(run: RunConfig, gpus: int) -> int:
-    model = run.model
-    layout = Layout.of(model, gpus)
-    half = str(run.trainer.precision) != "32"
-    count = model.global_batch_size // (model.micro_batch_size * layout.dp)
-    return max(rank_need(model, layout, pp, count, half).total for pp in range(layout.pp))
