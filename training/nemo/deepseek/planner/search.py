@@ -282,7 +282,6 @@ class _Search:
         replicas = self._replicas(chosen)
         assert replicas is not None, "the branch has ended"
         layout = Layout(pp, replicas, self._world // (tp * pp * replicas), tp, ep, cp)
-        saving = True if pp == 1 else None
         model = replace(
             self._run.model,
             tensor_model_parallel_size=tp,
@@ -295,20 +294,36 @@ class _Search:
             pipeline_schedule="1F1B",
             virtual_pipeline_model_parallel_size=1,
             pipeline_layers_per_stage=None,
-            reshard_after_forward=saving,
-            reduce_gradients=saving,
         )
         batches = max(1, model.global_batch_size // (micro * layout.dp))
-        first = rank_need(model, layout, 0, batches, self._half)
+        first = self._need(model, layout, 0, batches)
         if pp == 1:
             kept = first.states + first.gradients + first.gathered
         elif (tp, pp, cp, ep) in self._mean_states:
             kept = self._mean_states[tp, pp, cp, ep]
         else:
-            alone = replace(model, pipeline_model_parallel_size=1)
-            whole = rank_need(alone, replace(layout, pp=1), 0, 1, self._half)
+            # The ranks of a pipeline keep all weights gathered, and all gradients.
+            alone = replace(
+                model,
+                pipeline_model_parallel_size=1,
+                reshard_after_forward=False,
+                reduce_gradients=False,
+            )
+            whole = rank_need(alone, replace(layout, pp=1), 0, 2, self._half)
             kept = self._mean_states[tp, pp, cp, ep] = sum(whole[:3]) // pp
         return kept + MARGIN * (first.activations + first.buffers + first.working)
+
+    def _need(self, model: ModelConfig, layout: Layout, rank: int, batches: int) -> RankNeed:
+        """Of one place of the pipeline, if weights and gradients are divided as is best for it."""
+        if layout.pp > 1:
+            saving = replace(model, reshard_after_forward=None, reduce_gradients=None)
+            return rank_need(saving, layout, rank, batches, self._half)
+        ways = [
+            replace(model, reshard_after_forward=True, reduce_gradients=each)
+            for each in (True, False)
+        ]
+        needs = [rank_need(way, layout, rank, batches, self._half) for way in ways]
+        return min(needs, key=lambda need: need.total)
 
     def _may_fit(self, chosen: Choice) -> bool:
         """Whether a shape can fit, however its data-parallel ranks share weights.
@@ -319,17 +334,15 @@ class _Search:
         tp, pp, cp, ep = chosen[:EXPERTS]
         replicas = self._replicas(chosen)
         assert replicas is not None, "the branch has ended"
-        saving = True if pp == 1 else None
-        model = self._model((*chosen, replicas, saving, saving))
+        model = self._model((*chosen, replicas))
         layout = Layout(pp, replicas, self._world // (tp * pp * replicas), tp, ep, cp)
         unpadded = replace(layout, dp_shard=math.lcm(cp, ep // math.gcd(ep, tp)))
         batches = model.global_batch_size // (model.micro_batch_size * layout.dp)
         for rank in sorted(range(pp), key=lambda rank: rank != self._fullest % pp):
-            need = rank_need(model, layout, rank, batches, self._half)
+            need = self._need(model, layout, rank, batches)
             least = need.total - need.gathered
             if least <= self._memory < need.total:
-                padded = need.gathered
-                least += min(padded, rank_need(model, unpadded, rank, batches, self._half).gathered)
+                least += min(need.gathered, self._need(model, unpadded, rank, batches).gathered)
             if least > self._memory:
                 self._fullest = rank
                 return False

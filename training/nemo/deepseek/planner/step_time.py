@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 from deepseek.config.schema import RunConfig
 from deepseek.planner.flops import Convention, flops_per_token
