@@ -219,7 +219,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize(
-    "draws", [11, pytest.param(300, marks=[pytest.mark.nightly, pytest.mark.timeout(3600)])]
+    "draws", [11, pytest.param(1250, marks=[pytest.mark.nightly, pytest.mark.timeout(3600)])]
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy about numbers without measure
 @pytest.mark.parametrize("kind", KINDS)

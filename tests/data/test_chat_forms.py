@@ -163,6 +163,36 @@ def test_ids_and_masks_equal_those_of_transformers(
             assert found.is_answer.tolist() == marked, (name, row)
 
 
+def test_answers_that_leave_the_generation_prompt_begin_after_its_token(
+    bpe: Tokenizer, tmp_path: Path
+) -> None:
+    """R1's own template asks with an opened think tag, and writes answers without their reasoning:
+    the mask is that of the template with marks after ``<｜Assistant｜>``."""
+    body = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
+        "{% else %}<｜Assistant｜>[{{ m.content.split('</think>')[-1] }}{{ eos_token }}]{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
+    )
+    names = ["<｜User｜>", "<｜Assistant｜>"]
+    for special in (True, False):  # V3's own are not
+        tokens = {
+            str(bpe.vocab_size + k): {"content": name, "special": special}
+            for k, name in enumerate(names)
+        }
+        found = []
+        for number, (left, right) in enumerate([("", ""), (G, H)]):
+            template = body.replace("[", left, 1).replace("eos_token }}]", "eos_token }}" + right)
+            folder = tmp_path / f"{special}{number}"
+            folder_of(bpe, folder, template, added_tokens_decoder=tokens)
+            ours = ChatTemplate(load_tokenizer(folder))
+            turns = [*row(content="<b>")["messages"], *row(content="x</think>< c")["messages"]]
+            found.append(ours.encode(conversation_of({"messages": turns})))
+        assert found[0].ids.tolist() == found[1].ids.tolist()
+        assert found[0].is_answer.tolist() == found[1].is_answer.tolist()
+        said = bpe.decode(found[0].ids[found[0].is_answer].tolist(), skip_special=True)
+        assert said == "<b>< c"
+
+
 @pytest.mark.parametrize("key", ["weight", "trainable", "train", "training", "loss"])
 @pytest.mark.parametrize("template", [None, MARKED["V3"], MARKED["V2, a space before the mark"]])
 def test_answers_that_are_switched_off_are_context(

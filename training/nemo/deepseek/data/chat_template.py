@@ -7,7 +7,8 @@ Which part of that text is an answer is found exactly, in one of two ways:
 
 - the template marks it with ``{% generation %} ... {% endgeneration %}``;
 - else by rendering prefixes: the answer of message k is what the text of messages 0 to k has beyond
-  the text of messages 0 to k - 1 with its generation prompt.
+  the text of messages 0 to k - 1 with its generation prompt, or with the part of that prompt, up to
+  an added token, that it shares.
 
 The whole text is encoded once, as everybody else encodes it who is asked the same; an id is an
 answer's if it holds a character of an answer. Cut at the marks and encoded piece by piece, an
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import signal
 import threading
@@ -243,20 +245,33 @@ class ChatTemplate:
                 continue
             before = self._rendered(messages[:k], True, tools)
             after = self._rendered(messages[: k + 1], False, tools)
-            if not after.startswith(before):
-                raise ChatError(
-                    f"the chat template writes message {k} (assistant) otherwise than its "
-                    "generation prompt begins, so the answer's first token cannot be told; add "
-                    "{% generation %} marks to the template"
+            begin = len(before)
+            if not after.startswith(before):  # R1's prompt opens <think>, its answers do not
+                begin = self._shared_header(
+                    self._rendered(messages[:k], False, tools), before, after
                 )
+                if not begin:
+                    raise ChatError(
+                        f"the chat template writes message {k} (assistant) otherwise than its "
+                        "generation prompt begins, so the answer's first token cannot be told; add "
+                        "{% generation %} marks to the template"
+                    )
             if not whole.startswith(after):
                 raise ChatError(
                     f"the chat template writes message {k} (assistant) otherwise once other "
                     "messages follow (some drop earlier reasoning); use --answers last, or add "
                     "{% generation %} marks to the template"
                 )
-            spans.append((len(before), len(after)))
+            spans.append((begin, len(after)))
         return whole, spans
+
+    def _shared_header(self, asked: str, prompt: str, answered: str) -> int:
+        """Where an answer begins whose text leaves the generation prompt after one of its tokens,
+        as ``<｜Assistant｜>``; 0 if there is none. ``asked`` is the text before both."""
+        shared = os.path.commonprefix([prompt, answered])
+        names = self.tokenizer.added_names
+        end = max((shared.rfind(name) + len(name) for name in names if name in shared), default=0)
+        return end if end > len(asked) and shared.startswith(asked) else 0
 
     def _rendered(
         self, messages: Sequence[Message], add_generation_prompt: bool, tools: list[Any] | None

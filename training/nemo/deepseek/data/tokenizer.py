@@ -396,6 +396,11 @@ class Tokenizer:
         """Texts of all tokens that stand for no text."""
         return [name for name, token in self._added.items() if token in self._special]
 
+    @property
+    def added_names(self) -> list[str]:
+        """Texts of all tokens that are found in a text before it is divided into words."""
+        return list(self._added)
+
     @cached_property
     def special_texts(self) -> dict[str, str]:
         """Texts of the tokens that chat templates call by name: ``eos_token`` and the like."""
