@@ -163,7 +163,7 @@ def test_every_name_of_deepseek_v3() -> None:
     plan = plan_import(folder, cfg)
     assert plan.config == cfg and len(plan.quantised) == 91_991 - 46_183
     assert [len(names) for names in plan.dropped.values()] == [0, 2, 0]
-    written = {piece.name for target in plan.targets.values() for piece in target.pieces}
+    written = {piece.name for target in plan.targets.values() for piece in target.slices}
     assert written == our_shapes(cfg).keys()
     del specs["model.layers.60.mlp.experts.255.up_proj.weight_scale_inv"]
     with pytest.raises(UserError, match=r"layers\.60\.mlp\.experts\.255\.up_proj.*has no .*_inv"):

@@ -13,7 +13,7 @@ from deepseek.commands.scaling import scaling
 from deepseek.config import UserError
 from deepseek.config.schema import changed
 from deepseek.planner.hardware import gpu_named
-from deepseek.planner.scaling import Failures, daly_interval, scaled, young_interval
+from deepseek.planner.scaling_curve import Failures, daly_interval, scaled, young_interval
 from support.tiny_runs import small_run
 
 H100 = gpu_named("H100")

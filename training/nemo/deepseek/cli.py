@@ -266,7 +266,7 @@ def scaling_command(
 ) -> None:
     """Follow a training to thousands of GPUs on paper: speed, what limits it, failures."""
     from deepseek.commands.scaling import scaling
-    from deepseek.planner.scaling import Failures
+    from deepseek.planner.scaling_curve import Failures
 
     name, settings = chosen(words or [], config)
     failures = Failures(mtbf_hours, write_rate * 1e9, restart)

@@ -20,7 +20,7 @@ from deepseek.config.yaml_file import dump_yaml, read_yaml
 from deepseek.console import say, table
 from deepseek.files import write_new
 from deepseek.planner.hardware import Gpu, gpu_named
-from deepseek.planner.scaling import gains
+from deepseek.planner.scaling_curve import gains
 from deepseek.planner.search import Plan, search, smallest
 
 LAYERS, MICRO_BATCH = "model.pipeline_layers_per_stage", "model.micro_batch_size"

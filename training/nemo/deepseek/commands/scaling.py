@@ -13,7 +13,7 @@ from deepseek.config.layout import world_size
 from deepseek.console import say, table
 from deepseek.files import write_new
 from deepseek.planner.hardware import gpu_named
-from deepseek.planner.scaling import Failures, Point, scaled
+from deepseek.planner.scaling_curve import Failures, Point, scaled
 
 WIDTH, HEIGHT = 460, 290
 LEFT, RIGHT, TOP, BOTTOM = 66, 28, 56, 42

@@ -97,7 +97,7 @@ class NameTable:
                     copies[theirs] = tensor.copy_of
                     continue
                 ours = []
-                for piece in tensor.pieces:
+                for piece in tensor.slices:
                     one_expert = piece.expert is not None and piece.row is None
                     target = piece.name + ("[{e}]" if one_expert else "")
                     if target not in ours:

@@ -201,7 +201,7 @@ class WeightExport:
             rows, columns = target.shape
             scales = TensorSpec(torch.float32, block_counts((rows, columns), BLOCK))
             return {name + SCALE: scales, name: TensorSpec(E4M3, target.shape)}
-        fp32 = any(is_bias(piece.name) for piece in target.pieces)
+        fp32 = any(is_bias(piece.name) for piece in target.slices)
         return {name: TensorSpec(torch.float32 if fp32 else self._dtype, target.shape)}
 
     def _numbers(self, name: str) -> Tensor:
@@ -209,7 +209,7 @@ class WeightExport:
         all scales of a file need not be in memory."""
         weight = name.removesuffix(SCALE)
         target: HfTensor = self._targets[weight]
-        (piece,) = (self._targets[target.copy_of] if target.copy_of else target).pieces
+        (piece,) = (self._targets[target.copy_of] if target.copy_of else target).slices
         tensor = self._loaded(piece.name)
         part = tensor if piece.expert is None else tensor[piece.expert]
         if self._quantises and is_projection(weight):

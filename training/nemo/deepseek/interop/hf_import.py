@@ -330,7 +330,7 @@ class WeightImport:
         self, file: TensorFile, name: str, target: HfTensor
     ) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
         """Our parts of one tensor of theirs, in fp32, as chunks."""
-        for row, together in groupby(target.pieces, key=lambda piece: piece.row):
+        for row, together in groupby(target.slices, key=lambda piece: piece.row):
             numbers = self._read(file, name, row)
             if not all(map(torch.isfinite, numbers.aminmax())):  # NaN is both
                 raise UserError(

@@ -122,7 +122,7 @@ def from_hf(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightSlice:
     """A matrix or vector of ours, or one expert's of a stack, and where it lies in a tensor of
     theirs."""
 
@@ -141,8 +141,8 @@ class HfTensor:
     """A tensor of theirs without its numbers."""
 
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-    """What it holds of ours; the pieces of one expert lie together."""
+    slices: tuple[WeightSlice, ...]
+    """What it holds of ours; the slices of one expert lie together."""
     copy_of: str | None = None
     """Their name of the tensor that it repeats (MTP); it may be absent from a file."""
 
@@ -153,20 +153,20 @@ def hf_tensors(cfg: ModelConfig, layout: Layout = "released") -> dict[str, HfTen
     for weight in model_weights(cfg):
         name, shape, theirs = weight.name, weight.shape, weight.hf_name
         if "{e}" not in theirs:
-            out[theirs] = HfTensor(shape, (Piece(name, None),))
+            out[theirs] = HfTensor(shape, (WeightSlice(name, None),))
             continue
         experts = range(shape[0])
         if layout == "released":
             for e in experts:
-                out[theirs.format(e=e)] = HfTensor(shape[1:], (Piece(name, e),))
+                out[theirs.format(e=e)] = HfTensor(shape[1:], (WeightSlice(name, e),))
         elif name.endswith(".w2"):
-            pieces = tuple(Piece(name, e, row=e) for e in experts)
-            out[_stacked_name(theirs)] = HfTensor(shape, pieces)
+            slices = tuple(WeightSlice(name, e, row=e) for e in experts)
+            out[_stacked_name(theirs)] = HfTensor(shape, slices)
         elif name.endswith(".w1"):
             width, up = shape[1], name.removesuffix(".w1") + ".w3"
             halves = ((name, slice(0, width)), (up, slice(width, 2 * width)))
-            pieces = tuple(Piece(ours, e, e, rows) for e in experts for ours, rows in halves)
-            out[_stacked_name(theirs)] = HfTensor((shape[0], 2 * width, shape[2]), pieces)
+            slices = tuple(WeightSlice(ours, e, e, rows) for e in experts for ours, rows in halves)
+            out[_stacked_name(theirs)] = HfTensor((shape[0], 2 * width, shape[2]), slices)
     for copy, original in _mtp_copies(cfg).items():
         out[copy] = HfTensor(out[original].shape, (), original)
     return out

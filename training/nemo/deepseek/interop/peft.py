@@ -46,9 +46,9 @@ def peft_adapter(model: Transformer, config: ModelConfig, base: str | None = Non
     peft = config.peft
     assert peft is not None
     theirs = {
-        target.pieces[0].name: name
+        target.slices[0].name: name
         for name, target in hf_tensors(replace(config, peft=None)).items()
-        if target.pieces and target.pieces[0].expert is None
+        if target.slices and target.slices[0].expert is None
     }
     tensors: dict[str, Tensor] = {}
     modules: set[str] = set()
