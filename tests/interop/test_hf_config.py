@@ -121,6 +121,45 @@ def test_model_types_alone_are_refused_with_the_reason() -> None:
                 model_config(DEEPSEEK_V3 | {"architectures": None, "model_type": kind})
 
 
+PUBLISHED_FAMILIES = {
+    "deepseek_v4": "sliding and compressed attention",
+    "deepseek_v32 glm_moe_dsa axk2": "indexer",
+    "mistral4": "llama_4_scaling_beta",
+    "longcat_flash": "zero_expert_num",
+    "kimi_linear": "Kimi Delta Attention",
+    "bailing_hybrid": "linear attention",
+    "dots1 glm4_moe": "grouped-query attention",
+    "youtu": "no experts, and its head shares",
+    "axk1": "post_mlp_layernorm",
+    "minicpm3": "no experts, and scales",
+    "hy_v4": "hyper-connections",
+    "llama qwen3_moe hy_v3": "there is no kv_lora_rank",
+    "deepseek_vl deepseek_vl_hybrid deepseek_ocr2 mistral3 mistral_large4 dots3_note glm5_next "
+    "kimi_k25": "vision and a language model; pass the language model's own",
+}
+LANGUAGE_MODELS = {
+    "deepseek_vl deepseek_ocr2 mistral3": "there is no kv_lora_rank",
+    "mistral_large4 dots3_note": "indexer",
+    "glm5_next": "hyper-connections",
+}
+
+
+def test_families_as_transformers_describes_them_are_refused_with_the_reason() -> None:
+    """A language model inside a vision model is not told to be one of those once more."""
+    for table, inner in ((PUBLISHED_FAMILIES, False), (LANGUAGE_MODELS, True)):
+        for kinds, reason in table.items():
+            for kind in kinds.split():
+                if kind not in transformers.CONFIG_MAPPING:
+                    continue  # of another version
+                described = transformers.CONFIG_MAPPING[kind]()
+                if inner:
+                    described = described.get_text_config()
+                with pytest.raises(UserError, match=f"config.json describes .*{reason}"):
+                    model_config(described.to_dict())
+    inside = transformers.CONFIG_MAPPING["kimi_k25"]().get_text_config()
+    assert model_config(inside.to_dict()).hidden_size == inside.hidden_size
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -304,6 +343,50 @@ def test_every_form_of_rope_is_read_as_transformers_does_or_refused() -> None:
             assert_as_transformers(content)
             read += 1
     assert read >= 30 and refused >= 30
+
+
+OTHER_ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "longrope": {"short_factor": [1.0] * 2, "long_factor": [2.0] * 2},
+    "su": {"short_factor": [1.0] * 2, "long_factor": [2.0] * 2},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "proportional": {"partial_rotary_factor": 0.25},
+    "mrope": {"mrope_section": [1, 1]},
+    "YARN": {"factor": 4.0},
+    "": {"factor": 4.0},
+}
+
+
+def test_other_types_of_rope_are_refused_by_their_name() -> None:
+    for kind, more in OTHER_ROPES.items():
+        for block in ("rope_scaling", "rope_parameters"):
+            for keys in (["type"], ["rope_type"], ["rope_type", "type"]):
+                content = {**more, "original_max_position_embeddings": 128}
+                content |= dict.fromkeys(keys, kind)
+                for told in (content, {key: None for key in content} | dict.fromkeys(keys, kind)):
+                    with pytest.raises(
+                        ConfigError, match=rf"{block}\.(rope_)?type={kind or chr(39) * 2}: this"
+                    ):
+                        model_config(TINY | {block: told})
+                with pytest.raises(ConfigError, match=rf"{block}\.full_attention=.*layers of one"):
+                    model_config(TINY | {block: {"full_attention": content}})
+
+
+def test_yarn_without_one_of_its_keys() -> None:
+    """Absent or null is what it is to transformers, or refused by the key."""
+    whole = {**YARN_40, "original_max_position_embeddings": 128, "type": "yarn"}
+    for block in ("rope_scaling", "rope_parameters"):
+        for key in whole:
+            absent = {k: v for k, v in whole.items() if k != key}
+            for content in (absent, whole | {key: None}):
+                told = TINY | {block: content}
+                if key in ("beta_fast", "beta_slow", "mscale_all_dim"):
+                    assert_as_transformers(told)
+                    continue
+                name = "rope_type" if key == "type" else key
+                with pytest.raises(ConfigError, match=rf"{block}\.{name}=\(absent\): "):
+                    model_config(told)
 
 
 @pytest.mark.parametrize(

@@ -187,8 +187,8 @@ _REFUSED = {
     r"AXK1|axk1|AXK1": "each of its MoE layers ends with a norm of its own (post_mlp_layernorm)",
     r"MiniCPM3|minicpm3": "it has no experts, and scales its embedding and its residual stream",
     r"DeepseekForCausalLM|deepseek$": "its attention is multi-head attention, not latent attention",
-    r"DeepseekVL|deepseek_vl|DeepseekOcr|DeepseekOCR|deepseek_ocr|KimiVL|kimi_vl|KimiK25|Kimi_K25"
-    r"|kimi_k25|Mistral3|mistral3|MistralLarge4|mistral_large4": _SEVERAL,
+    r"(?!.*_text$)(DeepseekVL|deepseek_vl|DeepseekOcr|DeepseekOCR|deepseek_ocr|KimiVL|kimi_vl|KimiK25"
+    r"|Kimi_K25|kimi_k25|Mistral3|mistral3|MistralLarge4|mistral_large4)": _SEVERAL,
 }
 # Keys that tell such an architecture whatever its class is called.
 _REFUSED_KEYS = {
