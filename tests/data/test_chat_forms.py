@@ -385,10 +385,19 @@ def test_the_template_called_tool_use_is_taken_with_tools(bpe: Tokenizer, tmp_pa
         {"name": "default", "template": plain},
         {"name": "tool_use", "template": "<T>{{ tools | tojson }}" + plain},
     ]
-    ours = ChatTemplate(load_tokenizer(folder_of(bpe, tmp_path, named)))
     messages = row(content="four")["messages"]
-    assert ours.render(messages, tools=[{"name": "add"}]).startswith('<T>[{"name": "add"}]')
-    assert not ours.render(messages).startswith("<T>")
+    for form in (named, {entry["name"]: entry["template"] for entry in named}):
+        ours = ChatTemplate(load_tokenizer(folder_of(bpe, tmp_path, form)))
+        assert ours.render(messages, tools=[{"name": "add"}]).startswith('<T>[{"name": "add"}]')
+        assert not ours.render(messages).startswith("<T>")
+
+
+@pytest.mark.parametrize("form", [5, True, ["x"], [{"name": "default"}], {"default": 3}])
+def test_a_chat_template_of_another_form_is_refused(
+    form: Any, bpe: Tokenizer, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="chat_template of tokenizer_config.json must be a text, n"):
+        ChatTemplate(load_tokenizer(folder_of(bpe, tmp_path, form)))
 
 
 @pytest.mark.parametrize(
@@ -443,6 +452,15 @@ def test_tokens_that_stand_in_the_config_alone_are_tokens(bpe: Tokenizer, tmp_pa
         ({"additional_special_tokens": 1.5}, "additional_special_tokens beside it must be a list"),
         ({"extra_special_tokens": "<|new|>"}, "extra_special_tokens beside it must be a list"),
         ({"extra_special_tokens": {"image": "<|new|>"}}, "which has no id"),
+        ({"eos_token": 5}, "has eos_token=5, expected its text or an object with its content"),
+        ({"bos_token": ["<s>"]}, r"has bos_token=\['<s>'\], expected its text or an object"),
+        ({"pad_token": {"text": "<p>"}}, "has pad_token={'text': '<p>'}, expected its text"),
+        ({"bos_token": "<gone>"}, "says bos_token is '<gone>', which is not in the vocabulary"),
+        ({"eos_token": ""}, "says eos_token is '', which is not in the vocabulary"),
+        ({"pad_token": "<gone>"}, None),
+        ({"add_bos_token": "true"}, "has add_bos_token='true', expected true or false"),
+        ({"add_eos_token": 1}, "has add_eos_token=1, expected true or false"),
+        ({"add_bos_token": None, "add_eos_token": False}, None),
         ({"chat_template": "\ud800"}, "holds half of a surrogate pair"),
         ({"name": {"a": ["b\udc00"]}}, "holds half of a surrogate pair"),
         ({"name": "\U0001f642 \\ud800"}, None),

@@ -90,6 +90,7 @@ class Tokenizer:
         self.generation = generation or {}
         """What ``generation_config.json`` says: ids that stop, defaults of sampling."""
         check_generation(self.generation, origin)
+        _check_config(config, origin)
         self._parsed = parse_json(source, origin)
         model = self._parsed.get("model")
         if not isinstance(model, dict) or "vocab" not in model:
@@ -345,8 +346,8 @@ class Tokenizer:
             UserError: there are several, and none is called ``default``.
         """
         given = self._config.get("chat_template")
-        if not isinstance(given, list):
-            return given if isinstance(given, str) else None
+        if given is None or isinstance(given, str):
+            return given
         named = self._named_templates
         if "default" not in named:
             raise UserError(
@@ -362,16 +363,22 @@ class Tokenizer:
 
     @property
     def _named_templates(self) -> dict[str, str]:
-        """Chat templates that stand in a list; empty: there is none, or one without a name."""
+        """Chat templates by their names; empty: there is none, or one without a name."""
         given = self._config.get("chat_template")
+        if given is None or isinstance(given, str):
+            return {}
         try:
-            named = {str(e["name"]): e["template"] for e in given} if type(given) is list else {}
+            if isinstance(given, dict):
+                named = given
+            else:
+                named = {str(entry["name"]): entry["template"] for entry in given}
             if not all(isinstance(template, str) for template in named.values()):
                 raise TypeError("a template is no text")
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"{self._origin}: chat_template of tokenizer_config.json must be a text, or a list "
-                f'of {{"name": ..., "template": ...}} ({type(error).__name__}: {error})'
+                f"{self._origin}: chat_template of tokenizer_config.json must be a text, names "
+                f'with texts, or a list of {{"name": ..., "template": ...}} '
+                f"({type(error).__name__}: {error})"
             ) from error
         return named
 
@@ -557,9 +564,9 @@ class Tokenizer:
         name = given.get("content") if isinstance(given, dict) else given
         if isinstance(name, str) and name in self._vocab:
             return self._vocab[name]
-        if isinstance(name, str) and key == "eos_token":
+        if isinstance(name, str) and key != "pad_token":
             raise UserError(
-                f"{self._origin}: tokenizer_config.json says eos_token is {name!r}, which is not "
+                f"{self._origin}: tokenizer_config.json says {key} is {name!r}, which is not "
                 "in the vocabulary; correct it there"
             )
         return next((self._vocab[name] for name in names if name in self._vocab), None)
@@ -621,6 +628,24 @@ def check_generation(told: dict[str, Any], origin: str) -> None:
                 raise UserError(
                     f"{origin}: {GENERATION} has {key}={value!r}, expected {what}; correct it there"
                 )
+
+
+def _check_config(told: dict[str, Any], origin: str) -> None:
+    """Raise ``UserError`` for a value of ``tokenizer_config.json`` of another type than is used."""
+    for key in ("bos_token", "eos_token", "pad_token"):
+        value = told.get(key)
+        text = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not isinstance(text, str):
+            raise UserError(
+                f"{origin}: tokenizer_config.json has {key}={value!r:.60}, expected its text or an "
+                "object with its content; correct it there"
+            )
+    for key in ("add_bos_token", "add_eos_token"):
+        if told.get(key) not in (None, True, False) or type(told.get(key)) in (int, float):
+            raise UserError(
+                f"{origin}: tokenizer_config.json has {key}={told[key]!r:.60}, expected true or "
+                "false; correct it there"
+            )
 
 
 _GENERATION_TYPES: dict[str, tuple[Any, str]] = {
