@@ -105,7 +105,7 @@ def steps(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> dict[str, Callabl
     assert group is not None
     dispatcher = AllToAllDispatcher(EXPERTS, group)
     local = LocalDispatcher(EXPERTS)
-    sent = dispatcher.dispatch(x_TD, ids_TK)
+    sent = dispatcher.dispatch(x_TD, weights_TK, ids_TK)
     there, back = sent.state.send_counts, sent.state.receive_counts
     ids_R = ids_TK.flatten()
     rows_RD = x_TD.repeat_interleave(TOP_K, dim=0)[ids_R.argsort(stable=True)]
@@ -127,14 +127,14 @@ def steps(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> dict[str, Callabl
         all_to_all_rows(rows_QD, received_counts, sent_counts, group)
 
     def permutation() -> None:
-        here = local.dispatch(x_TD, ids_TK)
-        local.combine(here.rows_RD, weights_TK, here)
+        here = local.dispatch(x_TD, weights_TK, ids_TK)
+        local.combine(here.rows_RD, here)
         arrival_Q = torch.arange(len(arrived_QD)).argsort(stable=True)
         arrived_QD[arrival_Q][arrival_Q]
 
     def whole() -> None:
-        there_and = dispatcher.dispatch(x_TD, ids_TK)
-        dispatcher.combine(there_and.rows_RD, weights_TK, there_and)
+        there_and = dispatcher.dispatch(x_TD, weights_TK, ids_TK)
+        dispatcher.combine(there_and.rows_RD, there_and)
 
     return {f.__name__: f for f in (raw, raw_reused, communication, permutation, whole)}
 

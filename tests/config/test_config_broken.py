@@ -122,9 +122,9 @@ ONE_PROBLEM = [
     ("trainer.precision=[32]", "trainer.precision", ["32, bf16-mixed or auto"]),
     ("trainer.accelerator=cuda", "trainer.accelerator", ["auto, cpu or gpu", "use gpu"]),
     (
-        "model.activations_checkpoint_granularity=selective",
+        "model.activations_checkpoint_granularity=select",
         "model.activations_checkpoint_granularity",
-        ["must be full or null", "use full"],
+        ["must be full, selective or null", "use selective"],
     ),
     ("model.rope_scaling={type: linear}", "model.rope_scaling.type", ["must be yarn"]),
     ("model.rope_scaling={factor: 0.5}", "model.rope_scaling.factor", ["must be at least 1"]),

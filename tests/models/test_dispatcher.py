@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek.models.components.dispatcher import LocalDispatcher, weighted_sum
+from deepseek.models.components.dispatcher import Dispatched, LocalDispatcher
 
 choices = st.integers(1, 5).flatmap(
     lambda experts: st.tuples(
@@ -26,16 +26,17 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
 
-def scaled(rows_RD: Tensor, counts_e: Tensor) -> Tensor:
+def scaled(sent: Dispatched) -> Tensor:
     """Stand-in for the experts: expert e multiplies its rows by e + 1 and adds their square."""
+    rows_RD, counts_e = sent.rows_RD, sent.counts_e
     factor_R1 = torch.arange(1.0, len(counts_e) + 1).repeat_interleave(counts_e).unsqueeze(1)
-    return rows_RD * factor_R1 + rows_RD.square()
+    return (rows_RD * factor_R1 + rows_RD.square()) * sent.weights_R.unsqueeze(1)
 
 
 def through(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, experts: int) -> Tensor:
     dispatcher = LocalDispatcher(experts)
-    sent = dispatcher.dispatch(x_TD, ids_TK)
-    return dispatcher.combine(scaled(sent.rows_RD, sent.counts_e), weights_TK, sent)
+    sent = dispatcher.dispatch(x_TD, weights_TK, ids_TK)
+    return dispatcher.combine(scaled(sent), sent)
 
 
 def dense(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
@@ -70,11 +71,14 @@ def test_what_an_expert_receives(case: tuple[int, list[list[int]]]) -> None:
     """Rows sorted by expert, tokens in order; zero counts for idle experts."""
     experts, ids = case
     x_TD = random(len(ids), 3)
-    sent = LocalDispatcher(experts).dispatch(x_TD, torch.tensor(ids))
+    ids_TK = torch.tensor(ids)
+    sent = LocalDispatcher(experts).dispatch(x_TD, 1.0 * ids_TK, ids_TK)
     arrivals = [[token for token, chosen in enumerate(ids) if e in chosen] for e in range(experts)]
     assert sent.counts_e.dtype == torch.int64
     assert sent.counts_e.tolist() == [len(tokens) for tokens in arrivals]
     assert torch.equal(sent.rows_RD, x_TD[[token for tokens in arrivals for token in tokens]])
+    weights = [float(e) for e, tokens in enumerate(arrivals) for _ in tokens]
+    assert sent.weights_R.tolist() == weights, "each row travels with the weight of its choice"
 
 
 def test_gradcheck() -> None:
@@ -87,7 +91,7 @@ def test_gradcheck() -> None:
 def test_all_tokens_to_one_expert() -> None:
     ids_TK = torch.full((5, 1), 2)
     leaves = random(5, 3), random(5, 1, seed=1)
-    sent = LocalDispatcher(4).dispatch(leaves[0], ids_TK)
+    sent = LocalDispatcher(4).dispatch(*leaves, ids_TK)
     assert sent.counts_e.tolist() == [0, 0, 5, 0]
     torch.testing.assert_close(through(*leaves, ids_TK, 4), dense(*leaves, ids_TK))
 
@@ -98,15 +102,15 @@ def test_the_way_back_undoes_the_way_there() -> None:
     x_TD = random(3, 4)
     weights_TK = torch.tensor([[0.25, 0.75]] * 3, dtype=torch.float64)
     dispatcher = LocalDispatcher(3)
-    sent = dispatcher.dispatch(x_TD, ids_TK)
-    torch.testing.assert_close(dispatcher.combine(sent.rows_RD, weights_TK, sent), x_TD)
+    sent = dispatcher.dispatch(x_TD, weights_TK, ids_TK)
+    weighted_RD = sent.rows_RD * sent.weights_R.unsqueeze(1)
+    torch.testing.assert_close(dispatcher.combine(weighted_RD, sent), x_TD)
 
 
 def test_results_are_added_in_fp32() -> None:
-    """bf16 rows under fp32 weights: 256 + 1 would be 256 if added in bf16, one by one."""
+    """256 + 1 would be 256 if added in bf16, one by one."""
+    dispatcher, ids_TK = LocalDispatcher(4), torch.arange(4).unsqueeze(0)
+    sent = dispatcher.dispatch(torch.ones(1, 1), torch.ones(1, 4), ids_TK)
     y_RD = torch.tensor([[256.0], [1.0], [1.0], [0.0]], dtype=torch.bfloat16)
-    got = weighted_sum(y_RD, torch.ones(1, 4))
+    got = dispatcher.combine(y_RD, sent)
     assert got.dtype == torch.bfloat16 and got.item() == 258.0
-    y_RD = torch.tensor([[1.0], [-1.0]], dtype=torch.bfloat16)
-    exact = weighted_sum(y_RD, torch.tensor([[1.0, 1.0 - 2**-12]]))
-    assert exact.item() == 2**-12

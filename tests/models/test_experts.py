@@ -28,6 +28,12 @@ def rows(count: int, dtype: torch.dtype, dim: int = 8) -> Tensor:
     return torch.randn(count, dim, generator=generator).to(dtype).requires_grad_()
 
 
+def weighted(stack: GroupedExperts, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
+    """With weights of 1."""
+    dtype = torch.float64 if rows_RD.dtype == torch.float64 else torch.float32
+    return stack(rows_RD, torch.ones(len(rows_RD), dtype=dtype), counts_e)
+
+
 def one_by_one(singles: list[Expert], rows_RD: Tensor, counts: list[int]) -> Tensor:
     pieces = rows_RD.split(counts)
     return torch.cat([single(piece) for single, piece in zip(singles, pieces, strict=True)])
@@ -41,7 +47,7 @@ def test_equals_single_experts(counts: list[int], dtype: torch.dtype) -> None:
     stack = experts(len(counts), dtype)
     singles = [stack.expert(index) for index in range(len(counts))]
     rows_RD, twin_RD = rows(sum(counts), dtype), rows(sum(counts), dtype)
-    got, wanted = stack(rows_RD, torch.tensor(counts)), one_by_one(singles, twin_RD, counts)
+    got, wanted = weighted(stack, rows_RD, torch.tensor(counts)), one_by_one(singles, twin_RD, counts)
     tolerance = (
         dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-11, atol=1e-11)
     )
@@ -65,7 +71,7 @@ def test_idle_experts(counts: list[int], dtype: torch.dtype) -> None:
     """No row for some, or for any: right values, and a zero gradient rather than none."""
     stack = experts(3, dtype, hidden_dim=16)
     rows_RD = rows(sum(counts), dtype)
-    got = stack(rows_RD, torch.tensor(counts))
+    got = weighted(stack, rows_RD, torch.tensor(counts))
     assert got.shape == (sum(counts), 8) and got.dtype == dtype
     wanted = one_by_one([stack.expert(index) for index in range(3)], rows_RD, counts)
     torch.testing.assert_close(got, wanted, rtol=3e-2, atol=3e-2)
@@ -81,9 +87,9 @@ def test_autocast() -> None:
     stack = experts(2, torch.float32, hidden_dim=16)
     rows_RD = rows(9, torch.float32)
     counts_e = torch.tensor([4, 5])
-    exact = stack(rows_RD, counts_e)
+    exact = weighted(stack, rows_RD, counts_e)
     with torch.autocast("cpu", torch.bfloat16):
-        got = stack(rows_RD, counts_e)
+        got = weighted(stack, rows_RD, counts_e)
     assert got.dtype == torch.bfloat16
     difference = (got.float() - exact).abs().max()
     assert 1e-5 < difference / exact.abs().max() < 3e-2
@@ -98,7 +104,7 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
     stack = experts(3, dtype)
     pool_RD = rows(100, dtype).detach()
     generator = torch.Generator().manual_seed(1)
-    alone = stack(pool_RD[:1], torch.tensor([0, 1, 0]))
+    alone = weighted(stack, pool_RD[:1], torch.tensor([0, 1, 0]))
     for _ in range(20):
         before, in_front, behind, after = torch.randint(0, 20, (4,), generator=generator).tolist()
         neighbours_RD = pool_RD[torch.randint(1, 100, (80,), generator=generator)]
@@ -110,7 +116,7 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
             )
         )
         counts_e = torch.tensor([before, in_front + 1 + behind, after])
-        assert torch.equal(stack(rows_RD, counts_e)[before + in_front], alone[0])
+        assert torch.equal(weighted(stack, rows_RD, counts_e)[before + in_front], alone[0])
 
 
 def test_a_single_expert_is_a_copy() -> None:

@@ -327,23 +327,31 @@ def test_recomputation_counts_once() -> None:
     """The forward pass runs twice, and gradients and counts are bitwise those of one run."""
     for depths in (0, 2):
         found = []
-        for granularity in (None, "full"):
-            changes = dict(activations_checkpoint_granularity=granularity)
+        for granularity, number in ((None, None), ("full", None), ("selective", None), ("full", 1)):
+            changes = dict(
+                activations_checkpoint_granularity=granularity,
+                activations_checkpoint_num_layers=number,
+            )
             config = tiny_config(num_nextn_predict_layers=depths, **changes)
             found.append(seen(tiny_model(config, torch.float32), random_batch(), [1, 1]))
-        assert_same(found[1], found[0], tolerance=0)
+        for other in found[1:]:
+            assert_same(other, found[0], tolerance=0)
 
 
 def test_recomputation_runs_the_forward_pass_twice() -> None:
     """Otherwise the test above would prove nothing."""
     calls = []
-    for granularity in (None, "full"):
-        model = tiny_model(tiny_config(activations_checkpoint_granularity=granularity))
+    for granularity, number in ((None, None), ("full", None), ("selective", None), ("full", 1)):
+        changes = dict(
+            activations_checkpoint_granularity=granularity,
+            activations_checkpoint_num_layers=number,
+        )
+        model = tiny_model(tiny_config(**changes))
         hook = model.layers["1"].ffn.gate.register_forward_hook(lambda *_: calls.append(1))
         backward(model, random_batch())
         hook.remove()
         calls.append(0)
-    assert calls == [1, 0, 1, 1, 0]
+    assert calls == [1, 0, 1, 1, 0, 1, 1, 0, 1, 0], "with a number of 1, the second block keeps all"
 
 
 @pytest.mark.parametrize("granularity", [None, "full"])

@@ -233,8 +233,8 @@ def through(
     """Result, gradients of tokens and weights, gradients of the experts."""
     x_TD, weights_TK = x_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        sent = dispatcher.dispatch(x_TD, ids_TK)
-        y_TD = dispatcher.combine(part(sent.rows_RD, sent.counts_e), weights_TK, sent)
+        sent = dispatcher.dispatch(x_TD, weights_TK, ids_TK)
+        y_TD = dispatcher.combine(part(sent.rows_RD, sent.weights_R, sent.counts_e), sent)
     y_TD.float().square().sum().backward()
     assert x_TD.grad is not None and weights_TK.grad is not None
     return (
@@ -290,8 +290,8 @@ def test_where_rows_arrive() -> None:
     def work(rank: int) -> tuple[Tensor, Tensor, Tensor, list[int], list[int]]:
         x_TD = 10.0 * rank + torch.arange(len(ids_TK[rank])).unsqueeze(1)
         dispatcher = AllToAllDispatcher(4, group())
-        sent = dispatcher.dispatch(x_TD, ids_TK[rank])
-        back_TD = dispatcher.combine(sent.rows_RD, torch.full(ids_TK[rank].shape, 0.5), sent)
+        sent = dispatcher.dispatch(x_TD, torch.full(ids_TK[rank].shape, 0.5), ids_TK[rank])
+        back_TD = dispatcher.combine(sent.rows_RD * sent.weights_R.unsqueeze(1), sent)
         assert torch.equal(back_TD, x_TD), "experts that do nothing give the tokens back"
         counts = sent.state.send_counts, sent.state.receive_counts
         return sent.rows_RD.flatten(), sent.counts_e, x_TD, *counts
@@ -322,7 +322,8 @@ def recorded(work: Callable[[], object]) -> list[tuple[torch.dtype, int]]:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_what_is_sent(autocast: bool) -> None:
-    """Counts once, rows once each way and once each way back; in bf16 under autocast."""
+    """Counts once, rows once each way and once each way back; in bf16 under autocast. Weights go
+    with the rows in fp32, and so do their gradients."""
     ids_TK, weights_TK = choices(1, 6, 4, 2)
 
     def work(rank: int) -> list[tuple[torch.dtype, int]]:
@@ -333,8 +334,10 @@ def test_what_is_sent(autocast: bool) -> None:
     dtype = torch.bfloat16 if autocast else torch.float32
     numbers = [2 * int((ids_TK // 2 == rank).sum()) * DIM for rank in range(2)]  # both send alike
     for rank, calls in enumerate(run_ranks(2, work)):
-        there, back = (dtype, 12 * DIM), (dtype, numbers[rank])
-        assert calls == [(torch.int64, 4), there, back, there, back]
+        back, columns = (dtype, numbers[rank]), DIM + 4 // dtype.itemsize
+        there_weighted, there = (dtype, 12 * columns), (dtype, 12 * DIM)
+        back_weighted = (dtype, numbers[rank] // DIM * columns)
+        assert calls == [(torch.int64, 4), there_weighted, back, there, back_weighted]
 
 
 def test_the_same_dispatcher_twice_before_the_backward_pass() -> None:
@@ -344,10 +347,8 @@ def test_the_same_dispatcher_twice_before_the_backward_pass() -> None:
         dispatcher = AllToAllDispatcher(4, group())
         inputs = [rows(10 * rank + i, 3 + i, torch.float32).requires_grad_() for i in range(2)]
         ways = [choices(10 * rank + i, 3 + i, 4, 2) for i in range(2)]
-        sent = [dispatcher.dispatch(x, ids) for x, (ids, _) in zip(inputs, ways, strict=True)]
-        outputs = [
-            dispatcher.combine(s.rows_RD, w, s) for s, (_, w) in zip(sent, ways, strict=True)
-        ]
+        sent = [dispatcher.dispatch(x, w, ids) for x, (ids, w) in zip(inputs, ways, strict=True)]
+        outputs = [dispatcher.combine(s.rows_RD * s.weights_R.unsqueeze(1), s) for s in sent]
         for x_TD, y_TD, (_, weights_TK) in zip(inputs, outputs, ways, strict=True):
             factor_T1 = weights_TK.sum(dim=1, keepdim=True)
             torch.testing.assert_close(y_TD, x_TD * factor_T1)
@@ -368,8 +369,9 @@ def test_the_host_waits_once_a_layer() -> None:
         results: list[Tensor] = []
 
         def forward() -> None:
-            sent = dispatcher.dispatch(x_TD, ids_TK)
-            results.append(dispatcher.combine(sent.rows_RD.square(), weights_TK, sent))
+            sent = dispatcher.dispatch(x_TD, weights_TK, ids_TK)
+            rows_RD = sent.rows_RD.square() * sent.weights_R.unsqueeze(1)
+            results.append(dispatcher.combine(rows_RD, sent))
 
         watches = [watched(forward), watched(lambda: results[0].sum().backward())]
         return [(watch.calls, watch.waits) for watch in watches]
@@ -419,15 +421,19 @@ class FalseBuffer:
         local = len(told["num_tokens_per_expert"]) // len(sent)
         ids = self._exchange(told["topk_idx"][order_R], sent, received) % local
         counts = ids.flatten().bincount(minlength=local).tolist()
-        assert told["topk_weights"].dtype == torch.float32
-        rows = self._exchange(x[order_R], sent, received)
-        return rows, ids, None, counts, (order_R, sent, received), None
+        weights = told["topk_weights"]
+        assert weights.dtype == torch.float32 and weights.shape == (len(x), 1)
+        rows, weights = (self._exchange(each[order_R], sent, received) for each in (x, weights))
+        return rows, ids, weights, counts, (order_R, sent, received), None
 
-    def combine(self, x: Tensor, handle: Any) -> Any:
+    def combine(self, x: Tensor, handle: Any, topk_weights: Tensor | None = None) -> Any:
         assert x.dtype == torch.bfloat16 and x.is_contiguous()
         order_R, sent, received = handle
-        back = self._exchange(x, received, sent)
-        return torch.empty_like(back).index_copy_(0, order_R, back), None, None
+        found = []
+        for each in (x, topk_weights):
+            back = None if each is None else self._exchange(each, received, sent)
+            found.append(back if back is None else torch.empty_like(back).index_copy_(0, order_R, back))
+        return *found, None
 
     def _exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         out = x.new_empty(sum(received), *x.shape[1:])
@@ -447,8 +453,9 @@ def test_layers_share_a_buffer() -> None:
     def work(rank: int) -> list[tuple[int, int]]:
         install_deep_ep()
         for _ in range(3):
-            ids_TK, _ = choices(rank, 5, 8, 3)
-            DeepEPDispatcher(8, group()).dispatch(rows(rank, 5, torch.bfloat16), ids_TK)
+            ids_TK, weights_TK = choices(rank, 5, 8, 3)
+            x_TD = rows(rank, 5, torch.bfloat16)
+            DeepEPDispatcher(8, group()).dispatch(x_TD, weights_TK, ids_TK)
         return FalseBuffer.made
 
     assert run_ranks(2, work) == [[(10 * 2 * DIM * 2, 0)]] * 2

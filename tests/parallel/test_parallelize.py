@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from deepseek.models.components.moe import GroupedExperts
 from deepseek.parallel.mesh import SingleProcess, local
@@ -66,16 +68,49 @@ def waits(rank: int, case: Case) -> list[str]:
         ({"pipeline_model_parallel_size": 2, "pipeline_schedule": "ZBVZeroBubble"}, 0),
         ({"expert_model_parallel_size": 2}, 4),
         ({"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}, 4),
+        ({"expert_model_parallel_size": 2, "activations_checkpoint_granularity": "full"}, 4),
+        ({"expert_model_parallel_size": 2, "activations_checkpoint_granularity": "selective"}, 4),
     ],
 )
 def test_the_host_waits_for_exchanges_of_experts_and_once_a_step(
     sizes: dict[str, Any], layers: int
 ) -> None:
-    """Each MoE layer waits once a micro-batch for the sizes of what arrives, with EP alone."""
+    """Each MoE layer waits once a micro-batch for the sizes of what arrives, with EP alone, and
+    not again where it recomputes."""
     case = Case(small_config(**sizes), 2, torch.float32)
     micro_batches = case.config.global_batch_size // case.layout.dp
     for found in run_ranks(2, waits, case):
         assert found == ["tolist"] * (layers * micro_batches + 1)
+
+
+def exchanges(rank: int, case: Case) -> int:
+    """All-to-alls of a step."""
+    driven, calls = spread(case), list[int]()
+    send = dist.all_to_all_single
+
+    def counted(out: Tensor, x: Tensor, *args: Any, **named: Any) -> Any:
+        calls.append(x.numel())
+        return send(out, x, *args, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", counted)
+        driven.run(batches(case))
+    return len(calls)
+
+
+def test_exchanges_of_experts() -> None:
+    """Counts, rows there and back in the forward pass. In the backward pass the same two of rows;
+    only full recomputation sends rows once more, and nothing brings results back again."""
+    for granularity, backward in ((None, 2), ("selective", 2), ("full", 3)):
+        config = small_config(
+            expert_model_parallel_size=2,
+            num_hidden_layers=2,
+            num_nextn_predict_layers=0,
+            activations_checkpoint_granularity=granularity,
+        )
+        case = Case(config, 2, torch.float32, steps=1)
+        passes = case.config.global_batch_size // case.layout.dp // case.config.micro_batch_size
+        assert run_ranks(2, exchanges, case) == [(3 + backward) * passes] * 2
 
 
 def told(rank: int, case: Case) -> list[str]:

@@ -109,6 +109,9 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
     micro = number(1, 3)
     count = number(1, 4) if pp == 1 else _micro_batches(schedule, pp, number)
     depth = number(0, 2)
+    # 5. what is recomputed, of all blocks of a stage or of some
+    recompute = among((None, "full", "selective"))
+    some = layers > stages and split is None or bool(split and max(split) > 1)
     unit = math.lcm(2 * cp, cp * tp) if cp > 1 else tp
     hidden = whole * number(12 // whole, 24 // whole) if whole <= 12 else whole
     config: ModelConfig = replace(
@@ -142,7 +145,8 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
         moe_aux_loss_coeff=among((0.02, 0.02, 0.0)),
         moe_z_loss_coeff=among((0.01, 0.0)),
         moe_router_bias_update_rate=0.01 if method == "noaux_tc" else 0.0,
-        activations_checkpoint_granularity=among((None, "full")),
+        activations_checkpoint_granularity=recompute,
+        activations_checkpoint_num_layers=among((None, 1)) if recompute and some else None,
         micro_batch_size=micro,
         global_batch_size=micro * count * dp,
         tensor_model_parallel_size=tp,

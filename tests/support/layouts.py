@@ -106,6 +106,7 @@ class Case:
             f"sh{c.n_shared_experts} mtp{c.num_nextn_predict_layers} q{c.q_lora_rank} "
             f"mb{c.micro_batch_size} gb{c.global_batch_size} {c.topk_method} {c.optim.name} "
             f"recompute={c.activations_checkpoint_granularity} "
+            f"of={c.activations_checkpoint_num_layers} "
             f"isolated={c.data.isolate_documents} seed={self.seed} {self.dtype}"
         )
 
@@ -248,6 +249,7 @@ WITHOUT_LAYOUT = {
     "reshard_after_forward": None,
     "reduce_gradients": None,
     "activations_checkpoint_granularity": None,
+    "activations_checkpoint_num_layers": None,
 }
 _trained: dict[Any, Driven] = {}
 """By what was trained: many layouts are compared with the same."""

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from deepseek.config.cost import rank_memory
 from deepseek.config.layout import Layout
 from deepseek.config.schema import ModelConfig
-from deepseek.models.components import attention
+from deepseek.models.components import attention, recompute
 from deepseek.models.transformer import Transformer
 from deepseek.ops import grouped_linear
 from deepseek.parallel import cpu_memory, parallelize
@@ -82,13 +82,33 @@ class LiveBytes(TorchDispatchMode):
         return sum(size for _, size in alive.values())
 
 
+@torch.library.custom_op("support::flash", mutates_args=())
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    raise AssertionError("on fakes alone")
+
+
+@_flash.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    rows = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return v.new_empty(v.shape[0], q.shape[2], v.shape[1], v.shape[3]).transpose(1, 2), rows
+
+
+@torch.library.custom_op("support::grouped", mutates_args=())
+def _grouped(x: Tensor, w: Tensor) -> Tensor:
+    raise AssertionError("on fakes alone")
+
+
+@_grouped.register_fake
+def _(x: Tensor, w: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[2])
+
+
 class _Attention(torch.autograd.Function):
     """What a flash kernel keeps: inputs, output, one number a row."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        out = v.new_empty(v.shape[0], v.shape[2], v.shape[1], v.shape[3]).transpose(1, 2)
+        out, rows = _flash(q, k, v)
         ctx.save_for_backward(q, k, v, out, rows)
         return out
 
@@ -104,7 +124,7 @@ class _GroupedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
-        return x.new_empty(x.shape[0], w.shape[2])
+        return _grouped(x, w)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -209,6 +229,9 @@ def _as_on_gpus(mode: FakeTensorMode, live: LiveBytes) -> Iterator[None]:
         patch.setattr(Transformer, "to_empty", to_empty)
         patch.setattr(schedules._PipelineSchedule, "_warmup_p2p", warm_up)
         patch.setattr(AllToAllDispatcher, "exchange_counts", _exchange_counts)
+        patch.setattr(recompute, "ATTENTION", {torch.ops.support.flash.default})
+        products = recompute.PRODUCTS | {torch.ops.support.grouped.default: 0}
+        patch.setattr(recompute, "PRODUCTS", products)
         patch.setattr(attention, "causal_attention", lambda q, k, v, *_: _Attention.apply(q, k, v))
         patch.setattr(
             grouped_linear.F, "grouped_mm", lambda x, w, offs: _GroupedProduct.apply(x, w, offs)

@@ -538,14 +538,13 @@ def _stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, hal
     """Bytes that a stage keeps of one micro-batch from its forward to its backward pass."""
     recompute = model.activations_checkpoint_granularity
     hidden = 4 * _tokens(model, layout) // layout.tp * model.hidden_size
-    if recompute:
-        total = len(part.layers) * hidden
-    else:
-        total = sum(
-            n * _block_activations(model, layout, bool(moe), half)
-            for moe, n in enumerate(_kinds(model, part))
-            if n
-        )
+    again = _recomputing(model, part)
+    total = sum(
+        n * _kept_activations(model, layout, bool(moe), half)
+        + (blocks - n) * _block_activations(model, layout, bool(moe), half)
+        for moe, (n, blocks) in enumerate(zip(again, _kinds(model, part), strict=True))
+        if blocks
+    )
     if not part.last:
         return total + (hidden if layout.pp > 1 else 0)  # the pipeline keeps what it has sent
     depth, number = model.num_nextn_predict_layers, 2 if half else 4
@@ -557,7 +556,56 @@ def _stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, hal
     if not recompute:
         ahead += _block_activations(model, layout, True, half) + 2 * hidden
         ahead += hidden + 4 * model.hidden_size**2 if half else hidden
+    elif recompute == "selective":
+        ahead += _kept_activations(model, layout, True, half) - hidden + hidden * number // 4
     return total + depth * ahead
+
+
+def _recomputing(model: ModelConfig, part: StageSlice) -> tuple[int, int]:
+    """Dense and MoE blocks of a stage that recompute: its first ones."""
+    most, (dense, moe) = model.activations_checkpoint_num_layers, _kinds(model, part)
+    if model.activations_checkpoint_granularity is None:
+        return 0, 0
+    if most is None:
+        return dense, moe
+    return min(dense, most), min(moe, max(0, most - dense))
+
+
+def _kept_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool) -> int:
+    """Bytes that a block keeps for its backward pass if it recomputes, its input included.
+
+    ``models/components/recompute.py`` says what.
+    """
+    tokens, dim, tp = _tokens(model, layout), model.hidden_size, layout.tp
+    here, number = tokens // tp, 2 if half else 4
+    rows = here * model.num_experts_per_tok
+    total = 4 * here * dim
+    if moe:  # chosen experts; the order of rows on both sides
+        total += 8 * rows * (5 if layout.ep > 1 else 1)
+    if model.activations_checkpoint_granularity != "selective":
+        return total
+
+    def product(rows: int, inner: int, outer: int) -> int:
+        return number * rows * outer * (inner >= dim)
+
+    heads = model.num_attention_heads // tp
+    values, width = heads * model.v_head_dim, model.intermediate_size // tp
+    total += tokens * (number * values + 4 * heads)
+    total += product(here, dim, model.kv_lora_rank + model.qk_rope_head_dim)
+    if model.q_lora_rank is None:
+        total += product(tokens, dim, heads * model.qk_head_dim)
+    else:
+        total += product(here, dim, model.q_lora_rank)
+    total += product(tokens, values, dim)
+    if moe:
+        inner = model.moe_intermediate_size
+        slots = _slots(model, layout, rows)
+        total += 4 * here * model.n_routed_experts
+        total += 2 * product(slots, dim, inner) + product(slots, inner, dim)
+        if layout.ep > 1:
+            total += rows * (number * dim + 4)
+        width = model.n_shared_experts * inner // tp
+    return total + 2 * product(tokens, dim, width) + product(tokens, width, dim) * (width > 0)
 
 
 def _working(model: ModelConfig, layout: Layout, stages: Sequence[StageSlice], half: bool) -> int:
@@ -571,17 +619,14 @@ def _working(model: ModelConfig, layout: Layout, stages: Sequence[StageSlice], h
         if moe:
             rows = tokens // layout.tp * model.num_experts_per_tok
             needed = (8 + (2 if half else 0)) * rows * dim + hidden
-            if model.activations_checkpoint_granularity and model.n_shared_experts:
-                # Experts' results wait for the shared ones', which are made once more in between.
-                travels = layout.ep > 1
-                needed += (2 * travels if half else 4 + 8 * travels) * rows * dim
-            elif model.activations_checkpoint_granularity:
-                needed = 8 * rows * dim + 2 * hidden
+            if model.activations_checkpoint_granularity:  # which ends before the experts' results
+                needed = (2 if half else 4) * rows * dim + hidden
         else:
             width = model.intermediate_size // layout.tp
             needed = 4 * dim * width + hidden + (0 if half else 4 * tokens * width)
         if model.activations_checkpoint_granularity:
-            needed += _block_activations(model, layout, moe, half) - hidden
+            kept = _kept_activations(model, layout, moe, half)
+            needed += _block_activations(model, layout, moe, half) - kept
         most = max(most, needed)
     return most
 
@@ -610,18 +655,22 @@ def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool
     # feed-forward
     width = model.intermediate_size // tp
     if moe:
-        rows, ranks = here * model.num_experts_per_tok, layout.ep
-        experts = model.n_routed_experts // ranks
-        slots = ROW_ALIGNMENT * (experts + max(rows - 1, 0) // ROW_ALIGNMENT)
-        inner = model.moe_intermediate_size
+        rows = here * model.num_experts_per_tok
+        inner, slots = model.moe_intermediate_size, _slots(model, layout, rows)
         total += 4 * here * dim  # for the router, in fp32
-        total += number * (slots * (dim + 4 * inner) + rows * dim)
+        total += slots * (number * (dim + 5 * inner) + 4)
         total += 5 * 4 * here * model.n_routed_experts + 6 * 8 * rows
-        matrices += experts * 3 * dim * inner
+        matrices += model.n_routed_experts // layout.ep * 3 * dim * inner
         width = model.n_shared_experts * inner // tp
         inputs = inputs if half else 0  # the router's copy
     total += (inputs if width else 0) + 4 * number * tokens * width
     return total + (2 * (matrices + 3 * dim * width) if half else 0)
+
+
+def _slots(model: ModelConfig, layout: Layout, rows: int) -> int:
+    """That the rows of a rank's experts are padded to, at most."""
+    experts = model.n_routed_experts // layout.ep
+    return ROW_ALIGNMENT * (experts + max(rows - 1, 0) // ROW_ALIGNMENT)
 
 
 # -- terms of the counts --

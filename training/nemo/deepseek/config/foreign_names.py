@@ -184,6 +184,7 @@ _ELSEWHERE: dict[str, str] = {
     "train_timeout_seconds": "trainer.step_timeout_seconds",
     "distributed_timeout_seconds_after_init": "trainer.step_timeout_seconds",
     "recompute_granularity": "model.activations_checkpoint_granularity",
+    "recompute_num_layers": "model.activations_checkpoint_num_layers",
     # optimiser
     "gradient_clip": "trainer.gradient_clip_val",
     "max_lr": "model.optim.lr",

@@ -16,6 +16,7 @@ from deepseek.config.layout import (
     V_SCHEDULES,
     data_parallel_size,
     data_shards,
+    split_layers,
     stages_per_rank,
     world_size,
 )
@@ -116,6 +117,31 @@ def pipeline_settings(cfg: RunConfig) -> Iterator[Problem]:
             f"model.pipeline_schedule={schedule} computes the gradients of inputs and weights "
             "apart, which compiled attention cannot",
             "use false, or model.pipeline_schedule=1F1B or Interleaved1F1B",
+        )
+
+
+def recomputation(cfg: RunConfig) -> Iterator[Problem]:
+    """A number of blocks that recompute says something: of some, and not of all of them."""
+    model, key = cfg.model, "model.activations_checkpoint_num_layers"
+    if model.activations_checkpoint_granularity is None:
+        yield from idle(
+            cfg,
+            key,
+            "model.activations_checkpoint_granularity=null keeps all activations",
+            "model.activations_checkpoint_granularity=selective or full",
+        )
+        return
+    number, held = model.activations_checkpoint_num_layers, stages_per_rank(model)
+    stages, split = model.pipeline_model_parallel_size * (held or 0), model.pipeline_layers_per_stage
+    if number is None or not 0 < stages <= model.num_hidden_layers or (split and len(split) != stages):
+        return  # other rules speak of these
+    most = max(len(part.layers) for part in split_layers(model))
+    if number >= most:
+        yield Problem(
+            key,
+            number,
+            f"is all there are: no pipeline stage has more than {most} blocks",
+            "use null" + (f", or at most {most - 1}" if most > 1 else ""),
         )
 
 

@@ -29,6 +29,7 @@ from deepseek.config.layout_rules import (
     pipeline_settings,
     pipeline_stages,
     processes,
+    recomputation,
     resharding,
     tensor_parallel,
 )
@@ -661,6 +662,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     pipeline_settings,
     pipeline_stages,
     pipeline_micro_batches,
+    recomputation,
     expert_parallel,
     dispatchers,
     data_parallel_shards,

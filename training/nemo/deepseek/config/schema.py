@@ -339,8 +339,10 @@ class ModelConfig:
     )
     activations_checkpoint_granularity: str | None = key(
         None,
-        "full recomputes each block in the backward pass; null keeps activations",
-        choices=("full",),
+        "full recomputes each block in the backward pass, but for the router's decisions; selective "
+        "what is cheap to recompute: norms, up-projections of latents, SwiGLU (V3); null keeps "
+        "activations",
+        choices=("full", "selective"),
     )
     torch_compile: bool = key(
         False, "compile attention and norms of each block; the expert dispatch stays eager"
@@ -427,6 +429,12 @@ class ModelConfig:
     tokenizer: TokenizerConfig = key(TokenizerConfig(), "which tokenizer turns text into ids")
     data: DataConfig = key(DataConfig(), "what is read, and how it is cut")
     optim: OptimConfig = key(OptimConfig(), "optimiser and its schedule")
+    activations_checkpoint_num_layers: int | None = key(
+        None,
+        "the first ones of each pipeline stage that recompute, and all MTP modules; null: all",
+        unit="blocks",
+        at_least=1,
+    )
 
     # -- derived, read everywhere, never set --
     @property

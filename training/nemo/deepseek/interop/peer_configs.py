@@ -123,7 +123,7 @@ def automodel_recipe(run: RunConfig) -> dict[str, Any]:
             "pp_size": model.pipeline_model_parallel_size,
             "ep_size": model.expert_model_parallel_size,
             "dp_replicate_size": model.data_parallel_replicate_size,
-            "activation_checkpointing": model.activations_checkpoint_granularity == "full",
+            "activation_checkpointing": model.activations_checkpoint_granularity is not None,
             "mp_policy": {
                 "_target_": "torch.distributed.fsdp.MixedPrecisionPolicy",
                 "param_dtype": dtype,
@@ -420,10 +420,16 @@ def _stages(run: RunConfig) -> list[list[str]] | None:
 def _recompute(run: RunConfig) -> dict[str, Any]:
     if run.model.activations_checkpoint_granularity is None:
         return {}
+    number = run.model.activations_checkpoint_num_layers
+    if run.model.activations_checkpoint_granularity == "selective":
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": ["layernorm", "mla_up_proj", "moe_act"],
+        }
     return {
         "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
+        "recompute_method": "uniform" if number is None else "block",
+        "recompute_num_layers": number or 1,
     }
 
 

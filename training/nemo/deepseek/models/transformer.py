@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from deepseek.config.layout import StageSlice
 from deepseek.config.schema import ModelConfig
@@ -21,6 +20,7 @@ from deepseek.models.components.block import DeepSeekBlock, MultiTokenPredictor,
 from deepseek.models.components.feed_forward import RMSNorm
 from deepseek.models.components.lora import add_adapters, freeze_all_but_adapters
 from deepseek.models.components.moe import MoE
+from deepseek.models.components.recompute import recomputed
 from deepseek.models.components.rope import rotation
 from deepseek.models.components.router import Router
 from deepseek.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
@@ -42,7 +42,8 @@ class Transformer(nn.Module):
         norm, head: None unless the last stage is here.
         mtp: empty unless the last stage is here.
         mtp_embed: a copy of the embedding for MTP, where the embedding itself is in another stage.
-        recompute: blocks keep no activations and compute them again in the backward pass.
+        recompute: granularity at which blocks compute their activations again in the backward
+            pass; None: they keep them.
     """
 
     def __init__(self, config: ModelConfig, stages: Sequence[StageSlice] | None = None) -> None:
@@ -62,7 +63,7 @@ class Transformer(nn.Module):
         # Two stages of one rank each have their own too: they are two units of FSDP.
         copied = depths and not any(s.first and s.last for s in stages)
         self.mtp_embed = nn.Embedding(config.vocab_size, config.hidden_size) if copied else None
-        self.recompute = config.activations_checkpoint_granularity == "full"
+        self.recompute = config.activations_checkpoint_granularity
         if config.peft is not None:
             matrices = lora_targets(config.peft.target_modules)
             scale = config.peft.alpha / config.peft.dim
@@ -146,8 +147,10 @@ class Transformer(nn.Module):
             # Frozen below, as with adapters: loads are counted in the backward pass, which must
             # come to every block.
             h_BSD.requires_grad_()
+        most = self.config.activations_checkpoint_num_layers
         for i, block in enumerate(self.layers.values()):
-            h_BSD = self._run(block, h_BSD, context, *([caches[i]] if caches else []))
+            keeps = most is not None and i >= most
+            h_BSD = self._run(block, keeps, h_BSD, context, *([caches[i]] if caches else []))
         return self.norm(h_BSD) if self.norm is not None else h_BSD
 
     def predict_ahead(
@@ -161,15 +164,15 @@ class Transformer(nn.Module):
         for depth, module in enumerate(self.mtp, start=1):
             assert embed is not None
             ahead_BS = shift(tokens_BS, depth, 0, context.documents_BS)
-            hidden_BSD = self._run(module, hidden_BSD, embed(ahead_BS), context)
+            hidden_BSD = self._run(module, False, hidden_BSD, embed(ahead_BS), context)
             mtp_BSD.append(hidden_BSD)
         return mtp_BSD
 
-    def _run(self, module: nn.Module, *args: object) -> Tensor:
+    def _run(self, module: nn.Module, keeps: bool, *args: object) -> Tensor:
         """Call a block, recomputing its activations in the backward pass if so configured."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(module, *args, use_reentrant=False)
-        return module(*args)
+        if self.recompute is None or keeps or not torch.is_grad_enabled():
+            return module(*args)
+        return recomputed(module, self.recompute, self.config.hidden_size, *args)
 
     def compile_attention(self) -> None:
         """Compile every block's attention in place; the expert dispatch stays eager, since its

@@ -99,13 +99,12 @@ def gather_rows(x_PD: Tensor, slots_R: Tensor) -> Tensor:
 class _PermuteRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_R)
+        ctx.inverse_R = inverse_R  # not saved: nothing is recomputed for it
         return x_RD.index_select(0, order_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_R,) = ctx.saved_tensors
-        return grad_RD.index_select(0, inverse_R), None, None
+        return grad_RD.index_select(0, ctx.inverse_R), None, None
 
 
 class _ExpandRows(torch.autograd.Function):
@@ -140,12 +139,10 @@ class _SpreadRows(torch.autograd.Function):
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_PD: Tensor, slots_R: Tensor) -> Tensor:
-        ctx.save_for_backward(slots_R)
-        ctx.num_slots = x_PD.shape[0]
+        ctx.slots_R, ctx.num_slots = slots_R, x_PD.shape[0]
         return x_PD[slots_R]
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        (slots_R,) = ctx.saved_tensors
         grad_PD = grad_RD.new_zeros(ctx.num_slots, grad_RD.shape[1])
-        return grad_PD.index_copy_(0, slots_R, grad_RD), None
+        return grad_PD.index_copy_(0, ctx.slots_R, grad_RD), None

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepseek.models.components.recompute import keep
 from deepseek.parallel import cpu_memory
 
 
@@ -53,6 +54,56 @@ def all_to_all_rows(
     there = partial(_exchange, send_counts=send_counts, receive_counts=receive_counts, group=group)
     back = partial(_exchange, send_counts=receive_counts, receive_counts=send_counts, group=group)
     return LinearMap.apply(x_RD, there, back)
+
+
+def all_to_all_weighted_rows(
+    x_RD: Tensor,
+    weights_R: Tensor,
+    send_counts: list[int],
+    receive_counts: list[int],
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor]:
+    """``all_to_all_rows`` with a number beside each row, in one exchange.
+
+    Args:
+        x_RD: R = sum(send_counts).
+        weights_R: as wide as the rows' numbers, or a multiple: the bits travel as numbers of rows.
+
+    Returns:
+        (sum(receive_counts), D) and (sum(receive_counts),), by source rank.
+    """
+    there = partial(_exchange, send_counts=send_counts, receive_counts=receive_counts, group=group)
+    back = partial(_exchange, send_counts=receive_counts, receive_counts=send_counts, group=group)
+    return _WeightedRows.apply(x_RD, weights_R, there, back)
+
+
+class _WeightedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RD: Tensor,
+        weights_R: Tensor,
+        there: Callable[[Tensor], Tensor],
+        back: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        ctx.back = back
+        arrived = keep(lambda: there(_packed(x_RD, weights_R)), rows=True)
+        return _unpacked(arrived, weights_R.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor, grad_R: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *_unpacked(ctx.back(_packed(grad_RD, grad_R)), grad_R.dtype), None, None
+
+
+def _packed(x_RD: Tensor, weights_R: Tensor) -> Tensor:
+    """Each row with the bits of its weight behind it."""
+    return torch.cat((x_RD, weights_R.unsqueeze(1).contiguous().view(x_RD.dtype)), dim=1)
+
+
+def _unpacked(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows and weights that were packed; the rows as a view."""
+    columns = packed.shape[1] - dtype.itemsize // packed.dtype.itemsize
+    return packed[:, :columns], packed[:, columns:].contiguous().view(dtype).squeeze(1)
 
 
 class LinearMap(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Expert parallelism: tokens travel to the ranks that hold their experts, and back.
 
 Placement: expert ``i`` lives on EP rank ``i // experts_per_rank``. Every (token, choice) travels as
-a row of its own, and the rows are weighed at home. ``AllToAllDispatcher`` runs anywhere;
+a row of its own, and its routing weight with it. ``AllToAllDispatcher`` runs anywhere;
 ``DeepEPDispatcher`` computes the same over DeepEP's GPU kernels.
 
 T tokens, K choices per token, R = T*K rows sent, Q rows received, E experts, e local experts,
@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepseek.config.errors import UserError
-from deepseek.models.components.dispatcher import Dispatched, TokenDispatcher, weighted_sum
+from deepseek.models.components.dispatcher import Dispatched, TokenDispatcher
+from deepseek.models.components.recompute import keep
 from deepseek.ops.rows import count_rows, expand_rows, inverse_permutation, permute_rows
-from deepseek.parallel.collectives import LinearMap, all_to_all_rows
+from deepseek.parallel.collectives import LinearMap, all_to_all_rows, all_to_all_weighted_rows
 
 
 def build_dispatcher(
@@ -71,47 +72,60 @@ class AllToAllDispatcher:
         self.num_ranks = dist.get_world_size(group)
         self.experts_per_rank = num_experts // self.num_ranks
 
-    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Dispatched:
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor) -> Dispatched:
         """Send each token to its experts; rows arrive sorted by local expert.
 
         Under autocast they travel and arrive in autocast's dtype: the experts compute in it.
         """
+        plan = keep(lambda: self.plan(expert_ids_TK))
+        rows_RD = as_experts_compute(expand_rows(x_TD, plan.order_R, plan.inverse_R))
+        weights_R = permute_rows(weights_TK.flatten(), plan.order_R, plan.inverse_R)
+        rows_QD, weights_Q = all_to_all_weighted_rows(
+            rows_RD, weights_R, plan.send_counts, plan.receive_counts, self.group
+        )
+        arrival = plan.arrival_Q, plan.arrival_inverse_Q
+        return Dispatched(
+            permute_rows(rows_QD, *arrival), permute_rows(weights_Q, *arrival), plan.counts_e, plan
+        )
+
+    def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
+        """Bring the results back and add them up, at home and in full."""
+        plan: Plan = sent.state
+        y_QD = permute_rows(y_RD, plan.arrival_inverse_Q, plan.arrival_Q)
+        y_RD = all_to_all_rows(y_QD, plan.receive_counts, plan.send_counts, self.group)
+        y_RD = permute_rows(y_RD, plan.inverse_R, plan.order_R)
+        return y_RD.unflatten(0, plan.shape).sum(dim=1)
+
+    def plan(self, expert_ids_TK: Tensor) -> Plan:
+        """How the rows go; the host waits for the device once, for the sizes of what arrives."""
         # 1. sort by expert, and so by the rank that holds it
         expert_ids_R = expert_ids_TK.flatten()
         order_R = expert_ids_R.argsort(stable=True)
-        inverse_R = inverse_permutation(order_R)
         # 2. tell every rank how many rows come for each of its experts
         counts_2ne = self.exchange_counts(expert_ids_R)
-        # The one wait for the device.
         send_counts, receive_counts = counts_2ne.sum(dim=2).tolist()
-        # 3. send the rows
-        rows_RD = as_experts_compute(expand_rows(x_TD, order_R, inverse_R))
-        rows_QD = all_to_all_rows(rows_RD, send_counts, receive_counts, self.group)
-        # 4. they arrive by source rank, then by expert: sort by expert
+        # 3. they will arrive by source rank, then by expert: sort by expert
         received_ne = counts_2ne[1]
-        local = torch.arange(self.experts_per_rank, device=x_TD.device).repeat(self.num_ranks)
+        local = torch.arange(self.experts_per_rank, device=order_R.device).repeat(self.num_ranks)
         local_expert_Q = local.repeat_interleave(
             received_ne.flatten(), output_size=sum(receive_counts)
         )
         arrival_Q = local_expert_Q.argsort(stable=True)
-        arrival_inverse_Q = inverse_permutation(arrival_Q)
-        rows_QD = permute_rows(rows_QD, arrival_Q, arrival_inverse_Q)
-        handle = _Handle(
-            order_R, inverse_R, arrival_Q, arrival_inverse_Q, send_counts, receive_counts
+        return Plan(
+            expert_ids_TK.shape,
+            order_R,
+            inverse_permutation(order_R),
+            arrival_Q,
+            inverse_permutation(arrival_Q),
+            received_ne.sum(dim=0),
+            send_counts,
+            receive_counts,
         )
-        return Dispatched(rows_QD, received_ne.sum(dim=0), handle)
-
-    def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Dispatched) -> Tensor:
-        """Bring the results back and add them up with their weights, at home and in full."""
-        handle: _Handle = sent.state
-        y_QD = permute_rows(y_RD, handle.arrival_inverse_Q, handle.arrival_Q)
-        y_RD = all_to_all_rows(y_QD, handle.receive_counts, handle.send_counts, self.group)
-        return weighted_sum(permute_rows(y_RD, handle.inverse_R, handle.order_R), weights_TK)
 
     def exchange_counts(self, expert_ids_R: Tensor) -> Tensor:
         """int64 (2, n, e): rows for each expert of each rank, rows from each rank for ours.
 
-        All on the device; ``dispatch`` brings the sums to the host.
+        All on the device; ``plan`` brings the sums to the host.
         """
         send_E = count_rows(expert_ids_R, self.num_experts)
         receive_E = torch.empty_like(send_E)
@@ -121,13 +135,16 @@ class AllToAllDispatcher:
 
 
 @dataclass(frozen=True)
-class _Handle:
-    """How a dispatch has ordered and divided the rows, for ``combine`` to undo it."""
+class Plan:
+    """How a dispatch orders and divides the rows, and ``combine`` undoes it."""
 
+    shape: tuple[int, int]
+    """T, K."""
     order_R: Tensor
     inverse_R: Tensor
     arrival_Q: Tensor
     arrival_inverse_Q: Tensor
+    counts_e: Tensor
     send_counts: list[int]
     receive_counts: list[int]
 
@@ -152,8 +169,8 @@ class DeepEPDispatcher:
 
     No GPU has run it yet (github.com/deepseek-ai/DeepEP, ``deep_ep.Buffer``): it is written to the
     documented interface of DeepEP 1.x, which 2.x keeps, and tested on CPU against a stand-in for
-    it. DeepEP could send a token once to a rank that has several of its experts; for that the
-    routing weights would have to travel too.
+    it. DeepEP could send a token once to a rank that has several of its experts; this one sends
+    every choice.
 
     Arguments and order of calls as ``AllToAllDispatcher``; ``deep_ep`` must be importable.
     """
@@ -162,7 +179,7 @@ class DeepEPDispatcher:
         self.num_experts = num_experts
         self.group = group
 
-    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Dispatched:
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor) -> Dispatched:
         """Send each token to its experts; rows arrive sorted by local expert."""
         num_tokens, num_choices = expert_ids_TK.shape
         dim = x_TD.shape[1]
@@ -172,22 +189,38 @@ class DeepEPDispatcher:
         exchange = _DeepEPExchange(
             _buffer(self.group, dim), self.num_experts, expert_ids_TK.reshape(-1, 1)
         )
-        rows_QD = LinearMap.apply(x_RD, exchange.dispatch, exchange.combine)
+        rows_QD, weights_Q = _DeepEPDispatch.apply(x_RD, weights_TK.flatten(), exchange)
         arrival_Q = exchange.local_expert_Q.argsort(stable=True)
         inverse_Q = inverse_permutation(arrival_Q)
         return Dispatched(
             permute_rows(rows_QD, arrival_Q, inverse_Q),
+            permute_rows(weights_Q, arrival_Q, inverse_Q),
             torch.tensor(exchange.counts, device=x_TD.device),
-            _DeepEPHandle(exchange, arrival_Q, inverse_Q),
+            _DeepEPHandle(exchange, arrival_Q, inverse_Q, expert_ids_TK.shape),
         )
 
-    def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Dispatched) -> Tensor:
-        """Bring the results back and add them up with their weights."""
+    def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
+        """Bring the results back and add them up."""
         handle: _DeepEPHandle = sent.state
         y_QD = permute_rows(y_RD, handle.inverse_Q, handle.arrival_Q)
         exchange = handle.exchange
-        y_RD = LinearMap.apply(y_QD, exchange.combine, exchange.dispatch)
-        return weighted_sum(y_RD, weights_TK)
+        y_RD = LinearMap.apply(y_QD, exchange.combine, exchange.send)
+        return y_RD.unflatten(0, handle.shape).sum(dim=1)
+
+
+class _DeepEPDispatch(torch.autograd.Function):
+    """Rows and their weights, both ways."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_RD: Tensor, weights_R: Tensor, exchange: _DeepEPExchange
+    ) -> tuple[Tensor, Tensor]:
+        ctx.exchange = exchange
+        return exchange.dispatch(x_RD, weights_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_QD: Tensor, grad_Q: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *ctx.exchange.combine_weighted(grad_QD, grad_Q), None
 
 
 @functools.cache
@@ -224,31 +257,40 @@ class _DeepEPExchange:
         self.expert_ids_R1 = expert_ids_R1.to(getattr(deep_ep, "topk_idx_t", torch.int64))
         self.handle: Any = None
 
-    def dispatch(self, x_RD: Tensor) -> Tensor:
-        """(R, D) -> (Q, D), by source rank. The first time DeepEP waits for the counts."""
-        x_RD = x_RD.contiguous()
-        if self.handle is not None:
-            rows_QD, *_ = self.buffer.dispatch(x_RD, handle=self.handle)
-            return rows_QD
+    def dispatch(self, x_RD: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, D), (R,) -> (Q, D), (Q,), by source rank. DeepEP waits for the counts."""
         per_rank, per_rdma_rank, per_expert, is_in_rank, _ = self.buffer.get_dispatch_layout(
             self.expert_ids_R1, self.num_experts
         )
-        rows_QD, local_expert_Q1, _, self.counts, self.handle, _ = self.buffer.dispatch(
-            x_RD,
+        rows_QD, local_expert_Q1, weights_Q1, self.counts, self.handle, _ = self.buffer.dispatch(
+            x_RD.contiguous(),
             num_tokens_per_rank=per_rank,
             num_tokens_per_rdma_rank=per_rdma_rank,
             is_token_in_rank=is_in_rank,
             num_tokens_per_expert=per_expert,
             topk_idx=self.expert_ids_R1,
-            topk_weights=torch.ones_like(self.expert_ids_R1, dtype=torch.float32),
+            topk_weights=weights_R.unsqueeze(1).contiguous(),
         )
         self.local_expert_Q = local_expert_Q1.flatten()
+        return rows_QD, weights_Q1.flatten()
+
+    def send(self, x_RD: Tensor) -> Tensor:
+        """(R, D) -> (Q, D): other rows, as the first were dispatched."""
+        rows_QD, *_ = self.buffer.dispatch(x_RD.contiguous(), handle=self.handle)
         return rows_QD
 
     def combine(self, y_QD: Tensor) -> Tensor:
         """(Q, D) -> (R, D): each row returns from the one rank that it was sent to."""
         y_RD, *_ = self.buffer.combine(y_QD.contiguous(), self.handle)
         return y_RD
+
+    def combine_weighted(self, y_QD: Tensor, weights_Q: Tensor) -> tuple[Tensor, Tensor]:
+        """(Q, D), (Q,) -> (R, D), (R,)."""
+        weights_Q1 = weights_Q.unsqueeze(1).contiguous()
+        y_RD, weights_R1, _ = self.buffer.combine(
+            y_QD.contiguous(), self.handle, topk_weights=weights_Q1
+        )
+        return y_RD, weights_R1.flatten()
 
 
 @dataclass(frozen=True)
@@ -258,3 +300,5 @@ class _DeepEPHandle:
     exchange: _DeepEPExchange
     arrival_Q: Tensor
     inverse_Q: Tensor
+    shape: tuple[int, int]
+    """T, K."""

@@ -16,6 +16,8 @@ class Dispatched:
 
     rows_RD: Tensor
     """One row per (token, choice), sorted by local expert."""
+    weights_R: Tensor
+    """Routing weight of each row: the experts weigh what they give."""
     counts_e: Tensor
     """int64 rows per local expert."""
     state: Any
@@ -23,14 +25,18 @@ class Dispatched:
 
 
 class TokenDispatcher(Protocol):
-    """Brings rows to their experts and results back to their tokens."""
+    """Brings rows to their experts and results back to their tokens.
 
-    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Dispatched:
+    Routing weights travel with the rows, so that nothing that comes back is needed again: the way
+    back keeps no rows for the backward pass, and is not repeated where activations are recomputed.
+    """
+
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor) -> Dispatched:
         """Group the tokens by expert."""
         ...
 
-    def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Dispatched) -> Tensor:
-        """Weighted sum of each token's K results, (T, D) in the dtype of ``y``."""
+    def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
+        """Sum of each token's K weighted results, (T, D) in the dtype of ``y``."""
         ...
 
 
@@ -40,21 +46,20 @@ class LocalDispatcher:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
-    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor) -> Dispatched:
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor) -> Dispatched:
         """Group the tokens by expert."""
         expert_ids_R = expert_ids_TK.flatten()
         order_R = expert_ids_R.argsort(stable=True)
         inverse_R = inverse_permutation(order_R)
-        counts_e = count_rows(expert_ids_R, self.num_experts)
-        return Dispatched(expand_rows(x_TD, order_R, inverse_R), counts_e, (order_R, inverse_R))
+        return Dispatched(
+            expand_rows(x_TD, order_R, inverse_R),
+            permute_rows(weights_TK.flatten(), order_R, inverse_R),
+            count_rows(expert_ids_R, self.num_experts),
+            (order_R, inverse_R, expert_ids_TK.shape),
+        )
 
-    def combine(self, y_RD: Tensor, weights_TK: Tensor, sent: Dispatched) -> Tensor:
-        """Weighted sum of each token's K results."""
-        order_R, inverse_R = sent.state
-        return weighted_sum(permute_rows(y_RD, inverse_R, order_R), weights_TK)
-
-
-def weighted_sum(y_RD: Tensor, weights_TK: Tensor) -> Tensor:
-    """Rows in token order -> (T, D): sum over K of weight * row, added in the weights' dtype."""
-    y_TKD = y_RD.unflatten(0, weights_TK.shape)
-    return (y_TKD * weights_TK.unsqueeze(-1)).sum(dim=1).to(y_RD.dtype)
+    def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
+        """Sum of each token's K weighted results."""
+        order_R, inverse_R, shape = sent.state
+        # A sum of bf16 is added up in fp32 and rounded once.
+        return permute_rows(y_RD, inverse_R, order_R).unflatten(0, shape).sum(dim=1)

@@ -69,14 +69,13 @@ class MoE(nn.Module):
                 real_BS = torch.ones(x_BSD.shape[:2], dtype=torch.bool, device=x_BSD.device)
             weights_TK = self._with_balance(routing, real_BS, balance_scale)
         # 2. bring rows to their experts
-        sent = self.dispatcher.dispatch(x_TD, routing.expert_ids_TK)
-        # 3. compute
-        y_RD = self.experts(sent.rows_RD, sent.counts_e)
-        # 4. bring results back, add the shared experts
-        y_BSD = self.dispatcher.combine(y_RD, weights_TK, sent).view_as(x_BSD)
-        if self.shared_experts is not None:
-            y_BSD = y_BSD + self.shared_experts(x_BSD)
-        return y_BSD
+        sent = self.dispatcher.dispatch(x_TD, weights_TK, routing.expert_ids_TK)
+        # 3. compute; the routed experts last: what follows them needs nothing of theirs again
+        shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
+        y_RD = self.experts(sent.rows_RD, sent.weights_R, sent.counts_e)
+        # 4. bring results back
+        y_BSD = self.dispatcher.combine(y_RD, sent).view_as(x_BSD)
+        return y_BSD if shared_BSD is None else y_BSD + shared_BSD
 
     def _with_balance(self, routing: Routing, real_BS: Tensor, balance_scale: Tensor) -> Tensor:
         """The routing weights, with balance losses and counts attached to their backward pass."""
@@ -116,17 +115,23 @@ class GroupedExperts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))  # up
         self.local: Callable[[Tensor], Tensor] = lambda stack: stack
 
-    def forward(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
-        """Rows sorted by expert (R, D), rows per expert (e,) -> (R, D)."""
+    def forward(self, rows_RD: Tensor, weights_R: Tensor, counts_e: Tensor) -> Tensor:
+        """Rows sorted by expert (R, D), their weights, rows per expert (e,) -> (R, D).
+
+        The weights multiply the hidden values, in the wider dtype: these are fewer than results.
+        """
         device = rows_RD.device.type
         if torch.is_autocast_enabled(device):  # grouped products are not on autocast's list
             rows_RD = rows_RD.to(torch.get_autocast_dtype(device))
         num_rows, num_experts = rows_RD.shape[0], counts_e.shape[0]
         skip = device == "cpu" and not torch.is_grad_enabled()
         padded_e, slots_R = aligned_slots(counts_e, num_rows, skip)
-        x_PD = spread_rows(rows_RD, slots_R, most_slots(num_rows, num_experts, skip))
+        num_slots = most_slots(num_rows, num_experts, skip)
+        x_PD = spread_rows(rows_RD, slots_R, num_slots)
+        weights_P1 = spread_rows(weights_R.unsqueeze(1), slots_R, num_slots)
         hidden_PF = F.silu(self.product("w1", x_PD, padded_e))
         hidden_PF = hidden_PF * self.product("w3", x_PD, padded_e)
+        hidden_PF = (hidden_PF * weights_P1).to(x_PD.dtype)
         return gather_rows(self.product("w2", hidden_PF, padded_e), slots_R)
 
     def product(self, name: str, x_PI: Tensor, padded_e: Tensor) -> Tensor:

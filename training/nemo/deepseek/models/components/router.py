@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek.models.components.recompute import keep
+
 
 class Routing(NamedTuple):
     """Decision of the router."""
@@ -79,7 +81,7 @@ class Router(nn.Module):
             scores_TE = (
                 logits_TE.sigmoid() if self.scoring == "sigmoid" else logits_TE.softmax(dim=-1)
             )
-            expert_ids_TK = self._choose(scores_TE.detach())
+            expert_ids_TK = keep(lambda: self._choose(scores_TE.detach()))
             # The bias chooses but does not weigh: the weights come from the unbiased scores.
             weights_TK = scores_TE.gather(1, expert_ids_TK)
             if self.normalise:
