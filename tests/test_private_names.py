@@ -43,6 +43,12 @@ def current_graph_task_id() -> None:
     assert torch._C._current_graph_task_id() == -1 and seen != [-1]
 
 
+def nested_graph_breaks() -> None:
+    import torch._dynamo
+
+    assert torch._dynamo.config.nested_graph_breaks in (True, False)
+
+
 def dtensor_of_a_spec() -> None:
     whole = DTensor.from_local(torch.ones(2), init_device_mesh("cpu", (1,)), [Shard(0)])
     made = DTensor(torch.zeros(2), whole._spec, requires_grad=False)
@@ -140,6 +146,7 @@ def optim_step_progress() -> None:
 
 NAMES: dict[str, Callable[[], None]] = {
     "torch._C._current_graph_task_id": current_graph_task_id,
+    "torch._dynamo.config.nested_graph_breaks": nested_graph_breaks,
     "DTensor(local, tensor._spec)": dtensor_of_a_spec,
     "tensor._utils.compute_local_shape_and_global_offset": local_shape_and_global_offset,
     "distributed_c10d._set_pg_timeout": set_pg_timeout,

@@ -419,7 +419,7 @@ ONE_PROBLEM = [
     (
         f"{PP2} & model.pipeline_layers_per_stage=[0, 4]",
         "model.pipeline_layers_per_stage",
-        ["leaves a stage without a layer;"],
+        ["leaves a stage without a layer, as only the last may be;", "(the last: 0)"],
     ),
     (
         f"{PP2} & model.pipeline_schedule=ZBVZeroBubble & model.pipeline_layers_per_stage=[3, 2]",

@@ -47,7 +47,10 @@ def test_equals_single_experts(counts: list[int], dtype: torch.dtype) -> None:
     stack = experts(len(counts), dtype)
     singles = [stack.expert(index) for index in range(len(counts))]
     rows_RD, twin_RD = rows(sum(counts), dtype), rows(sum(counts), dtype)
-    got, wanted = weighted(stack, rows_RD, torch.tensor(counts)), one_by_one(singles, twin_RD, counts)
+    got, wanted = (
+        weighted(stack, rows_RD, torch.tensor(counts)),
+        one_by_one(singles, twin_RD, counts),
+    )
     tolerance = (
         dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-11, atol=1e-11)
     )

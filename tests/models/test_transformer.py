@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from deepseek.config import load_config
 from deepseek.models.components.router import Router
 from deepseek.models.transformer import Transformer
+from deepseek.parallel.expert_dispatcher import AllToAllDispatcher
 from support.tiny_models import (
     assert_same,
     backward,
     gradients,
     loads,
     random_batch,
+    start_step,
     tiny_config,
     tiny_model,
 )
@@ -298,7 +302,7 @@ def test_decoding_is_never_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*args: object, **kwargs: object) -> Tensor:
         raise AssertionError("recomputation without a backward pass")
 
-    monkeypatch.setattr("deepseek.models.transformer.checkpoint", forbidden)
+    monkeypatch.setattr("deepseek.models.transformer.recomputed", forbidden)
     with torch.no_grad():
         model(random_batch().tokens)
 
@@ -352,21 +356,55 @@ def test_bf16_mixed_is_near_fp32() -> None:
     assert all(gradient.dtype == torch.float32 for gradient in gradients(model).values())
 
 
-def test_compiled_attention_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention alone is compiled, in place: no name and no value changes."""
-    model = tiny_model(tiny_config(), torch.float32)
-    tokens = random_batch().tokens
-    names = list(model.state_dict())
-    with torch.no_grad():
-        logits = model(tokens)
-    compile_module = torch.nn.Module.compile
+@pytest.mark.parametrize("granularity", [None, "full"])
+def test_compiled_blocks_equal_eager(
+    granularity: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One graph each, in place: no name, no gradient and no count of tokens changes."""
+    config = tiny_config(
+        moe_intermediate_size=16,
+        num_nextn_predict_layers=1,
+        activations_checkpoint_granularity=granularity,
+    )
+    eager, model = tiny_model(config, torch.float32), tiny_model(config, torch.float32)
+    compile_whole = torch.compile
     # traced as always, but run by torch and not by generated code, which takes a C++ compiler
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self: compile_module(self, backend="eager")
+        torch, "compile", lambda f: compile_whole(f, backend="aot_eager", fullgraph=True)
     )
-    model.compile_attention()
-    compiled = [n for n, module in model.named_modules() if module._compiled_call_impl is not None]
-    assert compiled == ["layers.0.attn", "layers.1.attn"]
-    assert list(model.state_dict()) == names
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens), logits)
+    monkeypatch.setattr(torch._dynamo.config, "nested_graph_breaks", False)  # set back at the end
+    model.compile_blocks()
+    assert list(model.state_dict()) == list(eager.state_dict())
+    for each in (eager, model):
+        start_step(each)
+        backward(each, random_batch())
+    for (name, wanted), got in zip(eager.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-5, atol=1e-6, msg=name)
+    assert loads(model) == loads(eager)
+
+
+def test_a_compiled_block_breaks_where_ranks_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At dispatch and combine, and nowhere else."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    graphs = []
+
+    def noted(graph: torch.fx.GraphModule, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    try:
+        model = tiny_model(tiny_config(), torch.float32)
+        block = model.layers["1"]
+        assert dist.group.WORLD is not None
+        block.ffn.dispatcher = AllToAllDispatcher(model.config.n_routed_experts, dist.group.WORLD)
+        compile_whole = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f: compile_whole(f, backend=noted))
+        monkeypatch.setattr(torch._dynamo.config, "nested_graph_breaks", False)
+        model.compile_blocks()
+        torch._dynamo.utils.counters.clear()
+        backward(model, random_batch())
+        breaks = torch._dynamo.utils.counters["graph_break"]
+        assert sum(breaks.values()) == 2, breaks
+    finally:
+        dist.destroy_process_group()
+        torch._dynamo.reset()

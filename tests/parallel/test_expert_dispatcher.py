@@ -432,7 +432,9 @@ class FalseBuffer:
         found = []
         for each in (x, topk_weights):
             back = None if each is None else self._exchange(each, received, sent)
-            found.append(back if back is None else torch.empty_like(back).index_copy_(0, order_R, back))
+            found.append(
+                back if back is None else torch.empty_like(back).index_copy_(0, order_R, back)
+            )
         return *found, None
 
     def _exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:

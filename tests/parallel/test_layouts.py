@@ -113,7 +113,7 @@ CHOSEN = {
     "CP and TP, EP across both": case_of(4, cp=2, tp=2, ep=4, mtp=1),
     "CP, PP and HSDP": case_of(8, cp=2, pp=2, rep=2, ep=2, schedule="DualPipeV", optim=MUON),
     "GPipe": case_of(2, pp=2, schedule="GPipe", mtp=2),
-    "1F1B, uneven by hand": case_of(2, pp=2, split=[1, 3], recompute="full"),
+    "1F1B, uneven by hand": case_of(2, pp=2, split=[4, 0], recompute="selective"),
     "Interleaved1F1B": case_of(2, pp=2, schedule="Interleaved1F1B", virtual=2),
     "InterleavedZeroBubble, two MTP depths": case_of(
         2, pp=2, schedule="InterleavedZeroBubble", virtual=2, mtp=2

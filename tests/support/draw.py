@@ -91,9 +91,9 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
     layers = number(stages, max(stages, min(stages + 3, 8)))
     split = None
     if pp > 1 and draw(st.booleans()):
-        split = [1] * stages
-        for _ in range(layers - stages):
-            split[number(0, stages - 1)] += 1
+        split = [1] * (stages - 1) + [number(0, 1)]  # the last may have none
+        for _ in range(layers - sum(split)):
+            split[number(0, stages - 2)] += 1
     # 3. experts
     method = among(("noaux_tc", "noaux_tc", "group_limited_greedy", "greedy"))
     experts = ep * number(1, max(2, 12 // ep))

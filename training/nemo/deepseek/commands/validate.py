@@ -335,6 +335,9 @@ def _stages(model: ModelConfig, layout: Layout) -> Table:
         holder = stage_rank(model, stage)
         dense = sum(not model.is_moe_layer(layer) for layer in part.layers)
         kinds = [_count(dense, "dense"), _count(len(part.layers) - dense, "MoE")]
+        held = "none"
+        if part.layers:
+            held = f"{ranks_text(part.layers)} ({', '.join(k for k in kinds if k[0] != '0')})"
         more = ["embedding"] if part.first else []
         if part.last:
             more += ["norm", "head"]
@@ -343,7 +346,7 @@ def _stages(model: ModelConfig, layout: Layout) -> Table:
         rows.append(
             (
                 str(stage),
-                f"{ranks_text(part.layers)} ({', '.join(k for k in kinds if k[0] != '0')})",
+                held,
                 ", ".join(more),
                 f"{ranks_text(range(first, first + layout.stage_ranks))} (PP {holder})",
                 f"{100 * sums[stage] / max(sums):.0f} %",

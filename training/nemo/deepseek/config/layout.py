@@ -18,7 +18,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise, permutations
 from typing import NamedTuple
 
 from deepseek.config.schema import ModelConfig, RunConfig
@@ -237,6 +237,16 @@ def kept_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def compiles(model: ModelConfig, gpu: bool) -> bool:
+    """Whether blocks are compiled: as ``model.torch_compile`` says; of itself on GPUs, where
+    nothing stands against it."""
+    if model.torch_compile is not None:
+        return model.torch_compile
+    selective = model.activations_checkpoint_granularity == "selective"
+    split = model.pipeline_schedule in SPLIT_BACKWARD_SCHEDULES
+    return gpu and not selective and not (split and model.pipeline_model_parallel_size > 1)
+
+
 # -- pipeline stages --
 
 
@@ -288,28 +298,30 @@ def stages_of_rank(model: ModelConfig, pp_rank: int) -> list[int]:
 
 
 def split_layers(model: ModelConfig) -> list[StageSlice]:
-    """The parts of each stage: by hand, or so that the costliest stage costs least."""
+    """The parts of each stage: by hand, or so that the costliest rank costs least."""
     if model.pipeline_layers_per_stage is not None:
         return _parts(model.pipeline_layers_per_stage)
     moe = model.num_moe_layers
     dense_cost, moe_cost = _block_costs(model)
-    last, stages = last_stage_cost(model), num_stages(model)
-    return list(_balanced(model.num_hidden_layers - moe, moe, dense_cost, moe_cost, last, stages))
+    holders = tuple(stage_rank(model, stage) for stage in range(num_stages(model)))
+    dense = model.num_hidden_layers - moe
+    return list(_balanced(dense, moe, dense_cost, moe_cost, last_stage_cost(model), holders))
 
 
 def _parts(sizes: Sequence[int]) -> list[StageSlice]:
-    ends = list(accumulate(sizes))
+    ends, last = list(accumulate(sizes)), len(sizes) - 1
     return [
-        StageSlice(range(end - size, end), end == size, end == ends[-1])
-        for size, end in zip(sizes, ends, strict=True)
+        StageSlice(range(end - size, end), stage == 0, stage == last)
+        for stage, (size, end) in enumerate(zip(sizes, ends, strict=True))
     ]
 
 
 @lru_cache(maxsize=1 << 12)
 def _balanced(
-    dense: int, moe: int, dense_cost: int, moe_cost: int, last: int, stages: int
+    dense: int, moe: int, dense_cost: int, moe_cost: int, last: int, holders: tuple[int, ...]
 ) -> tuple[StageSlice, ...]:
-    return tuple(_parts(balanced_sizes([dense_cost] * dense + [moe_cost] * moe, last, stages)))
+    costs = [dense_cost] * dense + [moe_cost] * moe
+    return tuple(_parts(balanced_over_ranks(costs, last, holders)))
 
 
 def layer_costs(model: ModelConfig) -> list[int]:
@@ -323,6 +335,58 @@ def last_stage_cost(model: ModelConfig) -> int:
     """The same of what the last stage has besides its blocks: the head, MTP with its own pass."""
     head, depth = model.vocab_size * model.hidden_size, model.num_nextn_predict_layers
     return head + depth * (head + 2 * model.hidden_size**2 + _block_costs(model)[1])
+
+
+def balanced_over_ranks(costs: list[int], last: int, holders: Sequence[int]) -> list[int]:
+    """Sizes of consecutive groups such that the rank whose groups cost most costs least.
+
+    The last group may be empty: what else the last stage has may be enough for its rank. Among
+    equals, the most even one (least sum of squares over ranks, then over groups). Exact where every
+    rank holds one group. Where it holds several, layers are moved one at a time as long as that is
+    better: from the costliest rank to any group, or between groups of a rank.
+
+    Args:
+        costs: of each layer, in any unit.
+        last: added to the last group, in the same unit.
+        holders: the rank of each group; as many as layers at most.
+    """
+    stages, ranks = len(holders), max(holders) + 1
+    sums = list(accumulate(costs, initial=0))
+
+    def weigh(sizes: list[int]) -> tuple[list[int], tuple[int, int, int]]:
+        """Costs of the ranks, and what is to be least."""
+        ends = accumulate(sizes, initial=0)
+        groups = [sums[end] - sums[start] for start, end in pairwise(ends)]
+        groups[-1] += last
+        loads = [0] * ranks
+        for holder, cost in zip(holders, groups, strict=True):
+            loads[holder] += cost
+        return loads, (max(loads), _squares(loads), _squares(groups))
+
+    starts = [balanced_sizes(costs, last, stages)]
+    if stages > 1:
+        starts.append([*balanced_sizes(costs, 0, stages - 1), 0])
+    sizes = min(starts, key=lambda sizes: weigh(sizes)[1])
+    while ranks < stages:
+        loads, found = weigh(sizes)
+        costliest = loads.index(max(loads))
+        moved = []
+        for giver, taker in permutations(range(stages), 2):
+            if holders[giver] not in (costliest, holders[taker]):
+                continue
+            if sizes[giver] > (giver < stages - 1):
+                other = list(sizes)
+                other[giver], other[taker] = other[giver] - 1, other[taker] + 1
+                moved.append((weigh(other)[1], other))
+        best = min(moved, default=(found, sizes))
+        if best[0] >= found:
+            break
+        sizes = best[1]
+    return sizes
+
+
+def _squares(numbers: list[int]) -> int:
+    return sum(number * number for number in numbers)
 
 
 def balanced_sizes(costs: list[int], last: int, stages: int) -> list[int]:

@@ -115,8 +115,8 @@ def pipeline_settings(cfg: RunConfig) -> Iterator[Problem]:
             "model.torch_compile",
             True,
             f"model.pipeline_schedule={schedule} computes the gradients of inputs and weights "
-            "apart, which compiled attention cannot",
-            "use false, or model.pipeline_schedule=1F1B or Interleaved1F1B",
+            "apart, which a compiled block cannot",
+            "use null or false, or model.pipeline_schedule=1F1B or Interleaved1F1B",
         )
 
 
@@ -131,9 +131,24 @@ def recomputation(cfg: RunConfig) -> Iterator[Problem]:
             "model.activations_checkpoint_granularity=selective or full",
         )
         return
+    if model.activations_checkpoint_granularity == "selective" and model.torch_compile:
+        yield Problem(
+            "model.torch_compile",
+            True,
+            "decides by itself what is cheap to recompute, as "
+            "model.activations_checkpoint_granularity=selective does for what is not compiled",
+            "use model.activations_checkpoint_granularity=null or full, or leave this null",
+        )
     number, held = model.activations_checkpoint_num_layers, stages_per_rank(model)
-    stages, split = model.pipeline_model_parallel_size * (held or 0), model.pipeline_layers_per_stage
-    if number is None or not 0 < stages <= model.num_hidden_layers or (split and len(split) != stages):
+    stages, split = (
+        model.pipeline_model_parallel_size * (held or 0),
+        model.pipeline_layers_per_stage,
+    )
+    if (
+        number is None
+        or not 0 < stages <= model.num_hidden_layers
+        or (split and len(split) != stages)
+    ):
         return  # other rules speak of these
     most = max(len(part.layers) for part in split_layers(model))
     if number >= most:
@@ -146,7 +161,7 @@ def recomputation(cfg: RunConfig) -> Iterator[Problem]:
 
 
 def pipeline_stages(cfg: RunConfig) -> Iterator[Problem]:
-    """Every stage has at least one layer, and a split by hand covers all layers."""
+    """Every stage but the last has at least one layer, and a split by hand covers all layers."""
     model = cfg.model
     pp, layers, split = (
         model.pipeline_model_parallel_size,
@@ -173,8 +188,8 @@ def pipeline_stages(cfg: RunConfig) -> Iterator[Problem]:
         faults = []
         if len(split) != stages:
             faults.append(f"has {len(split)} entries, for pipeline {pp} {times}".rstrip())
-        if any(size < 1 for size in split):
-            faults.append("leaves a stage without a layer")
+        if any(size < (stage < len(split) - 1) for stage, size in enumerate(split)):
+            faults.append("leaves a stage without a layer, as only the last may be")
         if sum(split) != layers:
             sizes = " + ".join(map(str, split))
             faults.append(f"has {sizes} = {sum(split)} of model.num_hidden_layers={layers}")
@@ -185,8 +200,8 @@ def pipeline_stages(cfg: RunConfig) -> Iterator[Problem]:
                 "model.pipeline_layers_per_stage",
                 list(split),
                 " and ".join(faults),
-                f"use {stages} numbers of at least 1 that add up to {layers}, such as {even}, or "
-                "null",
+                f"use {stages} numbers of at least 1 (the last: 0) that add up to {layers}, such as "
+                f"{even}, or null",
             )
 
 

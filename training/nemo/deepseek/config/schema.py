@@ -339,13 +339,15 @@ class ModelConfig:
     )
     activations_checkpoint_granularity: str | None = key(
         None,
-        "full recomputes each block in the backward pass, but for the router's decisions; selective "
-        "what is cheap to recompute: norms, up-projections of latents, SwiGLU (V3); null keeps "
-        "activations",
+        "full recomputes each block in the backward pass, but for the router's decisions; "
+        "selective what is cheap to recompute: norms, up-projections of latents, SwiGLU (V3); null "
+        "keeps activations",
         choices=("full", "selective"),
     )
-    torch_compile: bool = key(
-        False, "compile attention and norms of each block; the expert dispatch stays eager"
+    torch_compile: bool | None = key(
+        None,
+        "compile each block, but for exchanges between ranks; null: on GPUs (none has run it yet), "
+        "where recomputation and schedule allow it",
     )
 
     # -- batch --
@@ -387,7 +389,8 @@ class ModelConfig:
     )
     pipeline_layers_per_stage: list[int] | None = key(
         None,
-        "layers of each stage, as [2, 1, 1]; null: split so that the costliest stage costs least",
+        "layers of each stage, as [2, 1, 1]; the last, with the head, may have none; null: split "
+        "so that the costliest rank costs least",
     )
     expert_model_parallel_size: int = key(
         1, "that share the routed experts (EP)", unit="ranks", at_least=1

@@ -265,12 +265,7 @@ def _automodel_problems(run: RunConfig) -> list[Problem]:
                 "0",
             ),
             ("moe_z_loss_coeff", 0, "it has no router z-loss", "0"),
-            (
-                "torch_compile",
-                False,
-                "it compiles other parts",
-                "false, and its own section `compile`",
-            ),
+            *_compiled(run, "it compiles other parts", "null, and its own section `compile`"),
             ("reshard_after_forward", None, "it decides that by itself", "null"),
             (
                 "data.isolate_documents",
@@ -453,7 +448,7 @@ def _megatron_problems(run: RunConfig) -> list[Problem]:
         run,
         MEGATRON_CORE,
         [
-            ("torch_compile", False, "it has fused kernels instead", "false"),
+            *_compiled(run, "it has fused kernels instead", "null or false"),
             ("reshard_after_forward", None, kept, "null"),
         ],
     )
@@ -516,6 +511,11 @@ def _schedule(run: RunConfig) -> dict[str, Any]:
         "max_lr": peak,
         "min_lr": sched.min_lr,
     }
+
+
+def _compiled(run: RunConfig, why: str, instead: str) -> list[tuple[str, object, str, str]]:
+    """Of a run that asks for it, for ``_unlike``."""
+    return [("torch_compile", None, why, instead)] if run.model.torch_compile else []
 
 
 def _unlike(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deepseek.config.layout import StageSlice
 from deepseek.config.schema import ModelConfig
 from deepseek.config.weights import lora_targets
-from deepseek.models.components.attention import LatentStore, MultiHeadLatentAttention
+from deepseek.models.components.attention import LatentStore
 from deepseek.models.components.block import DeepSeekBlock, MultiTokenPredictor, TokenContext
 from deepseek.models.components.feed_forward import RMSNorm
 from deepseek.models.components.lora import add_adapters, freeze_all_but_adapters
@@ -174,12 +174,15 @@ class Transformer(nn.Module):
             return module(*args)
         return recomputed(module, self.recompute, self.config.hidden_size, *args)
 
-    def compile_attention(self) -> None:
-        """Compile every block's attention in place; the expert dispatch stays eager, since its
-        shapes change with each batch."""
+    def compile_blocks(self) -> None:
+        """Compile every block in place: one graph, in which nothing but an exchange between ranks
+        makes a break. Hooks around a block, as FSDP's, stay outside."""
+        # A break inside of the MoE layer parts the block there, not at the layer's border too.
+        if hasattr(torch._dynamo.config, "nested_graph_breaks"):
+            torch._dynamo.config.nested_graph_breaks = True
         for module in self.modules():
-            if isinstance(module, MultiHeadLatentAttention):
-                module.compile()
+            if isinstance(module, DeepSeekBlock):
+                module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
 
     def routers(self) -> dict[str, Router]:
         """Every router by the name of its block, in order of depth."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@torch.compiler.disable  # the compiler's shape check refuses fp32 grouped_mm, which eager runs
 def grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """``y[r] = w[e(r)] @ x[r]``, rows sorted by expert, ``counts[e]`` of them for expert ``e``.
 
@@ -19,10 +20,11 @@ def grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
     Returns:
         (R, O) in the dtype of ``x``; rows of no expert hold anything, NaN included.
     """
+    if torch.compiler.is_compiling():
+        return _compiled_linear(x_RI, w_EOI, counts_E)
     if x_RI.shape[0] == 0 or not _grouped_mm_takes(w_EOI):
         return grouped_linear_loop(x_RI, w_EOI, counts_E)
-    offsets_E = counts_E.cumsum(0).to(torch.int32)
-    y_RO = F.grouped_mm(x_RI.contiguous(), w_EOI.transpose(-2, -1), offs=offsets_E)
+    y_RO = F.grouped_mm(x_RI.contiguous(), w_EOI.transpose(-2, -1), offs=_offsets(counts_E))
     if y_RO.requires_grad:
         y_RO.register_hook(Tensor.contiguous)  # grouped_mm refuses an expanded gradient
     return y_RO
@@ -37,7 +39,61 @@ def grouped_linear_loop(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor
     return torch.cat([*y, rest_RI.new_zeros(rest_RI.shape[0], w_EOI.shape[1])])
 
 
+def _offsets(counts_E: Tensor) -> Tensor:
+    return counts_E.cumsum(0).to(torch.int32)
+
+
 def _grouped_mm_takes(w_EOI: Tensor) -> bool:
     """grouped_mm has no fp64, and asks for rows of a multiple of 16 bytes on both sides."""
     row_bytes = (dim * w_EOI.element_size() for dim in w_EOI.shape[1:])
     return w_EOI.dtype != torch.float64 and all(size % 16 == 0 for size in row_bytes)
+
+
+# -- for the compiler: one operator without insides, since its shape check of grouped_mm refuses
+# dtypes that eager runs, and a loop over counts has no shapes --
+
+
+@torch.library.custom_op("deepseek::grouped_linear", mutates_args=())
+def _compiled_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    return grouped_linear(x_RI, w_EOI, counts_E)
+
+
+@_compiled_linear.register_fake
+def _(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    return x_RI.new_empty(x_RI.shape[0], w_EOI.shape[1])
+
+
+@torch.library.custom_op("deepseek::grouped_outer", mutates_args=())
+def _compiled_outer(grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor) -> Tensor:
+    """Gradient of the stack, (E, O, I)."""
+    w_EOI = x_RI.new_empty(counts_E.shape[0], grad_RO.shape[1], x_RI.shape[1])
+    if x_RI.shape[0] and _grouped_mm_takes(w_EOI):
+        return F.grouped_mm(grad_RO.t(), x_RI.contiguous(), offs=_offsets(counts_E))
+    end = 0
+    for index, count in enumerate(counts_E.tolist()):
+        start, end = end, end + count
+        torch.mm(grad_RO[start:end].t(), x_RI[start:end], out=w_EOI[index])
+    return w_EOI
+
+
+@_compiled_outer.register_fake
+def _(grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor) -> Tensor:
+    return x_RI.new_empty(counts_E.shape[0], grad_RO.shape[1], x_RI.shape[1])
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x_RI, w_EOI, counts_E = ctx.saved_tensors
+    needs_x, needs_w, _ = ctx.needs_input_grad
+    grad_RO = grad_RO.contiguous()
+    return (
+        _compiled_linear(grad_RO, w_EOI.mT, counts_E) if needs_x else None,
+        _compiled_outer(grad_RO, x_RI, counts_E) if needs_w else None,
+        None,
+    )
+
+
+_compiled_linear.register_autograd(_backward, setup_context=_remember)

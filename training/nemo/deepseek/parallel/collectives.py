@@ -1,4 +1,4 @@
-"""Collectives that autograd understands. All of them send contiguous tensors.
+"""Collectives that autograd understands. All of them send contiguous tensors; none is compiled.
 
 Each is a linear map of the inputs of all ranks, and its backward pass is the transposed map: it
 sends each rank the gradient of every rank's loss by that rank's input.
@@ -20,16 +20,19 @@ from deepseek.models.components.recompute import keep
 from deepseek.parallel import cpu_memory
 
 
+@torch.compiler.disable
 def gather_sequence(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(B, S/n, D) -> (B, S, D) on every rank; the backward pass sums and scatters."""
     return LinearMap.apply(x_BsD, partial(_gather, group=group), partial(_scatter_sum, group=group))
 
 
+@torch.compiler.disable
 def scatter_sequence_sum(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Partial sums (B, S, D) -> this rank's part of their sum (B, S/n, D); n divides S."""
     return LinearMap.apply(x_BSD, partial(_scatter_sum, group=group), partial(_gather, group=group))
 
 
+@torch.compiler.disable
 def sum_forward(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum over the group; the gradient goes back to each rank's own part unchanged.
 
@@ -38,6 +41,7 @@ def sum_forward(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return LinearMap.apply(x, partial(_sum, group=group), lambda grad: grad)
 
 
+@torch.compiler.disable
 def all_to_all_rows(
     x_RD: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup
 ) -> Tensor:
@@ -56,6 +60,7 @@ def all_to_all_rows(
     return LinearMap.apply(x_RD, there, back)
 
 
+@torch.compiler.disable
 def all_to_all_weighted_rows(
     x_RD: Tensor,
     weights_R: Tensor,

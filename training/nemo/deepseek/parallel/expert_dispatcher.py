@@ -72,6 +72,7 @@ class AllToAllDispatcher:
         self.num_ranks = dist.get_world_size(group)
         self.experts_per_rank = num_experts // self.num_ranks
 
+    @torch.compiler.disable
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor) -> Dispatched:
         """Send each token to its experts; rows arrive sorted by local expert.
 
@@ -88,6 +89,7 @@ class AllToAllDispatcher:
             permute_rows(rows_QD, *arrival), permute_rows(weights_Q, *arrival), plan.counts_e, plan
         )
 
+    @torch.compiler.disable
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         """Bring the results back and add them up, at home and in full."""
         plan: Plan = sent.state
@@ -179,6 +181,7 @@ class DeepEPDispatcher:
         self.num_experts = num_experts
         self.group = group
 
+    @torch.compiler.disable
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor) -> Dispatched:
         """Send each token to its experts; rows arrive sorted by local expert."""
         num_tokens, num_choices = expert_ids_TK.shape
@@ -199,6 +202,7 @@ class DeepEPDispatcher:
             _DeepEPHandle(exchange, arrival_Q, inverse_Q, expert_ids_TK.shape),
         )
 
+    @torch.compiler.disable
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         """Bring the results back and add them up."""
         handle: _DeepEPHandle = sent.state

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deepseek.config.errors import UserError
+from deepseek.config.layout import compiles
 from deepseek.config.schema import ModelConfig
 from deepseek.data.loader import TimedLoader
 from deepseek.frameworks import USES_NEMO, Callback, ModelBase, Trainer, model_config, nemo_config
@@ -271,8 +272,8 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         if not hasattr(self, "model"):
             strategy = self.trainer.strategy
             self.parallelize(strategy.meshes, strategy.root_device)
-        if self.config.torch_compile:
-            self.model.compile_attention()
+        if compiles(self.config, next(self.model.parameters()).device.type == "cuda"):
+            self.model.compile_blocks()
 
     def train_dataloader(self) -> Iterable[Batch]:
         """The steps that are left: called after a checkpoint has been restored."""

@@ -54,6 +54,8 @@ def keep(compute: Callable[[], T], rows: bool = False) -> T:
         compute: the same call at the same place in both passes.
         rows: many bytes, which ``full`` does not keep.
     """
+    if torch.compiler.is_compiling():  # which decides by itself what it keeps
+        return compute()
     running: _Pass | None = getattr(_here, "running", None)
     if running is None or (rows and not running.keeps_rows):
         return compute()
