@@ -325,7 +325,7 @@ def test_what_fits_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         in capsys.readouterr().out
     )
     validate("deepseek_v3_tiny", memory=80)
-    assert "needs 339.91 MiB and 2 GiB for context and NCCL of --memory 80: fits" in (
+    assert "needs 332.45 MiB and 2 GiB for context and NCCL of --memory 80: fits" in (
         capsys.readouterr().out
     )
 

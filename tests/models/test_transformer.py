@@ -356,6 +356,7 @@ def test_bf16_mixed_is_near_fp32() -> None:
     assert all(gradient.dtype == torch.float32 for gradient in gradients(model).values())
 
 
+@pytest.mark.filterwarnings("default")  # the compiler warns of its own doings
 @pytest.mark.parametrize("granularity", [None, "full"])
 def test_compiled_blocks_equal_eager(
     granularity: str | None, monkeypatch: pytest.MonkeyPatch
@@ -372,17 +373,18 @@ def test_compiled_blocks_equal_eager(
     monkeypatch.setattr(
         torch, "compile", lambda f: compile_whole(f, backend="aot_eager", fullgraph=True)
     )
-    monkeypatch.setattr(torch._dynamo.config, "nested_graph_breaks", False)  # set back at the end
-    model.compile_blocks()
-    assert list(model.state_dict()) == list(eager.state_dict())
-    for each in (eager, model):
-        start_step(each)
-        backward(each, random_batch())
+    with torch._dynamo.config.patch(nested_graph_breaks=False):  # is set back
+        model.compile_blocks()
+        assert list(model.state_dict()) == list(eager.state_dict())
+        for each in (eager, model):
+            start_step(each)
+            backward(each, random_batch())
     for (name, wanted), got in zip(eager.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-5, atol=1e-6, msg=name)
     assert loads(model) == loads(eager)
 
 
+@pytest.mark.filterwarnings("default")  # the compiler warns of its own doings
 def test_a_compiled_block_breaks_where_ranks_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """At dispatch and combine, and nowhere else."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -399,10 +401,10 @@ def test_a_compiled_block_breaks_where_ranks_exchange(monkeypatch: pytest.Monkey
         block.ffn.dispatcher = AllToAllDispatcher(model.config.n_routed_experts, dist.group.WORLD)
         compile_whole = torch.compile
         monkeypatch.setattr(torch, "compile", lambda f: compile_whole(f, backend=noted))
-        monkeypatch.setattr(torch._dynamo.config, "nested_graph_breaks", False)
-        model.compile_blocks()
         torch._dynamo.utils.counters.clear()
-        backward(model, random_batch())
+        with torch._dynamo.config.patch(nested_graph_breaks=False):  # is set back
+            model.compile_blocks()
+            backward(model, random_batch())
         breaks = torch._dynamo.utils.counters["graph_break"]
         assert sum(breaks.values()) == 2, breaks
     finally:

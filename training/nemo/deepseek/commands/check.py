@@ -87,6 +87,7 @@ def shrink(model: ModelConfig) -> ModelConfig:
         num_nextn_predict_layers=min(model.num_nextn_predict_layers, 2),
         initializer_range=0.1,
         activations_checkpoint_granularity=None,
+        activations_checkpoint_num_layers=None,
     )
     if small.rope_scaling is not None:
         context = LENGTH // 2  # so that positions lie past the original context
@@ -212,7 +213,7 @@ def gradients(config: ModelConfig) -> Iterator[Check]:
     yield Check("gradients: parameters with a finite non-zero one",
                 f"{len(plain) - len(dead)} of {len(plain)} {' '.join(dead[:2])}".rstrip(),
                 "all", not dead)  # fmt: skip
-    model.recompute = True
+    model.recompute = "full"
     again, counts_again = training_gradients(model)
     yield small("recomputation: gradients", worst(again, plain), 1e-12)
     same = counts == counts_again

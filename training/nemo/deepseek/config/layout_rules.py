@@ -200,8 +200,8 @@ def pipeline_stages(cfg: RunConfig) -> Iterator[Problem]:
                 "model.pipeline_layers_per_stage",
                 list(split),
                 " and ".join(faults),
-                f"use {stages} numbers of at least 1 (the last: 0) that add up to {layers}, such as "
-                f"{even}, or null",
+                f"use {stages} numbers of at least 1 (the last: 0) that add up to {layers}, such "
+                f"as {even}, or null",
             )
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek.ops.document_attention import attend_in_blocks
+
 
 def causal_attention(
     q_BNSH: Tensor,
@@ -26,6 +28,11 @@ def causal_attention(
     Returns:
         (B, N, S, U) in the dtype of ``v``.
     """
+    if q_BNSH.is_cuda and (documents_BM is not None or q_BNSH.shape[2] < k_BNMH.shape[2]):
+        if documents_BM is None:
+            documents_BM = torch.zeros(1, 1, dtype=torch.int32, device=q_BNSH.device)
+            documents_BM = documents_BM.expand(k_BNMH.shape[0], k_BNMH.shape[2])
+        return attend_in_blocks(q_BNSH, k_BNMH, v_BNMU, scale, documents_BM)
     value_dims = v_BNMU.shape[-1]
     padding = q_BNSH.shape[-1] - value_dims
     if padding > 0 and v_BNMU.device.type == "cpu":

@@ -140,7 +140,7 @@ class AllToAllDispatcher:
 class Plan:
     """How a dispatch orders and divides the rows, and ``combine`` undoes it."""
 
-    shape: tuple[int, int]
+    shape: torch.Size
     """T, K."""
     order_R: Tensor
     inverse_R: Tensor
@@ -304,5 +304,5 @@ class _DeepEPHandle:
     exchange: _DeepEPExchange
     arrival_Q: Tensor
     inverse_Q: Tensor
-    shape: tuple[int, int]
+    shape: torch.Size
     """T, K."""
