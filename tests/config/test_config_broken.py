@@ -404,7 +404,23 @@ ONE_PROBLEM = [
     (
         f"{PP2} & model.pipeline_schedule=ZBVZeroBubble & model.torch_compile=true",
         "model.torch_compile",
-        ["gradients of inputs and weights apart", "use false, or"],
+        ["gradients of inputs and weights apart", "use null or false, or"],
+    ),
+    (
+        "model.activations_checkpoint_granularity=selective & model.torch_compile=true",
+        "model.torch_compile",
+        ["decides by itself what is cheap", "use model.activations_checkpoint_granularity=null"],
+    ),
+    (
+        "model.activations_checkpoint_num_layers=1",
+        "model.activations_checkpoint_num_layers",
+        ["would be ignored, since", "granularity=null keeps all", "use null (the default), or"],
+    ),
+    (
+        f"{PP2} & model.pipeline_layers_per_stage=[2, 2] & "
+        "model.activations_checkpoint_granularity=full & model.activations_checkpoint_num_layers=2",
+        "model.activations_checkpoint_num_layers",
+        ["no pipeline stage has more than 2 blocks", "use null, or at most 1"],
     ),
     (
         f"{PP2} & model.pipeline_layers_per_stage=[2, 1, 1]",
