@@ -228,6 +228,8 @@ def test_output_to_a_full_disk_does_not_end_the_run(micro: MicroRuns) -> None:
     ran = micro.train("full_output", "trainer.max_steps=3", before=begun)
     assert "standard output: No space left on device; the run goes on without it" in ran.err
     assert micro.steps("full_output") == [3]
+    for words in (["ls"], ["cat", "deepseek_v3_tiny"]):  # by rich, and by print
+        micro.cli(*words, before=code).assert_refused("standard output", "No space left on device")
 
 
 MOMENTS = {

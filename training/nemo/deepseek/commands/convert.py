@@ -403,12 +403,11 @@ def _written(target: Path) -> Iterator[Path]:
     """A folder that becomes ``target`` once it is complete."""
     folder = target.with_name(f".{target.name}.partial")
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        yield folder
-        os.replace(folder, target)
-    except OSError as error:
-        raise UserError(f"writing {target} failed: {error.strerror}: {error.filename}") from error
+        with disk_errors(f"writing {target}"):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            yield folder
+            os.replace(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

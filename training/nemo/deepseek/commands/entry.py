@@ -7,6 +7,7 @@ and to train. The full command line is ``cli.py``.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import signal
@@ -35,10 +36,16 @@ def guarded(call: Callable[[], object]) -> None:
             complain_at_the_end("interrupted", by_first_alone=True)
             sys.exit(128 + getattr(why, "number", signal.SIGINT))
         if isinstance(why, BrokenPipeError):  # the reader of a pipe (`| head`) went away
-            with open(os.devnull, "wb") as nowhere:  # for what is flushed at the very end
-                os.dup2(nowhere.fileno(), sys.stdout.fileno())
+            _drop_output()
             sys.exit(141)
         raise
+    except OSError as failure:
+        if failure.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        _drop_output()
+        where = failure.filename or "standard output, or a file of this command"
+        complain_at_the_end(f"error: cannot write {where}: {failure.strerror}")
+        sys.exit(2)
     except RuntimeError as error:
         if died := _DEAD_LOADER.search(str(error)):
             # Not the user's error as such: a supervisor starts all again.
@@ -52,6 +59,12 @@ def guarded(call: Callable[[], object]) -> None:
             raise
         tell_lost_contact(error)
         sys.exit(LOST_PEER_EXIT_CODE)
+
+
+def _drop_output() -> None:
+    """What is flushed at the very end goes nowhere."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _reason(end: BaseException) -> BaseException | None:

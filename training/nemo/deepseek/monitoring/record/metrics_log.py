@@ -67,12 +67,13 @@ class MetricsLog(DeepSeekCallback):
         """Append one object as one line, in one system call.
 
         Raises:
-            UserError: the file cannot be written; a line half written is cut off at the next start.
+            UserError: the file cannot be written; of the line nothing stays.
         """
         line = (json.dumps({key: _finite(value) for key, value in row.items()}) + "\n").encode()
         with _reported(self.path):
             with open(self.path, "ab", buffering=0) as file:
-                if file.write(line) < len(line):
+                if (count := file.write(line)) < len(line):
+                    file.truncate(file.tell() - count)  # else the next event continues this line
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def event(self, name: str, step: int, **more: Any) -> None:
