@@ -25,7 +25,7 @@ from deepseek.interop import hf_export as exporting
 from deepseek.interop import hf_import as importing
 from deepseek.interop.hf_config import hf_config
 from deepseek.interop.hf_export import TensorFileWriter
-from deepseek.interop.hf_import import TensorFile
+from deepseek.interop.hf_import import HfFolder, TensorFile
 from deepseek.interop.huggingface import to_hf
 from support.forked import TESTS
 from support.hf_folders import small, weights, write_folder, write_tensors
@@ -286,6 +286,44 @@ def test_broken_index_and_config(source: Path) -> None:
     refused(source, "holds a JSON list, expected an object")
     (source / "config.json").write_text("{")
     refused(source, "config.json: not JSON")
+
+
+FIRST, SECOND = (f"model-0000{k}-of-000004.safetensors" for k in (1, 2))
+LYING_INDEXES: dict[str, Any] = {
+    "[]": "holds a JSON list",
+    "null": "holds a JSON NoneType",
+    '{"weight_map": null}': "has no weight_map",
+    '{"weight_map": []}': "has no weight_map",
+    '{"weight_map": "a"}': "has no weight_map",
+    '{"weight_map": {}}': "has no weight_map",
+    '{"weight_map": {"a": null}}': "lacks 1 of 1 files that its index names: None",
+    '{"weight_map": {"a": 3}}': "lacks 1 of 1 files that its index names: 3",
+    '{"weight_map": {"a": ""}}': "names files outside its folder",
+    '{"weight_map": {"a": ".."}}': "names files outside its folder",
+    '{"weight_map": {"a": "/etc/passwd"}}': "names files outside its folder",
+    '{"weight_map": {"a": "sub"}}': "lacks 1 of 1 files",
+    '{"weight_map": {"a": "config.json"}}': "names config.json: no safetensors files",
+    json.dumps({"weight_map": {"a": FIRST}}): "do not agree:\n  1 not where the index says: a",
+    '{"weight_map": {"a": "x"}, "weight_map": {}}': "weight_map stands there twice",
+    '{"weight_map"': "not JSON",
+    "\ufeff{}": "not JSON|has no weight_map",
+}  # fmt: skip
+
+
+def test_indexes_that_lie(source: Path) -> None:
+    (source / "sub").mkdir()
+    for text, message in LYING_INDEXES.items():
+        (source / INDEX).write_text(text)
+        with pytest.raises(UserError, match=message):
+            HfFolder(source)
+
+
+def test_two_files_with_one_tensor(source: Path) -> None:
+    shutil.copy(source / FIRST, source / SECOND)
+    index = json.loads((source / INDEX).read_text())
+    kept = {n: p for n, p in index["weight_map"].items() if p in (FIRST, SECOND)}
+    (source / INDEX).write_text(json.dumps({"weight_map": kept}))
+    refused(source, "two files hold a tensor of the same name")
 
 
 def test_pickles_are_not_opened(source: Path) -> None:

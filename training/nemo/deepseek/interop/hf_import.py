@@ -139,7 +139,9 @@ class HfFolder:
                 f"{listing(missing)}; copy or download them"
             )
         if others := [name for name in names if not name.endswith(".safetensors")]:
-            raise UserError(f"{self.path / INDEX} names {listing(others)}: {_PICKLE_REASON}")
+            pickles = any(Path(name).match(pattern) for name in others for pattern in _PICKLES)
+            reason = _PICKLE_REASON if pickles else "no safetensors files, which alone are read"
+            raise UserError(f"{self.path / INDEX} names {listing(others)}: {reason}")
         files = [TensorFile(self.path / name) for name in names]
         held = {name: file.path.name for file in files for name in file.tensors}
         absent = [name for name, place in places.items() if held.get(name) != place]
