@@ -240,6 +240,8 @@ def test_an_answer_that_only_calls_a_tool_may_be_empty() -> None:
 BAD_LINES = {
     "{": "not JSON",
     "[1]": "a JSON array, expected an object",
+    '{"messages": [], "messages": []}': "'messages' stands there twice; leave one of the two",
+    '{"messages": [{"role": "user", "role": "a"}]}': "'role' stands there twice",
     "{}": r"has the keys \(none\), expected messages",
     '{"text": "x"}': "has the keys text, expected messages",
     '{"prompt": "x", "response": 3}': "message 1: content is a JSON number",

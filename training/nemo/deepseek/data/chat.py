@@ -58,8 +58,8 @@ def conversation_of(row: Any) -> Conversation:
     for key in _UNREAD_OF_LINES:
         if row.get(key):
             raise ChatError(
-                f"{key} is not read here, and the text would be another with it; remove it, or "
-                "leave the line out"
+                f"{key} is not read here, and the text, or what is learnt of it, would be another "
+                "with it; remove it, or leave the line out"
             )
     messages = _messages(row)
     told = [_message(k, message) for k, message in enumerate(messages)]
@@ -179,16 +179,17 @@ _SWITCHES = ("weight", "trainable", "train", "training", "loss")
 """Keys by which data sets say whether an answer is learnt."""
 _UNREAD = {
     **dict.fromkeys(
-        ("train_detail", "mask", "loss_mask", "loss_weight"),
+        ("train_detail", "mask", "masked", "loss_mask", "loss_weight", "ignore_loss", "train_on"),
         "use weight 0 or 1 on the whole message",
     ),
     "function_call": "write OpenAI's newer form, tool_calls",
 }
 """Keys of a message that are not done here, and the way out."""
 _UNREAD_OF_LINES = (
-    "images", "image", "videos", "audios", "functions", "documents", "chat_template_kwargs"
+    "images", "image", "videos", "audios", "functions", "documents", "chat_template_kwargs", "mask",
+    "loss_mask", "loss_weight", "train_on_inputs",
 )  # fmt: skip
-"""Keys of a line that change the text, and are not done here."""
+"""Keys of a line that change the text or what is learnt of it, and are not done here."""
 
 
 def _message(number: int, message: Any) -> Message:

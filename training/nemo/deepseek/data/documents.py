@@ -16,6 +16,7 @@ import lzma
 import shlex
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -215,6 +216,18 @@ def _refuse_change(source: Source) -> None:
         )
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ``KeyError`` if it names a key twice, of which one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise KeyError(twice)
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
 def _json_rows(
     source: Source, blocks: Iterable[tuple[bytes, int]], expected: str
 ) -> Iterator[tuple[str, Any, int]]:
@@ -223,7 +236,9 @@ def _json_rows(
             continue
         where = f"{source.path}:{number}"
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            row = _DECODER.decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except KeyError as twice:
+            raise UserError(f"{where}: {twice} stands there twice; leave one of the two") from twice
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{where}: not UTF-8 at byte {offset + error.start} of the file "
