@@ -49,6 +49,13 @@ def nested_graph_breaks() -> None:
     assert torch._dynamo.config.nested_graph_breaks in (True, False)
 
 
+def softmax_backward_data() -> None:
+    x = torch.tensor([[0.0, 1.0, 3.0]], requires_grad=True)
+    y, grad = x.softmax(-1), torch.tensor([[1.0, 2.0, 5.0]])
+    y.backward(grad)
+    assert torch.equal(x.grad, torch._softmax_backward_data(grad, y.detach(), -1, x.dtype))
+
+
 def dtensor_of_a_spec() -> None:
     whole = DTensor.from_local(torch.ones(2), init_device_mesh("cpu", (1,)), [Shard(0)])
     made = DTensor(torch.zeros(2), whole._spec, requires_grad=False)
@@ -147,6 +154,7 @@ def optim_step_progress() -> None:
 NAMES: dict[str, Callable[[], None]] = {
     "torch._C._current_graph_task_id": current_graph_task_id,
     "torch._dynamo.config.nested_graph_breaks": nested_graph_breaks,
+    "torch._softmax_backward_data": softmax_backward_data,
     "DTensor(local, tensor._spec)": dtensor_of_a_spec,
     "tensor._utils.compute_local_shape_and_global_offset": local_shape_and_global_offset,
     "distributed_c10d._set_pg_timeout": set_pg_timeout,

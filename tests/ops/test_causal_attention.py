@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from deepseek.ops import causal_attention as attention
 from deepseek.ops import document_attention
 from deepseek.ops.causal_attention import causal_attention, causal_attention_slow, document_mask
 from deepseek.ops.document_attention import attend_in_blocks, document_blocks
@@ -52,6 +55,8 @@ def compare(
     dims=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     scale=st.sampled_from([0.1, 1.0, 2.5]),
+    block=st.sampled_from([1, 2, 4, attention.BLOCK]),
+    most_scores=st.sampled_from([1, attention.MOST_SCORES]),
     data=st.data(),
 )
 def test_equals_all_scores(
@@ -59,6 +64,8 @@ def test_equals_all_scores(
     dims: tuple[int, int],
     dtype: torch.dtype,
     scale: float,
+    block: int,
+    most_scores: int,
     data: st.DataObject,
 ) -> None:
     batch, _, length = shape
@@ -68,7 +75,23 @@ def test_equals_all_scores(
         rows = [data.draw(steps, label="border") for _ in range(batch)]
         documents_BS = torch.tensor(rows).cumsum(1)
     without = data.draw(st.integers(0, length - 1), label="queries left out")
-    compare(shape, dims, dtype, scale, documents_BS, without)
+    sizes = dict(BLOCK=block, MOST_SCORES=most_scores)
+    with mock.patch.multiple(attention, **sizes):
+        compare(shape, dims, dtype, scale, documents_BS, without)
+
+
+def test_no_more_scores_at_a_time_than_allowed() -> None:
+    """And with documents only those of keys that one of the queries may see."""
+    documents_BM = torch.arange(40).div(5, rounding_mode="floor").expand(3, -1)
+    with mock.patch.multiple(attention, BLOCK=10, MOST_SCORES=2 * 10 * 40):
+        sizes = [
+            [(b.rows.stop - b.rows.start, b.keys.stop - b.keys.start) for b in blocks]
+            for blocks in (
+                attention._blocks((3, 1, 40, 40), None),
+                attention._blocks((3, 1, 40, 40), documents_BM),
+            )
+        ]
+    assert sizes == [[(2, n) for n in (10, 20, 30, 40)] * 2, [(1, 10)] * 12]
 
 
 @pytest.mark.parametrize("function", [causal_attention, causal_attention_slow])
@@ -85,7 +108,8 @@ def test_fewer_queries_are_those_of_the_last_tokens(function: object, isolated: 
 @pytest.mark.parametrize("isolated", [False, True])
 def test_equals_all_scores_in_bf16(dims: tuple[int, int], isolated: bool) -> None:
     documents_BS = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]]) if isolated else None
-    compare((2, 2, 5), dims, torch.bfloat16, 0.5, documents_BS)
+    with mock.patch.object(attention, "BLOCK", 2):
+        compare((2, 2, 5), dims, torch.bfloat16, 0.5, documents_BS)
 
 
 def test_by_hand() -> None:

@@ -1,12 +1,25 @@
-"""Causal attention; shapes: ``models/__init__.py``; of M keys' tokens, the last S have queries."""
+"""Causal attention; shapes: ``models/__init__.py``; of M keys' tokens, the last S have queries.
+
+On a CPU scores are computed for a block of queries at a time, against the keys that one of them may
+see and no others: half of all scores, and of packed documents a diagonal of them. They are dropped
+after use and computed again in the backward pass. R = B*N, the heads of all sequences.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.ops.document_attention import attend_in_blocks
+
+BLOCK = 128
+"""Queries whose scores exist at one time; of 64 to 256 the fastest with 512 and 4,096 keys."""
+MOST_SCORES = 1 << 23
+"""Numbers of one block of all heads, at most: fewer sequences at a time, then fewer queries."""
 
 
 def causal_attention(
@@ -28,6 +41,11 @@ def causal_attention(
     Returns:
         (B, N, S, U) in the dtype of ``v``.
     """
+    if q_BNSH.device.type == "cpu" and not torch.compiler.is_compiling():
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            q_BNSH, k_BNMH, v_BNMU = (x.to(dtype) for x in (q_BNSH, k_BNMH, v_BNMU))
+        return _BlockAttention.apply(q_BNSH, k_BNMH, v_BNMU, scale, documents_BM)
     if q_BNSH.is_cuda and (documents_BM is not None or q_BNSH.shape[2] < k_BNMH.shape[2]):
         if documents_BM is None:
             documents_BM = torch.zeros(1, 1, dtype=torch.int32, device=q_BNSH.device)
@@ -78,3 +96,113 @@ def document_mask(documents_BM: Tensor, queries: int) -> Tensor:
     same_BSM = documents_BM[:, -queries:].unsqueeze(2) == documents_BM.unsqueeze(1)
     causal_SM = causal_mask(queries, documents_BM.shape[1], documents_BM.device)
     return (same_BSM & causal_SM).unsqueeze(1)
+
+
+class _Block(NamedTuple):
+    """Some queries of some sequences, and the keys that one of them may see."""
+
+    rows: slice
+    """Heads of the sequences, of R."""
+    queries: slice
+    keys: slice
+    mask: Tensor
+    """True where a query may not look, bool: (s, s) over the last keys, which are the queries' own
+    tokens, or under documents (b, 1, s, m) over all of them."""
+
+
+def _blocks(shape: tuple[int, int, int, int], documents_BM: Tensor | None) -> Iterator[_Block]:
+    """All that must be computed for (B, N, S, M), from the first block of queries on."""
+    sequences, heads, num_queries, num_keys = shape
+    size = BLOCK
+    while size > 16 and heads * size * num_keys > MOST_SCORES:
+        size //= 2
+    at_once = max(1, MOST_SCORES // (heads * size * num_keys))
+    first_BM = None
+    if documents_BM is not None and num_queries > size:
+        at_once = 1  # their documents begin at other places
+        first_BM = _first_of_document(documents_BM)
+    ahead_SS = torch.ones(size, size, dtype=torch.bool).triu_(1)
+    for sequence in range(0, sequences, at_once):
+        rows = slice(sequence * heads, (sequence + at_once) * heads)
+        for start in range(0, num_queries, size):
+            end = min(start + size, num_queries)
+            own = slice(num_keys - num_queries + start, num_keys - num_queries + end)
+            ahead_ss = ahead_SS[: end - start, : end - start]
+            if documents_BM is None:
+                yield _Block(rows, slice(start, end), slice(0, own.stop), ahead_ss)
+                continue
+            begin = int(first_BM[sequence, own].amin()) if first_BM is not None else 0
+            here_bM = documents_BM[sequence : sequence + at_once]
+            other_bsm = here_bM[:, own].unsqueeze(2) != here_bM[:, begin : own.stop].unsqueeze(1)
+            other_bsm[:, :, own.start - begin :] |= ahead_ss
+            keys = slice(begin, own.stop)
+            yield _Block(rows, slice(start, end), keys, other_bsm.unsqueeze(1))
+
+
+def _first_of_document(documents_BM: Tensor) -> Tensor:
+    """For each token the first one with its document id, int64 (B, M)."""
+    sorted_BM, order_BM = documents_BM.sort(dim=1, stable=True)
+    starts_BM = torch.arange(documents_BM.shape[1]).repeat(len(documents_BM), 1)
+    starts_BM[:, 1:].masked_fill_(sorted_BM[:, 1:] == sorted_BM[:, :-1], 0)
+    first_BM = order_BM.gather(1, starts_BM.cummax(dim=1).values)
+    return torch.empty_like(order_BM).scatter_(1, order_BM, first_BM)
+
+
+def _probabilities(q_rsH: Tensor, k_rmH: Tensor, scale: float, mask: Tensor) -> Tensor:
+    """Of one block, (r, s, m)."""
+    none = q_rsH.new_empty(())
+    scores_rsm = torch.baddbmm(none, q_rsH, k_rmH.transpose(1, 2), beta=0, alpha=scale)
+    if mask.dim() == 2:
+        scores_rsm[:, :, -len(mask) :].masked_fill_(mask, float("-inf"))
+    else:
+        scores_rsm.unflatten(0, (len(mask), -1)).masked_fill_(mask, float("-inf"))
+    return scores_rsm.softmax(dim=-1)
+
+
+def _add_product(sum_rIJ: Tensor, a_rIX: Tensor, b_rXJ: Tensor, factor: float = 1.0) -> None:
+    """``sum += factor * a b``; the sum may be of a wider dtype."""
+    if sum_rIJ.dtype == a_rIX.dtype:
+        sum_rIJ.baddbmm_(a_rIX, b_rXJ, alpha=factor)
+    else:
+        sum_rIJ.add_(torch.bmm(a_rIX, b_rXJ), alpha=factor)
+
+
+class _BlockAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BNSH: Tensor,
+        k_BNMH: Tensor,
+        v_BNMU: Tensor,
+        scale: float,
+        documents_BM: Tensor | None,
+    ) -> Tensor:
+        q, k, v = (x.flatten(0, 1).contiguous() for x in (q_BNSH, k_BNMH, v_BNMU))
+        ctx.save_for_backward(q, k, v, documents_BM)
+        ctx.scale, ctx.shape = scale, (*q_BNSH.shape[:3], k_BNMH.shape[2])
+        y_RSU = q.new_empty(*q.shape[:2], v.shape[2])
+        with torch.autocast("cpu", enabled=False):
+            for rows, queries, keys, mask in _blocks(ctx.shape, documents_BM):
+                probs_rsm = _probabilities(q[rows, queries], k[rows, keys], scale, mask)
+                y_RSU[rows, queries].baddbmm_(probs_rsm, v[rows, keys], beta=0)
+        return y_RSU.view(*q_BNSH.shape[:3], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BNSU: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, documents_BM = ctx.saved_tensors
+        grad_RSU = grad_BNSU.flatten(0, 1).contiguous()
+        wide = torch.promote_types(q.dtype, torch.float32)
+        grad_q = torch.empty_like(q)
+        grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        with torch.autocast("cpu", enabled=False):
+            for rows, queries, keys, mask in _blocks(ctx.shape, documents_BM):
+                q_rsH, k_rmH, grad_rsU = q[rows, queries], k[rows, keys], grad_RSU[rows, queries]
+                probs_rsm = _probabilities(q_rsH, k_rmH, ctx.scale, mask)
+                _add_product(grad_v[rows, keys], probs_rsm.transpose(1, 2), grad_rsU)
+                grad_probs_rsm = torch.bmm(grad_rsU, v[rows, keys].transpose(1, 2))
+                scores_rsm = torch._softmax_backward_data(grad_probs_rsm, probs_rsm, -1, q.dtype)
+                grad_q[rows, queries].baddbmm_(scores_rsm, k_rmH, beta=0, alpha=ctx.scale)
+                _add_product(grad_k[rows, keys], scores_rsm.transpose(1, 2), q_rsH, ctx.scale)
+        sequences = ctx.shape[:2]
+        grads = (grad.to(q.dtype).unflatten(0, sequences) for grad in (grad_q, grad_k, grad_v))
+        return (*grads, None, None)

@@ -35,13 +35,17 @@ def softmax_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """``SoftmaxLoss`` of a head that is here in whole."""
     index_t1 = labels_t.where(labels_t != IGNORE_INDEX, 0).unsqueeze(-1)
-    log_z_t = logits_tV.logsumexp(dim=-1)
-    loss_t = log_z_t - logits_tV.gather(-1, index_t1).squeeze(-1)
+    # Less the largest, so that no exponential overflows.
+    logits_tV = logits_tV.sub_(logits_tV.amax(dim=-1, keepdim=True))
+    label_t = logits_tV.gather(-1, index_t1).squeeze(-1)
+    exp_tV = logits_tV.exp_()
+    sum_t1 = exp_tV.sum(dim=-1, keepdim=True)
+    loss_t = sum_t1.squeeze(-1).log() - label_t
     if not needs_gradient:
         return loss_t, None
     # d loss / d logits = softmax - onehot(label)
-    grad_tV = logits_tV.sub_(log_z_t.unsqueeze(-1)).exp_()
-    return loss_t, grad_tV.scatter_add_(-1, index_t1, torch.full_like(grad_tV[:, :1], -1.0))
+    grad_tV = exp_tV.mul_(sum_t1.reciprocal())
+    return loss_t, grad_tV.scatter_add_(-1, index_t1, torch.full_like(sum_t1, -1.0))
 
 
 def linear_cross_entropy(

@@ -134,8 +134,11 @@ class MultiHeadLatentAttention(nn.Module):
         )
         k_nope, v_BSNU = kv_BSNH.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         k_rope_BSNH = k_rope_BSH.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)
-        q = torch.cat((q_nope_BSNH, q_rope_BSNH), dim=-1).transpose(1, 2)
-        k = torch.cat((k_nope, k_rope_BSNH), dim=-1).transpose(1, 2)
+        # Joined head by head, since that is how attention reads them.
+        q, k = (
+            torch.cat((nope.transpose(1, 2), rope.transpose(1, 2)), dim=-1)
+            for nope, rope in ((q_nope_BSNH, q_rope_BSNH), (k_nope, k_rope_BSNH))
+        )
         y_BNSU = self.attend(q, k, v_BSNU.transpose(1, 2), self.softmax_scale, documents_BS)
         return y_BNSU.transpose(1, 2)
 
