@@ -1,6 +1,6 @@
 """Training steps and decoding against Hugging Face transformers, same weights: a table.
 
-    make bench                                  all of it; 15 minutes on two free cores
+    make bench                                  all of it; a quarter of an hour on two free cores
     python benchmarks/train_step.py --quick     one small model; a minute
 
 Each side runs in a process of its own, so that its allocator setting and its peak memory are its
@@ -9,7 +9,9 @@ figure is the median of the ratios, pair by pair. The peer runs as it is best on
 experts and SDPA attention; ``shipped`` leaves the C library's allocator as it is, ``tuned`` gives
 the peer the setting that we make for ourselves. A whole step is timed: forward, backward, global
 norm, clipping, AdamW. ``benchmarks/results.json`` keeps what is printed, with the machine, its load
-and its rates of products in the same run; the share of that rate is in CPU time.
+and its rates of products in the same run. Two shares of a rate are given, both in CPU time:
+``share`` is of a large square product, ``own`` of the model's own matrices, each with the rows that
+it has in a step, forward and backward, one after the other.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -35,11 +37,13 @@ from deepseek.config.schema import ModelConfig
 from deepseek.inference.generation import LatentCache
 from deepseek.models.transformer import Transformer
 from deepseek.parallel.cpu_memory import keep_freed_memory
+from deepseek.training.phases import resident_peak_bytes, restart_resident_peak
 from deepseek.training.step import DeepSeekModel
 
 RESULTS = Path(__file__).with_name("results.json")
 DECODED = 8
 """Tokens of one measurement of decoding."""
+SHARES = ("share_of_rate", "share_of_own_rate")
 CLIP = 1.0
 
 SMALL = ModelConfig(
@@ -139,48 +143,66 @@ def main() -> None:
         f"{args.threads} threads, load {result['load']:.1f}, "
         f"GFLOP in a CPU second {result['gflops']}"
     )
-    print(f"{'case':<20} {'dtype':<9} {'peer':<8} {'ours':>9} {'theirs':>9}  times  share  memory")
+    dtypes = [d for d, rate in rates.items() if rate > rates["float32"] / 4]  # some have no bf16
+    print(
+        f"{'case':<20} {'dtype':<9} {'peer':<8} {'ours':>9} {'theirs':>9}"
+        "  times  share    own  memory"
+    )
     for case in QUICK if args.quick else CASES:
-        for half in (False,) if case.decodes else (False, True):
-            for tuned in (True,) if args.quick else (False, True):
-                row = measure(case, half, tuned, args.threads, rounds)
-                dtype = "bfloat16" if half else "float32"
-                if not case.decodes:
-                    flops = flops_per_token(case.model, case.length, False)
-                    total = case.batch * case.length * flops
-                    row["share_of_rate"] = round(total / row["ours_cpu_s"] / rates[dtype], 3)
-                result["cases"].append({"case": case.name, "dtype": dtype, **row})
-                show(result["cases"][-1])
+        for row in measure(case, dtypes, args.threads, rounds, args.quick):
+            if not case.decodes:
+                flops = case.batch * case.length * flops_per_token(case.model, case.length, False)
+                dtype, rate = row["dtype"], flops / row["ours_cpu_s"]
+                row["share_of_rate"] = round(rate / rates[dtype], 3)
+                row["share_of_own_rate"] = round(rate / own_rate(case, dtype), 3)
+            result["cases"].append(row)
+            show(row)
     result["load_after"] = os.getloadavg()[0]
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"kept in {args.output}")
 
 
 def show(row: dict[str, Any]) -> None:
-    """One line; tokens a second, share of the rate of products, peak memory ours / theirs."""
-    share = f"{row['share_of_rate']:6.2f}" if "share_of_rate" in row else "     -"
+    """One line; tokens a second, shares of the rates of products, peak memory ours / theirs."""
+    shares = [f"{row[s]:6.2f}" if s in row else "     -" for s in SHARES]
     print(
         f"{row['case']:<20} {row['dtype']:<9} {row['peer']:<8} {row['ours_tok_s']:>9,.1f} "
-        f"{row['transformers_tok_s']:>9,.1f} {row['times_faster']:6.2f} {share}  "
+        f"{row['transformers_tok_s']:>9,.1f} {row['times_faster']:6.2f} {' '.join(shares)}  "
         f"{row['ours_peak_gib']:.2f} / {row['transformers_peak_gib']:.2f} GiB",
         flush=True,
     )
 
 
-def measure(case: Case, half: bool, tuned: bool, threads: int, rounds: int) -> dict[str, Any]:
-    """Both sides in turn."""
+def measure(
+    case: Case, dtypes: list[str], threads: int, rounds: int, quick: bool
+) -> Iterator[dict[str, Any]]:
+    """Both sides in turn, in each dtype, against the peer as shipped and tuned.
+
+    Our process is the same for all of it. Decoding has one peer, in fp32: it allocates little.
+    """
+    once = quick or case.decodes
+    with worker(True, case, True, threads) as ours:
+        for tuned in (True,) if once else (False, True):
+            with worker(False, case, tuned, threads) as theirs:
+                for dtype in dtypes[:1] if case.decodes else dtypes:
+                    half = dtype == "bfloat16"
+                    pairs = [(ours(half), theirs(half)) for _ in range(rounds + 1)]
+                    yield compared(case, dtype, tuned, pairs)
+
+
+def compared(case: Case, dtype: str, tuned: bool, pairs: list[tuple[Run, Run]]) -> dict[str, Any]:
+    """A row of the table."""
     tokens = case.batch * (DECODED if case.decodes else case.length)
-    with worker(True, case, half, True, threads) as ours:
-        with worker(False, case, half, tuned, threads) as theirs:
-            pairs = [(ours(), theirs()) for _ in range(rounds + 1)]
-    first, *pairs = pairs  # the first warms up, with the same weights and tokens on both sides
-    mine, peer = first[0].loss, first[1].loss
-    assert abs(mine - peer) <= (2e-2 if half else 1e-4) * abs(peer), f"losses {mine} and {peer}"
+    first, *pairs = pairs  # the first warms up
     sides: dict[str, list[Run]] = {
         "ours": [run for run, _ in pairs],
         "transformers": [run for _, run in pairs],
     }
-    found: dict[str, Any] = {"peer": "tuned" if tuned else "shipped"}
+    found: dict[str, Any] = {
+        "case": case.name,
+        "dtype": dtype,
+        "peer": "tuned" if tuned else "shipped",
+    }
     for name, runs in sides.items():
         found[f"{name}_tok_s"] = round(tokens / statistics.median(run.seconds for run in runs), 2)
         found[f"{name}_cpu_s"] = round(statistics.median(run.cpu_seconds for run in runs), 4)
@@ -189,6 +211,8 @@ def measure(case: Case, half: bool, tuned: bool, threads: int, rounds: int) -> d
     found["times_faster_cpu"] = round(
         statistics.median(b.cpu_seconds / a.cpu_seconds for a, b in pairs), 3
     )
+    mine, peer = first[0].first_loss, first[1].first_loss
+    assert abs(mine - peer) <= 1e-4 * abs(peer), f"{case.name}: losses {mine} and {peer}"
     return found
 
 
@@ -205,6 +229,38 @@ def product_rate(dtype: torch.dtype) -> float:
     return 2 * 1024**3 / best
 
 
+def own_rate(case: Case, dtype: str) -> float:
+    """FLOP in a second of CPU time of the model's own products, one after the other.
+
+    Every matrix with the rows it has in a step, under balanced routing, and both products of the
+    backward pass: those of attention's scores are not among them.
+    """
+    tokens, model = case.batch * case.length, case.model
+    with torch.device("meta"):
+        shapes = [w.shape for n, w in Transformer(model).named_parameters() if n != "embed.weight"]
+    rows = tokens * model.num_experts_per_tok // model.n_routed_experts
+    products: Counter[tuple[int, int, int]] = Counter()  # rows, outputs, inputs
+    for shape in shapes:
+        if len(shape) > 1:
+            products[(rows if len(shape) == 3 else tokens, shape[-2], shape[-1])] += (
+                shape[0] if len(shape) == 3 else 1
+            )
+    flop = seconds = 0.0
+    for (n, outputs, inputs), times in products.items():
+        x, w = torch.ones(n, inputs, dtype=getattr(torch, dtype)), torch.ones(outputs, inputs)
+        w = w.to(x.dtype)
+        taken = []
+        for _ in range(4):
+            begin = time.process_time()
+            y = x @ w.t()
+            y @ w
+            y.t() @ x
+            taken.append(time.process_time() - begin)
+        flop += times * 6.0 * n * outputs * inputs
+        seconds += times * min(taken)
+    return flop / seconds
+
+
 # -- one side, in a process of its own --
 
 
@@ -215,20 +271,25 @@ class Run:
     seconds: float
     cpu_seconds: float
     peak_bytes: int
-    loss: float
+    first_loss: float
+    """Of the first run of all, in fp32, when both sides had the same weights and tokens."""
+
+
+Call = Callable[[], tuple[float, int]]
+"""One run: its loss, and the peak of resident memory as far as it has measured that itself."""
 
 
 @contextmanager
-def worker(ours: bool, case: Case, half: bool, tuned: bool, threads: int) -> Iterator[Any]:
-    """A process that does one run whenever it is called."""
+def worker(ours: bool, case: Case, tuned: bool, threads: int) -> Iterator[Callable[[bool], Run]]:
+    """A process that does one run whenever it is called, under autocast or not."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, ours, case, half, tuned, threads))
+    process = context.Process(target=serve, args=(there, ours, case, tuned, threads))
     process.start()
     there.close()
 
-    def run() -> Run:
-        here.send(True)
+    def run(half: bool) -> Run:
+        here.send(half)
         return Run(**here.recv())
 
     try:
@@ -238,29 +299,30 @@ def worker(ours: bool, case: Case, half: bool, tuned: bool, threads: int) -> Ite
         process.join()
 
 
-def serve(pipe: Any, ours: bool, case: Case, half: bool, tuned: bool, threads: int) -> None:
+def serve(pipe: Any, ours: bool, case: Case, tuned: bool, threads: int) -> None:
     """Run when told, until the pipe is closed."""
     if tuned:
         keep_freed_memory()
     torch.set_num_threads(threads)
-    run = (
-        (our_decode if ours else their_decode)
-        if case.decodes
-        else (our_step if ours else their_step)
-    )
-    call = run(case)
+    if case.decodes:
+        call = our_decode(case) if ours else their_decode(case)
+    else:
+        call = our_step(case) if ours else their_step(case)
     assert torch.get_num_threads() == threads, "a library has changed the number of threads"
+    first_loss = None
     while True:
         try:
-            pipe.recv()
+            half = pipe.recv()
         except EOFError:
             return
+        restart_resident_peak()
         begin, cpu_begin = time.perf_counter(), time.process_time()
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = call()
+            loss, peak = call()
         seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        pipe.send(asdict(Run(seconds, cpu_seconds, peak, loss)))
+        first_loss = loss if first_loss is None else first_loss
+        peak = max(peak, resident_peak_bytes())
+        pipe.send(asdict(Run(seconds, cpu_seconds, peak, first_loss)))
 
 
 def batches(case: Case) -> Iterator[Tensor]:
@@ -291,7 +353,7 @@ def their_model(model: ModelConfig) -> Any:
     return theirs
 
 
-def our_step(case: Case) -> Callable[[], float]:
+def our_step(case: Case) -> Call:
     """The training step as ``train`` runs it."""
     data = replace(case.model.data, seq_length=case.length)
     sizes = {"micro_batch_size": case.batch, "global_batch_size": case.batch}
@@ -299,7 +361,7 @@ def our_step(case: Case) -> Callable[[], float]:
     optimizer, tokens = module.configure_optimizers(), batches(case)
     positions_BS = torch.arange(case.length).expand(case.batch, -1).contiguous()
 
-    def step() -> float:
+    def step() -> tuple[float, int]:
         tokens_BS = next(tokens)
         batch = {
             "tokens": tokens_BS,
@@ -307,17 +369,18 @@ def our_step(case: Case) -> Callable[[], float]:
             "positions": positions_BS,
             "documents": torch.zeros_like(tokens_BS, dtype=torch.int32),
         }
-        return module.train_step(batch, optimizer).loss
+        record = module.train_step(batch, optimizer)
+        return record.loss, record.memory_bytes or 0  # each phase begins the peak anew
 
     return step
 
 
-def their_step(case: Case) -> Callable[[], float]:
+def their_step(case: Case) -> Call:
     """The same with torch's own pieces."""
     model, tokens = their_model(case.model), batches(case)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def step() -> float:
+    def step() -> tuple[float, int]:
         tokens_BS = next(tokens)
         logits_BSV = model(tokens_BS, use_cache=False).logits.float()
         labels_BS = tokens_BS.roll(-1, 1)
@@ -326,12 +389,12 @@ def their_step(case: Case) -> Callable[[], float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.item(), 0
 
     return step
 
 
-def our_decode(case: Case) -> Callable[[], float]:
+def our_decode(case: Case) -> Call:
     """Some tokens after those in the cache; the mean of the last logits stands for a loss."""
     model = Transformer(case.model)
     model.init_weights(seed=1)
@@ -344,18 +407,18 @@ def our_decode(case: Case) -> Callable[[], float]:
         model.last_logits(tokens_BS, torch.arange(case.length).expand(case.batch, -1), caches)
 
     @torch.no_grad()
-    def decode() -> float:
+    def decode() -> tuple[float, int]:
         for cache in caches:
             cache.length = case.length
         for place in range(case.length, room):
             places_BS = torch.full((case.batch, 1), place)
             logits_BV = model.last_logits(tokens_BS[:, :1], places_BS, caches)
-        return float(logits_BV.logsumexp(-1).mean())
+        return float(logits_BV.logsumexp(-1).mean()), 0
 
     return decode
 
 
-def their_decode(case: Case) -> Callable[[], float]:
+def their_decode(case: Case) -> Call:
     """The same by transformers' forward pass, in a loop."""
     from transformers import DynamicCache
 
@@ -365,12 +428,12 @@ def their_decode(case: Case) -> Callable[[], float]:
         model(tokens_BS, past_key_values=cache, use_cache=True)
 
     @torch.no_grad()
-    def decode() -> float:
+    def decode() -> tuple[float, int]:
         if (added := cache.get_seq_length() - case.length) > 0:
             cache.crop(-added)
         for _ in range(DECODED):
             logits_BSV = model(tokens_BS[:, :1], past_key_values=cache, use_cache=True).logits
-        return float(logits_BSV[:, -1].logsumexp(-1).mean())
+        return float(logits_BSV[:, -1].logsumexp(-1).mean()), 0
 
     return decode
 
