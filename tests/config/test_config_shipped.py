@@ -51,6 +51,7 @@ def test_the_promised_files_are_there() -> None:
         "deepseek_v3_distributed",
         "deepseek_v3_tiny",
         "moonlight_16b",
+        "shakespeare_char",
     ]
     assert CONFIGS == Path(schema.__file__).parents[1] / "configs"
 

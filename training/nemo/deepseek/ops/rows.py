@@ -133,14 +133,14 @@ class _SpreadRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:
         (slots_R,) = ctx.saved_tensors
-        return grad_PD[slots_R], None, None
+        return grad_PD.index_select(0, slots_R), None, None
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_PD: Tensor, slots_R: Tensor) -> Tensor:
         ctx.slots_R, ctx.num_slots = slots_R, x_PD.shape[0]
-        return x_PD[slots_R]
+        return x_PD.index_select(0, slots_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
