@@ -28,20 +28,20 @@ V3 = load_config("deepseek_v3_671b").model
 def assert_near(
     model: ModelConfig, layout: Layout, ranks: Iterable[int], micro_batches: int, half: bool
 ) -> None:
-    """Of whole steps of ranks of the pipeline: told is within 5 % of what is tracked.
-
-    It may be 10 % more: what is told to be there at once is not always, which shows where a model
-    is so small that one tensor counts.
-
-    Each in a process of its own: torch remembers by mesh what a rank holds.
-    """
+    """Of whole steps of ranks of the pipeline: told is within 5 % of what is tracked."""
     for pp_rank in ranks:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:
-            rank = pp_rank * layout.stage_ranks
-            job = process.submit(step_bytes, model, layout, rank, micro_batches, half)
-            tracked = job.result()
+        tracked = tracked_bytes(model, layout, pp_rank, micro_batches, half)
         need = rank_need(model, layout, pp_rank, micro_batches, half)
-        assert 0.95 < need.total / tracked < 1.1, (pp_rank, layout, need)
+        assert 0.95 < need.total / tracked < 1.05, (pp_rank, layout, need, tracked)
+
+
+def tracked_bytes(
+    model: ModelConfig, layout: Layout, pp_rank: int, micro_batches: int, half: bool
+) -> int:
+    """In a process of its own: torch remembers by mesh what a rank holds."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:
+        rank = pp_rank * layout.stage_ranks
+        return process.submit(step_bytes, model, layout, rank, micro_batches, half).result()
 
 
 @pytest.mark.nightly
@@ -74,9 +74,7 @@ def drawn(seed: int) -> tuple[ModelConfig, Layout, int, bool]:
     """A model in a layout, the micro-batches of a step, and whether products are in bf16."""
     among = random.Random(seed).choice
     dim, pp, tp = among((1024, 2048)), among((1, 1, 2, 4)), among((1, 1, 2, 4))
-    # Not InterleavedZeroBubble, of which up to 12 % are not counted without recomputation.
-    names = [name for name in SCHEDULES if name != "InterleavedZeroBubble"]
-    schedule = among(names) if pp > 1 else "1F1B"
+    schedule = among(list(SCHEDULES)) if pp > 1 else "1F1B"
     held = 1 if schedule in ("1F1B", "GPipe") else 2
     peft = PeftConfig(dim=16, target_modules=["attention", "feed_forward", "experts"])
     adapted = among((True, False, False, False))
@@ -103,6 +101,7 @@ def drawn(seed: int) -> tuple[ModelConfig, Layout, int, bool]:
         pipeline_schedule=schedule,
         virtual_pipeline_model_parallel_size=2 if schedule.startswith("Interleaved") else 1,
         tensor_model_parallel_size=tp,
+        context_parallel_size=among((1, 1, 1, 2)),
         expert_model_parallel_size=among((1, 4, 8)),
         data_parallel_replicate_size=among((1, 2)),
         reduce_gradients=among((None, True, False)) if pp == 1 else None,
@@ -138,6 +137,16 @@ def test_a_split_backward_pass_recomputes_once() -> None:
     assert_near(model, Layout.of(model, 16), [0], 4, half=True)
 
 
+def test_nothing_stays_of_a_micro_batch_that_is_done() -> None:
+    """On the last stage, whose losses torch's schedules keep to the end of the step."""
+    small = ["num_hidden_layers=2", "first_k_dense_replace=2", "num_nextn_predict_layers=0"]
+    run = small_run(2, 1, 1, 2, 1, *[f"model.{setting}" for setting in small])
+    layout = Layout.of_run(run)
+    few, many = (tracked_bytes(run.model, layout, 1, count, half=False) for count in (2, 5))
+    hidden = 4 * run.model.micro_batch_size * run.model.data.seq_length * run.model.hidden_size
+    assert many - few < hidden
+
+
 # -- micro-batches in flight --
 
 
@@ -171,8 +180,8 @@ def torchs_order(model: ModelConfig, pp_rank: int, micro_batches: int) -> dict[i
                 _ComputationType.BACKWARD_WEIGHT,
             ):
                 live[step.stage_index] -= 1
-        if sum(live.values()) > most:
-            most, best = sum(live.values()), dict(live)
+            if sum(live.values()) > most:
+                most, best = sum(live.values()), dict(live)
     return best
 
 
@@ -223,9 +232,9 @@ def test_gradients_are_counted_as_they_are_held() -> None:
     }
     numbers = rank_need(replace(run.model), Layout(), 0, 8, half=False).gradients // 4
     assert told[None] == told[False] == 4 * numbers
-    assert 2 * numbers < told[True] < 4 * numbers
+    assert 2 * numbers <= told[True] < 4 * numbers
     one = rank_need(replace(run.model, reduce_gradients=False), layout, 0, 1, half=False)
-    assert one.gradients == told[True], "nothing is held between micro-batches if there is one"
+    assert one.gradients <= told[True], "nothing is held between micro-batches if there is one"
 
 
 def test_large_gradients_are_divided_after_each_micro_batch() -> None:

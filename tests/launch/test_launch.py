@@ -366,6 +366,8 @@ def test_skypilot(tmp_path: Path) -> None:
         written(tmp_path, to="skypilot", mounts=["data:/shared"])
     with pytest.raises(UserError, match="needs storage that all nodes see.*--mount BUCKET:/PATH"):
         written(tmp_path, to="skypilot", gpu="H100")
+    with pytest.raises(UserError, match="--gpu H100:8: must be the name.*; use --gpu H100$"):
+        written(tmp_path, to="skypilot", gpu="H100:8", mounts=["data:/shared"])
 
 
 # -- NeMo-Run, of which a stand-in records what it is told --

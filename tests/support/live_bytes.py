@@ -35,7 +35,7 @@ from deepseek.config.schema import ModelConfig
 from deepseek.models.components import attention, recompute
 from deepseek.models.transformer import Transformer
 from deepseek.ops import grouped_linear
-from deepseek.parallel import cpu_memory, parallelize
+from deepseek.parallel import context, cpu_memory, parallelize
 from deepseek.parallel.expert_dispatcher import AllToAllDispatcher
 from deepseek.parallel.gradients import clip_gradients, finish_gradients
 from deepseek.parallel.mesh import Meshes, SingleProcess
@@ -232,7 +232,8 @@ def _as_on_gpus(mode: FakeTensorMode, live: LiveBytes) -> Iterator[None]:
         patch.setattr(recompute, "ATTENTION", {torch.ops.support.flash.default})
         products = recompute.PRODUCTS | {torch.ops.support.grouped.default: 0}
         patch.setattr(recompute, "PRODUCTS", products)
-        patch.setattr(attention, "causal_attention", lambda q, k, v, *_: _Attention.apply(q, k, v))
+        for owner in (attention, context):
+            patch.setattr(owner, "causal_attention", lambda q, k, v, *_: _Attention.apply(q, k, v))
         patch.setattr(
             grouped_linear.F, "grouped_mm", lambda x, w, offs: _GroupedProduct.apply(x, w, offs)
         )

@@ -306,6 +306,9 @@ class _Numbers(NamedTuple):
     """What is computed with, if other ranks keep a part of it."""
     gathered: int
     """The same with FSDP's padding: 16 experts over 32 ranks take the bytes of 32."""
+    beside: int
+    """Of ``gathered``, without experts that are a unit of FSDP of their own: what two blocks in a
+    row have at a time."""
     alone: int
     """Of experts that are kept in whole."""
 
@@ -359,7 +362,7 @@ def _numbers(model: ModelConfig, layout: Layout) -> dict[str, _Numbers]:
     """Of each of ``_weights_of_groups``, whatever the pipeline."""
     found = {}
     for name, weights in _weights_of_groups(model).items():
-        kept = biases = trained = hidden = whole = gathered = alone = 0
+        kept = biases = trained = hidden = whole = gathered = beside = alone = 0
         for weight in weights:
             count = math.prod(kept_shape(weight, layout))
             if weight.buffer:
@@ -374,9 +377,11 @@ def _numbers(model: ModelConfig, layout: Layout) -> dict[str, _Numbers]:
             if weight.routed and layout.keeps_experts:
                 alone += here
             else:
+                padded = count * (layout.edp if weight.routed else layout.dp_shard)
                 whole += here
-                gathered += count * (layout.edp if weight.routed else layout.dp_shard)
-        found[name] = _Numbers(kept, biases, trained, hidden, whole, gathered, alone)
+                gathered += padded
+                beside += 0 if weight.routed and layout.ep * layout.tp > 1 else padded
+        found[name] = _Numbers(kept, biases, trained, hidden, whole, gathered, beside, alone)
     return found
 
 
@@ -444,52 +449,75 @@ def rank_need(
     stages, held = rank_stages(model, pp_rank), in_flight(model, pp_rank, micro_batches)
     kept = _states(model, layout, stages, model.optim.name)
     root = roots_gradient = alone = 0
-    units: list[tuple[int, int]] = []
+    units: list[tuple[int, int, int]] = []
     for numbers, times, unit in _groups(model, layout, stages):
-        alone += times * numbers.alone
+        alone += 4 * times * numbers.alone
         if unit:
-            units += times * [(numbers.whole, numbers.gathered)]
+            units += times * [(4 * numbers.gathered, 4 * numbers.whole, 4 * numbers.beside)]
         else:
-            roots_gradient += times * numbers.whole
-            root += times * numbers.gathered
+            roots_gradient += 4 * times * numbers.whole
+            root += 4 * times * numbers.gathered
     units.sort()
-    parted = layout.world_size > 1
-    under_way = units[-2:] if reshards(model, layout) else units
-    gathered = 4 * (root + sum(unit[1] for unit in under_way)) * parted
-    gradients = kept.gradients
+    beside = units[-2][2] if len(units) > 1 else 0
+    parted, trains = layout.world_size > 1, model.peft is None
     at_once = micro_batches == 1 and layout.pp == 1
-    if parted and model.peft is None:
-        if reduces_gradients(model, layout) or at_once:
-            gradients += 4 * (roots_gradient + sum(unit[0] for unit in units[-2:]))
-        else:  # experts in whole are not gathered, nor their gradients
-            gradients = 4 * (alone + roots_gradient + sum(unit[0] for unit in units))
-    waiting = sum(
-        count * _stage_activations(model, layout, part, half)
-        for part, count in zip(stages, held.values(), strict=True)
-    )
+    reduces = parted and trains and (reduces_gradients(model, layout) or at_once)
+    gradients, of_block = kept.gradients, 0
+    if reduces:
+        of_block = beside  # of the block before, on its way
+    elif parted and trains:  # experts in whole are not gathered, nor their gradients
+        gradients = alone + roots_gradient + sum(unit[1] for unit in units)
+    of_one = [_stage_activations(model, layout, part, half) for part in stages]
+    waiting = sum(n * one for n, one in zip(held.values(), of_one, strict=True))
+    waiting += _split_backward(model, layout, pp_rank, list(held.values()), of_one, half)
     hidden = 4 * _tokens(model, layout) // layout.tp * model.hidden_size
     ends = sum((not part.first) + (not part.last) for part in stages)
-    working = _working(model, layout, stages, half)
-    if any(part.last for part in stages):
+    gives_back = reshards(model, layout)
+
+    def moment(blocks: int, gradients: int, activations: int, working: int) -> RankNeed:
+        """While a block works, or none: of those that give their weights back, gathered are its
+        own and the next one's, but for experts that come later."""
+        there = blocks * (units[-1][0] + beside) if units else 0
+        if not gives_back:
+            there = sum(unit[0] for unit in units)
+        gathered = (root + there) * parted
+        states = kept.weights + kept.optimizer
+        return RankNeed(states, gathered, gradients, activations, ends * hidden, working)
+
+    # Where all go forward first there is no gradient yet, and one less waits when there is.
+    forward_first = all(n == micro_batches for n in held.values())
+    before = 0 if forward_first else gradients
+    less = sum(of_one) if forward_first and micro_batches > 1 else 0
+    main = _working(model, layout, _kinds_of(model, stages), half)
+    moments = []
+    if not any(part.last for part in stages):
+        moments.append(moment(1, gradients + of_block, waiting - less, main))
+        if less:
+            moments.append(moment(1, of_block, waiting, main))
+    else:
         depth = model.num_nextn_predict_layers
-        table = 4 * model.vocab_size // layout.tp * model.hidden_size * (model.peft is None)
-        # In half precision a copy of the head, its product and a chunk's logits are there while a
-        # gradient of it is made; without gradients yet, where all go forward first.
-        forward_first = at_once or (layout.pp > 1 and model.pipeline_schedule == "GPipe")
-        logits = (
-            0 if forward_first or not half else 8 * model.vocab_size // layout.tp * CHUNK_TOKENS
-        )
-        # Beside the gradients of the head that wait: one that is scaled or added to; of the
-        # embedding that of one depth while the next one's block works.
-        working = max(table + logits, working + table * (depth > 1))
-    return RankNeed(
-        kept.weights + kept.optimizer,
-        gathered,
-        gradients,
-        waiting,
-        ends * hidden,
-        working,
-    )
+        numbers_of_head = model.vocab_size // layout.tp * model.hidden_size
+        table = 4 * numbers_of_head * trains
+        # A head in bf16 and its gradient's summand; logits and what they become.
+        chunk = 8 * model.vocab_size // layout.tp * CHUNK_TOKENS
+        chunk += 2 * numbers_of_head * (1 + trains) * half
+        moments = [moment(0, before, waiting, chunk), moment(1, before, waiting, table)]
+        waiting -= less
+        # Now what the heads have made is added up, with the embedding's gradient of every depth.
+        of_head = table if reduces else 0
+        waiting -= (1 + depth) * table
+        ahead = _working(model, layout, {True}, half) if depth else 0
+        under_way = gradients + of_block + of_head
+        moments.append(moment(1, under_way, waiting, ahead + table * (depth > 1)))
+        waiting -= depth * _ahead_activations(model, layout, half)
+        moments.append(moment(1, under_way, waiting, main + table * (depth > 0)))
+    if gives_back and units:  # what experts are gathered into is there twice till they have run
+        twice = moment(1, gradients, waiting, _experts_at_work(model, layout, half))
+        experts = units[-1][0] - units[-1][2]
+        moments.append(twice._replace(gathered=twice.gathered + experts * parted))
+    if reduces:  # the embedding comes last
+        moments.append(moment(0, gradients + 2 * roots_gradient, 0, 0))
+    return max(moments, key=lambda need: need.total)
 
 
 def rank_needs(run: RunConfig) -> list[RankNeed]:
@@ -519,7 +547,7 @@ def in_flight(model: ModelConfig, pp_rank: int, micro_batches: int) -> dict[int,
     elif name == "1F1B":
         counts = [after + 1]
     elif name in V_SCHEDULES:
-        counts = [pp + after + (name == "DualPipeV" and after == 0), pp_rank + 1]
+        counts = [pp + after + (name == "DualPipeV"), pp_rank + 1]
     elif name in INTERLEAVED_SCHEDULES:
         size = micro_batches // max(1, micro_batches // pp)
         between = (len(stages) - 1) * size
@@ -529,6 +557,60 @@ def in_flight(model: ModelConfig, pp_rank: int, micro_batches: int) -> dict[int,
     return {stage: min(n, micro_batches) for stage, n in zip(stages, counts, strict=True)}
 
 
+def _split_backward(
+    model: ModelConfig,
+    layout: Layout,
+    pp_rank: int,
+    held: Sequence[int],
+    of_one: Sequence[int],
+    half: bool,
+) -> int:
+    """Bytes that activations take besides where weights get their gradients later than inputs.
+
+    Till then a micro-batch keeps its activations, which ``in_flight`` counts, and the gradients of
+    what every matrix has made. A stage that recomputes makes both at once, and keeps neither.
+    """
+    name, pp = model.pipeline_schedule, model.pipeline_model_parallel_size
+    if pp == 1 or name not in ("InterleavedZeroBubble", "ZBVZeroBubble"):
+        return 0
+    if model.activations_checkpoint_granularity:
+        early = min(pp_rank, held[-1] - 1) if name == "InterleavedZeroBubble" else 0
+        return -early * of_one[-1]
+    several = model.num_nextn_predict_layers > 1  # whose stage is not split either
+    made = [
+        0 if part.last and several else _product_gradients(model, layout, part, half)
+        for part in rank_stages(model, pp_rank)
+    ]
+    if name == "InterleavedZeroBubble":
+        return min(pp_rank + 1, held[-1]) * made[-1]
+    # A V that fills up has one such backward pass under way, one that runs empty all of them.
+    first, second = min(pp, held[0]), min(pp_rank, held[-1])
+    empty = first * of_one[0] + second * of_one[1]
+    empty += min(pp_rank + 1, first) * made[0] + second * made[1]
+    full = sum(n * one for n, one in zip(held, of_one, strict=True))
+    return max(made[-1], empty - full)
+
+
+def _product_gradients(model: ModelConfig, layout: Layout, part: StageSlice, half: bool) -> int:
+    """Bytes of the gradients of what the products and norms of a stage's blocks have made."""
+    tokens, tp, dim = _tokens(model, layout), layout.tp, model.hidden_size
+    here, heads, number = tokens // tp, model.num_attention_heads // tp, 2 if half else 4
+    latents = model.kv_lora_rank + (model.q_lora_rank or 0)
+    attention = tokens * heads * (model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim)
+    attention += tokens * (latents + model.qk_rope_head_dim) + here * dim
+    common = number * attention + 4 * (tokens * latents + 2 * here * dim)
+    dense = number * (2 * tokens * model.intermediate_size // tp + here * dim)
+    inner = model.moe_intermediate_size
+    experts = number * here * model.num_experts_per_tok * (2 * inner + dim)
+    shared = model.n_shared_experts * inner
+    experts += number * (2 * tokens * shared // tp + here * dim) if shared else 0
+    experts += 4 * here * model.n_routed_experts
+    of_kind = (common + dense, common + experts)
+    return (
+        sum(n * size for n, size in zip(_kinds(model, part), of_kind, strict=True)) + 8 * here * dim
+    )
+
+
 def _tokens(model: ModelConfig, layout: Layout) -> int:
     """Of a micro-batch on the ranks of one part of its sequences."""
     return model.micro_batch_size * model.data.seq_length // layout.cp
@@ -536,7 +618,6 @@ def _tokens(model: ModelConfig, layout: Layout) -> int:
 
 def _stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, half: bool) -> int:
     """Bytes that a stage keeps of one micro-batch from its forward to its backward pass."""
-    recompute = model.activations_checkpoint_granularity
     hidden = 4 * _tokens(model, layout) // layout.tp * model.hidden_size
     again = _recomputing(model, part)
     total = sum(
@@ -547,18 +628,25 @@ def _stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, hal
     )
     if not part.last:
         return total + (hidden if layout.pp > 1 else 0)  # the pipeline keeps what it has sent
-    depth, number = model.num_nextn_predict_layers, 2 if half else 4
+    depth = model.num_nextn_predict_layers
     head = 4 * model.vocab_size // layout.tp * model.hidden_size
     if model.peft is None:
         total += (1 + depth) * head  # its gradients, made in the forward pass
     total += 3 * hidden  # input of the norm, normed, gradient of the head's
-    ahead = hidden * 2 + hidden * number // 4
-    if not recompute:
+    return total + depth * _ahead_activations(model, layout, half)
+
+
+def _ahead_activations(model: ModelConfig, layout: Layout, half: bool) -> int:
+    """Bytes that one MTP depth keeps of one micro-batch, the gradient of the head not included."""
+    hidden = 4 * _tokens(model, layout) // layout.tp * model.hidden_size
+    ahead = hidden * 2 + hidden * (2 if half else 4) // 4
+    if not model.activations_checkpoint_granularity:
         ahead += _block_activations(model, layout, True, half) + 2 * hidden
         ahead += hidden + 4 * model.hidden_size**2 if half else hidden
-    elif recompute == "selective":
-        ahead += _kept_activations(model, layout, True, half) - hidden + hidden * number // 4
-    return total + depth * ahead
+    elif model.activations_checkpoint_granularity == "selective":
+        ahead += _kept_activations(model, layout, True, half) - hidden
+        ahead += hidden * (2 if half else 4) // 4
+    return ahead
 
 
 def _recomputing(model: ModelConfig, part: StageSlice) -> tuple[int, int]:
@@ -608,10 +696,13 @@ def _kept_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool)
     return total + 2 * product(tokens, dim, width) + product(tokens, width, dim) * (width > 0)
 
 
-def _working(model: ModelConfig, layout: Layout, stages: Sequence[StageSlice], half: bool) -> int:
-    """Bytes of one block's backward pass, the costliest of a rank, beside what waits for it."""
-    kinds = {bool(moe) for part in stages for moe, n in enumerate(_kinds(model, part)) if n}
-    kinds |= {True} if any(p.last for p in stages) and model.num_nextn_predict_layers else set()
+def _kinds_of(model: ModelConfig, stages: Sequence[StageSlice]) -> set[bool]:
+    """Whether there are MoE blocks, and others."""
+    return {bool(moe) for part in stages for moe, n in enumerate(_kinds(model, part)) if n}
+
+
+def _working(model: ModelConfig, layout: Layout, kinds: set[bool], half: bool) -> int:
+    """Bytes of one block's backward pass, the costliest of ``kinds``, beside what waits for it."""
     tokens, dim = _tokens(model, layout), model.hidden_size
     hidden = 4 * tokens // layout.tp * dim
     most = 0
@@ -629,6 +720,18 @@ def _working(model: ModelConfig, layout: Layout, stages: Sequence[StageSlice], h
             needed += _block_activations(model, layout, moe, half) - kept
         most = max(most, needed)
     return most
+
+
+def _experts_at_work(model: ModelConfig, layout: Layout, half: bool) -> int:
+    """Bytes of the forward pass of experts, what is recomputed before them included."""
+    rows = _tokens(model, layout) // layout.tp * model.num_experts_per_tok
+    needed = rows * model.hidden_size * 4 * (half and layout.ep == 1)
+    if model.peft is not None:  # results of matrix and adapter, and their sum
+        needed += 3 * rows * model.hidden_size * (2 if half else 4)
+    if model.activations_checkpoint_granularity:
+        needed += _block_activations(model, layout, True, half)
+        needed -= _kept_activations(model, layout, True, half)
+    return needed
 
 
 def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool) -> int:
@@ -651,6 +754,8 @@ def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool
     total += tokens * ((8 if half else 12) * (latent + (model.q_lora_rank or 0)))
     if model.data.isolate_documents:
         total += (1 + number) * tokens * model.data.seq_length
+    if model.peft is not None:  # what norms and router are given is for their weights alone
+        total -= 4 * (2 + moe) * here * dim
     matrices = _attention(model) // (tp if tp > 1 else 1)
     # feed-forward
     width = model.intermediate_size // tp

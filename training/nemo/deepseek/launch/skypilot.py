@@ -20,11 +20,18 @@ def sky_task(job: Job) -> str:
     """The task as YAML: each node runs one torchrun.
 
     Raises:
-        UserError: the kind of GPU is missing, or nowhere for the run folder that all nodes see.
+        UserError: the kind of GPU is missing or no name, or nowhere for the run folder that all
+            nodes see.
     """
     settings = job.settings
     if job.gpus and settings.gpu is None:
         raise UserError("--skypilot needs the kind of GPU; add --gpu H100, or another")
+    if settings.gpu is not None and not re.fullmatch(r"[A-Za-z][\w-]*", settings.gpu):
+        kind = re.split(r"[^\w-]", settings.gpu)[0] or "H100"
+        raise UserError(
+            f"--gpu {settings.gpu}: must be the name of a kind of GPU alone, since trainer.devices "
+            f"says how many; use --gpu {kind}"
+        )
     if not settings.mounts:
         raise UserError(
             "--skypilot needs storage that all nodes see, for the run folder and the data; add "

@@ -253,6 +253,15 @@ class _LeanStage(PipelineStage):
         self._move(self.grad_recv_info[bwd_chunk_id], "meta")
         return received
 
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Tensor | None = None, *arguments: Any, **named: Any
+    ) -> None:
+        """As torch's. The schedule keeps the loss of every micro-batch to the end of the step, and
+        with its graph what this stage had received would stay."""
+        super().backward_one_chunk(bwd_chunk_id, loss, *arguments, **named)
+        if loss is not None:
+            loss.detach_()
+
     @staticmethod
     def _move(infos: Iterable[Any], device: torch.device | str) -> None:
         for info in infos:
