@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from deepseek.commands.convert import copy_template
 from deepseek.config.errors import UserError
 from deepseek.data.chat import conversation_of, prepare_chat
 from deepseek.data.chat_template import ChatError, ChatTemplate
@@ -395,6 +396,27 @@ def test_the_template_called_tool_use_is_taken_with_tools(bpe: Tokenizer, tmp_pa
         ours = ChatTemplate(load_tokenizer(folder_of(bpe, tmp_path, form)))
         assert ours.render(messages, tools=[{"name": "add"}]).startswith('<T>[{"name": "add"}]')
         assert not ours.render(messages).startswith("<T>")
+
+
+def test_named_templates_in_files_of_their_own(bpe: Tokenizer, tmp_path: Path) -> None:
+    """As transformers 5 saves them; they are kept by an import and an export."""
+    transformers = pytest.importorskip("transformers")
+    plain = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder_of(bpe, tmp_path, plain))
+    theirs.chat_template = {"default": plain, "tool_use": "<T>{{ tools | tojson }}" + plain}
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "additional_chat_templates" / "tool_use.jinja").is_file()
+    load_tokenizer(tmp_path / "theirs").save(tmp_path / "saved")
+    load_tokenizer(tmp_path / "theirs").save(tmp_path / "copied")
+    copy_template(tmp_path / "theirs", tmp_path / "copied")
+    messages, tools = row(content="four")["messages"], [{"name": "add"}]
+    for name in ("theirs", "saved", "copied"):
+        ours = ChatTemplate(load_tokenizer(tmp_path / name))
+        again = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / name)
+        for given in (None, tools):
+            wanted = again.apply_chat_template(messages, tools=given, tokenize=False)
+            assert ours.render(messages, tools=given) == wanted
+            assert wanted.startswith("<T>") == (given is not None)
 
 
 @pytest.mark.parametrize("form", [5, True, ["x"], [{"name": "default"}], {"default": 3}])

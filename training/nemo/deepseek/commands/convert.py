@@ -17,13 +17,15 @@ from deepseek.config.errors import ConfigError, UserError, nearest
 from deepseek.config.schema import ModelConfig
 from deepseek.console import StageProgress, complain, say
 from deepseek.data.tokenizer import GENERATION, Tokenizer, check_generation
-from deepseek.data.tokenizer_files import generation_config, load_tokenizer
+from deepseek.data.tokenizer_files import (
+    CHAT_TEMPLATE,
+    MORE_TEMPLATES,
+    generation_config,
+    load_tokenizer,
+)
 from deepseek.files import Staging, disk_errors, refuse_existing, write_new
 from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint, with_config
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
-
-CHAT_TEMPLATE = "chat_template.jinja"
-"""Where transformers 5 keeps the template; before, it was in ``tokenizer_config.json``."""
 
 
 def import_hf(
@@ -145,10 +147,12 @@ def one_of(option: str, value: str, allowed: Sequence[str]) -> str:
 
 
 def copy_template(source: Path, target: Path) -> None:
-    """The chat template that lies in a folder or beside a tokenizer, if there is one."""
-    template = (source if source.is_dir() else source.parent) / CHAT_TEMPLATE
-    if template.is_file():
-        shutil.copyfile(template, target / CHAT_TEMPLATE)
+    """The chat templates that lie in a folder or beside a tokenizer, if there are some."""
+    folder = source if source.is_dir() else source.parent
+    if (folder / CHAT_TEMPLATE).is_file():
+        shutil.copyfile(folder / CHAT_TEMPLATE, target / CHAT_TEMPLATE)
+    if (folder / MORE_TEMPLATES).is_dir():
+        shutil.copytree(folder / MORE_TEMPLATES, target / MORE_TEMPLATES, dirs_exist_ok=True)
 
 
 def _tokenizer(source: Path, given: Path | None, told: dict[str, Any]) -> Tokenizer | None:

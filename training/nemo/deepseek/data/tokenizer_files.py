@@ -9,6 +9,11 @@ from typing import Any
 from deepseek.config.errors import UserError
 from deepseek.data.tokenizer import GENERATION, Tokenizer, parse_json
 
+CHAT_TEMPLATE = "chat_template.jinja"
+"""Where transformers 5 keeps the template; before, it was in ``tokenizer_config.json``."""
+MORE_TEMPLATES = "additional_chat_templates"
+"""Folder of templates with other names, such as ``tool_use.jinja``."""
+
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a ``tokenizer.json``, or the one in a Hugging Face folder.
@@ -28,9 +33,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             told = parse_json(_read_text(beside), str(beside))
             # A null says nothing: the token of the other file stands.
             config.update({key: value for key, value in told.items() if value is not None})
-    template = file.with_name("chat_template.jinja")
-    if template.is_file():
-        config["chat_template"] = _read_text(template)
+    templates = {path.stem: path for path in sorted(file.parent.glob(f"{MORE_TEMPLATES}/*.jinja"))}
+    if (default := file.with_name(CHAT_TEMPLATE)).is_file():
+        templates["default"] = default
+    if templates.keys() == {"default"}:
+        config["chat_template"] = _read_text(default)
+    elif templates:
+        config["chat_template"] = [
+            {"name": name, "template": _read_text(path)} for name, path in templates.items()
+        ]
     source = _with_added_tokens(_read_text(file), config, str(file))
     return Tokenizer(source, config, str(file), generation_config(file.parent))
 
