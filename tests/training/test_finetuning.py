@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -104,6 +105,7 @@ def test_questions_are_answered_as_they_were_taught(micro: MicroRuns, adapted: s
 
 def test_merging_changes_nothing_but_what_has_adapters(micro: MicroRuns, adapted: str) -> None:
     micro.cli("lora", "merge", adapted, "merged").assert_done()
+    assert re.search(r"^merged +no log ", micro.cli("ls", ".").out, re.MULTILINE)
     merged, weights, adapters = (micro.tensors(name) for name in ("merged", "tuned_base", adapted))
     touched = {
         name.replace(".lora_a", ".weight").replace("_lora_a", "")

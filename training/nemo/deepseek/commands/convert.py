@@ -23,7 +23,7 @@ from deepseek.data.tokenizer_files import (
     generation_config,
     load_tokenizer,
 )
-from deepseek.files import Staging, disk_errors, refuse_existing, write_new
+from deepseek.files import LOCK, Staging, disk_errors, refuse_existing, write_new
 from deepseek.interop.open_weights import OpenedCheckpoint, open_checkpoint, with_config
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, TOKENIZER
 
@@ -385,6 +385,7 @@ def merge_lora(run: Path, target: Path) -> None:
         tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
         with CheckpointManager(folder / CHECKPOINTS) as manager:
             manager.save(0, tensors, state)
+        (folder / CHECKPOINTS / LOCK).unlink(missing_ok=True)  # a sign of a run that was begun
         (folder / CONFIG_FILE).write_text(resolved_yaml(config))
         if tokenizer is not None:
             tokenizer.save(folder / TOKENIZER)
