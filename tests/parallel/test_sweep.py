@@ -56,3 +56,14 @@ def test_single_tensors(
     monkeypatch.setattr(sweep, "conditioning", lambda case: {GRADIENT: moved})
     found = sweep.ill_conditioned(FP32, {GRADIENT: error}, 1e-5)
     assert found == ({GRADIENT: max(own, moved)} if excused else {})
+
+
+@pytest.mark.parametrize("own, excused", [(2.0, True), (0.5, False)])
+def test_a_state_of_a_gradient_without_a_digit(
+    monkeypatch: pytest.MonkeyPatch, own: float, excused: bool
+) -> None:
+    """It may by chance move less than its gradient does."""
+    state, moved = "exp_avg_sq.head.weight", {GRADIENT: own, "exp_avg_sq.head.weight": 0.8}
+    monkeypatch.setattr(sweep, "rounding", lambda case: moved)
+    found = sweep.ill_conditioned(FP64, {state: 0.9}, 1e-12)
+    assert found == ({state: 0.8} if excused else {})

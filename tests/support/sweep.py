@@ -91,7 +91,7 @@ def ill_conditioned(case: Case, far: dict[str, float], allowed: float) -> dict[s
     """Which of these are as inexact in one process, within a factor of 3, if its start weights
     differ in the last bit: small sums of large terms, which no order adds up better. A sum of
     nothing but rounding errors, as the gradient of a query that sees one key, has no digit that
-    holds.
+    holds, and neither has what the optimiser keeps of it.
 
     In fp32 metrics, and all tensors of a kind together, have a stricter rule: such a change of the
     start weights must move them, in exact arithmetic, by more than ``allowed``, and by half of
@@ -102,6 +102,9 @@ def ill_conditioned(case: Case, far: dict[str, float], allowed: float) -> dict[s
     own, found = rounding(case), dict[str, float]()
     exact = conditioning(case) if case.dtype == torch.float32 else {}
     most = ROUNDED_MOST[case.dtype]
+    noise = {
+        weight_of(name) for name, moved in own.items() if name.startswith("gradient.") and moved > 1
+    }
     for name in far.keys() & own.keys():
         if exact and (name in METRICS or name.startswith("all.")):
             moved, factor = exact[name], 2
@@ -109,9 +112,14 @@ def ill_conditioned(case: Case, far: dict[str, float], allowed: float) -> dict[s
         else:
             moved, factor = max(own[name], exact.get(name, 0.0)), 3
             excused = 3 * moved <= most or moved > 1
-        if excused and far[name] <= factor * moved:
+        if (excused and far[name] <= factor * moved) or weight_of(name) in noise:
             found[name] = moved
     return found
+
+
+def weight_of(name: str) -> str:
+    """The weight that a gradient or a state of the optimiser is of."""
+    return name.partition(".")[2]
 
 
 def kind_of(name: str) -> str:
