@@ -1,9 +1,17 @@
 """One thread per process: tests run side by side, and threads that wait for each other crawl."""
 
+from __future__ import annotations
+
 import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from support.micro_runs import MicroRuns
 
 TESTS = Path(__file__).resolve().parent
 
@@ -14,18 +22,23 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 ).rstrip(os.pathsep)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive the forks of the tests
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
 
-from support import forked, profiles  # noqa: E402, F401
-from support.micro_runs import MicroRuns  # noqa: E402
+def pytest_configure(config: pytest.Config) -> None:
+    """In a process that runs tests, not in the one that hands them out to workers."""
+    if config.getoption("numprocesses", 0) and "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    import torch
 
-torch.set_num_threads(1)
+    from support import profiles  # noqa: F401
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MicroRuns]:
     """The server of forked runs of this test process, and a folder with data for them."""
+    from support.micro_runs import MicroRuns
+
     runs = MicroRuns(tmp_path_factory.mktemp("micro"), NO_COLOR="")
     yield runs
     runs.cli.close()
@@ -40,7 +53,9 @@ def whole(micro: MicroRuns) -> str:
 def pytest_sessionstart() -> None:
     """Before anything is collected."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        forked.prepare_server()
+        from support.forked import prepare_server
+
+        prepare_server()
 
 
 def pytest_collection_finish() -> None:

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +27,7 @@ from deepseek.parallel.cpu_memory import (
 )
 from deepseek.parallel.mesh import local
 from support.layouts import Case, batches, small_config, spread
+from support.micro_runs import MicroRuns
 from support.ranks import RankFailed, run_ranks
 
 CPU = torch.device("cpu")
@@ -353,10 +354,10 @@ print(left, keep_freed_memory(), faults())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="settings of the GNU C library")
-def test_freed_memory_is_used_again() -> None:
-    words = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    left, taken, kept = done.stdout.split()
+def test_freed_memory_is_used_again(micro: MicroRuns, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = micro.cli.start(tmp_path / "program.py", program="python").wait().assert_done()
+    left, taken, kept = done.out.split()
     assert taken == "True" and int(kept) < int(left) / 10
     assert int(left) > 40_000
 

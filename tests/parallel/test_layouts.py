@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from support.layouts import (
     small_config,
     spread,
 )
-from support.ranks import run_ranks
+from support.ranks import run_in_turn, run_ranks
 
 FP64, FP32 = 1e-12, 1e-5
 
@@ -56,8 +57,9 @@ def case_of(world: int, dtype: torch.dtype = torch.float64, **changes: Any) -> C
     named = {SHORT.get(key, key): value for key, value in changes.items()}
     if "pp" not in changes:
         named = {"num_hidden_layers": 2} | named
-    elif world == changes["pp"]:
-        named = {"micro_batch_size": 2} | named  # four micro-batches are as good as eight
+    dp = world // prod(changes.get(axis, 1) for axis in ("tp", "cp", "pp"))
+    if 8 // dp >= (8 if "pp" in changes else 4):  # four or two micro-batches are as good as eight
+        named = {"micro_batch_size": 2} | named
     optim = named.pop("optim", OptimConfig(lr=1e-2, sched=SchedConfig(min_lr=1e-3)))
     case = Case(
         small_config(optim=replace(optim, eps=ADAM_EPS[dtype]), **named), world, dtype, seed=1
@@ -91,55 +93,65 @@ def test_drawn_layout_in_fp32(number: int) -> None:
     assert_exact(draw_cases(2, torch.float32, 12)[number])
 
 
-CHOSEN = {
-    "EP over all ranks": case_of(4, ep=4),
-    "experts shared by two ranks each": case_of(4, ep=2, optim=MUON),
-    "Muon, matrices of one row": case_of(
-        3, moe_intermediate_size=1, global_batch_size=6, optim=MUON
-    ),
-    "HSDP": case_of(4, rep=2, ep=2),
-    "TP, EP across its ranks": case_of(4, tp=2, ep=4, mtp=2),
-    "weights gathered anew for every pass": case_of(4, tp=2, ep=2, reshard_after_forward=True),
-    "weights kept through four micro-batches": case_of(
-        2, ep=2, micro_batch_size=1, reshard_after_forward=False, recompute="full"
-    ),
-    "gradients divided after each micro-batch": case_of(
-        4, rep=2, ep=2, micro_batch_size=1, reshard_after_forward=False, reduce_gradients=True
-    ),
-    "CP, two MTP depths": case_of(2, cp=2, mtp=2, global_batch_size=2, micro_batch_size=1),
-    "CP over isolated documents, recomputed": case_of(
-        4, cp=4, recompute="full", data=DataConfig(seq_length=16, isolate_documents=True)
-    ),
-    "CP and TP, EP across both": case_of(4, cp=2, tp=2, ep=4, mtp=1),
-    "CP, PP and HSDP": case_of(8, cp=2, pp=2, rep=2, ep=2, schedule="DualPipeV", optim=MUON),
-    "GPipe": case_of(2, pp=2, schedule="GPipe", mtp=2),
-    "1F1B, uneven by hand": case_of(2, pp=2, split=[4, 0], recompute="selective"),
-    "Interleaved1F1B": case_of(2, pp=2, schedule="Interleaved1F1B", virtual=2),
-    "InterleavedZeroBubble, two MTP depths": case_of(
-        2, pp=2, schedule="InterleavedZeroBubble", virtual=2, mtp=2
-    ),
-    "ZBVZeroBubble, recomputed": case_of(
-        2, pp=2, schedule="ZBVZeroBubble", mtp=2, recompute="full"
-    ),
-    "DualPipeV with data parallelism": case_of(4, pp=2, schedule="DualPipeV", ep=2),
-    "all at once": case_of(8, pp=2, tp=2, ep=4, schedule="DualPipeV", optim=MUON, mtp=2),
-    "fp32, TP and PP": case_of(4, torch.float32, pp=2, tp=2, initializer_range=0.1),
+CHOSEN = {  # those of a name one after another on the same ranks
+    "EP": [
+        case_of(4, ep=4),
+        case_of(4, ep=2, optim=MUON),  # experts shared by two ranks each
+        case_of(4, rep=2, ep=2),  # HSDP
+        case_of(  # gradients divided after each micro-batch
+            4, rep=2, ep=2, micro_batch_size=1, reshard_after_forward=False, reduce_gradients=True
+        ),
+    ],
+    "Muon, matrices of one row": [
+        case_of(3, moe_intermediate_size=1, global_batch_size=6, optim=MUON)
+    ],
+    "TP": [
+        case_of(4, tp=2, ep=4, mtp=2),  # EP across its ranks
+        case_of(4, tp=2, ep=2, reshard_after_forward=True),  # weights gathered for every pass
+        case_of(4, cp=2, tp=2, ep=4, mtp=1),  # with CP, EP across both
+    ],
+    "CP and kept weights": [
+        case_of(2, cp=2, mtp=2, global_batch_size=2, micro_batch_size=1),
+        case_of(2, ep=2, micro_batch_size=1, reshard_after_forward=False, recompute="full"),
+    ],
+    "CP over isolated documents, recomputed": [
+        case_of(4, cp=4, recompute="full", data=DataConfig(seq_length=16, isolate_documents=True))
+    ],
+    "PP": [
+        case_of(2, pp=2, schedule="GPipe", mtp=2),
+        case_of(2, pp=2, split=[4, 0], recompute="selective"),  # 1F1B, uneven by hand
+        case_of(2, pp=2, schedule="Interleaved1F1B", virtual=2),
+    ],
+    "PP with split backward passes": [
+        case_of(2, pp=2, schedule="InterleavedZeroBubble", virtual=2, mtp=2),
+        case_of(2, pp=2, schedule="ZBVZeroBubble", mtp=2, recompute="full"),
+    ],
+    "PP with others": [
+        case_of(4, pp=2, schedule="DualPipeV", ep=2),
+        case_of(4, torch.float32, pp=2, tp=2, initializer_range=0.1),
+    ],
+    "all at once": [
+        case_of(8, pp=2, tp=2, ep=4, schedule="DualPipeV", optim=MUON, mtp=2),
+        case_of(8, cp=2, pp=2, rep=2, ep=2, schedule="DualPipeV", optim=MUON),
+    ],
 }
 
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_chosen_layout(name: str) -> None:
-    assert_exact(CHOSEN[name])
+    assert_exact(*CHOSEN[name])
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_moments_in_bf16(name: str) -> None:
+def test_moments_in_bf16() -> None:
     """As exact as what rounding leaves: sums in another order may round the other way."""
-    optim = OptimConfig(name=name, lr=1e-3, moments_dtype="bf16", sched=SchedConfig(min_lr=1e-4))
-    errors = compare(case_of(4, tp=2, ep=2, optim=optim))
-    kept = {"all.momentum_buffer", "all.exp_avg", "all.exp_avg_sq"} & errors.keys()
-    assert errors["all.gradient"] < 1e-4 and errors["all.weight"] < 1e-5
-    assert all(errors[key] < 1e-2 for key in kept) and kept
+    sched = SchedConfig(min_lr=1e-4)
+    both = [
+        OptimConfig(name=n, lr=1e-3, moments_dtype="bf16", sched=sched) for n in ("adamw", "muon")
+    ]
+    for errors in compare_all([case_of(4, tp=2, ep=2, optim=optim) for optim in both]):
+        kept = {"all.momentum_buffer", "all.exp_avg", "all.exp_avg_sq"} & errors.keys()
+        assert errors["all.gradient"] < 1e-4 and errors["all.weight"] < 1e-5
+        assert all(errors[key] < 1e-2 for key in kept) and kept
 
 
 # -- compiled attention --
@@ -222,7 +234,7 @@ def test_ranks_without_tokens() -> None:
     # Weights as wide as drawn cases have them: wider ones blow up what is rounded differently.
     wide = dict(n_group=1, topk_group=1, initializer_range=WEIGHTS[torch.float64])
     cases = [
-        replace(case_of(4, **wide, **changes), prepare=send_all_to(*experts))
+        replace(case_of(4, **wide, **changes), prepare=send_all_to(*experts), steps=1)
         for experts, changes in TO_FEW
     ]
     for (experts, _), case, errors in zip(TO_FEW, cases, assert_exact(*cases), strict=True):
@@ -319,23 +331,27 @@ def validated_by_rank(rank: int, case: Case) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("world", "changes"),
+    "cases",
     [
-        (4, dict(rep=2, ep=2)),
-        pytest.param(4, dict(tp=2, ep=4, micro_batch_size=2), marks=nightly),
-        (4, dict(pp=2, tp=2, mtp=2)),
-        (2, dict(pp=2, schedule="Interleaved1F1B", virtual=2, split=[1, 1, 1, 1])),
-        pytest.param(4, dict(pp=2, schedule="DualPipeV", ep=2), marks=nightly),
+        [case_of(4, rep=2, ep=2), case_of(4, pp=2, tp=2, mtp=2)],
+        [case_of(2, pp=2, schedule="Interleaved1F1B", virtual=2, split=[1, 1, 1, 1])],
+        pytest.param(
+            [
+                case_of(4, tp=2, ep=4, micro_batch_size=2),
+                case_of(4, pp=2, schedule="DualPipeV", ep=2),
+            ],
+            marks=nightly,
+        ),
     ],
-    ids=str,
+    ids=["4 ranks", "2 ranks", "long"],
 )
-def test_validation(world: int, changes: dict[str, Any]) -> None:
+def test_validation(cases: list[Case]) -> None:
     """Half of the ranks have nothing but padding."""
-    case = case_of(world, **changes)
-    case.edit = pad_first_half
-    wanted = validated(Driven(case, SingleProcess()), case)
-    for found in run_ranks(world, validated_by_rank, case):
-        assert found == pytest.approx(wanted, rel=FP64)
+    cases = [replace(case, edit=pad_first_half) for case in cases]
+    ranks = run_in_turn(cases[0].world, validated_by_rank, cases)
+    for case, found in zip(cases, ranks, strict=True):
+        wanted = validated(Driven(case, SingleProcess()), case)
+        assert found == [pytest.approx(wanted, rel=FP64)] * case.world, str(case)
 
 
 # -- bf16 --
@@ -350,25 +366,25 @@ def mixed(world: int, **changes: Any) -> Case:
 
 
 @pytest.mark.parametrize(
-    ("world", "changes"),
+    "cases",
     [
-        (2, dict(ep=2)),
-        (2, dict(tp=2, ep=2, recompute="full")),
-        (4, dict(pp=2, ep=2, schedule="ZBVZeroBubble", mtp=2)),
+        [mixed(2, ep=2), mixed(2, tp=2, ep=2, recompute="full")],
+        [mixed(4, pp=2, ep=2, schedule="ZBVZeroBubble", mtp=2)],
     ],
-    ids=str,
+    ids=["2 ranks", "4 ranks"],
 )
-def test_mixed_precision(world: int, changes: dict[str, Any]) -> None:
+def test_mixed_precision(cases: list[Case]) -> None:
     """With autocast's cache of cast weights on, as under Lightning 2.4."""
-    errors = compare(mixed(world, **changes))
-    far = {
-        name: error
-        for name, error in errors.items()
-        if not error <= (1e-2 if name.startswith(("loss", "mtp_", "balance", "grad_norm")) else 0.1)
-    }
-    assert not far
-    assert errors["all.gradient"] < 2e-2
-    assert errors["all.load"] == errors["all.buffer"] == 0.0
+    for errors in compare_all(cases):
+        far = {
+            name: error
+            for name, error in errors.items()
+            if not error
+            <= (1e-2 if name.startswith(("loss", "mtp_", "balance", "grad_norm")) else 0.1)
+        }
+        assert not far
+        assert errors["all.gradient"] < 2e-2
+        assert errors["all.load"] == errors["all.buffer"] == 0.0
 
 
 def test_bf16_is_what_mixed_precision_computes_in() -> None:

@@ -48,7 +48,9 @@ def start_b(driven: Driven) -> None:
 
 
 LAYOUTS = {
-    "TP and EP": lora_case(4, ALL, tensor_model_parallel_size=2, expert_model_parallel_size=2),
+    "TP and EP": lora_case(
+        4, ALL, tensor_model_parallel_size=2, expert_model_parallel_size=2, micro_batch_size=2
+    ),
     "EP over TP ranks, direct queries": lora_case(
         4, ALL, tensor_model_parallel_size=2, expert_model_parallel_size=4, q_lora_rank=None
     ),
@@ -57,11 +59,12 @@ LAYOUTS = {
         expert_model_parallel_size=2,
     ),
     "PP, recomputed": lora_case(
-        2, ALL, pipeline_model_parallel_size=2, activations_checkpoint_granularity="full"
+        2, ALL, pipeline_model_parallel_size=2, activations_checkpoint_granularity="full",
+        micro_batch_size=2,
     ),
     "zero bubble, a stage without adapters": lora_case(
         2, ["experts"], pipeline_model_parallel_size=2, pipeline_schedule="ZBVZeroBubble",
-        first_k_dense_replace=2,
+        first_k_dense_replace=2, micro_batch_size=2,
     ),
     "all at once": lora_case(
         8, ALL, pipeline_model_parallel_size=2, tensor_model_parallel_size=2,

@@ -15,7 +15,7 @@ from deepseek.models.components.moe import GroupedExperts
 from deepseek.parallel.mesh import SingleProcess, local
 from support.device_waits import unwatched, watched
 from support.layouts import Case, Driven, batches, small_config, spread
-from support.ranks import run_ranks
+from support.ranks import run_in_turn, run_ranks
 
 
 def addresses(rank: int, case: Case) -> tuple[set[int], set[int]]:
@@ -30,21 +30,25 @@ def addresses(rank: int, case: Case) -> tuple[set[int], set[int]]:
     return kept, used
 
 
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+EP2 = {"expert_model_parallel_size": 2}
+
+
 @pytest.mark.parametrize(
-    ("world", "sizes", "as_kept"),
+    ("world", "layouts", "as_kept"),
     [
-        (2, {"expert_model_parallel_size": 2}, True),
-        (2, {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}, True),
-        (4, {"expert_model_parallel_size": 2}, False),  # two ranks have a part of each expert
-        (4, {"expert_model_parallel_size": 2, "data_parallel_replicate_size": 2}, False),
+        (2, [EP2, EP2 | TP2], True),
+        (4, [EP2, EP2 | {"data_parallel_replicate_size": 2}], False),  # parts of each expert
     ],
 )
 def test_experts_of_one_rank_are_not_copied(
-    world: int, sizes: dict[str, Any], as_kept: bool
+    world: int, layouts: list[dict[str, Any]], as_kept: bool
 ) -> None:
-    case = Case(small_config(**sizes), world, seed=1, steps=1)
-    assert case.layout.keeps_experts is as_kept
-    for kept, used in run_ranks(world, addresses, case):
+    configs = [small_config(micro_batch_size=2, **sizes) for sizes in layouts]
+    cases = [Case(config, world, seed=1, steps=1) for config in configs]
+    assert {case.layout.keeps_experts for case in cases} == {as_kept}
+    for kept, used in sum(run_in_turn(world, addresses, cases), []):
         assert len(kept) == len(used)
         assert kept == used if as_kept else not kept & used
 
@@ -59,28 +63,21 @@ def waits(rank: int, case: Case) -> list[str]:
     return watch.waits
 
 
-@pytest.mark.parametrize(
-    ("sizes", "layers"),
-    [
-        ({}, 0),
-        ({"tensor_model_parallel_size": 2}, 0),
-        ({"pipeline_model_parallel_size": 2}, 0),
-        ({"pipeline_model_parallel_size": 2, "pipeline_schedule": "ZBVZeroBubble"}, 0),
-        ({"expert_model_parallel_size": 2}, 4),
-        ({"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}, 4),
-        ({"expert_model_parallel_size": 2, "activations_checkpoint_granularity": "full"}, 4),
-        ({"expert_model_parallel_size": 2, "activations_checkpoint_granularity": "selective"}, 4),
-    ],
-)
-def test_the_host_waits_for_exchanges_of_experts_and_once_a_step(
-    sizes: dict[str, Any], layers: int
-) -> None:
+def test_the_host_waits_for_exchanges_of_experts_and_once_a_step() -> None:
     """Each MoE layer waits once a micro-batch for the sizes of what arrives, with EP alone, and
     not again where it recomputes."""
-    case = Case(small_config(**sizes), 2, torch.float32)
-    micro_batches = case.config.global_batch_size // case.layout.dp
-    for found in run_ranks(2, waits, case):
-        assert found == ["tolist"] * (layers * micro_batches + 1)
+    zero_bubble = PP2 | {"pipeline_schedule": "ZBVZeroBubble"}
+    recomputed = [EP2 | {"activations_checkpoint_granularity": n} for n in ("full", "selective")]
+    without: list[dict[str, Any]] = [{}, TP2, PP2, zero_bubble]
+    layouts = [(sizes, 0) for sizes in without]
+    layouts += [(sizes, 4) for sizes in (EP2, EP2 | TP2, *recomputed)]
+    configs = [small_config(global_batch_size=4, **sizes) for sizes, _ in layouts]
+    cases = [Case(config, 2, torch.float32) for config in configs]
+    for (sizes, layers), case, found in zip(
+        layouts, cases, run_in_turn(2, waits, cases), strict=True
+    ):
+        micro_batches = case.config.global_batch_size // case.layout.dp
+        assert found == [["tolist"] * (layers * micro_batches + 1)] * 2, sizes
 
 
 def exchanges(rank: int, case: Case) -> int:

@@ -8,10 +8,9 @@ from support.micro_runs import MicroRuns
 from support.rank_kill_sweep import kill_ranks, settings_of
 
 
-# The supervisor loses a rank in test_parallel_runs.py.
-@pytest.mark.parametrize(
-    "launcher", [pytest.param("supervisor", marks=pytest.mark.nightly), "torchrun"]
-)
+# The supervisor and a job's torchruns lose a rank in test_parallel_runs.py.
+@pytest.mark.nightly
+@pytest.mark.parametrize("launcher", ["supervisor", "torchrun"])
 def test_killed_ranks_come_back_bitwise(micro: MicroRuns, launcher: str) -> None:
     settings, whole, name = settings_of(2, kills=2), "whole2", f"killed_{launcher}"
     if not (micro.folder / whole).exists():
