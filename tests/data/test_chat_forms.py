@@ -233,6 +233,20 @@ def test_a_call_of_a_tool_may_have_no_content(bpe: Tokenizer, tmp_path: Path) ->
         assert "<call>add" in ours.tokenizer.decode(found.ids[found.is_answer].tolist())
 
 
+def test_every_call_of_a_tool_is_told(bpe: Tokenizer, tmp_path: Path) -> None:
+    """A template that writes the first call alone, and one that knows its tools by name."""
+    first = CALLING.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+    ours = ChatTemplate(load_tokenizer(folder_of(bpe, tmp_path / "first", first)))
+    ours.encode(conversation_of(row(content="4", tool_calls=[CALL])))
+    with pytest.raises(ChatError, match="message 1: the chat template has no place for its tool"):
+        ours.encode(conversation_of(row(content="4", tool_calls=[CALL, CALL])))
+    known = "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+    known += "{% if c.function.name != 'add' %}{{ raise_exception('unknown') }}{% endif %}"
+    known += "{% endfor %}{% endfor %}"
+    ours = ChatTemplate(load_tokenizer(folder_of(bpe, tmp_path / "known", known + CALLING)))
+    ours.encode(conversation_of(row(content="4", tool_calls=[CALL, CALL])))
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -251,6 +265,8 @@ def test_a_call_of_a_tool_may_have_no_content(bpe: Tokenizer, tmp_path: Path) ->
         (row(content="4", **{"\ud800": 1}), "message 1: holds half of a surrogate pair"),
         (row(content="4", tool_calls=5), "message 1: tool_calls is a JSON number, expected a list"),
         (row(content="4", tool_calls=CALL), "tool_calls is a JSON object, expected a list"),
+        (row(content="", tool_calls=[{"function": {"name": "i"}}]), "1: .*no place for its tool_c"),
+        (row(content="4", tool_calls=[{"name": "s"}]), "message 1: .*no place for its tool_calls"),
         (row(content="4", tool_calls=[None]), "no place for its tool_calls"),
         (row(content="4", tool_calls=[{"function": None}]), "no place for its tool_calls"),
         (row(content=None, function_call=CALL), "function_call is not read here; write OpenAI's"),

@@ -178,6 +178,7 @@ class ChatTemplate:
         find = self._answers_by_marks if marked else self._answers_by_prefixes
         text, spans = find(messages, tools)
         lost = _lost(messages, tools, text)
+        self._refuse_lost_calls(messages, tools)
         if self.answers == "last":
             spans = spans[-1:]
         spans = self._learnt(spans, conversation)
@@ -264,6 +265,28 @@ class ChatTemplate:
                 )
             spans.append((begin, len(after)))
         return whole, spans
+
+    def _refuse_lost_calls(self, messages: list[Message], tools: list[Any] | None) -> None:
+        """Raise ``ChatError`` if a call of a tool has no place in the text.
+
+        Its name, such as f, may stand elsewhere, so it is looked for with a mark at its end.
+        """
+        if not any(message.get("tool_calls") for message in messages):
+            return
+        marks = [f"\ue0f2{k}\ue0f2" for k in range(len(messages))]
+        marked = [
+            {**message, "tool_calls": [_renamed(call, mark) for call in message["tool_calls"]]}
+            if message.get("tool_calls")
+            else message
+            for message, mark in zip(messages, marks, strict=True)
+        ]
+        try:
+            text = self._rendered(marked, False, tools)
+        except ChatError:  # it knows its tools by name
+            return
+        for k, message in enumerate(messages):
+            if text.count(marks[k]) < len(message.get("tool_calls") or []):
+                raise _no_place(k)
 
     def _shared_header(self, asked: str, prompt: str, answered: str) -> int:
         """Where an answer begins whose text leaves the generation prompt after one of its tokens,
@@ -428,10 +451,7 @@ def _lost(messages: Sequence[Message], tools: list[Any] | None, text: str) -> tu
             called = call.get("function", call) if isinstance(call, Mapping) else {}
             name = called.get("name") if isinstance(called, Mapping) else None
             if not isinstance(name, str) or name not in text:
-                raise ChatError(
-                    f"message {k}: the chat template has no place for its tool_calls, so what is "
-                    "to be learnt would be lost; use a tokenizer whose template writes them"
-                )
+                raise _no_place(k)
         for key, value in message.items():
             if key in _BOOKKEEPING or key == "tool_calls" or value in (None, "", [], {}):
                 continue
@@ -448,6 +468,20 @@ def _lost(messages: Sequence[Message], tools: list[Any] | None, text: str) -> tu
             else:
                 lost.append(f"{key} of {message['role']}")
     return tuple(sorted(set(lost)))
+
+
+def _no_place(number: int) -> ChatError:
+    return ChatError(
+        f"message {number}: the chat template has no place for its tool_calls, so what is to be "
+        "learnt would be lost; use a tokenizer whose template writes them"
+    )
+
+
+def _renamed(call: Mapping[str, Any], mark: str) -> dict[str, Any]:
+    """A call of a tool with a mark at the end of its name."""
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _renamed(call["function"], mark)}
+    return {**call, "name": f"{call.get('name')}{mark}"}
 
 
 def _is_told(said: str, text: str) -> bool:
