@@ -97,14 +97,12 @@ MUTATIONS = (
              "back = partial(_exchange, send_counts=send_counts, receive_counts=receive_counts,",
              "parallel/test_comm.py::test_all_to_all_rows"),
     Mutation("dispatch: rows stay in the order of their source", DISPATCH,
-             "arrival_Q = local_expert_Q.argsort(stable=True)\n"
-             "        arrival_inverse_Q = inverse_permutation(arrival_Q)",
-             "arrival_Q = torch.arange(len(local_expert_Q))\n"
-             "        arrival_inverse_Q = inverse_permutation(arrival_Q)",
+             "arrival_Q = local_expert_Q.argsort(stable=True)\n        return",
+             "arrival_Q = torch.arange(len(local_expert_Q))\n        return",
              "parallel/test_expert_dispatcher.py::test_where_rows_arrive"),
     Mutation("dispatch: results leave in the order of the experts", DISPATCH,
-             "permute_rows(y_RD, handle.arrival_inverse_Q, handle.arrival_Q)",
-             "permute_rows(y_RD, handle.arrival_Q, handle.arrival_inverse_Q)",
+             "permute_rows(y_RD, plan.arrival_inverse_Q, plan.arrival_Q)",
+             "permute_rows(y_RD, plan.arrival_Q, plan.arrival_inverse_Q)",
              "parallel/test_expert_dispatcher.py::test_any_case"),
     Mutation("TP: every rank masks by the first part of the sequence", TENSOR,
              "real_BS.chunk(size, dim=1)[rank]", "real_BS.chunk(size, dim=1)[0]",

@@ -28,6 +28,9 @@ def attend_in_blocks(
 
     A mask of blocks is made once for each tensor of ids, and so once a micro-batch for all layers.
     """
+    if torch.is_autocast_enabled(q_BNSH.device.type):  # FlexAttention is not on its list
+        dtype = torch.get_autocast_dtype(q_BNSH.device.type)
+        q_BNSH, k_BNMH, v_BNMU = (x.to(dtype) for x in (q_BNSH, k_BNMH, v_BNMU))
     queries = q_BNSH.shape[2]
     if torch.compiler.is_compiling():
         mask = document_blocks(documents_BM, queries)

@@ -55,9 +55,7 @@ def all_to_all_rows(
     Returns:
         (sum(receive_counts), D), by source rank.
     """
-    there = partial(_exchange, send_counts=send_counts, receive_counts=receive_counts, group=group)
-    back = partial(_exchange, send_counts=receive_counts, receive_counts=send_counts, group=group)
-    return LinearMap.apply(x_RD, there, back)
+    return LinearMap.apply(x_RD, *_both_ways(send_counts, receive_counts, group))
 
 
 @torch.compiler.disable
@@ -77,9 +75,7 @@ def all_to_all_weighted_rows(
     Returns:
         (sum(receive_counts), D) and (sum(receive_counts),), by source rank.
     """
-    there = partial(_exchange, send_counts=send_counts, receive_counts=receive_counts, group=group)
-    back = partial(_exchange, send_counts=receive_counts, receive_counts=send_counts, group=group)
-    return _WeightedRows.apply(x_RD, weights_R, there, back)
+    return _WeightedRows.apply(x_RD, weights_R, *_both_ways(send_counts, receive_counts, group))
 
 
 class _WeightedRows(torch.autograd.Function):
@@ -144,6 +140,15 @@ def _scatter_sum(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
     out_BsD = parts_nBsD.new_empty(parts_nBsD.shape[1:])
     cpu_memory.reduce_scatter(out_BsD, parts_nBsD, group)
     return out_BsD
+
+
+def _both_ways(
+    send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Rows there and, transposed, back."""
+    there = partial(_exchange, send_counts=send_counts, receive_counts=receive_counts, group=group)
+    back = partial(_exchange, send_counts=receive_counts, receive_counts=send_counts, group=group)
+    return there, back
 
 
 def _exchange(
