@@ -85,7 +85,7 @@ def test_what_is_refused() -> None:
         ({"tokens": -1.0}, r"--tokens -1: must be above 0"),
         (
             {"memory": 2.01},
-            r"nothing fits 8 H100: the least is 2.0 GiB .*; use --memory 3 or more",
+            r"nothing fits 8 H100: the least is 2.0 GiB .*; use .*--memory 3 or more",
         ),
         (
             {"overrides": ["model.tensor_model_parallel_size=1", *LONELY], "nodes": 3},

@@ -237,11 +237,13 @@ class RouterMargin:
         for handle in self._handles:
             handle.remove()
 
+    @torch.compiler.disable
     def _note_padding(self, module: MoE, args: Any) -> None:
         if self._due:
             real_BS = args[1]
             self._real_T = None if real_BS is None else real_BS.flatten()
 
+    @torch.compiler.disable
     @torch.no_grad()
     def _measure(self, module: Router, args: Any, routing: Routing) -> None:
         if not self._due:

@@ -375,6 +375,7 @@ class ReceivedRows:
         for handle in self._handles:
             handle.remove()
 
+    @torch.compiler.disable
     def _hear(self, module: nn.Module, args: Any) -> None:
         if torch._C._current_graph_task_id() != -1:  # inside a backward pass: recomputation
             return
