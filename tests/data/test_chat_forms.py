@@ -240,6 +240,9 @@ def test_every_call_of_a_tool_is_told(bpe: Tokenizer, tmp_path: Path) -> None:
     ours.encode(conversation_of(row(content="4", tool_calls=[CALL])))
     with pytest.raises(ChatError, match="message 1: the chat template has no place for its tool"):
         ours.encode(conversation_of(row(content="4", tool_calls=[CALL, CALL])))
+    escaped = CALLING.replace("<call>{{ c.function.name }}", "{{ c | tojson(ensure_ascii=true) }}")
+    ours = ChatTemplate(load_tokenizer(folder_of(bpe, tmp_path / "escaped", escaped)))
+    ours.encode(conversation_of(row(content="4", tool_calls=[CALL, CALL])))
     known = "{% for m in messages %}{% for c in m.tool_calls or [] %}"
     known += "{% if c.function.name != 'add' %}{{ raise_exception('unknown') }}{% endif %}"
     known += "{% endfor %}{% endfor %}"

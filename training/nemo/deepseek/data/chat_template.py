@@ -273,7 +273,7 @@ class ChatTemplate:
         """
         if not any(message.get("tool_calls") for message in messages):
             return
-        marks = [f"\ue0f2{k}\ue0f2" for k in range(len(messages))]
+        marks = [f"_mark{k}_" for k in range(len(messages))]  # no JSON escapes it
         marked = [
             {**message, "tool_calls": [_renamed(call, mark) for call in message["tool_calls"]]}
             if message.get("tool_calls")
