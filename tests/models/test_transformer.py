@@ -357,14 +357,13 @@ def test_bf16_mixed_is_near_fp32() -> None:
 
 
 @pytest.mark.filterwarnings("default")  # the compiler warns of its own doings
-@pytest.mark.parametrize("granularity", [None, "full"])
+@pytest.mark.parametrize("granularity", [pytest.param(None, marks=pytest.mark.nightly), "full"])
 def test_compiled_blocks_equal_eager(
     granularity: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One graph each, in place: no name, no gradient and no count of tokens changes."""
     config = tiny_config(
         moe_intermediate_size=16,
-        num_nextn_predict_layers=1,
         activations_checkpoint_granularity=granularity,
     )
     eager, model = tiny_model(config, torch.float32), tiny_model(config, torch.float32)

@@ -355,6 +355,7 @@ torch.compile = lambda forward: (print("COMPILED"), compile(forward, backend="{b
 """
 
 
+@pytest.mark.nightly
 def test_compiled_is_close(micro: MicroRuns, whole: str) -> None:
     """Traced forward and backward; without the code generator, which takes half a minute."""
     settings = ["model.torch_compile=true", "trainer.max_steps=3", "trainer.val_check_interval=2"]
