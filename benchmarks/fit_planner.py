@@ -17,7 +17,7 @@ from dataclasses import astuple, fields
 from pathlib import Path
 
 from deepseek.config.errors import UserError
-from deepseek.planner.layer_time import Efficiency
+from deepseek.planner.hardware import Efficiency
 from deepseek.planner.published import Reading, measured_rate, read_row
 from deepseek.planner.step_time import predict
 

@@ -178,7 +178,9 @@ def validate_command(
 def estimate_command(
     words: Words = None,
     config: Config = None,
-    gpu: Annotated[str, typer.Option(help="H100, H800, H200, A100, B200, GB200, ...")] = "H100",
+    gpu: Annotated[
+        str, typer.Option(help="H100, H800, B200, GB200, ..., cpu, or a file of calibrate.")
+    ] = "H100",
     gpus: Annotated[int | None, typer.Option(help="Their number; none: as configured.")] = None,
     published: Annotated[
         Path | None,
@@ -203,7 +205,9 @@ def estimate_command(
 def plan_command(
     words: Words = None,
     config: Config = None,
-    gpu: Annotated[str, typer.Option(help="Kind of GPU, such as H100, H800 or B200.")] = "H100",
+    gpu: Annotated[
+        str, typer.Option(help="H100, H800, B200, ..., cpu, or a file of calibrate.")
+    ] = "H100",
     nodes: Annotated[int | None, typer.Option(help="Nodes; none: as configured.", min=1)] = None,
     gpus_per_node: Annotated[
         int | None, typer.Option(help="GPUs of a node; none: as configured, or 8.", min=1)
@@ -234,6 +238,19 @@ def plan_command(
     name, settings = chosen(words or [], config)
     of_cluster = gpu, nodes, gpus_per_node, memory
     plan(name, settings, *of_cluster, tokens, top, as_json, write, explain, html)
+
+
+@app.command("calibrate")
+def calibrate_command(
+    output: Annotated[
+        Path | None,
+        typer.Option(help="New file for --gpu; none: that of --gpu cpu."),
+    ] = None,
+) -> None:
+    """Measure this machine's CPU, for estimate and plan; about half a minute."""
+    from deepseek.commands.calibrate import calibrate
+
+    calibrate(output)
 
 
 @app.command("scaling", context_settings=PASS_ON)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.checkpoint.callback import Checkpointing, FolderLock
+from deepseek.commands.forecast import Forecast
 from deepseek.commands.stopping import Stopping
 from deepseek.config import RunConfig, UserError, resolved_yaml
 from deepseek.config.cost import count_parameters, flops_per_token
@@ -39,6 +40,7 @@ def callbacks(
     peak: Peak,
     attempt: int,
     loggers: Mapping[str, Callable[[], Any]],
+    expected: Forecast | None = None,
 ) -> list[Any]:
     """In the order in which they act.
 
@@ -57,6 +59,7 @@ def callbacks(
         peak: of one device.
         attempt: how often a launcher has started the run anew.
         loggers: by name, what opens loggers that the trainer does not know.
+        expected: of a step, for the record.
     """
     manager = run.exp_manager
     saves = manager.create_checkpoint_callback
@@ -105,6 +108,8 @@ def callbacks(
         "peak_flops_per_device": peak.flops,
         "peak_source": peak.source,
     }
+    if expected is not None:
+        facts |= {"predicted_seconds": expected.seconds, "predicted_memory_bytes": expected.bytes}
     log = MetricsLog(
         folder / METRICS_FILE,
         flops,

@@ -9,13 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from deepseek.commands.device import device_named
 from deepseek.commands.validate import cluster, size_text, summary
 from deepseek.config import RunConfig, UserError, load_config
 from deepseek.config.cost import count_parameters, rank_needs
 from deepseek.config.layout import world_size
 from deepseek.console import say, table
 from deepseek.planner.fitted_rows import FITTED_ROWS
-from deepseek.planner.hardware import Gpu, gpu_named
+from deepseek.planner.hardware import Gpu
 from deepseek.planner.published import predict_row
 from deepseek.planner.step_time import StepEstimate, predict_step, traffic
 
@@ -32,32 +33,30 @@ def estimate(
     Args:
         config: name of a shipped configuration, or a YAML file.
         overrides: ``a.b=c``.
-        gpu: name.
-        gpus: of the cluster; None: as configured.
+        gpu: name, or a file of ``deepseek calibrate``.
+        gpus: of the cluster, or processes; None: as configured.
         as_json: print one JSON object instead.
 
     Raises:
         ConfigError: every problem of the configuration.
         UserError: a GPU that is not known, or GPUs that do not fill whole nodes.
     """
-    device = gpu_named(gpu)
+    device_named(gpu, 1)  # a wrong name is told first
     if gpus is not None:
         overrides = [*overrides, *cluster(config, overrides, gpus, "--gpus", not as_json)]
     run = load_config(config, overrides)
+    device = device_named(gpu, world_size(run))
     step = predict_step(run, device, world_size(run))
     if as_json:
         say(json.dumps(_figures(run, step), indent=1))
         return
-    for what, value in summary(run, on_gpu=True):
+    for what, value in summary(run, on_gpu=not device.cores):
         say(f"{what:<12} {value}")
     say(
         f"{'time':<12} {_seconds(step.seconds)} a step on {world_size(run):,} {device}: "
         f"{step.tokens_per_s_per_gpu:,.0f} tokens/s and {step.tflops_per_gpu:,.0f} TFLOP/s a GPU"
     )
-    say(
-        f"{'MFU':<12} {step.mfu:.1%} of {device.bf16 / 1e12:,.0f} TFLOP/s, the dense bf16 peak; "
-        f"FLOPs {step.convention}"
-    )
+    say(f"{'MFU':<12} {step.mfu:.1%} of {device.peak}; FLOPs {step.convention}")
     rows = [
         (part, _seconds(seconds), f"{seconds / step.seconds:.1%}")
         for part, seconds in step.parts.items()
@@ -69,10 +68,12 @@ def estimate(
         for what, counts in sent.items()
     ]
     table("sent by one GPU in a step", ("for", "over the network", "over NVLink"), by_link)
-    most = max(rank_needs(run), key=lambda need: need.total)
-    if most.total > device.memory:
+    most = max(need.total for need in rank_needs(run))
+    if device.cores:
+        say(f"{'resident':<12} {size_text(round(device.process + most))} of the fullest process")
+    if most + device.process > device.memory:
         say(
-            f"{size_text(most.total)} are more than the {size_text(round(device.memory))} of one "
+            f"{size_text(most)} are more than the {size_text(round(device.memory))} of one "
             f"{device}; `deepseek plan {config} --gpu {device}` finds layouts that fit"
         )
 
@@ -128,6 +129,7 @@ def _figures(run: RunConfig, step: StepEstimate) -> dict[str, Any]:
             what: {"network": far, "nvlink": near}
             for what, (far, near) in traffic(step.job, gpu).items()
         },
+        "resident_bytes": round(gpu.process + max(need.total for need in needs)),
         "memory_bytes": [{**need._asdict(), "total": need.total} for need in needs],
         "stages": [time._asdict() for time in step.stages],
         "layout": step.job.ranks._asdict(),

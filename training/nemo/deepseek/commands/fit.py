@@ -15,6 +15,7 @@ import torch
 
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.commands.callbacks import callbacks
+from deepseek.commands.forecast import forecast
 from deepseek.commands.validate import summary
 from deepseek.commands.versions import chosen_folder, finished_steps, made_folder
 from deepseek.config import RunConfig, UserError
@@ -138,6 +139,9 @@ def _fit(
         )
     for what, value in summary(run, on_gpu):
         say(f"{what:<12} {value}")
+    expected = forecast(run, torch.cuda.get_device_name() if on_gpu else None)
+    if expected is not None:
+        expected.tell()
     with _quiet():
         trainer = Trainer(
             accelerator="gpu" if on_gpu else "cpu",  # Lightning's auto takes MPS, without fp64
@@ -168,6 +172,7 @@ def _fit(
                 peak=peak_of(_device(processes, on_gpu), run.exp_manager.monitor.peak_tflops),
                 attempt=processes.attempt,
                 loggers=loggers,
+                expected=expected,
             ),
             logger=False,
             enable_checkpointing=False,
@@ -187,6 +192,8 @@ def _fit(
     if left := Ranks().together(data.verification.finish)[0]:
         say(f"data         {left}")
     metrics = module.validation_record
+    if expected is not None and processes.rank == 0:
+        expected.compare(folder)
     return FitResult(
         folder,
         module.finished_steps,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek.commands.device import device_named
 from deepseek.commands.plan_page import plan_page
 from deepseek.commands.validate import RESERVED_GIB, USUAL_NODE, size_text
 from deepseek.config import UserError, shipped_configs
@@ -19,7 +20,7 @@ from deepseek.config.schema import LEAVES, RunConfig, changed, value_at
 from deepseek.config.yaml_file import dump_yaml, read_yaml
 from deepseek.console import say, table
 from deepseek.files import write_new
-from deepseek.planner.hardware import Gpu, gpu_named
+from deepseek.planner.hardware import Gpu
 from deepseek.planner.scaling_curve import gains
 from deepseek.planner.search import Plan, search, smallest
 
@@ -59,7 +60,7 @@ def plan(
     Args:
         config: name of a shipped configuration, or a YAML file; the layout in it does not matter.
         overrides: ``a.b=c``; what of a layout is given here stays.
-        gpu: name.
+        gpu: name, or a file of ``deepseek calibrate``.
         nodes: of the cluster; None: as configured.
         gpus_per_node: None: as configured, or the usual number.
         memory: of a GPU, in GiB; None: as its data sheet says.
@@ -74,11 +75,12 @@ def plan(
         ConfigError: every problem of the configuration, whatever its layout.
         UserError: no such GPU, no layout is legal, or none fits; with the nearest that does.
     """
-    device = gpu_named(gpu)
-    room = room_of(device, memory)
+    room_of(device_named(gpu, 1), memory)  # what is wrong is told first
     if tokens is not None and not tokens > 0:
         raise UserError(f"--tokens {tokens:g}: must be above 0, such as 14.8e12")
     run, fixed = cluster(config, overrides, nodes, gpus_per_node)
+    device = device_named(gpu, world_size(run))
+    room = room_of(device, memory)
     found = search(run, device, room * 2**30, top, fixed)
     if not found:
         raise UserError(way_out(run, device, room, fixed))
@@ -110,12 +112,17 @@ def room_of(gpu: Gpu, memory: float | None) -> float:
     Raises:
         UserError: nothing is left.
     """
-    if memory is not None and not memory > RESERVED_GIB:
+    if memory is not None and not memory > reserved(gpu):
         raise UserError(
-            f"--memory {memory:g}: of a GPU, in GiB, {RESERVED_GIB} of which are its context's and "
-            "NCCL's; use 80 or 141, say"
+            f"--memory {memory:g}: of a GPU, in GiB, {reserved(gpu):.3g} of which are its "
+            "context's and NCCL's; use 80 or 141, say"
         )
-    return (gpu.memory / 2**30 if memory is None else memory) - RESERVED_GIB
+    return (gpu.memory / 2**30 if memory is None else memory) - reserved(gpu)
+
+
+def reserved(gpu: Gpu) -> float:
+    """GiB of a device that no layout can take."""
+    return gpu.process / 2**30 if gpu.cores else RESERVED_GIB
 
 
 def cluster(
@@ -161,9 +168,9 @@ def _show(config: str, found: list[Plan], gpu: Gpu, room: float, total: float) -
     say(
         f"{config} on {world:,} {gpu} ({run.trainer.num_nodes:,} x {run.trainer.devices}), "
         f"{_step_tokens(run):,} tokens a step, {total:.4g} in all; memory {room:.4g} GiB and "
-        f"{RESERVED_GIB} for context and NCCL"
+        f"{reserved(gpu):.3g} for {'the program' if gpu.cores else 'context and NCCL'}"
     )
-    say(f"MFU: of {gpu.bf16 / 1e12:,.0f} TFLOP/s, the dense bf16 peak; FLOPs {estimate.convention}")
+    say(f"MFU: of {gpu.peak}; FLOPs {estimate.convention}")
 
 
 def _rows(found: list[Plan], gpu: Gpu, total: float) -> list[tuple[str, ...]]:
@@ -346,10 +353,10 @@ def way_out(run: RunConfig, gpu: Gpu, room: float, fixed: Sequence[str]) -> str:
             return f"{told}: {'; '.join(faults) or 'use other --nodes'}"
         batches = " or ".join(map(str, sorted({max(1, batch // world) * world, more})))
         return f"{told}; use model.global_batch_size={batches}, or other --nodes"
-    need = least.most / 2**30 + RESERVED_GIB
+    need = least.most / 2**30 + reserved(gpu)
     told = (
         f"nothing fits {what}: the least is {need:,.1f} GiB of a GPU ({layout_text(least.run)}), "
-        f"and there are {room + RESERVED_GIB:,.4g}"
+        f"and there are {room + reserved(gpu):,.4g}"
     )
     ways = [f"--memory {-(-need // 1):.0f} or more"]
     for nodes in (run.trainer.num_nodes << doubled for doubled in range(1, DOUBLINGS)):

@@ -62,7 +62,7 @@ def plan_page(
         Card(
             "MFU",
             f"{100 * estimate.mfu:.1f} %",
-            f"of {gpu.bf16 / 1e12:,.0f} TFLOP/s, {estimate.convention}",
+            f"of {gpu.peak}; {estimate.convention}",
         ),
         Card("memory", size_text(best.most), f"of {room / 2**30:.4g} GiB"),
     ]

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from deepseek.config.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
+class Efficiency:
+    """The constants that are fitted to published runs."""
+
+    products: float = 0.9
+    """Of what a product alone reaches, the share that it reaches in a step."""
+    air_cooled: float = 0.85
+    """The same once more on B200 and B300, which have less power than GB200 and GB300."""
+    glue: float = 1.2
+    """Memory traffic between products, in that of DeepSeek's own kernels, in January 2026."""
+    trend: float = 0.3
+    """By how much glue and host time fall in a year of releases, as an exponent."""
+    graphed: float = 1.0
+    """Share of glue that is left where a whole step is launched as graphs: no gaps in between."""
+    host: float = 1.5e-3
+    """Seconds of a block, forward and backward, in which a GPU waits for launches, likewise."""
+
+
+@dataclass(frozen=True)
 class Gpu:
-    """What one GPU, and the machine around it, can do at best."""
+    """What one GPU, and the machine around it, can do at best; or a CPU process (``cpu.py``)."""
 
     name: str
     bf16: float
@@ -41,28 +60,53 @@ class Gpu:
     """Of the bf16 peak, latent attention forward, the mask's half not counted."""
     attention_back_share: float = 0.46
     """The same backward, counted as 2.5 times forward."""
+    fp32: float = 0.0
+    """FLOP/s of fp32 products; 0: half of ``bf16``, of the tensor cores' TF32."""
+    exchange_start: float = 80e-6
+    """Seconds of the experts' dispatch and combine that carry nothing."""
+    message: float = 0.0
+    """Seconds of another collective that carries nothing."""
+    shared_memory: float = 0.0
+    """Bytes/s of collectives through memory that the ranks of a machine share; 0: NVLink."""
+    update: float = 0.0
+    """Seconds of the optimiser for one number; 0: by bytes of memory."""
+    step: float = 0.0
+    """Seconds of a step whatever its size."""
+    cores: int = 0
+    """That all ranks share; 0: each has its own device."""
+    process: float = 0.0
+    """Bytes of a process before it has a model."""
+    efficiency: Efficiency | None = None
+    """As measured; None: as fitted to published runs."""
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def peak(self) -> str:
+        """What MFU is a share of."""
+        if self.cores:
+            return f"{self.bf16 / 1e9:,.0f} GFLOP/s, the measured rate of fp32 products"
+        return f"{self.bf16 / 1e12:,.0f} TFLOP/s, the dense bf16 peak"
 
 
 # Shares are medians of the kernel tables in aiconfigurator-core 0.12.0 (NVIDIA, Apache-2.0):
 # products of 4096 rows, latent attention of 128 heads on 4096 tokens. Attention's backward share is
 # that of DeepSeek's profile (455 TFLOP/s on H800), elsewhere in the same proportion to forward.
-_AMPERE = {"attention_share": 0.47, "attention_back_share": 0.39}
-_BLACKWELL = {
+_AMPERE: dict[str, Any] = {"attention_share": 0.47, "attention_back_share": 0.39}
+_BLACKWELL: dict[str, Any] = {
     "product_share": 0.67,
     "fp8_share": 0.56,
     "attention_share": 0.48,
     "attention_back_share": 0.4,
 }
-_B300 = {
+_B300: dict[str, Any] = {
     "product_share": 0.72,
     "fp8_share": 0.6,
     "attention_share": 0.55,
     "attention_back_share": 0.46,
 }
-_GB300 = {
+_GB300: dict[str, Any] = {
     "product_share": 0.76,
     "fp8_share": 0.63,
     "attention_share": 0.55,
@@ -70,6 +114,7 @@ _GB300 = {
 }
 _LIST_PRICE = "on-demand list price of 2025, rounded; contracts differ by a factor of 2"
 _NO_PRICE = "no public list price"
+_AMD = "7 links of Infinity Fabric; one 400 Gb/s port a GPU; shares are H100's, not measured"
 
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
@@ -84,6 +129,16 @@ GPUS: dict[str, Gpu] = {
             "NVIDIA H100 SXM data sheet; one 400 Gb/s port a GPU as in a DGX H100", _LIST_PRICE),
         Gpu("H200", 989e12, 1979e12, 151.4e9, 4.8e12, 450e9, 8, 50e9, 3.5,
             "NVIDIA H200 SXM data sheet; one 400 Gb/s port a GPU", _LIST_PRICE),
+        Gpu("H20", 148e12, 296e12, 103.1e9, 4.0e12, 450e9, 8, 50e9, None,
+            "NVIDIA H20 data sheet; one 400 Gb/s port a GPU", _NO_PRICE),
+        Gpu("GH200", 989e12, 1979e12, 103.1e9, 4.0e12, 450e9, 32, 50e9, None,
+            "NVIDIA GH200 NVL32 data sheet; one 400 Gb/s port a GPU", _NO_PRICE),
+        Gpu("MI300X", 1307e12, 2614e12, 206.2e9, 5.3e12, 448e9, 8, 50e9, None,
+            f"AMD Instinct MI300X data sheet, {_AMD}", _NO_PRICE),
+        Gpu("MI325X", 1307e12, 2614e12, 274.9e9, 6.0e12, 448e9, 8, 50e9, None,
+            f"AMD Instinct MI325X data sheet, {_AMD}", _NO_PRICE),
+        Gpu("MI355X", 2500e12, 5000e12, 309.2e9, 8.0e12, 537e9, 8, 50e9, None,
+            f"AMD Instinct MI355X data sheet, {_AMD}", _NO_PRICE),
         Gpu("B200", 2250e12, 4500e12, 193.3e9, 8e12, 900e9, 8, 50e9, 5.0,
             "NVIDIA DGX B200 data sheet; one 400 Gb/s port a GPU", _LIST_PRICE, **_BLACKWELL),
         Gpu("B300", 2250e12, 4500e12, 288e9, 8e12, 900e9, 8, 100e9, None,

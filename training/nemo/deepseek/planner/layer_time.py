@@ -13,13 +13,12 @@ Shares of the peak are those of NVIDIA's published kernel tables (``aiconfigurat
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 from deepseek.planner.architecture import Architecture, Product
 from deepseek.planner.flops import scores_per_token
-from deepseek.planner.hardware import Gpu
+from deepseek.planner.hardware import Efficiency, Gpu
 from deepseek.planner.job import Job, System
 
 MEMORY = 0.75
@@ -28,28 +27,8 @@ NVLINK, NETWORK = 0.75, 0.88
 """Shares of the links' peaks that exchanges reach: arXiv:2603.07685 table 7, 8 to 64 GPUs."""
 CAST = 1.9
 """Glue of fp8 in that of bf16: 8.3 ms of a block in DeepSeek's profile, 3.9 of them casts."""
-EXCHANGE_START = 80e-6
-"""Seconds of a dispatch and a combine that carry nothing."""
 START = 6e-6
 """Seconds that a product loses at its begin and end, whatever its size."""
-
-
-@dataclass(frozen=True)
-class Efficiency:
-    """The constants that are fitted to published runs."""
-
-    products: float = 0.9
-    """Of what a product alone reaches, the share that it reaches in a step."""
-    air_cooled: float = 0.85
-    """The same once more on B200 and B300, which have less power than GB200 and GB300."""
-    glue: float = 1.2
-    """Memory traffic between products, in that of DeepSeek's own kernels, in January 2026."""
-    trend: float = 0.3
-    """By how much glue and host time fall in a year of releases, as an exponent."""
-    graphed: float = 1.0
-    """Share of glue that is left where a whole step is launched as graphs: no gaps in between."""
-    host: float = 1.5e-3
-    """Seconds of a block, forward and backward, in which a GPU waits for launches, likewise."""
 
 
 FITTED = Efficiency(0.86, 0.697, 0.825, 0.475, 0.683, 1.53e-3)
@@ -99,7 +78,7 @@ class StageParts(NamedTuple):
     """A module without its pass through the head."""
 
 
-def stage_parts(job: Job, gpu: Gpu, efficiency: Efficiency = FITTED) -> StageParts:
+def stage_parts(job: Job, gpu: Gpu, efficiency: Efficiency | None = None) -> StageParts:
     """Times of all kinds of blocks of a job; cached, for what they depend on."""
     ranks = job.ranks
     return _stage_parts(
@@ -114,7 +93,7 @@ def stage_parts(job: Job, gpu: Gpu, efficiency: Efficiency = FITTED) -> StagePar
         job.imbalance,
         job.system,
         gpu,
-        efficiency,
+        efficiency or gpu.efficiency or FITTED,
     )
 
 
@@ -219,10 +198,11 @@ class _At(NamedTuple):
         host = self.efficiency.host * self.extra() / self.efficiency.glue * waits
         links = 0.0
         if tp > 1:
-            bytes_ = 2 * tokens * arch.hidden * (tp - 1) / tp
-            links = (
-                4 * bytes_ / (NVLINK * gpu.nvlink if tp <= gpu.domain else NETWORK * gpu.network)
-            )
+            number = 4 if self.precision == "fp32" else 2
+            bytes_ = number * tokens * arch.hidden * (tp - 1) / tp
+            near = gpu.shared_memory or NVLINK * gpu.nvlink
+            links = 4 * bytes_ / (near if tp <= gpu.domain else NETWORK * gpu.network)
+            links += 8 * gpu.message
         if self.cp > 1:  # each rank gathers the keys and values, or the latents, of its sequence
             width = arch.kv_lora + arch.rope_dim or arch.kv_heads * (arch.qk_dim + arch.v_dim) / tp
             sent = 2 * tokens * (self.cp - 1) * width
@@ -253,7 +233,7 @@ class _At(NamedTuple):
             return 0.0
         over_network = far * self.imbalance / (self.gpu.network * NETWORK)
         over_nvlink = near * self.imbalance / (self.gpu.nvlink * NVLINK)
-        return max(over_network, over_nvlink) + EXCHANGE_START
+        return max(over_network, over_nvlink) + self.gpu.exchange_start
 
     def glue_bytes(self, moe: bool) -> float:
         """Bytes that a block's forward and backward pass move outside its products."""
@@ -311,7 +291,7 @@ def sent_to_experts(
 def product_rate(gpu: Gpu, precision: str) -> float:
     """FLOP/s of a large product alone; of fp32 those of the tensor cores' TF32, half of bf16's."""
     if precision == "fp32":
-        return gpu.bf16 * gpu.product_share / 2
+        return (gpu.fp32 or gpu.bf16 / 2) * gpu.product_share
     if precision == "bf16" or gpu.fp8 == gpu.bf16:
         return gpu.bf16 * gpu.product_share
     return gpu.fp8 * gpu.fp8_share

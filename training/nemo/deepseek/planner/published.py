@@ -17,10 +17,10 @@ from typing import Any
 from deepseek.config.errors import UserError
 from deepseek.planner.architecture import Architecture
 from deepseek.planner.flops import Convention
-from deepseek.planner.hardware import Gpu, gpu_named
+from deepseek.planner.hardware import Efficiency, Gpu, gpu_named
 from deepseek.planner.job import Job, Ranks, even_stages
 from deepseek.planner.known_models import known_model
-from deepseek.planner.layer_time import FITTED, Efficiency, stage_parts
+from deepseek.planner.layer_time import FITTED, stage_parts
 from deepseek.planner.megatron_memory import peak_bytes
 from deepseek.planner.step_time import StepEstimate, predict
 from deepseek.planner.systems import system_of

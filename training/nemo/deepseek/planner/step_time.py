@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from deepseek.config.cost import in_half
 from deepseek.config.schema import RunConfig
 from deepseek.planner.flops import Convention, flops_per_token
-from deepseek.planner.hardware import Gpu
+from deepseek.planner.hardware import Efficiency, Gpu
 from deepseek.planner.job import Job, Stage, System, job_of_run
 from deepseek.planner.layer_time import (
-    FITTED,
     MEMORY,
     NETWORK,
     NVLINK,
     BlockTime,
-    Efficiency,
     Parts,
     StageParts,
     sent_to_experts,
@@ -68,11 +67,19 @@ class StepEstimate:
 
 def predict_step(run: RunConfig, gpu: Gpu, gpus: int) -> StepEstimate:
     """A step of a sound configuration on ``gpus`` GPUs, whatever its trainer section counts."""
-    return predict(job_of_run(run, gpus), gpu)
+    job = job_of_run(run, gpus)
+    if gpu.cores:  # nothing is computed while a CPU copies
+        half = in_half(run) and str(run.trainer.precision) != "auto"
+        system = replace(job.system, hidden_data_parallel=0.0)
+        job = replace(job, precision="bf16" if half else "fp32", system=system)
+    return predict(job, gpu)
 
 
 def predict(
-    job: Job, gpu: Gpu, convention: Convention | None = None, efficiency: Efficiency = FITTED
+    job: Job,
+    gpu: Gpu,
+    convention: Convention | None = None,
+    efficiency: Efficiency | None = None,
 ) -> StepEstimate:
     """A step of any job.
 
@@ -80,7 +87,7 @@ def predict(
         job: what is computed, and by whom.
         gpu: on what.
         convention: how FLOPs are counted; None: causal, and MTP modules where there are any.
-        efficiency: the fitted constants.
+        efficiency: the constants; None: those of ``gpu``, or the fitted ones.
     """
     convention = convention or Convention()
     parts = stage_parts(job, gpu, efficiency)
@@ -101,8 +108,12 @@ def predict(
         split = split + whole[stage].forward + whole[stage].backward
     lent = split.compute * (1 / (1 - system.dedicated_sms) - 1)
     worked = count / 2 if job.schedule == "DualPipe" else count
+    worked = count / 2 if job.schedule == "DualPipe" else count
+    if gpu.cores and ranks.world > gpu.cores:  # while one waits, another has its core
+        work = sum(loads) / ranks.pp * worked * ranks.world / gpu.cores
+        pipeline = max(pipeline, work)
     optimizer, exchange = _outside(job, gpu)
-    seconds = pipeline + optimizer + exchange
+    seconds = pipeline + optimizer + exchange + gpu.step
     named = {
         "dense products": split.products * worked,
         "attention": split.attention * worked,
@@ -114,7 +125,7 @@ def predict(
         "pipeline bubble": pipeline - loads[most] * worked,
         "optimizer": optimizer,
         "data-parallel exchange exposed": exchange,
-    }
+    } | ({"around the step": gpu.step} if gpu.step else {})
     tokens = job.global_batch * job.seq_length / ranks.world / seconds
     flops = _flops(job, convention) * tokens
     return StepEstimate(
@@ -175,9 +186,11 @@ def _hop(job: Job, gpu: Gpu) -> float:
     ranks = job.ranks
     if ranks.pp == 1:
         return 0.0
-    sent = 2 * job.micro_batch * job.seq_length / ranks.cp / ranks.tp * job.architecture.hidden
+    number = 4 if job.precision == "fp32" else 2
+    sent = number * job.micro_batch * job.seq_length / ranks.cp / ranks.tp
+    sent *= job.architecture.hidden
     inside = ranks.world <= gpu.domain
-    return sent / (gpu.nvlink * NVLINK if inside else gpu.network * NETWORK)
+    return sent / (gpu.nvlink * NVLINK if inside else gpu.network * NETWORK) + gpu.message
 
 
 def traffic(job: Job, gpu: Gpu) -> dict[str, tuple[float, float]]:
@@ -207,11 +220,13 @@ def _outside(job: Job, gpu: Gpu) -> tuple[float, float]:
     ranks = job.ranks
     dense, experts = _held_weights(job)
     kept = dense / (ranks.dp * ranks.cp) + experts / ranks.expert_dp
-    optimizer = kept * OPTIMIZER_BYTES / (gpu.hbm * MEMORY)
+    crowded = max(1.0, ranks.world / gpu.cores) if gpu.cores else 1.0
+    each = gpu.update or OPTIMIZER_BYTES / (gpu.hbm * MEMORY)
     sent = _data_parallel_bytes(job, dense, experts)
     inside = ranks.world <= gpu.domain
-    link = gpu.nvlink * NVLINK if inside else gpu.network * NETWORK
-    return optimizer, sent / link * (1 - job.system.hidden_data_parallel)
+    near = gpu.shared_memory or gpu.nvlink * NVLINK
+    exchange = sent / (near if inside else gpu.network * NETWORK)
+    return kept * each * crowded, exchange * crowded * (1 - job.system.hidden_data_parallel)
 
 
 def _data_parallel_bytes(job: Job, dense: float, experts: float) -> float:
