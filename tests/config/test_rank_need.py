@@ -234,7 +234,7 @@ def test_gradients_are_counted_as_they_are_held() -> None:
     assert told[None] == told[False] == 4 * numbers
     assert 2 * numbers <= told[True] < 4 * numbers
     one = rank_need(replace(run.model, reduce_gradients=False), layout, 0, 1, half=False)
-    assert one.gradients <= told[True], "nothing is held between micro-batches if there is one"
+    assert one.gradients < 4 * numbers, "nothing is held between micro-batches if there is one"
 
 
 def test_large_gradients_are_divided_after_each_micro_batch() -> None:

@@ -489,9 +489,9 @@ def rank_need(
     before = 0 if forward_first else gradients
     less = sum(of_one) if forward_first and micro_batches > 1 else 0
     main = _working(model, layout, _kinds_of(model, stages), half)
-    moments = []
+    moments, under_way, of_embedding = [], gradients + of_block, 0
     if not any(part.last for part in stages):
-        moments.append(moment(1, gradients + of_block, waiting - less, main))
+        moments.append(moment(1, under_way, waiting - less, main))
         if less:
             moments.append(moment(1, of_block, waiting, main))
     else:
@@ -503,16 +503,19 @@ def rank_need(
         chunk += 2 * numbers_of_head * (1 + trains) * half
         moments = [moment(0, before, waiting, chunk), moment(1, before, waiting, table)]
         waiting -= less
-        # Now what the heads have made is added up, with the embedding's gradient of every depth.
+        # Now what the heads have made is added up, with the embedding's gradient of every depth;
+        # not while another stage works.
         of_head = table if reduces else 0
-        waiting -= (1 + depth) * table
+        waiting -= (1 + depth) * table * (len(stages) == 1)
         ahead = _working(model, layout, {True}, half) if depth else 0
-        under_way = gradients + of_block + of_head
+        under_way += of_head
         moments.append(moment(1, under_way, waiting, ahead + table * (depth > 1)))
         waiting -= depth * _ahead_activations(model, layout, half)
-        moments.append(moment(1, under_way, waiting, main + table * (depth > 0)))
+        of_embedding = table * (depth > 0)
+        moments.append(moment(1, under_way, waiting, main + of_embedding))
     if gives_back and units:  # what experts are gathered into is there twice till they have run
-        twice = moment(1, gradients, waiting, _experts_at_work(model, layout, half))
+        experts_at_work = _experts_at_work(model, layout, half) + of_embedding
+        twice = moment(1, under_way, waiting, experts_at_work)
         experts = units[-1][0] - units[-1][2]
         moments.append(twice._replace(gathered=twice.gathered + experts * parted))
     if reduces:  # the embedding comes last
@@ -725,7 +728,9 @@ def _working(model: ModelConfig, layout: Layout, kinds: set[bool], half: bool) -
 def _experts_at_work(model: ModelConfig, layout: Layout, half: bool) -> int:
     """Bytes of the forward pass of experts, what is recomputed before them included."""
     rows = _tokens(model, layout) // layout.tp * model.num_experts_per_tok
-    needed = rows * model.hidden_size * 4 * (half and layout.ep == 1)
+    needed = 0
+    if half:  # rows in fp32 before their copy, and what they are weighted in
+        needed = 4 * rows * (model.hidden_size * (layout.ep == 1) + model.moe_intermediate_size)
     if model.peft is not None:  # results of matrix and adapter, and their sum
         needed += 3 * rows * model.hidden_size * (2 if half else 4)
     if model.activations_checkpoint_granularity:
