@@ -100,7 +100,7 @@ def test_train_tells_what_it_expected_beside_what_it_took(
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (None, r"cannot be read: No such file .*; make it with `deepseek calibrate --output"),
+        (None, r"cannot be read: No such file .*; make it with `deepseek calibrate`"),
         ("{", "is no calibration"),
         ("[]", "is no calibration"),
         ('{"format": 2}', "format 2, not 1"),
