@@ -64,6 +64,8 @@ def gradient_norms(model: Transformer, meshes: Meshes | SingleProcess) -> Gradie
 def clip_gradients(model: Transformer, largest: float, norm: Tensor) -> None:
     """Scale all gradients so that their norm is at most ``largest``."""
     gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    if not gradients:  # a stage without a layer, of a model with adapters
+        return
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
