@@ -83,12 +83,13 @@ def test_train_tells_what_it_expected_beside_what_it_took(
     file.parent.mkdir()
     file.write_text(machine_text(replace(MACHINE, cores=cores())))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    run = load_config(micro.config, ["trainer.max_steps=4", "trainer.precision=32"])
+    settings = ["trainer.max_steps=4", "trainer.precision=32", "trainer.num_threads=0"]
+    run = load_config(micro.config, settings)
     expected = forecast(run, None)
     assert expected is not None and expected.bytes > MACHINE.process
     assert forecast(changed(run, {"trainer.precision": "bf16-mixed"}), None) is None
     assert forecast(run, "an unknown GPU") is None and forecast(run, "NVIDIA H100 80GB") is not None
-    words = micro.words("forecast", "trainer.max_steps=4", "trainer.precision=32")
+    words = micro.words("forecast", *settings)
     started = micro.cli.start(*words, env={"XDG_CACHE_HOME": str(tmp_path)})
     ran = started.wait().assert_done().out
     assert re.search(r"expected +\S+ s a step, .* as predicted", ran)
