@@ -185,6 +185,7 @@ def test_no_room(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import_hf(source, source.with_name("other"))
     with pytest.raises(UserError, match="the export needs about"):
         export_hf(run, source.with_name("other"))
+    assert not partial(source.with_name("other")).exists()  # nothing was written
 
 
 # -- memory --

@@ -368,7 +368,7 @@ class Staging:
 
     It is built as ``.NAME.partial`` beside it and renamed at the end; one process at a time works
     on it. Parts that are done are noted, so that work that was cut short goes on instead of
-    starting again.
+    starting again; what is refused before it has written anything leaves no folder.
 
     Args:
         target: must not exist, or be an empty folder.
@@ -430,7 +430,17 @@ class Staging:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if error[0] is not None and self._is_empty():  # refused before it began
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
+
+    def _is_empty(self) -> bool:
+        """Whether there is nothing to go on with."""
+        try:
+            own = {path.name for path in self.folder.iterdir()} <= {_NOTES, _PLAN, LOCK}
+            return own and not any((self.folder / _NOTES).iterdir())
+        except OSError:
+            return False
 
     def _note(self, part: str) -> Path:
         return self.folder / _NOTES / f"{part}.json"
