@@ -421,7 +421,9 @@ def test_traffic_and_collectives_are_written(tmp_path: Path) -> None:
     run_ranks(4, ranks_of_rank, case, tmp_path, None)
     record = next(read_arrays(tmp_path / "traffic.arrays"))
     matrix = record.arrays["bytes"].astype(np.int64)
-    assert record.meta == {"row_bytes": config.hidden_size * 8, "node_of_rank": [0, 0, 1, 1]}
+    # On their way to the experts rows bring their routing weights, in the same dtype.
+    row_bytes = (config.hidden_size + 1) * 8
+    assert record.meta == {"row_bytes": row_bytes, "node_of_rank": [0, 0, 1, 1]}
     # What goes out comes back, and nothing leaves the EP groups (0, 1) and (2, 3).
     assert matrix.shape == (4, 2)
     there, back, stays = matrix[::2, 1], matrix[1::2, 0], [*matrix[::2, 0], *matrix[1::2, 1]]
@@ -434,7 +436,8 @@ def test_traffic_and_collectives_are_written(tmp_path: Path) -> None:
     dispatch = found["ep", "all_to_all"]
     tokens = config.global_batch_size * config.data.seq_length
     counts = 4 * 4 * config.n_routed_experts * 8  # layers, ranks
-    whole = 4 * tokens * config.num_experts_per_tok * 4 * config.hidden_size * 8 + counts
+    there_and_home = 2 * (row_bytes + config.hidden_size * 8)  # and the gradients' ways
+    whole = 4 * tokens * config.num_experts_per_tok * there_and_home + counts
     assert (dispatch["bytes"], dispatch["count"]) == (whole, 20)
     assert 0 < dispatch["p50"] <= dispatch["p95"] <= dispatch["max"]
     assert dispatch["busbw"] == pytest.approx(dispatch["algbw"] / 2)  # half stays at home

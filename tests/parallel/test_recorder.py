@@ -170,18 +170,19 @@ def test_rows_of_experts_are_counted_exactly() -> None:
     for _, own in results:
         rows |= own
     config = case.config
-    row_bytes = config.hidden_size * 8
+    row_bytes = (config.hidden_size + 1) * 8  # with its routing weight
+    there_and_home = row_bytes + config.hidden_size * 8
     layers, micro_batches = 4, config.global_batch_size // (4 * config.micro_batch_size)
     assert sum(rows.values()) == config.global_batch_size * 8 * 2 * layers  # tokens, K, layers
     for rank, (summary, _) in enumerate(results):
         for place, sent in enumerate(summary.expert_bytes):
             other = rank // 2 * 2 + place
-            wanted = 2 * (rows[rank, other] + rows[other, rank]) * row_bytes
+            wanted = (rows[rank, other] + rows[other, rank]) * there_and_home
             assert sent == (0 if other == rank else wanted)
         (numbers,) = [n for k, n in summary.numbers.items() if k.operation == "all_to_all"]
         # Two forward, two backward, one of the counts of each expert.
         assert numbers[COUNT] == 5 * layers * micro_batches
-        sent = 2 * sum(rows[rank, other] + rows[other, rank] for other in range(4)) * row_bytes
+        sent = sum(rows[rank, other] + rows[other, rank] for other in range(4)) * there_and_home
         assert numbers[BYTES] == sent + layers * micro_batches * config.n_routed_experts * 8
         assert summary.row_bytes == row_bytes
 

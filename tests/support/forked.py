@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -333,6 +334,10 @@ def child(request: dict[str, Any]) -> int:
 def become(program: str, args: Sequence[str], before: str = "") -> NoReturn:
     """Be ``deepseek``, ``torchrun`` or ``python`` until it ends, and end."""
     code: Any = 0
+    # As a new interpreter filters warnings: pytest's are errors, or always shown.
+    kept = [one for one in warnings.filters if one[0] not in ("error", "always")]
+    warnings.resetwarnings()
+    warnings.filters.extend(kept)  # type: ignore[attr-defined]
     try:
         import torch.distributed.run  # noqa: F401
 
