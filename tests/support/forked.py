@@ -401,6 +401,7 @@ class ForkedPopen:
         self.args = args
         self.returncode: int | None = None
         parent = os.getpid()
+        sys.stdout.flush()  # or the child says it, too
         self.pid = os.fork()
         if self.pid == 0:
             _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -459,11 +460,16 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _close_all_but(kept: set[int]) -> None:
-    """As ``Popen`` does: the listening socket of a dead rank 0 must not live on in another."""
+    """As ``Popen`` does: the listening socket of a dead rank 0 must not live on in another.
+
+    The numbers stay taken: an object of pytest's that has one would read and write what came next.
+    """
+    nowhere = os.open(os.devnull, os.O_RDWR)
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in kept:
             with contextlib.suppress(OSError):
-                os.close(int(name))
+                os.fstat(int(name))  # not the one that lists them
+                os.dup2(nowhere, int(name))
 
 
 if __name__ == "__main__":
