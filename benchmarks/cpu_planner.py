@@ -4,7 +4,7 @@
 
 Without a calibration one is made first. Every layout then trains for some steps with
 `deepseek train`; compared are the median step and the largest resident memory of a process.
-A machine that does other work tells little. Some 4 minutes on two free cores.
+A machine that does other work tells little. Some 6 minutes on two free cores.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 
 from deepseek.config import load_config
-from deepseek.config.cost import rank_needs
 from deepseek.config.layout import world_size
+from deepseek.config.memory import rank_needs
 from deepseek.planner.cpu import read_machine
 from deepseek.planner.step_time import predict_step
 

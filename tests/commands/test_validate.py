@@ -21,8 +21,8 @@ from deepseek.commands.validate import (
     validate_report,
 )
 from deepseek.config import ConfigError, RunConfig, UserError, load_config, shipped_configs
-from deepseek.config.cost import gathered_bytes, rank_need, state_memory
 from deepseek.config.layout import Layout
+from deepseek.config.memory import gathered_bytes, rank_need, state_memory
 from deepseek.config.schema import PeftConfig
 from deepseek.data.indexed import IndexedWriter
 from deepseek.models.transformer import Transformer

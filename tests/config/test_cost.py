@@ -8,16 +8,9 @@ import pytest
 import torch
 
 from deepseek.config import ModelConfig, load_config, shipped_configs
-from deepseek.config.cost import (
-    count_parameters,
-    flops_per_token,
-    gathered_bytes,
-    kv_cache_bytes_per_token,
-    rank_memory,
-    reshards,
-    state_memory,
-)
+from deepseek.config.cost import count_parameters, flops_per_token, kv_cache_bytes_per_token
 from deepseek.config.layout import Layout, split_layers, stages_of_rank
+from deepseek.config.memory import gathered_bytes, rank_memory, reshards, state_memory
 from deepseek.config.schema import PeftConfig
 from deepseek.models.transformer import Transformer
 from support.tiny_runs import small_run, worlds

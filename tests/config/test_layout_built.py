@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from deepseek.config import RunConfig, changed, load_config
-from deepseek.config.cost import rank_memory
 from deepseek.config.layout import Layout, kept_shape, split_layers, stages_of_rank
+from deepseek.config.memory import rank_memory
 from deepseek.config.schema import PeftConfig
 from deepseek.config.weights import model_weights
 from deepseek.parallel.mesh import Meshes, local

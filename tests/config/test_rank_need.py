@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch.distributed.pipelining.schedules import _Action, _ComputationType
 
-from deepseek.config import cost, load_config, shipped_configs
-from deepseek.config.cost import in_flight, rank_need, reduces_gradients
+from deepseek.config import load_config, memory, shipped_configs
+from deepseek.config.activations import in_flight
 from deepseek.config.layout import Layout, stages_of_rank
+from deepseek.config.memory import rank_need, reduces_gradients
 from deepseek.config.schema import ModelConfig, PeftConfig
 from deepseek.parallel.pipeline import SCHEDULES
 from support.live_bytes import step_bytes
@@ -254,7 +255,7 @@ def test_a_search_counts_the_weights_once(monkeypatch: pytest.MonkeyPatch) -> No
     layout = Layout.of(V3, 2048)
     expected = rank_need(V3, layout, 3, 16, half=True)
     for name in ("model_weights", "block_weights", "kept_shape"):
-        monkeypatch.setattr(cost, name, None)
+        monkeypatch.setattr(memory, name, None)
     assert rank_need(replace(V3), layout, 3, 16, half=True) == expected
     for changed in (
         replace(V3, micro_batch_size=2),

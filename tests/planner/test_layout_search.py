@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 
 from deepseek.config import RunConfig, load_config
-from deepseek.config.cost import rank_needs
 from deepseek.config.layout import PLANNED, Layout
+from deepseek.config.memory import rank_needs
 from deepseek.config.rules import joint_problems
 from deepseek.config.schema import changed, value_at
 from deepseek.planner.hardware import gpu_named

@@ -10,8 +10,8 @@ import pytest
 
 from deepseek.commands.plan import plan
 from deepseek.config import ConfigError, UserError, load_config
-from deepseek.config.cost import RankNeed
 from deepseek.config.layout import Layout
+from deepseek.config.memory import RankNeed
 
 TINY = "deepseek_v3_tiny"
 

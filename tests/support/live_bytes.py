@@ -29,8 +29,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from deepseek.config.cost import rank_memory
 from deepseek.config.layout import Layout
+from deepseek.config.memory import rank_memory
 from deepseek.config.schema import ModelConfig
 from deepseek.models.components import attention, recompute
 from deepseek.models.transformer import Transformer

@@ -20,9 +20,9 @@ from deepseek.config.changes import (
     flatten,
     with_new_keys,
 )
-from deepseek.config.cost import checkpoint_bytes
 from deepseek.config.errors import UserError
 from deepseek.config.load import stored_config
+from deepseek.config.memory import checkpoint_bytes
 from deepseek.config.schema import CheckpointConfig, RunConfig
 from deepseek.data.digests import Verification
 from deepseek.files import LOCK, Lock, disk_errors, megabytes, require_room

@@ -140,13 +140,10 @@ def explained(runs: Sequence[RunConfig], seconds: Sequence[float], first: Speed)
             rest = wanted - rows @ factors + column * factors[index]
             factors[index] = max(0.01, column @ rest / (column @ column))
     products, attention, *other = map(float, factors)
+    last = first.glue, first.host, first.update, first.step
     return Speed(
         first.products / products,
         first.memory,
         first.attention / attention * products,
-        *(value * factor for value, factor in zip(_last(first), other, strict=True)),
+        *(value * factor for value, factor in zip(last, other, strict=True)),
     )
-
-
-def _last(speed: Speed) -> tuple[float, ...]:
-    return speed.glue, speed.host, speed.update, speed.step

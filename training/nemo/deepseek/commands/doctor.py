@@ -12,7 +12,7 @@ from pathlib import Path
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.commands.versions import run_folder
 from deepseek.config import RunConfig, UserError, load_config
-from deepseek.config.cost import checkpoint_bytes
+from deepseek.config.memory import checkpoint_bytes
 from deepseek.console import complain, say, table
 from deepseek.launch.processes import Processes, join, leave, quiet
 from deepseek.launch.supervisor import supervise, worker_command

@@ -12,8 +12,9 @@ from typing import Any
 from deepseek.commands.device import device_named
 from deepseek.commands.validate import cluster, size_text, summary
 from deepseek.config import RunConfig, UserError, load_config
-from deepseek.config.cost import count_parameters, rank_needs
+from deepseek.config.cost import count_parameters
 from deepseek.config.layout import world_size
+from deepseek.config.memory import rank_needs
 from deepseek.console import say, table
 from deepseek.planner.fitted_rows import FITTED_ROWS
 from deepseek.planner.hardware import Gpu

@@ -10,8 +10,8 @@ import numpy as np
 from deepseek.commands.device import calibration_file
 from deepseek.commands.validate import size_text
 from deepseek.config import RunConfig, UserError
-from deepseek.config.cost import rank_needs
 from deepseek.config.layout import world_size
+from deepseek.config.memory import rank_needs
 from deepseek.console import say
 from deepseek.monitoring.run_log import RunLog
 from deepseek.planner.cpu import cores, read_machine

@@ -10,13 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deepseek.config import RunConfig, UserError, load_config
-from deepseek.config.cost import (
-    count_parameters,
-    flops_per_token,
-    kv_cache_bytes_per_token,
-    rank_needs,
-    state_memory,
-)
+from deepseek.config.cost import count_parameters, flops_per_token, kv_cache_bytes_per_token
 from deepseek.config.layout import (
     Layout,
     axes,
@@ -30,6 +24,7 @@ from deepseek.config.layout import (
     world_size,
 )
 from deepseek.config.load import Planner, unchecked_value
+from deepseek.config.memory import rank_needs, state_memory
 from deepseek.config.schema import ModelConfig
 from deepseek.config.weights import weight_kinds
 from deepseek.console import say, table

@@ -297,6 +297,12 @@ def stages_of_rank(model: ModelConfig, pp_rank: int) -> list[int]:
     return list(range(pp_rank, num_stages(model), pp))
 
 
+def rank_stages(model: ModelConfig, pp_rank: int) -> list[StageSlice]:
+    """What each stage of a rank has of the model, in ascending order."""
+    parts = split_layers(model)
+    return [parts[stage] for stage in stages_of_rank(model, pp_rank)]
+
+
 def split_layers(model: ModelConfig) -> list[StageSlice]:
     """The parts of each stage: by hand, or so that the costliest rank costs least."""
     if model.pipeline_layers_per_stage is not None:

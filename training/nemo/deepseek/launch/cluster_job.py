@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deepseek.config import RunConfig, UserError
-from deepseek.config.cost import checkpoint_bytes
+from deepseek.config.memory import checkpoint_bytes
 
 LEAST_SECONDS_TO_SAVE = 120
 SECONDS_OF_A_STEP = 60

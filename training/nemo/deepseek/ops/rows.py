@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek.config.cost import ROW_ALIGNMENT
+from deepseek.config.activations import ROW_ALIGNMENT
 
 ALIGNMENT = ROW_ALIGNMENT
 """Every expert's row count becomes a multiple of this, and none is 0."""

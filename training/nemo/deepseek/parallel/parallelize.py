@@ -20,9 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from deepseek.config.cost import reduces_gradients, reshards
 from deepseek.config.errors import UserError
 from deepseek.config.layout import StageSlice, split_layers, stages_of_rank
+from deepseek.config.memory import reduces_gradients, reshards
 from deepseek.config.schema import ModelConfig
 from deepseek.models.components.block import DeepSeekBlock
 from deepseek.models.components.moe import MoE

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from deepseek.config.cost import reduces_gradients, reshards
 from deepseek.config.layout import V_SCHEDULES, Layout, split_layers
+from deepseek.config.memory import reduces_gradients, reshards
 from deepseek.config.schema import ModelConfig, RunConfig
 from deepseek.planner.architecture import Architecture
 

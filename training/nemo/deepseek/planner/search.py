@@ -21,7 +21,6 @@ from dataclasses import dataclass, is_dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple, cast
 
-from deepseek.config.cost import RankNeed, in_half, rank_need, rank_needs
 from deepseek.config.errors import Problem, divisors
 from deepseek.config.layout import INTERLEAVED_SCHEDULES, PLANNED, V_SCHEDULES, Layout, world_size
 from deepseek.config.layout_rules import (
@@ -37,6 +36,7 @@ from deepseek.config.layout_rules import (
     resharding,
     tensor_parallel,
 )
+from deepseek.config.memory import RankNeed, in_half, rank_need, rank_needs
 from deepseek.config.rules import dense_only
 from deepseek.config.schema import LEAVES, ModelConfig, RunConfig, changed, value_at
 from deepseek.planner.hardware import Gpu

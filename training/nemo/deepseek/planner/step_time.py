@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from deepseek.config.cost import in_half
+from deepseek.config.memory import in_half
 from deepseek.config.schema import RunConfig
 from deepseek.planner.flops import Convention, flops_per_token
 from deepseek.planner.hardware import Efficiency, Gpu

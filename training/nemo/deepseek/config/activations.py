@@ -1,0 +1,277 @@
+"""Bytes of activations: what micro-batches keep on their way, and what a block works in.
+
+Counted from the configuration alone, and compared with tracked bytes of whole steps by tests.
+``half``: products are computed in 2 bytes (``bf16-mixed``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deepseek.config.cost import attention_parameters
+from deepseek.config.layout import (
+    INTERLEAVED_SCHEDULES,
+    V_SCHEDULES,
+    Layout,
+    StageSlice,
+    rank_stages,
+    stages_of_rank,
+)
+from deepseek.config.schema import ModelConfig
+
+ROW_ALIGNMENT = 16
+"""Rows of every routed expert are padded to a multiple of this; ``ops/rows.py`` says why."""
+
+
+def blocks_of_stage(model: ModelConfig, part: StageSlice) -> tuple[int, int]:
+    """Dense and MoE blocks of a stage."""
+    layers = part.layers
+    dense = min(max(model.first_k_dense_replace - layers.start, 0), len(layers))
+    return dense, len(layers) - dense
+
+
+def in_flight(model: ModelConfig, pp_rank: int, micro_batches: int) -> dict[int, int]:
+    """Micro-batches of each stage of a rank that have gone forward and not all the way back.
+
+    At the moment when the rank holds most, as torch orders the schedules.
+    """
+    pp, name = model.pipeline_model_parallel_size, model.pipeline_schedule
+    stages, after = stages_of_rank(model, pp_rank), pp - 1 - pp_rank
+    counts = [micro_batches] * len(stages)
+    if pp == 1:
+        counts = [1]
+    elif name == "1F1B":
+        counts = [after + 1]
+    elif name in V_SCHEDULES:
+        counts = [pp + after + (name == "DualPipeV"), pp_rank + 1]
+    elif name in INTERLEAVED_SCHEDULES:
+        size = micro_batches // max(1, micro_batches // pp)
+        between = (len(stages) - 1) * size
+        total = between + (2 * after + 1 if name == "Interleaved1F1B" else pp)
+        newest = min(size, total - between)
+        counts = [total - between + size - newest, *[size] * (len(stages) - 2), newest]
+    return {stage: min(n, micro_batches) for stage, n in zip(stages, counts, strict=True)}
+
+
+def split_backward(
+    model: ModelConfig,
+    layout: Layout,
+    pp_rank: int,
+    held: Sequence[int],
+    of_one: Sequence[int],
+    half: bool,
+) -> int:
+    """Bytes that activations take besides where weights get their gradients later than inputs.
+
+    Till then a micro-batch keeps its activations, which ``in_flight`` counts, and the gradients of
+    what every matrix has made. A stage that recomputes makes both at once, and keeps neither.
+    """
+    name, pp = model.pipeline_schedule, model.pipeline_model_parallel_size
+    if pp == 1 or name not in ("InterleavedZeroBubble", "ZBVZeroBubble"):
+        return 0
+    if model.activations_checkpoint_granularity:
+        early = min(pp_rank, held[-1] - 1) if name == "InterleavedZeroBubble" else 0
+        return -early * of_one[-1]
+    several = model.num_nextn_predict_layers > 1  # whose stage is not split either
+    made = [
+        0 if part.last and several else _product_gradients(model, layout, part, half)
+        for part in rank_stages(model, pp_rank)
+    ]
+    if name == "InterleavedZeroBubble":
+        return min(pp_rank + 1, held[-1]) * made[-1]
+    # A V that fills up has one such backward pass under way, one that runs empty all of them.
+    first, second = min(pp, held[0]), min(pp_rank, held[-1])
+    empty = first * of_one[0] + second * of_one[1]
+    empty += min(pp_rank + 1, first) * made[0] + second * made[1]
+    full = sum(n * one for n, one in zip(held, of_one, strict=True))
+    return max(made[-1], empty - full)
+
+
+def _product_gradients(model: ModelConfig, layout: Layout, part: StageSlice, half: bool) -> int:
+    """Bytes of the gradients of what the products and norms of a stage's blocks have made."""
+    tokens, tp, dim = tokens_of_part(model, layout), layout.tp, model.hidden_size
+    here, heads, number = tokens // tp, model.num_attention_heads // tp, 2 if half else 4
+    latents = model.kv_lora_rank + (model.q_lora_rank or 0)
+    attention = tokens * heads * (model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim)
+    attention += tokens * (latents + model.qk_rope_head_dim) + here * dim
+    common = number * attention + 4 * (tokens * latents + 2 * here * dim)
+    dense = number * (2 * tokens * model.intermediate_size // tp + here * dim)
+    inner = model.moe_intermediate_size
+    experts = number * here * model.num_experts_per_tok * (2 * inner + dim)
+    shared = model.n_shared_experts * inner
+    experts += number * (2 * tokens * shared // tp + here * dim) if shared else 0
+    experts += 4 * here * model.n_routed_experts
+    of_kind = (common + dense, common + experts)
+    return (
+        sum(n * size for n, size in zip(blocks_of_stage(model, part), of_kind, strict=True))
+        + 8 * here * dim
+    )
+
+
+def tokens_of_part(model: ModelConfig, layout: Layout) -> int:
+    """Of a micro-batch on the ranks of one part of its sequences."""
+    return model.micro_batch_size * model.data.seq_length // layout.cp
+
+
+def stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, half: bool) -> int:
+    """Bytes that a stage keeps of one micro-batch from its forward to its backward pass."""
+    hidden = 4 * tokens_of_part(model, layout) // layout.tp * model.hidden_size
+    again = _recomputing(model, part)
+    total = sum(
+        n * _kept_activations(model, layout, bool(moe), half)
+        + (blocks - n) * _block_activations(model, layout, bool(moe), half)
+        for moe, (n, blocks) in enumerate(zip(again, blocks_of_stage(model, part), strict=True))
+        if blocks
+    )
+    if not part.last:
+        return total + (hidden if layout.pp > 1 else 0)  # the pipeline keeps what it has sent
+    depth = model.num_nextn_predict_layers
+    head = 4 * model.vocab_size // layout.tp * model.hidden_size
+    if model.peft is None:
+        total += (1 + depth) * head  # its gradients, made in the forward pass
+    total += 3 * hidden  # input of the norm, normed, gradient of the head's
+    return total + depth * ahead_activations(model, layout, half)
+
+
+def ahead_activations(model: ModelConfig, layout: Layout, half: bool) -> int:
+    """Bytes that one MTP depth keeps of one micro-batch, the gradient of the head not included."""
+    hidden = 4 * tokens_of_part(model, layout) // layout.tp * model.hidden_size
+    ahead = hidden * 2 + hidden * (2 if half else 4) // 4
+    if not model.activations_checkpoint_granularity:
+        ahead += _block_activations(model, layout, True, half) + 2 * hidden
+        ahead += hidden + 4 * model.hidden_size**2 if half else hidden
+    elif model.activations_checkpoint_granularity == "selective":
+        ahead += _kept_activations(model, layout, True, half) - hidden
+        ahead += hidden * (2 if half else 4) // 4
+    return ahead
+
+
+def _recomputing(model: ModelConfig, part: StageSlice) -> tuple[int, int]:
+    """Dense and MoE blocks of a stage that recompute: its first ones."""
+    most, (dense, moe) = model.activations_checkpoint_num_layers, blocks_of_stage(model, part)
+    if model.activations_checkpoint_granularity is None:
+        return 0, 0
+    if most is None:
+        return dense, moe
+    return min(dense, most), min(moe, max(0, most - dense))
+
+
+def _kept_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool) -> int:
+    """Bytes that a block keeps for its backward pass if it recomputes, its input included.
+
+    ``models/components/recompute.py`` says what.
+    """
+    tokens, dim, tp = tokens_of_part(model, layout), model.hidden_size, layout.tp
+    here, number = tokens // tp, 2 if half else 4
+    rows = here * model.num_experts_per_tok
+    total = 4 * here * dim
+    if moe:  # chosen experts; the order of rows on both sides
+        total += 8 * rows * (5 if layout.ep > 1 else 1)
+    if model.activations_checkpoint_granularity != "selective":
+        return total
+
+    def product(rows: int, inner: int, outer: int) -> int:
+        return number * rows * outer * (inner >= dim)
+
+    heads = model.num_attention_heads // tp
+    values, width = heads * model.v_head_dim, model.intermediate_size // tp
+    total += tokens * (number * values + 4 * heads)
+    total += product(here, dim, model.kv_lora_rank + model.qk_rope_head_dim)
+    if model.q_lora_rank is None:
+        total += product(tokens, dim, heads * model.qk_head_dim)
+    else:
+        total += product(here, dim, model.q_lora_rank)
+    total += product(tokens, values, dim)
+    if moe:
+        inner = model.moe_intermediate_size
+        slots = _slots(model, layout, rows)
+        total += 4 * here * model.n_routed_experts
+        total += 2 * product(slots, dim, inner) + product(slots, inner, dim)
+        if layout.ep > 1:
+            total += rows * (number * dim + 4)
+        width = model.n_shared_experts * inner // tp
+    return total + 2 * product(tokens, dim, width) + product(tokens, width, dim) * (width > 0)
+
+
+def block_kinds(model: ModelConfig, stages: Sequence[StageSlice]) -> set[bool]:
+    """Whether there are MoE blocks, and others."""
+    return {bool(moe) for part in stages for moe, n in enumerate(blocks_of_stage(model, part)) if n}
+
+
+def working_bytes(model: ModelConfig, layout: Layout, kinds: set[bool], half: bool) -> int:
+    """Bytes of one block's backward pass, the costliest of ``kinds``, beside what waits for it."""
+    tokens, dim = tokens_of_part(model, layout), model.hidden_size
+    hidden = 4 * tokens // layout.tp * dim
+    most = 0
+    for moe in kinds:
+        if moe:
+            rows = tokens // layout.tp * model.num_experts_per_tok
+            needed = (8 + (2 if half else 0)) * rows * dim + hidden
+            if model.activations_checkpoint_granularity:  # which ends before the experts' results
+                needed = (2 if half else 4) * rows * dim + hidden
+        else:
+            width = model.intermediate_size // layout.tp
+            needed = 4 * dim * width + hidden + (0 if half else 4 * tokens * width)
+        if model.activations_checkpoint_granularity:
+            kept = _kept_activations(model, layout, moe, half)
+            needed += _block_activations(model, layout, moe, half) - kept
+        most = max(most, needed)
+    return most
+
+
+def experts_at_work(model: ModelConfig, layout: Layout, half: bool) -> int:
+    """Bytes of the forward pass of experts, what is recomputed before them included."""
+    rows = tokens_of_part(model, layout) // layout.tp * model.num_experts_per_tok
+    needed = 0
+    if half:  # rows in fp32 before their copy, and what they are weighted in
+        needed = 4 * rows * (model.hidden_size * (layout.ep == 1) + model.moe_intermediate_size)
+    if model.peft is not None:  # results of matrix and adapter, and their sum
+        needed += 3 * rows * model.hidden_size * (2 if half else 4)
+    if model.activations_checkpoint_granularity:
+        needed += _block_activations(model, layout, True, half)
+        needed -= _kept_activations(model, layout, True, half)
+    return needed
+
+
+def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool) -> int:
+    """Bytes that a block keeps for its backward pass if nothing is recomputed, its input included.
+
+    The residual stream and what norms keep are fp32. In half precision every product keeps a copy
+    of its input and of its matrix: autocast casts them anew for each.
+    """
+    tokens, dim, tp = tokens_of_part(model, layout), model.hidden_size, layout.tp
+    number, heads = 2 if half else 4, model.num_attention_heads // tp
+    here, latent = tokens // tp, model.kv_lora_rank
+    total = 4 * 4 * here * dim  # input, after attention, and both normed
+    inputs = 2 * number * tokens * dim if half else number * tokens * dim
+    # attention
+    keys = tokens * layout.cp  # of the whole sequence
+    total += inputs + tokens * heads * (number * (model.qk_head_dim + model.v_head_dim) + 4)
+    total += keys * heads * number * (model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim)
+    if layout.cp > 1:
+        total += number * keys * (latent + model.qk_rope_head_dim)
+    total += tokens * ((8 if half else 12) * (latent + (model.q_lora_rank or 0)))
+    if model.data.isolate_documents:
+        total += (1 + number) * tokens * model.data.seq_length
+    if model.peft is not None:  # what norms and router are given is for their weights alone
+        total -= 4 * (2 + moe) * here * dim
+    matrices = attention_parameters(model) // (tp if tp > 1 else 1)
+    # feed-forward
+    width = model.intermediate_size // tp
+    if moe:
+        rows = here * model.num_experts_per_tok
+        inner, slots = model.moe_intermediate_size, _slots(model, layout, rows)
+        total += 4 * here * dim  # for the router, in fp32
+        total += slots * (number * (dim + 5 * inner) + 4)
+        total += 5 * 4 * here * model.n_routed_experts + 6 * 8 * rows
+        matrices += model.n_routed_experts // layout.ep * 3 * dim * inner
+        width = model.n_shared_experts * inner // tp
+        inputs = inputs if half else 0  # the router's copy
+    total += (inputs if width else 0) + 4 * number * tokens * width
+    return total + (2 * (matrices + 3 * dim * width) if half else 0)
+
+
+def _slots(model: ModelConfig, layout: Layout, rows: int) -> int:
+    """That the rows of a rank's experts are padded to, at most."""
+    experts = model.n_routed_experts // layout.ep
+    return ROW_ALIGNMENT * (experts + max(rows - 1, 0) // ROW_ALIGNMENT)

@@ -1,0 +1,347 @@
+"""Bytes: the states of a model, a rank's share of them, and all that a step needs besides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from deepseek.config.activations import (
+    ahead_activations,
+    block_kinds,
+    blocks_of_stage,
+    experts_at_work,
+    in_flight,
+    split_backward,
+    stage_activations,
+    tokens_of_part,
+    working_bytes,
+)
+from deepseek.config.cost import CHUNK_TOKENS, count_parameters
+from deepseek.config.layout import Layout, StageSlice, kept_shape, rank_stages
+from deepseek.config.schema import ModelConfig, RunConfig
+from deepseek.config.weights import Weight, block_weights, model_weights, once_per_shape
+
+KEPT_BYTES = 1 << 30
+"""Gathered weights of less stay gathered for a whole step, if nobody says otherwise."""
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """Training states, activations not included."""
+
+    parameters: int
+    """Numbers, without correction biases."""
+    weights: int
+    """Bytes of fp32 weights, adapters and correction biases."""
+    gradients: int
+    """Bytes of fp32 gradients of what is trained."""
+    optimizer: int
+    """Bytes of fp32 moments or momentum."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of all states."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def state_memory(model: ModelConfig, optimizer: str = "adamw") -> StateMemory:
+    """Bytes of weights, gradients and optimiser states, summed over all ranks.
+
+    Everything is fp32, but for moments if so configured, under ``bf16-mixed`` too: that precision
+    casts inside matrix products and keeps fp32 weights, the master weights, as the only ones. AdamW
+    holds two moments (16 bytes per parameter in all); Muon holds one momentum for hidden matrices
+    (12 bytes) and AdamW's moments for embedding, head and norms. With adapters, they alone have
+    gradients and moments.
+
+    Args:
+        model: the sizes.
+        optimizer: ``adamw`` or ``muon``.
+    """
+    everything = StageSlice(range(model.num_hidden_layers), first=True, last=True)
+    return _states(model, Layout(), [everything], optimizer)
+
+
+def checkpoint_bytes(model: ModelConfig, optimizer: str) -> int:
+    """Of one checkpoint: the weights that are trained, in fp32, and their optimiser states."""
+    return int(state_memory(model, optimizer).optimizer + 4 * count_parameters(model).trained)
+
+
+def rank_memory(
+    model: ModelConfig, layout: Layout, pp_rank: int, optimizer: str = "adamw"
+) -> StateMemory:
+    """States of one rank at a place of the pipeline; of ranks that differ, the largest.
+
+    Args:
+        model: the sizes.
+        layout: divides each weight.
+        pp_rank: place in the pipeline.
+        optimizer: ``adamw`` or ``muon``; see ``state_memory``.
+
+    Returns:
+        Activations and gathered weights are not included.
+    """
+    return _states(model, layout, rank_stages(model, pp_rank), optimizer)
+
+
+def _states(
+    model: ModelConfig, layout: Layout, stages: Sequence[StageSlice], optimizer: str
+) -> StateMemory:
+    parameters = biases = trained = hidden = 0
+    for numbers, times, _ in _groups(model, layout, stages):
+        parameters += times * numbers.kept
+        biases += times * numbers.biases
+        trained += times * numbers.trained
+        hidden += times * numbers.hidden
+    moments = 2 * trained - (hidden if optimizer == "muon" else 0)
+    number = 2 if model.optim.moments_dtype == "bf16" else 4
+    return StateMemory(parameters, 4 * (parameters + biases), 4 * trained, number * moments)
+
+
+def gathered_bytes(model: ModelConfig, layout: Layout) -> int:
+    """Bytes of fp32 copies of weights that the fullest rank has while it computes.
+
+    Of experts that no other rank has a part of, there is none: it computes with what it keeps.
+    """
+    ranks = (_groups(model, layout, rank_stages(model, pp_rank)) for pp_rank in range(layout.pp))
+    return 4 * max(sum(times * numbers.gathered for numbers, times, _ in rank) for rank in ranks)
+
+
+class _Numbers(NamedTuple):
+    """How many numbers a rank has of a group of weights."""
+
+    kept: int
+    """Of parameters, between steps."""
+    biases: int
+    """Of correction biases."""
+    trained: int
+    """Of ``kept``, what has gradients."""
+    hidden: int
+    """Of ``trained``, matrices of blocks, for which Muon has one momentum."""
+    whole: int
+    """What is computed with, if other ranks keep a part of it."""
+    gathered: int
+    """The same with FSDP's padding: 16 experts over 32 ranks take the bytes of 32."""
+    beside: int
+    """Of ``gathered``, without experts that are a unit of FSDP of their own: what two blocks in a
+    row have at a time."""
+    alone: int
+    """Of experts that are kept in whole."""
+
+
+def _groups(
+    model: ModelConfig, layout: Layout, stages: Sequence[StageSlice]
+) -> list[tuple[_Numbers, int, bool]]:
+    """What some stages have: a group of weights, how often, and whether it is a unit of FSDP."""
+    numbers, found = _numbers(model, replace(layout, pp=1)), []
+    for part in stages:
+        dense, moe = blocks_of_stage(model, part)
+        found += [(numbers["dense"], dense, True), (numbers["moe"], moe, True)]
+        if part.first or part.last:
+            ends = "both ends" if part.first and part.last else "first" if part.first else "last"
+            found.append((numbers[ends], 1, False))
+        if part.last:
+            found.append((numbers["mtp"], model.num_nextn_predict_layers, True))
+    return found
+
+
+@once_per_shape
+def _weights_of_groups(model: ModelConfig) -> dict[str, list[Weight]]:
+    """Of one block (``dense``, ``moe``), one MTP module (``mtp``), and what stages have besides."""
+    ends = {
+        name: model_weights(model, (), first, last)
+        for name, first, last in (
+            ("first", True, False),
+            ("last", False, True),
+            ("both ends", True, True),
+        )
+    }
+    groups = {
+        "dense": block_weights(model, moe=False),
+        "moe": block_weights(model, moe=True),
+        "mtp": [weight for weight in ends["last"] if weight.name.startswith("mtp.0.")],
+    }
+    for name, weights in ends.items():
+        groups[name] = [weight for weight in weights if not weight.name.startswith("mtp.")]
+    return groups
+
+
+@once_per_shape
+def _numbers(model: ModelConfig, layout: Layout) -> dict[str, _Numbers]:
+    """Of each of ``_weights_of_groups``, whatever the pipeline."""
+    found = {}
+    for name, weights in _weights_of_groups(model).items():
+        kept = biases = trained = hidden = whole = gathered = beside = alone = 0
+        for weight in weights:
+            count = math.prod(kept_shape(weight, layout))
+            if weight.buffer:
+                biases += count
+                continue
+            kept += count
+            if model.peft is None or weight.adapter:
+                trained += count
+                if len(weight.shape) > 1 and name in ("dense", "moe", "mtp"):
+                    hidden += count
+            here = math.prod(weight.divided(layout.tp, layout.ep))
+            if weight.routed and layout.keeps_experts:
+                alone += here
+            else:
+                padded = count * (layout.edp if weight.routed else layout.dp_shard)
+                whole += here
+                gathered += padded
+                beside += 0 if weight.routed and layout.ep * layout.tp > 1 else padded
+        found[name] = _Numbers(kept, biases, trained, hidden, whole, gathered, beside, alone)
+    return found
+
+
+def reshards(model: ModelConfig, layout: Layout) -> bool:
+    """Whether FSDP drops gathered weights after the forward pass, to gather them once more.
+
+    As ``model.reshard_after_forward`` says; of itself only without a pipeline, and where they take
+    more than ``KEPT_BYTES``.
+    """
+    if model.reshard_after_forward is not None:
+        return model.reshard_after_forward
+    return layout.pp == 1 and gathered_bytes(model, layout) > KEPT_BYTES
+
+
+def reduces_gradients(model: ModelConfig, layout: Layout) -> bool:
+    """Whether data-parallel ranks add up and divide gradients after every micro-batch.
+
+    As ``model.reduce_gradients`` says; of itself where weights are given back, too. Else a rank
+    holds whole gradients, in fp32, from the first micro-batch to the last.
+    """
+    if model.reduce_gradients is not None:
+        return model.reduce_gradients
+    return reshards(model, layout)
+
+
+class RankNeed(NamedTuple):
+    """Most bytes that one rank has at a time, by what they are for.
+
+    Routing is taken to be balanced, and gradients, weights and moments are fp32. Activations are
+    those of GPUs, with a flash kernel; the test of this class follows every tensor of a fake step.
+    """
+
+    states: int
+    """Weights and moments, as kept between steps."""
+    gathered: int
+    """Weights as computed with, of several ranks."""
+    gradients: int
+    """As held between micro-batches, or of the units that are under way."""
+    activations: int
+    """Of the micro-batches that wait for their backward pass."""
+    buffers: int
+    """That stages of a pipeline receive in: one in each direction is under way."""
+    working: int
+    """What one backward pass needs besides, its recomputation and the experts' exchange included.
+    """
+
+    @property
+    def total(self) -> int:
+        """All of it; a device's context and NCCL's own buffers, 1 to 2 GiB, are not counted."""
+        return sum(self)
+
+
+def rank_need(
+    model: ModelConfig, layout: Layout, pp_rank: int, micro_batches: int, half: bool
+) -> RankNeed:
+    """What a rank at one place of the pipeline needs.
+
+    Args:
+        model: the sizes.
+        layout: divides weights and work.
+        pp_rank: place in the pipeline.
+        micro_batches: of a step.
+        half: products are computed in 2 bytes (``bf16-mixed``).
+    """
+    stages, held = rank_stages(model, pp_rank), in_flight(model, pp_rank, micro_batches)
+    kept = _states(model, layout, stages, model.optim.name)
+    root = roots_gradient = alone = 0
+    units: list[tuple[int, int, int]] = []
+    for numbers, times, unit in _groups(model, layout, stages):
+        alone += 4 * times * numbers.alone
+        if unit:
+            units += times * [(4 * numbers.gathered, 4 * numbers.whole, 4 * numbers.beside)]
+        else:
+            roots_gradient += 4 * times * numbers.whole
+            root += 4 * times * numbers.gathered
+    units.sort()
+    beside = units[-2][2] if len(units) > 1 else 0
+    parted, trains = layout.world_size > 1, model.peft is None
+    at_once = micro_batches == 1 and layout.pp == 1
+    reduces = parted and trains and (reduces_gradients(model, layout) or at_once)
+    gradients, of_block = kept.gradients, 0
+    if reduces:
+        of_block = beside  # of the block before, on its way
+    elif parted and trains:  # experts in whole are not gathered, nor their gradients
+        gradients = alone + roots_gradient + sum(unit[1] for unit in units)
+    of_one = [stage_activations(model, layout, part, half) for part in stages]
+    waiting = sum(n * one for n, one in zip(held.values(), of_one, strict=True))
+    waiting += split_backward(model, layout, pp_rank, list(held.values()), of_one, half)
+    hidden = 4 * tokens_of_part(model, layout) // layout.tp * model.hidden_size
+    ends = sum((not part.first) + (not part.last) for part in stages)
+    gives_back = reshards(model, layout)
+
+    def moment(blocks: int, gradients: int, activations: int, working: int) -> RankNeed:
+        """While a block works, or none: of those that give their weights back, gathered are its
+        own and the next one's, but for experts that come later."""
+        there = blocks * (units[-1][0] + beside) if units else 0
+        if not gives_back:
+            there = sum(unit[0] for unit in units)
+        gathered = (root + there) * parted
+        states = kept.weights + kept.optimizer
+        return RankNeed(states, gathered, gradients, activations, ends * hidden, working)
+
+    # Where all go forward first there is no gradient yet, and one less waits when there is.
+    forward_first = all(n == micro_batches for n in held.values())
+    before = 0 if forward_first else gradients
+    less = sum(of_one) if forward_first and micro_batches > 1 else 0
+    main = working_bytes(model, layout, block_kinds(model, stages), half)
+    moments, under_way, of_embedding = [], gradients + of_block, 0
+    if not any(part.last for part in stages):
+        moments.append(moment(1, under_way, waiting - less, main))
+        if less:
+            moments.append(moment(1, of_block, waiting, main))
+    else:
+        depth = model.num_nextn_predict_layers
+        numbers_of_head = model.vocab_size // layout.tp * model.hidden_size
+        table = 4 * numbers_of_head * trains
+        # A head in bf16 and its gradient's summand; logits and what they become.
+        chunk = 8 * model.vocab_size // layout.tp * CHUNK_TOKENS
+        chunk += 2 * numbers_of_head * (1 + trains) * half
+        moments = [moment(0, before, waiting, chunk), moment(1, before, waiting, table)]
+        waiting -= less
+        # Now what the heads have made is added up, with the embedding's gradient of every depth;
+        # not while another stage works.
+        of_head = table if reduces else 0
+        waiting -= (1 + depth) * table * (len(stages) == 1)
+        ahead = working_bytes(model, layout, {True}, half) if depth else 0
+        under_way += of_head
+        moments.append(moment(1, under_way, waiting, ahead + table * (depth > 1)))
+        waiting -= depth * ahead_activations(model, layout, half)
+        of_embedding = table * (depth > 0)
+        moments.append(moment(1, under_way, waiting, main + of_embedding))
+    if gives_back and units:  # what experts are gathered into is there twice till they have run
+        at_work = experts_at_work(model, layout, half) + of_embedding
+        twice = moment(1, under_way, waiting, at_work)
+        experts = units[-1][0] - units[-1][2]
+        moments.append(twice._replace(gathered=twice.gathered + experts * parted))
+    if reduces:  # the embedding comes last
+        moments.append(moment(0, gradients + 2 * roots_gradient, 0, 0))
+    return max(moments, key=lambda need: need.total)
+
+
+def rank_needs(run: RunConfig) -> list[RankNeed]:
+    """Of the ranks at each place of the pipeline."""
+    model, layout = run.model, Layout.of_run(run)
+    micro_batches = model.global_batch_size // (model.micro_batch_size * layout.dp)
+    half = in_half(run)
+    return [rank_need(model, layout, pp, micro_batches, half) for pp in range(layout.pp)]
+
+
+def in_half(run: RunConfig) -> bool:
+    """Whether products are taken to be computed in 2 bytes; of ``auto``, on anything but a CPU."""
+    precision = str(run.trainer.precision)
+    return precision == "bf16-mixed" or (precision == "auto" and run.trainer.accelerator != "cpu")
