@@ -29,19 +29,19 @@ class Known:
         self.name, self.reading, self.rate = str(row["name"]), reading, rate
         job = reading.job
         self.program = job.system.name
-        self.group = (self.program, reading.gpu.name, str(row["model"]), job.precision)
+        self.group = (self.program, reading.device.name, str(row["model"]), job.precision)
         self.keys = {
             "program": self.program,
-            "gpu": reading.gpu.name,
+            "gpu": reading.device.name,
             "release": f"{self.program} {job.system.release:.2f}",
             "model": str(row["model"]),
-            "layout": f"{reading.gpu.name} {job.ranks}",
+            "layout": f"{reading.device.name} {job.ranks}",
         }
 
     def error(self, efficiency: Efficiency) -> float:
         """Logarithm of predicted over measured step time."""
         reading = self.reading
-        step = predict(reading.job, reading.gpu, reading.convention, efficiency)
+        step = predict(reading.job, reading.device, reading.convention, efficiency)
         return math.log(self.rate / step.tokens_per_s_per_gpu)
 
 

@@ -1,4 +1,4 @@
-"""``causal_attention`` against its twin that holds all scores."""
+"""``causal_attention`` against the reference that holds all scores."""
 
 from __future__ import annotations
 

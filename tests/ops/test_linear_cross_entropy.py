@@ -1,4 +1,4 @@
-"""The fused head and cross-entropy against its twin that holds all logits."""
+"""The fused head and cross-entropy against the reference that holds all logits."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_peak_memory_as_measured() -> None:
 
 def test_deepseeks_own_step() -> None:
     reading = read_row(PRODUCTION)
-    step = predict(reading.job, reading.gpu, reading.convention)
+    step = predict(reading.job, reading.device, reading.convention)
     assert step.seconds == pytest.approx(19.926, rel=0.1)
     assert step.tflops_per_gpu == pytest.approx(385, rel=0.1)
     kinds = step.kinds()

@@ -122,7 +122,7 @@ def write_tensors(folder: Path, theirs: Mapping[str, Tensor], shards: int, seed:
 def quantised(
     theirs: Mapping[str, Tensor], block: tuple[int, int], exponents: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Projections in FP8 with their scales, and what they mean in fp32, by the slow twin."""
+    """Projections in FP8 with their scales, and what they mean in fp32, by the reference."""
     stored, meant = dict(theirs), dict(theirs)
     for name, tensor in theirs.items():
         linear = name.endswith(

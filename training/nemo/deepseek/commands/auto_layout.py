@@ -17,7 +17,7 @@ from deepseek.config.load import Planner
 from deepseek.config.rules import joint_problems
 from deepseek.config.schema import changed, value_at
 from deepseek.console import say
-from deepseek.planner.hardware import Gpu, gpu_named
+from deepseek.planner.hardware import Device, gpu_named
 from deepseek.planner.search import search
 from deepseek.run_folder import CONFIG_FILE
 
@@ -93,7 +93,7 @@ def _as_begun(
 # -- the devices at hand --
 
 
-def _device(run: RunConfig) -> tuple[Gpu, float, str]:
+def _device(run: RunConfig) -> tuple[Device, float, str]:
     """What one process has, the bytes that it can take, and how to speak of several."""
     if run.trainer.accelerator != "cpu":
         import torch
@@ -106,9 +106,9 @@ def _device(run: RunConfig) -> tuple[Gpu, float, str]:
             except UserError:
                 return gpu_named(ASSUMED), memory, f"{name} here, taken to be as fast as {ASSUMED}"
         if run.trainer.accelerator == "gpu":
-            gpu = gpu_named(ASSUMED)
-            room = gpu.memory - RESERVED_GIB * 2**30
-            return gpu, room, f"{ASSUMED}, which are assumed, as there is no GPU here"
+            device = gpu_named(ASSUMED)
+            room = device.memory - RESERVED_GIB * 2**30
+            return device, room, f"{ASSUMED}, which are assumed, as there is no GPU here"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     room = CPU_SHARE * memory / run.trainer.devices
     return replace(CPU, memory=room, domain=run.trainer.devices), room, "processes of this CPU"
@@ -123,7 +123,7 @@ def _devices_here(run: RunConfig) -> int:
     return max(1, torch.cuda.device_count())
 
 
-CPU = Gpu(
+CPU = Device(
     "CPU", 150e9, 150e9, 8e9, 10e9, 2e9, 1, 1e8, None,
     "a guess at one core of a server with AVX2; processes exchange through shared memory", "",
 )  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from deepseek.files import user_cache
 from deepseek.planner.cpu import read_machine
-from deepseek.planner.hardware import Gpu, gpu_named
+from deepseek.planner.hardware import Device, gpu_named
 
 
 def calibration_file() -> Path:
@@ -14,7 +14,7 @@ def calibration_file() -> Path:
     return user_cache() / "cpu.json"
 
 
-def device_named(text: str, processes: int) -> Gpu:
+def device_named(text: str, processes: int) -> Device:
     """A GPU by its name, or what each process has of a CPU.
 
     Args:

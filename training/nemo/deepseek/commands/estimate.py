@@ -17,7 +17,7 @@ from deepseek.config.layout import world_size
 from deepseek.config.memory import rank_needs
 from deepseek.console import say, table
 from deepseek.planner.fitted_rows import FITTED_ROWS
-from deepseek.planner.hardware import Gpu
+from deepseek.planner.hardware import Device
 from deepseek.planner.published import predict_row
 from deepseek.planner.step_time import StepEstimate, predict_step, traffic
 
@@ -112,25 +112,25 @@ def estimate_published(file: Path) -> None:
 
 def _figures(run: RunConfig, step: StepEstimate) -> dict[str, Any]:
     counts, needs = count_parameters(run.model), rank_needs(run)
-    gpu: Gpu = step.gpu
+    device: Device = step.device
     return {
         "parameters": counts.total + counts.mtp,
         "active_parameters": counts.active,
         "flops_per_token": round(step.tflops_per_gpu * 1e12 / step.tokens_per_s_per_gpu),
         "flop_convention": str(step.convention),
-        "gpu": gpu.name,
+        "gpu": device.name,
         "gpus": step.job.ranks.world,
         "step_time_s": step.seconds,
         "tokens_per_s_per_gpu": step.tokens_per_s_per_gpu,
         "tflops_per_gpu": step.tflops_per_gpu,
         "mfu": step.mfu,
-        "mfu_peak_tflops": gpu.bf16 / 1e12,
+        "mfu_peak_tflops": device.bf16 / 1e12,
         "seconds": step.parts,
         "sent_bytes": {
             what: {"network": far, "nvlink": near}
-            for what, (far, near) in traffic(step.job, gpu).items()
+            for what, (far, near) in traffic(step.job, device).items()
         },
-        "resident_bytes": round(gpu.process + max(need.total for need in needs)),
+        "resident_bytes": round(device.process + max(need.total for need in needs)),
         "memory_bytes": [{**need._asdict(), "total": need.total} for need in needs],
         "stages": [time._asdict() for time in step.stages],
         "layout": step.job.ranks._asdict(),

@@ -15,7 +15,7 @@ from deepseek.config.memory import rank_needs
 from deepseek.console import say
 from deepseek.monitoring.run_log import RunLog
 from deepseek.planner.cpu import cores, read_machine
-from deepseek.planner.hardware import Gpu, gpu_named
+from deepseek.planner.hardware import Device, gpu_named
 from deepseek.planner.step_time import predict_step
 
 LAST = 50
@@ -65,7 +65,7 @@ def forecast(run: RunConfig, gpu_name: str | None) -> Forecast | None:
     return Forecast(predict_step(run, device, world).seconds, round(device.process + most))
 
 
-def _device(run: RunConfig, gpu_name: str | None) -> Gpu | None:
+def _device(run: RunConfig, gpu_name: str | None) -> Device | None:
     try:
         if gpu_name is not None:
             return gpu_named(gpu_name)

@@ -20,7 +20,7 @@ from deepseek.config.schema import LEAVES, RunConfig, changed, value_at
 from deepseek.config.yaml_file import dump_yaml, read_yaml
 from deepseek.console import say, table
 from deepseek.files import write_new
-from deepseek.planner.hardware import Gpu
+from deepseek.planner.hardware import Device
 from deepseek.planner.scaling_curve import gains
 from deepseek.planner.search import Plan, search, smallest
 
@@ -106,23 +106,23 @@ def plan(
             say(f"wrote {write}; see it with: deepseek validate --config {shlex.quote(str(write))}")
 
 
-def room_of(gpu: Gpu, memory: float | None) -> float:
+def room_of(device: Device, memory: float | None) -> float:
     """GiB that a rank can take, of ``memory`` or what the data sheet says.
 
     Raises:
         UserError: nothing is left.
     """
-    if memory is not None and not memory > reserved(gpu):
+    if memory is not None and not memory > reserved(device):
         raise UserError(
-            f"--memory {memory:g}: of a GPU, in GiB, {reserved(gpu):.3g} of which are its "
+            f"--memory {memory:g}: of a GPU, in GiB, {reserved(device):.3g} of which are its "
             "context's and NCCL's; use 80 or 141, say"
         )
-    return (gpu.memory / 2**30 if memory is None else memory) - reserved(gpu)
+    return (device.memory / 2**30 if memory is None else memory) - reserved(device)
 
 
-def reserved(gpu: Gpu) -> float:
+def reserved(device: Device) -> float:
     """GiB of a device that no layout can take."""
-    return gpu.process / 2**30 if gpu.cores else RESERVED_GIB
+    return device.process / 2**30 if device.cores else RESERVED_GIB
 
 
 def cluster(
@@ -162,22 +162,22 @@ def _step_tokens(run: RunConfig) -> int:
 # -- what is shown --
 
 
-def _show(config: str, found: list[Plan], gpu: Gpu, room: float, total: float) -> None:
+def _show(config: str, found: list[Plan], device: Device, room: float, total: float) -> None:
     run = found[0].run
     world, estimate = world_size(run), found[0].estimate
     say(
-        f"{config} on {world:,} {gpu} ({run.trainer.num_nodes:,} x {run.trainer.devices}), "
+        f"{config} on {world:,} {device} ({run.trainer.num_nodes:,} x {run.trainer.devices}), "
         f"{_step_tokens(run):,} tokens a step, {total:.4g} in all; memory {room:.4g} GiB and "
-        f"{reserved(gpu):.3g} for {'the program' if gpu.cores else 'context and NCCL'}"
+        f"{reserved(device):.3g} for {'the program' if device.cores else 'context and NCCL'}"
     )
-    say(f"MFU: of {gpu.peak}; FLOPs {estimate.convention}")
+    say(f"MFU: of {device.peak}; FLOPs {estimate.convention}")
 
 
-def _rows(found: list[Plan], gpu: Gpu, total: float) -> list[tuple[str, ...]]:
+def _rows(found: list[Plan], device: Device, total: float) -> list[tuple[str, ...]]:
     """Of ``COLUMNS``."""
     rows: list[tuple[str, ...]] = []
     for number, one in enumerate(found, 1):
-        figures = _figures(one, gpu, total)
+        figures = _figures(one, device, total)
         rows.append(
             (
                 str(number),
@@ -219,7 +219,7 @@ def layout_text(run: RunConfig) -> str:
     return " ".join(text for text, shown in parts.items() if shown)
 
 
-def _figures(one: Plan, gpu: Gpu, total: float) -> dict[str, Any]:
+def _figures(one: Plan, device: Device, total: float) -> dict[str, Any]:
     """What a layout comes to; shares are of the step."""
     estimate, world = one.estimate, world_size(one.run)
     seconds = total / (estimate.tokens_per_s_per_gpu * world)
@@ -237,23 +237,23 @@ def _figures(one: Plan, gpu: Gpu, total: float) -> dict[str, Any]:
         "memory_balance": one.balance,
         "days": seconds / 86400,
         "gpu_hours": hours,
-        "cost": None if gpu.price is None else hours * gpu.price,
+        "cost": None if device.price is None else hours * device.price,
     }
 
 
-def _json(found: list[Plan], gpu: Gpu, total: float) -> dict[str, Any]:
+def _json(found: list[Plan], device: Device, total: float) -> dict[str, Any]:
     run = found[0].run
     return {
-        "gpu": gpu.name,
+        "gpu": device.name,
         "gpus": world_size(run),
         "tokens": total,
-        "mfu_peak_tflops": gpu.bf16 / 1e12,
+        "mfu_peak_tflops": device.bf16 / 1e12,
         "flop_convention": str(found[0].estimate.convention),
-        "gain_if_twice_as_fast": gains(found[0], gpu),
+        "gain_if_twice_as_fast": gains(found[0], device),
         "layouts": [
             {
                 "layout": {key.removeprefix("model."): value for key, value in one.values.items()},
-                **_figures(one, gpu, total),
+                **_figures(one, device, total),
                 "seconds": one.estimate.parts,
                 "bytes_of_ranks": [need._asdict() for need in one.needs],
             }
@@ -262,7 +262,7 @@ def _json(found: list[Plan], gpu: Gpu, total: float) -> dict[str, Any]:
     }
 
 
-def _explain(best: Plan, gpu: Gpu, fixed: Sequence[str]) -> None:
+def _explain(best: Plan, device: Device, fixed: Sequence[str]) -> None:
     """Where its seconds and bytes go, and what would make it faster."""
     estimate = best.estimate
     rows = [
@@ -276,12 +276,12 @@ def _explain(best: Plan, gpu: Gpu, fixed: Sequence[str]) -> None:
         for part, size in need._asdict().items()
     ]
     table(f"{size_text(need.total)} of the fullest rank", _OF, rows)
-    won = gains(best, gpu)
+    won = gains(best, device)
     faster = [
         (f"{what} twice as fast", f"{100 * gain:+.1f} %")
         for what, gain in sorted(won.items(), key=lambda item: -item[1])
     ]
-    free = search(best.run, gpu, math.inf, 1, fixed)[0]
+    free = search(best.run, device, math.inf, 1, fixed)[0]
     gain = estimate.seconds / free.estimate.seconds - 1
     faster.append((f"memory without end: {layout_text(free.run)}", f"{100 * gain:+.1f} %"))
     table("what would make it faster", ("what", "tokens/s"), faster)
@@ -291,7 +291,7 @@ def _explain(best: Plan, gpu: Gpu, fixed: Sequence[str]) -> None:
 _OF = ("what", "of it", "share")
 
 
-def _yaml(config: str, overrides: Sequence[str], file: Path, best: Plan, gpu: Gpu) -> str:
+def _yaml(config: str, overrides: Sequence[str], file: Path, best: Plan, device: Device) -> str:
     """The configuration with the layout, over the one that it is of."""
     run = best.run
     if config in shipped_configs():
@@ -319,7 +319,7 @@ def _yaml(config: str, overrides: Sequence[str], file: Path, best: Plan, gpu: Gp
         put(LAYERS, None)
     estimate = best.estimate
     return (
-        f"# The fastest layout on {world_size(run):,} {gpu}, by deepseek plan:\n"
+        f"# The fastest layout on {world_size(run):,} {device}, by deepseek plan:\n"
         f"# {layout_text(run)}\n"
         f"# {estimate.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, {estimate.seconds:.4g} s a step, "
         f"{size_text(best.most)} of the fullest rank (predicted)\n{dump_yaml(tree)}"
@@ -329,41 +329,41 @@ def _yaml(config: str, overrides: Sequence[str], file: Path, best: Plan, gpu: Gp
 # -- what does not work out --
 
 
-def way_out(run: RunConfig, gpu: Gpu, room: float, fixed: Sequence[str]) -> str:
+def way_out(run: RunConfig, device: Device, room: float, fixed: Sequence[str]) -> str:
     """Why there is no plan, and the nearest cluster for which there is one.
 
     Args:
         run: on a cluster.
-        gpu: of it.
+        device: of it.
         room: GiB of one, without what is reserved.
         fixed: keys that stay as they are.
     """
     world = world_size(run)
-    least = smallest(run, gpu, fixed)
-    what = f"{world:,} {gpu}"
+    least = smallest(run, device, fixed)
+    what = f"{world:,} {device}"
     if least is None:
         batch = run.model.global_batch_size
         given = f" and {', '.join(fixed) if len(fixed) < 4 else 'the rest of the layout'} as given"
         told = f"no layout of {what} is legal with model.global_batch_size={batch}"
         told += given if fixed else ""
         more = -(-batch // world) * world
-        if smallest(changed(run, {"model.global_batch_size": more}), gpu, fixed) is None:
+        if smallest(changed(run, {"model.global_batch_size": more}), device, fixed) is None:
             alone = changed(run, {} if MICRO_BATCH in fixed else {MICRO_BATCH: 1})
             faults = [str(p) for p in joint_problems(alone, ()) if p.field in fixed]
             return f"{told}: {'; '.join(faults) or 'use other --nodes'}"
         batches = " or ".join(map(str, sorted({max(1, batch // world) * world, more})))
         return f"{told}; use model.global_batch_size={batches}, or other --nodes"
-    need = least.most / 2**30 + reserved(gpu)
+    need = least.most / 2**30 + reserved(device)
     told = (
         f"nothing fits {what}: the least is {need:,.1f} GiB of a GPU ({layout_text(least.run)}), "
-        f"and there are {room + reserved(gpu):,.4g}"
+        f"and there are {room + reserved(device):,.4g}"
     )
     ways = [f"--memory {-(-need // 1):.0f} or more"]
     for nodes in (run.trainer.num_nodes << doubled for doubled in range(1, DOUBLINGS)):
         larger = changed(run, {"trainer.num_nodes": nodes})
-        least = smallest(larger, gpu, fixed)
+        least = smallest(larger, device, fixed)
         if least is not None and least.most <= room * 2**30:
-            best = search(larger, gpu, room * 2**30, 1, fixed)[0]
+            best = search(larger, device, room * 2**30, 1, fixed)[0]
             took = f"{layout_text(best.run)}, {size_text(best.most)}"
             ways.insert(0, f"--nodes {nodes} ({took})")
             break

@@ -12,7 +12,7 @@ from deepseek.monitoring.report.page import Page, Tab
 from deepseek.monitoring.report.panel import COLORS, Figure, Panel, Section, bars, figure, level
 from deepseek.monitoring.report.panel import table as html_table
 from deepseek.monitoring.report.run_panels import Card
-from deepseek.planner.hardware import Gpu
+from deepseek.planner.hardware import Device
 from deepseek.planner.pipeline_timeline import Interval
 from deepseek.planner.search import Plan
 
@@ -34,7 +34,7 @@ def plan_page(
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
     best: Plan,
-    gpu: Gpu,
+    device: Device,
     room: float,
 ) -> str:
     """The page of the best of some layouts.
@@ -43,7 +43,7 @@ def plan_page(
         title: what was planned.
         columns, rows: the table of all layouts.
         best: the first of them.
-        gpu: of the cluster.
+        device: of the cluster.
         room: bytes that a rank can take.
 
     Raises:
@@ -62,11 +62,11 @@ def plan_page(
         Card(
             "MFU",
             f"{100 * estimate.mfu:.1f} %",
-            f"of {gpu.peak}; {estimate.convention}",
+            f"of {device.peak}; {estimate.convention}",
         ),
         Card("memory", size_text(best.most), f"of {room / 2**30:.4g} GiB"),
     ]
-    about = f"{world_size(best.run):,} {gpu}"
+    about = f"{world_size(best.run):,} {device}"
     return Page(title, [Tab(title, [Section("plan", "Plan", panels)], about, cards=cards)]).whole()
 
 

@@ -1,1 +1,1 @@
-"""Pure tensor functions, each fast path beside its slow readable twin."""
+"""Pure tensor functions, each fast path beside its slow, readable reference implementation."""

@@ -75,7 +75,7 @@ def causal_attention_slow(
     scale: float,
     documents_BM: Tensor | None = None,
 ) -> Tensor:
-    """Readable twin of ``causal_attention``: holds all scores."""
+    """Reference implementation of ``causal_attention``: holds all scores."""
     scores_BNSM = q_BNSH @ k_BNMH.transpose(-2, -1) * scale
     if documents_BM is None:
         documents_BM = torch.zeros(

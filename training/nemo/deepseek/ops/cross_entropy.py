@@ -74,7 +74,7 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_slow(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
-    """Readable twin of ``linear_cross_entropy``: holds all logits."""
+    """Reference implementation of ``linear_cross_entropy``: holds all logits."""
     logits_TV = F.linear(hidden_TD, weight_VD)
     logits_TV = logits_TV.to(_sum_dtype(logits_TV.dtype))
     return F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE_INDEX, reduction="sum")

@@ -49,7 +49,7 @@ def dequantise_blocks(
 def dequantise_blocks_plainly(
     weight_IJ: Tensor, scale_PQ: Tensor, block: tuple[int, int] = (128, 128)
 ) -> Tensor:
-    """The slow twin of ``dequantise_blocks``: block by block, as the definition reads."""
+    """Reference implementation of ``dequantise_blocks``, as the definition reads."""
     rows, columns = block
     _check(weight_IJ, scale_PQ, block)
     out_IJ = torch.empty(weight_IJ.shape, dtype=torch.float32)
@@ -92,7 +92,7 @@ def quantise_blocks(
 def quantise_blocks_plainly(
     weight_IJ: Tensor, block: tuple[int, int] = (128, 128)
 ) -> tuple[Tensor, Tensor]:
-    """The slow twin of ``quantise_blocks``: block by block, every scale tried on all of it."""
+    """Reference implementation of ``quantise_blocks``: every scale is tried on a whole block."""
     rows, columns = block
     numbers_IJ = torch.empty(weight_IJ.shape, dtype=E4M3)
     scale_PQ = torch.empty(block_counts((weight_IJ.shape[0], weight_IJ.shape[1]), block))

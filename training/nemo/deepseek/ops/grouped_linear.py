@@ -31,7 +31,7 @@ def grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
 
 
 def grouped_linear_loop(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """Readable twin of ``grouped_linear``: a loop over experts."""
+    """Reference implementation of ``grouped_linear``: a loop over experts."""
     # unbind, not w[e]: indexing makes each backward build a full zero gradient of all experts
     counts = counts_E.tolist()
     *owned, rest_RI = x_RI.split([*counts, x_RI.shape[0] - sum(counts)])

@@ -49,7 +49,7 @@ def expand_rows(x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
 
 
 def expand_rows_slow(x_TD: Tensor, order_R: Tensor) -> Tensor:
-    """Readable twin of ``expand_rows``."""
+    """Reference implementation of ``expand_rows``."""
     num_choices = order_R.numel() // max(x_TD.shape[0], 1)
     return x_TD.repeat_interleave(num_choices, dim=0)[order_R]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.config.errors import UserError
-from deepseek.planner.hardware import Efficiency, Gpu
+from deepseek.planner.hardware import Device, Efficiency
 
 FORMAT = 1
 """Of the file; another one is refused."""
@@ -72,11 +72,11 @@ class CpuMachine:
     """With one thread each, one process a core."""
     links: Links
 
-    def device(self, processes: int) -> Gpu:
+    def device(self, processes: int) -> Device:
         """What each of so many processes has."""
         speed = self.alone if processes == 1 else self.together
         links = self.links
-        return Gpu(
+        return Device(
             "CPU",
             bf16=speed.products,
             fp8=speed.products,

@@ -28,8 +28,8 @@ class Efficiency:
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """What one GPU, and the machine around it, can do at best; or a CPU process (``cpu.py``)."""
+class Device:
+    """What a GPU, or a process on CPUs (``cpu.py``), and the machine around it can do at best."""
 
     name: str
     bf16: float
@@ -116,43 +116,43 @@ _LIST_PRICE = "on-demand list price of 2025, rounded; contracts differ by a fact
 _NO_PRICE = "no public list price"
 _AMD = "7 links of Infinity Fabric; one 400 Gb/s port a GPU; shares are H100's, not measured"
 
-GPUS: dict[str, Gpu] = {
+GPUS: dict[str, Device] = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", 312e12, 312e12, 85.9e9, 2.04e12, 300e9, 8, 25e9, 1.8,
+        Device("A100", 312e12, 312e12, 85.9e9, 2.04e12, 300e9, 8, 25e9, 1.8,
             "NVIDIA A100 80GB SXM data sheet; HDR InfiniBand of a DGX A100",
             _LIST_PRICE, **_AMPERE),
-        Gpu("H800", 989e12, 1979e12, 85.9e9, 3.35e12, 200e9, 8, 50e9, 2.0,
+        Device("H800", 989e12, 1979e12, 85.9e9, 3.35e12, 200e9, 8, 50e9, 2.0,
             "arXiv:2412.19437 section 3.1, arXiv:2505.09343 section 2: an H100 with NVLink of "
             "400 GB/s both ways", "what arXiv:2412.19437 reckons with"),
-        Gpu("H100", 989e12, 1979e12, 85.9e9, 3.35e12, 450e9, 8, 50e9, 3.0,
+        Device("H100", 989e12, 1979e12, 85.9e9, 3.35e12, 450e9, 8, 50e9, 3.0,
             "NVIDIA H100 SXM data sheet; one 400 Gb/s port a GPU as in a DGX H100", _LIST_PRICE),
-        Gpu("H200", 989e12, 1979e12, 151.4e9, 4.8e12, 450e9, 8, 50e9, 3.5,
+        Device("H200", 989e12, 1979e12, 151.4e9, 4.8e12, 450e9, 8, 50e9, 3.5,
             "NVIDIA H200 SXM data sheet; one 400 Gb/s port a GPU", _LIST_PRICE),
-        Gpu("H20", 148e12, 296e12, 103.1e9, 4.0e12, 450e9, 8, 50e9, None,
+        Device("H20", 148e12, 296e12, 103.1e9, 4.0e12, 450e9, 8, 50e9, None,
             "NVIDIA H20 data sheet; one 400 Gb/s port a GPU", _NO_PRICE),
-        Gpu("GH200", 989e12, 1979e12, 103.1e9, 4.0e12, 450e9, 32, 50e9, None,
+        Device("GH200", 989e12, 1979e12, 103.1e9, 4.0e12, 450e9, 32, 50e9, None,
             "NVIDIA GH200 NVL32 data sheet; one 400 Gb/s port a GPU", _NO_PRICE),
-        Gpu("MI300X", 1307e12, 2614e12, 206.2e9, 5.3e12, 448e9, 8, 50e9, None,
+        Device("MI300X", 1307e12, 2614e12, 206.2e9, 5.3e12, 448e9, 8, 50e9, None,
             f"AMD Instinct MI300X data sheet, {_AMD}", _NO_PRICE),
-        Gpu("MI325X", 1307e12, 2614e12, 274.9e9, 6.0e12, 448e9, 8, 50e9, None,
+        Device("MI325X", 1307e12, 2614e12, 274.9e9, 6.0e12, 448e9, 8, 50e9, None,
             f"AMD Instinct MI325X data sheet, {_AMD}", _NO_PRICE),
-        Gpu("MI355X", 2500e12, 5000e12, 309.2e9, 8.0e12, 537e9, 8, 50e9, None,
+        Device("MI355X", 2500e12, 5000e12, 309.2e9, 8.0e12, 537e9, 8, 50e9, None,
             f"AMD Instinct MI355X data sheet, {_AMD}", _NO_PRICE),
-        Gpu("B200", 2250e12, 4500e12, 193.3e9, 8e12, 900e9, 8, 50e9, 5.0,
+        Device("B200", 2250e12, 4500e12, 193.3e9, 8e12, 900e9, 8, 50e9, 5.0,
             "NVIDIA DGX B200 data sheet; one 400 Gb/s port a GPU", _LIST_PRICE, **_BLACKWELL),
-        Gpu("B300", 2250e12, 4500e12, 288e9, 8e12, 900e9, 8, 100e9, None,
+        Device("B300", 2250e12, 4500e12, 288e9, 8e12, 900e9, 8, 100e9, None,
             "NVIDIA DGX B300 data sheet; one 800 Gb/s port a GPU", _NO_PRICE, **_B300),
-        Gpu("GB200", 2500e12, 5000e12, 198.7e9, 8e12, 900e9, 72, 50e9, 10.5,
+        Device("GB200", 2500e12, 5000e12, 198.7e9, 8e12, 900e9, 72, 50e9, 10.5,
             "NVIDIA GB200 NVL72 data sheet; one 400 Gb/s port a GPU", _LIST_PRICE, **_BLACKWELL),
-        Gpu("GB300", 2500e12, 5000e12, 298.0e9, 8e12, 900e9, 72, 100e9, None,
+        Device("GB300", 2500e12, 5000e12, 298.0e9, 8e12, 900e9, 72, 100e9, None,
             "NVIDIA GB300 NVL72 data sheet; one 800 Gb/s port a GPU", _NO_PRICE, **_GB300),
     )
 }  # fmt: skip
 """By name."""
 
 
-def gpu_named(text: str) -> Gpu:
+def gpu_named(text: str) -> Device:
     """The GPU of a name such as ``h100``, ``NVIDIA H100 80GB HBM3`` or ``GB200-NVL72``.
 
     Raises:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from deepseek.planner.architecture import Architecture, Product
 from deepseek.planner.flops import scores_per_token
-from deepseek.planner.hardware import Efficiency, Gpu
+from deepseek.planner.hardware import Device, Efficiency
 from deepseek.planner.job import Job, System
 
 MEMORY = 0.75
@@ -35,7 +35,7 @@ FITTED = Efficiency(0.86, 0.697, 0.825, 0.475, 0.683, 1.53e-3)
 """As ``benchmarks/fit_planner.py`` found them on ``fitted_rows.py``'s rows."""
 
 
-class Parts(NamedTuple):
+class Breakdown(NamedTuple):
     """Seconds by what takes them; the last two are not on the compute units."""
 
     products: float = 0.0
@@ -46,11 +46,11 @@ class Parts(NamedTuple):
     all_to_all: float = 0.0
     other_links: float = 0.0
 
-    def __add__(self, other: Parts) -> Parts:  # type: ignore[override]
-        return Parts(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: Breakdown) -> Breakdown:  # type: ignore[override]
+        return Breakdown(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def __mul__(self, times: float) -> Parts:  # type: ignore[override]
-        return Parts(*(times * a for a in self))
+    def __mul__(self, times: float) -> Breakdown:  # type: ignore[override]
+        return Breakdown(*(times * a for a in self))
 
     @property
     def compute(self) -> float:
@@ -61,14 +61,14 @@ class Parts(NamedTuple):
 class BlockTime(NamedTuple):
     """Of one micro-batch."""
 
-    forward: Parts
-    backward: Parts
+    forward: Breakdown
+    backward: Breakdown
     """Gradients of inputs and weights, and what is recomputed."""
     weight: float
     """Seconds of the backward pass that are gradients of weights."""
 
 
-class StageParts(NamedTuple):
+class BlockTimes(NamedTuple):
     """What stages are put together from."""
 
     dense: BlockTime
@@ -78,10 +78,10 @@ class StageParts(NamedTuple):
     """A module without its pass through the head."""
 
 
-def stage_parts(job: Job, gpu: Gpu, efficiency: Efficiency | None = None) -> StageParts:
+def block_times(job: Job, device: Device, efficiency: Efficiency | None = None) -> BlockTimes:
     """Times of all kinds of blocks of a job; cached, for what they depend on."""
     ranks = job.ranks
-    return _stage_parts(
+    return _block_times(
         job.architecture,
         job.seq_length,
         job.micro_batch,
@@ -92,13 +92,13 @@ def stage_parts(job: Job, gpu: Gpu, efficiency: Efficiency | None = None) -> Sta
         job.recompute,
         job.imbalance,
         job.system,
-        gpu,
-        efficiency or gpu.efficiency or FITTED,
+        device,
+        efficiency or device.efficiency or FITTED,
     )
 
 
 @lru_cache(maxsize=65536)
-def _stage_parts(
+def _block_times(
     arch: Architecture,
     seq_length: int,
     micro_batch: int,
@@ -109,20 +109,20 @@ def _stage_parts(
     recompute: str,
     imbalance: float,
     system: System,
-    gpu: Gpu,
+    device: Device,
     efficiency: Efficiency,
-) -> StageParts:
+) -> BlockTimes:
     tokens = micro_batch * seq_length / cp
-    at = _At(arch, tokens, seq_length, tp, cp, ep, precision, imbalance, gpu, efficiency, system)
+    at = _At(arch, tokens, seq_length, tp, cp, ep, precision, imbalance, device, efficiency, system)
     dense, moe = (at.block(m, recompute) for m in (False, True))
     head = at.head()
     joined, _ = at.products((Product(2 * arch.hidden, arch.hidden),), tokens / tp)
     mtp = BlockTime(
-        moe.forward + Parts(products=joined),
-        moe.backward + Parts(products=2 * joined),
+        moe.forward + Breakdown(products=joined),
+        moe.backward + Breakdown(products=2 * joined),
         moe.weight + joined,
     )
-    return StageParts(dense, moe, head, mtp)
+    return BlockTimes(dense, moe, head, mtp)
 
 
 class _At(NamedTuple):
@@ -137,16 +137,16 @@ class _At(NamedTuple):
     ep: int
     precision: str
     imbalance: float
-    gpu: Gpu
+    device: Device
     efficiency: Efficiency
     system: System
 
     def rate(self, precision: str) -> float:
         """FLOP/s of large products in a step."""
         share = self.efficiency.products
-        if self.gpu.name in ("B200", "B300"):
+        if self.device.name in ("B200", "B300"):
             share *= self.efficiency.air_cooled
-        return product_rate(self.gpu, precision) * share
+        return product_rate(self.device, precision) * share
 
     def products(
         self, matrices: tuple[Product, ...], rows: float, split: float = 1, copies: float = 1
@@ -159,7 +159,7 @@ class _At(NamedTuple):
             split: ranks among which a matrix is divided.
             copies: of each matrix, the experts of a rank, which share the rows.
         """
-        rate, hbm = self.rate(self.precision), self.gpu.hbm * MEMORY
+        rate, hbm = self.rate(self.precision), self.device.hbm * MEMORY
         number = {"fp32": 4, "bf16": 2}.get(self.precision, 1)
         forward = weight = 0.0
         for matrix in matrices:
@@ -180,36 +180,36 @@ class _At(NamedTuple):
         return glue * (self.efficiency.graphed if self.system.graphs else 1.0)
 
     def block(self, moe: bool, recompute: str) -> BlockTime:
-        arch, gpu, tokens, tp = self.arch, self.gpu, self.tokens, self.tp
+        arch, device, tokens, tp = self.arch, self.device, self.tokens, self.tp
         plain, weight = self.products((*arch.attention, *arch.feed_forward(moe)), tokens, tp)
         flops = 4 * tokens * scores_per_token(arch, self.seq_length, causal=True) / tp
         longer = 1.19 * self.seq_length / (self.seq_length + 768)
-        attention = flops / 2 / (gpu.bf16 * gpu.attention_share * longer)
-        attention_back = 2.5 * flops / 2 / (gpu.bf16 * gpu.attention_back_share * longer)
+        attention = flops / 2 / (device.bf16 * device.attention_share * longer)
+        attention_back = 2.5 * flops / 2 / (device.bf16 * device.attention_back_share * longer)
         experts, weights, exchange = 0.0, 0.0, 0.0
         if moe:
             rows = tokens / tp * arch.top_k * self.imbalance
             experts, weights = self.products(arch.expert, rows, copies=arch.experts / self.ep)
             exchange = self.exchange()
-        glue = self.glue_bytes(moe) * self.extra() / (gpu.hbm * MEMORY)
+        glue = self.glue_bytes(moe) * self.extra() / (device.hbm * MEMORY)
         waits = not (self.system.tuned or self.system.graphs)
-        power = self.efficiency.air_cooled if gpu.name in ("B200", "B300") else 1.0
+        power = self.efficiency.air_cooled if device.name in ("B200", "B300") else 1.0
         attention, attention_back, glue = attention / power, attention_back / power, glue / power
         host = self.efficiency.host * self.extra() / self.efficiency.glue * waits
         links = 0.0
         if tp > 1:
             number = 4 if self.precision == "fp32" else 2
             bytes_ = number * tokens * arch.hidden * (tp - 1) / tp
-            near = gpu.shared_memory or NVLINK * gpu.nvlink
-            links = 4 * bytes_ / (near if tp <= gpu.domain else NETWORK * gpu.network)
-            links += 8 * gpu.message
+            near = device.shared_memory or NVLINK * device.nvlink
+            links = 4 * bytes_ / (near if tp <= device.domain else NETWORK * device.network)
+            links += 8 * device.message
         if self.cp > 1:  # each rank gathers the keys and values, or the latents, of its sequence
             width = arch.kv_lora + arch.rope_dim or arch.kv_heads * (arch.qk_dim + arch.v_dim) / tp
             sent = 2 * tokens * (self.cp - 1) * width
-            near = tp * self.cp <= gpu.domain
-            links += 2 * sent / (NVLINK * gpu.nvlink if near else NETWORK * gpu.network)
-        forward = Parts(plain, attention, experts, glue / 3, host / 3, exchange, links / 2)
-        backward = Parts(
+            near = tp * self.cp <= device.domain
+            links += 2 * sent / (NVLINK * device.nvlink if near else NETWORK * device.network)
+        forward = Breakdown(plain, attention, experts, glue / 3, host / 3, exchange, links / 2)
+        backward = Breakdown(
             plain + weight,
             attention_back,
             experts + weights,
@@ -221,19 +221,19 @@ class _At(NamedTuple):
         if recompute == "full":
             backward += forward
         elif recompute == "selective":
-            backward += Parts(products=0.2 * plain, glue=0.2 * forward.glue)
+            backward += Breakdown(products=0.2 * plain, glue=0.2 * forward.glue)
         return BlockTime(forward, backward, weight + weights)
 
     def exchange(self) -> float:
         """Seconds of one dispatch and one combine."""
         far, near = sent_to_experts(
-            self.arch, self.gpu, self.ep, self.tokens / self.tp, self.precision
+            self.arch, self.device, self.ep, self.tokens / self.tp, self.precision
         )
         if not near:
             return 0.0
-        over_network = far * self.imbalance / (self.gpu.network * NETWORK)
-        over_nvlink = near * self.imbalance / (self.gpu.nvlink * NVLINK)
-        return max(over_network, over_nvlink) + self.gpu.exchange_start
+        over_network = far * self.imbalance / (self.device.network * NETWORK)
+        over_nvlink = near * self.imbalance / (self.device.nvlink * NVLINK)
+        return max(over_network, over_nvlink) + self.device.exchange_start
 
     def glue_bytes(self, moe: bool) -> float:
         """Bytes that a block's forward and backward pass move outside its products."""
@@ -250,16 +250,16 @@ class _At(NamedTuple):
         arch, tokens, tp = self.arch, self.tokens, self.tp
         rate = self.rate("fp32" if self.precision == "fp32" else "bf16")
         product = 2 * tokens * arch.vocab * arch.hidden / tp / rate
-        glue = 30 * tokens * arch.vocab / tp / (self.gpu.hbm * MEMORY)
+        glue = 30 * tokens * arch.vocab / tp / (self.device.hbm * MEMORY)
         return BlockTime(
-            Parts(products=product, glue=glue / 2),
-            Parts(products=2 * product, glue=glue / 2),
+            Breakdown(products=product, glue=glue / 2),
+            Breakdown(products=2 * product, glue=glue / 2),
             product,
         )
 
 
 def sent_to_experts(
-    arch: Architecture, gpu: Gpu, ep: int, tokens: float, precision: str
+    arch: Architecture, device: Device, ep: int, tokens: float, precision: str
 ) -> tuple[float, float]:
     """Bytes that a GPU sends in one dispatch and one combine: over the network, and over NVLink.
 
@@ -267,14 +267,14 @@ def sent_to_experts(
 
     Args:
         arch: how experts are chosen.
-        gpu: has the size of a domain.
+        device: has the size of a domain.
         ep: ranks that share the experts.
         tokens: of this GPU.
         precision: fp8 is dispatched in 8 bits; results come back in bf16.
     """
     if ep == 1:
         return 0.0, 0.0
-    domain = min(ep, 1 << (gpu.domain.bit_length() - 1))
+    domain = min(ep, 1 << (device.domain.bit_length() - 1))
     domains = max(1, ep // domain)
     number = 4 if precision == "fp32" else 2
     copy = tokens * arch.hidden * ((1.03 if precision == "fp8" else number) + number)
@@ -288,10 +288,10 @@ def sent_to_experts(
     return copy * reached * (domains - 1) / domains, copy * ranks * (domain - 1) / domain
 
 
-def product_rate(gpu: Gpu, precision: str) -> float:
+def product_rate(device: Device, precision: str) -> float:
     """FLOP/s of a large product alone; of fp32 those of the tensor cores' TF32, half of bf16's."""
     if precision == "fp32":
-        return (gpu.fp32 or gpu.bf16 / 2) * gpu.product_share
-    if precision == "bf16" or gpu.fp8 == gpu.bf16:
-        return gpu.bf16 * gpu.product_share
-    return gpu.fp8 * gpu.fp8_share
+        return (device.fp32 or device.bf16 / 2) * device.product_share
+    if precision == "bf16" or device.fp8 == device.bf16:
+        return device.bf16 * device.product_share
+    return device.fp8 * device.fp8_share

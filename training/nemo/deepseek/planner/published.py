@@ -17,10 +17,10 @@ from typing import Any
 from deepseek.config.errors import UserError
 from deepseek.planner.architecture import Architecture
 from deepseek.planner.flops import Convention
-from deepseek.planner.hardware import Efficiency, Gpu, gpu_named
+from deepseek.planner.hardware import Device, Efficiency, gpu_named
 from deepseek.planner.job import Job, Ranks, even_stages
 from deepseek.planner.known_models import known_model
-from deepseek.planner.layer_time import FITTED, stage_parts
+from deepseek.planner.layer_time import FITTED, block_times
 from deepseek.planner.megatron_memory import peak_bytes
 from deepseek.planner.step_time import StepEstimate, predict
 from deepseek.planner.systems import system_of
@@ -33,7 +33,7 @@ class Reading:
     """A row as a job."""
 
     job: Job
-    gpu: Gpu
+    device: Device
     convention: Convention
     assumed: tuple[str, ...]
     """What the row does not say."""
@@ -49,7 +49,7 @@ def read_row(row: Row) -> Reading:
     for key in ("gpu", "model"):
         if not row.get(key):
             raise UserError(f"{key} is missing")
-    gpu = gpu_named(str(row["gpu"]))
+    device = gpu_named(str(row["gpu"]))
     model = known_model(str(row["model"]))
     assumed: list[str] = []
     sizes = {key: _count(row, key) for key in (
@@ -105,7 +105,7 @@ def read_row(row: Row) -> Reading:
     if not trained:
         model = replace(model, mtp=0)
     convention = Convention.of_text(str(row.get("flop_convention") or ""), mtp is True)
-    system = system_of(text, gpu, ep)
+    system = system_of(text, device, ep)
     dual = system.name == "deepseek"
     schedule = (
         "1F1B" if pp == 1 else "DualPipe" if dual and pp % 2 == 0 else "Interleaved1F1B"
@@ -128,8 +128,8 @@ def read_row(row: Row) -> Reading:
         flushes=_flushes(text),
         exchanges=_flushes(text) if system.gathers_weights else 1,
     )
-    job = _recomputing(with_even_stages(job, gpu), gpu, text)
-    return Reading(job, gpu, convention, tuple(assumed))
+    job = _recomputing(with_even_stages(job, device), device, text)
+    return Reading(job, device, convention, tuple(assumed))
 
 
 FULL = 0.95
@@ -151,7 +151,7 @@ def predict_row(row: Row, efficiency: Efficiency = FITTED) -> dict[str, Any]:
         if not isinstance(row, Mapping):
             raise UserError("a row must be an object")
         reading = read_row(row)
-        step = predict(reading.job, reading.gpu, reading.convention, efficiency)
+        step = predict(reading.job, reading.device, reading.convention, efficiency)
     except UserError as error:
         return {"name": name, "why_not": str(error), **dict.fromkeys(FIGURES)}
     return {
@@ -183,26 +183,26 @@ def figures(step: StepEstimate) -> dict[str, Any]:
     return {name: float(f"{value:.5g}") for name, value in zip(FIGURES, values, strict=True)}
 
 
-def with_even_stages(job: Job, gpu: Gpu) -> Job:
+def with_even_stages(job: Job, device: Device) -> Job:
     """With the model cut so that the costliest stage costs least."""
-    parts = stage_parts(job, gpu)
+    blocks = block_times(job, device)
     costs = [
-        part.forward.compute + part.backward.compute
-        for part in (parts.dense, parts.moe, parts.mtp, parts.head)
+        block.forward.compute + block.backward.compute
+        for block in (blocks.dense, blocks.moe, blocks.mtp, blocks.head)
     ]
     ranks = job.ranks
     count = ranks.pp * ranks.vpp if job.schedule == "Interleaved1F1B" else ranks.pp
     return replace(job, stages=even_stages(job.architecture, costs, count))
 
 
-def _recomputing(job: Job, gpu: Gpu, text: str) -> Job:
+def _recomputing(job: Job, device: Device, text: str) -> Job:
     """With what the row says is recomputed, or as much as memory asks for."""
     lower = text.lower()
     if re.search(r"activation checkpointing|full recompute|recompute[^a-z]*full", lower):
         return replace(job, recompute="full")
     if "recompute" in lower or job.schedule == "DualPipe":
         return replace(job, recompute="selective")
-    if peak_bytes(job).total < FULL * gpu.memory:
+    if peak_bytes(job).total < FULL * device.memory:
         return job
     return replace(job, recompute="full" if job.system.gathers_weights else "selective")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from deepseek.config.layout import world_size
 from deepseek.config.schema import RunConfig, changed
-from deepseek.planner.hardware import Gpu
+from deepseek.planner.hardware import Device
 from deepseek.planner.search import Plan, search
 from deepseek.planner.step_time import predict_step
 
@@ -95,7 +95,7 @@ class Point:
 
 def scaled(
     run: RunConfig,
-    gpu: Gpu,
+    device: Device,
     memory: float,
     sizes: Sequence[int],
     weak: bool,
@@ -105,7 +105,7 @@ def scaled(
 
     Args:
         run: the model, and the global batch of ``trainer.devices`` x ``trainer.num_nodes`` GPUs.
-        gpu: what the cluster is made of.
+        device: what the cluster is made of.
         memory: bytes that a rank can take.
         sizes: numbers of GPUs, whole nodes of ``trainer.devices``.
         weak: the batch grows with the cluster; else it stays.
@@ -121,18 +121,18 @@ def scaled(
                 "model.global_batch_size": max(1, batch * gpus // base) if weak else batch,
             },
         )
-        for plan in search(other, gpu, memory, 1):
+        for plan in search(other, device, memory, 1):
             states = max(need.states for need in plan.needs)
-            yield Point(gpus, plan, gains(plan, gpu), failures.of(gpus, states))
+            yield Point(gpus, plan, gains(plan, device), failures.of(gpus, states))
 
 
-def gains(plan: Plan, gpu: Gpu) -> dict[str, float]:
+def gains(plan: Plan, device: Device) -> dict[str, float]:
     """Tokens/s that a layout wins by a part of the machine that is twice as fast, as a share."""
     twice = {
-        "matrix products": replace(gpu, bf16=2 * gpu.bf16, fp8=2 * gpu.fp8),
-        "memory bandwidth": replace(gpu, hbm=2 * gpu.hbm),
-        "NVLink": replace(gpu, nvlink=2 * gpu.nvlink),
-        "network": replace(gpu, network=2 * gpu.network),
+        "matrix products": replace(device, bf16=2 * device.bf16, fp8=2 * device.fp8),
+        "memory bandwidth": replace(device, hbm=2 * device.hbm),
+        "NVLink": replace(device, nvlink=2 * device.nvlink),
+        "network": replace(device, network=2 * device.network),
     }
     seconds, world = plan.estimate.seconds, world_size(plan.run)
     return {

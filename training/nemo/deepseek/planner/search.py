@@ -39,7 +39,7 @@ from deepseek.config.layout_rules import (
 from deepseek.config.memory import RankNeed, in_half, rank_need, rank_needs
 from deepseek.config.rules import dense_only
 from deepseek.config.schema import LEAVES, ModelConfig, RunConfig, changed, value_at
-from deepseek.planner.hardware import Gpu
+from deepseek.planner.hardware import Device
 from deepseek.planner.job import Ranks, job_of_run
 from deepseek.planner.step_time import StepEstimate, even_pipeline_seconds, predict_step
 
@@ -105,13 +105,13 @@ class Plan:
 
 
 def search(
-    run: RunConfig, gpu: Gpu, memory: float, top: int = 10, fixed: Sequence[str] = ()
+    run: RunConfig, device: Device, memory: float, top: int = 10, fixed: Sequence[str] = ()
 ) -> list[Plan]:
     """The ``top`` fastest layouts of the devices, the model and the global batch of ``run``.
 
     Args:
         run: its values of ``PLANNED`` do not matter, but for those in ``fixed``.
-        gpu: of which ``run`` has ``trainer.devices`` x ``trainer.num_nodes``.
+        device: of which ``run`` has ``trainer.devices`` x ``trainer.num_nodes``.
         memory: bytes that a rank can take.
         top: number of layouts.
         fixed: of ``PLANNED``, keys that stay as they are in ``run``.
@@ -119,12 +119,12 @@ def search(
     Returns:
         The fastest first; of those that differ in nothing but who shares which weights, one.
     """
-    return _Search(run, gpu, memory, top, fixed).found()
+    return _Search(run, device, memory, top, fixed).found()
 
 
-def smallest(run: RunConfig, gpu: Gpu, fixed: Sequence[str] = ()) -> Plan | None:
+def smallest(run: RunConfig, device: Device, fixed: Sequence[str] = ()) -> Plan | None:
     """The layout whose fullest rank needs least; None: none is legal."""
-    plans = _Search(run, gpu, math.inf, 1, fixed, by_memory=True).found()
+    plans = _Search(run, device, math.inf, 1, fixed, by_memory=True).found()
     return plans[0] if plans else None
 
 
@@ -150,14 +150,14 @@ class _Search:
     def __init__(
         self,
         run: RunConfig,
-        gpu: Gpu,
+        device: Device,
         memory: float,
         top: int,
         fixed: Sequence[str],
         by_memory: bool = False,
     ) -> None:
         self._by_memory = by_memory
-        self._run, self._gpu, self._memory, self._top = run, gpu, memory, top
+        self._run, self._gpu, self._memory, self._top = run, device, memory, top
         self._world = world_size(run)
         self._judge = _Judge(run)
         self._options = _options(run, fixed)

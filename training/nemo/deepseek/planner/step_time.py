@@ -8,17 +8,17 @@ from functools import lru_cache
 from deepseek.config.memory import in_half
 from deepseek.config.schema import RunConfig
 from deepseek.planner.flops import Convention, flops_per_token
-from deepseek.planner.hardware import Efficiency, Gpu
+from deepseek.planner.hardware import Device, Efficiency
 from deepseek.planner.job import Job, Stage, System, job_of_run
 from deepseek.planner.layer_time import (
     MEMORY,
     NETWORK,
     NVLINK,
     BlockTime,
-    Parts,
-    StageParts,
+    BlockTimes,
+    Breakdown,
+    block_times,
     sent_to_experts,
-    stage_parts,
 )
 from deepseek.planner.pipeline_timeline import (
     StageTime,
@@ -49,7 +49,7 @@ class StepEstimate:
     stages: tuple[StageTime, ...]
     """Seconds of every pipeline stage on one micro-batch."""
     job: Job
-    gpu: Gpu
+    device: Device
 
     def kinds(self) -> dict[str, float]:
         """Seconds of the pipeline by the kind of an interval, and of the bubble, mean of ranks."""
@@ -62,22 +62,22 @@ class StepEstimate:
         """Every interval of the pipeline, for pictures."""
         job = self.job
         count = max(1, job.micro_batches // job.flushes)
-        return play(job.schedule, job.ranks.pp, self.stages, count, _hop(job, self.gpu))
+        return play(job.schedule, job.ranks.pp, self.stages, count, _hop(job, self.device))
 
 
-def predict_step(run: RunConfig, gpu: Gpu, gpus: int) -> StepEstimate:
+def predict_step(run: RunConfig, device: Device, gpus: int) -> StepEstimate:
     """A step of a sound configuration on ``gpus`` GPUs, whatever its trainer section counts."""
     job = job_of_run(run, gpus)
-    if gpu.cores:  # nothing is computed while a CPU copies
+    if device.cores:  # nothing is computed while a CPU copies
         half = in_half(run) and str(run.trainer.precision) != "auto"
         system = replace(job.system, hidden_data_parallel=0.0)
         job = replace(job, precision="bf16" if half else "fp32", system=system)
-    return predict(job, gpu)
+    return predict(job, device)
 
 
 def predict(
     job: Job,
-    gpu: Gpu,
+    device: Device,
     convention: Convention | None = None,
     efficiency: Efficiency | None = None,
 ) -> StepEstimate:
@@ -85,35 +85,35 @@ def predict(
 
     Args:
         job: what is computed, and by whom.
-        gpu: on what.
+        device: on what.
         convention: how FLOPs are counted; None: causal, and MTP modules where there are any.
-        efficiency: the constants; None: those of ``gpu``, or the fitted ones.
+        efficiency: the constants; None: those of ``device``, or the fitted ones.
     """
     convention = convention or Convention()
-    parts = stage_parts(job, gpu, efficiency)
+    blocks = block_times(job, device, efficiency)
     ranks, count = job.ranks, job.micro_batches
     system = job.system
     dual = job.schedule.startswith("DualPipe") and system.pairs_passes
-    kinds = {stage: _together(stage, parts) for stage in set(job.stages)}  # most are alike
+    kinds = {stage: _together(stage, blocks) for stage in set(job.stages)}  # most are alike
     of_kind = {stage: _stage_time(block, system, dual) for stage, block in kinds.items()}
     whole = [kinds[stage] for stage in job.stages]
     times = [of_kind[stage] for stage in job.stages]
     each = max(1, count // job.flushes)
-    hop = _hop(job, gpu)
+    hop = _hop(job, device)
     pipeline = pipeline_seconds(job.schedule, job.held, times, each, hop) * count / each
     loads = [busy_seconds(job.schedule, times, held) for held in job.held]
     most = max(range(ranks.pp), key=loads.__getitem__)
-    split = Parts()
+    split = Breakdown()
     for stage in job.held[most]:
         split = split + whole[stage].forward + whole[stage].backward
     lent = split.compute * (1 / (1 - system.dedicated_sms) - 1)
     worked = count / 2 if job.schedule == "DualPipe" else count
     worked = count / 2 if job.schedule == "DualPipe" else count
-    if gpu.cores and ranks.world > gpu.cores:  # while one waits, another has its core
-        work = sum(loads) / ranks.pp * worked * ranks.world / gpu.cores
+    if device.cores and ranks.world > device.cores:  # while one waits, another has its core
+        work = sum(loads) / ranks.pp * worked * ranks.world / device.cores
         pipeline = max(pipeline, work)
-    optimizer, exchange = _outside(job, gpu)
-    seconds = pipeline + optimizer + exchange + gpu.step
+    optimizer, exchange = _outside(job, device)
+    seconds = pipeline + optimizer + exchange + device.step
     named = {
         "dense products": split.products * worked,
         "attention": split.attention * worked,
@@ -125,44 +125,52 @@ def predict(
         "pipeline bubble": pipeline - loads[most] * worked,
         "optimizer": optimizer,
         "data-parallel exchange exposed": exchange,
-    } | ({"around the step": gpu.step} if gpu.step else {})
+    } | ({"around the step": device.step} if device.step else {})
     tokens = job.global_batch * job.seq_length / ranks.world / seconds
     flops = _flops(job, convention) * tokens
     return StepEstimate(
-        seconds, named, tokens, flops / 1e12, flops / gpu.bf16, convention, tuple(times), job, gpu
+        seconds,
+        named,
+        tokens,
+        flops / 1e12,
+        flops / device.bf16,
+        convention,
+        tuple(times),
+        job,
+        device,
     )
 
 
-def even_pipeline_seconds(job: Job, gpu: Gpu, pp: int, held: int) -> float:
+def even_pipeline_seconds(job: Job, device: Device, pp: int, held: int) -> float:
     """Seconds of a pipeline without what comes after it, if all stages were alike.
 
     No split of the blocks leaves the busiest rank less.
 
     Args:
         job: its stages do not matter; its ranks may be one of the pipeline's.
-        gpu: on what.
+        device: on what.
         pp: ranks of the pipeline that the model is divided over.
         held: stages of each.
     """
-    parts, arch, system = stage_parts(job, gpu), job.architecture, job.system
-    whole = _whole(parts, arch.layers - arch.moe_layers, arch.moe_layers, arch.mtp)
+    blocks, arch, system = block_times(job, device), job.architecture, job.system
+    whole = _whole(blocks, arch.layers - arch.moe_layers, arch.moe_layers, arch.mtp)
     dual = job.schedule.startswith("DualPipe") and system.pairs_passes
     time = StageTime(*(value / (pp * held) for value in _stage_time(whole, system, dual)))
-    count, hop = job.micro_batches, _hop(job, gpu)
+    count, hop = job.micro_batches, _hop(job, device)
     each = max(1, count // job.flushes)
     return even_seconds(job.schedule, job.ranks.pp, held, time, each, hop) * count / each
 
 
 @lru_cache(maxsize=4096)
-def _whole(parts: StageParts, dense: int, moe: int, mtp: int) -> BlockTime:
-    return _together(Stage(dense, moe, True, 1 + mtp, mtp), parts)
+def _whole(blocks: BlockTimes, dense: int, moe: int, mtp: int) -> BlockTime:
+    return _together(Stage(dense, moe, True, 1 + mtp, mtp), blocks)
 
 
-def _together(stage: Stage, parts: StageParts) -> BlockTime:
+def _together(stage: Stage, blocks: BlockTimes) -> BlockTime:
     """All that a stage holds, one after the other."""
-    forward, backward, weight = Parts(), Parts(), 0.0
+    forward, backward, weight = Breakdown(), Breakdown(), 0.0
     counts = (stage.dense, stage.moe, stage.head, stage.mtp)
-    for count, block in zip(counts, parts, strict=True):
+    for count, block in zip(counts, blocks, strict=True):
         if count:
             forward, backward = forward + block.forward * count, backward + block.backward * count
             weight += block.weight * count
@@ -181,7 +189,7 @@ def _stage_time(block: BlockTime, system: System, dual: bool) -> StageTime:
     return StageTime(forward, backward, block.weight * slow, *hidden)
 
 
-def _hop(job: Job, gpu: Gpu) -> float:
+def _hop(job: Job, device: Device) -> float:
     """Seconds of a micro-batch's activations from one rank of a pipeline to the next."""
     ranks = job.ranks
     if ranks.pp == 1:
@@ -189,11 +197,11 @@ def _hop(job: Job, gpu: Gpu) -> float:
     number = 4 if job.precision == "fp32" else 2
     sent = number * job.micro_batch * job.seq_length / ranks.cp / ranks.tp
     sent *= job.architecture.hidden
-    inside = ranks.world <= gpu.domain
-    return sent / (gpu.nvlink * NVLINK if inside else gpu.network * NETWORK) + gpu.message
+    inside = ranks.world <= device.domain
+    return sent / (device.nvlink * NVLINK if inside else device.network * NETWORK) + device.message
 
 
-def traffic(job: Job, gpu: Gpu) -> dict[str, tuple[float, float]]:
+def traffic(job: Job, device: Device) -> dict[str, tuple[float, float]]:
     """Bytes that the busiest GPU sends in a step by what for: over the network, and over NVLink.
 
     Data-parallel exchange is counted as crossing the network unless all GPUs share a domain.
@@ -201,9 +209,9 @@ def traffic(job: Job, gpu: Gpu) -> dict[str, tuple[float, float]]:
     ranks, count = job.ranks, job.micro_batches
     tokens = job.micro_batch * job.seq_length / ranks.cp / ranks.tp
     moe = max(sum(job.stages[s].moe + job.stages[s].mtp for s in held) for held in job.held)
-    far, near = sent_to_experts(job.architecture, gpu, ranks.ep, tokens, job.precision)
+    far, near = sent_to_experts(job.architecture, device, ranks.ep, tokens, job.precision)
     times = 2 * moe * count / (2 if job.schedule == "DualPipe" else 1)  # forward and backward
-    inside = ranks.world <= gpu.domain
+    inside = ranks.world <= device.domain
     hops = 2 * 2 * tokens * job.architecture.hidden * count * max(map(len, job.held))
     hops *= ranks.pp > 1
     dense, experts = _held_weights(job)
@@ -215,17 +223,17 @@ def traffic(job: Job, gpu: Gpu) -> dict[str, tuple[float, float]]:
     }
 
 
-def _outside(job: Job, gpu: Gpu) -> tuple[float, float]:
+def _outside(job: Job, device: Device) -> tuple[float, float]:
     """Seconds of the optimiser, and of the exposed part of the data-parallel exchange."""
     ranks = job.ranks
     dense, experts = _held_weights(job)
     kept = dense / (ranks.dp * ranks.cp) + experts / ranks.expert_dp
-    crowded = max(1.0, ranks.world / gpu.cores) if gpu.cores else 1.0
-    each = gpu.update or OPTIMIZER_BYTES / (gpu.hbm * MEMORY)
+    crowded = max(1.0, ranks.world / device.cores) if device.cores else 1.0
+    each = device.update or OPTIMIZER_BYTES / (device.hbm * MEMORY)
     sent = _data_parallel_bytes(job, dense, experts)
-    inside = ranks.world <= gpu.domain
-    near = gpu.shared_memory or gpu.nvlink * NVLINK
-    exchange = sent / (near if inside else gpu.network * NETWORK)
+    inside = ranks.world <= device.domain
+    near = device.shared_memory or device.nvlink * NVLINK
+    exchange = sent / (near if inside else device.network * NETWORK)
     return kept * each * crowded, exchange * crowded * (1 - job.system.hidden_data_parallel)
 
 

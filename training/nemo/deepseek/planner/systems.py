@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from deepseek.planner.hardware import Gpu
+from deepseek.planner.hardware import Device
 from deepseek.planner.job import DEEPSEEK, System
 
 OLDEST, NEWEST = 25.66, 26.58
@@ -15,7 +15,7 @@ FIRST_WITH_GRAPHS = 26.4
 """Release from which Megatron-Bridge launches whole steps of this model as CUDA graphs."""
 
 
-def system_of(text: str, gpu: Gpu, ep: int) -> System:
+def system_of(text: str, device: Device, ep: int) -> System:
     """The program that a row's name, source and notes tell of."""
     lower = text.lower()
     if "automodel" in lower:
@@ -29,7 +29,7 @@ def system_of(text: str, gpu: Gpu, ep: int) -> System:
     if "simumax" in lower:
         return System("megatron, by SimuMax", release=when)
     paper = "megatron-core moe" in lower or "overlap" in lower
-    crosses = ep > gpu.domain
+    crosses = ep > device.domain
     return System(
         "megatron-core" if "megatron-core" in lower else "megatron-bridge",
         release=when,

@@ -59,7 +59,7 @@ def rotate(x_BSNH: Tensor, cos_BSA: Tensor, sin_BSA: Tensor) -> Tensor:
 
 
 def rotate_slow(x_BSNH: Tensor, cos_BSA: Tensor, sin_BSA: Tensor) -> Tensor:
-    """Readable twin of ``rotate``."""
+    """Reference implementation of ``rotate``."""
     pairs = x_BSNH.to(cos_BSA.dtype).unflatten(-1, (-1, 2))
     even, odd = pairs.unbind(-1)
     cos, sin = cos_BSA.unsqueeze(2), sin_BSA.unsqueeze(2)
