@@ -261,6 +261,24 @@ def test_the_command_as_a_module(module: str, tmp_path: Path) -> None:
     assert ran.returncode == 2 and "missing" in ran.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "ours", "idle"),
+    [
+        ("--help", "__main__ cli commands commands.entry config config.errors console", "yaml"),
+        ("validate --config deepseek_v3_671b", "", "numpy rich.markdown deepseek.commands.plan"),
+    ],
+)
+def test_a_command_starts_without_what_it_has_no_use_for(words: str, ours: str, idle: str) -> None:
+    """It takes as long to start as its imports take."""
+    command = [sys.executable, "-X", "importtime", "-m", "deepseek", *words.split()]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    modules = {line.split("|")[-1].strip() for line in ran.stderr.splitlines()}
+    frameworks = {"torch", "lightning", "pytorch_lightning", "nemo", "omegaconf"}
+    assert not modules & (frameworks | set(idle.split()))
+    taken = {name.partition(".")[2] for name in modules if name.startswith("deepseek.")}
+    assert not ours or taken | {"__main__"} == set(ours.split())
+
+
 def test_dashes_before_a_setting_are_tolerated(micro: MicroRuns) -> None:
     ran = micro.train("dashes", "--trainer.max_steps=1", "--model.micro_batch_size=4")
     assert "4 sequences x 32 = 128 tokens in 1 x 4 per forward pass" in ran.assert_done().out

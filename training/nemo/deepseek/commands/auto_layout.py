@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from deepseek.commands.plan import layout_text, way_out
 from deepseek.commands.validate import RESERVED_GIB, size_text
 from deepseek.commands.versions import run_folder
 from deepseek.config import ConfigError, RunConfig, UserError, load_config
@@ -18,7 +17,6 @@ from deepseek.config.rules import joint_problems
 from deepseek.config.schema import changed, value_at
 from deepseek.console import say
 from deepseek.planner.hardware import Device, gpu_named
-from deepseek.planner.search import search
 from deepseek.run_folder import CONFIG_FILE
 
 ASSUMED = "H100"
@@ -37,6 +35,9 @@ def auto_layout(run_dir: Path | None = None, told: bool = True) -> Planner:
     """
 
     def choose(run: RunConfig, auto: Sequence[str]) -> Mapping[str, object]:
+        from deepseek.commands.plan import layout_text, way_out
+        from deepseek.planner.search import search
+
         device, room, what = _device(run)
         if DEVICES in auto:
             run = changed(run, {DEVICES: _devices_here(run)})

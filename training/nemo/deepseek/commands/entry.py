@@ -17,7 +17,6 @@ from pathlib import Path
 
 from deepseek.config.errors import UserError
 from deepseek.console import complain, complain_at_the_end
-from deepseek.launch.processes import LOST_PEER_EXIT_CODE, is_lost_peer, tell_lost_contact
 
 _DEAD_LOADER = re.compile(r"DataLoader worker \(pid.*?\)[^.]*")
 """What torch says of it."""
@@ -47,6 +46,8 @@ def guarded(call: Callable[[], object]) -> None:
         complain_at_the_end(f"error: cannot write {where}: {failure.strerror}")
         sys.exit(2)
     except RuntimeError as error:
+        from deepseek.launch.processes import LOST_PEER_EXIT_CODE, is_lost_peer, tell_lost_contact
+
         if died := _DEAD_LOADER.search(str(error)):
             # Not the user's error as such: a supervisor starts all again.
             complain(

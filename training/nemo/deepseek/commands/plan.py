@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.commands.device import device_named
-from deepseek.commands.plan_page import plan_page
 from deepseek.commands.validate import RESERVED_GIB, USUAL_NODE, size_text
 from deepseek.config import UserError, shipped_configs
 from deepseek.config.layout import PLANNED, Layout, world_size
@@ -96,6 +95,8 @@ def plan(
     if explain and not as_json:
         _explain(found[0], device, fixed)
     if html is not None:
+        from deepseek.commands.plan_page import plan_page  # with numpy
+
         title = f"plan of {config}"
         write_new(html, plan_page(title, COLUMNS, rows, found[0], device, room * 2**30))
         if not as_json:
