@@ -414,6 +414,8 @@ def _train_with_callback(
     driven, lines = drive(case), []  # type: ignore[var-annotated]
     callback, trainer = _callback(folder, config, lines, driven)
     callback.on_fit_start(trainer, driven.module)
+    write = callback.manager._write
+    callback.manager._write = lambda *args: (time.sleep(0.3), write(*args))[1]  # outlasts steps
     for batch in batches(replace(case, seed=link, steps=3)):
         callback.on_train_batch_start(trainer, driven.module)
         driven.run(iter([batch]))

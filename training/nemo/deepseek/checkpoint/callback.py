@@ -111,9 +111,7 @@ class Checkpointing(DeepSeekCallback):
         checkpoint repeats both, where the other order would lose them.
         """
         step = module.finished_steps
-        is_proven = step > self._saved_step and module.skipped_in_a_row == 0
-        if self._to_retire and is_proven and self._ranks.rank == 0:
-            self._to_retire = not self.manager.retire()
+        self._retire(module)
         if step > 0 and self.every_n_steps > 0 and step % self.every_n_steps == 0:
             self._save(trainer, module, self.in_background)
 
@@ -156,6 +154,9 @@ class Checkpointing(DeepSeekCallback):
         device = next(module.model.parameters()).device
         with measured_memory(device) as memory:
             if saves:
+                # A save that takes longer than the steps to the next one is done only now.
+                self.manager.wait()
+                self._retire(module)
                 tensors = collect_tensors(module.model, _optimizer(trainer))
                 known = self.verification.digests if self.verification else ()
                 state = run_state(module, self.config, self.fingerprint, known)
@@ -166,6 +167,11 @@ class Checkpointing(DeepSeekCallback):
                 self.manager.wait()
         if saves:  # a repeated call must not shorten the time of the first
             module.save_record = SaveRecord(step, time.perf_counter() - begin, memory[0])
+
+    def _retire(self, module: DeepSeekModel) -> None:
+        is_proven = module.finished_steps > self._saved_step and module.skipped_in_a_row == 0
+        if self._to_retire and is_proven and self._ranks.rank == 0:
+            self._to_retire = not self.manager.retire()
 
     def _require_room(self, module: DeepSeekModel) -> None:
         """Better now than after hours: room for the checkpoints that will lie there at one time.
