@@ -51,6 +51,8 @@ class Kill:
     """Lines of the log by then."""
     checkpoint: int
     """Step of the newest checkpoint, 0 if there is none."""
+    seconds: float
+    """Until all ranks of the next attempt are there."""
 
 
 class Supervisor(Protocol):
@@ -76,9 +78,8 @@ def kill_ranks(
     chance = random.Random(seed)
     folder = runs.folder / name
     done: list[Kill] = []
-    before: set[int] = set()
+    ranks = new_ranks(supervisor.pid, devices, set())
     for number in range(kills):
-        ranks = new_ranks(supervisor.pid, devices, before)
         moment = "step" if stop else MOMENTS[number % len(MOMENTS)]
         delay = chance.uniform(0.0, 0.05)
         rows = lines(folder / "metrics.jsonl") + chance.randint(2, MOST_ROWS)
@@ -92,11 +93,12 @@ def kill_ranks(
         time.sleep(delay)
         rank = chance.randrange(devices)
         os.kill(ranks[rank], signal.SIGSTOP if stop else signal.SIGKILL)
-        before = set(ranks)
-        checkpoint = max(runs.steps(name), default=0)
-        log = folder / "metrics.jsonl"
-        done.append(Kill(f"{moment} + {delay * 1000:.0f} ms", rank, lines(log), checkpoint))
-    new_ranks(supervisor.pid, devices, before)  # it has noticed the last one, too
+        began, checkpoint = time.monotonic(), max(runs.steps(name), default=0)
+        so_far = lines(folder / "metrics.jsonl")
+        ranks = new_ranks(supervisor.pid, devices, set(ranks))
+        seconds = time.monotonic() - began
+        moment = f"{moment} + {delay * 1000:.0f} ms"
+        done.append(Kill(moment, rank, so_far, checkpoint, seconds))
     return done
 
 
@@ -197,9 +199,10 @@ def sweep(runs: MicroRuns, options: argparse.Namespace, settings: list[str]) -> 
     kills = kill_ranks(
         runs, "killed", process, options.devices, options.kills, options.seed, options.stop
     )
-    print(f"{'kill':>4}  {'moment':<16} {'rank':>4} {'rows':>5} {'checkpoint':>10}")
+    print(f"{'kill':>4}  {'moment':<16} {'rank':>4} {'rows':>5} {'checkpoint':>10} {'anew':>7}")
     for number, kill in enumerate(kills, 1):
-        print(f"{number:>4}  {kill.moment:<16} {kill.rank:>4} {kill.rows:>5} {kill.checkpoint:>10}")
+        print(f"{number:>4}  {kill.moment:<16} {kill.rank:>4} {kill.rows:>5}", end="")
+        print(f" {kill.checkpoint:>10} {kill.seconds:>5.1f} s")
     ended = process.wait()
     code = ended if isinstance(ended, int) else ended.code
     print(f"ended with exit code {code} after {time.monotonic() - began:.0f} s")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import posixpath
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from deepseek.config import RunConfig, UserError
 from deepseek.config.memory import checkpoint_bytes
 
 LEAST_SECONDS_TO_SAVE = 120
+MOST_SECONDS_TO_SAVE = 65_535
+"""So long before its end Slurm can tell a job, and no longer."""
 SECONDS_OF_A_STEP = 60
 """Allowed for the step that is under way when the signal to stop comes."""
 SPREAD = 2.0
@@ -52,7 +55,7 @@ class JobSettings:
         """Raises ``UserError``: no setting may break out of its line."""
         for key in ("partition", "account", "job_name", "container", "gpu"):
             value = getattr(self, key)
-            allowed = r"[\w.,:@+/#-]+" if key == "container" else r"[\w.,:@+-]+"
+            allowed = r"(?a:[\w./][\w.,:@+/#-]*)" if key == "container" else r"[\w.,:@+-]+"
             if value is not None and not re.fullmatch(allowed, value):
                 raise UserError(
                     f"--{key.replace('_', '-')} {value!r}: a name of letters, digits and "
@@ -61,9 +64,25 @@ class JobSettings:
         for mount in self.mounts:
             if not re.fullmatch(r"[^:,\s]+:/[^:,\s]*", mount):
                 raise UserError(f"--mount {mount!r}: write SOURCE:/PATH, without blanks or commas")
+            path = mount.partition(":")[2]
+            if posixpath.normpath(path) != path or path == "/":
+                raise UserError(
+                    f"--mount {mount!r}: {path} is no folder of its own; write its path in full, "
+                    "without . and .. and a / at the end"
+                )
         for text in self.env:
-            if not re.fullmatch(r"[A-Za-z_]\w*=[^\n\0]*", text):
-                raise UserError(f"--env {text!r}: write NAME=VALUE, on one line")
+            if not re.fullmatch(r"(?a:[A-Za-z_]\w*)=[^\x00-\x08\x0a-\x1f\ud800-\udfff]*", text):
+                raise UserError(
+                    f"--env {text!r}: write NAME=VALUE, on one line, NAME of letters a to z, "
+                    "digits and _"
+                )
+        for key, names in (
+            ("mount", [mount.partition(":")[2] for mount in self.mounts]),
+            ("env", [text.partition("=")[0] for text in self.env]),
+        ):
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise UserError(f"--{key}: {twice} is given twice; leave out all but one")
         for option in self.sbatch:
             if not re.fullmatch(r"--[a-z][a-z0-9-]*(=[^\n]*)?", option):
                 raise UserError(f"--sbatch {option!r}: write one option of sbatch, --NAME=VALUE")
@@ -89,12 +108,21 @@ class Job:
         words = ("-m", "deepseek", "train", "--config", config, *overrides)
         defaults = {} if run.trainer.accelerator == "cpu" else GPU_ENVIRONMENT
         given = dict(text.split("=", 1) for text in settings.env)
-        return cls(run, settings, words, defaults | given)
+        job = cls(run, settings, words, defaults | given)
+        if job.seconds_to_save > MOST_SECONDS_TO_SAVE:
+            rate = settings.save_bandwidth * job.seconds_to_save / MOST_SECONDS_TO_SAVE
+            raise UserError(
+                f"--save-bandwidth {settings.save_bandwidth:g}: a checkpoint of "
+                f"{job.checkpoint_bytes / 1e9:,.0f} GB would take longer than the "
+                f"{MOST_SECONDS_TO_SAVE:,} s that a job can be told before its end; from "
+                f"{rate:.2g} GB/s on it does not"
+            )
+        return job
 
     @property
     def name(self) -> str:
-        """One word."""
-        return self.settings.job_name or re.sub(r"[^\w.-]+", "_", self.run.name)
+        """One word, short enough for the name of a file."""
+        return self.settings.job_name or re.sub(r"[^\w.-]+", "_", self.run.name)[:60]
 
     @property
     def nodes(self) -> int:

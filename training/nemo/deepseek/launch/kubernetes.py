@@ -28,8 +28,15 @@ def pytorch_job(job: Job) -> str:
             "--kubernetes needs a volume that all pods see, for the run folder and the data; add "
             "--mount CLAIM:/PATH, with the name of a PersistentVolumeClaim"
         )
-    name = re.sub(r"[^a-z0-9-]+", "-", job.name.lower()).strip("-")[:50] or "run"
     claims = [mount.split(":", 1) for mount in settings.mounts]
+    for claim, path in claims:
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", claim):
+            raise UserError(
+                f"--mount {claim}:{path}: a PersistentVolumeClaim has a name of a to z, digits, - "
+                "and .; `kubectl get pvc` lists them"
+            )
+        if path == "/dev/shm":
+            raise UserError(f"--mount {claim}:{path}: the job has memory there; use another path")
     # NCCL and the data loaders share memory there; Kubernetes gives 64 MiB otherwise.
     volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
     mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
@@ -40,8 +47,8 @@ def pytorch_job(job: Job) -> str:
     container: dict[str, Any] = {
         "name": "pytorch",  # the operator looks for this one
         "image": settings.container,
-        "command": ["torchrun", *job.words],
-        "env": [{"name": key, "value": value} for key, value in job.environment.items()],
+        "command": ["torchrun", *map(_as_it_is, job.words)],
+        "env": [{"name": key, "value": _as_it_is(value)} for key, value in job.environment.items()],
         "volumeMounts": mounts,
     }
     if job.gpus:
@@ -49,7 +56,7 @@ def pytorch_job(job: Job) -> str:
     tree = {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
-        "metadata": {"name": name},
+        "metadata": {"name": _label(job.name)},
         "spec": {
             "nprocPerNode": str(job.run.trainer.devices),
             "elasticPolicy": {
@@ -81,3 +88,16 @@ def pytorch_job(job: Job) -> str:
         "# A configuration that is a file must lie in the image or on a volume.\n"
         f"# {job.about_saving}.\n" + dump_yaml(tree)
     )
+
+
+def _label(name: str) -> str:
+    """As Kubeflow wants names of jobs (RFC 1035), short enough for the pods', which end longer."""
+    letters = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if not letters[:1].isalpha():
+        letters = f"run-{letters}"
+    return letters[:50].strip("-")
+
+
+def _as_it_is(text: str) -> str:
+    """Kubernetes puts variables in for ``$(NAME)``, in commands and environments."""
+    return text.replace("$", "$$")

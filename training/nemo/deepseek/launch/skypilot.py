@@ -26,8 +26,8 @@ def sky_task(job: Job) -> str:
     settings = job.settings
     if job.gpus and settings.gpu is None:
         raise UserError("--skypilot needs the kind of GPU; add --gpu H100, or another")
-    if settings.gpu is not None and not re.fullmatch(r"[A-Za-z][\w-]*", settings.gpu):
-        kind = re.split(r"[^\w-]", settings.gpu)[0] or "H100"
+    if settings.gpu is not None and not re.fullmatch(r"(?a:[A-Za-z][\w-]*)", settings.gpu):
+        kind = "".join(re.findall(r"^(?a:[A-Za-z][\w-]*)", settings.gpu)) or "H100"
         raise UserError(
             f"--gpu {settings.gpu}: must be the name of a kind of GPU alone, since trainer.devices "
             f"says how many; use --gpu {kind}"
@@ -45,13 +45,21 @@ def sky_task(job: Job) -> str:
     if settings.container:
         resources["image_id"] = f"docker:{settings.container}"
     buckets = [mount.split(":", 1) for mount in settings.mounts]
+    for bucket, path in buckets:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]", bucket):
+            raise UserError(
+                f"--mount {bucket}:{path}: a bucket has a name of 3 to 63 of a to z, digits, . _ - "
+                "and no more; `sky storage ls` lists them"
+            )
+        if "$" in path:
+            raise UserError(f"--mount {bucket}:{path}: SkyPilot takes $ for a variable; rename it")
     # The first node is told by its address, which torchrun cannot take for its own everywhere.
     endpoint = f'"$(echo "$SKYPILOT_NODE_IPS" | sed 1q):{PORT}"'
     start = torchrun(job.run.trainer.devices, job.nodes, endpoint)
     is_host = '--rdzv-conf "is_host=$((SKYPILOT_NODE_RANK == 0))"'
     restarts = f"--max-restarts {job.run.trainer.max_restarts}"
     tree = {
-        "name": re.sub(r"[^\w-]+", "-", job.name),
+        "name": "-".join(re.findall(r"[A-Za-z0-9]+(?:[._][A-Za-z0-9]+)*", job.name)) or "run",
         "num_nodes": job.nodes,
         "resources": resources,
         "envs": dict(job.environment),

@@ -12,6 +12,10 @@ from deepseek.launch.processes import torchrun
 
 QUICK_SECONDS, QUICK_REQUEUES = 600, 3
 """A job that fails so soon has an error that comes again, and is queued again so often only."""
+MOST_MINUTES = 2**32 - 2
+"""That a time limit of Slurm can have."""
+CONTRARY = ("array", "mem-per-cpu", "mem-per-gpu", "no-requeue", "ntasks", "wrap")
+"""Options of sbatch that say otherwise than the job's own."""
 
 
 def slurm_script(job: Job) -> str:
@@ -160,6 +164,10 @@ def _script(
                 f"--sbatch {option}: the job has --{name}={options[name]} already; set that by "
                 "the configuration or by the option of `deepseek launch`"
             )
+        if name in CONTRARY:
+            raise UserError(
+                f"--sbatch {option}: contradicts what the job itself says; leave it out"
+            )
         lines.append(f"#SBATCH {option}")
     comments = [f"# {line}" for line in about]
     return "\n".join(["#!/bin/bash", *comments, *lines, "", "set -euo pipefail", *script, ""])
@@ -185,7 +193,8 @@ def _train(job: Job) -> list[str]:
 
 
 _TIME = re.compile(
-    r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?\Z", re.ASCII
+    r"(?:(?P<days>\d{1,9})-)?(?P<first>\d{1,9})(?::(?P<second>\d{1,9}))?(?::(?P<third>\d{1,9}))?\Z",
+    re.ASCII,
 )
 
 
@@ -201,6 +210,11 @@ def _check_time(job: Job) -> None:
             "D-HH:MM:SS"
         )
     seconds, kept = _seconds(match), job.seconds_to_save
+    if seconds > 60 * MOST_MINUTES:
+        raise UserError(
+            f"--time {time} is longer than {MOST_MINUTES:,} minutes, the most that Slurm counts; "
+            "leave it out for the partition's own limit"
+        )
     if seconds <= kept:
         why = f" ({job.about_saving})" if kept > LEAST_SECONDS_TO_SAVE else ""
         minutes = max(10, 2 * kept // 60)
