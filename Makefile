@@ -8,6 +8,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 # What is never imported need not be compiled: an environment takes half the time.
 PIP_FLAGS := --quiet --disable-pip-version-check --no-compile
+# For that reason what is imported is compiled once and kept, wherever the environment says otherwise:
+# without, every process compiles PyTorch's Python anew, 10 s.
+unexport PYTHONDONTWRITEBYTECODE
 VENV := .venv
 NEMO := .venv-nemo
 # Each worker begins with half of the files, so that what a file's tests share is made once.
