@@ -23,7 +23,8 @@ from deepseek.config.errors import UserError
 from deepseek.data.chat import ChatTemplate, Conversation, prepare_chat
 from deepseek.data.digests import Verification
 from deepseek.data.indexed import IndexedDataset
-from deepseek.data.prepare import PreparedData, prepare
+from deepseek.data.prepare import prepare
+from deepseek.data.prepared import PreparedData
 from deepseek.data.tokenizer_files import load_tokenizer
 from deepseek.data.tokenizer_training import byte_tokenizer
 from deepseek.monitoring.live import frame

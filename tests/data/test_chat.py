@@ -22,7 +22,7 @@ from deepseek.data.chat_template import PLAIN_TEMPLATE, ChatError, ChatTemplate
 from deepseek.data.dataset import ChatDataset
 from deepseek.data.indexed import IndexedDataset, IndexedWriter
 from deepseek.data.open_data import open_data
-from deepseek.data.prepare import PreparedData
+from deepseek.data.prepared import PreparedData
 from deepseek.data.tokenizer import EOS, Tokenizer
 from deepseek.data.tokenizer_files import load_tokenizer
 from deepseek.data.tokenizer_training import byte_tokenizer

@@ -16,7 +16,8 @@ from deepseek.commands.prepare_data import verify_data
 from deepseek.config.errors import UserError
 from deepseek.data import digests
 from deepseek.data.digests import DataFile, FileDigest, Verification
-from deepseek.data.prepare import PreparedData, prepare
+from deepseek.data.prepare import prepare
+from deepseek.data.prepared import PreparedData
 from deepseek.data.tokenizer import Tokenizer
 from support.micro_runs import MicroRuns
 from support.sample_texts import TEXTS

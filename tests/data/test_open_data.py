@@ -21,7 +21,8 @@ from deepseek.data.blend import BlendedDataset
 from deepseek.data.dataset import PackedDataset
 from deepseek.data.indexed import IndexedDataset
 from deepseek.data.open_data import OpenedData, open_data
-from deepseek.data.prepare import Progress, prepare
+from deepseek.data.prepare import prepare
+from deepseek.data.prepared import Progress
 from deepseek.data.tokenizer import Tokenizer
 from support.sample_texts import TEXTS
 

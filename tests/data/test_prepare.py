@@ -20,10 +20,10 @@ import pytest
 from deepseek import files
 from deepseek.config.errors import UserError
 from deepseek.data import corpus as corpus_module
-from deepseek.data import documents, prepare
+from deepseek.data import documents, encoding, partial, prepare
 from deepseek.data.indexed import IndexedDataset
-from deepseek.data.prepare import PreparedData, Progress
 from deepseek.data.prepare import prepare as run
+from deepseek.data.prepared import PreparedData, Progress
 from deepseek.data.tokenizer import Tokenizer
 from deepseek.data.tokenizer_files import load_tokenizer
 from support.sample_texts import TEXTS as ALL_TEXTS
@@ -38,7 +38,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Small files, JSON lines, an empty file, and a text long enough for several chunks, which make
     several batches."""
     monkeypatch.setattr(documents, "CHUNK", 10_000)
-    monkeypatch.setattr(prepare, "_BATCH", 20_000)
+    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 20_000)
     folder = tmp_path / "corpus"
     folder.mkdir()
     for k in range(5):
@@ -198,7 +198,7 @@ def test_killed_with_workers_it_goes_on_and_leaves_no_process(
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "if __name__ == '__main__':\n"
         "    a, b, c = map(Path, sys.argv[1:])\n"
-        "    documents.CHUNK, prepare._BATCH = 10_000, 20_000\n"
+        "    documents.CHUNK, prepare._BATCH_CHARACTERS = 10_000, 20_000\n"
         "    prepare.prepare([a], b, c, workers=2, journal_bytes=1, progress=stop)\n"
     )
     prefix = tmp_path / "killed" / "data"
@@ -457,7 +457,7 @@ def test_a_full_disk(
         def full(stream: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        patch.setattr(prepare, "sync", full)
+        patch.setattr(partial, "sync", full)
         with pytest.raises(UserError, match=r"preparing .*p failed: No space left on device; mend"):
             run([corpus], tmp_path / "p", bytes_folder)
     done = run([corpus], tmp_path / "p", bytes_folder)
@@ -472,7 +472,7 @@ def test_a_worker_that_dies(
     tmp_path: Path, corpus: Path, bytes_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_encode_in_worker", die)
+        patch.setattr(encoding, "_encode_in_worker", die)
         with pytest.raises(UserError, match=r"a worker process died .*fewer than 2 workers need"):
             run([corpus], tmp_path / "p", bytes_folder, workers=2)
     assert run([corpus], tmp_path / "p", bytes_folder).documents > 0
@@ -481,11 +481,11 @@ def test_a_worker_that_dies(
 def test_a_document_too_long_for_the_format(
     tmp_path: Path, corpus: Path, bytes_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def huge(*arguments: Any) -> prepare._Encoded:
+    def huge(*arguments: Any) -> partial.Encoded:
         texts = arguments[1]
-        return prepare._Encoded(b"", [2**31] * len(texts), 1, 1)
+        return partial.Encoded(b"", [2**31] * len(texts), 1, 1)
 
-    monkeypatch.setattr(prepare, "_encode", huge)
+    monkeypatch.setattr(encoding, "_encode", huge)
     with pytest.raises(UserError, match=r"a document has 2147483648 ids, the \.idx format ends at"):
         run([corpus / "small1.txt"], tmp_path / "p", bytes_folder)
 

@@ -19,7 +19,7 @@ from deepseek.data.dataset import ChatDataset
 from deepseek.data.digests import Verification
 from deepseek.data.documents import chunks
 from deepseek.data.indexed import IndexedDataset
-from deepseek.data.prepare import PreparedData
+from deepseek.data.prepared import PreparedData
 from deepseek.data.tokenizer import Tokenizer
 from deepseek.experts.domains import check_ids, is_prepared, named_path, open_prepared
 from deepseek.inference.evaluation import Document, Score, score_documents

@@ -11,7 +11,8 @@ from deepseek.console import StageProgress, say
 from deepseek.data.chat import prepare_chat
 from deepseek.data.digests import damaged
 from deepseek.data.indexed import IndexedDataset
-from deepseek.data.prepare import PreparedData, prepare
+from deepseek.data.prepare import prepare
+from deepseek.data.prepared import PreparedData
 from deepseek.data.tokenizer_files import load_tokenizer
 from deepseek.files import megabytes
 
@@ -71,7 +72,7 @@ def prepare_chat_data(
 ) -> PreparedData:
     """Prepare conversations, with progress, and say what a run should know of them.
 
-    Args: as ``data.prepare_chat.prepare_chat``.
+    Args: as ``data.chat.prepare_chat``.
 
     Raises:
         UserError: no input or tokenizer, a line that is no conversation, a full disk.

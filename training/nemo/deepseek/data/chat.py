@@ -23,7 +23,7 @@ from deepseek.data.corpus import Corpus
 from deepseek.data.digests import FileDigest
 from deepseek.data.documents import json_lines, json_type
 from deepseek.data.indexed import IndexedDataset, IndexedWriter, dtype_for
-from deepseek.data.prepare import (
+from deepseek.data.prepared import (
     PreparedData,
     Progress,
     Report,

@@ -24,7 +24,8 @@ from deepseek.data.chat_template import ChatError, ChatTemplate
 from deepseek.data.dataset import ChatDataset, PackedDataset, split_documents
 from deepseek.data.digests import DataFile, Verification
 from deepseek.data.indexed import IndexedDataset
-from deepseek.data.prepare import PreparedData, Report, prepare
+from deepseek.data.prepare import prepare
+from deepseek.data.prepared import PreparedData, Report
 from deepseek.data.tokenizer import Tokenizer, tokenizers_installed
 from deepseek.data.tokenizer_files import load_tokenizer
 from deepseek.files import add_suffix, atomic_open, user_cache

@@ -21,7 +21,7 @@ from deepseek.data.dataset import ChatDataset, PackedDataset, Sample
 from deepseek.data.digests import Verification
 from deepseek.data.documents import chunks
 from deepseek.data.indexed import IndexedDataset
-from deepseek.data.prepare import PreparedData
+from deepseek.data.prepared import PreparedData
 from deepseek.data.tokenizer import Tokenizer
 from deepseek.files import add_suffix
 
