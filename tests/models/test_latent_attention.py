@@ -134,8 +134,7 @@ def test_absorption_never_expands_keys_or_values() -> None:
     with torch.no_grad():
         module(x_BSD, *turns(config, torch.arange(length).unsqueeze(0)), cache=cache)
         stored = {
-            tensor.untyped_storage().data_ptr()
-            for tensor in (cache.latent_BMC, cache.k_rope_BMH, *module.parameters())
+            tensor.untyped_storage().data_ptr() for tensor in (cache.kept_BMX, *module.parameters())
         }
         with Watch():
             module(x_BSD[:, :1], *turns(config, torch.tensor([[length]])), cache=cache)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek.ops import grouped_linear as module
+from deepseek.ops.few_rows import few_rows
 from deepseek.ops.grouped_linear import grouped_linear, grouped_linear_loop
 
 TOLERANCE = {
@@ -49,6 +50,26 @@ def compare(counts: list[int], dims: tuple[int, int], dtype: torch.dtype) -> Non
 )
 def test_equals_the_loop(counts: list[int], dims: tuple[int, int], dtype: torch.dtype) -> None:
     compare(counts, dims, dtype)
+
+
+@pytest.mark.parametrize("counts", [[0, 0], [1], [0, 1, 1, 0], [2, 0, 3], [0, 15, 1, 17, 0, 0]])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_few_rows_go_expert_by_expert(
+    counts: list[int], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without gradient; rows of no expert behind them."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", None)
+    for outputs in (8, 5):
+        x_RI, w_EOI = tensors(counts, (12, outputs), torch.float32)
+        x_RI = torch.cat((x_RI, x_RI.new_ones(3, 12)))
+        with torch.no_grad():
+            y_RO = grouped_linear(x_RI, w_EOI, torch.tensor(counts))
+            slow_RO = grouped_linear_loop(x_RI, w_EOI, torch.tensor(counts))
+            one_by_one = torch.cat([few_rows(x_RI[:n], w_EOI[0]) for n in range(1, len(x_RI) + 1)])
+        torch.testing.assert_close(y_RO, slow_RO)
+        every = torch.cat([x_RI[:n] for n in range(1, len(x_RI) + 1)])
+        torch.testing.assert_close(one_by_one, F.linear(every, w_EOI[0]))
 
 
 @pytest.mark.parametrize("counts", [[0, 0], [1], [1, 1, 1], [0, 6, 0], [2, 0, 3]])

@@ -235,7 +235,7 @@ def decoding(config: ModelConfig) -> Iterator[Check]:
     for i in range(LENGTH):
         got_BV = model.last_logits(tokens_BS[:, i : i + 1], torch.full((2, 1), i), caches)
     yield small("attention: absorbed - expanded", relative(got_BV, want_BV), 1e-10)
-    numbers = sum(c.latent_BMC[0, 0].numel() + c.k_rope_BMH[0, 0].numel() for c in caches)
+    numbers = sum(c.kept_BMX[0, 0].numel() for c in caches)
     per_layer = config.kv_lora_rank + config.qk_rope_head_dim
     yield Check("cache: numbers per token and layer", str(numbers // len(caches)), str(per_layer),
                 numbers == per_layer * len(caches))  # fmt: skip

@@ -164,28 +164,30 @@ class LatentCache:
         padding_B: Tensor,
         dtype: torch.dtype,
     ) -> None:
-        device = padding_B.device
-        self.latent_BMC = torch.zeros(
-            batch_size, capacity, config.kv_lora_rank, dtype=dtype, device=device
-        )
-        self.k_rope_BMH = torch.zeros(
-            batch_size, capacity, config.qk_rope_head_dim, dtype=dtype, device=device
+        self.latent_dims = config.kv_lora_rank
+        numbers = self.latent_dims + config.qk_rope_head_dim
+        self.kept_BMX = torch.zeros(
+            batch_size, capacity, numbers, dtype=dtype, device=padding_B.device
         )
         self.padding_B = padding_B
+        self._is_padded = bool(padding_B.any())
         self.length = 0
 
-    def append(self, latent_BSC: Tensor, k_rope_BSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store the new tokens; return everything stored and who may see what (bool (B, S, M))."""
+    def append(self, latent_BSC: Tensor, k_rope_BSH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Store the new tokens; return everything stored (B, M, X), latents first, and who may see
+        what (bool (B, S, M); None: each new token all)."""
         start, end = self.length, self.length + latent_BSC.shape[1]
-        self.latent_BMC[:, start:end] = latent_BSC
-        self.k_rope_BMH[:, start:end] = k_rope_BSH
+        self.kept_BMX[:, start:end, : self.latent_dims] = latent_BSC
+        self.kept_BMX[:, start:end, self.latent_dims :] = k_rope_BSH
         self.length = end
+        if end == start + 1 and not self._is_padded:
+            return self.kept_BMX[:, :end], None
         slots_M = torch.arange(end, device=self.padding_B.device)
         new_S1 = torch.arange(start, end, device=self.padding_B.device).unsqueeze(-1)
         visible_BSM = (slots_M >= self.padding_B.view(-1, 1, 1)) & (slots_M <= new_S1)
         # A padding slot sees itself: a row of the softmax with nothing in it would be NaN.
         visible_BSM = visible_BSM | (slots_M == new_S1)
-        return self.latent_BMC[:, :end], self.k_rope_BMH[:, :end], visible_BSM
+        return self.kept_BMX[:, :end], visible_BSM
 
 
 def _read(

@@ -17,7 +17,7 @@ from deepseek.config.schema import ModelConfig
 from deepseek.config.weights import lora_targets
 from deepseek.models.components.attention import LatentStore
 from deepseek.models.components.block import DeepSeekBlock, MultiTokenPredictor, TokenContext
-from deepseek.models.components.feed_forward import RMSNorm
+from deepseek.models.components.feed_forward import Linear, RMSNorm
 from deepseek.models.components.lora import add_adapters, freeze_all_but_adapters
 from deepseek.models.components.moe import MoE
 from deepseek.models.components.recompute import recomputed
@@ -268,7 +268,7 @@ class Stage(Transformer):
         return torch.stack(loss_sums(h_BSD, ahead, self.head, labels_BS, isolated_BS))
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """Linear map to the vocabulary, shared by the main model and every MTP depth.
 
     Attributes:
@@ -277,7 +277,7 @@ class Head(nn.Linear):
     """
 
     def __init__(self, dim: int, vocab_size: int) -> None:
-        super().__init__(dim, vocab_size, bias=False)
+        super().__init__(dim, vocab_size)
         self.sequence_part: Callable[[Tensor], Tensor] = lambda labels_BS: labels_BS
 
     def loss_sum(self, hidden_BSD: Tensor, labels_BS: Tensor) -> Tensor:

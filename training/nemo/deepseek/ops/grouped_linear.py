@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek.ops.few_rows import FEW, few_rows, takes_few
+
 
 def grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """``y[r] = w[e(r)] @ x[r]``, rows sorted by expert, ``counts[e]`` of them for expert ``e``.
@@ -22,6 +24,8 @@ def grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _compiled_linear(x_RI, w_EOI, counts_E)
+    if 0 < x_RI.shape[0] < FEW * w_EOI.shape[0] and takes_few(x_RI, w_EOI):
+        return _few_rows(x_RI, w_EOI, counts_E)
     if x_RI.shape[0] == 0 or not _grouped_mm_takes(w_EOI):
         return grouped_linear_loop(x_RI, w_EOI, counts_E)
     y_RO = F.grouped_mm(x_RI.contiguous(), w_EOI.transpose(-2, -1), offs=_offsets(counts_E))
@@ -37,6 +41,18 @@ def grouped_linear_loop(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor
     *owned, rest_RI = x_RI.split([*counts, x_RI.shape[0] - sum(counts)])
     y = [F.linear(x, w) for x, w in zip(owned, w_EOI.unbind(0), strict=True)]
     return torch.cat([*y, rest_RI.new_zeros(rest_RI.shape[0], w_EOI.shape[1])])
+
+
+def _few_rows(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """The chosen experts one by one, each as ``linear`` takes few rows."""
+    counts = counts_E.tolist()
+    owned = x_RI.split([*counts, x_RI.shape[0] - sum(counts)])
+    y = [
+        few_rows(x, w) if count < FEW else F.linear(x, w)
+        for x, w, count in zip(owned, w_EOI.unbind(0), counts, strict=False)
+        if count
+    ]
+    return torch.cat([*y, x_RI.new_zeros(owned[-1].shape[0], w_EOI.shape[1])])
 
 
 def _offsets(counts_E: Tensor) -> Tensor:

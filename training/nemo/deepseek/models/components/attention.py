@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from deepseek.models.components.feed_forward import RMSNorm
+from deepseek.models.components.feed_forward import Linear, RMSNorm
 from deepseek.models.components.rope import rotate
 from deepseek.ops.causal_attention import causal_attention
 
@@ -26,9 +26,9 @@ from deepseek.ops.causal_attention import causal_attention
 class LatentStore(Protocol):
     """One layer's cache of latents, as attention sees it."""
 
-    def append(self, latent_BSC: Tensor, k_rope_BSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store the new tokens; return all latents (B, M, C), all rotary keys (B, M, H) and which
-        of them each new token may see (bool (B, S, M))."""
+    def append(self, latent_BSC: Tensor, k_rope_BSH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Store the new tokens; return all latents with their rotary keys behind them
+        (B, M, C + H), and which of them each new token may see (bool (B, S, M); None: all)."""
         ...
 
 
@@ -64,17 +64,15 @@ class MultiHeadLatentAttention(nn.Module):
         q_width = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
         self.q_lora_rank = q_lora_rank
         if q_lora_rank is None:
-            self.wq = nn.Linear(dim, q_width, bias=False)
+            self.wq = Linear(dim, q_width)
         else:
-            self.wq_a = nn.Linear(dim, q_lora_rank, bias=False)
+            self.wq_a = Linear(dim, q_lora_rank)
             self.q_norm = RMSNorm(q_lora_rank, norm_eps)
-            self.wq_b = nn.Linear(q_lora_rank, q_width, bias=False)
-        self.wkv_a = nn.Linear(dim, kv_lora_rank + qk_rope_head_dim, bias=False)
+            self.wq_b = Linear(q_lora_rank, q_width)
+        self.wkv_a = Linear(dim, kv_lora_rank + qk_rope_head_dim)
         self.kv_norm = RMSNorm(kv_lora_rank, norm_eps)
-        self.wkv_b = nn.Linear(
-            kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False
-        )
-        self.wo = nn.Linear(num_heads * v_head_dim, dim, bias=False)
+        self.wkv_b = Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim))
+        self.wo = Linear(num_heads * v_head_dim, dim)
         self.whole_sequence: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda *part: part
         self.attend: Callable[..., Tensor] = causal_attention
 
@@ -100,8 +98,8 @@ class MultiHeadLatentAttention(nn.Module):
             keys = self.whole_sequence(latent_BSC, k_rope_BSH)
             y_BSNU = self._expanded(q_nope_BSNH, q_rope_BSNH, *keys, documents_BS)
         else:
-            latent_BMC, k_rope_BMH, visible_BSM = cache.append(latent_BSC, k_rope_BSH)
-            y_BSNU = self._absorbed(q_nope_BSNH, q_rope_BSNH, latent_BMC, k_rope_BMH, visible_BSM)
+            kept_BMX, visible_BSM = cache.append(latent_BSC, k_rope_BSH)
+            y_BSNU = self._absorbed(q_nope_BSNH, q_rope_BSNH, kept_BMX, visible_BSM)
         return self.wo(y_BSNU.flatten(2))
 
     def _queries(self, x_BSD: Tensor, cos_BSA: Tensor, sin_BSA: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,21 +144,29 @@ class MultiHeadLatentAttention(nn.Module):
         self,
         q_nope_BSNH: Tensor,
         q_rope_BSNH: Tensor,
-        latent_BMC: Tensor,
-        k_rope_BMH: Tensor,
-        visible_BSM: Tensor,
+        kept_BMX: Tensor,
+        visible_BSM: Tensor | None,
     ) -> Tensor:
-        """(W_uk^T q) . latent = q . (W_uk latent): attention over latents, none expanded."""
+        """(W_uk^T q) . latent = q . (W_uk latent): attention over latents, none expanded.
+
+        All heads of a sequence read its cache in one product: X = C + H, P = S*N, T = B*S.
+        """
         w_NHC = self.wkv_b.weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
         w_uk_NHC, w_uv_NUC = w_NHC.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
-        q_latent_BSNC = torch.einsum("bsnh,nhc->bsnc", q_nope_BSNH, w_uk_NHC)
-        scores_BNSM = torch.einsum("bsnc,bmc->bnsm", q_latent_BSNC, latent_BMC)
-        scores_BNSM = scores_BNSM + torch.einsum("bsnh,bmh->bnsm", q_rope_BSNH, k_rope_BMH)
-        scores_BNSM = scores_BNSM * self.softmax_scale
-        scores_BNSM = scores_BNSM.masked_fill(~visible_BSM.unsqueeze(1), float("-inf"))
-        probs_BNSM = scores_BNSM.softmax(dim=-1, dtype=_at_least_fp32(scores_BNSM.dtype))
-        y_BSNC = torch.einsum("bnsm,bmc->bsnc", probs_BNSM.to(latent_BMC.dtype), latent_BMC)
-        return torch.einsum("bsnc,nuc->bsnu", y_BSNC, w_uv_NUC)
+        sizes = q_nope_BSNH.shape[:3]
+        q_NTH = q_nope_BSNH.flatten(0, 1).transpose(0, 1)
+        q_latent_BSNC = torch.bmm(q_NTH, w_uk_NHC).transpose(0, 1).unflatten(0, sizes[:2])
+        q_BPX = torch.cat((q_latent_BSNC, q_rope_BSNH), dim=-1).flatten(1, 2) * self.softmax_scale
+        scores_BPM = torch.bmm(q_BPX, kept_BMX.mT)
+        if visible_BSM is not None:
+            hidden_BS1M = ~visible_BSM.unsqueeze(2)
+            scores_BSNM = scores_BPM.unflatten(1, sizes[1:])
+            scores_BPM = scores_BSNM.masked_fill(hidden_BS1M, float("-inf")).flatten(1, 2)
+        probs_BPM = scores_BPM.softmax(dim=-1, dtype=_at_least_fp32(scores_BPM.dtype))
+        latent_BMC = kept_BMX[..., : self.kv_lora_rank]
+        y_BPC = torch.bmm(probs_BPM.to(latent_BMC.dtype), latent_BMC)
+        y_NTC = y_BPC.view(-1, sizes[2], self.kv_lora_rank).transpose(0, 1)
+        return torch.bmm(y_NTC, w_uv_NUC.mT).transpose(0, 1).unflatten(0, sizes[:2])
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:

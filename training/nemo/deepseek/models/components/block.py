@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deepseek.config.schema import ModelConfig
 from deepseek.models.components.attention import LatentStore, MultiHeadLatentAttention
-from deepseek.models.components.feed_forward import FeedForward, RMSNorm
+from deepseek.models.components.feed_forward import FeedForward, Linear, RMSNorm
 from deepseek.models.components.moe import MoE
 from deepseek.models.components.rope import softmax_scale
 from deepseek.models.components.router import Router
@@ -36,7 +36,7 @@ class DeepSeekBlock(nn.Module):
         """(B, S, D) -> (B, S, D)."""
         rotation = context.cos_BSA, context.sin_BSA
         x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), *rotation, context.documents_BS, cache)
-        counted = (context.real_BS, context.balance_scale) if self.is_moe else ()
+        counted = (context.real_BS, context.balance_scale, cache is not None) if self.is_moe else ()
         return x_BSD + self.ffn(self.ffn_norm(x_BSD), *counted)
 
 
@@ -69,7 +69,7 @@ class MultiTokenPredictor(nn.Module):
         dim, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(dim, eps)
         self.hnorm = RMSNorm(dim, eps)
-        self.eh_proj = nn.Linear(2 * dim, dim, bias=False)
+        self.eh_proj = Linear(2 * dim, dim)
         self.block = DeepSeekBlock(config, config.num_hidden_layers + depth)
         self.norm = RMSNorm(dim, eps)
 

@@ -6,15 +6,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek.ops.few_rows import linear
+
+
+class Linear(nn.Linear):
+    """A linear map without bias."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        return linear(x, self.weight)
+
 
 class FeedForward(nn.Module):
     """``w2(silu(w1 x) * w3 x)`` (arXiv:2002.05202); dense layers and shared experts."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden_dim, bias=False)  # gate
-        self.w2 = nn.Linear(hidden_dim, dim, bias=False)  # down
-        self.w3 = nn.Linear(dim, hidden_dim, bias=False)  # up
+        self.w1 = Linear(dim, hidden_dim)  # gate
+        self.w2 = Linear(hidden_dim, dim)  # down
+        self.w3 = Linear(dim, hidden_dim)  # up
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
@@ -38,6 +51,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dim; any leading shape; returns the dtype of ``x``."""
+        if x.dtype == self.weight.dtype == torch.float32 and not torch.is_grad_enabled():
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # the same in one call
         wide = x if x.dtype == torch.float64 else x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (self.weight * (wide * scale).to(x.dtype)).to(x.dtype)

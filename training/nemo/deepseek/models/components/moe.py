@@ -52,13 +52,18 @@ class MoE(nn.Module):
         self.z_coeff = z_coeff
 
     def forward(
-        self, x_BSD: Tensor, real_BS: Tensor | None = None, balance_scale: Tensor | None = None
+        self,
+        x_BSD: Tensor,
+        real_BS: Tensor | None = None,
+        balance_scale: Tensor | None = None,
+        decodes: bool = False,
     ) -> Tensor:
         """(B, S, D) -> (B, S, D).
 
         Args:
             real_BS: False for padding, which is not counted; None: all real.
             balance_scale: see ``TokenContext``; None: nothing is counted.
+            decodes: the tokens follow those in a cache.
         """
         x_TD = x_BSD.flatten(0, 1)
         # 1. choose experts
@@ -72,7 +77,7 @@ class MoE(nn.Module):
         sent = self.dispatcher.dispatch(x_TD, weights_TK, routing.expert_ids_TK)
         # 3. compute; the routed experts last: what follows them needs nothing of theirs again
         shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
-        y_RD = self.experts(sent.rows_RD, sent.weights_R, sent.counts_e)
+        y_RD = self.experts(sent.rows_RD, sent.weights_R, sent.counts_e, decodes)
         # 4. bring results back
         y_BSD = self.dispatcher.combine(y_RD, sent).view_as(x_BSD)
         return y_BSD if shared_BSD is None else y_BSD + shared_BSD
@@ -115,16 +120,25 @@ class GroupedExperts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))  # up
         self.local: Callable[[Tensor], Tensor] = lambda stack: stack
 
-    def forward(self, rows_RD: Tensor, weights_R: Tensor, counts_e: Tensor) -> Tensor:
+    def forward(
+        self, rows_RD: Tensor, weights_R: Tensor, counts_e: Tensor, decodes: bool = False
+    ) -> Tensor:
         """Rows sorted by expert (R, D), their weights, rows per expert (e,) -> (R, D).
 
         The weights multiply the hidden values, in the wider dtype: these are fewer than results.
+        Tokens that are decoded are few: padding would be most of the work, and bitwise isolation
+        of sequences is not promised there.
         """
         device = rows_RD.device.type
         if torch.is_autocast_enabled(device):  # grouped products are not on autocast's list
             rows_RD = rows_RD.to(torch.get_autocast_dtype(device))
         num_rows, num_experts = rows_RD.shape[0], counts_e.shape[0]
         skip = device == "cpu" and not torch.is_grad_enabled()
+        if decodes and skip:
+            hidden_RF = F.silu(self.product("w1", rows_RD, counts_e))
+            hidden_RF = hidden_RF * self.product("w3", rows_RD, counts_e)
+            hidden_RF = (hidden_RF * weights_R.unsqueeze(1)).to(rows_RD.dtype)
+            return self.product("w2", hidden_RF, counts_e)
         padded_e, slots_R = aligned_slots(counts_e, num_rows, skip)
         num_slots = most_slots(num_rows, num_experts, skip)
         x_PD = spread_rows(rows_RD, slots_R, num_slots)

@@ -55,7 +55,10 @@ def rotate(x_BSNH: Tensor, cos_BSA: Tensor, sin_BSA: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():  # the compiler fuses real numbers, but knows no complex ones
         return rotate_slow(x_BSNH, cos_BSA, sin_BSA)
-    return _Rotate.apply(x_BSNH, torch.complex(cos_BSA, sin_BSA).unsqueeze(2))
+    turn_BS1A = torch.complex(cos_BSA, sin_BSA).unsqueeze(2)
+    if not torch.is_grad_enabled():
+        return _turned(x_BSNH, turn_BS1A)
+    return _Rotate.apply(x_BSNH, turn_BS1A)
 
 
 def rotate_slow(x_BSNH: Tensor, cos_BSA: Tensor, sin_BSA: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek.models.components.recompute import keep
+from deepseek.ops.few_rows import linear
 
 
 class Routing(NamedTuple):
@@ -77,7 +77,7 @@ class Router(nn.Module):
         """Route each row; everything is computed in fp32 (fp64 for fp64 input)."""
         dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            logits_TE = linear(x_TD.to(dtype), self.weight.to(dtype))
             scores_TE = (
                 logits_TE.sigmoid() if self.scoring == "sigmoid" else logits_TE.softmax(dim=-1)
             )
