@@ -1,149 +1,370 @@
-"""Steps of small models, timed, and the constants of the model of time that explain them best."""
+"""What a step is made of, timed piece by piece, and the costs that explain the times best."""
 
 from __future__ import annotations
 
-import os
-import platform
+import json
+import math
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from deepseek.commands.fit import fit
 from deepseek.config import RunConfig, load_config
-from deepseek.parallel.link_speed import gloo_speed, meet, shared_memory_speed
-from deepseek.planner.cpu import CpuMachine, Links, Speed, cores
+from deepseek.config.layout import Layout
+from deepseek.config.memory import rank_needs
+from deepseek.config.schema import ModelConfig
+from deepseek.launch.processes import Processes
+from deepseek.models.components.block import DeepSeekBlock, TokenContext
+from deepseek.models.components.rope import rotation
+from deepseek.models.transformer import Head
+from deepseek.ops.causal_attention import causal_attention
+from deepseek.ops.grouped_linear import grouped_linear
+from deepseek.parallel.link_speed import (
+    begun_together,
+    fastest,
+    link_costs,
+    mean_of_processes,
+)
+from deepseek.parallel.mesh import Meshes
+from deepseek.planner.architecture import Architecture, Product
+from deepseek.planner.cpu import CpuMachine, Crew, cores, flat_bytes
+from deepseek.planner.cpu_time import (
+    Links,
+    Outside,
+    Passes,
+    Work,
+    block,
+    ends,
+    grouped,
+    product,
+    scores,
+)
 from deepseek.planner.step_time import predict_step
-from deepseek.training.phases import resident_bytes
 from deepseek.training.step import DeepSeekModel
 
 TINY = "deepseek_v3_tiny"
-STEPS = 3
-"""Of each model that are timed, after one that is not."""
-PULL = 0.03
-"""Of a constant towards its first guess, against the error of a step."""
+UNKNOWN = 1e-18
+"""Seconds of what is not measured, or explains nothing."""
+NONE = Links(1, *[UNKNOWN] * 8)
+ROUNDS = 7
+"""Of each piece: the fastest counts, since whatever else runs makes the others slower."""
 
-PROBES: tuple[tuple[str, ...], ...] = (
-    (),
-    ("model.data.seq_length=64", "model.micro_batch_size=1", "model.global_batch_size=1"),
-    (
-        "model.data.seq_length=64",
-        "model.micro_batch_size=1",
-        "model.global_batch_size=1",
-        "model.num_hidden_layers=8",
-    ),
-    ("model.data.seq_length=128", "model.micro_batch_size=2", "model.global_batch_size=8"),
-    ("model.data.seq_length=1024", "model.micro_batch_size=1", "model.global_batch_size=1"),
-    (
-        "model.hidden_size=512",
-        "model.intermediate_size=1280",
-        "model.moe_intermediate_size=256",
-        "model.num_hidden_layers=3",
-        "model.micro_batch_size=2",
-        "model.global_batch_size=2",
-    ),
+LINEAR = (
+    (16, 256, 128),
+    (64, 64, 384),
+    (64, 512, 1536),
+    (256, 256, 80),
+    (256, 1024, 1024),
+    (1024, 640, 256),
+    (1024, 128, 256),
 )
-"""Changes of ``deepseek_v3_tiny``: sizes, depth, length, micro-batches."""
+"""Rows, inputs and outputs of products."""
+GROUPED = ((4, 256, 256, 128), (16, 1024, 256, 128), (64, 1024, 128, 64), (16, 512, 128, 512))
+"""Experts, rows of all of them, inputs and outputs."""
+ATTENTION = ((1, 4, 64, 48, 32), (4, 8, 256, 48, 32), (1, 6, 1024, 96, 64), (2, 2, 512, 192, 128))
+"""Sequences, heads, length, width of queries and of values."""
+BLOCKS: tuple[tuple[int, int, tuple[str, ...]], ...] = (
+    (1, 64, ()),
+    (2, 256, ()),
+    (4, 64, ("model.hidden_size=512", "model.moe_intermediate_size=192")),
+    (1, 512, ("model.n_routed_experts=64", "model.num_experts_per_tok=6")),
+    (1, 96, ("model.n_routed_experts=64", "model.n_group=8", "model.topk_group=4")),
+    (4, 128, ("model.hidden_size=128", "model.n_routed_experts=8", "model.num_experts_per_tok=2")),
+)
+"""Sequences, their length and changes of ``deepseek_v3_tiny``."""
+HEADS = ((128, 4096, 256), (1024, 4096, 128), (512, 16384, 192))
+"""Tokens, vocabulary and width."""
+STEPS = (
+    (32, 1024, 1),
+    (32, 1024, 6),
+    (192, 16384, 1),
+)
+"""Width, vocabulary and layers of models whose whole step is timed."""
 
 
-def measured(rank: int) -> CpuMachine:
-    """This machine; a collective of its processes, of which this is number ``rank``."""
-    import deepseek.commands.fit  # noqa: F401  # a process that trains has it in memory
+def measured(processes: Processes, folder: Path, say: Callable[[str], None]) -> Crew:
+    """This machine, with so many processes at once; a collective of all of them.
 
-    own = resident_bytes()
-    runs = [
-        load_config(TINY, ["trainer.precision=32", "trainer.accelerator=cpu", *changes])
-        for changes in PROBES
+    Args:
+        processes: this one among them.
+        folder: new, for a run.
+        say: what is measured now.
+    """
+    count = processes.world_size
+    say("a trainer")
+    around, resident = _trainer(processes, folder)
+    forward = backward = Work(*[UNKNOWN] * len(Work._fields))
+    if count <= cores():  # more compute no faster
+        say("products, attention, blocks")
+        pieces = list(_pieces())
+        forward, backward = (
+            explained([(works[way], took[way]) for works, took in pieces]) for way in (0, 1)
+        )
+        say("steps in a row")
+        slower = _in_a_row(Crew(1, 1, 1, forward, backward, Outside(*[UNKNOWN] * 6), (NONE,)))
+        forward, backward = forward * slower, backward * slower
+    say("steps")
+    outside = _outside(count, around)
+    say("exchanges")
+    sizes = sorted({2, count}) if count > 1 else []
+    links = [Links(ranks=size, **link_costs(size)) for size in sizes]
+    return Crew(
+        count,
+        torch.get_num_threads(),
+        resident,
+        forward,
+        backward,
+        outside,
+        tuple(links) or (NONE,),
+    )
+
+
+def _trainer(processes: Processes, folder: Path) -> tuple[float, float]:
+    """Seconds around the steps of a run, and bytes of a process besides what its model needs: the
+    program, its libraries, and what the heap cannot use again."""
+    count = processes.world_size
+    run = _run(
+        count,
+        "trainer.max_steps=12",
+        "trainer.val_check_interval=0",
+        "exp_manager.create_checkpoint_callback=false",
+        "exp_manager.monitor.peak_tflops=0.1",
+        "model.num_hidden_layers=3",
+        "model.data.seq_length=128",
+        "model.micro_batch_size=1",
+        f"model.global_batch_size={count}",
+    )
+    with redirect_stdout(StringIO()):
+        fit(run, folder, processes)
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    rows = [row for row in log if "loss" in row][2:]
+    parts = ("forward_backward_seconds", "optimizer_seconds")
+    around = statistics.median(row["seconds"] - sum(row[p] for p in parts) for row in rows)
+    held = max(row["memory_bytes"] for row in rows)
+    needed = max(need.total for need in rank_needs(run)) + flat_bytes(run)
+    return max(around, UNKNOWN), held - needed
+
+
+def _run(processes: int, *changes: str) -> RunConfig:
+    settings = ["trainer.precision=32", "trainer.accelerator=cpu", f"trainer.devices={processes}"]
+    return load_config(TINY, [*settings, *changes])
+
+
+def _sizes(width: int, vocabulary: int, layers: int) -> list[str]:
+    return [
+        f"model.hidden_size={width}",
+        f"model.vocab_size={vocabulary}",
+        f"model.tokenizer.vocab_size={min(vocabulary, 4096)}",
+        f"model.num_hidden_layers={layers}",
+        "model.num_attention_heads=2",
+        "model.data.seq_length=32",
+        "model.micro_batch_size=1",
     ]
-    steps = [_stepper(run) for run in runs]
-    alone = None
-    if rank == 0:
-        torch.set_num_threads(cores())
-        alone = _speed(runs, steps, lambda: None)
-    meet()
-    torch.set_num_threads(1)
-    together = _speed(runs, steps, meet)
-    gloo, shared = gloo_speed(), shared_memory_speed()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    name = f"{platform.machine()}, {cores()} cores, torch {torch.__version__}"
-    speeds = alone or together, together
-    return CpuMachine(name, cores(), memory, own, *speeds, Links(*gloo, *shared))
 
 
-def _stepper(run: RunConfig) -> Callable[[], object]:
-    """A training step of a configuration, as ``train`` takes it, on random tokens."""
-    model = run.model
-    module = DeepSeekModel(model, seed=run.seed)
+# -- the passes --
+
+Measured = tuple[tuple[Work, Work], tuple[float, float]]
+"""Work and seconds, forward and backward."""
+
+
+def _pieces() -> Iterator[Measured]:
+    for rows, inner, outer in LINEAR:
+        weight = nn.Parameter(torch.randn(outer, inner))
+        x = torch.randn(rows, inner, requires_grad=True)
+        yield (
+            product(rows, Product(inner, outer)),
+            _both_ways(partial(F.linear, x, weight)),
+        )
+    for count, rows, inner, outer in GROUPED:
+        stack = nn.Parameter(torch.randn(count, outer, inner))
+        x = torch.randn(rows, inner, requires_grad=True)
+        counts = torch.full((count,), rows // count)
+        exact = rows - 7.5 * count
+        yield (
+            grouped(exact, Product(inner, outer), count),
+            _both_ways(partial(grouped_linear, x, stack, counts)),
+        )
+    for sequences, heads, length, width, values in ATTENTION:
+        q, k, v = (
+            torch.randn(sequences, heads, length, size, requires_grad=True)
+            for size in (width, width, values)
+        )
+        work = scores(sequences, length, length, heads, width + values)
+        yield (work, work), _both_ways(partial(causal_attention, q, k, v, 0.1))
+    for sequences, length, changes in BLOCKS:
+        model = _run(1, *changes, f"model.data.seq_length={length}").model
+        arch = Architecture.of_model(model)
+        for moe in (False, True):
+            works = block(arch, moe, sequences, length, 1, 1, 1)
+            yield _totals(works), _both_ways(_block_of(model, moe, sequences, length))
+    for tokens, vocabulary, width in HEADS:
+        model = _run(1, *_sizes(width, vocabulary, 1)).model
+        works = ends(Architecture.of_model(model), 1, tokens, 1, 1)
+        yield _totals(works), _both_ways(_ends_of(tokens, vocabulary, width))
+
+
+def _totals(works: tuple[Passes, Passes]) -> tuple[Work, Work]:
+    return works[0].total, works[1].total
+
+
+def _block_of(model: ModelConfig, moe: bool, sequences: int, length: int) -> Callable[[], Tensor]:
+    made = DeepSeekBlock(model, model.first_k_dense_replace if moe else 0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.02)
+        for buffer in made.buffers():
+            buffer.zero_()
+    positions = torch.arange(length).expand(sequences, length)
+    cos, sin = rotation(
+        positions, model.qk_rope_head_dim, model.rope_theta, model.rope_scaling, torch.float32
+    )
+    real = torch.ones(sequences, length, dtype=torch.bool)
+    context = TokenContext(cos, sin, None, real, torch.tensor(1e-3))
+    x = torch.randn(sequences, length, model.hidden_size, requires_grad=True)
+    return lambda: made(x, context)
+
+
+def _ends_of(tokens: int, vocabulary: int, width: int) -> Callable[[], Tensor]:
+    embedding, head = nn.Embedding(vocabulary, width), Head(width, vocabulary)
+    ids = torch.randint(vocabulary, (1, tokens))
+    return lambda: head.loss_sum(F.rms_norm(embedding(ids), (width,)), ids)
+
+
+def _both_ways(make: Callable[[], Tensor]) -> tuple[float, float]:
+    """Seconds of making something, and of the gradients of all that it was made of."""
+    there = fastest(make, ROUNDS)
+    graph: list[Tensor] = []
+    result = make()
+    leaves = _leaves(result)
+    gradient = torch.ones_like(result)
+
+    def backward() -> None:
+        result = graph.pop()
+        result.backward(gradient)
+
+    took = []
+    for _ in range(ROUNDS + 1):
+        for leaf in leaves:
+            leaf.grad = None
+        graph.append(make())
+        took.append(begun_together(backward))
+    return there, mean_of_processes(min(took[1:]))
+
+
+def _leaves(result: Tensor) -> list[Tensor]:
+    """What a tensor was made of and has a gradient."""
+    found, nodes, seen = [], [result.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        nodes += [following for following, _ in node.next_functions]
+    return found
+
+
+WHOLE = (
+    ("model.hidden_size=192", "model.num_hidden_layers=3", "model.data.seq_length=192"),
+    ("model.num_hidden_layers=2", "model.n_routed_experts=32", "model.data.seq_length=96"),
+)
+"""Changes of ``deepseek_v3_tiny``, whose passes are timed as they come in a step."""
+
+
+def _in_a_row(crew: Crew) -> float:
+    """How much longer passes take in a step than piece by piece: caches hold what comes again."""
+    device = CpuMachine("", 1, 1, 0, (crew,)).device(1)
+    found = []
+    for changes in WHOLE:
+        sizes = ("model.micro_batch_size=2", "model.global_batch_size=4")
+        run = _run(1, *sizes, *changes)
+        estimate = predict_step(run, device, 1)
+        expected = estimate.seconds - estimate.parts["optimizer"]
+        found.append(_step(DeepSeekModel(run.model, seed=1), run.model)[0] / expected)
+    return math.prod(found) ** (1 / len(found))
+
+
+# -- the rest of a step --
+
+
+def _outside(count: int, around: float) -> Outside:
+    """Costs of the optimiser and of FSDP, from whole steps of small models."""
+    rows, whole, parted = [], [], []
+    for width, vocabulary, layers in STEPS:
+        run = _run(count, *_sizes(width, vocabulary, layers), f"model.global_batch_size={count}")
+        module = DeepSeekModel(run.model, seed=1, parallelize_later=count > 1)
+        if count > 1:
+            meshes = Meshes(Layout.of(run.model, count), "cpu", timedelta(minutes=5))
+            module.parallelize(meshes, torch.device("cpu"))
+        numbers = sum(p.numel() for p in module.model.parameters())
+        tensors = len(list(module.model.parameters()))
+        passes, optimizer = _step(module, run.model)
+        rows.append((numbers / count, tensors, 1.0))
+        whole.append(optimizer)
+        if count > 1:
+            one = replace(run.model, global_batch_size=1)
+            parted.append((numbers, passes - _step(DeepSeekModel(one, seed=1), one)[0]))
+    update, tensor, step = _nonnegative(rows, whole)
+    unit = exchange = UNKNOWN
+    if parted:
+        (few, short), _, (many, long) = parted
+        exchange = max((long - short) / (many - few), UNKNOWN)
+        unit = max(short - few * exchange, UNKNOWN)
+    return Outside(update, tensor, step, around, unit, exchange)
+
+
+def _step(module: DeepSeekModel, model: ModelConfig) -> tuple[float, float]:
+    """Seconds of the passes and of the optimiser in the fastest step; mean of the processes."""
+    sequences = model.global_batch_size // module.meshes.layout.dp
     optimizer = module.configure_optimizers()
-    shape = model.global_batch_size, model.data.seq_length
-    tokens = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(model.vocab_size, (sequences, model.data.seq_length))
     batch = {
         "tokens": tokens,
         "labels": tokens.roll(-1, 1),
-        "positions": torch.arange(shape[1]).expand(shape).contiguous(),
-        "documents": torch.zeros(shape, dtype=torch.int32),
+        "positions": torch.arange(tokens.shape[1]).expand(tokens.shape).contiguous(),
+        "documents": torch.zeros(tokens.shape, dtype=torch.int32),
     }
-    return lambda: module.train_step(batch, optimizer)
-
-
-def _speed(
-    runs: Sequence[RunConfig], steps: Sequence[Callable[[], object]], begin: Callable[[], None]
-) -> Speed:
-    rows, inner = torch.ones(512, 1024), torch.ones(1024, 1024)
-    products = 2 * 512 * 1024 * 1024 / _seconds(lambda: rows @ inner, begin, 20)
-    three = [torch.ones(1 << 22) for _ in range(3)]
-    add = _seconds(lambda: torch.add(three[0], three[1], out=three[2]), begin, 8)
-    first = Speed(products, 12 * (1 << 22) / add / 0.75, 0.5, 1.0, 1e-3, 1e-9, 1e-3)
-    return explained(runs, [_seconds(step, begin, STEPS) for step in steps], first)
-
-
-def _seconds(work: Callable[[], object], begin: Callable[[], None], times: int) -> float:
-    """Median; ``begin`` is called before each."""
-    work()
     took = []
-    for _ in range(times):
-        begin()
-        start = time.perf_counter()
-        work()
-        took.append(time.perf_counter() - start)
-    return statistics.median(took)
+    for _ in range(ROUNDS + 2):
+        begun_together(lambda: module.train_step(batch, optimizer))
+        seconds = module.phases.seconds()
+        took.append((seconds["forward_backward"], seconds["optimizer"]))
+    passes, updates = (mean_of_processes(min(both)) for both in zip(*took[2:], strict=True))
+    return passes, updates
 
 
-PARTS = {
-    "products": ("dense products", "experts"),
-    "attention": ("attention",),
-    "glue": ("memory-bound glue",),
-    "host": ("host",),
-    "update": ("optimizer",),
-    "step": ("around the step",),
-}
-"""Of a step, by the constant that they are proportional to, or to its inverse."""
+def explained(pieces: Sequence[tuple[Work, float]]) -> Work:
+    """Costs of work, from pieces of it and what they took: least squares of relative errors."""
+    return Work(*_nonnegative([work for work, _ in pieces], [took for _, took in pieces]))
 
 
-def explained(runs: Sequence[RunConfig], seconds: Sequence[float], first: Speed) -> Speed:
-    """The constants of steps that take so long, in one process each.
-
-    Least squares of relative errors, by factors on ``first`` that are drawn towards 1 and never
-    below a hundredth.
-    """
-    machine = CpuMachine("", 1, 0.0, 0.0, first, first, Links(1.0, 0.0, 1.0, 0.0))
-    matrix = []
-    for run, took in zip(runs, seconds, strict=True):
-        parts = predict_step(run, machine.device(1), 1).parts
-        matrix.append([sum(parts[part] for part in names) / took for names in PARTS.values()])
-    rows = np.array([*matrix, *(PULL * np.eye(len(PARTS)))])
-    wanted = np.array([1.0] * len(runs) + [PULL] * len(PARTS))
-    factors = np.ones(len(PARTS))
-    for _ in range(2000):  # one by one, each at its best
-        for index, column in enumerate(rows.T):
-            rest = wanted - rows @ factors + column * factors[index]
-            factors[index] = max(0.01, column @ rest / (column @ column))
-    products, attention, *other = map(float, factors)
-    last = first.glue, first.host, first.update, first.step
-    return Speed(
-        first.products / products,
-        first.memory,
-        first.attention / attention * products,
-        *(value * factor for value, factor in zip(last, other, strict=True)),
-    )
+def _nonnegative(rows: Sequence[Sequence[float]], took: Sequence[float]) -> list[float]:
+    """Costs, none below zero, with which ``rows`` take what they took, as a share of it."""
+    matrix = np.array(rows) / np.array(took)[:, None]
+    scale = np.linalg.norm(matrix, axis=0)
+    scale[scale == 0] = 1.0
+    matrix = matrix / scale
+    costs = np.zeros(matrix.shape[1])
+    rest = np.ones(len(matrix))
+    for _ in range(4000):  # one by one, each at its best
+        for index, column in enumerate(matrix.T):
+            square = column @ column
+            if square == 0:
+                continue
+            better = max(0.0, costs[index] + column @ rest / square)
+            rest -= column * (better - costs[index])
+            costs[index] = better
+    return [max(float(cost), UNKNOWN) for cost in costs / scale]

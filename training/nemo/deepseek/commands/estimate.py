@@ -16,6 +16,7 @@ from deepseek.config.cost import count_parameters
 from deepseek.config.layout import world_size
 from deepseek.config.memory import rank_needs
 from deepseek.console import say, table
+from deepseek.planner.cpu import resident_bytes
 from deepseek.planner.fitted_rows import FITTED_ROWS
 from deepseek.planner.hardware import Device
 from deepseek.planner.published import predict_row
@@ -51,7 +52,7 @@ def estimate(
     if as_json:
         say(json.dumps(_figures(run, step), indent=1))
         return
-    for what, value in summary(run, on_gpu=not device.cores):
+    for what, value in summary(run, on_gpu=not device.cpu):
         say(f"{what:<12} {value}")
     say(
         f"{'time':<12} {_seconds(step.seconds)} a step on {world_size(run):,} {device}: "
@@ -70,9 +71,10 @@ def estimate(
     ]
     table("sent by one GPU in a step", ("for", "over the network", "over NVLink"), by_link)
     most = max(need.total for need in rank_needs(run))
-    if device.cores:
-        say(f"{'resident':<12} {size_text(round(device.process + most))} of the fullest process")
-    if most + device.process > device.memory:
+    if device.cpu:
+        most = resident_bytes(run, device)
+        say(f"{'resident':<12} {size_text(most)} of the fullest process")
+    if most > device.memory:
         say(
             f"{size_text(most)} are more than the {size_text(round(device.memory))} of one "
             f"{device}; `deepseek plan {config} --gpu {device}` finds layouts that fit"
@@ -130,7 +132,7 @@ def _figures(run: RunConfig, step: StepEstimate) -> dict[str, Any]:
             what: {"network": far, "nvlink": near}
             for what, (far, near) in traffic(step.job, device).items()
         },
-        "resident_bytes": round(device.process + max(need.total for need in needs)),
+        "resident_bytes": resident_bytes(run, device),
         "memory_bytes": [{**need._asdict(), "total": need.total} for need in needs],
         "stages": [time._asdict() for time in step.stages],
         "layout": step.job.ranks._asdict(),

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from deepseek.commands.device import calibration_file
+from deepseek.commands.device import this_machine
 from deepseek.commands.validate import size_text
 from deepseek.config import RunConfig, UserError
 from deepseek.config.layout import world_size
-from deepseek.config.memory import rank_needs
 from deepseek.console import say
 from deepseek.monitoring.run_log import RunLog
-from deepseek.planner.cpu import cores, read_machine
+from deepseek.planner.cpu import DISTURBED, cores, resident_bytes
 from deepseek.planner.hardware import Device, gpu_named
 from deepseek.planner.step_time import predict_step
 
@@ -55,23 +55,33 @@ def forecast(run: RunConfig, gpu_name: str | None) -> Forecast | None:
         gpu_name: as the driver tells it; None: on a CPU.
 
     Returns:
-        None of GPUs that are not known, and of a CPU that is not calibrated or computes otherwise.
+        None of GPUs that are not known, and of a CPU that is not calibrated, was not idle then, or
+        computes otherwise than is measured.
     """
     device = _device(run, gpu_name)
     if device is None:
         return None
-    world = world_size(run)
-    most = max(need.total for need in rank_needs(run))
-    return Forecast(predict_step(run, device, world).seconds, round(device.process + most))
+    seconds = predict_step(run, device, world_size(run)).seconds
+    return Forecast(seconds, resident_bytes(run, device))
 
 
 def _device(run: RunConfig, gpu_name: str | None) -> Device | None:
     try:
         if gpu_name is not None:
             return gpu_named(gpu_name)
-        machine = read_machine(calibration_file())
+        machine = this_machine()
     except UserError:
         return None
-    usual = str(run.trainer.precision) == "32" and not run.trainer.num_threads
-    fits = usual and machine.cores == cores() and run.trainer.num_nodes == 1
-    return machine.device(world_size(run)) if fits else None
+    trainer, model = run.trainer, run.model
+    usual = str(trainer.precision) == "32" and not trainer.num_threads and trainer.num_nodes == 1
+    usual = usual and model.optim.name == "adamw" and not (model.peft or model.torch_compile)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or cores())
+    world = world_size(run)
+    crew = machine.crew(world)
+    if (
+        not usual
+        or machine.disturbed > DISTURBED
+        or threads != max(1, crew.threads * crew.processes // world)
+    ):
+        return None
+    return machine.device(world)

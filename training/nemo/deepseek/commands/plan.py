@@ -123,7 +123,7 @@ def room_of(device: Device, memory: float | None) -> float:
 
 def reserved(device: Device) -> float:
     """GiB of a device that no layout can take."""
-    return device.process / 2**30 if device.cores else RESERVED_GIB
+    return device.cpu.resident / 2**30 if device.cpu else RESERVED_GIB
 
 
 def cluster(
@@ -169,7 +169,7 @@ def _show(config: str, found: list[Plan], device: Device, room: float, total: fl
     say(
         f"{config} on {world:,} {device} ({run.trainer.num_nodes:,} x {run.trainer.devices}), "
         f"{_step_tokens(run):,} tokens a step, {total:.4g} in all; memory {room:.4g} GiB and "
-        f"{reserved(device):.3g} for {'the program' if device.cores else 'context and NCCL'}"
+        f"{reserved(device):.3g} for {'the program' if device.cpu else 'context and NCCL'}"
     )
     say(f"MFU: of {device.peak}; FLOPs {estimate.convention}")
 

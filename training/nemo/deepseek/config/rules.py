@@ -29,7 +29,6 @@ from deepseek.config.layout_rules import (
     pipeline_settings,
     pipeline_stages,
     processes,
-    rampup,
     recomputation,
     resharding,
     tensor_parallel,
@@ -308,14 +307,6 @@ def adapters(cfg: RunConfig) -> Iterator[Problem]:
             True,
             "a .nemo file holds whole models, and model.peft trains adapters",
             "use false; after the run `deepseek lora merge` and `deepseek nemo export` write one",
-        )
-    clip = cfg.model.optim.qk_clip_threshold
-    if clip is not None:
-        yield Problem(
-            "model.optim.qk_clip_threshold",
-            clip,
-            "would scale weights of queries and keys, which are frozen with model.peft",
-            "use null",
         )
     has = {weight.lora for weight in model_weights(cfg.model)}
     for name in names:
@@ -671,7 +662,6 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     pipeline_settings,
     pipeline_stages,
     pipeline_micro_batches,
-    rampup,
     recomputation,
     expert_parallel,
     dispatchers,

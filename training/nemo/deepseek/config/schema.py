@@ -238,12 +238,6 @@ class OptimConfig:
     )
     muon_momentum: float = key(0.95, "Nesterov momentum of Muon", at_least=0, below=1)
     sched: SchedConfig = key(SchedConfig(), "learning rate over the steps")
-    qk_clip_threshold: float | None = key(
-        None,
-        "largest attention logit of a head in a step, above which its query and key weights are "
-        "scaled down (QK-clip; Kimi-K2: 100); null: none are",
-        above=0,
-    )
 
 
 @dataclass(frozen=True)
@@ -443,12 +437,6 @@ class ModelConfig:
         "the first ones of each pipeline stage that recompute, and all MTP modules; null: all",
         unit="blocks",
         at_least=1,
-    )
-    rampup_batch_size: list[int] | None = key(
-        None,
-        "[start, increment, samples]: the global batch grows from start by increments to "
-        "global_batch_size, in equal parts of the first samples (V3: from 3072 over 469 B tokens); "
-        "null: none",
     )
 
     # -- derived, read everywhere, never set --

@@ -1,59 +1,51 @@
 """This machine's CPU as a cluster: what ``deepseek calibrate`` measured, for the model of time.
 
-A process that has the machine alone computes with all cores, several with a share each; so there
-are two measurements, and the number of processes tells which one holds.
+A process that has the machine alone computes with all cores, several with a share each, and they
+share memory and caches. So each number of processes has measurements of its own.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from deepseek.config.errors import UserError
-from deepseek.planner.hardware import Device, Efficiency
+from deepseek.config.layout import Layout
+from deepseek.config.memory import gathered_bytes, rank_needs, reshards
+from deepseek.config.schema import RunConfig
+from deepseek.planner.cpu_time import NUMBER, Links, Outside, Share, Work
+from deepseek.planner.hardware import Device
 
-FORMAT = 1
+FORMAT = 2
 """Of the file; another one is refused."""
+DISTURBED = 0.15
+"""Share of the machine that other work may take while it is measured."""
 ALL = 1 << 20
 """More ranks than a machine has: all of them are near."""
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve")
+"""Of a CPU, that decide how fast products are: rented machines hide the model behind one name."""
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Of one process."""
+class Crew:
+    """What was measured of so many processes at once."""
 
-    products: float
-    """FLOP/s of large fp32 products."""
-    memory: float
-    """Bytes/s of reading and writing."""
-    attention: float
-    """FLOP/s of attention's products, the mask's half not counted, in that of ``products``."""
-    glue: float
-    """Time between products, in that which DeepSeek's traffic would take this memory."""
-    host: float
-    """Seconds of a block, forward and backward, whatever its size."""
-    update: float
-    """Seconds of clipping and the optimiser for one number."""
-    step: float
-    """Seconds of a step whatever its size."""
-
-
-@dataclass(frozen=True)
-class Links:
-    """Between processes of the machine, all at once."""
-
-    gloo: float
-    """Bytes/s that one sends."""
-    gloo_message: float
-    """Seconds of a message that carries nothing."""
-    shared_memory: float
-    """Bytes/s of collectives through memory that they share."""
-    shared_message: float
-    """Seconds of such a collective that carries nothing."""
+    processes: int
+    threads: int
+    """Of each."""
+    resident: float
+    """Bytes of a process before it has a model."""
+    forward: Work
+    backward: Work
+    outside: Outside
+    links: tuple[Links, ...]
 
 
 @dataclass(frozen=True)
@@ -61,51 +53,104 @@ class CpuMachine:
     """A calibration."""
 
     name: str
+    """Of the machine, by which it is known again."""
     cores: int
     memory: float
     """Bytes of the machine."""
-    process: float
-    """Bytes of a process before it has a model."""
-    alone: Speed
-    """With all cores."""
-    together: Speed
-    """With one thread each, one process a core."""
-    links: Links
+    disturbed: float
+    """Share of the machine that other programs took meanwhile."""
+    crews: tuple[Crew, ...]
+
+    def crew(self, processes: int) -> Crew:
+        """The one that is most like so many processes."""
+        return min(self.crews, key=lambda crew: abs(math.log(crew.processes / processes)))
 
     def device(self, processes: int) -> Device:
         """What each of so many processes has."""
-        speed = self.alone if processes == 1 else self.together
-        links = self.links
+        crew, alone = self.crew(processes), self.crew(min(processes, self.cores))
+        share = Share(
+            processes,
+            self.cores,
+            crew.resident,
+            alone.forward,
+            alone.backward,
+            crew.outside,
+            crew.links,
+        )
+        rate = 1 / alone.forward.flop
         return Device(
             "CPU",
-            bf16=speed.products,
-            fp8=speed.products,
+            bf16=rate,
+            fp8=rate,
             memory=self.memory / processes,
-            hbm=speed.memory,
-            nvlink=links.gloo,
+            hbm=NUMBER / alone.forward.number,
+            nvlink=1 / crew.links[0].shared_byte,
             domain=ALL,
-            network=links.gloo,
+            network=1 / crew.links[0].shared_byte,
             price=None,
             source=self.name,
             price_note="",
-            product_share=1.0,
-            attention_share=speed.attention,
-            attention_back_share=speed.attention,
-            fp32=speed.products,
-            exchange_start=3 * links.gloo_message,
-            message=links.shared_message,
-            shared_memory=links.shared_memory,
-            update=speed.update,
-            step=speed.step,
-            cores=self.cores,
-            process=self.process,
-            efficiency=Efficiency(1.0, 1.0, speed.glue, 0.0, 1.0, speed.host),
+            cpu=share,
         )
+
+
+def resident_bytes(run: RunConfig, device: Device) -> int:
+    """Of the fullest process of a run: what is in RAM at most, shared pages in each that has them.
+
+    As ``train`` logs it, which is the kernel's own high-water mark.
+
+    Args:
+        run: with sound sizes.
+        device: a share of a CPU, or a GPU: then of its memory.
+    """
+    needs = rank_needs(run)
+    most = max(need.total for need in needs)
+    if device.cpu is None:
+        return most
+    return round(device.cpu.resident + most + flat_bytes(run))
+
+
+def flat_bytes(run: RunConfig) -> int:
+    """What FSDP has besides weights and gradients: each in one flat tensor, that is exchanged.
+
+    Three times the weights of a unit: gathered, and its gradient on the way, of which a rank
+    touches all that is its own, reads its part of the others' and keeps that part of the sum. Ranks
+    that share memory have it for every unit, as long as they run; one rank alone, for one unit at a
+    time.
+    """
+    model, layout = run.model, Layout.of_run(run)
+    if layout.world_size == 1:
+        return 0
+    numbers = gathered_bytes(model, layout)
+    if reshards(model, layout) or layout.pp > 1 and layout.dp_shard == 1:
+        numbers //= max(1, model.num_hidden_layers // layout.pp)
+    return 3 * numbers
 
 
 def cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_name() -> str:
+    """This machine, by what a calibration depends on."""
+    found: dict[str, str] = {}
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        found = {name.strip(): text.strip() for name, _, text in (x.partition(":") for x in lines)}
+    except OSError:
+        pass
+    flags = (found.get("flags") or found.get("Features") or "").split()
+    model = found.get("model name") or platform.processor() or platform.machine()
+    known = [flag for flag in FEATURES if flag in flags]
+    return ", ".join([" ".join([model, *known]), f"{cores()} cores", f"torch {_torch()}"])
+
+
+def _torch() -> str:
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def read_machine(file: Path) -> CpuMachine:
@@ -118,31 +163,71 @@ def read_machine(file: Path) -> CpuMachine:
         tree = json.loads(file.read_text(encoding="utf-8"))
         if tree["format"] != FORMAT:
             raise ValueError(f"format {tree['format']}, not {FORMAT}")
-        parts = {name: _of(kind, tree[name]) for name, kind in _PARTS.items()}
-        memory, process = (float(tree[key]) for key in ("memory", "process"))
-        return CpuMachine(str(tree["name"]), int(tree["cores"]), memory, process, **parts)
+        machine: CpuMachine = _of(CpuMachine, tree)
+        if not machine.crews or not all(crew.links for crew in machine.crews):
+            raise ValueError("nothing was measured")
+        return machine
     except OSError as error:
         raise UserError(
             f"--gpu {file}: cannot be read: {error.strerror}; make it with `deepseek calibrate` "
             "(--output FILE: elsewhere than for --gpu cpu)"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--gpu {file}: is no calibration ({type(error).__name__}: {error}); make one with "
-            "`deepseek calibrate --output FILE`"
-        ) from None
+    except KeyError as error:
+        raise UserError(f"--gpu {file}: is no calibration (no {error}); {_AGAIN}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"--gpu {file}: is no calibration ({error}); {_AGAIN}") from None
+
+
+_AGAIN = "make one with `deepseek calibrate --output FILE`"
 
 
 def machine_text(machine: CpuMachine) -> str:
     """The file's content."""
-    return json.dumps({"format": FORMAT, **asdict(machine)}, indent=1) + "\n"
+    return json.dumps({"format": FORMAT, **_tree(machine)}, indent=1) + "\n"
 
 
-_PARTS = {"alone": Speed, "together": Speed, "links": Links}
+def crew_of(tree: Mapping[str, Any]) -> Crew:
+    """The first of a file's content."""
+    crew: Crew = _of(CpuMachine, tree).crews[0]
+    return crew
 
 
-def _of(kind: type[Any], tree: Mapping[str, object]) -> Any:
-    values = {field.name: float(tree[field.name]) for field in fields(kind)}  # type: ignore[arg-type]
-    if not all(0 <= value < float("inf") for value in values.values()):
-        raise ValueError(f"a negative or infinite number in {values}")
+_PARTS: dict[str, type[Any]] = {
+    "crews": Crew,
+    "forward": Work,
+    "backward": Work,
+    "outside": Outside,
+    "links": Links,
+}
+"""What keys of the file hold that are no numbers; of ``crews`` and ``links`` there are several."""
+
+
+def _tree(value: Any) -> Any:
+    if isinstance(value, Work):
+        return value._asdict()
+    if is_dataclass(value):
+        return {field.name: _tree(getattr(value, field.name)) for field in fields(value)}
+    return [_tree(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _of(kind: type[Any], tree: Mapping[str, Any]) -> Any:
+    names = Work._fields if kind is Work else [field.name for field in fields(kind)]
+    values: dict[str, Any] = {}
+    for name in names:
+        value = tree[name]
+        if part := _PARTS.get(name):
+            several = isinstance(value, list)
+            values[name] = tuple(_of(part, v) for v in value) if several else _of(part, value)
+        elif name == "name":
+            values[name] = str(value)
+        else:
+            values[name] = _number(name, value)
     return kind(**values)
+
+
+def _number(name: str, value: object) -> float:
+    """Above 0: whatever is measured takes something, or is there."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not (0 < number < math.inf or name == "disturbed" and number == 0):
+        raise ValueError(f"{name} is {value!r}, not a number above 0")
+    return number

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepseek.config.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from deepseek.planner.cpu_time import Share
 
 
 @dataclass(frozen=True)
@@ -60,24 +63,8 @@ class Device:
     """Of the bf16 peak, latent attention forward, the mask's half not counted."""
     attention_back_share: float = 0.46
     """The same backward, counted as 2.5 times forward."""
-    fp32: float = 0.0
-    """FLOP/s of fp32 products; 0: half of ``bf16``, of the tensor cores' TF32."""
-    exchange_start: float = 80e-6
-    """Seconds of the experts' dispatch and combine that carry nothing."""
-    message: float = 0.0
-    """Seconds of another collective that carries nothing."""
-    shared_memory: float = 0.0
-    """Bytes/s of collectives through memory that the ranks of a machine share; 0: NVLink."""
-    update: float = 0.0
-    """Seconds of the optimiser for one number; 0: by bytes of memory."""
-    step: float = 0.0
-    """Seconds of a step whatever its size."""
-    cores: int = 0
-    """That all ranks share; 0: each has its own device."""
-    process: float = 0.0
-    """Bytes of a process before it has a model."""
-    efficiency: Efficiency | None = None
-    """As measured; None: as fitted to published runs."""
+    cpu: Share | None = None
+    """What a process of a CPU has instead; None: a GPU."""
 
     def __str__(self) -> str:
         return self.name
@@ -85,7 +72,7 @@ class Device:
     @property
     def peak(self) -> str:
         """What MFU is a share of."""
-        if self.cores:
+        if self.cpu:
             return f"{self.bf16 / 1e9:,.0f} GFLOP/s, the measured rate of fp32 products"
         return f"{self.bf16 / 1e12:,.0f} TFLOP/s, the dense bf16 peak"
 

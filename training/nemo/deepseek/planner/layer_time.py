@@ -29,6 +29,8 @@ CAST = 1.9
 """Glue of fp8 in that of bf16: 8.3 ms of a block in DeepSeek's profile, 3.9 of them casts."""
 START = 6e-6
 """Seconds that a product loses at its begin and end, whatever its size."""
+EXCHANGE_START = 80e-6
+"""Seconds of the experts' dispatch and combine that carry nothing."""
 
 
 FITTED = Efficiency(0.86, 0.697, 0.825, 0.475, 0.683, 1.53e-3)
@@ -81,6 +83,8 @@ class BlockTimes(NamedTuple):
 def block_times(job: Job, device: Device, efficiency: Efficiency | None = None) -> BlockTimes:
     """Times of all kinds of blocks of a job; cached, for what they depend on."""
     ranks = job.ranks
+    if device.cpu:
+        return device.cpu.block_times(job)
     return _block_times(
         job.architecture,
         job.seq_length,
@@ -93,7 +97,7 @@ def block_times(job: Job, device: Device, efficiency: Efficiency | None = None) 
         job.imbalance,
         job.system,
         device,
-        efficiency or device.efficiency or FITTED,
+        efficiency or FITTED,
     )
 
 
@@ -200,9 +204,8 @@ class _At(NamedTuple):
         if tp > 1:
             number = 4 if self.precision == "fp32" else 2
             bytes_ = number * tokens * arch.hidden * (tp - 1) / tp
-            near = device.shared_memory or NVLINK * device.nvlink
-            links = 4 * bytes_ / (near if tp <= device.domain else NETWORK * device.network)
-            links += 8 * device.message
+            near = tp <= device.domain
+            links = 4 * bytes_ / (NVLINK * device.nvlink if near else NETWORK * device.network)
         if self.cp > 1:  # each rank gathers the keys and values, or the latents, of its sequence
             width = arch.kv_lora + arch.rope_dim or arch.kv_heads * (arch.qk_dim + arch.v_dim) / tp
             sent = 2 * tokens * (self.cp - 1) * width
@@ -233,7 +236,7 @@ class _At(NamedTuple):
             return 0.0
         over_network = far * self.imbalance / (self.device.network * NETWORK)
         over_nvlink = near * self.imbalance / (self.device.nvlink * NVLINK)
-        return max(over_network, over_nvlink) + self.device.exchange_start
+        return max(over_network, over_nvlink) + EXCHANGE_START
 
     def glue_bytes(self, moe: bool) -> float:
         """Bytes that a block's forward and backward pass move outside its products."""
@@ -291,7 +294,7 @@ def sent_to_experts(
 def product_rate(device: Device, precision: str) -> float:
     """FLOP/s of a large product alone; of fp32 those of the tensor cores' TF32, half of bf16's."""
     if precision == "fp32":
-        return (device.fp32 or device.bf16 / 2) * device.product_share
+        return device.bf16 / 2 * device.product_share
     if precision == "bf16" or device.fp8 == device.bf16:
         return device.bf16 * device.product_share
     return device.fp8 * device.fp8_share

@@ -68,10 +68,9 @@ class StepEstimate:
 def predict_step(run: RunConfig, device: Device, gpus: int) -> StepEstimate:
     """A step of a sound configuration on ``gpus`` GPUs, whatever its trainer section counts."""
     job = job_of_run(run, gpus)
-    if device.cores:  # nothing is computed while a CPU copies
+    if device.cpu:
         half = in_half(run) and str(run.trainer.precision) != "auto"
-        system = replace(job.system, hidden_data_parallel=0.0)
-        job = replace(job, precision="bf16" if half else "fp32", system=system)
+        job = replace(job, precision="bf16" if half else "fp32")
     return predict(job, device)
 
 
@@ -108,12 +107,12 @@ def predict(
         split = split + whole[stage].forward + whole[stage].backward
     lent = split.compute * (1 / (1 - system.dedicated_sms) - 1)
     worked = count / 2 if job.schedule == "DualPipe" else count
-    worked = count / 2 if job.schedule == "DualPipe" else count
-    if device.cores and ranks.world > device.cores:  # while one waits, another has its core
-        work = sum(loads) / ranks.pp * worked * ranks.world / device.cores
+    if device.cpu and device.cpu.crowded > 1:  # while one waits, another has its core
+        work = sum(loads) / ranks.pp * worked * device.cpu.crowded
         pipeline = max(pipeline, work)
     optimizer, exchange = _outside(job, device)
-    seconds = pipeline + optimizer + exchange + device.step
+    around = device.cpu.outside.around if device.cpu else 0.0
+    seconds = pipeline + optimizer + exchange + around
     named = {
         "dense products": split.products * worked,
         "attention": split.attention * worked,
@@ -125,7 +124,7 @@ def predict(
         "pipeline bubble": pipeline - loads[most] * worked,
         "optimizer": optimizer,
         "data-parallel exchange exposed": exchange,
-    } | ({"around the step": device.step} if device.step else {})
+    } | ({"around the step": around} if around else {})
     tokens = job.global_batch * job.seq_length / ranks.world / seconds
     flops = _flops(job, convention) * tokens
     return StepEstimate(
@@ -197,8 +196,10 @@ def _hop(job: Job, device: Device) -> float:
     number = 4 if job.precision == "fp32" else 2
     sent = number * job.micro_batch * job.seq_length / ranks.cp / ranks.tp
     sent *= job.architecture.hidden
+    if device.cpu:
+        return device.cpu.hop(sent)
     inside = ranks.world <= device.domain
-    return sent / (device.nvlink * NVLINK if inside else device.network * NETWORK) + device.message
+    return sent / (device.nvlink * NVLINK if inside else device.network * NETWORK)
 
 
 def traffic(job: Job, device: Device) -> dict[str, tuple[float, float]]:
@@ -228,13 +229,13 @@ def _outside(job: Job, device: Device) -> tuple[float, float]:
     ranks = job.ranks
     dense, experts = _held_weights(job)
     kept = dense / (ranks.dp * ranks.cp) + experts / ranks.expert_dp
-    crowded = max(1.0, ranks.world / device.cores) if device.cores else 1.0
-    each = device.update or OPTIMIZER_BYTES / (device.hbm * MEMORY)
+    if device.cpu:
+        return device.cpu.outside_passes(job, kept, dense, experts)
     sent = _data_parallel_bytes(job, dense, experts)
     inside = ranks.world <= device.domain
-    near = device.shared_memory or device.nvlink * NVLINK
-    exchange = sent / (near if inside else device.network * NETWORK)
-    return kept * each * crowded, exchange * crowded * (1 - job.system.hidden_data_parallel)
+    exchange = sent / (device.nvlink * NVLINK if inside else device.network * NETWORK)
+    each = OPTIMIZER_BYTES / (device.hbm * MEMORY)
+    return kept * each, exchange * (1 - job.system.hidden_data_parallel)
 
 
 def _data_parallel_bytes(job: Job, dense: float, experts: float) -> float:
