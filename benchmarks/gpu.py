@@ -2,7 +2,8 @@
 
     python benchmarks/gpu.py [--device cuda|cpu] [--out FILE]
 
-Parts, each on its own, so that one run tells all that is wrong and not only the first thing:
+Parts, each in a process of its own with a limit of its own, so that one run tells all that is wrong
+and not only the first thing: an illegal access leaves no GPU for what follows in its process.
 
 - ``device``: what it is, and the versions,
 - ``tests``: those marked ``gpu``,
@@ -13,13 +14,15 @@ Parts, each on its own, so that one run tells all that is wrong and not only the
 - ``transformers``: the same step of ``deepseek_v3_base`` there, where it is installed.
 
 One JSON object comes out. Exit code 0: all parts are sound; 1: some are not; 2: there is no GPU.
-``--device cpu`` runs every part in tiny sizes, to prove this file. **No GPU has run it yet.**
+``--device cpu`` runs every part in tiny sizes, to prove this file. **No GPU has run it yet.** All
+limits together are ``LIMIT_S``; parts that come after it are told to have had no time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -29,6 +32,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -47,6 +51,9 @@ from deepseek.parallel.mesh import SingleProcess
 from deepseek.training.step import DeepSeekModel
 
 ROOT = Path(__file__).parents[1]
+LIMIT_S = 470
+"""Of all parts together."""
+TESTS_S = 200
 STEPS = 5
 RELATIVE = 1e-4
 """Losses in fp32 of other kernels, with other orders of sums, over ``STEPS`` steps."""
@@ -84,15 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    if options.device == "cpu":
-        torch.set_num_threads(1)  # such sizes are not worth handing out
-    result = {}
-    for name, part in PARTS.items():
+    result, end = {}, time.perf_counter() + LIMIT_S
+    for name, (_, limit) in PARTS.items():
         begin = time.perf_counter()
-        try:
-            said = part(torch.device(options.device))
-        except Exception as error:  # whatever it is: the other parts are to be heard, too
-            said = {"error": repr(error), "traceback": traceback.format_exc()}
+        said = in_own_process(name, options.device, min(limit, end - begin))
         result[name] = {**said, "seconds": round(time.perf_counter() - begin, 1)}
         print(f"{name}: {'FAILED' if _failed(said) else 'done'}", file=sys.stderr)
     text = json.dumps(result, indent=1)
@@ -100,6 +102,38 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out is not None:
         options.out.write_text(text + "\n")
     return 1 if any(map(_failed, result.values())) else 0
+
+
+def in_own_process(name: str, device: str, limit: float) -> dict[str, Any]:
+    """What a part says; of one that ends without a word or takes longer (s), that."""
+    if limit <= 0:
+        return {"error": f"no time was left of {LIMIT_S} s"}
+    context = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_run_part, args=(name, device, theirs), daemon=False)
+    process.start()
+    theirs.close()
+    try:
+        if ours.poll(limit):
+            said: dict[str, Any] = ours.recv()
+            return said
+        return {"error": f"stopped after {limit:.0f} s"}
+    except EOFError:
+        process.join()
+        return {"error": f"its process ended with exit code {process.exitcode}"}
+    finally:
+        process.join(5)
+        process.kill()
+
+
+def _run_part(name: str, device: str, answer: Connection) -> None:
+    if device == "cpu":
+        torch.set_num_threads(1)  # such sizes are not worth handing out
+    try:
+        said = PARTS[name][0](torch.device(device))
+    except BaseException as error:
+        said = {"error": repr(error), "traceback": traceback.format_exc()}
+    answer.send(said)
 
 
 def _failed(said: dict[str, Any]) -> bool:
@@ -131,7 +165,12 @@ def tests_part(device: torch.device) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *marked]
     if device.type == "cpu":
         command.append("--collect-only")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    try:
+        done = subprocess.run(command, cwd=ROOT, timeout=TESTS_S - 10, **options)
+    except subprocess.TimeoutExpired as error:
+        said = (error.stdout or b"").decode(errors="replace").splitlines()
+        return {"error": f"stopped after {error.timeout:.0f} s", "said": said[-20:]}
     return {"sound": done.returncode == 0, "said": done.stdout.splitlines()[-20:]}
 
 
@@ -193,10 +232,17 @@ def slice_part(device: torch.device) -> dict[str, Any]:
         model = _of_length(replace(model, **SMALL), 64)
         return speed(model, device) | {"layers": model.num_hidden_layers}
     room = torch.cuda.get_device_properties(device).total_memory - RESERVED
+    too_many = []
     for layers in range(16, 0, -1):
         smaller = replace(model, num_hidden_layers=layers)
         if rank_need(smaller, Layout(), 0, 1, half=True).total < room:
-            return speed(smaller, device) | {"layers": layers}
+            try:
+                said = speed(smaller, device)
+            except torch.OutOfMemoryError:  # the prediction was wrong; what does fit is to be seen
+                too_many.append(layers)
+                continue
+            wrong = {"sound": False, "out_of_memory_with_layers": too_many} if too_many else {}
+            return said | {"layers": layers} | wrong
     return {"error": f"not one layer of V3's widths fits into {room / 2**30:.0f} GiB"}
 
 
@@ -228,15 +274,16 @@ def transformers_part(device: torch.device) -> dict[str, Any]:
     return {"theirs_s": theirs_s, "ours_s": ours_s, "times_faster": theirs_s / ours_s}
 
 
-PARTS: dict[str, Callable[[torch.device], dict[str, Any]]] = {
-    "device": device_part,
-    "tests": tests_part,
-    "losses": losses_part,
-    "waits": waits_part,
-    "base": base_part,
-    "slice": slice_part,
-    "transformers": transformers_part,
+PARTS: dict[str, tuple[Callable[[torch.device], dict[str, Any]], float]] = {
+    "device": (device_part, 30),
+    "losses": (losses_part, 60),
+    "waits": (waits_part, 60),
+    "base": (base_part, 60),
+    "slice": (slice_part, 90),
+    "transformers": (transformers_part, 60),
+    "tests": (tests_part, TESTS_S),
 }
+"""Each part, and the seconds that it may take; the longest comes last."""
 
 
 # -- what they share --

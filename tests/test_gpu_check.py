@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,11 +38,18 @@ def test_every_part_runs_and_one_that_fails_hides_no_other(
     def broken(device: torch.device) -> dict[str, Any]:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setitem(gpu.PARTS, "waits", broken)
+    monkeypatch.setitem(gpu.PARTS, "device", (lambda device: os.kill(os.getpid(), 9), 30))
+    monkeypatch.setitem(gpu.PARTS, "waits", (broken, 30))
+    monkeypatch.setitem(gpu.PARTS, "transformers", (lambda device: time.sleep(60), 0.3))
     assert gpu.main(["--device", "cpu", "--out", str(tmp_path / "out.json")]) == 1
     said = json.loads((tmp_path / "out.json").read_text())
     assert list(said) == list(gpu.PARTS)
-    assert [name for name, part in said.items() if "error" in part] == ["waits"]
+    errors = {name: part["error"] for name, part in said.items() if "error" in part}
+    assert errors == {
+        "device": "its process ended with exit code -9",
+        "waits": "RuntimeError('no such kernel')",
+        "transformers": "stopped after 0 s",
+    }
     assert "no such kernel" in said["waits"]["traceback"]
     assert said["losses"]["sound"] and said["losses"]["largest_relative"] == 0
     assert said["base"]["tokens_per_s"] > 0 and said["slice"]["predicted_bytes"] > 0

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.pipelining.schedules import _Action, _ComputationType
 
 from deepseek.config import load_config, memory, shipped_configs
-from deepseek.config.activations import in_flight
+from deepseek.config.activations import in_flight, zero_bubble_order
 from deepseek.config.layout import Layout, stages_of_rank
 from deepseek.config.memory import rank_need, reduces_gradients
 from deepseek.config.schema import ModelConfig, PeftConfig
@@ -151,8 +151,8 @@ def test_nothing_stays_of_a_micro_batch_that_is_done() -> None:
 # -- micro-batches in flight --
 
 
-def torchs_order(model: ModelConfig, pp_rank: int, micro_batches: int) -> dict[int, int]:
-    """Counted in torch's own schedule, when the rank holds most."""
+def torchs_actions(model: ModelConfig, pp_rank: int, micro_batches: int) -> list[_Action]:
+    """What a rank does in torch's own schedule, its halves of an overlap one after the other."""
     pp = model.pipeline_model_parallel_size
     stages = [
         SimpleNamespace(
@@ -169,20 +169,24 @@ def torchs_order(model: ModelConfig, pp_rank: int, micro_batches: int) -> dict[i
     ]
     schedule: Any = SCHEDULES[model.pipeline_schedule]
     made = schedule(stages, micro_batches, loss_fn=lambda output, target: output)
+    actions = filter(None, made.pipeline_order[pp_rank])
+    return [step for action in actions for step in action.sub_actions or (action,)]
+
+
+def torchs_order(model: ModelConfig, pp_rank: int, micro_batches: int) -> dict[int, int]:
+    """Counted in torch's own schedule, when the rank holds most."""
     live, most = dict.fromkeys(stages_of_rank(model, pp_rank), 0), 0
     best = dict(live)
-    for action in filter(None, made.pipeline_order[pp_rank]):
-        steps: tuple[_Action, ...] = action.sub_actions or (action,)
-        for step in steps:
-            if step.computation_type == _ComputationType.FORWARD:
-                live[step.stage_index] += 1
-            elif step.computation_type in (
-                _ComputationType.FULL_BACKWARD,
-                _ComputationType.BACKWARD_WEIGHT,
-            ):
-                live[step.stage_index] -= 1
-            if sum(live.values()) > most:
-                most, best = sum(live.values()), dict(live)
+    for step in torchs_actions(model, pp_rank, micro_batches):
+        if step.computation_type == _ComputationType.FORWARD:
+            live[step.stage_index] += 1
+        elif step.computation_type in (
+            _ComputationType.FULL_BACKWARD,
+            _ComputationType.BACKWARD_WEIGHT,
+        ):
+            live[step.stage_index] -= 1
+        if sum(live.values()) > most:
+            most, best = sum(live.values()), dict(live)
     return best
 
 
@@ -206,6 +210,37 @@ def test_micro_batches_in_flight(schedule: str, virtual: int, pp: int, micro_bat
     )
     for rank in range(pp):
         assert in_flight(model, rank, micro_batches) == torchs_order(model, rank, micro_batches)
+
+
+@pytest.mark.parametrize(("pp", "virtual", "micro_batches"), [(2, 2, 4), (4, 2, 16), (2, 3, 6)])
+def test_zero_bubble_order(pp: int, virtual: int, micro_batches: int) -> None:
+    """What waits for the gradients of inputs, and of weights, is what torch lets wait."""
+    model = replace(
+        V3,
+        pipeline_model_parallel_size=pp,
+        pipeline_schedule="InterleavedZeroBubble",
+        virtual_pipeline_model_parallel_size=virtual,
+    )
+    for rank in range(pp):
+        inputs, weights, theirs = [0] * virtual, [0] * virtual, []
+        for step in torchs_actions(model, rank, micro_batches):
+            stage, kind = step.stage_index // pp, step.computation_type
+            inputs[stage] += kind == _ComputationType.FORWARD
+            inputs[stage] -= kind == _ComputationType.BACKWARD_INPUT
+            weights[stage] += kind == _ComputationType.BACKWARD_INPUT
+            weights[stage] -= kind == _ComputationType.BACKWARD_WEIGHT
+            theirs.append(([*inputs], [*weights]))
+        ours = zero_bubble_order(model, rank, micro_batches)
+        assert [([*a], [*b]) for _, a, b, _ in ours] == theirs
+
+
+@pytest.mark.nightly
+def test_a_stage_of_more_layers_waits_alone() -> None:
+    """InterleavedZeroBubble: most wait of the stage before the head, not as many of both."""
+    model, *_ = drawn(5)
+    model = replace(model, num_nextn_predict_layers=0, num_hidden_layers=6)
+    model = replace(model, pipeline_layers_per_stage=[1, 3, 1, 1])
+    assert_near(model, Layout.of(model, 32), [0, 1], 4, half=True)
 
 
 def test_of_one_stage_a_rank() -> None:

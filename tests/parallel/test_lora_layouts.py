@@ -66,6 +66,10 @@ LAYOUTS = {
         2, ["experts"], pipeline_model_parallel_size=2, pipeline_schedule="ZBVZeroBubble",
         first_k_dense_replace=2, micro_batch_size=2,
     ),
+    "PP, a last stage without a layer": lora_case(  # it has no gradient, and nothing to clip
+        2, ALL, pipeline_model_parallel_size=2, pipeline_layers_per_stage=[4, 0],
+        num_hidden_layers=4, num_nextn_predict_layers=0, micro_batch_size=2,
+    ),
     "all at once": lora_case(
         8, ALL, pipeline_model_parallel_size=2, tensor_model_parallel_size=2,
         expert_model_parallel_size=2, pipeline_schedule="Interleaved1F1B",
@@ -78,7 +82,11 @@ LAYOUTS = {
     "names",
     [
         ["TP and EP"],
-        ["PP, recomputed", "zero bubble, a stage without adapters"],
+        [
+            "PP, recomputed",
+            "zero bubble, a stage without adapters",
+            "PP, a last stage without a layer",
+        ],
         pytest.param(["EP over TP ranks, direct queries", "HSDP, Muon"], marks=pytest.mark.nightly),
         pytest.param(["all at once"], marks=pytest.mark.nightly),
     ],

@@ -6,7 +6,8 @@ Counted from the configuration alone, and compared with tracked bytes of whole s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from deepseek.config.cost import attention_parameters
 from deepseek.config.layout import (
@@ -53,38 +54,93 @@ def in_flight(model: ModelConfig, pp_rank: int, micro_batches: int) -> dict[int,
     return {stage: min(n, micro_batches) for stage, n in zip(stages, counts, strict=True)}
 
 
-def split_backward(
-    model: ModelConfig,
-    layout: Layout,
-    pp_rank: int,
-    held: Sequence[int],
-    of_one: Sequence[int],
-    half: bool,
-) -> int:
-    """Bytes that activations take besides where weights get their gradients later than inputs.
+class Waiting(NamedTuple):
+    """What waits on a rank for its backward pass at some moment of a step."""
 
-    Till then a micro-batch keeps its activations, which ``in_flight`` counts, and the gradients of
-    what every matrix has made. A stage that recomputes makes both at once, and keeps neither.
+    size: int
+    """Bytes of all micro-batches."""
+    at_head: bool = True
+    """The rank's last stage goes forward, or may do so."""
+    unbegun: tuple[int, ...] = ()
+    """Stages of the rank, counted from 0, that have made no gradient of a weight yet."""
+
+
+def waiting(
+    model: ModelConfig, layout: Layout, pp_rank: int, micro_batches: int, half: bool
+) -> list[Waiting]:
+    """Moments of which one is the fullest.
+
+    Where weights get their gradients later than inputs, a micro-batch keeps its activations till
+    then, and the gradients of what every matrix has made. A stage that recomputes makes both at
+    once, and keeps neither.
     """
     name, pp = model.pipeline_schedule, model.pipeline_model_parallel_size
+    parts, held = rank_stages(model, pp_rank), in_flight(model, pp_rank, micro_batches)
+    of_one = [stage_activations(model, layout, part, half) for part in parts]
+    total = sum(n * one for n, one in zip(held.values(), of_one, strict=True))
     if pp == 1 or name not in ("InterleavedZeroBubble", "ZBVZeroBubble"):
-        return 0
-    if model.activations_checkpoint_granularity:
-        early = min(pp_rank, held[-1] - 1) if name == "InterleavedZeroBubble" else 0
-        return -early * of_one[-1]
+        return [Waiting(total)]
     several = model.num_nextn_predict_layers > 1  # whose stage is not split either
+    at_once = [
+        model.activations_checkpoint_granularity is not None or (part.last and several)
+        for part in parts
+    ]
     made = [
-        0 if part.last and several else _product_gradients(model, layout, part, half)
-        for part in rank_stages(model, pp_rank)
+        0 if one or part.first else _product_gradients(model, layout, part, half)
+        for part, one in zip(parts, at_once, strict=True)
     ]
     if name == "InterleavedZeroBubble":
-        return min(pp_rank + 1, held[-1]) * made[-1]
+        moments, begun = dict[Waiting, None](), [False] * len(parts)
+        for forward, inputs, weights, done in zero_bubble_order(model, pp_rank, micro_batches):
+            now = 0
+            for stage, one in enumerate(of_one):
+                now += inputs[stage] * one
+                now += 0 if at_once[stage] else weights[stage] * (one + made[stage])
+                begun[stage] |= stage == done or (at_once[stage] and weights[stage] > 0)
+            unbegun = tuple(stage for stage, has in enumerate(begun) if not has)
+            moments[Waiting(now, forward == len(parts) - 1, unbegun)] = None
+        return list(moments)
+    if model.activations_checkpoint_granularity:
+        return [Waiting(total)]
     # A V that fills up has one such backward pass under way, one that runs empty all of them.
-    first, second = min(pp, held[0]), min(pp_rank, held[-1])
+    counts = list(held.values())
+    first, second = min(pp, counts[0]), min(pp_rank, counts[-1])
     empty = first * of_one[0] + second * of_one[1]
     empty += min(pp_rank + 1, first) * made[0] + second * made[1]
-    full = sum(n * one for n, one in zip(held, of_one, strict=True))
-    return max(made[-1], empty - full)
+    return [Waiting(max(total + made[-1], empty))]
+
+
+def zero_bubble_order(
+    model: ModelConfig, pp_rank: int, micro_batches: int
+) -> Iterator[tuple[int | None, list[int], list[int], int | None]]:
+    """After each action of a rank under InterleavedZeroBubble, as torch orders them.
+
+    Yields:
+        Which of its stages has gone forward, if one has; of each stage, how many micro-batches wait
+        for the gradients of their inputs; how many for those of their weights alone; and which has
+        made those of its weights.
+    """
+    pp, stages = model.pipeline_model_parallel_size, len(stages_of_rank(model, pp_rank))
+    rounds = max(1, micro_batches // pp)
+    size = micro_batches // rounds
+    total = stages * size * min(rounds, 4)  # after which nothing new comes
+    ahead = min((stages - 1) * size + pp - 1 - pp_rank, total)
+    inputs, weights = [0] * stages, [0] * stages
+    for step in range(total + ahead + pp_rank):
+        forward, backward = step, step - ahead
+        if forward < total:
+            stage = forward // size % stages
+            inputs[stage] += 1
+            yield stage, inputs, weights, None
+        if 0 <= backward < total:
+            stage = stages - 1 - backward // size % stages
+            inputs[stage] -= 1
+            weights[stage] += 1
+            yield None, inputs, weights, None
+        if backward >= pp_rank:
+            stage = stages - 1 - (backward - pp_rank) // size % stages
+            weights[stage] -= 1
+            yield None, inputs, weights, stage
 
 
 def _product_gradients(model: ModelConfig, layout: Layout, part: StageSlice, half: bool) -> int:
@@ -93,13 +149,13 @@ def _product_gradients(model: ModelConfig, layout: Layout, part: StageSlice, hal
     here, heads, number = tokens // tp, model.num_attention_heads // tp, 2 if half else 4
     latents = model.kv_lora_rank + (model.q_lora_rank or 0)
     attention = tokens * heads * (model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim)
-    attention += tokens * (latents + model.qk_rope_head_dim) + here * dim
+    attention += tokens * (latents + model.qk_rope_head_dim + dim)
     common = number * attention + 4 * (tokens * latents + 2 * here * dim)
-    dense = number * (2 * tokens * model.intermediate_size // tp + here * dim)
+    dense = number * tokens * (2 * model.intermediate_size // tp + dim)
     inner = model.moe_intermediate_size
     experts = number * here * model.num_experts_per_tok * (2 * inner + dim)
     shared = model.n_shared_experts * inner
-    experts += number * (2 * tokens * shared // tp + here * dim) if shared else 0
+    experts += number * tokens * (2 * shared // tp + dim) if shared else 0
     experts += 4 * here * model.n_routed_experts
     of_kind = (common + dense, common + experts)
     return (

@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from deepseek.config.activations import (
+    Waiting,
     ahead_activations,
     block_kinds,
     blocks_of_stage,
     experts_at_work,
     in_flight,
-    split_backward,
     stage_activations,
     tokens_of_part,
+    waiting,
     working_bytes,
 )
 from deepseek.config.cost import CHUNK_TOKENS, count_parameters
@@ -278,8 +279,18 @@ def rank_need(
     elif parted and trains:  # experts in whole are not gathered, nor their gradients
         gradients = alone + roots_gradient + sum(unit[1] for unit in units)
     of_one = [stage_activations(model, layout, part, half) for part in stages]
-    waiting = sum(n * one for n, one in zip(held.values(), of_one, strict=True))
-    waiting += split_backward(model, layout, pp_rank, list(held.values()), of_one, half)
+    waits = waiting(model, layout, pp_rank, micro_batches, half)
+    whole = [
+        4 * sum(times * (n.whole + n.alone) for n, times, _ in _groups(model, layout, [part]))
+        for part in stages
+    ]
+
+    def made(wait: Waiting) -> int:
+        """Of the gradients, those of stages that have begun with theirs."""
+        if not parted or not trains or reduces:
+            return gradients
+        return gradients - sum(whole[stage] for stage in wait.unbegun)
+
     hidden = 4 * tokens_of_part(model, layout) // layout.tp * model.hidden_size
     ends = sum((not part.first) + (not part.last) for part in stages)
     gives_back = reshards(model, layout)
@@ -295,39 +306,45 @@ def rank_need(
         return RankNeed(states, gathered, gradients, activations, ends * hidden, working)
 
     # Where all go forward first there is no gradient yet, and one less waits when there is.
-    forward_first = all(n == micro_batches for n in held.values())
-    before = 0 if forward_first else gradients
+    forward_first = len(waits) == 1 and all(n == micro_batches for n in held.values())
     less = sum(of_one) if forward_first and micro_batches > 1 else 0
     main = working_bytes(model, layout, block_kinds(model, stages), half)
-    moments, under_way, of_embedding = [], gradients + of_block, 0
+    of_embedding = 0
+    moments = [moment(1, made(wait) + of_block, wait.size - less, main) for wait in waits]
     if not any(part.last for part in stages):
-        moments.append(moment(1, under_way, waiting - less, main))
         if less:
-            moments.append(moment(1, of_block, waiting, main))
+            moments.append(moment(1, of_block, waits[0].size, main))
     else:
+        if len(waits) == 1:  # the same is told below, in more detail
+            moments.clear()
+        wait = max(
+            (wait for wait in waits if wait.at_head), key=lambda wait: made(wait) + wait.size
+        )
+        before = 0 if forward_first else made(wait)
+        under_way, held_back = made(wait) + of_block, wait.size
         depth = model.num_nextn_predict_layers
         numbers_of_head = model.vocab_size // layout.tp * model.hidden_size
         table = 4 * numbers_of_head * trains
         # A head in bf16 and its gradient's summand; logits and what they become.
         chunk = 8 * model.vocab_size // layout.tp * CHUNK_TOKENS
         chunk += 2 * numbers_of_head * (1 + trains) * half
-        moments = [moment(0, before, waiting, chunk), moment(1, before, waiting, table)]
-        waiting -= less
+        moments += [moment(0, before, held_back, chunk), moment(1, before, held_back, table)]
+        held_back -= less
         # Now what the heads have made is added up, with the embedding's gradient of every depth;
         # not while another stage works.
         of_head = table if reduces else 0
-        waiting -= (1 + depth) * table * (len(stages) == 1)
+        held_back -= (1 + depth) * table * (len(stages) == 1)
         ahead = working_bytes(model, layout, {True}, half) if depth else 0
         under_way += of_head
-        moments.append(moment(1, under_way, waiting, ahead + table * (depth > 1)))
-        waiting -= depth * ahead_activations(model, layout, half)
+        moments.append(moment(1, under_way, held_back, ahead + table * (depth > 1)))
+        held_back -= depth * ahead_activations(model, layout, half)
         of_embedding = table * (depth > 0)
-        moments.append(moment(1, under_way, waiting, main + of_embedding))
+        moments.append(moment(1, under_way, held_back, main + of_embedding))
     if gives_back and units:  # what experts are gathered into is there twice till they have run
         at_work = experts_at_work(model, layout, half) + of_embedding
-        twice = moment(1, under_way, waiting, at_work)
         experts = units[-1][0] - units[-1][2]
-        moments.append(twice._replace(gathered=twice.gathered + experts * parted))
+        last = moments[-1]
+        moments.append(last._replace(gathered=last.gathered + experts * parted, working=at_work))
     if reduces:  # the embedding comes last
         moments.append(moment(0, gradients + 2 * roots_gradient, 0, 0))
     return max(moments, key=lambda need: need.total)
