@@ -105,6 +105,19 @@ def test_what_is_given_stays() -> None:
     assert plans and {(shape(plan)[0], shape(plan)[4]) for plan in plans} == {(2, 2)}
 
 
+def test_what_is_tight_stands_last() -> None:
+    run = a_run(4, 8, num_hidden_layers=4)
+    fastest = search(run, H100, float("inf"), 1)[0]
+    room = fastest.most * 1.04
+    found = search(run, H100, room, 10_000)
+    tight = [plan.tight(room) for plan in found]
+    assert tight == sorted(tight) and any(tight) and not tight[0]
+    assert shape(fastest) != shape(search(run, H100, room, 1)[0])
+    least = smallest(run, H100)
+    assert least is not None
+    assert all(plan.tight(least.most * 1.01) for plan in search(run, H100, least.most * 1.01, 3))
+
+
 def test_nothing_is_legal() -> None:
     run = a_run(8, 4, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
     assert search(run, H100, float("inf"), 1, PLANNED[:2]) == []

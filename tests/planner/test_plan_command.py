@@ -28,6 +28,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         "of the fullest rank",
         "what would make it faster",
         "next bottleneck: ",
+        "+ products in FP8",
     ):
         assert words in out, words
 

@@ -16,6 +16,7 @@ def test_names_as_people_and_drivers_write_them() -> None:
         "gb200-nvl72": "GB200",
         "NVIDIA GB200": "GB200",
         "B200": "B200",
+        "NVIDIA H100 PCIe": "H100PCIe",
         "NVIDIA A100-SXM4-80GB": "A100",
     }.items():
         assert gpu_named(text) is GPUS[name], text

@@ -59,6 +59,7 @@ def auto_layout(run_dir: Path | None = None, told: bool = True) -> Planner:
             chosen = " ".join(settings_of(values))
             say(f"layout       {chosen}: the fastest of {world_size(run):,} {what}")
             reason = f"{layout_text(best.run)}, {size_text(best.most)} of the fullest rank"
+            reason += ", which is tight" * best.tight(room)
             for other in others:
                 slower = other.estimate.seconds / best.estimate.seconds - 1
                 reason += f"; {100 * slower:.3g} % before {layout_text(other.run)}"

@@ -20,7 +20,7 @@ from deepseek.config.yaml_file import dump_yaml, read_yaml
 from deepseek.console import say, table
 from deepseek.files import write_new
 from deepseek.planner.hardware import Device
-from deepseek.planner.scaling_curve import gains
+from deepseek.planner.scaling_curve import gains, with_features
 from deepseek.planner.search import Plan, search, smallest
 
 LAYERS, MICRO_BATCH = "model.pipeline_layers_per_stage", "model.micro_batch_size"
@@ -86,7 +86,7 @@ def plan(
     problems = check(found[0].run)
     assert not problems, f"the planner's layout breaks rules: {problems}"
     total = tokens or run.trainer.max_steps * _step_tokens(run)
-    rows = _rows(found, device, total)
+    rows = _rows(found, device, room, total)
     if as_json:
         say(json.dumps(_json(found, device, total), indent=2))
     else:
@@ -174,7 +174,7 @@ def _show(config: str, found: list[Plan], device: Device, room: float, total: fl
     say(f"MFU: of {device.peak}; FLOPs {estimate.convention}")
 
 
-def _rows(found: list[Plan], device: Device, total: float) -> list[tuple[str, ...]]:
+def _rows(found: list[Plan], device: Device, room: float, total: float) -> list[tuple[str, ...]]:
     """Of ``COLUMNS``."""
     rows: list[tuple[str, ...]] = []
     for number, one in enumerate(found, 1):
@@ -187,7 +187,8 @@ def _rows(found: list[Plan], device: Device, total: float) -> list[tuple[str, ..
                 f"{100 * figures['mfu']:.1f} %",
                 f"{100 * figures['bubble']:.0f} %",
                 f"{100 * figures['exposed']:.0f} %",
-                f"{size_text(one.most)} ({100 * one.balance:.0f} %)",
+                f"{size_text(one.most)} ({100 * one.balance:.0f} %)"
+                + " tight" * one.tight(room * 2**30),
                 f"{figures['days']:,.3g}",
                 f"{figures['gpu_hours']:,.{0 if figures['gpu_hours'] >= 10 else 2}f}",
                 "-" if figures["cost"] is None else f"${figures['cost']:,.0f}",
@@ -287,6 +288,13 @@ def _explain(best: Plan, device: Device, fixed: Sequence[str]) -> None:
     faster.append((f"memory without end: {layout_text(free.run)}", f"{100 * gain:+.1f} %"))
     table("what would make it faster", ("what", "tokens/s"), faster)
     say(f"next bottleneck: {max(won, key=lambda what: won[what])}")
+    if device.cpu is None:
+        rates = with_features(best, device)
+        first = rates["as it is"]
+        rows = [
+            (k, f"{rate:,.0f}", f"{100 * (rate / first - 1):+.1f} %") for k, rate in rates.items()
+        ]
+        table("what other programs do, one after the other", ("what", "tok/s/GPU", "in all"), rows)
 
 
 _OF = ("what", "of it", "share")

@@ -24,7 +24,7 @@ from deepseek.config.layout import (
     world_size,
 )
 from deepseek.config.load import Planner, unchecked_value
-from deepseek.config.memory import rank_needs, state_memory
+from deepseek.config.memory import SHORT, rank_needs, state_memory
 from deepseek.config.schema import ModelConfig
 from deepseek.config.weights import weight_kinds
 from deepseek.console import say, table
@@ -37,8 +37,6 @@ MOST_ROWS = 16
 
 RESERVED_GIB = 2
 """Of a GPU, for its context and NCCL: a usual size, not one that was measured."""
-SHORT = 0.05
-"""What is told may be so much less than what is needed: what fits has that room besides."""
 
 
 def validate(

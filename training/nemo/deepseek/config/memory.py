@@ -26,6 +26,8 @@ from deepseek.config.weights import Weight, block_weights, model_weights, once_p
 
 KEPT_BYTES = 1 << 30
 """Gathered weights of less stay gathered for a whole step, if nobody says otherwise."""
+SHORT = 0.05
+"""What is told may be so much less than what is needed: what fits has that room besides."""
 
 
 @dataclass(frozen=True)

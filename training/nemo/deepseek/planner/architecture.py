@@ -112,6 +112,13 @@ class Architecture:
             out,
         )
 
+    @property
+    def expansions(self) -> tuple[Product, ...]:
+        """Of latent attention's matrices, those that latents are expanded with."""
+        if not self.kv_lora:
+            return ()
+        return self.attention[1:4:2] if self.q_lora else self.attention[2:3]
+
     def feed_forward(self, moe: bool) -> tuple[Product, ...]:
         """Matrices of a block's feed-forward that every token goes through."""
         width = self.shared * self.expert_ffn if moe else self.dense_ffn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from deepseek.config.errors import UserError, nearest
@@ -18,16 +19,13 @@ class Efficiency:
 
     products: float = 0.9
     """Of what a product alone reaches, the share that it reaches in a step."""
-    air_cooled: float = 0.85
-    """The same once more on B200 and B300, which have less power than GB200 and GB300."""
-    glue: float = 1.2
+    glue: float = 0.7
     """Memory traffic between products, in that of DeepSeek's own kernels, in January 2026."""
     trend: float = 0.3
     """By how much glue and host time fall in a year of releases, as an exponent."""
-    graphed: float = 1.0
-    """Share of glue that is left where a whole step is launched as graphs: no gaps in between."""
     host: float = 1.5e-3
-    """Seconds of a block, forward and backward, in which a GPU waits for launches, likewise."""
+    """Seconds of a block with experts, forward and backward, in which a GPU waits for its host to
+    learn how many rows each expert has, likewise."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,8 @@ class Device:
     """Whose price it is."""
     product_share: float = 0.8
     """Of the bf16 peak, what a large product reaches, measured alone."""
-    fp8_share: float = 0.56
-    """The same of the fp8 peak, with scales in blocks."""
+    fp8_share: float = 0.66
+    """The same of the fp8 peak, of the largest products."""
     attention_share: float = 0.55
     """Of the bf16 peak, latent attention forward, the mask's half not counted."""
     attention_back_share: float = 0.46
@@ -83,19 +81,19 @@ class Device:
 _AMPERE: dict[str, Any] = {"attention_share": 0.47, "attention_back_share": 0.39}
 _BLACKWELL: dict[str, Any] = {
     "product_share": 0.67,
-    "fp8_share": 0.56,
+    "fp8_share": 0.59,
     "attention_share": 0.48,
     "attention_back_share": 0.4,
 }
 _B300: dict[str, Any] = {
     "product_share": 0.72,
-    "fp8_share": 0.6,
+    "fp8_share": 0.66,
     "attention_share": 0.55,
     "attention_back_share": 0.46,
 }
 _GB300: dict[str, Any] = {
     "product_share": 0.76,
-    "fp8_share": 0.63,
+    "fp8_share": 0.66,
     "attention_share": 0.55,
     "attention_back_share": 0.46,
 }
@@ -114,6 +112,9 @@ GPUS: dict[str, Device] = {
             "400 GB/s both ways", "what arXiv:2412.19437 reckons with"),
         Device("H100", 989e12, 1979e12, 85.9e9, 3.35e12, 450e9, 8, 50e9, 3.0,
             "NVIDIA H100 SXM data sheet; one 400 Gb/s port a GPU as in a DGX H100", _LIST_PRICE),
+        Device("H100PCIe", 756e12, 1513e12, 85.9e9, 2.0e12, 300e9, 2, 50e9, 2.0,
+            "NVIDIA H100 PCIe data sheet; NVLink bridges between two; one 400 Gb/s port a GPU",
+            _LIST_PRICE),
         Device("H200", 989e12, 1979e12, 151.4e9, 4.8e12, 450e9, 8, 50e9, 3.5,
             "NVIDIA H200 SXM data sheet; one 400 Gb/s port a GPU", _LIST_PRICE),
         Device("H20", 148e12, 296e12, 103.1e9, 4.0e12, 450e9, 8, 50e9, None,
@@ -140,14 +141,15 @@ GPUS: dict[str, Device] = {
 
 
 def gpu_named(text: str) -> Device:
-    """The GPU of a name such as ``h100``, ``NVIDIA H100 80GB HBM3`` or ``GB200-NVL72``.
+    """The GPU of a name such as ``h100``, ``NVIDIA H100 PCIe`` or ``GB200-NVL72``.
 
     Raises:
         UserError: none is meant, or it is not known; with the nearest name, and all names.
     """
     words = re.split(r"[^A-Z0-9]+", text.upper())
+    words += [one + other for one, other in pairwise(words)]
     for name in sorted(GPUS, key=len, reverse=True):
-        if any(re.fullmatch(rf"{name}(SXM\d*|NVL\d*)?", word) for word in words):
+        if any(re.fullmatch(rf"{name.upper()}(SXM\d*|NVL\d*)?", word) for word in words):
             return GPUS[name]
     near = nearest(text, GPUS, cutoff=0.4)
     meant = f"use {near}" if near else "use one"

@@ -35,6 +35,14 @@ class System:
     """Share of the gradients' and weights' exchange that other work hides."""
     dedicated_sms: float = 0.0
     """Share of a GPU that the experts' exchange takes from products while it is hidden."""
+    loops_experts: bool = False
+    """Each expert of a rank is a product of its own, launched by itself."""
+    every_copy: bool = False
+    """A token is sent to each of its experts, even to several of one domain or GPU (NCCL)."""
+    fp8_attention: bool = False
+    """Attention's products are in 8 bits, too."""
+    drops_last_product: bool = False
+    """Full recomputation ends before the experts' last product: nothing needs what follows."""
     gathers_weights: bool = False
     """Weights are sharded over data-parallel ranks (FSDP) and gathered before they are used."""
     exchanged_bytes: float = 6
@@ -42,7 +50,9 @@ class System:
 
 
 DEEPSEEK = System("deepseek", tuned=True, dedicated_sms=20 / 132, hidden_data_parallel=0.3)
-OURS = System("ours", pairs_passes=False, gathers_weights=True, exchanged_bytes=8)
+OURS = System(
+    "ours", pairs_passes=False, drops_last_product=True, gathers_weights=True, exchanged_bytes=8
+)
 
 
 class Ranks(NamedTuple):

@@ -27,13 +27,20 @@ NVLINK, NETWORK = 0.75, 0.88
 """Shares of the links' peaks that exchanges reach: arXiv:2603.07685 table 7, 8 to 64 GPUs."""
 CAST = 1.9
 """Glue of fp8 in that of bf16: 8.3 ms of a block in DeepSeek's profile, 3.9 of them casts."""
-START = 6e-6
-"""Seconds that a product loses at its begin and end, whatever its size."""
+START = 20e-6
+"""Seconds that a product loses at its begin and end, whatever its size: what makes fp8 kernels of
+164 GFLOP slower than those of 1,000 in the same tables, 10 to 50 us."""
+LAUNCH = 0.55e-3
+"""Seconds in which a host launches one expert's kernels in 8 bits, forward and backward, in January
+2026; half as many in bf16. A block of Qwen3-30B with 16 experts took a B200 8.8 ms with 4096 tokens
+(Megatron-Bridge 26.02) and 12.6 with 16384 (26.04.01): the host's time, then the GPU's."""
+FP8_ATTENTION = 1.2
+"""Rate of attention in 8 bits over bf16's, on B300 and GB300, in the same tables."""
 EXCHANGE_START = 80e-6
 """Seconds of the experts' dispatch and combine that carry nothing."""
 
 
-FITTED = Efficiency(0.86, 0.697, 0.825, 0.475, 0.683, 1.53e-3)
+FITTED = Efficiency(0.802, 0.523, 0.454, 1.08e-3)
 """As ``benchmarks/fit_planner.py`` found them on ``fitted_rows.py``'s rows."""
 
 
@@ -147,10 +154,7 @@ class _At(NamedTuple):
 
     def rate(self, precision: str) -> float:
         """FLOP/s of large products in a step."""
-        share = self.efficiency.products
-        if self.device.name in ("B200", "B300"):
-            share *= self.efficiency.air_cooled
-        return product_rate(self.device, precision) * share
+        return product_rate(self.device, precision) * self.efficiency.products
 
     def products(
         self, matrices: tuple[Product, ...], rows: float, split: float = 1, copies: float = 1
@@ -164,24 +168,25 @@ class _At(NamedTuple):
             copies: of each matrix, the experts of a rank, which share the rows.
         """
         rate, hbm = self.rate(self.precision), self.device.hbm * MEMORY
+        start = START * (copies if self.system.loops_experts else 1)
         number = {"fp32": 4, "bf16": 2}.get(self.precision, 1)
         forward = weight = 0.0
         for matrix in matrices:
             size = matrix.size / split
             flops = 2 * rows * size / rate
             passed = rows * (matrix.inner + matrix.outer / split)
-            forward += START + max(flops, (number * (copies * size + passed)) / hbm)
-            # Gradients of weights are added to fp32 sums, which are read and written.
-            weight += START + max(flops, (8 * copies * size + number * passed) / hbm)
+            forward += start + max(flops, (number * (copies * size + passed)) / hbm)
+            # Gradients of weights are added to fp32 sums, read and written at a product's end.
+            weight += start + max(flops, number * passed / hbm) + 8 * copies * size / hbm
         return forward, weight
 
     def extra(self) -> float:
         """Glue of the program, in that of DeepSeek's own kernels."""
-        if self.system.tuned:
-            return 1.0
-        years = self.system.release - 26
-        glue = self.efficiency.glue * math.exp(-self.efficiency.trend * years)
-        return glue * (self.efficiency.graphed if self.system.graphs else 1.0)
+        return 1.0 if self.system.tuned else self.efficiency.glue * self.younger()
+
+    def younger(self) -> float:
+        """Glue and host time of the program's release, in those of January 2026."""
+        return math.exp(-self.efficiency.trend * (self.system.release - 26))
 
     def block(self, moe: bool, recompute: str) -> BlockTime:
         arch, device, tokens, tp = self.arch, self.device, self.tokens, self.tp
@@ -196,10 +201,12 @@ class _At(NamedTuple):
             experts, weights = self.products(arch.expert, rows, copies=arch.experts / self.ep)
             exchange = self.exchange()
         glue = self.glue_bytes(moe) * self.extra() / (device.hbm * MEMORY)
-        waits = not (self.system.tuned or self.system.graphs)
-        power = self.efficiency.air_cooled if device.name in ("B200", "B300") else 1.0
-        attention, attention_back, glue = attention / power, attention_back / power, glue / power
-        host = self.efficiency.host * self.extra() / self.efficiency.glue * waits
+        if self.system.fp8_attention:
+            attention, attention_back = attention / FP8_ATTENTION, attention_back / FP8_ATTENTION
+        host = 0.0
+        if moe and not (self.system.tuned or self.system.graphs):
+            busy = 2 * (plain + experts) + weight + weights + attention + attention_back + glue
+            host = self.host(busy)
         links = 0.0
         if tp > 1:
             number = 4 if self.precision == "fp32" else 2
@@ -223,14 +230,26 @@ class _At(NamedTuple):
         )
         if recompute == "full":
             backward += forward
+            if self.system.drops_last_product:
+                backward += Breakdown(experts=-experts / 3, all_to_all=-exchange / 2)
         elif recompute == "selective":
-            backward += Breakdown(products=0.2 * plain, glue=0.2 * forward.glue)
+            expanded, _ = self.products(arch.expansions, tokens, tp)
+            backward += Breakdown(products=expanded, glue=0.2 * forward.glue)
         return BlockTime(forward, backward, weight + weights)
+
+    def host(self, busy: float) -> float:
+        """Seconds of a block in which a GPU waits for its host: for the numbers of rows, and where
+        launches of each expert's kernels take longer than the ``busy`` seconds of the GPU."""
+        launches = 0.0
+        if self.system.loops_experts:
+            number = 1.0 if self.precision in ("fp8", "mxfp8") else 0.5
+            launches = number * LAUNCH * self.arch.experts / self.ep * self.younger()
+        return self.efficiency.host * self.younger() + max(0.0, launches - busy)
 
     def exchange(self) -> float:
         """Seconds of one dispatch and one combine."""
         far, near = sent_to_experts(
-            self.arch, self.device, self.ep, self.tokens / self.tp, self.precision
+            self.arch, self.device, self.ep, self.tokens / self.tp, self.precision, self.system
         )
         if not near:
             return 0.0
@@ -262,7 +281,7 @@ class _At(NamedTuple):
 
 
 def sent_to_experts(
-    arch: Architecture, device: Device, ep: int, tokens: float, precision: str
+    arch: Architecture, device: Device, ep: int, tokens: float, precision: str, system: System
 ) -> tuple[float, float]:
     """Bytes that a GPU sends in one dispatch and one combine: over the network, and over NVLink.
 
@@ -273,14 +292,18 @@ def sent_to_experts(
         device: has the size of a domain.
         ep: ranks that share the experts.
         tokens: of this GPU.
-        precision: fp8 is dispatched in 8 bits; results come back in bf16.
+        precision: DeepSeek dispatches fp8 in 8 bits; else there and back go bf16 or fp32.
+        system: may send a token to each of its experts instead.
     """
     if ep == 1:
         return 0.0, 0.0
     domain = min(ep, 1 << (device.domain.bit_length() - 1))
     domains = max(1, ep // domain)
     number = 4 if precision == "fp32" else 2
-    copy = tokens * arch.hidden * ((1.03 if precision == "fp8" else number) + number)
+    there = 1.03 if precision == "fp8" and system.tuned else number
+    copy = tokens * arch.hidden * (there + number)
+    if system.every_copy:
+        return copy * arch.top_k * (1 - domain / ep), copy * arch.top_k * (domain - 1) / ep
     reached = domains * (1 - (1 - 1 / domains) ** arch.top_k)
     if arch.groups > 1 and arch.groups % domains == 0:
         others = math.comb(arch.groups - arch.groups // domains, arch.top_groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -56,7 +57,12 @@ class Op(NamedTuple):
 
 
 def play(
-    schedule: str, ranks: int, times: Sequence[StageTime], micro_batches: int, hop: float = 0.0
+    schedule: str,
+    ranks: int,
+    times: Sequence[StageTime],
+    micro_batches: int,
+    hop: float = 0.0,
+    spread: float = 0.0,
 ) -> Timeline:
     """Every interval of a step.
 
@@ -66,8 +72,11 @@ def play(
         times: of all stages, in the model's order.
         micro_batches: of a step.
         hop: seconds from one rank to the next.
+        spread: share by which passes are longer or shorter than the mean, at random: who waits for
+            a long one does not win that back from a short one.
     """
-    return _played(orders(schedule, ranks, len(times), micro_batches), times, ranks, hop)
+    work = orders(schedule, ranks, len(times), micro_batches)
+    return _played(work, times, ranks, hop, spread)
 
 
 def orders(schedule: str, ranks: int, stages: int, count: int) -> list[list[Op]]:
@@ -235,8 +244,11 @@ def _dual(schedule: str, ranks: int, rank: int, count: int) -> list[Op]:
     return ops
 
 
-def _played(work: list[list[Op]], times: Sequence[StageTime], ranks: int, hop: float) -> Timeline:
+def _played(
+    work: list[list[Op]], times: Sequence[StageTime], ranks: int, hop: float, spread: float
+) -> Timeline:
     """Each rank in its order, each piece as soon as what it needs is there."""
+    chance = random.Random(0)
     count = len(times)
     forward: dict[tuple[int, int], float] = {}
     backward: dict[tuple[int, int], float] = {}
@@ -280,7 +292,7 @@ def _played(work: list[list[Op]], times: Sequence[StageTime], ranks: int, hop: f
                 if ready is None:
                     break
                 start = max(free[rank], ready)
-                end = start + length
+                end = start + length * chance.uniform(1 - spread, 1 + spread)
                 intervals.append(
                     Interval(rank, op.kind, op.stage % count, op.micro_batch, start, end)
                 )

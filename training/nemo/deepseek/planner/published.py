@@ -105,7 +105,7 @@ def read_row(row: Row) -> Reading:
     if not trained:
         model = replace(model, mtp=0)
     convention = Convention.of_text(str(row.get("flop_convention") or ""), mtp is True)
-    system = system_of(text, device, ep)
+    system = system_of(text, device, ep, precision, model, pp == 1 or vpp > 1)
     dual = system.name == "deepseek"
     schedule = (
         "1F1B" if pp == 1 else "DualPipe" if dual and pp % 2 == 0 else "Interleaved1F1B"
@@ -226,7 +226,9 @@ def _precision(row: Row, assumed: list[str]) -> str:
     text = str(row.get("precision") or "").lower()
     if not text:
         assumed.append("precision=BF16")
-    if "mx" in text or "nvfp4" in text or "fp4" in text:
+    if "fp4" in text:
+        assumed.append("precision=MXFP8")
+    if "mx" in text or "fp4" in text:
         return "mxfp8"
     return "fp8" if "fp8" in text or "8-bit" in text else "fp32" if "32" in text else "bf16"
 

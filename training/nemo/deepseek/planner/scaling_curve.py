@@ -16,8 +16,10 @@ from dataclasses import dataclass, replace
 from deepseek.config.layout import world_size
 from deepseek.config.schema import RunConfig, changed
 from deepseek.planner.hardware import Device
+from deepseek.planner.job import job_of_run
 from deepseek.planner.search import Plan, search
-from deepseek.planner.step_time import predict_step
+from deepseek.planner.step_time import predict, predict_step
+from deepseek.planner.systems import DEDICATED, HIDDEN
 
 MTBF_HOURS = 50_700.0
 """Of one GPU with its part of a node: 419 unexpected interruptions in 54 days on 16,384 H100
@@ -139,3 +141,30 @@ def gains(plan: Plan, device: Device) -> dict[str, float]:
         part: seconds / predict_step(plan.run, other, world).seconds - 1
         for part, other in twice.items()
     }
+
+
+FEATURES: dict[str, dict[str, object]] = {
+    "weights gathered in bf16": {"exchanged_bytes": 6},
+    "experts' exchange on a side stream (DeepEP)": {
+        "hidden_all_to_all": HIDDEN,
+        "dedicated_sms": DEDICATED,
+    },
+    "products in FP8": {},
+    "whole steps as CUDA graphs": {"graphs": True},
+    "attention in FP8": {"fp8_attention": True},
+}
+"""What other programs do and ours does not, by ``System``'s keys."""
+
+
+def with_features(plan: Plan, device: Device) -> dict[str, float]:
+    """Tokens/s of a GPU in a plan's layout: as it is, and with one more of ``FEATURES`` each time,
+    of FP8 on GPUs that have it."""
+    job = job_of_run(plan.run, world_size(plan.run))
+    found = {"as it is": predict(job, device).tokens_per_s_per_gpu}
+    for name, changes in FEATURES.items():
+        if "FP8" in name and device.fp8 == device.bf16:
+            continue
+        system = replace(job.system, **changes)  # type: ignore[arg-type]
+        job = replace(job, precision=job.precision if changes else "fp8", system=system)
+        found[f"+ {name}"] = predict(job, device).tokens_per_s_per_gpu
+    return found

@@ -36,7 +36,7 @@ from deepseek.config.layout_rules import (
     resharding,
     tensor_parallel,
 )
-from deepseek.config.memory import RankNeed, in_half, rank_need, rank_needs
+from deepseek.config.memory import SHORT, RankNeed, in_half, rank_need, rank_needs
 from deepseek.config.rules import dense_only
 from deepseek.config.schema import LEAVES, ModelConfig, RunConfig, changed, value_at
 from deepseek.planner.hardware import Device
@@ -103,6 +103,10 @@ class Plan:
         """Mean of the ranks' bytes over the most."""
         return sum(need.total for need in self.needs) / len(self.needs) / self.most
 
+    def tight(self, memory: float) -> bool:
+        """Whether it fits only if no more is needed than told."""
+        return self.most * (1 + SHORT) > memory
+
 
 def search(
     run: RunConfig, device: Device, memory: float, top: int = 10, fixed: Sequence[str] = ()
@@ -117,9 +121,14 @@ def search(
         fixed: of ``PLANNED``, keys that stay as they are in ``run``.
 
     Returns:
-        The fastest first; of those that differ in nothing but who shares which weights, one.
+        The fastest first, and after them those that are tight; of those that differ in nothing but
+        who shares which weights, one.
     """
-    return _Search(run, device, memory, top, fixed).found()
+    plans = _Search(run, device, memory / (1 + SHORT), top, fixed).found()
+    if len(plans) == top or memory == math.inf:
+        return plans
+    both = _Search(run, device, memory, top, fixed).found()
+    return (plans + [plan for plan in both if plan.tight(memory)])[:top]
 
 
 def smallest(run: RunConfig, device: Device, fixed: Sequence[str] = ()) -> Plan | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -60,9 +61,7 @@ class StepEstimate:
 
     def timeline(self) -> Timeline:
         """Every interval of the pipeline, for pictures."""
-        job = self.job
-        count = max(1, job.micro_batches // job.flushes)
-        return play(job.schedule, job.ranks.pp, self.stages, count, _hop(job, self.device))
+        return _played(self.job, self.stages, _hop(self.job, self.device))
 
 
 def predict_step(run: RunConfig, device: Device, gpus: int) -> StepEstimate:
@@ -99,13 +98,17 @@ def predict(
     times = [of_kind[stage] for stage in job.stages]
     each = max(1, count // job.flushes)
     hop = _hop(job, device)
-    pipeline = pipeline_seconds(job.schedule, job.held, times, each, hop) * count / each
+    full = job.schedule != "DualPipe" or (each % 2 == 0 and each >= 2 * ranks.pp)
+    if ranks.pp > 1 and job.imbalance > 1 and full:
+        pipeline = _played(job, times, hop).seconds * count / each
+    else:
+        pipeline = pipeline_seconds(job.schedule, job.held, times, each, hop) * count / each
     loads = [busy_seconds(job.schedule, times, held) for held in job.held]
     most = max(range(ranks.pp), key=loads.__getitem__)
     split = Breakdown()
     for stage in job.held[most]:
         split = split + whole[stage].forward + whole[stage].backward
-    lent = split.compute * (1 / (1 - system.dedicated_sms) - 1)
+    lent = split.compute * (1 / (1 - system.dedicated_sms) - 1) * dual
     worked = count / 2 if job.schedule == "DualPipe" else count
     if device.cpu and device.cpu.crowded > 1:  # while one waits, another has its core
         work = sum(loads) / ranks.pp * worked * device.cpu.crowded
@@ -138,6 +141,13 @@ def predict(
         job,
         device,
     )
+
+
+def _played(job: Job, times: Sequence[StageTime], hop: float) -> Timeline:
+    """Until the pipeline runs empty. Natural routing leaves some micro-batches balanced, and some
+    twice as far from it as the mean."""
+    count = max(1, job.micro_batches // job.flushes)
+    return play(job.schedule, job.ranks.pp, times, count, hop, job.imbalance - 1)
 
 
 def even_pipeline_seconds(job: Job, device: Device, pp: int, held: int) -> float:
@@ -177,13 +187,16 @@ def _together(stage: Stage, blocks: BlockTimes) -> BlockTime:
 
 
 def _stage_time(block: BlockTime, system: System, dual: bool) -> StageTime:
-    """Exchanges that are hidden take their share of the compute units."""
-    slow = 1 / (1 - system.dedicated_sms)
-    shown = 1.0 if dual else 1 - system.hidden_all_to_all
-    forward, backward = (
-        part.compute * slow + part.all_to_all * shown + part.other_links
-        for part in (block.forward, block.backward)
-    )
+    """Exchanges that are hidden, by no more than there is to compute, take their share of the
+    compute units: as long as they last, in DualPipe all the time."""
+    slow = 1 / (1 - system.dedicated_sms) if dual else 1.0
+
+    def seconds(part: Breakdown) -> float:
+        hidden = 0.0 if dual else min(system.hidden_all_to_all * part.all_to_all, part.compute)
+        exchange = part.all_to_all - hidden * (1 - system.dedicated_sms)
+        return part.compute * slow + exchange + part.other_links
+
+    forward, backward = seconds(block.forward), seconds(block.backward)
     hidden = (block.forward.all_to_all, block.backward.all_to_all) if dual else (0.0, 0.0)
     return StageTime(forward, backward, block.weight * slow, *hidden)
 
@@ -210,7 +223,9 @@ def traffic(job: Job, device: Device) -> dict[str, tuple[float, float]]:
     ranks, count = job.ranks, job.micro_batches
     tokens = job.micro_batch * job.seq_length / ranks.cp / ranks.tp
     moe = max(sum(job.stages[s].moe + job.stages[s].mtp for s in held) for held in job.held)
-    far, near = sent_to_experts(job.architecture, device, ranks.ep, tokens, job.precision)
+    far, near = sent_to_experts(
+        job.architecture, device, ranks.ep, tokens, job.precision, job.system
+    )
     times = 2 * moe * count / (2 if job.schedule == "DualPipe" else 1)  # forward and backward
     inside = ranks.world <= device.domain
     hops = 2 * 2 * tokens * job.architecture.hidden * count * max(map(len, job.held))
