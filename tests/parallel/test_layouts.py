@@ -368,7 +368,11 @@ def mixed(world: int, **changes: Any) -> Case:
 @pytest.mark.parametrize(
     "cases",
     [
-        [mixed(2, ep=2), mixed(2, tp=2, ep=2, recompute="full")],
+        [
+            mixed(2, ep=2),
+            mixed(2, tp=2, ep=2, recompute="full"),
+            mixed(2, reshard_after_forward=True, micro_batch_size=1, recompute="full"),
+        ],
         [mixed(4, pp=2, ep=2, schedule="ZBVZeroBubble", mtp=2)],
     ],
     ids=["2 ranks", "4 ranks"],

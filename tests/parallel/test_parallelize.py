@@ -11,7 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepseek.models.components.feed_forward import RMSNorm
 from deepseek.models.components.moe import GroupedExperts
+from deepseek.models.components.router import Router
+from deepseek.parallel import cpu_memory
 from deepseek.parallel.mesh import SingleProcess, local
 from support.device_waits import unwatched, watched
 from support.layouts import Case, Driven, batches, small_config, spread
@@ -108,6 +111,39 @@ def test_exchanges_of_experts() -> None:
         case = Case(config, 2, torch.float32, steps=1)
         passes = case.config.global_batch_size // case.layout.dp // case.config.micro_batch_size
         assert run_ranks(2, exchanges, case) == [(3 + backward) * passes] * 2
+
+
+def bytes_sent(rank: int, case: Case) -> tuple[int, int, int]:
+    """Of a step: gathered weights, hidden states between stages, and what units know in fp32."""
+    gathered, sent = list[int](), list[int]()
+    gather, send = cpu_memory.all_gather, dist.batch_isend_irecv
+
+    def note_gather(output: Tensor, *args: Any) -> None:
+        gathered.append(output.nbytes)
+        gather(output, *args)
+
+    def note_send(operations: list[Any]) -> Any:
+        sent.extend(p2p.tensor.nbytes for p2p in operations if p2p.op is dist.isend)
+        return send(operations)
+
+    driven = spread(case)
+    exact = [m for m in driven.module.model.modules() if isinstance(m, (RMSNorm, Router))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_memory, "all_gather", note_gather)
+        patch.setattr(dist, "batch_isend_irecv", note_send)
+        driven.run(batches(case))
+    return sum(gathered), sum(sent), sum(4 * m.weight.numel() for m in exact)
+
+
+def test_bf16_halves_what_ranks_send() -> None:
+    """Weights and hidden states; norms and routers are gathered in fp32."""
+    config = small_config(**PP2)
+    cases = [Case(config, 4, torch.float32, autocast=on, steps=1) for on in (False, True)]
+    for (fp32, sent, exact), (bf16, half, _) in zip(
+        *run_in_turn(4, bytes_sent, cases), strict=True
+    ):
+        assert 2 * half == sent > 0
+        assert 2 * bf16 == fp32 + exact and exact < 0.1 * fp32
 
 
 def told(rank: int, case: Case) -> list[str]:

@@ -142,7 +142,8 @@ class Driven:
         self.module: Any = DeepSeekModel(
             case.config, seed=3, max_steps=20, gradient_clip_val=case.clip, parallelize_later=True
         )
-        self.module.parallelize(meshes, torch.device("cpu"), case.dtype)
+        products = torch.bfloat16 if case.autocast else None
+        self.module.parallelize(meshes, torch.device("cpu"), case.dtype, products)
         self.optimizer = self.module.configure_optimizers()
         self.gradients: dict[str, Tensor] = {}
         self.metrics: list[Any] = []

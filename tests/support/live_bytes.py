@@ -168,7 +168,10 @@ def step_bytes(
             if layout.world_size > 1:
                 meshes = Meshes(layout, "cpu", timedelta(minutes=1))
                 meshes.device_type = "cuda"  # which decides the units of FSDP
-            model, runner = parallelize.parallelize(config, meshes, torch.device("cpu"), seed=0)
+            products = torch.bfloat16 if autocast else None
+            model, runner = parallelize.parallelize(
+                config, meshes, torch.device("cpu"), seed=0, products=products
+            )
             with mode, live:
                 ids = torch.zeros(rows, config.data.seq_length, dtype=torch.int64)
                 batch = {"tokens": ids, "labels": ids, "positions": ids, "documents": ids.int()}

@@ -157,10 +157,11 @@ def _product_gradients(model: ModelConfig, layout: Layout, part: StageSlice, hal
     shared = model.n_shared_experts * inner
     experts += number * tokens * (2 * shared // tp + dim) if shared else 0
     experts += 4 * here * model.n_routed_experts
+    common -= (8 - 2 * number) * here * dim  # what norms give is as wide as what they get
     of_kind = (common + dense, common + experts)
     return (
         sum(n * size for n, size in zip(blocks_of_stage(model, part), of_kind, strict=True))
-        + 8 * here * dim
+        + 2 * number * here * dim
     )
 
 
@@ -171,7 +172,7 @@ def tokens_of_part(model: ModelConfig, layout: Layout) -> int:
 
 def stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, half: bool) -> int:
     """Bytes that a stage keeps of one micro-batch from its forward to its backward pass."""
-    hidden = 4 * tokens_of_part(model, layout) // layout.tp * model.hidden_size
+    hidden = hidden_bytes(model, layout, half)
     again = _recomputing(model, part)
     total = sum(
         n * _kept_activations(model, layout, bool(moe), half)
@@ -191,15 +192,21 @@ def stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, half
 
 def ahead_activations(model: ModelConfig, layout: Layout, half: bool) -> int:
     """Bytes that one MTP depth keeps of one micro-batch, the gradient of the head not included."""
-    hidden = 4 * tokens_of_part(model, layout) // layout.tp * model.hidden_size
-    ahead = hidden * 2 + hidden * (2 if half else 4) // 4
+    hidden = hidden_bytes(model, layout, half)
+    ahead = 3 * hidden
     if not model.activations_checkpoint_granularity:
-        ahead += _block_activations(model, layout, True, half) + 2 * hidden
-        ahead += hidden + 4 * model.hidden_size**2 if half else hidden
+        ahead += _block_activations(model, layout, True, half) + 3 * hidden
+        if half:  # norms keep what they are given in fp32
+            ahead += 2 * hidden + (0 if layout.world_size > 1 else 4 * model.hidden_size**2)
     elif model.activations_checkpoint_granularity == "selective":
-        ahead += _kept_activations(model, layout, True, half) - hidden
-        ahead += hidden * (2 if half else 4) // 4
+        ahead += _kept_activations(model, layout, True, half)
     return ahead
+
+
+def hidden_bytes(model: ModelConfig, layout: Layout, half: bool) -> int:
+    """Bytes of the residual stream of one micro-batch: in the dtype of products."""
+    tokens = tokens_of_part(model, layout) // layout.tp
+    return (2 if half else 4) * tokens * model.hidden_size
 
 
 def _recomputing(model: ModelConfig, part: StageSlice) -> tuple[int, int]:
@@ -220,7 +227,7 @@ def _kept_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool)
     tokens, dim, tp = tokens_of_part(model, layout), model.hidden_size, layout.tp
     here, number = tokens // tp, 2 if half else 4
     rows = here * model.num_experts_per_tok
-    total = 4 * here * dim
+    total = number * here * dim
     if moe:  # chosen experts; the order of rows on both sides
         total += 8 * rows * (5 if layout.ep > 1 else 1)
     if model.activations_checkpoint_granularity != "selective":
@@ -257,17 +264,17 @@ def block_kinds(model: ModelConfig, stages: Sequence[StageSlice]) -> set[bool]:
 def working_bytes(model: ModelConfig, layout: Layout, kinds: set[bool], half: bool) -> int:
     """Bytes of one block's backward pass, the costliest of ``kinds``, beside what waits for it."""
     tokens, dim = tokens_of_part(model, layout), model.hidden_size
-    hidden = 4 * tokens // layout.tp * dim
+    hidden, number = hidden_bytes(model, layout, half), 2 if half else 4
     most = 0
     for moe in kinds:
         if moe:
             rows = tokens // layout.tp * model.num_experts_per_tok
-            needed = (8 + (2 if half else 0)) * rows * dim + hidden
+            needed = 2 * number * rows * dim + hidden
             if model.activations_checkpoint_granularity:  # which ends before the experts' results
-                needed = (2 if half else 4) * rows * dim + hidden
+                needed = number * rows * dim + hidden
         else:
             width = model.intermediate_size // layout.tp
-            needed = 4 * dim * width + hidden + (0 if half else 4 * tokens * width)
+            needed = (6 if half else 4) * dim * width + hidden + (0 if half else 4 * tokens * width)
         if model.activations_checkpoint_granularity:
             kept = _kept_activations(model, layout, moe, half)
             needed += _block_activations(model, layout, moe, half) - kept
@@ -279,8 +286,8 @@ def experts_at_work(model: ModelConfig, layout: Layout, half: bool) -> int:
     """Bytes of the forward pass of experts, what is recomputed before them included."""
     rows = tokens_of_part(model, layout) // layout.tp * model.num_experts_per_tok
     needed = 0
-    if half:  # rows in fp32 before their copy, and what they are weighted in
-        needed = 4 * rows * (model.hidden_size * (layout.ep == 1) + model.moe_intermediate_size)
+    if half:  # what they are weighted in
+        needed = 4 * rows * model.moe_intermediate_size
     if model.peft is not None:  # results of matrix and adapter, and their sum
         needed += 3 * rows * model.hidden_size * (2 if half else 4)
     if model.activations_checkpoint_granularity:
@@ -292,14 +299,15 @@ def experts_at_work(model: ModelConfig, layout: Layout, half: bool) -> int:
 def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool) -> int:
     """Bytes that a block keeps for its backward pass if nothing is recomputed, its input included.
 
-    The residual stream and what norms keep are fp32. In half precision every product keeps a copy
-    of its input and of its matrix: autocast casts them anew for each.
+    In half precision a norm keeps what it is given in fp32, and what it makes of it in bf16. A
+    product keeps a copy of its matrix if that is fp32 here: what is gathered from other ranks is in
+    bf16 already, experts that are kept in whole and the weights of one process are not.
     """
     tokens, dim, tp = tokens_of_part(model, layout), model.hidden_size, layout.tp
     number, heads = 2 if half else 4, model.num_attention_heads // tp
     here, latent = tokens // tp, model.kv_lora_rank
-    total = 4 * 4 * here * dim  # input, after attention, and both normed
-    inputs = 2 * number * tokens * dim if half else number * tokens * dim
+    total = 2 * (4 + number) * here * dim  # input, after attention, and both normed
+    inputs = number * tokens * dim
     # attention
     keys = tokens * layout.cp  # of the whole sequence
     total += inputs + tokens * heads * (number * (model.qk_head_dim + model.v_head_dim) + 4)
@@ -310,8 +318,9 @@ def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool
     if model.data.isolate_documents:
         total += (1 + number) * tokens * model.data.seq_length
     if model.peft is not None:  # what norms and router are given is for their weights alone
-        total -= 4 * (2 + moe) * here * dim
-    matrices = attention_parameters(model) // (tp if tp > 1 else 1)
+        total -= (2 * number + 4 * moe) * here * dim
+    parted = layout.world_size > 1
+    matrices = 0 if parted else attention_parameters(model)
     # feed-forward
     width = model.intermediate_size // tp
     if moe:
@@ -320,11 +329,13 @@ def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool
         total += 4 * here * dim  # for the router, in fp32
         total += slots * (number * (dim + 5 * inner) + 4)
         total += 5 * 4 * here * model.n_routed_experts + 6 * 8 * rows
-        matrices += model.n_routed_experts // layout.ep * 3 * dim * inner
+        if layout.keeps_experts or not parted:
+            matrices += model.n_routed_experts // layout.ep * 3 * dim * inner
         width = model.n_shared_experts * inner // tp
         inputs = inputs if half else 0  # the router's copy
     total += (inputs if width else 0) + 4 * number * tokens * width
-    return total + (2 * (matrices + 3 * dim * width) if half else 0)
+    matrices += 0 if parted else 3 * dim * width
+    return total + (2 * matrices if half else 0)
 
 
 def _slots(model: ModelConfig, layout: Layout, rows: int) -> int:

@@ -13,9 +13,9 @@ from deepseek.config.activations import (
     block_kinds,
     blocks_of_stage,
     experts_at_work,
+    hidden_bytes,
     in_flight,
     stage_activations,
-    tokens_of_part,
     waiting,
     working_bytes,
 )
@@ -103,7 +103,7 @@ def _states(
 
 
 def gathered_bytes(model: ModelConfig, layout: Layout) -> int:
-    """Bytes of fp32 copies of weights that the fullest rank has while it computes.
+    """Bytes of copies of weights that the fullest rank has while it computes, if in fp32.
 
     Of experts that no other rank has a part of, there is none: it computes with what it keeps.
     """
@@ -126,6 +126,8 @@ class _Numbers(NamedTuple):
     """What is computed with, if other ranks keep a part of it."""
     gathered: int
     """The same with FSDP's padding: 16 experts over 32 ranks take the bytes of 32."""
+    exact: int
+    """Of ``gathered``, norms and routers: in fp32 whatever products are computed in."""
     beside: int
     """Of ``gathered``, without experts that are a unit of FSDP of their own: what two blocks in a
     row have at a time."""
@@ -175,7 +177,7 @@ def _numbers(model: ModelConfig, layout: Layout) -> dict[str, _Numbers]:
     """Of each of ``_weights_of_groups``, whatever the pipeline."""
     found = {}
     for name, weights in _weights_of_groups(model).items():
-        kept = biases = trained = hidden = whole = gathered = beside = alone = 0
+        kept = biases = trained = hidden = whole = gathered = exact = beside = alone = 0
         for weight in weights:
             count = math.prod(kept_shape(weight, layout))
             if weight.buffer:
@@ -193,8 +195,10 @@ def _numbers(model: ModelConfig, layout: Layout) -> dict[str, _Numbers]:
                 padded = count * (layout.edp if weight.routed else layout.dp_shard)
                 whole += here
                 gathered += padded
+                if len(weight.shape) == 1 or weight.name.endswith("gate.weight"):
+                    exact += padded
                 beside += 0 if weight.routed and layout.ep * layout.tp > 1 else padded
-        found[name] = _Numbers(kept, biases, trained, hidden, whole, gathered, beside, alone)
+        found[name] = _Numbers(kept, biases, trained, hidden, whole, gathered, exact, beside, alone)
     return found
 
 
@@ -263,13 +267,15 @@ def rank_need(
     kept = _states(model, layout, stages, model.optim.name)
     root = roots_gradient = alone = 0
     units: list[tuple[int, int, int]] = []
+    number = 2 if half else 4
     for numbers, times, unit in _groups(model, layout, stages):
         alone += 4 * times * numbers.alone
+        gathered = number * numbers.gathered + (4 - number) * numbers.exact
         if unit:
-            units += times * [(4 * numbers.gathered, 4 * numbers.whole, 4 * numbers.beside)]
+            units += times * [(gathered, 4 * numbers.whole, 4 * numbers.beside)]
         else:
             roots_gradient += 4 * times * numbers.whole
-            root += 4 * times * numbers.gathered
+            root += times * gathered
     units.sort()
     beside = units[-2][2] if len(units) > 1 else 0
     parted, trains = layout.world_size > 1, model.peft is None
@@ -293,14 +299,14 @@ def rank_need(
             return gradients
         return gradients - sum(whole[stage] for stage in wait.unbegun)
 
-    hidden = 4 * tokens_of_part(model, layout) // layout.tp * model.hidden_size
+    hidden = hidden_bytes(model, layout, half)
     ends = sum((not part.first) + (not part.last) for part in stages)
     gives_back = reshards(model, layout)
 
     def moment(blocks: int, gradients: int, activations: int, working: int) -> RankNeed:
         """While a block works, or none: of those that give their weights back, gathered are its
         own and the next one's, but for experts that come later."""
-        there = blocks * (units[-1][0] + beside) if units else 0
+        there = blocks * (units[-1][0] + beside * number // 4) if units else 0
         if not gives_back:
             there = sum(unit[0] for unit in units)
         gathered = (root + there) * parted
@@ -329,12 +335,15 @@ def rank_need(
         table = 4 * numbers_of_head * trains
         # A head in bf16 and its gradient's summand; logits and what they become.
         chunk = 8 * model.vocab_size // layout.tp * CHUNK_TOKENS
-        chunk += 2 * numbers_of_head * (1 + trains) * half
-        moments += [moment(0, before, held_back, chunk), moment(1, before, held_back, table)]
+        chunk += 2 * numbers_of_head * (trains + (not parted)) * half
+        scaled = table + table // 2 * (half and parted)
+        moments += [moment(0, before, held_back, chunk), moment(1, before, held_back, scaled)]
         held_back -= less
         # Now what the heads have made is added up, with the embedding's gradient of every depth;
         # not while another stage works.
         of_head = table if reduces else 0
+        if half and parted:  # in bf16 till the stage is through, and then added up in fp32
+            of_head = table // 2 * (len(stages) == 1)
         held_back -= (1 + depth) * table * (len(stages) == 1)
         ahead = working_bytes(model, layout, {True}, half) if depth else 0
         under_way += of_head
@@ -344,11 +353,11 @@ def rank_need(
         moments.append(moment(1, under_way, held_back, main + of_embedding))
     if gives_back and units:  # what experts are gathered into is there twice till they have run
         at_work = experts_at_work(model, layout, half) + of_embedding
-        experts = units[-1][0] - units[-1][2]
+        experts = units[-1][0] - units[-1][2] * number // 4
         last = moments[-1]
         moments.append(last._replace(gathered=last.gathered + experts * parted, working=at_work))
     if reduces:  # the embedding comes last
-        moments.append(moment(0, gradients + 2 * roots_gradient, 0, 0))
+        moments.append(moment(0, gradients + (4 + number) * roots_gradient // 4, 0, 0))
     return max(moments, key=lambda need: need.total)
 
 

@@ -469,8 +469,9 @@ class TrainerConfig:
     )
     precision: str = key(
         "32",
-        "32, bf16-mixed (products in bf16; weights, router, bias, loss in fp32), or auto "
-        "(bf16-mixed on a GPU, and on a CPU whose bf16 products are measured to be faster)",
+        "32, bf16-mixed (products, hidden states and what ranks gather of weights in bf16; kept "
+        "weights, sums of gradients, norms, router, loss in fp32), or auto (bf16-mixed on a GPU, "
+        "and on a CPU whose bf16 products are measured to be faster)",
         choices=("32", "bf16-mixed", "auto"),
     )
     max_steps: int = key(100, "optimiser steps of the whole run", unit="steps", at_least=1)

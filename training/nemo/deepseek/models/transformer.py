@@ -23,6 +23,7 @@ from deepseek.models.components.moe import MoE
 from deepseek.models.components.recompute import recomputed
 from deepseek.models.components.rope import rotation
 from deepseek.models.components.router import Router
+from deepseek.ops.autocast import lookup
 from deepseek.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 
 
@@ -53,7 +54,7 @@ class Transformer(nn.Module):
         first, last = any(s.first for s in stages), any(s.last for s in stages)
         depths = config.num_nextn_predict_layers if last else 0
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size) if first else None
+        self.embed = Embedding(config.vocab_size, config.hidden_size) if first else None
         self.layers = nn.ModuleDict(
             {str(i): DeepSeekBlock(config, i) for stage in stages for i in stage.layers}
         )
@@ -62,7 +63,7 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(MultiTokenPredictor(config, depth) for depth in range(depths))
         # Two stages of one rank each have their own too: they are two units of FSDP.
         copied = depths and not any(s.first and s.last for s in stages)
-        self.mtp_embed = nn.Embedding(config.vocab_size, config.hidden_size) if copied else None
+        self.mtp_embed = Embedding(config.vocab_size, config.hidden_size) if copied else None
         self.recompute = config.activations_checkpoint_granularity
         if config.peft is not None:
             matrices = lora_targets(config.peft.target_modules)
@@ -266,6 +267,14 @@ class Stage(Transformer):
             return h_BSD
         ahead = self.predict_ahead(h_BSD, tokens_BS, context)
         return torch.stack(loss_sums(h_BSD, ahead, self.head, labels_BS, isolated_BS))
+
+
+class Embedding(nn.Embedding):
+    """Rows of a table, in the dtype of products: the residual stream begins here, and keeps it."""
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """(B, S) -> (B, S, D)."""
+        return lookup(tokens_BS, self.weight)
 
 
 class Head(Linear):

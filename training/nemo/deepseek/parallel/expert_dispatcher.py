@@ -21,6 +21,7 @@ from torch import Tensor
 from deepseek.config.errors import UserError
 from deepseek.models.components.dispatcher import Dispatched, TokenDispatcher
 from deepseek.models.components.recompute import keep
+from deepseek.ops.autocast import as_products
 from deepseek.ops.rows import count_rows, expand_rows, inverse_permutation, permute_rows
 from deepseek.parallel.collectives import LinearMap, all_to_all_rows, all_to_all_weighted_rows
 
@@ -79,7 +80,7 @@ class AllToAllDispatcher:
         Under autocast they travel and arrive in autocast's dtype: the experts compute in it.
         """
         plan = keep(lambda: self.plan(expert_ids_TK))
-        rows_RD = as_experts_compute(expand_rows(x_TD, plan.order_R, plan.inverse_R))
+        rows_RD = as_products(expand_rows(x_TD, plan.order_R, plan.inverse_R))
         weights_R = permute_rows(weights_TK.flatten(), plan.order_R, plan.inverse_R)
         rows_QD, weights_Q = all_to_all_weighted_rows(
             rows_RD, weights_R, plan.send_counts, plan.receive_counts, self.group
@@ -151,18 +152,6 @@ class Plan:
     receive_counts: list[int]
 
 
-def as_experts_compute(rows_RD: Tensor) -> Tensor:
-    """Rows in the dtype that the experts will cast them to, for half the bytes on the way.
-
-    Each row is cast, not each token: the gradients of a token's K rows are then added in the dtype
-    of the token, as without expert parallelism.
-    """
-    device = rows_RD.device.type
-    if torch.is_autocast_enabled(device):
-        return rows_RD.to(torch.get_autocast_dtype(device))
-    return rows_RD
-
-
 # -- DeepEP --
 
 
@@ -187,7 +176,7 @@ class DeepEPDispatcher:
         num_tokens, num_choices = expert_ids_TK.shape
         dim = x_TD.shape[1]
         x_RD = x_TD.unsqueeze(1).expand(-1, num_choices, -1).reshape(num_tokens * num_choices, dim)
-        x_RD = as_experts_compute(x_RD)
+        x_RD = as_products(x_RD)
         assert x_RD.dtype == torch.bfloat16, "config/layout_rules.py refuses other precisions"
         exchange = _DeepEPExchange(
             _buffer(self.group, dim), self.num_experts, expert_ids_TK.reshape(-1, 1)

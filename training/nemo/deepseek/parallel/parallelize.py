@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from deepseek.config.errors import UserError
@@ -25,7 +25,9 @@ from deepseek.config.layout import StageSlice, split_layers, stages_of_rank
 from deepseek.config.memory import reduces_gradients, reshards
 from deepseek.config.schema import ModelConfig
 from deepseek.models.components.block import DeepSeekBlock
+from deepseek.models.components.feed_forward import RMSNorm
 from deepseek.models.components.moe import MoE
+from deepseek.models.components.router import Router
 from deepseek.models.transformer import Stage, Transformer, initial_weight
 from deepseek.parallel import cpu_memory
 from deepseek.parallel.context import shard_sequences
@@ -53,6 +55,7 @@ def parallelize(
     device: torch.device,
     seed: int,
     dtype: torch.dtype = torch.float32,
+    products: torch.dtype | None = None,
 ) -> Parallelized:
     """This rank's part of the model, with its start values, and how to run it.
 
@@ -65,6 +68,8 @@ def parallelize(
         device: where the weights go.
         seed: of the start values, which do not depend on the layout.
         dtype: of the parameters.
+        products: that autocast will compute them in. Weights are gathered, and hidden states sent
+            between stages, in it; None: in ``dtype``.
 
     Raises:
         UserError: a weight that TP or EP has divided cannot be divided further, or the installed
@@ -97,17 +102,18 @@ def parallelize(
         log.info(f"PP {layout.pp}: stages {here} of {len(parts)}, {config.pipeline_schedule}")
     # 6. FSDP: ranks that would hold the same weights divide them
     reshard = reshards(config, layout)
-    units = shard_data_parallel(model, list(stages.values()), meshes, reshard)
+    units = shard_data_parallel(model, list(stages.values()), meshes, reshard, products)
+    gathered = "" if products is None else f" {str(products).removeprefix('torch.')}"
     log.info(
         f"FSDP {layout.dp_shard} (experts {layout.edp}) x {layout.dp_replicate} replicas: {units} "
-        f"units, weights {'given back' if reshard else 'kept'} after the forward pass"
+        f"units,{gathered} weights {'given back' if reshard else 'kept'} after the forward pass"
     )
     # 7. numbers, for what is left here
     model.to_empty(device=device)
     fill(model, seed)
     log.info(f"{sum(local(p).numel() for p in model.parameters()):,} weights here, on {device}")
     if layout.pp > 1:
-        return Parallelized(model, Pipeline(stages, config, meshes))
+        return Parallelized(model, Pipeline(stages, config, meshes, products or dtype))
     reduces = reduces_gradients(config, layout)
     return Parallelized(model, Sequential(stages[0], config.micro_batch_size, reshard, reduces))
 
@@ -142,19 +148,26 @@ def shard_experts(model: Transformer, meshes: Meshes, dispatcher: str = "auto") 
 
 
 def shard_data_parallel(
-    model: Transformer, stages: Sequence[Stage], meshes: Meshes, reshard: bool
+    model: Transformer,
+    stages: Sequence[Stage],
+    meshes: Meshes,
+    reshard: bool,
+    products: torch.dtype | None = None,
 ) -> int:
     """FSDP2 over blocks, MTP modules and stages, in place; the stages become ``FSDPModule``s.
 
     A unit of FSDP is what is gathered together. A block is one, so that it can give its weights
     back, and so that the next one's are gathered while it computes. Its experts are a unit of their
-    own where they are divided over other ranks than the rest of the block.
+    own where they are divided over other ranks than the rest of the block. So are norms and router
+    where the others are gathered in the dtype of products: what they compute in fp32, they know in
+    fp32. Gradients are added up in the dtype of the parameters.
 
     Args:
         model: what this rank holds.
         stages: the same, as it is run.
         meshes: where this rank stands.
         reshard: each unit gives gathered weights back after its forward pass.
+        products: see ``parallelize``.
 
     Returns:
         The number of units.
@@ -167,7 +180,7 @@ def shard_data_parallel(
     size_of = {parameter: local(parameter).nbytes for parameter in model.parameters()}
     # Without EP and TP the experts are divided over the same ranks as their block, and are gathered
     # with it: one wait for the other ranks instead of two.
-    expert_units = _Units(meshes.expert_shards, after_forward)
+    expert_units = _Units(meshes.expert_shards, after_forward, products)
     whole_here: set[nn.Parameter] = set()
     if meshes.layout.ep > 1 or meshes.layout.tp > 1:
         for module in model.modules():
@@ -178,13 +191,18 @@ def shard_data_parallel(
                     expert_units.add(module.ffn.experts)
     # Experts that no other rank has a part of are left to the optimiser as they are: FSDP over one
     # rank would copy them for each step, and their gradients three times.
-    dense_units = _Units(meshes.dense_shards, after_forward, ignored=whole_here)
+    dense_units = _Units(meshes.dense_shards, after_forward, products, whole_here)
+    exact_units = _Units(meshes.dense_shards, after_forward)
     # Where weights are kept and nothing runs beside the computation, one unit for all blocks is
     # enough: the ranks wait for each other twice a step instead of twice a block.
     if reshard or meshes.layout.pp > 1 or meshes.device_type != "cpu":
         for module in [*model.layers.values(), *model.mtp]:
+            if products is not None:
+                exact_units.add(*_in_fp32(module))
             dense_units.add(module)
     for stage in stages:
+        if products is not None and (left := _in_fp32(stage)):
+            exact_units.add(*left)
         dense_units.add(stage)
     units = [m for stage in stages for m in stage.modules() if isinstance(m, FSDPModule)]
     for unit in units:
@@ -198,12 +216,19 @@ def shard_data_parallel(
     return len(units)
 
 
+def _in_fp32(module: nn.Module) -> list[nn.Module]:
+    """What computes in fp32 whatever products do, and is in no unit yet."""
+    kinds = (RMSNorm, Router)
+    return [m for m in module.modules() if isinstance(m, kinds) and not isinstance(m, FSDPModule)]
+
+
 class _Units:
     """Units of FSDP over one mesh.
 
     Args:
         mesh: over whose last axis weights are divided; over another one they are replicated.
         reshard: ``reshard_after_forward`` of ``fully_shard``.
+        products: what weights are gathered in; None: their own dtype.
         ignored: parameters that FSDP leaves alone.
 
     Attributes:
@@ -211,20 +236,28 @@ class _Units:
     """
 
     def __init__(
-        self, mesh: DeviceMesh, reshard: bool | None, ignored: Collection[nn.Parameter] = ()
+        self,
+        mesh: DeviceMesh,
+        reshard: bool | None,
+        products: torch.dtype | None = None,
+        ignored: Collection[nn.Parameter] = (),
     ) -> None:
         self.mesh = mesh
         self.ranks = mesh.size(mesh.ndim - 1)
         self.reshard = reshard
         self.ignored = set(ignored)
+        # Not the inputs, and without a dtype of the sums they would be in that of the products.
+        wide = None if products is None else torch.float32
+        self.precision = MixedPrecisionPolicy(products, wide, cast_forward_inputs=False)
 
-    def add(self, module: nn.Module) -> None:
-        """Make ``module`` a unit, of what is in no unit yet."""
-        names = {parameter: name for name, parameter in module.named_parameters()}
+    def add(self, *modules: nn.Module) -> None:
+        """Make one unit of ``modules``, of what is in no unit yet."""
+        names = {p: name for module in modules for name, p in module.named_parameters()}
         fully_shard(
-            module,
+            list(modules) if len(modules) > 1 else modules[0],
             mesh=self.mesh,
             reshard_after_forward=self.reshard,
+            mp_policy=self.precision,
             shard_placement_fn=lambda parameter: self._placement(names[parameter], parameter),
             ignored_params=self.ignored,
         )

@@ -115,12 +115,15 @@ class Pipeline:
         stages: this rank's, by their number.
         config: has schedule and sizes.
         meshes: has the pipeline group.
+        hidden: dtype of what stages hand to the next.
 
     Raises:
         UserError: the installed torch cannot run the schedule.
     """
 
-    def __init__(self, stages: dict[int, Stage], config: ModelConfig, meshes: Meshes) -> None:
+    def __init__(
+        self, stages: dict[int, Stage], config: ModelConfig, meshes: Meshes, hidden: torch.dtype
+    ) -> None:
         check_schedule(config.pipeline_schedule, torch.__version__)
         self.stages, self.config, self.meshes = stages, config, meshes
         self.micro_batches = config.global_batch_size // (
@@ -129,7 +132,7 @@ class Pipeline:
         self._loss: Loss | None = None
         self._sums: Tensor | None = None
         weight = next(next(iter(stages.values())).parameters())
-        self._device, self._dtype = weight.device, weight.dtype
+        self._device, self._sum_dtype, self._dtype = weight.device, weight.dtype, hidden
         self._schedule = self._make_schedule()
 
     def train(self, batch: Batch, loss: Loss, balance_scale: Tensor) -> Tensor:
@@ -170,7 +173,7 @@ class Pipeline:
         recomputes = self.config.activations_checkpoint_granularity is not None
         tokens = torch.empty(rows, self.config.data.seq_length, dtype=torch.int64, device="meta")
         hidden = self._hidden(rows, "meta").requires_grad_()
-        sums = torch.empty(2, dtype=self._dtype, device="meta", requires_grad=True)
+        sums = torch.empty(2, dtype=self._sum_dtype, device="meta", requires_grad=True)
         made = [
             _LeanStage(
                 stage,

@@ -35,7 +35,8 @@ from deepseek.models.components.block import DeepSeekBlock
 from deepseek.models.components.feed_forward import FeedForward
 from deepseek.models.components.lora import LoraLinear, lora_linear
 from deepseek.models.components.moe import MoE
-from deepseek.models.transformer import Head, Transformer
+from deepseek.models.transformer import Embedding, Head, Transformer
+from deepseek.ops.autocast import lookup
 from deepseek.ops.cross_entropy import SoftmaxLoss, linear_cross_entropy
 from deepseek.parallel.collectives import gather_sequence, scatter_sequence_sum, sum_forward
 from deepseek.parallel.mesh import Meshes, local
@@ -191,7 +192,7 @@ def _scatter_output(group: dist.ProcessGroup) -> Any:
 # -- embedding and head --
 
 
-class VocabularyEmbedding(nn.Embedding):
+class VocabularyEmbedding(Embedding):
     """Embedding of which each rank holds V/n consecutive rows; n divides V.
 
     Args:
@@ -258,7 +259,7 @@ def local_embedding(tokens_BS: Tensor, weight_vD: Tensor, first_id: int) -> Tens
     Summed over the ranks, each token's embedding to the last bit.
     """
     index_BS, mine_BS = _local_index(tokens_BS, weight_vD.shape[0], first_id)
-    return F.embedding(index_BS, weight_vD).masked_fill(~mine_BS.unsqueeze(-1), 0.0)
+    return lookup(index_BS, weight_vD).masked_fill(~mine_BS.unsqueeze(-1), 0.0)
 
 
 def sharded_softmax_loss(first_id: int, group: dist.ProcessGroup) -> SoftmaxLoss:

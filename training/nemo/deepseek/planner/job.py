@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -151,6 +151,7 @@ def job_of_run(run: RunConfig, gpus: int) -> Job:
         layout.dp_replicate,
     )
     precision = str(run.trainer.precision)
+    system = OURS if precision == "32" else replace(OURS, exchanged_bytes=6)
     return Job(
         architecture,
         model.data.seq_length,
@@ -161,7 +162,7 @@ def job_of_run(run: RunConfig, gpus: int) -> Job:
         stages,
         "fp32" if precision == "32" else "bf16",
         model.activations_checkpoint_granularity or "none",
-        OURS,
+        system,
         optimizer=model.optim.name,
         exchanges=_exchanges(model, layout),
     )

@@ -262,16 +262,24 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         meshes: Meshes | SingleProcess,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        products: torch.dtype | None = None,
     ) -> None:
-        """Make this rank's part of the model, with its start values."""
+        """Make this rank's part of the model, with its start values; ``parallelize`` says how."""
         self.meshes = meshes
-        self.model, self.micro_batches = parallelize(self.config, meshes, device, self.seed, dtype)
+        self.model, self.micro_batches = parallelize(
+            self.config, meshes, device, self.seed, dtype, products
+        )
 
     def configure_model(self) -> None:
         """Divide the model over the ranks of the trainer's strategy; Lightning calls it once."""
         if not hasattr(self, "model"):
             strategy = self.trainer.strategy
-            self.parallelize(strategy.meshes, strategy.root_device)
+            mixed = self.trainer.precision == "bf16-mixed"
+            self.parallelize(
+                strategy.meshes,
+                strategy.root_device,
+                products=torch.bfloat16 if mixed else None,
+            )
         if compiles(self.config, next(self.model.parameters()).device.type == "cuda"):
             self.model.compile_blocks()
 

@@ -18,6 +18,7 @@ from deepseek.models.components.balance import (
 from deepseek.models.components.dispatcher import LocalDispatcher, TokenDispatcher
 from deepseek.models.components.feed_forward import Expert, FeedForward
 from deepseek.models.components.router import Router, Routing
+from deepseek.ops.autocast import as_products
 from deepseek.ops.grouped_linear import grouped_linear
 from deepseek.ops.rows import aligned_slots, gather_rows, most_slots, spread_rows
 
@@ -130,8 +131,7 @@ class GroupedExperts(nn.Module):
         of sequences is not promised there.
         """
         device = rows_RD.device.type
-        if torch.is_autocast_enabled(device):  # grouped products are not on autocast's list
-            rows_RD = rows_RD.to(torch.get_autocast_dtype(device))
+        rows_RD = as_products(rows_RD)  # grouped products are not on autocast's list
         num_rows, num_experts = rows_RD.shape[0], counts_e.shape[0]
         skip = device == "cpu" and not torch.is_grad_enabled()
         if decodes and skip:
