@@ -412,6 +412,27 @@ ONE_PROBLEM = [
         ["decides by itself what is cheap", "use model.activations_checkpoint_granularity=null"],
     ),
     (
+        "trainer.devices=2 & model.tensor_model_parallel_size=2 & model.fp8_recipe=blockwise",
+        "model.fp8_recipe",
+        ["a scale for each 128", "would cut between: ", "no multiple of 256", "use null, or"],
+    ),
+    (
+        "trainer.accelerator=cpu & model.cpu_offloading_activations=true",
+        "model.cpu_offloading_activations",
+        ["no effect on what trainer.accelerator=cpu computes in the host's", "use false, or"],
+    ),
+    (
+        "model.cpu_offloading_activations=true & trainer.accelerator=gpu & "
+        "model.activations_checkpoint_granularity=selective",
+        "model.cpu_offloading_activations",
+        ["granularity=selective keeps results itself", "use false, or another model.activations_"],
+    ),
+    (
+        "model.torch_compile=true & model.cpu_offloading_activations=true",
+        "model.cpu_offloading_activations",
+        ["no effect on what model.torch_compile=true keeps", "use false, or"],
+    ),
+    (
         "model.activations_checkpoint_num_layers=1",
         "model.activations_checkpoint_num_layers",
         ["would be ignored, since", "granularity=null keeps all", "use null (the default), or"],

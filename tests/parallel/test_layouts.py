@@ -48,6 +48,7 @@ SHORT = {
     "split": "pipeline_layers_per_stage",
     "mtp": "num_nextn_predict_layers",
     "recompute": "activations_checkpoint_granularity",
+    "offload": "cpu_offloading_activations",
 }
 MUON = OptimConfig(name="muon", lr=1e-2, sched=SchedConfig(min_lr=1e-3))
 
@@ -112,7 +113,9 @@ CHOSEN = {  # those of a name one after another on the same ranks
     ],
     "CP and kept weights": [
         case_of(2, cp=2, mtp=2, global_batch_size=2, micro_batch_size=1),
-        case_of(2, ep=2, micro_batch_size=1, reshard_after_forward=False, recompute="full"),
+        case_of(
+            2, ep=2, micro_batch_size=1, reshard_after_forward=False, recompute="full", offload=True
+        ),
     ],
     "CP over isolated documents, recomputed": [
         case_of(4, cp=4, recompute="full", data=DataConfig(seq_length=16, isolate_documents=True))
@@ -123,7 +126,7 @@ CHOSEN = {  # those of a name one after another on the same ranks
         case_of(2, pp=2, schedule="Interleaved1F1B", virtual=2),
     ],
     "PP with split backward passes": [
-        case_of(2, pp=2, schedule="InterleavedZeroBubble", virtual=2, mtp=2),
+        case_of(2, pp=2, schedule="InterleavedZeroBubble", virtual=2, mtp=2, offload=True),
         case_of(2, pp=2, schedule="ZBVZeroBubble", mtp=2, recompute="full"),
     ],
     "PP with others": [
@@ -152,6 +155,33 @@ def test_moments_in_bf16() -> None:
         kept = {"all.momentum_buffer", "all.exp_avg", "all.exp_avg_sq"} & errors.keys()
         assert errors["all.gradient"] < 1e-4 and errors["all.weight"] < 1e-5
         assert all(errors[key] < 1e-2 for key in kept) and kept
+
+
+FP8 = dict(fp8_recipe="blockwise", num_hidden_layers=2)
+HEADS_OF_64 = dict(qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64, intermediate_size=256)
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [
+            case_of(
+                2, tp=2, recompute="selective", moe_intermediate_size=256, **HEADS_OF_64, **FP8
+            ),
+            case_of(2, ep=2, recompute="full", **FP8),
+            case_of(2, pp=2, schedule="ZBVZeroBubble", **(FP8 | {"num_hidden_layers": 4})),
+        ],
+    ],
+    ids=["2 ranks"],
+)
+def test_fp8(cases: list[Case]) -> None:
+    """The forward pass rounds row by row, the same in every layout. Gradients of weights are summed
+    in tiles of 128 tokens: of a rank's own, so that each layout rounds others together."""
+    for errors in compare_all([replace(case, steps=1) for case in cases]):
+        exact = ("loss", "mtp_loss", "balance_loss", "all.load", "all.buffer")
+        assert all(errors[name] <= FP64 for name in exact)
+        assert errors["gradient.layers.0.attn.q_norm.weight"] <= FP64  # not of a product's weight
+        assert 1e-6 < errors["all.gradient"] < 5e-2
 
 
 # -- compiled attention --

@@ -147,6 +147,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
         moe_router_bias_update_rate=0.01 if method == "noaux_tc" else 0.0,
         activations_checkpoint_granularity=recompute,
         activations_checkpoint_num_layers=among((None, 1)) if recompute and some else None,
+        cpu_offloading_activations=recompute != "selective" and draw(st.booleans()),
         micro_batch_size=micro,
         global_batch_size=micro * count * dp,
         tensor_model_parallel_size=tp,

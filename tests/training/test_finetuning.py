@@ -221,6 +221,7 @@ def test_peft_reads_the_adapters(micro: MicroRuns, adapted: str) -> None:
         ("model.peft.target_modules=[mtp]", "MTP modules get no adapters, since peft and"),
         ("model.peft.target_modules=[]", "would train nothing"),
         ("model.peft.dim=0", "must be at least 1"),
+        ("model.fp8_recipe=blockwise", "adapters beside them, whose products are not in FP8"),
         ("model.peft.peft_scheme=dora", "must be lora"),
         ("model.peft.dropout=0.1", "there is no dropout"),
         ("model.peft.target_modules=[1]", "must be a list of names"),

@@ -170,16 +170,22 @@ def tokens_of_part(model: ModelConfig, layout: Layout) -> int:
     return model.micro_batch_size * model.data.seq_length // layout.cp
 
 
-def stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, half: bool) -> int:
-    """Bytes that a stage keeps of one micro-batch from its forward to its backward pass."""
-    hidden = hidden_bytes(model, layout, half)
+def block_activations(model: ModelConfig, layout: Layout, part: StageSlice, half: bool) -> int:
+    """Bytes that a stage's blocks keep of one micro-batch, on the device or on the host."""
     again = _recomputing(model, part)
-    total = sum(
+    return sum(
         n * _kept_activations(model, layout, bool(moe), half)
         + (blocks - n) * _block_activations(model, layout, bool(moe), half)
         for moe, (n, blocks) in enumerate(zip(again, blocks_of_stage(model, part), strict=True))
         if blocks
     )
+
+
+def stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, half: bool) -> int:
+    """Bytes that a stage keeps of one micro-batch from its forward to its backward pass."""
+    hidden, total = hidden_bytes(model, layout, half), 0
+    if not model.cpu_offloading_activations:
+        total = block_activations(model, layout, part, half)
     if not part.last:
         return total + (hidden if layout.pp > 1 else 0)  # the pipeline keeps what it has sent
     depth = model.num_nextn_predict_layers
@@ -278,6 +284,13 @@ def working_bytes(model: ModelConfig, layout: Layout, kinds: set[bool], half: bo
         if model.activations_checkpoint_granularity:
             kept = _kept_activations(model, layout, moe, half)
             needed += _block_activations(model, layout, moe, half) - kept
+        if model.cpu_offloading_activations:  # of this block and of the next to come back
+            keeps = (
+                _kept_activations
+                if model.activations_checkpoint_granularity
+                else _block_activations
+            )
+            needed += 2 * keeps(model, layout, moe, half)
         most = max(most, needed)
     return most
 

@@ -149,6 +149,8 @@ _ELSEWHERE: dict[str, str] = {
     "original_seq_len": "model.rope_scaling.original_max_position_embeddings",
     "norm_eps": "model.rms_norm_eps",
     "torch_dtype": "trainer.precision",
+    "fp8": "model.fp8_recipe",
+    "fp8_format": "model.fp8_recipe",
     "dtype": "trainer.precision",
     # sequence and batch
     "encoder_seq_length": "model.data.seq_length",

@@ -244,7 +244,8 @@ def compiles(model: ModelConfig, gpu: bool) -> bool:
         return model.torch_compile
     selective = model.activations_checkpoint_granularity == "selective"
     split = model.pipeline_schedule in SPLIT_BACKWARD_SCHEDULES
-    return gpu and not selective and not (split and model.pipeline_model_parallel_size > 1)
+    split = split and model.pipeline_model_parallel_size > 1
+    return gpu and not selective and not split and not model.cpu_offloading_activations
 
 
 # -- pipeline stages --

@@ -76,6 +76,33 @@ def tensor_parallel(cfg: RunConfig) -> Iterator[Problem]:
         )
 
 
+def fp8_blocks(cfg: RunConfig) -> Iterator[Problem]:
+    """Products in FP8 are of weights that are trained, and TP cuts no block of them in two."""
+    recipe, tp = cfg.model.fp8_recipe, cfg.model.tensor_model_parallel_size
+    if recipe is None:
+        return
+    if cfg.model.peft is not None:
+        yield Problem(
+            "model.fp8_recipe",
+            recipe,
+            "with model.peft matrices have adapters beside them, whose products are not in FP8",
+            "use null, or model.peft=null",
+        )
+    cut = {
+        f"{weight.name} has {weight.shape[weight.tp_dim]}"
+        for weight in weight_kinds(cfg.model)
+        if weight.tp_dim is not None and weight.lora and weight.shape[weight.tp_dim] % (128 * tp)
+    }
+    if tp > 1 and cut:
+        yield Problem(
+            "model.fp8_recipe",
+            recipe,
+            f"has a scale for each 128 rows and columns, and model.tensor_model_parallel_size={tp} "
+            f"would cut between: {min(cut)}, no multiple of {128 * tp}",
+            "use null, or model.tensor_model_parallel_size=1",
+        )
+
+
 def pipeline_settings(cfg: RunConfig) -> Iterator[Problem]:
     """Settings of a pipeline act on one, and fit its schedule."""
     model = cfg.model
@@ -158,6 +185,30 @@ def recomputation(cfg: RunConfig) -> Iterator[Problem]:
             f"is all there are: no pipeline stage has more than {most} blocks",
             "use null" + (f", or at most {most - 1}" if most > 1 else ""),
         )
+
+
+def offloading(cfg: RunConfig) -> Iterator[Problem]:
+    """There is a device beside the host, and nothing else decides where activations lie."""
+    model, key = cfg.model, "model.cpu_offloading_activations"
+    if not model.cpu_offloading_activations:
+        return
+    against = {
+        "trainer.accelerator=cpu": (
+            "computes in the host's memory already",
+            cfg.trainer.accelerator == "cpu",
+        ),
+        "model.activations_checkpoint_granularity=selective": (
+            "keeps results itself, where they cannot be sent from",
+            model.activations_checkpoint_granularity == "selective",
+        ),
+        "model.torch_compile=true": ("keeps what it decides to", bool(model.torch_compile)),
+    }
+    for setting, (why, holds) in against.items():
+        if holds:
+            other = f"another {setting.partition('=')[0]}"
+            yield Problem(
+                key, True, f"has no effect on what {setting} {why}", f"use false, or {other}"
+            )
 
 
 def pipeline_stages(cfg: RunConfig) -> Iterator[Problem]:

@@ -439,6 +439,19 @@ class ModelConfig:
         at_least=1,
     )
 
+    fp8_recipe: str | None = key(
+        None,
+        "blockwise: products of blocks in FP8 (e4m3), scales of 1 x 128 tiles of activations and "
+        "128 x 128 blocks of weights, as V3; emulated, in bf16 with the same result, on every "
+        "device; null: none",
+        choices=("blockwise",),
+    )
+    cpu_offloading_activations: bool = key(
+        False,
+        "what blocks keep for the backward pass lies in the host's memory till then (no GPU has "
+        "run it yet)",
+    )
+
     # -- derived, read everywhere, never set --
     @property
     def qk_head_dim(self) -> int:

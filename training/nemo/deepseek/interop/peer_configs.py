@@ -541,6 +541,8 @@ def _unlike(
             f"{target} does not read these files",
             "null; `deepseek hf export` writes the weights as files that it loads",
         ),
+        ("fp8_recipe", None, f"{target} has recipes of its own", "null, and its own setting"),
+        ("cpu_offloading_activations", False, f"{target} has a setting of its own", "false"),
         ("optim.moments_dtype", "fp32", f"{target} chooses it elsewhere", "fp32"),
         ("optim.name", "adamw", "Muon is another one there, with other settings", "adamw"),
         (

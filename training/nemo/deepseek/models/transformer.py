@@ -16,10 +16,16 @@ from deepseek.config.layout import StageSlice
 from deepseek.config.schema import ModelConfig
 from deepseek.config.weights import lora_targets
 from deepseek.models.components.attention import LatentStore
-from deepseek.models.components.block import DeepSeekBlock, MultiTokenPredictor, TokenContext
+from deepseek.models.components.block import (
+    DeepSeekBlock,
+    MultiTokenPredictor,
+    TokenContext,
+    use_fp8,
+)
 from deepseek.models.components.feed_forward import Linear, RMSNorm
 from deepseek.models.components.lora import add_adapters, freeze_all_but_adapters
 from deepseek.models.components.moe import MoE
+from deepseek.models.components.offload import HostMemory
 from deepseek.models.components.recompute import recomputed
 from deepseek.models.components.rope import rotation
 from deepseek.models.components.router import Router
@@ -65,6 +71,10 @@ class Transformer(nn.Module):
         copied = depths and not any(s.first and s.last for s in stages)
         self.mtp_embed = Embedding(config.vocab_size, config.hidden_size) if copied else None
         self.recompute = config.activations_checkpoint_granularity
+        if config.fp8_recipe is not None:
+            for module in self.modules():
+                if isinstance(module, DeepSeekBlock):
+                    use_fp8(module)
         if config.peft is not None:
             matrices = lora_targets(config.peft.target_modules)
             scale = config.peft.alpha / config.peft.dim
@@ -148,10 +158,10 @@ class Transformer(nn.Module):
             # Frozen below, as with adapters: loads are counted in the backward pass, which must
             # come to every block.
             h_BSD.requires_grad_()
-        most = self.config.activations_checkpoint_num_layers
+        most, host = self.config.activations_checkpoint_num_layers, HostMemory()
         for i, block in enumerate(self.layers.values()):
             keeps = most is not None and i >= most
-            h_BSD = self._run(block, keeps, h_BSD, context, *([caches[i]] if caches else []))
+            h_BSD = self._run(block, host, keeps, h_BSD, context, *([caches[i]] if caches else []))
         return self.norm(h_BSD) if self.norm is not None else h_BSD
 
     def predict_ahead(
@@ -161,19 +171,26 @@ class Transformer(nn.Module):
         if context.real_BS is not None:  # MTP looks ahead: what padding holds must not matter
             tokens_BS = tokens_BS.where(context.real_BS, 0)
         embed = self.mtp_embed if self.mtp_embed is not None else self.embed
-        hidden_BSD, mtp_BSD = main_BSD, []
+        hidden_BSD, mtp_BSD, host = main_BSD, [], HostMemory()
         for depth, module in enumerate(self.mtp, start=1):
             assert embed is not None
             ahead_BS = shift(tokens_BS, depth, 0, context.documents_BS)
-            hidden_BSD = self._run(module, False, hidden_BSD, embed(ahead_BS), context)
+            hidden_BSD = self._run(module, host, False, hidden_BSD, embed(ahead_BS), context)
             mtp_BSD.append(hidden_BSD)
         return mtp_BSD
 
-    def _run(self, module: nn.Module, keeps: bool, *args: object) -> Tensor:
-        """Call a block, recomputing its activations in the backward pass if so configured."""
-        if self.recompute is None or keeps or not torch.is_grad_enabled():
+    def _run(self, module: nn.Module, host: HostMemory, keeps: bool, *args: object) -> Tensor:
+        """Call a block. Its activations are recomputed in the backward pass, and what it keeps lies
+        on the host till then, if so configured."""
+
+        def compute() -> Tensor:
+            if self.recompute is None or keeps:
+                return module(*args)
+            return recomputed(module, self.recompute, self.config.hidden_size, *args)
+
+        if not torch.is_grad_enabled():
             return module(*args)
-        return recomputed(module, self.recompute, self.config.hidden_size, *args)
+        return host.run(module, compute) if self.config.cpu_offloading_activations else compute()
 
     def compile_blocks(self) -> None:
         """Compile every block in place: one graph, in which nothing but an exchange between ranks

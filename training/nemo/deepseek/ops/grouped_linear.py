@@ -80,8 +80,8 @@ def _(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("deepseek::grouped_outer", mutates_args=())
-def _compiled_outer(grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor) -> Tensor:
-    """Gradient of the stack, (E, O, I)."""
+def grouped_outer(grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor) -> Tensor:
+    """``grad[rows of e].T @ x[rows of e]`` for each expert, the gradient of a stack: (E, O, I)."""
     w_EOI = x_RI.new_empty(counts_E.shape[0], grad_RO.shape[1], x_RI.shape[1])
     if x_RI.shape[0] and _grouped_mm_takes(w_EOI):
         return F.grouped_mm(grad_RO.t(), x_RI.contiguous(), offs=_offsets(counts_E))
@@ -92,7 +92,7 @@ def _compiled_outer(grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor) -> Tensor:
     return w_EOI
 
 
-@_compiled_outer.register_fake
+@grouped_outer.register_fake
 def _(grad_RO: Tensor, x_RI: Tensor, counts_E: Tensor) -> Tensor:
     return x_RI.new_empty(counts_E.shape[0], grad_RO.shape[1], x_RI.shape[1])
 
@@ -107,7 +107,7 @@ def _backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, 
     grad_RO = grad_RO.contiguous()
     return (
         _compiled_linear(grad_RO, w_EOI.mT, counts_E) if needs_x else None,
-        _compiled_outer(grad_RO, x_RI, counts_E) if needs_w else None,
+        grouped_outer(grad_RO, x_RI, counts_E) if needs_w else None,
         None,
     )
 

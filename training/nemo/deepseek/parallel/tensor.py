@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -32,7 +31,7 @@ from torch.distributed.tensor import DTensor, Shard
 from deepseek.config.weights import TP_DIMS
 from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.block import DeepSeekBlock
-from deepseek.models.components.feed_forward import FeedForward
+from deepseek.models.components.feed_forward import FeedForward, Linear
 from deepseek.models.components.lora import LoraLinear, lora_linear
 from deepseek.models.components.moe import MoE
 from deepseek.models.transformer import Embedding, Head, Transformer
@@ -42,12 +41,12 @@ from deepseek.parallel.collectives import gather_sequence, scatter_sequence_sum,
 from deepseek.parallel.mesh import Meshes, local
 
 
-class ShardedLinear(nn.Linear):
+class ShardedLinear(Linear):
     """A linear map of which this rank has some rows or columns."""
 
     def forward(self, x: Tensor) -> Tensor:
         """With a part of the outputs, or a partial sum of all of them."""
-        return F.linear(x, local(self.weight))
+        return self.product(x, local(self.weight))
 
 
 class ShardedLoraLinear(LoraLinear):
@@ -163,7 +162,9 @@ def _shard_linear(linear: nn.Linear, dim: int, mesh: DeviceMesh) -> nn.Linear:
             else:
                 made.lora_a = shard_parameter(linear.lora_a, 1, mesh)
         else:
-            made = ShardedLinear(*sizes, bias=False)
+            made = ShardedLinear(*sizes)
+            if isinstance(linear, Linear):
+                made.product = linear.product
     made.weight = shard_parameter(linear.weight, dim, mesh)
     return made
 

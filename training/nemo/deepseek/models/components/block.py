@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from deepseek.config.schema import ModelConfig
 from deepseek.models.components.attention import LatentStore, MultiHeadLatentAttention
 from deepseek.models.components.feed_forward import FeedForward, Linear, RMSNorm
-from deepseek.models.components.moe import MoE
+from deepseek.models.components.moe import GroupedExperts, MoE
 from deepseek.models.components.rope import softmax_scale
 from deepseek.models.components.router import Router
+from deepseek.ops.fp8_linear import fp8_grouped_linear, fp8_linear
 
 
 class DeepSeekBlock(nn.Module):
@@ -91,6 +92,16 @@ class MultiTokenPredictor(nn.Module):
         # The released weights take the embedding first; the paper's eq 21 writes it second.
         joined = torch.cat((self.enorm(ahead_BSD), self.hnorm(hidden_BSD)), dim=-1)
         return self.norm(self.block(self.eh_proj(joined), context, cache))
+
+
+def use_fp8(block: DeepSeekBlock) -> None:
+    """Compute the products of a block in FP8, all but the router's and attention's own, as V3 does
+    (arXiv:2412.19437 section 3.3.1). Embedding, head and MTP's projection are not in a block."""
+    for module in block.modules():
+        if isinstance(module, Linear):
+            module.product = fp8_linear
+        elif isinstance(module, GroupedExperts):
+            module.grouped = fp8_grouped_linear
 
 
 def build_attention(config: ModelConfig) -> MultiHeadLatentAttention:

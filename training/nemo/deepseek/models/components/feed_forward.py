@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,14 +12,19 @@ from deepseek.ops.few_rows import linear
 
 
 class Linear(nn.Linear):
-    """A linear map without bias."""
+    """A linear map without bias.
+
+    Attributes:
+        product: of input and matrix; replaced where the matrix is packed, or computed with in FP8.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.product: Callable[[Tensor, Tensor], Tensor] = linear
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        return linear(x, self.weight)
+        return self.product(x, self.weight)
 
 
 class FeedForward(nn.Module):

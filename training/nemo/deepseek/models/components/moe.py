@@ -112,6 +112,7 @@ class GroupedExperts(nn.Module):
 
     Attributes:
         local: the part of a stack that is here; replaced where experts lie on several ranks.
+        grouped: product of rows and stack; replaced where it is computed in FP8.
     """
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
@@ -120,6 +121,7 @@ class GroupedExperts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))  # down
         self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))  # up
         self.local: Callable[[Tensor], Tensor] = lambda stack: stack
+        self.grouped: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_linear
 
     def forward(
         self, rows_RD: Tensor, weights_R: Tensor, counts_e: Tensor, decodes: bool = False
@@ -150,7 +152,7 @@ class GroupedExperts(nn.Module):
 
     def product(self, name: str, x_PI: Tensor, padded_e: Tensor) -> Tensor:
         """Rows sorted by expert (P, I), with the stack ``name`` -> (P, O)."""
-        return grouped_linear(x_PI, self.matrix(name, x_PI.dtype), padded_e)
+        return self.grouped(x_PI, self.matrix(name, x_PI.dtype), padded_e)
 
     def matrix(self, name: str, dtype: torch.dtype) -> Tensor:
         """The stack ``name`` of the experts that are here."""

@@ -1,0 +1,88 @@
+"""Products in FP8: tile by tile, forward and backward, and what must never happen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepseek.ops.fp8_linear import (
+    fp8_grouped_linear,
+    fp8_linear,
+    fp8_linear_slow,
+    round_blocks,
+    round_columns,
+    round_rows,
+    rounded_slow,
+)
+
+
+def wide(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Numbers of many sizes, in tiles of many sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return (x * torch.randn(shape, generator=generator).exp()).to(dtype)
+
+
+def columns_slow(x_RI: Tensor) -> Tensor:
+    """Each column in tiles of 128 rows."""
+    parts = [torch.stack([rounded_slow(c) for c in part.T], 1) for part in x_RI.split(128)]
+    return torch.cat(parts)
+
+
+def test_all_three_products() -> None:
+    """Of matrices that are no multiple of a tile."""
+    x_RI, w_OI = wide(150, 200).requires_grad_(), wide(130, 200, seed=1).requires_grad_()
+    grad_RO = wide(150, 130, seed=2)
+    y_RO = fp8_linear(x_RI, w_OI)
+    torch.testing.assert_close(y_RO, fp8_linear_slow(x_RI.detach(), w_OI.detach()))
+    y_RO.backward(grad_RO)
+    torch.testing.assert_close(x_RI.grad, fp8_linear_slow(grad_RO, w_OI.detach().T))
+    kept_RI = round_rows(x_RI.detach()).values()
+    torch.testing.assert_close(w_OI.grad, columns_slow(grad_RO).T @ columns_slow(kept_RI))
+
+
+def test_experts_have_tiles_of_their_own() -> None:
+    """Each as if it were alone, and rows that are nobody's do not matter, whatever they hold."""
+    counts = [3, 0, 131, 16]
+    rows = sum(counts)
+    x_RI, w_EOI = wide(rows + 5, 140), wide(4, 6, 140, seed=1)
+    x_RI[rows:] = torch.nan
+    grad_RO = wide(rows + 5, 6, seed=2)
+    grad_RO[rows:] = torch.nan
+    x_RI.requires_grad_(), w_EOI.requires_grad_()
+    y_RO = fp8_grouped_linear(x_RI, w_EOI, torch.tensor(counts))
+    y_RO.backward(grad_RO)
+    start = 0
+    for expert, count in enumerate(counts):
+        own = slice(start, start + count)
+        start += count
+        x, w = x_RI.detach()[own].clone().requires_grad_(), w_EOI.detach()[expert].clone()
+        y = fp8_linear(x, w.requires_grad_())
+        y.backward(grad_RO[own])
+        torch.testing.assert_close(y_RO[own], y)
+        torch.testing.assert_close(x_RI.grad[own], x.grad)
+        torch.testing.assert_close(w_EOI.grad[expert], w.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bf16_holds_what_e4m3_leaves(dtype: torch.dtype) -> None:
+    """To the last bit, so that products of bf16 are those of FP8; each within half a step."""
+    x = wide(70, 150, dtype=dtype)
+    for rounded in (round_rows(x).values(), round_blocks(x), round_columns(x)):
+        assert rounded.dtype == dtype and torch.equal(rounded.bfloat16().to(dtype), rounded)
+        large = x.abs() > x.abs().max() / 400
+        assert ((rounded - x).abs() <= x.abs() / 16)[large].all() and (rounded != x).any()
+    stack = torch.stack([x, 3 * x])
+    assert torch.equal(round_blocks(stack)[1], round_blocks(3 * x))
+
+
+def test_extremes() -> None:
+    """Zeros stay, the largest number does not overflow, and what is not finite is not hidden."""
+    assert torch.equal(round_rows(torch.zeros(2, 3)).values(), torch.zeros(2, 3))
+    for largest in (448.0, 449.0, 3e38, 1e-30, 2.0**-130):
+        rounded = round_rows(torch.tensor([[largest, -largest]])).values()
+        assert rounded.isfinite().all() and (rounded.abs() <= 1.07 * largest).all()
+    for bad in (torch.nan, torch.inf):
+        assert not round_rows(torch.tensor([[1.0, bad]])).values().isfinite().all()
+        assert not round_columns(torch.tensor([[1.0], [bad]])).isfinite().all()
