@@ -242,7 +242,7 @@ def test_it_begins_with_five_lines(capsys: pytest.CaptureFixture[str], tmp_path:
         "layout       32 processes on 4 nodes: DP 8, TP 2, PP 2 (1F1B, 2 stages), EP 8",
         "step         128 sequences x 1,024 = 131,072 tokens in 4 x 4 per forward pass; "
         "20,000 steps, 2.62 B tokens",
-        "memory       7.46 GiB of a GPU on the fullest rank, of which 572.26 MiB are weights and "
+        "memory       5.95 GiB of a GPU on the fullest rank, of which 572.26 MiB are weights and "
         "optimiser states",
         "data         built-in corpus, prepared by the first run that needs it",
     ]

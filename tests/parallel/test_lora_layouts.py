@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deepseek.config.schema import OptimConfig, PeftConfig, SchedConfig
 from deepseek.models.components.lora import is_adapter
+from deepseek.ops.packed import unpack_rows
 from deepseek.parallel import gradients
 from deepseek.parallel.mesh import SingleProcess, local, local_slices
 from support.layouts import Case, Driven, batches, compare, compare_all, small_config
@@ -19,8 +20,10 @@ FP64 = 1e-12
 ALL = ["attention", "feed_forward", "experts"]
 
 
-def lora_case(world: int, targets: list[str], optim: str = "adamw", **changes: Any) -> Case:
-    peft = PeftConfig(dim=4, alpha=6.0, target_modules=targets)
+def lora_case(
+    world: int, targets: list[str], optim: str = "adamw", base: str | None = None, **changes: Any
+) -> Case:
+    peft = PeftConfig(dim=4, alpha=6.0, target_modules=targets, base_dtype=base)
     config = small_config(
         peft=peft,
         moe_router_bias_update_rate=0.0,
@@ -70,6 +73,13 @@ LAYOUTS = {
         2, ALL, pipeline_model_parallel_size=2, pipeline_layers_per_stage=[4, 0],
         num_hidden_layers=4, num_nextn_predict_layers=0, micro_batch_size=2,
     ),
+    "packed": lora_case(
+        4, ALL, base="nf4", expert_model_parallel_size=2, micro_batch_size=2,
+        activations_checkpoint_granularity="full",
+    ),
+    "packed, PP": lora_case(
+        2, ["wo", "experts.w2"], base="fp8", pipeline_model_parallel_size=2, micro_batch_size=2,
+    ),
     "all at once": lora_case(
         8, ALL, pipeline_model_parallel_size=2, tensor_model_parallel_size=2,
         expert_model_parallel_size=2, pipeline_schedule="Interleaved1F1B",
@@ -81,11 +91,12 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     "names",
     [
-        ["TP and EP"],
+        ["TP and EP", "packed"],
         [
             "PP, recomputed",
             "zero bubble, a stage without adapters",
             "PP, a last stage without a layer",
+            "packed, PP",
         ],
         pytest.param(["EP over TP ranks, direct queries", "HSDP, Muon"], marks=pytest.mark.nightly),
         pytest.param(["all at once"], marks=pytest.mark.nightly),
@@ -117,6 +128,26 @@ def test_only_adapters_move_and_have_optimiser_state() -> None:
     assert held == {id(adapters[name]) for name in start}
     mtp = [name for name in start if name.startswith("mtp.")]
     assert not mtp and len(start) == 2 * (4 * 5 + 4 * 3 + 3 * 3)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_packed_weights_give_the_gradients_of_what_packing_left(kind: str) -> None:
+    """Of adapters: against the same model with the weights taken out of their rows."""
+    packed, plain = (Driven(lora_case(1, ALL, base=base), SingleProcess()) for base in (kind, None))
+    columns = packed.module.model.packed
+    assert len(columns) == 4 * 5 + 4 * 3 + 3 * 3
+    rows = packed.module.model.state_dict()
+    with torch.no_grad():
+        for name, weight in plain.module.model.named_parameters():
+            if name in columns:
+                assert rows[name].dtype == torch.uint8
+                weight.copy_(unpack_rows(rows[name], columns[name], kind, weight.dtype))
+    for driven in (packed, plain):
+        driven.run(batches(driven.case))
+    ours, theirs = packed.gradients, plain.gradients
+    assert ours.keys() == theirs.keys() and all(map(is_adapter, ours))
+    for name, gradient in ours.items():
+        assert (gradient - theirs[name]).norm() <= FP64 * theirs[name].norm(), name
 
 
 def keep_tensor_ranks_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,33 @@ def test_adapters_on_two_processes(micro: MicroRuns, adapted: str) -> None:
     micro.cli("generate", "two", "--max-new-tokens", 2).assert_done()
 
 
+def test_adapters_on_packed_weights(micro: MicroRuns, adapted: str) -> None:
+    """Nearly as on the weights themselves, the same on two processes, and merged into what was
+    never packed."""
+    nf4 = "model.peft.base_dtype=nf4"
+    given = settings(micro, *PEFT, "model.optim.lr=2e-2", "trainer.max_steps=4", nf4)
+    micro.train("packed", *given, "trainer.max_steps=2").assert_done()
+    ran = micro.train("packed", *given).assert_done()
+    assert "resumed from" in ran.out and "adapters on the weights of tuned_base" in ran.out
+    layout = ["trainer.devices=2", "model.expert_model_parallel_size=2"]
+    micro.train("packed_two", *given, *layout, before=FORK_WORKERS).assert_done()
+    found, wide = losses(micro, "packed"), losses(micro, adapted)[:4]
+    assert losses(micro, "packed_two") == pytest.approx(found, rel=1e-5)
+    assert found == pytest.approx(wide, rel=0.1) and found != pytest.approx(wide, rel=1e-4)
+    assert micro.tensors("packed").keys() == micro.tensors(adapted).keys()
+    micro.cli("lora", "merge", "packed", "packed_merged").assert_done()
+    merged, weights = micro.tensors("packed_merged"), micro.tensors("tuned_base")
+    (norm, embed, wo) = "layers.0.attn_norm.weight", "embed.weight", "layers.0.attn.wo.weight"
+    for name in (norm, embed):
+        assert torch.equal(merged[f"model.{name}"], weights[f"model.{name}"])
+    moved = merged[f"model.{wo}"] - weights[f"model.{wo}"]
+    assert 0 < torch.linalg.matrix_rank(moved) <= 4, "all but the adapter is the weight itself"
+    two = ("trainer.devices=2", "model.tensor_model_parallel_size=2")
+    micro.train("x", *given, *two).assert_refused(
+        "packs whole rows", "tensor_model_parallel_size=2"
+    )
+
+
 def test_peft_reads_the_adapters(micro: MicroRuns, adapted: str) -> None:
     """The same logits as the merged model, from transformers with peft."""
     pytest.importorskip("transformers")

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.manifest import MANIFEST
@@ -26,6 +27,8 @@ from deepseek.config.errors import UserError
 from deepseek.files import sha256_of
 from deepseek.models.components.lora import is_adapter
 from deepseek.models.transformer import global_name
+from deepseek.ops.packed import pack_rows
+from deepseek.parallel.mesh import local
 
 
 def collect_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -87,9 +90,34 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         }
 
 
-def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+def load_weights(checkpoint: Checkpoint, model: Any) -> None:
     """Fill the model alone, all but its adapters; a collective."""
-    _load(checkpoint, _weights(model, lambda name: not is_adapter(name)))
+    packed: dict[str, int] = getattr(model, "packed", {})
+    _load(checkpoint, _weights(model, lambda name: not is_adapter(name) and name not in packed))
+    groups: dict[str, list[str]] = {}
+    for name in packed:
+        groups.setdefault(".".join(name.split(".")[:2]), []).append(name)
+    # A block at a time: in fp32 it is some times what it is packed.
+    in_turn = list(groups.values())
+    turns = max(checkpoint.ranks.together(lambda: len(in_turn)))
+    held = dict(model.named_parameters())
+    for names in in_turn + [[]] * (turns - len(in_turn)):
+        wide = {name: _unpacked_place(held[name], packed[name]) for name in names}
+        checkpoint.load({f"model.{name}": place for name, place in wide.items()})
+        for name, place in wide.items():
+            local(held[name]).detach().copy_(pack_rows(local(place), model.config.peft.base_dtype))
+
+
+def _unpacked_place(packed: Tensor, columns: int) -> Tensor:
+    """Room in fp32 for the weights of packed rows, divided as these are."""
+    shape = torch.Size((*packed.shape[:-1], columns))
+    here = torch.empty(*local(packed).shape[:-1], columns, device=packed.device)
+    if not isinstance(packed, DTensor):
+        return here
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        here, packed.device_mesh, packed.placements, run_check=False, shape=shape, stride=stride
+    )
 
 
 def load_adapters(checkpoint: Checkpoint, model: nn.Module) -> None:

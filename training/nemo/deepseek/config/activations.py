@@ -284,6 +284,9 @@ def working_bytes(model: ModelConfig, layout: Layout, kinds: set[bool], half: bo
         if model.activations_checkpoint_granularity:
             kept = _kept_activations(model, layout, moe, half)
             needed += _block_activations(model, layout, moe, half) - kept
+        if model.peft is not None and model.peft.base_dtype:  # one stack or matrix, unpacked
+            width = model.n_routed_experts // layout.ep * model.moe_intermediate_size
+            needed += number * dim * (width if moe else model.intermediate_size)
         if model.cpu_offloading_activations:  # of this block and of the next to come back
             keeps = (
                 _kept_activations
@@ -348,6 +351,8 @@ def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool
         inputs = inputs if half else 0  # the router's copy
     total += (inputs if width else 0) + 4 * number * tokens * width
     matrices += 0 if parted else 3 * dim * width
+    if model.peft is not None and model.peft.base_dtype:  # unpacked anew in each pass
+        matrices = 0
     return total + (2 * matrices if half else 0)
 
 

@@ -30,6 +30,7 @@ FIXED = {
     "model.peft.dim",
     "model.peft.alpha",
     "model.peft.target_modules",
+    "model.peft.base_dtype",
 }
 """Keys a run keeps for life: they decide the tensors."""
 SAMPLES = {

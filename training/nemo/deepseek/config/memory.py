@@ -22,7 +22,14 @@ from deepseek.config.activations import (
 from deepseek.config.cost import CHUNK_TOKENS, count_parameters
 from deepseek.config.layout import Layout, StageSlice, kept_shape, rank_stages
 from deepseek.config.schema import ModelConfig, RunConfig
-from deepseek.config.weights import Weight, block_weights, model_weights, once_per_shape
+from deepseek.config.weights import (
+    PACKED_BLOCKS,
+    Weight,
+    block_weights,
+    model_weights,
+    once_per_shape,
+    packed_row_bytes,
+)
 
 KEPT_BYTES = 1 << 30
 """Gathered weights of less stay gathered for a whole step, if nobody says otherwise."""
@@ -37,7 +44,7 @@ class StateMemory:
     parameters: int
     """Numbers, without correction biases."""
     weights: int
-    """Bytes of fp32 weights, adapters and correction biases."""
+    """Bytes of weights, adapters and correction biases: fp32, but for packed ones."""
     gradients: int
     """Bytes of fp32 gradients of what is trained."""
     optimizer: int
@@ -91,15 +98,25 @@ def rank_memory(
 def _states(
     model: ModelConfig, layout: Layout, stages: Sequence[StageSlice], optimizer: str
 ) -> StateMemory:
-    parameters = biases = trained = hidden = 0
+    parameters = biases = trained = hidden = packed = 0
     for numbers, times, _ in _groups(model, layout, stages):
         parameters += times * numbers.kept
+        packed += times * numbers.packed
         biases += times * numbers.biases
         trained += times * numbers.trained
         hidden += times * numbers.hidden
     moments = 2 * trained - (hidden if optimizer == "muon" else 0)
     number = 2 if model.optim.moments_dtype == "bf16" else 4
-    return StateMemory(parameters, 4 * (parameters + biases), 4 * trained, number * moments)
+    weights = 4 * (parameters + biases) - round(packed * (4 - _packed_bytes(model)))
+    return StateMemory(parameters, weights, 4 * trained, number * moments)
+
+
+def _packed_bytes(model: ModelConfig) -> float:
+    """Of a number of a frozen matrix, its share of a scale included."""
+    kind = model.peft.base_dtype if model.peft is not None else None
+    if kind is None:
+        return 4
+    return packed_row_bytes(PACKED_BLOCKS[kind], kind) / PACKED_BLOCKS[kind]
 
 
 def gathered_bytes(model: ModelConfig, layout: Layout) -> int:
@@ -126,6 +143,12 @@ class _Numbers(NamedTuple):
     """What is computed with, if other ranks keep a part of it."""
     gathered: int
     """The same with FSDP's padding: 16 experts over 32 ranks take the bytes of 32."""
+    packed: int
+    """Of ``kept``, in packed rows."""
+    packed_gathered: int
+    """Of ``gathered``."""
+    packed_beside: int
+    """Of ``beside``."""
     exact: int
     """Of ``gathered``, norms and routers: in fp32 whatever products are computed in."""
     beside: int
@@ -178,12 +201,15 @@ def _numbers(model: ModelConfig, layout: Layout) -> dict[str, _Numbers]:
     found = {}
     for name, weights in _weights_of_groups(model).items():
         kept = biases = trained = hidden = whole = gathered = exact = beside = alone = 0
+        packed = packed_gathered = packed_beside = 0
         for weight in weights:
             count = math.prod(kept_shape(weight, layout))
             if weight.buffer:
                 biases += count
                 continue
             kept += count
+            is_packed = model.peft is not None and model.peft.base_dtype and weight.lora
+            packed += count if is_packed else 0
             if model.peft is None or weight.adapter:
                 trained += count
                 if len(weight.shape) > 1 and name in ("dense", "moe", "mtp"):
@@ -195,10 +221,16 @@ def _numbers(model: ModelConfig, layout: Layout) -> dict[str, _Numbers]:
                 padded = count * (layout.edp if weight.routed else layout.dp_shard)
                 whole += here
                 gathered += padded
+                packed_gathered += padded if is_packed else 0
                 if len(weight.shape) == 1 or weight.name.endswith("gate.weight"):
                     exact += padded
-                beside += 0 if weight.routed and layout.ep * layout.tp > 1 else padded
-        found[name] = _Numbers(kept, biases, trained, hidden, whole, gathered, exact, beside, alone)
+                apart = weight.routed and layout.ep * layout.tp > 1
+                beside += 0 if apart else padded
+                packed_beside += padded if is_packed and not apart else 0
+        found[name] = _Numbers(
+            kept, biases, trained, hidden, whole, gathered, packed, packed_gathered, packed_beside,
+            exact, beside, alone,
+        )  # fmt: skip
     return found
 
 
@@ -266,24 +298,26 @@ def rank_need(
     stages, held = rank_stages(model, pp_rank), in_flight(model, pp_rank, micro_batches)
     kept = _states(model, layout, stages, model.optim.name)
     root = roots_gradient = alone = 0
-    units: list[tuple[int, int, int]] = []
-    number = 2 if half else 4
+    units: list[tuple[int, int, int, int]] = []
+    number, packed = 2 if half else 4, _packed_bytes(model)
     for numbers, times, unit in _groups(model, layout, stages):
         alone += 4 * times * numbers.alone
         gathered = number * numbers.gathered + (4 - number) * numbers.exact
+        gathered -= round((number - packed) * numbers.packed_gathered)
+        side = number * numbers.beside - round((number - packed) * numbers.packed_beside)
         if unit:
-            units += times * [(gathered, 4 * numbers.whole, 4 * numbers.beside)]
+            units += times * [(gathered, 4 * numbers.whole, side, 4 * numbers.beside)]
         else:
             roots_gradient += 4 * times * numbers.whole
             root += times * gathered
     units.sort()
-    beside = units[-2][2] if len(units) > 1 else 0
+    beside, beside_gradient = units[-2][2:] if len(units) > 1 else (0, 0)
     parted, trains = layout.world_size > 1, model.peft is None
     at_once = micro_batches == 1 and layout.pp == 1
     reduces = parted and trains and (reduces_gradients(model, layout) or at_once)
     gradients, of_block = kept.gradients, 0
     if reduces:
-        of_block = beside  # of the block before, on its way
+        of_block = beside_gradient  # of the block before, on its way
     elif parted and trains:  # experts in whole are not gathered, nor their gradients
         gradients = alone + roots_gradient + sum(unit[1] for unit in units)
     of_one = [stage_activations(model, layout, part, half) for part in stages]
@@ -306,7 +340,7 @@ def rank_need(
     def moment(blocks: int, gradients: int, activations: int, working: int) -> RankNeed:
         """While a block works, or none: of those that give their weights back, gathered are its
         own and the next one's, but for experts that come later."""
-        there = blocks * (units[-1][0] + beside * number // 4) if units else 0
+        there = blocks * (units[-1][0] + beside) if units else 0
         if not gives_back:
             there = sum(unit[0] for unit in units)
         gathered = (root + there) * parted
@@ -353,7 +387,7 @@ def rank_need(
         moments.append(moment(1, under_way, held_back, main + of_embedding))
     if gives_back and units:  # what experts are gathered into is there twice till they have run
         at_work = experts_at_work(model, layout, half) + of_embedding
-        experts = units[-1][0] - units[-1][2] * number // 4
+        experts = units[-1][0] - units[-1][2]
         last = moments[-1]
         moments.append(last._replace(gathered=last.gathered + experts * parted, working=at_work))
     if reduces:  # the embedding comes last

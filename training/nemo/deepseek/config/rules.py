@@ -286,6 +286,15 @@ def adapters(cfg: RunConfig) -> Iterator[Problem]:
         meant = (LORA_HF_NAMES | LORA_TARGETS).get(name) or nearest(name, options, cutoff=0.5)
         way_out = f"use {meant or ', '.join(LORA_GROUPS)}"
         yield Problem(key, names, f"there is no matrix {name}", way_out)
+    kind, tp = peft.base_dtype, cfg.model.tensor_model_parallel_size
+    if kind is not None and tp > 1:
+        yield Problem(
+            "model.peft.base_dtype",
+            kind,
+            f"packs whole rows, and model.tensor_model_parallel_size={tp} would cut some of them",
+            "use model.tensor_model_parallel_size=1 (data, expert, context and pipeline "
+            "parallelism divide them), or null",
+        )
     if not names:
         yield Problem(key, names, "would train nothing", f"use [{', '.join(LORA_GROUPS)}]")
     if cfg.model.restore_from is None:

@@ -124,6 +124,11 @@ class PeftConfig:
         "attention, feed_forward (dense layers and shared experts), experts (each routed expert "
         "its own), or matrices such as wq_a, w2 and experts.w1; MTP modules get none",
     )
+    base_dtype: str | None = key(
+        None,
+        "of the frozen matrices of blocks, but for routers and MTP: nf4 (QLoRA) or fp8; null: fp32",
+        choices=("nf4", "fp8"),
+    )
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,16 @@ LORA_GROUPS = {
     for group in (_ATTN, _FFN, _EXPERTS)
 }
 """Names in ``model.peft.target_modules`` that stand for several matrices, and these."""
+PACKED_BLOCKS = {"nf4": 64, "fp8": 128}
+"""Of each ``model.peft.base_dtype``: numbers of a row that share a scale."""
+
+
+def packed_row_bytes(columns: int, kind: str) -> int:
+    """Of one row of a frozen matrix: its numbers in whole blocks, and their fp32 scales."""
+    block = PACKED_BLOCKS[kind]
+    return -(-columns // block) * (block // (2 if kind == "nf4" else 1) + 4)
+
+
 LORA_HF_NAMES = {
     row.hf_name.split(".")[-2]: _lora_target(row) for row in reversed(_BLOCK) if row.lora
 }
@@ -204,7 +214,11 @@ def once_per_shape(function: Callable[..., T]) -> Callable[..., T]:
 
     @wraps(function)
     def tell(model: ModelConfig, *arguments: Any) -> T:
-        peft = model.peft and (model.peft.dim, *model.peft.target_modules)
+        peft = model.peft and (
+            model.peft.dim,
+            model.peft.base_dtype,
+            *model.peft.target_modules,
+        )
         shape = _Shape((*_SHAPE(model), peft))
         shape.model = model
         return told(shape, *arguments)

@@ -158,7 +158,8 @@ def load_whole(checkpoint: Checkpoint, config: ModelConfig, device: str = "cpu")
 
 def load_adapted(checkpoint: Checkpoint, config: ModelConfig, device: str = "cpu") -> Transformer:
     """The base with the adapters of ``checkpoint`` beside it. Raises as ``load_whole``."""
-    model = _blank(config, device)
+    assert config.peft is not None
+    model = _blank(replace(config, peft=replace(config.peft, base_dtype=None)), device)
     base, run = base_of(checkpoint), checkpoint.path.resolve().parent.parent
     load_weights(open_base(base, checkpoint.ranks, config.restore_from, run), model)
     load_adapters(checkpoint, model)

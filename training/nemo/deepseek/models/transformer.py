@@ -23,7 +23,11 @@ from deepseek.models.components.block import (
     use_fp8,
 )
 from deepseek.models.components.feed_forward import Linear, RMSNorm
-from deepseek.models.components.lora import add_adapters, freeze_all_but_adapters
+from deepseek.models.components.lora import (
+    add_adapters,
+    freeze_all_but_adapters,
+    pack_base,
+)
 from deepseek.models.components.moe import MoE
 from deepseek.models.components.offload import HostMemory
 from deepseek.models.components.recompute import recomputed
@@ -31,6 +35,7 @@ from deepseek.models.components.rope import rotation
 from deepseek.models.components.router import Router
 from deepseek.ops.autocast import lookup
 from deepseek.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from deepseek.ops.packed import pack_rows
 
 
 class Transformer(nn.Module):
@@ -49,6 +54,7 @@ class Transformer(nn.Module):
         norm, head: None unless the last stage is here.
         mtp: empty unless the last stage is here.
         mtp_embed: a copy of the embedding for MTP, where the embedding itself is in another stage.
+        packed: inputs of each matrix whose rows are packed, by name.
         recompute: granularity at which blocks compute their activations again in the backward
             pass; None: they keep them.
     """
@@ -71,6 +77,7 @@ class Transformer(nn.Module):
         copied = depths and not any(s.first and s.last for s in stages)
         self.mtp_embed = Embedding(config.vocab_size, config.hidden_size) if copied else None
         self.recompute = config.activations_checkpoint_granularity
+        self.packed: dict[str, int] = {}
         if config.fp8_recipe is not None:
             for module in self.modules():
                 if isinstance(module, DeepSeekBlock):
@@ -79,6 +86,11 @@ class Transformer(nn.Module):
             matrices = lora_targets(config.peft.target_modules)
             scale = config.peft.alpha / config.peft.dim
             add_adapters(self.layers.values(), matrices, config.peft.dim, scale)
+            wide = {name: parameter.shape[-1] for name, parameter in self.named_parameters()}
+            if config.peft.base_dtype is not None:
+                pack_base(self.layers.values(), config.peft.base_dtype)
+            now = self.named_parameters()
+            self.packed = {name: wide[name] for name, p in now if p.dtype == torch.uint8}
             freeze_all_but_adapters(self)
 
     def forward(
@@ -210,12 +222,24 @@ class Transformer(nn.Module):
             if isinstance(module, MoE)
         }
 
+    def start_value(
+        self, name: str, shape: Sequence[int], part: Sequence[slice], seed: int
+    ) -> Tensor:
+        """``initial_weight`` of a parameter, as it is held here."""
+        columns = self.packed.get(name)
+        if columns is None:
+            return initial_weight(name, shape, part, self.config, seed)
+        assert self.config.peft is not None and self.config.peft.base_dtype is not None
+        shape, part = (*shape[:-1], columns), (*part[:-1], slice(0, columns))
+        value = initial_weight(name, shape, part, self.config, seed)
+        return pack_rows(value, self.config.peft.base_dtype)
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Fill every weight and buffer with its start value, see ``initial_weight``."""
         for name, parameter in self.named_parameters():
             whole = [slice(0, size) for size in parameter.shape]
-            parameter.copy_(initial_weight(name, parameter.shape, whole, self.config, seed))
+            parameter.copy_(self.start_value(name, parameter.shape, whole, seed))
         for buffer in self.buffers():
             buffer.zero_()
 

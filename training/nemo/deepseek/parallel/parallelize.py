@@ -28,7 +28,7 @@ from deepseek.models.components.block import DeepSeekBlock
 from deepseek.models.components.feed_forward import RMSNorm
 from deepseek.models.components.moe import MoE
 from deepseek.models.components.router import Router
-from deepseek.models.transformer import Stage, Transformer, initial_weight
+from deepseek.models.transformer import Stage, Transformer
 from deepseek.parallel import cpu_memory
 from deepseek.parallel.context import shard_sequences
 from deepseek.parallel.expert_dispatcher import build_dispatcher
@@ -267,7 +267,8 @@ class _Units:
         if not isinstance(parameter, DTensor):
             return Shard(0)
         shape = parameter.to_local().shape
-        for dim, size in enumerate(shape):
+        whole_rows = not parameter.is_floating_point()  # packed, with their scales
+        for dim, size in enumerate(shape[:-1] if whole_rows else shape):
             if size % self.ranks == 0:
                 return Shard(dim)
         raise UserError(
@@ -283,7 +284,7 @@ def fill(model: Transformer, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             here = local_slices(parameter)
-            value = initial_weight(name, parameter.shape, here, model.config, seed)
+            value = model.start_value(name, parameter.shape, here, seed)
             local(parameter).copy_(value)
         for buffer in model.buffers():
             buffer.zero_()

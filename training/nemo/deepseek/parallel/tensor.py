@@ -32,7 +32,7 @@ from deepseek.config.weights import TP_DIMS
 from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.block import DeepSeekBlock
 from deepseek.models.components.feed_forward import FeedForward, Linear
-from deepseek.models.components.lora import LoraLinear, lora_linear
+from deepseek.models.components.lora import LoraLinear
 from deepseek.models.components.moe import MoE
 from deepseek.models.transformer import Embedding, Head, Transformer
 from deepseek.ops.autocast import lookup
@@ -55,7 +55,7 @@ class ShardedLoraLinear(LoraLinear):
     def forward(self, x: Tensor) -> Tensor:
         """With a part of the outputs, or a partial sum of all of them."""
         weight, a, b = map(local, (self.weight, self.lora_a, self.lora_b))
-        return lora_linear(x, weight, a, b, self.scale)
+        return self.adapted(x, weight, a, b)
 
 
 def shard_tensors(model: Transformer, meshes: Meshes) -> None:

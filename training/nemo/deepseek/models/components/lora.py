@@ -11,29 +11,36 @@ Adapters keep the names of what they adapt: ``wo.lora_a`` beside ``wo.weight``,
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek.config.weights import packed_row_bytes
 from deepseek.models.components.block import DeepSeekBlock
-from deepseek.models.components.feed_forward import FeedForward
+from deepseek.models.components.feed_forward import FeedForward, Linear
 from deepseek.models.components.moe import GroupedExperts, MoE
 from deepseek.ops.grouped_linear import grouped_linear
+from deepseek.ops.packed import packed_grouped_linear, packed_linear
 
 
-class LoraLinear(nn.Linear):
+class LoraLinear(Linear):
     """A linear map with an adapter."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float) -> None:
-        super().__init__(in_features, out_features, bias=False)
+        super().__init__(in_features, out_features)
         self.lora_a = nn.Parameter(torch.empty(rank, in_features))
         self.lora_b = nn.Parameter(torch.empty(out_features, rank))
         self.rank, self.scale = rank, scale
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        return lora_linear(x, self.weight, self.lora_a, self.lora_b, self.scale)
+        return self.adapted(x, self.weight, self.lora_a, self.lora_b)
+
+    def adapted(self, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """``x W^T + scale x A^T B^T``; of parts of the matrices a part, or a partial sum, of it."""
+        return self.product(x, weight) + self.scale * F.linear(F.linear(x, a), b)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -80,11 +87,6 @@ class LoraExperts(GroupedExperts):
         return getattr(self, name) + self.scale * b @ a
 
 
-def lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``x W^T + scale x A^T B^T``; with parts of the matrices a part, or a partial sum, of it."""
-    return F.linear(x, weight) + scale * F.linear(F.linear(x, a), b)
-
-
 def add_adapters(
     blocks: Iterable[nn.Module], matrices: Collection[str], rank: int, scale: float
 ) -> None:
@@ -101,6 +103,26 @@ def add_adapters(
         else:
             assert isinstance(block.ffn, FeedForward)
             _adapt(block.ffn, matrices, rank, scale)
+
+
+def pack_base(blocks: Iterable[nn.Module], kind: str) -> None:
+    """Hold the matrices of ``blocks``, but for routers, in packed rows (``ops/packed.py``), under
+    the names that they have."""
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, Linear):
+                module.weight = _packed(module.weight, kind)
+                module.product = partial(packed_linear, kind=kind)
+            elif isinstance(module, GroupedExperts):
+                for name in ("w1", "w2", "w3"):
+                    setattr(module, name, _packed(getattr(module, name), kind))
+                module.grouped = partial(packed_grouped_linear, kind=kind)
+
+
+def _packed(weight: Tensor, kind: str) -> nn.Parameter:
+    """Room for the packed rows of a matrix, or of a stack."""
+    shape = (*weight.shape[:-1], packed_row_bytes(weight.shape[-1], kind))
+    return nn.Parameter(torch.empty(shape, dtype=torch.uint8), requires_grad=False)
 
 
 def is_adapter(name: str) -> bool:

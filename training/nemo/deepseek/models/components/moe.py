@@ -156,7 +156,8 @@ class GroupedExperts(nn.Module):
 
     def matrix(self, name: str, dtype: torch.dtype) -> Tensor:
         """The stack ``name`` of the experts that are here."""
-        return self.local(getattr(self, name)).to(dtype)
+        stack = self.local(getattr(self, name))
+        return stack.to(dtype) if stack.is_floating_point() else stack  # packed rows
 
     @torch.no_grad()
     def expert(self, index: int) -> Expert:
