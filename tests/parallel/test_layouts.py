@@ -175,13 +175,12 @@ HEADS_OF_64 = dict(qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64, inte
     ids=["2 ranks"],
 )
 def test_fp8(cases: list[Case]) -> None:
-    """The forward pass rounds row by row, the same in every layout. Gradients of weights are summed
-    in tiles of 128 tokens: of a rank's own, so that each layout rounds others together."""
+    """The forward pass rounds row by row, the same in every layout. In the backward pass sums in
+    another order may round the other way, and weights' gradients have tiles of a rank's tokens."""
     for errors in compare_all([replace(case, steps=1) for case in cases]):
         exact = ("loss", "mtp_loss", "balance_loss", "all.load", "all.buffer")
         assert all(errors[name] <= FP64 for name in exact)
-        assert errors["gradient.layers.0.attn.q_norm.weight"] <= FP64  # not of a product's weight
-        assert 1e-6 < errors["all.gradient"] < 5e-2
+        assert errors["all.gradient"] < 5e-2
 
 
 # -- compiled attention --
@@ -401,7 +400,7 @@ def mixed(world: int, **changes: Any) -> Case:
         [
             mixed(2, ep=2),
             mixed(2, tp=2, ep=2, recompute="full"),
-            mixed(2, reshard_after_forward=True, micro_batch_size=1, recompute="full"),
+            mixed(2, reshard_after_forward=True, micro_batch_size=1, recompute="selective"),
         ],
         [mixed(4, pp=2, ep=2, schedule="ZBVZeroBubble", mtp=2)],
     ],

@@ -28,9 +28,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
+)
+
+# The profiler's marks: FSDP makes more of them, for units inside a block, when it is recomputed.
+SAC_IGNORED_OPS.update(
+    {
+        torch.ops.profiler._record_function_enter_new.default,
+        torch.ops.profiler._record_function_exit._RecordFunction,
+    }
 )
 
 T = TypeVar("T")
