@@ -44,10 +44,12 @@ def test_known_bubbles() -> None:
         assert line.seconds == pytest.approx(3 * 3 * count + 3 * (ranks - 1))
 
 
+@pytest.mark.parametrize("backward", [2.0, 2.4, 3.0])
 @pytest.mark.parametrize("schedule", HELD)
-def test_closed_form_agrees(schedule: str) -> None:
+def test_closed_form_agrees(schedule: str, backward: float) -> None:
+    """Where gradients of inputs take longer than those of weights, too."""
     for ranks, count in ((2, 16), (4, 16), (8, 64)):
-        times = even(schedule, ranks)
+        times = [time._replace(backward=backward) for time in even(schedule, ranks)]
         played = play(schedule, ranks, times, count).seconds
         held = HELD[schedule]
         if schedule == "DualPipe":

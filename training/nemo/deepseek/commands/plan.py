@@ -18,7 +18,7 @@ from deepseek.config.rules import check, joint_problems
 from deepseek.config.schema import LEAVES, RunConfig, changed, value_at
 from deepseek.config.yaml_file import dump_yaml, read_yaml
 from deepseek.console import say, table
-from deepseek.files import write_new
+from deepseek.files import refuse_existing, write_new
 from deepseek.planner.hardware import Device
 from deepseek.planner.scaling_curve import gains, with_features
 from deepseek.planner.search import Plan, search, smallest
@@ -75,8 +75,10 @@ def plan(
         UserError: no such GPU, no layout is legal, or none fits; with the nearest that does.
     """
     room_of(device_named(gpu, 1), memory)  # what is wrong is told first
-    if tokens is not None and not tokens > 0:
+    if tokens is not None and not 0 < tokens < math.inf:
         raise UserError(f"--tokens {tokens:g}: must be above 0, such as 14.8e12")
+    for file in filter(None, (write, html)):
+        refuse_existing(file)
     run, fixed = cluster(config, overrides, nodes, gpus_per_node)
     device = device_named(gpu, world_size(run))
     room = room_of(device, memory)
@@ -113,7 +115,7 @@ def room_of(device: Device, memory: float | None) -> float:
     Raises:
         UserError: nothing is left.
     """
-    if memory is not None and not memory > reserved(device):
+    if memory is not None and not reserved(device) < memory < math.inf:
         raise UserError(
             f"--memory {memory:g}: of a GPU, in GiB, {reserved(device):.3g} of which are its "
             "context's and NCCL's; use 80 or 141, say"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,8 +51,11 @@ def plan_page(
         UserError: plotly is not installed.
     """
     estimate = best.estimate
+    whole = [
+        [re.sub(r"(?<=\d) (?=%|\wi?B)", "\N{NO-BREAK SPACE}", cell) for cell in row] for row in rows
+    ]
     panels = [
-        Panel("layouts", "Fastest layouts", body=html_table(columns, rows), wide=True),
+        Panel("layouts", "Fastest layouts", body=html_table(columns, whole), wide=True),
         _timeline(best),
         _seconds(best),
         _memory(best, room),

@@ -344,7 +344,24 @@ def pipeline_seconds(
     most = max(range(len(held)), key=loads.__getitem__)
     alone = sum(times[stage].forward + times[stage].backward for stage in held[most]) / 2
     mean = [sum(values) / len(times) for values in list(zip(*times, strict=True))[:3]]
-    return _closed(schedule, len(held), len(times), micro_batches, hop, loads[most], alone, *mean)
+    load = loads[most] + _waits(schedule, len(held), times, micro_batches, loads[most])
+    return _closed(schedule, len(held), len(times), micro_batches, hop, load, alone, *mean)
+
+
+def _waits(
+    schedule: str, ranks: int, times: Sequence[StageTime], count: int, load: float, held: int = 2
+) -> float:
+    """Seconds a micro-batch in which a rank waits for others between the ramps.
+
+    The order of ZBV is made for forward passes, gradients of inputs and of weights that take as
+    long as each other. Where they do not, all ranks take as long for each as the longest; of two
+    ranks, each waits half as much.
+    """
+    if schedule != "ZBVZeroBubble" or ranks == 1:
+        return 0.0
+    longest = max(max(t.forward, t.backward - t.weight, t.weight) for t in times)
+    between = max(0.0, 1 - ranks / (2 * count))
+    return max(0.0, 3 * held * longest - load) * between * (0.5 if ranks == 2 else 1.0)
 
 
 def even_seconds(
@@ -352,6 +369,7 @@ def even_seconds(
 ) -> float:
     """The same of ``ranks`` that hold ``held`` stages each, all alike."""
     load = busy_seconds(schedule, [time] * held, range(held))
+    load += _waits(schedule, ranks, [time], micro_batches, load, held)
     alone = held * (time.forward + time.backward) / 2
     return _closed(schedule, ranks, ranks * held, micro_batches, hop, load, alone, *time[:3])
 

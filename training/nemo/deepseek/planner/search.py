@@ -370,11 +370,11 @@ class _Search:
     def _plan(self, chosen: Choice) -> Plan | None:
         """A whole layout; None if it does not fit, or one of its shape is as good."""
         run = replace(self._run, model=self._model(chosen))
-        needs = tuple(rank_needs(run))
-        if max(need.total for need in needs) > self._memory:
-            return None
         estimate, shape = predict_step(run, self._gpu, self._world), chosen[:VIRTUAL]
         if not self._by_memory and estimate.seconds >= self._fastest.get(shape, math.inf):
+            return None
+        needs = tuple(rank_needs(run))
+        if max(need.total for need in needs) > self._memory:
             return None
         self._fastest[shape] = estimate.seconds
         return Plan(run, estimate, needs)
