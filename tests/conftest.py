@@ -27,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """In a process that runs tests, not in the one that hands them out to workers."""
     if config.getoption("numprocesses", 0) and "PYTEST_XDIST_WORKER" not in os.environ:
         return
+    gc.disable()  # until all is imported and collected, of which nothing is garbage
     import torch
 
     from support import profiles  # noqa: F401
@@ -62,6 +63,7 @@ def pytest_collection_finish() -> None:
     """What was imported and collected stays: no search for garbage goes through it again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -148,7 +148,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {
             "pipeline_model_parallel_size": 2, "pipeline_schedule": "DualPipeV",
-            "micro_batch_size": 2,
+            "micro_batch_size": 2, "num_hidden_layers": 4,
         },
     ),
     "recomputation, accumulation": (
@@ -170,7 +170,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.mark.parametrize("world", [2, 4])
 def test_counts_are_those_of_the_whole_batch(world: int, tmp_path: Path) -> None:
     cases = {
-        name: Case(small_config(**changes), world, steps=3)
+        name: Case(small_config(**{"num_hidden_layers": 2} | changes), world, steps=3)
         for name, (size, changes) in LAYOUTS.items()
         if size == world
     }

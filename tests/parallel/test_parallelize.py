@@ -48,7 +48,7 @@ EP2 = {"expert_model_parallel_size": 2}
 def test_experts_of_one_rank_are_not_copied(
     world: int, layouts: list[dict[str, Any]], as_kept: bool
 ) -> None:
-    configs = [small_config(micro_batch_size=2, **sizes) for sizes in layouts]
+    configs = [small_config(num_hidden_layers=2, micro_batch_size=2, **sizes) for sizes in layouts]
     cases = [Case(config, world, seed=1, steps=1) for config in configs]
     assert {case.layout.keeps_experts for case in cases} == {as_kept}
     for kept, used in sum(run_in_turn(world, addresses, cases), []):
@@ -62,7 +62,7 @@ def waits(rank: int, case: Case) -> list[str]:
     unwatched(driven.optimizer)
     driven.run(steps[:1])
     watch = watched(lambda: driven.run(steps[1:]))
-    assert watch.calls > 500, "the watch saw nothing"
+    assert watch.calls > 200, "the watch saw nothing"
     return watch.waits
 
 
@@ -71,9 +71,10 @@ def test_the_host_waits_for_exchanges_of_experts_and_once_a_step() -> None:
     not again where it recomputes."""
     zero_bubble = PP2 | {"pipeline_schedule": "ZBVZeroBubble"}
     recomputed = [EP2 | {"activations_checkpoint_granularity": n} for n in ("full", "selective")]
-    without: list[dict[str, Any]] = [{}, TP2, PP2, zero_bubble]
+    two = {"num_hidden_layers": 2}  # one of experts, and that of MTP
+    without: list[dict[str, Any]] = [two, two | TP2, PP2, zero_bubble]
     layouts = [(sizes, 0) for sizes in without]
-    layouts += [(sizes, 4) for sizes in (EP2, EP2 | TP2, *recomputed)]
+    layouts += [(two | sizes, 2) for sizes in (EP2, EP2 | TP2, *recomputed)]
     configs = [small_config(global_batch_size=4, **sizes) for sizes, _ in layouts]
     cases = [Case(config, 2, torch.float32) for config in configs]
     for (sizes, layers), case, found in zip(

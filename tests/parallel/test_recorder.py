@@ -236,8 +236,8 @@ def with_and_without(rank: int, case: Case) -> list[str]:
 
 def test_recording_changes_no_bit() -> None:
     layouts: list[dict[str, Any]] = [
-        {"expert_model_parallel_size": 2},
-        {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+        {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2, "num_hidden_layers": 2},
+        {"expert_model_parallel_size": 2, "num_hidden_layers": 2},
         {"pipeline_model_parallel_size": 2, "pipeline_schedule": "DualPipeV"},
     ]
     cases = [Case(small_config(global_batch_size=4, **sizes), 2) for sizes in layouts]

@@ -21,6 +21,10 @@ QUICK = [
     "model.global_batch_size=32",
     "model.intermediate_size=64",
     "model.moe_intermediate_size=32",
+    "model.num_attention_heads=4",
+    "model.q_lora_rank=32",
+    "model.kv_lora_rank=32",
+    "model.data.seq_length=32",
     "model.data.num_workers=0",
     "exp_manager.monitor.peak_tflops=0.1",
 ]

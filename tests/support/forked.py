@@ -264,6 +264,7 @@ def serve(requests: IO[str], answers: IO[str]) -> None:
     imports()
     parse_once()
     gc.freeze()  # no child searches this for garbage, nor copies its pages to do so
+    gc.enable()
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a command leaves behind becomes a child of ours
     for line in requests:
         request = json.loads(line)
@@ -328,6 +329,9 @@ def child(request: dict[str, Any]) -> int:
         os.dup2(os.open(name, flags, 0o644), number)
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    # What nohup, or a shell's `&`, around the tests ignores is no concern of a command's.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     become(request["program"], request["args"], request["before"])
 
 

@@ -87,14 +87,17 @@ def test_torchrun_starts_4(micro: MicroRuns, four_steps: str) -> None:
     assert_same_run(micro, four_steps, "torchrun")
 
 
-def test_8_ranks_on_2_nodes(micro: MicroRuns, four_steps: str) -> None:
-    sizes = [*TP2_PP2_EP2, "trainer.devices=4", "trainer.num_nodes=2", FOUR_STEPS]
-    rans = ended(by_variables(micro, "variables", 8, *sizes, nodes=2))
+@pytest.mark.parametrize(
+    ("ranks", "sizes"), [(4, TP2_EP2), pytest.param(8, TP2_PP2_EP2, marks=pytest.mark.nightly)]
+)
+def test_ranks_of_2_nodes(micro: MicroRuns, four_steps: str, ranks: int, sizes: list[str]) -> None:
+    name, nodes = f"nodes{ranks}", [f"trainer.devices={ranks // 2}", "trainer.num_nodes=2"]
+    rans = ended(by_variables(micro, name, ranks, *sizes, *nodes, FOUR_STEPS, nodes=2))
     for ran in rans:
         ran.assert_done()
         assert ran.err == ""
-    assert [bool(ran.out) for ran in rans] == [True] + 7 * [False]
-    assert_same_run(micro, four_steps, "variables")
+    assert [bool(ran.out) for ran in rans] == [True] + (ranks - 1) * [False]
+    assert_same_run(micro, four_steps, name)
 
 
 def test_the_job_for_slurm_trains_on_2_nodes_and_survives_a_loss(

@@ -55,7 +55,7 @@ forward = MoE.forward
 
 def slow(self, *args):
     if os.environ.get("RANK") == "1":
-        time.sleep(0.1)
+        time.sleep(0.04)
     return forward(self, *args)
 
 MoE.forward = slow

@@ -57,7 +57,7 @@ def rotate(x_BSNH: Tensor, cos_BSA: Tensor, sin_BSA: Tensor) -> Tensor:
         return rotate_slow(x_BSNH, cos_BSA, sin_BSA)
     turn_BS1A = torch.complex(cos_BSA, sin_BSA).unsqueeze(2)
     if not torch.is_grad_enabled():
-        return _turned(x_BSNH, turn_BS1A)
+        return _rotated(x_BSNH, turn_BS1A)
     return _Rotate.apply(x_BSNH, turn_BS1A)
 
 
@@ -66,8 +66,8 @@ def rotate_slow(x_BSNH: Tensor, cos_BSA: Tensor, sin_BSA: Tensor) -> Tensor:
     pairs = x_BSNH.to(cos_BSA.dtype).unflatten(-1, (-1, 2))
     even, odd = pairs.unbind(-1)
     cos, sin = cos_BSA.unsqueeze(2), sin_BSA.unsqueeze(2)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x_BSNH.dtype)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).to(x_BSNH.dtype)
 
 
 def softmax_scale(qk_head_dim: int, scaling: RopeScaling | None) -> float:
@@ -93,21 +93,21 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BSNH: Tensor, turn_BS1A: Tensor) -> Tensor:
         ctx.save_for_backward(turn_BS1A)
-        return _turned(x_BSNH, turn_BS1A)
+        return _rotated(x_BSNH, turn_BS1A)
 
     @staticmethod
     def backward(ctx: Any, grad_BSNH: Tensor) -> tuple[Tensor, None]:
-        return _turned(grad_BSNH, ctx.saved_tensors[0].conj()), None
+        return _rotated(grad_BSNH, ctx.saved_tensors[0].conj()), None
 
 
-def _turned(x_BSNH: Tensor, turn_BS1A: Tensor) -> Tensor:
+def _rotated(x_BSNH: Tensor, turn_BS1A: Tensor) -> Tensor:
     wide = torch.float64 if turn_BS1A.dtype == torch.complex128 else torch.float32
     pairs = x_BSNH.to(wide).unflatten(-1, (-1, 2))
     *strides, step = pairs.stride()
     if step != 1 or any(n % 2 for n in (*strides, pairs.storage_offset())):
         pairs = pairs.clone(memory_format=torch.contiguous_format)  # no view as complex numbers
-    turned = torch.view_as_real(torch.view_as_complex(pairs) * turn_BS1A)
-    return turned.flatten(-2).to(x_BSNH.dtype)
+    rotated = torch.view_as_real(torch.view_as_complex(pairs) * turn_BS1A)
+    return rotated.flatten(-2).to(x_BSNH.dtype)
 
 
 def _frequencies(
@@ -124,13 +124,13 @@ def _frequencies(
         return plain_A
     stretched_A = plain_A / scaling.factor
 
-    def pair_turning(rotations: float) -> float:
+    def pair_rotating(rotations: float) -> float:
         """Index of the pair that makes this many rotations over the original context."""
         context = scaling.original_max_position_embeddings
         return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_turning(scaling.beta_fast)), 0)
-    high = min(math.ceil(pair_turning(scaling.beta_slow)), dim - 1)
+    low = max(math.floor(pair_rotating(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_rotating(scaling.beta_slow)), dim - 1)
     width = max(high - low, 0.001)
     pairs_A = torch.arange(dim // 2, device=device).to(dtype)
     stretch_A = ((pairs_A - low) / width).clamp(0, 1)  # 0: fast pair, left alone; 1: slow pair

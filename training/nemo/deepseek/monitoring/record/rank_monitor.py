@@ -157,7 +157,7 @@ class RankMonitor(DeepSeekCallback):
         step = module.finished_steps
         is_due = self.schedule.is_due(step)
         if is_due:
-            self.schedule.recorded(step, *_meet(module, self._cost, step_seconds))
+            self.schedule.recorded(step, *_largest_of_all_ranks(module, self._cost, step_seconds))
         begin = time.perf_counter()
         row = module.step_record
         assert row is not None
@@ -229,7 +229,7 @@ class RankMonitor(DeepSeekCallback):
             self._files = None
 
 
-def _meet(module: DeepSeekModel, *values: float) -> list[float]:
+def _largest_of_all_ranks(module: DeepSeekModel, *values: float) -> list[float]:
     """Wait for the ranks that are still busy with the step; the largest of each value on any rank.
 
     Not a cost of watching: who is early waits now instead of at the next step's first collective.
