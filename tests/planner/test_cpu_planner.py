@@ -6,12 +6,17 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from deepseek.commands.calibrate import crew_sizes
+from deepseek.commands import calibrate as calibration
 from deepseek.commands.cpu_speed import ATTENTION, BLOCKS, GROUPED, HEADS, LINEAR, TINY, explained
 from deepseek.commands.estimate import estimate
 from deepseek.commands.forecast import forecast
@@ -42,6 +47,7 @@ from deepseek.planner.cpu_time import (
     scores,
 )
 from deepseek.planner.step_time import predict_step
+from deepseek.training.step import DeepSeekModel
 from support.micro_runs import MicroRuns
 
 COSTS = Work(
@@ -114,6 +120,54 @@ def test_work_is_that_of_the_real_block(moe: bool) -> None:
     assert QUERIES == BLOCK
 
 
+def test_calibrate_writes_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calibration, "_crew", lambda count, before: crew(count))
+    monkeypatch.setattr(calibration, "_other_work", lambda: nullcontext([0.5]))
+    monkeypatch.setattr(calibration, "cores", lambda: 2)
+    calibration.calibrate(tmp_path / "loaded.json")
+    found, out = read_machine(tmp_path / "loaded.json"), capsys.readouterr().out
+    assert found.name == machine_name() and [c.processes for c in found.crews] == [1, 2, 4]
+    assert found.disturbed == 0.5
+    assert "other work took 50% of this machine" in out and "83 GFLOP/s each" in out
+    assert out.count("50% of this machine: once more") == 3
+    monkeypatch.setattr(calibration, "_other_work", lambda: nullcontext([0.05]))
+    calibration.calibrate(tmp_path / "idle.json")
+    assert "other work" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="idle.json"):
+        calibration.calibrate(tmp_path / "idle.json")
+    # 100 s on 2 cores of 2, then of 8: where others find room elsewhere, they disturb nothing
+    assert calibration.share_of_others(100, 200, 100, 2) == 0.5
+    assert calibration.share_of_others(100, 800, 100, 2) == 0
+    assert calibration.share_of_others(700, 800, 100, 2) == 0.5
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+def test_a_real_calibration_is_near_a_real_step(tmp_path: Path) -> None:
+    file = tmp_path / "cpu.json"
+    command = [sys.executable, "-m", "deepseek", "calibrate", "--output", str(file)]
+    subprocess.run(command, check=True)
+    run = load_config(TINY, ["trainer.precision=32", "model.data.seq_length=64"])
+    predicted = predict_step(run, read_machine(file).device(1), 1)
+    module = DeepSeekModel(run.model, seed=1)
+    optimizer, length = module.configure_optimizers(), run.model.data.seq_length
+    tokens = torch.randint(run.model.vocab_size, (run.model.global_batch_size, length))
+    batch = {
+        "tokens": tokens,
+        "labels": tokens.roll(-1, 1),
+        "positions": torch.arange(length).expand(tokens.shape).contiguous(),
+        "documents": torch.zeros(tokens.shape, dtype=torch.int32),
+    }
+    took = []
+    for _ in range(6):
+        start = time.perf_counter()
+        module.train_step(batch, optimizer)
+        took.append(time.perf_counter() - start)
+    assert predicted.seconds / 3 < min(took) < 3 * predicted.seconds
+
+
 def test_processes_share_what_there_is() -> None:
     one, two = seconds(), seconds("trainer.devices=2")
     ep = "model.expert_model_parallel_size=2"
@@ -128,7 +182,7 @@ def test_processes_share_what_there_is() -> None:
     assert seconds("trainer.devices=4", deep, machine=room) < crowd
     recompute = "model.activations_checkpoint_granularity=full"
     assert 1.15 * one < seconds(recompute) < 1.5 * one
-    assert [crew_sizes(n) for n in (1, 2, 8, 12, 64)] == [
+    assert [calibration.crew_sizes(n) for n in (1, 2, 8, 12, 64)] == [
         [1, 2, 4],
         [1, 2, 4],
         [1, 2, 4, 8],

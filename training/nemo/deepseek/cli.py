@@ -247,7 +247,7 @@ def calibrate_command(
         typer.Option(help="New file for --gpu; none: that of --gpu cpu."),
     ] = None,
 ) -> None:
-    """Measure this machine's CPU, for estimate and plan; about half a minute."""
+    """Measure this machine's CPU, for estimate and plan; two minutes or more."""
     from deepseek.commands.calibrate import calibrate
 
     calibrate(output)

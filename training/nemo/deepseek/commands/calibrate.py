@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,10 +30,14 @@ from deepseek.planner.cpu import (
     machine_text,
 )
 
+ATTEMPTS = 2
+"""At each number of processes, if other work disturbs."""
 PART = "DEEPSEEK_CALIBRATION_PART"
-"""File for what a crew has measured, of the processes that measure."""
+"""File for what a crew has measured, of the processes that measure; before, of what fewer have."""
 MOST = 16
 """Processes at once: more are taken to be like these."""
+CREW_MEMBER = 1 << 30
+"""Bytes of one of them, about."""
 
 
 def calibrate(output: Path | None = None) -> None:
@@ -56,18 +59,17 @@ def calibrate(output: Path | None = None) -> None:
         output.unlink()
     start = time.monotonic()
     crews: list[Crew] = []
-    with _other_work() as others:
-        for count in crew_sizes(cores()):
-            say(f"{_processes(count):<14}")
-            crew = _crew(count)
-            if count > cores():  # they compute as those do that have a core each
-                crew = replace(crew, forward=crews[-1].forward, backward=crews[-1].backward)
-            crews.append(crew)
+    shares = []
+    for count in crew_sizes(cores()):
+        say(_processes(count))
+        share, crew = _least_disturbed(count, crews[-1] if crews else None)
+        shares.append(share)
+        crews.append(crew)
     machine = CpuMachine(
         machine_name(),
         cores(),
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        others[0],
+        _memory(),
+        max(shares),
         tuple(crews),
     )
     file = output or calibration_file()
@@ -86,18 +88,38 @@ def calibrate(output: Path | None = None) -> None:
 
 def crew_sizes(cores_here: int) -> list[int]:
     """Numbers of processes that are measured: powers of two up to the cores, and four at least."""
-    most = min(MOST, max(4, cores_here))
+    most = max(1, min(MOST, max(4, cores_here), _memory() // CREW_MEMBER))
     return [1 << power for power in range(most.bit_length()) if 1 << power <= most]
 
 
-def _crew(count: int) -> Crew:
+def _memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _least_disturbed(count: int, before: Crew | None) -> tuple[float, Crew]:
+    """A crew, measured again if others worked meanwhile, and their share of the machine."""
+    found: list[tuple[float, Crew]] = []
+    while len(found) < ATTEMPTS and (not found or found[-1][0] > DISTURBED / 2):
+        if found:
+            say(f"{'':<12} other work took {found[-1][0]:.0%} of this machine: once more")
+        with _other_work() as others:
+            crew = _crew(count, before)
+        found.append((others[0], crew))
+    return min(found, key=lambda pair: pair[0])
+
+
+def _crew(count: int, before: Crew | None) -> Crew:
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[PART] = str(Path(folder) / "part.json")
+        part = Path(folder) / "part.json"
+        if before is not None:
+            part.write_text(machine_text(CpuMachine("", 1, 1, 0, (before,))), encoding="utf-8")
+        os.environ[PART] = str(part)
         try:
             code = supervise(worker_command(), count, 0, say)
             if code:
                 raise SystemExit(code)
-            return crew_of(json.loads(Path(os.environ[PART]).read_text(encoding="utf-8")))
+            return crew_of(json.loads(part.read_text(encoding="utf-8")))
         finally:
             del os.environ[PART]
 
@@ -105,9 +127,13 @@ def _crew(count: int) -> Crew:
 def _measure(processes: Processes, part: Path) -> None:
     from deepseek.commands.cpu_speed import measured  # it imports torch
 
+    before = None
+    if part.exists():
+        before = crew_of(json.loads(part.read_text(encoding="utf-8")))
     if processes.world_size > 1:
         join(processes, "cpu", timedelta(minutes=5))
-    crew = measured(processes, part.parent / "run", lambda what: say(f"{'':<12} {what} ..."))
+    tell = lambda what: say(f"{'':<12} {what} ...")  # noqa: E731
+    crew = measured(processes, part.parent / "run", before, tell)
     if processes.rank == 0:
         machine = CpuMachine("", 1, 1, 0, (crew,))
         part.write_text(machine_text(machine), encoding="utf-8")
@@ -135,15 +161,31 @@ def _tell(crew: Crew) -> None:
 
 @contextmanager
 def _other_work() -> Iterator[list[float]]:
-    """Share of the machine that other programs take meanwhile, where the system says."""
+    """Share of these cores that other programs take meanwhile, where the system says."""
     found = [0.0]
-    before, mine = _busy(), sum(os.times()[:4])
+    before, mine, start = _busy(), sum(os.times()[:4]), time.monotonic()
     yield found
     after = _busy()
-    if before and after and after[1] > before[1]:
+    if before and after:
         ticks = os.sysconf("SC_CLK_TCK")
-        others = (after[0] - before[0]) / ticks - (sum(os.times()[:4]) - mine)
-        found[0] = min(1.0, max(0.0, others * ticks / (after[1] - before[1])))
+        busy, there = (after[0] - before[0]) / ticks, (after[1] - before[1]) / ticks
+        others = busy - (sum(os.times()[:4]) - mine)
+        found[0] = share_of_others(others, there, time.monotonic() - start, cores())
+
+
+def share_of_others(others: float, there: float, elapsed: float, cores_here: int) -> float:
+    """Of the cores that may be used here, what other programs took.
+
+    Where the machine has more, they are taken to have been there as long as there was room.
+
+    Args:
+        others: core seconds that they took.
+        there: core seconds of the whole machine.
+        elapsed: seconds.
+        cores_here: that may be used here.
+    """
+    mine = cores_here * elapsed
+    return min(1.0, max(0.0, others - max(0.0, there - mine)) / mine)
 
 
 def _busy() -> tuple[int, int] | None:

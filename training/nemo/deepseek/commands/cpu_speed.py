@@ -6,12 +6,13 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,8 @@ TINY = "deepseek_v3_tiny"
 UNKNOWN = 1e-18
 """Seconds of what is not measured, or explains nothing."""
 NONE = Links(1, *[UNKNOWN] * 8)
-ROUNDS = 7
+_NOTHING = Outside(*[UNKNOWN] * 6)
+ROUNDS = 4
 """Of each piece: the fastest counts, since whatever else runs makes the others slower."""
 
 LINEAR = (
@@ -92,41 +94,87 @@ STEPS = (
 """Width, vocabulary and layers of models whose whole step is timed."""
 
 
-def measured(processes: Processes, folder: Path, say: Callable[[str], None]) -> Crew:
+def measured(
+    processes: Processes, folder: Path, before: Crew | None, say: Callable[[str], None]
+) -> Crew:
     """This machine, with so many processes at once; a collective of all of them.
 
     Args:
         processes: this one among them.
         folder: new, for a run.
+        before: what was measured of fewer processes.
         say: what is measured now.
     """
     count = processes.world_size
     say("a trainer")
     around, resident = _trainer(processes, folder)
-    forward = backward = Work(*[UNKNOWN] * len(Work._fields))
-    if count <= cores():  # more compute no faster
+    if before is not None and count > cores():  # which compute as fast, in turn
+        forward, backward = before.forward, before.backward
+    else:
         say("products, attention, blocks")
-        pieces = list(_pieces())
+        twice = [list(_pieces()) for _ in range(2)]  # what disturbs is mostly over by then
+        pieces = [
+            (works, tuple(map(min, took, again)))
+            for (works, took), (_, again) in zip(*twice, strict=True)
+        ]
         forward, backward = (
             explained([(works[way], took[way]) for works, took in pieces]) for way in (0, 1)
         )
-        say("steps in a row")
-        slower = _in_a_row(Crew(1, 1, 1, forward, backward, Outside(*[UNKNOWN] * 6), (NONE,)))
-        forward, backward = forward * slower, backward * slower
+    say("passes in a row")
+    crew = Crew(count, torch.get_num_threads(), resident, forward, backward, _NOTHING, (NONE,))
+    slower = math.prod(_slower(crew, *changes) for changes in WHOLE) ** (1 / len(WHOLE))
+    crew = replace(crew, forward=forward * slower, backward=backward * slower)
     say("steps")
-    outside = _outside(count, around)
+    crew = replace(crew, outside=_outside(count, around))
+    if count == 1:
+        return crew
     say("exchanges")
-    sizes = sorted({2, count}) if count > 1 else []
-    links = [Links(ranks=size, **link_costs(size)) for size in sizes]
-    return Crew(
-        count,
-        torch.get_num_threads(),
-        resident,
-        forward,
-        backward,
-        outside,
-        tuple(links) or (NONE,),
-    )
+    sizes = sorted({2, count})
+    crew = replace(crew, links=tuple(Links(ranks=size, **link_costs(size)) for size in sizes))
+    return replace(crew, links=tuple(_in_steps(crew, links) for links in crew.links))
+
+
+def _slower(crew: Crew, *changes: str) -> float:
+    """How much longer passes of a process alone take in a step than piece by piece: caches hold
+    what comes again, and more processes than cores take turns."""
+    run = _run(1, *changes, *_batch(1))
+    measured = _step(DeepSeekModel(run.model, seed=1), run.model)[0]
+    return measured / _passes(crew, run, 1)
+
+
+def _in_steps(crew: Crew, links: Links) -> Links:
+    """Exchanges as they are in a step, where processes come to them at different times.
+
+    What a step of tensor parallelism, or of experts on several ranks, takes longer than its
+    computation is put down to them.
+    """
+    for axis, names in (("tensor", ("shared", "sum")), ("expert", ("rows",))):
+        size = f"model.{axis}_model_parallel_size={links.ranks}"
+        groups = crew.processes // (links.ranks if axis == "tensor" else 1)
+        run = _run(crew.processes, *WHOLE[0], *_batch(groups), size)
+        module = DeepSeekModel(run.model, seed=1, parallelize_later=True)
+        meshes = Meshes(Layout.of(run.model, crew.processes), "cpu", timedelta(minutes=5))
+        module.parallelize(meshes, torch.device("cpu"))
+        took = _step(module, run.model)[0]
+        free: dict[str, Any] = dict.fromkeys(names, UNKNOWN)
+        without = _passes(replace(crew, links=(replace(links, **free),)), run, crew.processes)
+        expected = _passes(replace(crew, links=(links,)), run, crew.processes) - without
+        longer = max(1.0, (took - without) / max(expected, UNKNOWN))
+        slow: dict[str, Any] = {name: longer * getattr(links, name) for name in names}
+        links = replace(links, **slow)
+    return links
+
+
+def _passes(crew: Crew, run: RunConfig, processes: int) -> float:
+    """Seconds that are expected of a step without its optimiser."""
+    machine = CpuMachine("", cores(), 1, 0, (crew,))
+    estimate = predict_step(run, machine.device(max(processes, crew.processes)), processes)
+    return estimate.seconds - estimate.parts["optimizer"] - crew.outside.around
+
+
+def _batch(groups: int) -> tuple[str, str]:
+    """Two micro-batches of two sequences, of each of so many groups."""
+    return "model.micro_batch_size=2", f"model.global_batch_size={4 * groups}"
 
 
 def _trainer(processes: Processes, folder: Path) -> tuple[float, float]:
@@ -144,7 +192,7 @@ def _trainer(processes: Processes, folder: Path) -> tuple[float, float]:
         "model.micro_batch_size=1",
         f"model.global_batch_size={count}",
     )
-    with redirect_stdout(StringIO()):
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         fit(run, folder, processes)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     rows = [row for row in log if "loss" in row][2:]
@@ -282,19 +330,6 @@ WHOLE = (
     ("model.num_hidden_layers=2", "model.n_routed_experts=32", "model.data.seq_length=96"),
 )
 """Changes of ``deepseek_v3_tiny``, whose passes are timed as they come in a step."""
-
-
-def _in_a_row(crew: Crew) -> float:
-    """How much longer passes take in a step than piece by piece: caches hold what comes again."""
-    device = CpuMachine("", 1, 1, 0, (crew,)).device(1)
-    found = []
-    for changes in WHOLE:
-        sizes = ("model.micro_batch_size=2", "model.global_batch_size=4")
-        run = _run(1, *sizes, *changes)
-        estimate = predict_step(run, device, 1)
-        expected = estimate.seconds - estimate.parts["optimizer"]
-        found.append(_step(DeepSeekModel(run.model, seed=1), run.model)[0] / expected)
-    return math.prod(found) ** (1 / len(found))
 
 
 # -- the rest of a step --

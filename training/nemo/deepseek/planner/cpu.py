@@ -43,6 +43,7 @@ class Crew:
     resident: float
     """Bytes of a process before it has a model."""
     forward: Work
+    """Seconds of a process that has its core; more processes than cores take turns."""
     backward: Work
     outside: Outside
     links: tuple[Links, ...]
@@ -67,23 +68,23 @@ class CpuMachine:
 
     def device(self, processes: int) -> Device:
         """What each of so many processes has."""
-        crew, alone = self.crew(processes), self.crew(min(processes, self.cores))
+        crew = self.crew(processes)
         share = Share(
             processes,
             self.cores,
             crew.resident,
-            alone.forward,
-            alone.backward,
+            crew.forward,
+            crew.backward,
             crew.outside,
             crew.links,
         )
-        rate = 1 / alone.forward.flop
+        rate = 1 / crew.forward.flop
         return Device(
             "CPU",
             bf16=rate,
             fp8=rate,
             memory=self.memory / processes,
-            hbm=NUMBER / alone.forward.number,
+            hbm=NUMBER / crew.forward.number,
             nvlink=1 / crew.links[0].shared_byte,
             domain=ALL,
             network=1 / crew.links[0].shared_byte,
