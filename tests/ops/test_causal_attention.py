@@ -41,11 +41,12 @@ def compare(
     results = []
     for function in (causal_attention, causal_attention_slow):
         q, k, v = tensors(shape, dims, dtype)
-        y_BNSV = function(q[:, :, without:], k, v, scale, documents_BS)
+        largest_BNS = torch.empty(*shape[:2], shape[2] - without, dtype=torch.float64)
+        y_BNSV = function(q[:, :, without:], k, v, scale, documents_BS, largest_BNS)
         wanted = (*shape[:2], shape[2] - without, dims[1])
         assert y_BNSV.shape == wanted and y_BNSV.dtype == dtype
         y_BNSV.backward(torch.linspace(-1, 1, y_BNSV.numel()).view_as(y_BNSV).to(dtype))
-        results.append((y_BNSV, q.grad, k.grad, v.grad))
+        results.append((y_BNSV, q.grad, k.grad, v.grad, largest_BNS.to(dtype)))
     for fast, slow in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, **TOLERANCE[dtype])
 

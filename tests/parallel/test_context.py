@@ -29,7 +29,7 @@ def test_the_attention_of_all_ranks_is_that_of_the_whole_sequence(isolated: bool
     parts = []
     for rank in range(3):
         mine = sequence_part(q.transpose(1, 2), rank, 3).transpose(1, 2)
-        parts.append(attend_to_whole(mine, k, v, 0.5, documents_BS, rank, 3).transpose(1, 2))
+        parts.append(attend_to_whole(rank, 3, mine, k, v, 0.5, documents_BS).transpose(1, 2))
     torch.testing.assert_close(in_order(torch.cat(parts, dim=1), 3), whole)
 
 

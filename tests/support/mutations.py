@@ -219,6 +219,10 @@ MUTATIONS = (
              "0.2 * min(parameter.shape[-2:])", "training/test_muon.py::test_equals_torch_muon"),
     Mutation("Muon: experts of a stack share a norm", MUON, "x.norm(dim=(-2, -1), keepdim=True)",
              "x.norm()", "training/test_muon.py::test_a_stack_is_a_row_of_matrices"),
+    Mutation("QK-clip: the rotary query by the root too", "training/qk_clip.py",
+             "gamma_N1.expand(-1, attn.qk_rope_head_dim)",
+             "gamma_N1.sqrt().expand(-1, attn.qk_rope_head_dim)",
+             "training/test_qk_clip.py::test_heads_above_the_threshold_are_scaled_down_to_it"),
 )
 # fmt: on
 

@@ -242,6 +242,7 @@ def test_peft_reads_the_adapters(micro: MicroRuns, adapted: str) -> None:
     ("setting", "message"),
     [
         ("model.restore_from=null", "adapters are trained on top of weights that exist"),
+        ("model.optim.qk_clip_threshold=100", "would scale weights of queries and keys, which are"),
         ("model.moe_router_bias_update_rate=1e-3", "would change the router, which is frozen"),
         ("model.peft.target_modules=[q_a_proj]", "there is no matrix q_a_proj; use wq_a"),
         ("model.peft.target_modules=[wq]", "this model has no wq"),

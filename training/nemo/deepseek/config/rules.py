@@ -319,6 +319,14 @@ def adapters(cfg: RunConfig) -> Iterator[Problem]:
             "a .nemo file holds whole models, and model.peft trains adapters",
             "use false; after the run `deepseek lora merge` and `deepseek nemo export` write one",
         )
+    clip = cfg.model.optim.qk_clip_threshold
+    if clip is not None:
+        yield Problem(
+            "model.optim.qk_clip_threshold",
+            clip,
+            "would scale weights of queries and keys, which are frozen with model.peft",
+            "use null",
+        )
     has = {weight.lora for weight in model_weights(cfg.model)}
     for name in names:
         if name not in unknown and has.isdisjoint(LORA_GROUPS.get(name, (name,))):

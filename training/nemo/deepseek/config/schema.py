@@ -243,6 +243,12 @@ class OptimConfig:
     )
     muon_momentum: float = key(0.95, "Nesterov momentum of Muon", at_least=0, below=1)
     sched: SchedConfig = key(SchedConfig(), "learning rate over the steps")
+    qk_clip_threshold: float | None = key(
+        None,
+        "largest attention logit of a head in a step, above which its query and key weights are "
+        "scaled down (QK-clip; Kimi-K2: 100); null: none are",
+        above=0,
+    )
 
 
 @dataclass(frozen=True)

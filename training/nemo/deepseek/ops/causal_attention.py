@@ -28,6 +28,7 @@ def causal_attention(
     v_BNMU: Tensor,
     scale: float,
     documents_BM: Tensor | None = None,
+    largest_BNS: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T + causal mask) v.
 
@@ -37,6 +38,7 @@ def causal_attention(
         q_BNSH, k_BNMH, v_BNMU: any float dtype, the same for all.
         scale: multiplies the scores.
         documents_BM: document id of each token; a token then sees only its own document.
+        largest_BNS: filled with the largest score of each query, scaled; None: not asked for.
 
     Returns:
         (B, N, S, U) in the dtype of ``v``.
@@ -45,12 +47,16 @@ def causal_attention(
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             q_BNSH, k_BNMH, v_BNMU = (x.to(dtype) for x in (q_BNSH, k_BNMH, v_BNMU))
-        return _BlockAttention.apply(q_BNSH, k_BNMH, v_BNMU, scale, documents_BM)
-    if q_BNSH.is_cuda and (documents_BM is not None or q_BNSH.shape[2] < k_BNMH.shape[2]):
+        return _BlockAttention.apply(q_BNSH, k_BNMH, v_BNMU, scale, documents_BM, largest_BNS)
+    late = q_BNSH.shape[2] < k_BNMH.shape[2]
+    if q_BNSH.is_cuda and (documents_BM is not None or late or largest_BNS is not None):
         if documents_BM is None:
             documents_BM = torch.zeros(1, 1, dtype=torch.int32, device=q_BNSH.device)
             documents_BM = documents_BM.expand(k_BNMH.shape[0], k_BNMH.shape[2])
-        return attend_in_blocks(q_BNSH, k_BNMH, v_BNMU, scale, documents_BM)
+        return attend_in_blocks(q_BNSH, k_BNMH, v_BNMU, scale, documents_BM, largest_BNS)
+    if largest_BNS is not None:  # a compiled CPU, whose kernel does not tell
+        with torch.no_grad():
+            largest_BNS.copy_(_all_scores(q_BNSH, k_BNMH, scale, documents_BM).amax(dim=-1))
     value_dims = v_BNMU.shape[-1]
     padding = q_BNSH.shape[-1] - value_dims
     if padding > 0 and v_BNMU.device.type == "cpu":
@@ -60,7 +66,7 @@ def causal_attention(
     mask: Tensor | None = None
     if documents_BM is not None:
         mask = document_mask(documents_BM, queries)
-    elif queries < keys:
+    elif late:
         mask = causal_mask(queries, keys, q_BNSH.device)
     y_BNSU = F.scaled_dot_product_attention(
         q_BNSH, k_BNMH, v_BNMU, attn_mask=mask, is_causal=mask is None, scale=scale
@@ -74,15 +80,26 @@ def causal_attention_slow(
     v_BNMU: Tensor,
     scale: float,
     documents_BM: Tensor | None = None,
+    largest_BNS: Tensor | None = None,
 ) -> Tensor:
     """Reference implementation of ``causal_attention``: holds all scores."""
+    scores_BNSM = _all_scores(q_BNSH, k_BNMH, scale, documents_BM)
+    if largest_BNS is not None:
+        largest_BNS.copy_(scores_BNSM.detach().amax(dim=-1))
+    return scores_BNSM.softmax(dim=-1) @ v_BNMU
+
+
+def _all_scores(
+    q_BNSH: Tensor, k_BNMH: Tensor, scale: float, documents_BM: Tensor | None
+) -> Tensor:
+    """Scaled, -inf where a query may not look: (B, N, S, M)."""
     scores_BNSM = q_BNSH @ k_BNMH.transpose(-2, -1) * scale
     if documents_BM is None:
         documents_BM = torch.zeros(
             k_BNMH.shape[0], k_BNMH.shape[2], dtype=torch.int64, device=q_BNSH.device
         )
     mask = document_mask(documents_BM, q_BNSH.shape[2])
-    return scores_BNSM.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ v_BNMU
+    return scores_BNSM.masked_fill(~mask, float("-inf"))
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -148,7 +165,9 @@ def _first_of_document(documents_BM: Tensor) -> Tensor:
     return torch.empty_like(order_BM).scatter_(1, order_BM, first_BM)
 
 
-def _probabilities(q_rsH: Tensor, k_rmH: Tensor, scale: float, mask: Tensor) -> Tensor:
+def _probabilities(
+    q_rsH: Tensor, k_rmH: Tensor, scale: float, mask: Tensor, largest_rs: Tensor | None = None
+) -> Tensor:
     """Of one block, (r, s, m)."""
     none = q_rsH.new_empty(())
     scores_rsm = torch.baddbmm(none, q_rsH, k_rmH.transpose(1, 2), beta=0, alpha=scale)
@@ -156,6 +175,8 @@ def _probabilities(q_rsH: Tensor, k_rmH: Tensor, scale: float, mask: Tensor) -> 
         scores_rsm[:, :, -len(mask) :].masked_fill_(mask, float("-inf"))
     else:
         scores_rsm.unflatten(0, (len(mask), -1)).masked_fill_(mask, float("-inf"))
+    if largest_rs is not None:
+        largest_rs.copy_(scores_rsm.amax(dim=-1))
     return scores_rsm.softmax(dim=-1)
 
 
@@ -176,19 +197,22 @@ class _BlockAttention(torch.autograd.Function):
         v_BNMU: Tensor,
         scale: float,
         documents_BM: Tensor | None,
+        largest_BNS: Tensor | None,
     ) -> Tensor:
+        largest_RS = None if largest_BNS is None else largest_BNS.view(-1, largest_BNS.shape[2])
         q, k, v = (x.flatten(0, 1).contiguous() for x in (q_BNSH, k_BNMH, v_BNMU))
         ctx.save_for_backward(q, k, v, documents_BM)
         ctx.scale, ctx.shape = scale, (*q_BNSH.shape[:3], k_BNMH.shape[2])
         y_RSU = q.new_empty(*q.shape[:2], v.shape[2])
         with torch.autocast("cpu", enabled=False):
             for rows, queries, keys, mask in _blocks(ctx.shape, documents_BM):
-                probs_rsm = _probabilities(q[rows, queries], k[rows, keys], scale, mask)
+                largest_rs = None if largest_RS is None else largest_RS[rows, queries]
+                probs_rsm = _probabilities(q[rows, queries], k[rows, keys], scale, mask, largest_rs)
                 y_RSU[rows, queries].baddbmm_(probs_rsm, v[rows, keys], beta=0)
         return y_RSU.view(*q_BNSH.shape[:3], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad_BNSU: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_BNSU: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, documents_BM = ctx.saved_tensors
         grad_RSU = grad_BNSU.flatten(0, 1).contiguous()
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -205,4 +229,4 @@ class _BlockAttention(torch.autograd.Function):
                 _add_product(grad_k[rows, keys], scores_rsm.transpose(1, 2), q_rsH, ctx.scale)
         sequences = ctx.shape[:2]
         grads = (grad.to(q.dtype).unflatten(0, sequences) for grad in (grad_q, grad_k, grad_v))
-        return (*grads, None, None)
+        return (*grads, None, None, None)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
 BLOCK = 128
@@ -22,7 +22,12 @@ BLOCK = 128
 
 
 def attend_in_blocks(
-    q_BNSH: Tensor, k_BNMH: Tensor, v_BNMU: Tensor, scale: float, documents_BM: Tensor
+    q_BNSH: Tensor,
+    k_BNMH: Tensor,
+    v_BNMU: Tensor,
+    scale: float,
+    documents_BM: Tensor,
+    largest_BNS: Tensor | None = None,
 ) -> Tensor:
     """``causal_attention`` over documents, or of late queries, by FlexAttention.
 
@@ -32,14 +37,22 @@ def attend_in_blocks(
         dtype = torch.get_autocast_dtype(q_BNSH.device.type)
         q_BNSH, k_BNMH, v_BNMU = (x.to(dtype) for x in (q_BNSH, k_BNMH, v_BNMU))
     queries = q_BNSH.shape[2]
+    attend: Any = flex_attention
     if torch.compiler.is_compiling():
         mask = document_blocks(documents_BM, queries)
-        return flex_attention(q_BNSH, k_BNMH, v_BNMU, block_mask=mask, scale=scale)
-    made = _made.setdefault(documents_BM, {})
-    if queries not in made:
-        made[queries] = document_blocks(documents_BM, queries)
-    attend = _compiled() if q_BNSH.is_cuda else flex_attention
-    return attend(q_BNSH, k_BNMH, v_BNMU, block_mask=made[queries], scale=scale)
+    else:
+        made = _made.setdefault(documents_BM, {})
+        if queries not in made:
+            made[queries] = document_blocks(documents_BM, queries)
+        mask = made[queries]
+        attend = _compiled() if q_BNSH.is_cuda else flex_attention
+    if largest_BNS is None:
+        return attend(q_BNSH, k_BNMH, v_BNMU, block_mask=mask, scale=scale)
+    # Each row's maximum is at hand in the kernel, in exact form and for nothing.
+    told = AuxRequest(max_scores=True)
+    y_BNSU, aux = attend(q_BNSH, k_BNMH, v_BNMU, block_mask=mask, scale=scale, return_aux=told)
+    largest_BNS.copy_(aux.max_scores)
+    return y_BNSU
 
 
 def document_blocks(documents_BM: Tensor, queries: int) -> BlockMask:

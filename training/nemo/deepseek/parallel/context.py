@@ -47,8 +47,9 @@ def shard_sequences(model: Transformer, meshes: Meshes) -> None:
         return (part(args[0]),)
 
     def cut_rotation(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x_BsD, cos_BSA, sin_BSA, *others = args
-        return x_BsD, part(cos_BSA), part(sin_BSA), *others
+        x_BsD, cos_BSA, sin_BSA, documents_BS, cache, real_BS = args
+        real_Bs = None if real_BS is None else part(real_BS)
+        return x_BsD, part(cos_BSA), part(sin_BSA), documents_BS, cache, real_Bs
 
     def cut_mask(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x_BsD, real_BS, *others = args
@@ -60,8 +61,8 @@ def shard_sequences(model: Transformer, meshes: Meshes) -> None:
         latent_BSC, k_rope_BSH = in_order(keys_BSX, size).split(widths, dim=-1)
         return latent_BSC.to(latent_BsC.dtype), k_rope_BSH.to(k_rope_BsH.dtype)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Tensor | None) -> Tensor:
-        return attend_to_whole(q, k, v, scale, documents, rank, size)
+    def attend(*arguments: Any) -> Tensor:
+        return attend_to_whole(rank, size, *arguments)
 
     for embed in (model.embed, model.mtp_embed):
         if embed is not None:
@@ -97,32 +98,35 @@ def in_order(gathered: Tensor, size: int) -> Tensor:
 
 
 def attend_to_whole(
+    rank: int,
+    size: int,
     q_BNsH: Tensor,
     k_BNSH: Tensor,
     v_BNSU: Tensor,
     scale: float,
-    documents_BS: Tensor | None,
-    rank: int,
-    size: int,
+    documents_BS: Tensor | None = None,
+    largest_BNs: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of a rank's two chunks of queries over the whole sequence: (B, N, s, U).
 
     Args:
+        rank: of n.
+        size: n.
         q_BNsH: of this rank's part.
         k_BNSH, v_BNSU: of all tokens.
         scale: of the scores.
         documents_BS: of all tokens; None: one stream.
-        rank: of n.
-        size: n.
+        largest_BNs: see ``causal_attention``.
     """
     chunk = k_BNSH.shape[2] // (2 * size)
     results = []
-    for q_BNcH, number in zip(q_BNsH.chunk(2, dim=2), (rank, 2 * size - 1 - rank), strict=True):
+    largest = (None, None) if largest_BNs is None else largest_BNs.chunk(2, dim=2)
+    numbers = rank, 2 * size - 1 - rank
+    for q_BNcH, number, largest_BNc in zip(q_BNsH.chunk(2, dim=2), numbers, largest, strict=True):
         end = (number + 1) * chunk
+        keys = k_BNSH[:, :, :end], v_BNSU[:, :, :end]
         documents = None if documents_BS is None else documents_BS[:, :end]
-        results.append(
-            causal_attention(q_BNcH, k_BNSH[:, :, :end], v_BNSU[:, :, :end], scale, documents)
-        )
+        results.append(causal_attention(q_BNcH, *keys, scale, documents, largest_BNc))
     return torch.cat(results, dim=2)
 
 

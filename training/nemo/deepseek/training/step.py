@@ -35,6 +35,7 @@ from deepseek.parallel.pipeline import Batch
 from deepseek.training.muon import newton_schulz
 from deepseek.training.optim import build_optimizer, learning_rate
 from deepseek.training.phases import Memory, Phases
+from deepseek.training.qk_clip import QueryKeyClip
 
 MAX_SKIPPED_IN_A_ROW = 10
 """Consecutive steps with a non-finite gradient after which training stops."""
@@ -128,6 +129,8 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         routers = list(self.model.routers().values())
         for router in routers:
             router.start_step()
+        most = self.config.optim.qk_clip_threshold
+        qk_clip = None if most is None else QueryKeyClip(self.model, most, self.meshes)
         # 1. divisors: tokens of the whole step, so that no cut of the batch changes the gradient
         counts = [(batch["labels"] != IGNORE_INDEX).sum(), (batch["documents"] >= 0).sum()]
         counts_2 = sum_over(torch.stack(counts), self.meshes.data).clamp(min=1)
@@ -146,10 +149,12 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
                 clip_gradients(self.model, self.gradient_clip_val, norms.total)
             self._count_everywhere(routers)
             # 4. what the host must know: the one wait for the device, but for the exchanges of EP
-            self.stop_agreed, told = self._to_host(sums, routers, norms, counts_2)
+            self.stop_agreed, told = self._to_host(sums, routers, norms, counts_2, qk_clip)
             # 5. update, unless a gradient is not finite: then no weight changes
             if isfinite(told.norms.total):
                 optimizer.step()
+                if qk_clip:
+                    qk_clip.scale_weights(self.model)
                 # 6. correction bias, once per step, from the counts of the whole batch
                 for router in routers:
                     router.update_bias(
@@ -186,6 +191,8 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
             lr=lr,
             tokens=int(told.num_real),
             skipped=not isfinite(norms.total),
+            max_attention_logit=told.logit,
+            clipped_heads=told.clipped,
             data_seconds=self._loading.seconds if self._loading else None,
             forward_backward_seconds=seconds.get("forward_backward"),
             optimizer_seconds=seconds.get("optimizer"),
@@ -202,7 +209,12 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
                 router.tokens_per_expert.copy_(counts_E)
 
     def _to_host(
-        self, sums: Tensor, routers: list[Router], norms: GradientNorms[Tensor], counts_2: Tensor
+        self,
+        sums: Tensor,
+        routers: list[Router],
+        norms: GradientNorms[Tensor],
+        counts_2: Tensor,
+        qk_clip: QueryKeyClip | None,
     ) -> tuple[bool, _Told]:
         """Whether a signal has reached a rank, and the numbers of the step, in one read.
 
@@ -215,10 +227,16 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
             mine[:3].zero_()
         if self.meshes.coordinate.cp > 0:
             mine[2].zero_()
-        known = torch.stack(norms), counts_2.to(mine.dtype)
+        known = [torch.stack(norms), counts_2.to(mine.dtype)]
+        if qk_clip:
+            qk_clip.know_all_ranks()
+            heads = qk_clip.largest_LN.amax(), qk_clip.clipped_LN.sum()
+            known.append(torch.stack([number.to(mine.dtype) for number in heads]))
         read = torch.cat((sum_over(mine, self.meshes.world), *known)).tolist()
-        main, mtp, balance_loss, signals, *norms_4, num_labels, num_real = read
-        told = _Told(main, mtp, balance_loss, GradientNorms(*norms_4), num_labels, num_real)
+        main, mtp, balance_loss, signals, *norms_4, num_labels, num_real = read[:10]
+        heads_read = (read[10], int(read[11])) if qk_clip else (None, None)
+        norms_read = GradientNorms(*norms_4)
+        told = _Told(main, mtp, balance_loss, norms_read, num_labels, num_real, *heads_read)
         return signals > 0, told
 
     # -- validation --
@@ -329,6 +347,9 @@ class _Told(NamedTuple):
     norms: GradientNorms[float]
     num_labels: float
     num_real: float
+    logit: float | None
+    """The largest of attention, and how many heads were clipped for theirs; None: not asked for."""
+    clipped: int | None
 
 
 class NonFiniteError(UserError):
@@ -358,6 +379,11 @@ class StepRecord:
     """Tokens of this step, padding not counted."""
     skipped: bool
     """True if the gradient was not finite and no weight was changed."""
+
+    max_attention_logit: float | None = None
+    """Before QK-clip, of all heads of all blocks."""
+    clipped_heads: int | None = None
+    """That QK-clip has scaled after this step."""
 
     data_seconds: float | None = None
     """This rank's wait for its batch."""

@@ -40,6 +40,8 @@ class MultiHeadLatentAttention(nn.Module):
             whole sequence; replaced where several ranks share each sequence.
         attend: attention of the queries here over the keys and values of the whole sequence;
             replaced likewise.
+        largest_logit_N: raised to the largest attention logit of each head here, of training and of
+            tokens that are no padding; None: not asked for.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.wo = Linear(num_heads * v_head_dim, dim)
         self.whole_sequence: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda *part: part
         self.attend: Callable[..., Tensor] = causal_attention
+        self.largest_logit_N: Tensor | None = None
 
     def forward(
         self,
@@ -83,6 +86,7 @@ class MultiHeadLatentAttention(nn.Module):
         sin_BSA: Tensor,
         documents_BS: Tensor | None = None,
         cache: LatentStore | None = None,
+        real_BS: Tensor | None = None,
     ) -> Tensor:
         """(B, S, D) -> (B, S, D).
 
@@ -91,12 +95,13 @@ class MultiHeadLatentAttention(nn.Module):
             documents_BS: of the whole sequence: attention stays inside a document; None: one
                 stream.
             cache: the new tokens also see the cached ones.
+            real_BS: False for padding; None: all real.
         """
         q_nope_BSNH, q_rope_BSNH = self._queries(x_BSD, cos_BSA, sin_BSA)
         latent_BSC, k_rope_BSH = self._latents(x_BSD, cos_BSA, sin_BSA)
         if cache is None:
             keys = self.whole_sequence(latent_BSC, k_rope_BSH)
-            y_BSNU = self._expanded(q_nope_BSNH, q_rope_BSNH, *keys, documents_BS)
+            y_BSNU = self._expanded(q_nope_BSNH, q_rope_BSNH, *keys, documents_BS, real_BS)
         else:
             kept_BMX, visible_BSM = cache.append(latent_BSC, k_rope_BSH)
             y_BSNU = self._absorbed(q_nope_BSNH, q_rope_BSNH, kept_BMX, visible_BSM)
@@ -125,6 +130,7 @@ class MultiHeadLatentAttention(nn.Module):
         latent_BSC: Tensor,
         k_rope_BSH: Tensor,
         documents_BS: Tensor | None,
+        real_BS: Tensor | None,
     ) -> Tensor:
         """eq 2, 4, 5, 10: keys and values per head, then ordinary attention."""
         kv_BSNH = self.wkv_b(latent_BSC).unflatten(
@@ -137,7 +143,15 @@ class MultiHeadLatentAttention(nn.Module):
             torch.cat((nope.transpose(1, 2), rope.transpose(1, 2)), dim=-1)
             for nope, rope in ((q_nope_BSNH, q_rope_BSNH), (k_nope, k_rope_BSNH))
         )
-        y_BNSU = self.attend(q, k, v_BSNU.transpose(1, 2), self.softmax_scale, documents_BS)
+        arguments = q, k, v_BSNU.transpose(1, 2), self.softmax_scale, documents_BS
+        if self.largest_logit_N is None or not torch.is_grad_enabled():
+            return self.attend(*arguments).transpose(1, 2)
+        largest_BNS = self.largest_logit_N.new_empty(q.shape[:3])
+        y_BNSU = self.attend(*arguments, largest_BNS)
+        if real_BS is not None:
+            largest_BNS.masked_fill_(~real_BS.unsqueeze(1), float("-inf"))
+        # A maximum: recomputation may raise it twice.
+        self.largest_logit_N.copy_(self.largest_logit_N.maximum(largest_BNS.amax(dim=(0, 2))))
         return y_BNSU.transpose(1, 2)
 
     def _absorbed(

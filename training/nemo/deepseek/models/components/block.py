@@ -36,7 +36,8 @@ class DeepSeekBlock(nn.Module):
     ) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
         rotation = context.cos_BSA, context.sin_BSA
-        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), *rotation, context.documents_BS, cache)
+        seen = context.documents_BS, cache, context.real_BS
+        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), *rotation, *seen)
         counted = (context.real_BS, context.balance_scale, cache is not None) if self.is_moe else ()
         return x_BSD + self.ffn(self.ffn_norm(x_BSD), *counted)
 
