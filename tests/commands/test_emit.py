@@ -176,6 +176,8 @@ def test_megatron_takes_the_layout(micro: MicroRuns) -> None:
 
 BOTH: list[tuple[str, Any]] = [
     ("model.optim.name", "muon"),
+    ("model.optim.qk_clip_threshold", 100.0),
+    ("model.rampup_batch_size", [2, 2, 8]),
     ("model.data.fim_rate", 0.1),
     ("model.data.chat", True),
     ("model.data.data_prefix", None),

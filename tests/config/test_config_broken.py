@@ -200,6 +200,23 @@ ONE_PROBLEM = [
         "model.rope_scaling.beta_fast",
         ["less than beta_slow=32", "use 32 or more"],
     ),
+    # a batch that grows
+    ("model.rampup_batch_size=[2]", "model.rampup_batch_size", ["must be three numbers"]),
+    (
+        "model.rampup_batch_size=[4,5,100]",
+        "model.rampup_batch_size",
+        ["not lead from 4 to model.global_batch_size=", "increments of 5", "increment of "],
+    ),
+    (
+        "model.rampup_batch_size=[64,1,100]",
+        "model.rampup_batch_size",
+        ["not lead from 64", "use a start below", "or null"],
+    ),
+    (
+        "model.rampup_batch_size=[1,1,100]",
+        "model.rampup_batch_size",
+        ["a batch of 1 sequences: no multiple of model.micro_batch_size x", "multiples of 4"],
+    ),
     # optimiser
     ("model.optim.betas=[0.9]", "model.optim.betas", ["must be two numbers", "[0.9, 0.95]"]),
     ("model.optim.betas=[0.9, 1.0]", "model.optim.betas", ["below 1"]),

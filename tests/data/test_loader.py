@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deepseek.config import changed
+from deepseek.config.batch_ramp import batch_size, consumed_samples
 from deepseek.config.errors import UserError
 from deepseek.config.schema import DataConfig, ModelConfig
 from deepseek.data import loader as loader_module
@@ -80,6 +83,38 @@ def test_steps_take_consecutive_samples_and_ranks_equal_parts() -> None:
     assert list(late) == whole[3:]
     assert (len(StepBatches(6, 4)), len(late)) == (4, 1)
     assert len(StepBatches(6, 4, start_step=9)) == 0
+
+
+def test_a_batch_that_grows_takes_consecutive_samples_too() -> None:
+    """[2, 2, 12] to 6: the batch is 2 till 6 samples are consumed, 4 till 12, then 6."""
+    ramp = [2, 2, 12]
+    whole = list(StepBatches(6, 7, ramp=ramp))
+    assert [len(step) for step in whole] == [2, 2, 2, 4, 4, 6, 6]
+    assert sum(whole, []) == list(range(26))
+    for step in range(8):  # from any step at the very sample
+        assert consumed_samples(step, 6, ramp) == sum(map(len, whole[:step]))
+        assert list(StepBatches(6, 7, ramp=ramp, start_step=2).after(step)) == whole[2 + step :]
+    halves = [list(StepBatches(6, 7, ramp=ramp, dp_rank=rank, dp_size=2)) for rank in range(2)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == whole
+
+
+@given(
+    start=st.integers(1, 9), increment=st.integers(1, 9), count=st.integers(1, 9),
+    samples=st.integers(1, 500), step=st.integers(0, 200),
+)  # fmt: skip
+def test_a_batch_grows_as_megatrons(
+    start: int, increment: int, count: int, samples: int, step: int
+) -> None:
+    """Its rule, step by step: an increment for each whole part of the samples that is consumed."""
+    whole, consumed = start + count * increment, 0
+    for done in range(step + 1):
+        size = min(whole, start + consumed * count // samples * increment)
+        ramp = start, increment, samples
+        assert (batch_size(done, whole, ramp), consumed_samples(done, whole, ramp)) == (
+            size,
+            consumed,
+        )
+        consumed += size
 
 
 def test_a_batch_that_cannot_be_divided() -> None:

@@ -90,15 +90,19 @@ def test_step_line() -> None:
 def test_a_long_line_fits(columns: int, end: str) -> None:
     """Loss, speed and time left stay; what follows one that has no room may still have it."""
     long = record(1234567, loss=10.5594, mtp_loss=10.7321, **MEASURED)
-    line = fitted(step_parts(long, 2469134, 123456.7, 45296, 1e-6), columns)
+    line = fitted(step_parts(long, 2469134, 123456.7, 45296, lambda n: n * 1e-6), columns)
     assert line.startswith("step 1234567/2469134 loss 10.5594 | 123,457 tok/s | 12:34:56 left")
     assert line.endswith(end)
     assert len(line) <= columns
 
 
 def test_epochs_are_told_when_data_are_passed_more_than_once() -> None:
-    assert "epoch 0.50/2.00" in step_parts(record(100), 400, 1.0, 0.0, 0.005)
-    assert not [part for part in step_parts(record(100), 400, 1.0, 0.0, 0.0025) if "epoch" in part]
+    assert "epoch 0.50/2.00" in step_parts(record(100), 400, 1.0, 0.0, lambda n: n / 200)
+    assert not [
+        part
+        for part in step_parts(record(100), 400, 1.0, 0.0, lambda n: n / 400)
+        if "epoch" in part
+    ]
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,10 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
     micro = number(1, 3)
     count = number(1, 4) if pp == 1 else _micro_batches(schedule, pp, number)
     depth = number(0, 2)
+    ramp = None
+    if count > 1 and draw(st.booleans()):  # the first step of two is a smaller one
+        fewer = number(1, count - 1)
+        ramp = [micro * dp * fewer, micro * dp * (count - fewer), 1]
     # 5. what is recomputed, of all blocks of a stage or of some
     recompute = among((None, "full", "selective"))
     some = layers > stages and split is None or bool(split and max(split) > 1)
@@ -150,6 +154,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
         cpu_offloading_activations=recompute != "selective" and draw(st.booleans()),
         micro_batch_size=micro,
         global_batch_size=micro * count * dp,
+        rampup_batch_size=ramp,
         tensor_model_parallel_size=tp,
         context_parallel_size=cp,
         pipeline_model_parallel_size=pp,
@@ -168,6 +173,8 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
             lr=3e-3,
             eps=ADAM_EPS[dtype],
             sched=SchedConfig(min_lr=1e-3),
+            qk_clip_threshold=among((None, 0.2)),
+            moments_dtype=among(("fp32", "fp32", "bf16")),
         ),
     )
     clip = among((1.0, 0.1, 1e3, 0.0))

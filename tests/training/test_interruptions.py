@@ -302,6 +302,8 @@ def test_every_end_at_every_moment(micro: MicroRuns, whole: str, moment: str, ho
 
 @framework
 @pytest.mark.parametrize("settings", [["model.optim.name=muon", "model.data.num_workers=2",
+                                       "model.optim.qk_clip_threshold=1e-3",
+                                       "model.rampup_batch_size=[2,2,11]",
                                        "model.data.isolate_documents=true",
                                        "model.data.fim_rate=0.5"],
                                       ["model.activations_checkpoint_granularity=full",

@@ -12,6 +12,7 @@ from deepseek.checkpoint.manager import CheckpointManager
 from deepseek.checkpoint.manifest import complete_steps
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.training_state import Base, collect_tensors, restore, run_state
+from deepseek.config.batch_ramp import consumed_samples
 from deepseek.config.changes import (
     FIXED,
     HARMLESS,
@@ -261,10 +262,11 @@ class Checkpointing(DeepSeekCallback):
             if not key.startswith(("exp_manager.", "name")):
                 self.report(f"changed since the checkpoint: {text}")
         if other_data or SAMPLES & changes.keys():
-            batch = now.get("model.global_batch_size", 1)
+            model = stored_config(self.config).model
+            first = consumed_samples(step, model.global_batch_size, model.rampup_batch_size) + 1
             self.report(
                 f"changed since the checkpoint: the samples; step {step + 1} takes sample "
-                f"{step * batch + 1:,} and those after it, in the order of the data as they are "
+                f"{first:,} and those after it, in the order of the data as they are "
                 "now: some may come again, and others never"
             )
         if rates:

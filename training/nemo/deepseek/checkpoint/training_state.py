@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.manifest import MANIFEST
+from deepseek.config.batch_ramp import consumed_samples
 from deepseek.config.errors import UserError
 from deepseek.files import sha256_of
 from deepseek.models.components.lora import is_adapter
@@ -142,7 +143,9 @@ def run_state(
         **base,
         **skipped,
         "step": module.finished_steps,
-        "consumed_samples": module.finished_steps * module.config.global_batch_size,
+        "consumed_samples": consumed_samples(
+            module.finished_steps, module.config.global_batch_size, module.config.rampup_batch_size
+        ),
         "seed": module.seed,
         "config": config,
         "data": fingerprint,

@@ -11,6 +11,7 @@ from deepseek.checkpoint.callback import Checkpointing, FolderLock
 from deepseek.commands.forecast import Forecast
 from deepseek.commands.stopping import Stopping
 from deepseek.config import RunConfig, UserError, resolved_yaml
+from deepseek.config.batch_ramp import consumed_samples
 from deepseek.config.cost import count_parameters, flops_per_token
 from deepseek.console import say
 from deepseek.data.digests import Verification
@@ -123,7 +124,12 @@ def callbacks(
         log,
         # With adapters the routers are frozen: their loads are those of the text.
         Alarms(log, experts if model.peft is None else None, ranks, run),
-        Progress(run.trainer.log_every_n_steps, data.epochs(model.global_batch_size)),
+        Progress(
+            run.trainer.log_every_n_steps,
+            lambda steps: data.epochs(
+                consumed_samples(steps, model.global_batch_size, model.rampup_batch_size)
+            ),
+        ),
     ]
 
 

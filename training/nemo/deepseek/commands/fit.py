@@ -19,6 +19,7 @@ from deepseek.commands.forecast import forecast
 from deepseek.commands.validate import summary
 from deepseek.commands.versions import chosen_folder, finished_steps, made_folder
 from deepseek.config import RunConfig, UserError
+from deepseek.config.batch_ramp import consumed_samples
 from deepseek.config.layout import Layout
 from deepseek.console import StageProgress, complain, say
 from deepseek.data.loader import build_train_loader, build_validation_loader
@@ -104,8 +105,9 @@ def _fit(
     if together and on_gpu:
         record_flights(folder / FLIGHT_RECORDER, processes.attempt)
     data = _open_data_in_turn(run, processes)
+    batch = run.model.global_batch_size, run.model.rampup_batch_size
     for part in data.parts:
-        epochs = data.epochs(run.trainer.max_steps * run.model.global_batch_size, part)
+        epochs = data.epochs(consumed_samples(run.trainer.max_steps, *batch), part)
         share = f", {part['share']:.3g} of a batch" if len(data.parts) > 1 else ""
         say(f"data         {part['name']}: {part['tokens']:,} tokens{share}, {epochs:.2f} epochs")
     for note in data.notes:

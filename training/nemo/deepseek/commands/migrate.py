@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.config import RunConfig, load_config, resolved_yaml
+from deepseek.config.batch_ramp import consumed_samples
 from deepseek.config.errors import UserError
 from deepseek.console import StageProgress, complain, say
 from deepseek.data.open_data import open_data
@@ -79,7 +80,9 @@ def migrate_checkpoint(
     data.verification.start()
     state = {
         "step": steps,
-        "consumed_samples": steps * run.model.global_batch_size,
+        "consumed_samples": consumed_samples(
+            steps, run.model.global_batch_size, run.model.rampup_batch_size
+        ),
         "seed": run.seed,
         "config": asdict(run),
         "data": data.fingerprint,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deepseek.config import RunConfig, UserError, load_config
+from deepseek.config.batch_ramp import consumed_samples, levels
 from deepseek.config.cost import count_parameters, flops_per_token, kv_cache_bytes_per_token
 from deepseek.config.layout import (
     Layout,
@@ -148,7 +149,7 @@ def summary(run: RunConfig, on_gpu: bool) -> list[tuple[str, str]]:
             "step",
             f"{model.global_batch_size:,} sequences x {model.data.seq_length:,} = {tokens:,} "
             f"tokens in {micro_batches:,} x {model.micro_batch_size:,} per forward pass; "
-            f"{run.trainer.max_steps:,} steps, {_short(tokens * run.trainer.max_steps)} tokens",
+            f"{_ramp(model)}{run.trainer.max_steps:,} steps, {_short(_tokens(run))} tokens",
         ),
         (
             "memory",
@@ -157,6 +158,23 @@ def summary(run: RunConfig, on_gpu: bool) -> list[tuple[str, str]]:
             + ("" if on_gpu else "; Python and torch need some 400 MiB besides"),
         ),
     ]
+
+
+def _tokens(run: RunConfig) -> int:
+    model, steps = run.model, run.trainer.max_steps
+    samples = consumed_samples(steps, model.global_batch_size, model.rampup_batch_size)
+    return samples * model.data.seq_length
+
+
+def _ramp(model: ModelConfig) -> str:
+    """What comes before the whole batch, as it stands before the number of steps."""
+    if model.rampup_batch_size is None:
+        return ""
+    *_, last = levels(model.global_batch_size, model.rampup_batch_size)
+    tokens = _short(last.sample * model.data.seq_length)
+    return (
+        f"from {model.rampup_batch_size[0]:,} sequences in {last.step:,} steps, {tokens} tokens; "
+    )
 
 
 def _layout(run: RunConfig, layout: Layout) -> str:
@@ -212,7 +230,7 @@ def validate_report(cfg: RunConfig) -> list[tuple[str, str]]:
     assert dp is not None, "config/layout_rules.py lets this layout through"
     micro_batches = model.global_batch_size // (model.micro_batch_size * dp)
     tokens_per_step = model.global_batch_size * length
-    total_tokens = tokens_per_step * trainer.max_steps
+    total_tokens = _tokens(cfg)
     number_bytes = 4 if str(trainer.precision).startswith("32") else 2
     cache = kv_cache_bytes_per_token(model, number_bytes)
 
@@ -260,7 +278,10 @@ def validate_report(cfg: RunConfig) -> list[tuple[str, str]]:
             f"{micro_batches:,} micro-batches of {model.micro_batch_size:,}"
             + (" per rank)" if ranks > 1 else ")"),
         ),
-        ("tokens of the run", f"{_short(total_tokens)} ({trainer.max_steps:,} steps)"),
+        (
+            "tokens of the run",
+            f"{_short(total_tokens)} ({_ramp(model)}{trainer.max_steps:,} steps)",
+        ),
         ("FLOPs of the run", f"{flops * total_tokens:.3g}"),
     ]
     return rows

@@ -36,6 +36,7 @@ FIXED = {
 SAMPLES = {
     "seed",
     "model.global_batch_size",
+    "model.rampup_batch_size",
     "model.data.seq_length",
     "model.data.isolate_documents",
     "model.data.fim_rate",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from deepseek.config.batch_ramp import MOST_INCREMENTS, leads_to
 from deepseek.config.errors import Problem, divisors, listed
 from deepseek.config.layout import (
     INTERLEAVED_SCHEDULES,
@@ -254,6 +255,50 @@ def pipeline_stages(cfg: RunConfig) -> Iterator[Problem]:
                 f"use {stages} numbers of at least 1 (the last: 0) that add up to {layers}, such "
                 f"as {even}, or null",
             )
+
+
+def rampup(cfg: RunConfig) -> Iterator[Problem]:
+    """A batch that grows does so in whole increments, and each size can be run."""
+    model, path = cfg.model, "model.rampup_batch_size"
+    ramp, whole = model.rampup_batch_size, model.global_batch_size
+    if ramp is None:
+        return
+    if len(ramp) != 3 or min(ramp) < 1:
+        fault, way_out = "must be three numbers, each at least 1", "use [start, increment, samples]"
+        yield Problem(path, list(ramp), fault, way_out)
+        return
+    start, increment, _ = ramp
+    if not leads_to(whole, ramp):
+        steps = [n for n in divisors(max(1, whole - start)) if leads_to(whole, (start, n, 1))]
+        yield Problem(
+            path,
+            list(ramp),
+            f"does not lead from {start} to model.global_batch_size={whole} in 1 to "
+            f"{MOST_INCREMENTS:,} increments of {increment}",
+            f"use an increment of {listed(steps, near=increment)}"
+            if steps
+            else f"use a start below {whole}, or null",
+        )
+        return
+    dp, pp = data_parallel_size(model, world_size(cfg)), model.pipeline_model_parallel_size
+    if dp is None or stages_per_rank(model) is None:
+        return  # other rules speak of these
+    unit, schedule = model.micro_batch_size * dp, model.pipeline_schedule
+    for size in range(start, whole, increment):
+        fits, need = _needed_micro_batches(schedule, pp, size // unit)
+        if size % unit:
+            fault = f"no multiple of model.micro_batch_size x data-parallel size {dp} = {unit}"
+        elif pp > 1 and not fits(size // unit):
+            fault = f"{size // unit} micro-batches, and {schedule} over {pp} ranks needs {need}"
+        else:
+            continue
+        yield Problem(
+            path,
+            list(ramp),
+            f"leads through a batch of {size} sequences: {fault}",
+            f"use a start and an increment that are multiples of {unit}, or null",
+        )
+        return
 
 
 def pipeline_micro_batches(cfg: RunConfig) -> Iterator[Problem]:

@@ -449,6 +449,12 @@ class ModelConfig:
         unit="blocks",
         at_least=1,
     )
+    rampup_batch_size: list[int] | None = key(
+        None,
+        "[start, increment, samples]: the global batch grows from start by increments to "
+        "global_batch_size, in equal parts of the first samples (V3: from 3072 over 469 B tokens); "
+        "null: none",
+    )
 
     fp8_recipe: str | None = key(
         None,

@@ -1,9 +1,9 @@
 """Which samples a rank reads in which step, and the loaders that read them.
 
-Step ``s`` of ``G`` samples takes global samples ``s * G`` to ``(s + 1) * G - 1``; of these rank
-``r`` of ``R`` takes the ``r``-th of ``R`` equal parts. Ranks are plain integers. Nothing is counted
-while reading: the step decides, so a run goes on from any step with any number of ranks and
-workers.
+Step ``s`` of ``G`` samples takes global samples ``s * G`` to ``(s + 1) * G - 1``, or where batches
+grow those after the steps before; of these rank ``r`` of ``R`` takes the ``r``-th of ``R`` equal
+parts. Ranks are plain integers. Nothing is counted while reading: the step decides, so a run goes
+on from any step with any number of ranks and workers.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from deepseek.config.batch_ramp import batch_size, consumed_samples
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
 from deepseek.console import complain
@@ -31,6 +32,9 @@ Packed = PackedDataset | ChatDataset | BlendedDataset
 class StepBatches(Sampler[list[int]]):
     """For each step from ``start_step`` on, the sample numbers of one data-parallel rank.
 
+    Args:
+        ramp: ``model.rampup_batch_size``.
+
     Raises:
         UserError: the samples of a step cannot be divided equally.
     """
@@ -43,6 +47,7 @@ class StepBatches(Sampler[list[int]]):
         start_step: int = 0,
         dp_rank: int = 0,
         dp_size: int = 1,
+        ramp: Sequence[int] | None = None,
     ) -> None:
         if global_batch_size % dp_size:
             nearest = max(dp_size, round(global_batch_size / dp_size) * dp_size)
@@ -52,12 +57,12 @@ class StepBatches(Sampler[list[int]]):
             )
         self.global_batch_size = global_batch_size
         self.start_step, self.max_steps = start_step, max_steps
-        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.dp_rank, self.dp_size, self.ramp = dp_rank, dp_size, ramp
 
     def __iter__(self) -> Iterator[list[int]]:
-        share = self.global_batch_size // self.dp_size
         for step in range(self.start_step, self.max_steps):
-            first = step * self.global_batch_size + self.dp_rank * share
+            share = batch_size(step, self.global_batch_size, self.ramp) // self.dp_size
+            first = consumed_samples(step, self.global_batch_size, self.ramp) + self.dp_rank * share
             yield list(range(first, first + share))
 
     def after(self, done: int) -> StepBatches:
@@ -68,6 +73,7 @@ class StepBatches(Sampler[list[int]]):
             start_step=self.start_step + done,
             dp_rank=self.dp_rank,
             dp_size=self.dp_size,
+            ramp=self.ramp,
         )
 
     def __len__(self) -> int:
@@ -96,8 +102,8 @@ def build_train_loader(
         dp_size: how many these are.
 
     Returns:
-        An item is a dictionary of tensors [global_batch_size / dp_size, S]: ``tokens``, ``labels``,
-        ``positions`` (int64) and ``documents`` (int32), see ``PackedDataset``.
+        An item is a dictionary of tensors [B, S], B the rank's part of the step's global batch:
+        ``tokens``, ``labels``, ``positions`` (int64), ``documents`` (int32), see ``PackedDataset``.
     """
     batches = StepBatches(
         cfg.global_batch_size,
@@ -105,9 +111,10 @@ def build_train_loader(
         start_step=start_step,
         dp_rank=dp_rank,
         dp_size=dp_size,
+        ramp=cfg.rampup_batch_size,
     )
     # Made here, the index of the epoch is shared by the forked workers instead of made in each.
-    dataset[start_step * cfg.global_batch_size]
+    dataset[consumed_samples(start_step, cfg.global_batch_size, cfg.rampup_batch_size)]
     return _loader(dataset, batches, cfg.data.num_workers)
 
 

@@ -545,12 +545,14 @@ def _unlike(
         ("cpu_offloading_activations", False, f"{target} has a setting of its own", "false"),
         ("optim.moments_dtype", "fp32", f"{target} chooses it elsewhere", "fp32"),
         ("optim.name", "adamw", "Muon is another one there, with other settings", "adamw"),
+        ("optim.qk_clip_threshold", None, f"{target} would not clip so", "null"),
         (
             "data.chat",
             False,
             f"{target} does not read the marks of answers beside the data",
             "false, and its own chat data",
         ),
+        ("rampup_batch_size", None, f"{target} takes one batch size", "null"),
         ("data.fim_rate", 0, f"{target} does not rearrange documents", "0"),
         *extra,
     ]

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from deepseek.config.batch_ramp import consumed_samples, leads_to
 from deepseek.config.errors import UserError
 from deepseek.config.yaml_file import read_yaml
 from deepseek.monitoring.array_history import (
@@ -337,7 +338,14 @@ class RunLog:
         batch = self.setting("model.global_batch_size")
         if not isinstance(batch, int) or abs(batch) > _MOST_STEPS:
             return {}
-        read = self.step * batch
+        ramp = self.setting("model.rampup_batch_size")
+        is_ramp = (
+            isinstance(ramp, list)
+            and len(ramp) == 3
+            and all(isinstance(n, int) and 0 < n <= _MOST_STEPS for n in ramp)
+        )
+        is_ramp = is_ramp and leads_to(batch, ramp)
+        read = consumed_samples(self.step, batch, ramp if is_ramp else None)
         return {
             part.name: read * part.share / part.samples
             for part in self.data_parts()

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, schedules
 
+from deepseek.config.batch_ramp import batch_size
 from deepseek.config.errors import UserError
 from deepseek.config.layout import (
     INTERLEAVED_SCHEDULES,
@@ -126,9 +127,8 @@ class Pipeline:
     ) -> None:
         check_schedule(config.pipeline_schedule, torch.__version__)
         self.stages, self.config, self.meshes = stages, config, meshes
-        self.micro_batches = config.global_batch_size // (
-            config.micro_batch_size * meshes.layout.dp
-        )
+        first = batch_size(0, config.global_batch_size, config.rampup_batch_size)
+        self.micro_batches = first // (config.micro_batch_size * meshes.layout.dp)
         self._loss: Loss | None = None
         self._sums: Tensor | None = None
         weight = next(next(iter(stages.values())).parameters())
@@ -138,6 +138,10 @@ class Pipeline:
     def train(self, batch: Batch, loss: Loss, balance_scale: Tensor) -> Tensor:
         """See ``MicroBatches``."""
         self._loss, self._sums = loss, balance_scale.new_zeros(2, dtype=torch.float64)
+        count = len(batch["tokens"]) // self.config.micro_batch_size
+        if count != self.micro_batches:  # a batch that grows: torch's schedules are of one number
+            self.micro_batches = count
+            self._schedule = self._make_schedule()
         first = [batch["tokens"]] if 0 in self.stages else []
         arguments = _arguments(batch, balance_scale)
         self._schedule.step(*first, target=batch["labels"], return_outputs=False, **arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
 from typing import Any
 
 from deepseek.console import progress_bar, say
@@ -20,12 +21,14 @@ class Progress(DeepSeekCallback):
 
     Args:
         every_n_steps: steps between two lines where there is no terminal.
-        epochs_per_step: of the data, or of the part of a blend that is passed most often.
+        epochs: of the data after so many steps, or of the part of a blend that is passed most.
     """
 
-    def __init__(self, every_n_steps: int, epochs_per_step: float = 0.0) -> None:
+    def __init__(
+        self, every_n_steps: int, epochs: Callable[[int], float] = lambda steps: 0.0
+    ) -> None:
         self.every_n_steps = max(1, every_n_steps)
-        self.epochs_per_step = epochs_per_step
+        self.epochs = epochs
         self._bar: Any = None
         self._task: Any = None
         self._first_step = 0
@@ -56,7 +59,7 @@ class Progress(DeepSeekCallback):
         self._last = (now, 0)
         done = record.step - self._first_step
         left = (now - self._start) / done * (module.max_steps - record.step)
-        parts = step_parts(record, module.max_steps, speed, left, self.epochs_per_step)
+        parts = step_parts(record, module.max_steps, speed, left, self.epochs)
         if self._bar is None:
             columns = os.environ.get("COLUMNS", "")
             say(fitted(parts, int(columns) if columns.isdecimal() else 0))
@@ -99,7 +102,7 @@ def step_parts(
     max_steps: int,
     tokens_per_second: float,
     seconds_left: float,
-    epochs_per_step: float = 0.0,
+    epochs: Callable[[int], float] = lambda steps: 0.0,
 ) -> list[str]:
     """``step 12/400 loss 5.43``, ``3,210 tok/s``, ``0:41 left``, ...: what matters most comes
     first, and what was not measured is left out."""
@@ -107,8 +110,8 @@ def step_parts(
     if record.skipped:
         parts.append(f"SKIPPED, gradient {record.grad_norm:g}")
     parts += [f"{tokens_per_second:,.0f} tok/s", f"{clock(seconds_left)} left"]
-    if (epochs := max_steps * epochs_per_step) > 1:  # else each sample is seen once
-        parts.append(f"epoch {record.step * epochs_per_step:.2f}/{epochs:.2f}")
+    if (most := epochs(max_steps)) > 1:  # else each sample is seen once
+        parts.append(f"epoch {epochs(record.step):.2f}/{most:.2f}")
     if record.mtp_loss is not None:
         parts.append(f"mtp {record.mtp_loss:.4f}")
     parts += [f"grad {record.grad_norm:.3f}", f"lr {record.lr:.2e}"]
