@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from deepseek.config import UserError
 from deepseek.models.components.dispatcher import LocalDispatcher, TokenDispatcher
 from deepseek.models.components.moe import GroupedExperts, MoE
+from deepseek.models.components.recompute import recomputed
 from deepseek.models.components.router import Router
 from deepseek.parallel.expert_dispatcher import (
     AllToAllDispatcher,
@@ -380,6 +382,52 @@ def test_the_host_waits_once_a_layer() -> None:
         assert calls > 20 and calls_back > 5, "the watch saw nothing"
         assert waits == ["tolist"]
         assert waits_back == []
+
+
+@pytest.mark.parametrize("granularity", [None, "full", "selective"])
+def test_the_shared_expert_computes_while_rows_travel(granularity: str | None) -> None:
+    """Forward and backward; and in a recomputation that has kept the rows nothing travels."""
+
+    def work(rank: int) -> list[str]:
+        layer = Case(4, 2, [2]).layer(torch.float32)
+        layer.dispatcher = AllToAllDispatcher(4, group())
+        seen: list[str] = []
+        exchange = dist.all_to_all_single
+
+        class Work:
+            def __init__(self, work: Any) -> None:
+                self.work = work
+
+            def wait(self) -> None:
+                seen.append("wait")
+                self.work.wait()
+
+        def noted(received: Tensor, sent: Tensor, *sizes: Any, **options: Any) -> Any:
+            if not options.get("async_op"):
+                if received.is_floating_point():
+                    seen.append("combine")
+                return exchange(received, sent, *sizes, **options)
+            seen.append("begin")
+            return Work(exchange(received, sent, *sizes, **options))
+
+        shared, experts = layer.shared_experts, layer.experts
+        assert shared is not None
+        weights = {"shared": shared.w2.weight, "experts": experts.w2}
+        for name, module in (("shared", shared), ("experts", experts)):
+            module.register_forward_pre_hook(lambda *_, name=name: seen.append(name))
+            weights[name].register_hook(lambda _, name=name: seen.append(f"{name} back"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "all_to_all_single", noted)
+            x_BSD = rows(rank, 6, torch.float32).view(2, 3, DIM).requires_grad_()
+            run = layer if granularity is None else partial(recomputed, layer, granularity, DIM)
+            run(x_BSD).sum().backward()
+        return seen
+
+    forward = ["begin", "shared", "wait", "experts"]
+    again = {None: [], "full": forward, "selective": ["shared", "experts"]}[granularity]
+    back = ["experts back", "begin", "shared back", "wait"]
+    for seen in run_ranks(1, work):
+        assert seen == [*forward, "combine", "combine", *again, *back]
 
 
 # -- DeepEP, of which a stand-in has what is used of it --

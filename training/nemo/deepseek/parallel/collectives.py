@@ -65,35 +65,98 @@ def all_to_all_weighted_rows(
     send_counts: list[int],
     receive_counts: list[int],
     group: dist.ProcessGroup,
-) -> tuple[Tensor, Tensor]:
+    meanwhile: Callable[[], Any] = lambda: None,
+) -> tuple[Tensor, Tensor, Any]:
     """``all_to_all_rows`` with a number beside each row, in one exchange.
+
+    It has begun when ``meanwhile`` is called, and is waited for afterwards: NCCL sends on a stream
+    of its own. In the backward pass gradients travel beside that of ``meanwhile``.
 
     Args:
         x_RD: R = sum(send_counts).
         weights_R: as wide as the rows' numbers, or a multiple: the bits travel as numbers of rows.
+        meanwhile: computes something else.
 
     Returns:
-        (sum(receive_counts), D) and (sum(receive_counts),), by source rank.
+        (sum(receive_counts), D) and (sum(receive_counts),), by source rank; what it has computed.
     """
-    return _WeightedRows.apply(x_RD, weights_R, *_both_ways(send_counts, receive_counts, group))
+    trip = _Trip(send_counts, receive_counts, group)
+    begun = _Depart.apply(x_RD, weights_R, trip)
+    computed = meanwhile()
+    return *_Arrive.apply(begun, weights_R.dtype, trip), computed
 
 
-class _WeightedRows(torch.autograd.Function):
+class _Trip:
+    """Rows under way, or their gradients in the other direction.
+
+    Attributes:
+        under_way: of the pass that runs.
+    """
+
+    def __init__(
+        self, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup
+    ) -> None:
+        self.counts, self.group = (send_counts, receive_counts), group
+        self.under_way: _UnderWay | None = None
+
+    def begin(self, packed: Tensor, back: bool = False) -> Tensor:
+        """A tensor of nothing, by which autograd knows the order."""
+        send, receive = reversed(self.counts) if back else self.counts
+        start = partial(_UnderWay, packed, send, receive, self.group)
+        self.under_way = start() if back else keep(start, rows=True)
+        return packed.new_empty(0)
+
+    def end(self) -> Tensor:
+        """What has arrived."""
+        assert self.under_way is not None
+        arrived, self.under_way = self.under_way.wait(), None
+        return arrived
+
+
+class _UnderWay:
+    """One exchange that has begun."""
+
+    def __init__(
+        self, packed: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+    ) -> None:
+        self.arrived = packed.new_empty(sum(receive), packed.shape[1])
+        self._sent: Tensor | None = packed
+        self._work = dist.all_to_all_single(
+            self.arrived, packed, receive, send, group=group, async_op=True
+        )
+
+    def wait(self) -> Tensor:
+        """What has arrived; in a recomputation that keeps it, at once."""
+        if self._sent is not None:
+            self._work.wait()
+            self._sent = self._work = None
+        return self.arrived
+
+
+class _Depart(torch.autograd.Function):
+    """Begins the exchange of rows; its backward pass ends that of their gradients."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_RD: Tensor,
-        weights_R: Tensor,
-        there: Callable[[Tensor], Tensor],
-        back: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        ctx.back = back
-        arrived = keep(lambda: there(_packed(x_RD, weights_R)), rows=True)
-        return _unpacked(arrived, weights_R.dtype)
+    def forward(ctx: Any, x_RD: Tensor, weights_R: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip, ctx.dtype = trip, weights_R.dtype
+        return trip.begin(_packed(x_RD, weights_R))
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor, grad_R: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return *_unpacked(ctx.back(_packed(grad_RD, grad_R)), grad_R.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_unpacked(ctx.trip.end(), ctx.dtype), None
+
+
+class _Arrive(torch.autograd.Function):
+    """Ends the exchange of rows; its backward pass begins that of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, begun: Tensor, dtype: torch.dtype, trip: _Trip) -> tuple[Tensor, Tensor]:
+        ctx.trip = trip
+        return _unpacked(trip.end(), dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor, grad_R: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.trip.begin(_packed(grad_RD, grad_R), back=True), None, None
 
 
 def _packed(x_RD: Tensor, weights_R: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ n ranks, D model.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,8 @@ class AllToAllDispatcher:
     """``TokenDispatcher`` over an EP group; a rank may send, receive or own nothing.
 
     Two uneven all-to-alls a layer, one each way, after one of the counts; the backward pass makes
-    the same two in reverse. The host waits for the device once, for the sizes of the buffers.
+    the same two in reverse. The host waits for the device once, for the sizes of the buffers. Rows
+    travel beside what the caller computes meanwhile, and their gradients beside its backward pass.
 
     Every rank of the group calls ``dispatch`` and ``combine`` in the same order, whatever it holds.
 
@@ -74,7 +76,13 @@ class AllToAllDispatcher:
         self.experts_per_rank = num_experts // self.num_ranks
 
     @torch.compiler.disable
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor) -> Dispatched:
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        expert_ids_TK: Tensor,
+        meanwhile: Callable[[], Any] = lambda: None,
+    ) -> Dispatched:
         """Send each token to its experts; rows arrive sorted by local expert.
 
         Under autocast they travel and arrive in autocast's dtype: the experts compute in it.
@@ -82,12 +90,16 @@ class AllToAllDispatcher:
         plan = keep(lambda: self.plan(expert_ids_TK))
         rows_RD = as_products(expand_rows(x_TD, plan.order_R, plan.inverse_R))
         weights_R = permute_rows(weights_TK.flatten(), plan.order_R, plan.inverse_R)
-        rows_QD, weights_Q = all_to_all_weighted_rows(
-            rows_RD, weights_R, plan.send_counts, plan.receive_counts, self.group
+        rows_QD, weights_Q, computed = all_to_all_weighted_rows(
+            rows_RD, weights_R, plan.send_counts, plan.receive_counts, self.group, meanwhile
         )
         arrival = plan.arrival_Q, plan.arrival_inverse_Q
         return Dispatched(
-            permute_rows(rows_QD, *arrival), permute_rows(weights_Q, *arrival), plan.counts_e, plan
+            permute_rows(rows_QD, *arrival),
+            permute_rows(weights_Q, *arrival),
+            plan.counts_e,
+            plan,
+            computed,
         )
 
     @torch.compiler.disable
@@ -171,7 +183,13 @@ class DeepEPDispatcher:
         self.group = group
 
     @torch.compiler.disable
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor) -> Dispatched:
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        expert_ids_TK: Tensor,
+        meanwhile: Callable[[], Any] = lambda: None,
+    ) -> Dispatched:
         """Send each token to its experts; rows arrive sorted by local expert."""
         num_tokens, num_choices = expert_ids_TK.shape
         dim = x_TD.shape[1]
@@ -189,6 +207,7 @@ class DeepEPDispatcher:
             permute_rows(weights_Q, arrival_Q, inverse_Q),
             torch.tensor(exchange.counts, device=x_TD.device),
             _DeepEPHandle(exchange, arrival_Q, inverse_Q, expert_ids_TK.shape),
+            meanwhile(),
         )
 
     @torch.compiler.disable

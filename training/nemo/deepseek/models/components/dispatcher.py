@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +23,8 @@ class Dispatched:
     """int64 rows per local expert."""
     state: Any
     """What ``combine`` needs to bring results back; opaque to the caller."""
+    meanwhile: Any = None
+    """What the caller has computed while the rows were under way."""
 
 
 class TokenDispatcher(Protocol):
@@ -31,8 +34,14 @@ class TokenDispatcher(Protocol):
     back keeps no rows for the backward pass, and is not repeated where activations are recomputed.
     """
 
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor) -> Dispatched:
-        """Group the tokens by expert."""
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        expert_ids_TK: Tensor,
+        meanwhile: Callable[[], Any] = lambda: None,
+    ) -> Dispatched:
+        """Group the tokens by expert, and call ``meanwhile`` while they are under way."""
         ...
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
@@ -46,7 +55,13 @@ class LocalDispatcher:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor) -> Dispatched:
+    def dispatch(
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        expert_ids_TK: Tensor,
+        meanwhile: Callable[[], Any] = lambda: None,
+    ) -> Dispatched:
         """Group the tokens by expert."""
         expert_ids_R = expert_ids_TK.flatten()
         order_R = expert_ids_R.argsort(stable=True)
@@ -56,6 +71,7 @@ class LocalDispatcher:
             permute_rows(weights_TK.flatten(), order_R, inverse_R),
             count_rows(expert_ids_R, self.num_experts),
             (order_R, inverse_R, expert_ids_TK.shape),
+            meanwhile(),
         )
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:

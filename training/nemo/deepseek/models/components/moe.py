@@ -74,14 +74,19 @@ class MoE(nn.Module):
             if real_BS is None:
                 real_BS = torch.ones(x_BSD.shape[:2], dtype=torch.bool, device=x_BSD.device)
             weights_TK = self._with_balance(routing, real_BS, balance_scale)
-        # 2. bring rows to their experts
-        sent = self.dispatcher.dispatch(x_TD, weights_TK, routing.expert_ids_TK)
+        # 2. bring rows to their experts, and meanwhile compute the experts that all tokens share
+        shared = self.shared_experts
+        sent = self.dispatcher.dispatch(
+            x_TD,
+            weights_TK,
+            routing.expert_ids_TK,
+            lambda: None if shared is None else shared(x_BSD),
+        )
         # 3. compute; the routed experts last: what follows them needs nothing of theirs again
-        shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
         y_RD = self.experts(sent.rows_RD, sent.weights_R, sent.counts_e, decodes)
         # 4. bring results back
         y_BSD = self.dispatcher.combine(y_RD, sent).view_as(x_BSD)
-        return y_BSD if shared_BSD is None else y_BSD + shared_BSD
+        return y_BSD if shared is None else y_BSD + sent.meanwhile
 
     def _with_balance(self, routing: Routing, real_BS: Tensor, balance_scale: Tensor) -> Tensor:
         """The routing weights, with balance losses and counts attached to their backward pass."""

@@ -233,6 +233,8 @@ class CommunicationRecorder:
             self._calls[kind].append(call)
             if operation == SEND_RECV:
                 result = [_TimedWork(work, call, self._now) for work in result]
+            elif operation == "all_to_all" and result is not None:  # begun, to be waited for
+                result = _TimedWork(result, call, self._now)
             self.own_seconds += entered - start + time.perf_counter() - left
             return result
 
