@@ -14,6 +14,7 @@ from deepseek.ops import causal_attention as attention
 from deepseek.ops import document_attention
 from deepseek.ops.causal_attention import causal_attention, causal_attention_slow, document_mask
 from deepseek.ops.document_attention import attend_in_blocks, document_blocks
+from support.live_bytes import LiveBytes
 
 TOLERANCE = {
     torch.float64: dict(rtol=1e-11, atol=1e-11),
@@ -79,6 +80,19 @@ def test_equals_all_scores(
     sizes = dict(BLOCK=block, MOST_SCORES=most_scores)
     with mock.patch.multiple(attention, **sizes):
         compare(shape, dims, dtype, scale, documents_BS, without)
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_memory_grows_with_the_tokens_and_not_with_their_square(isolated: bool) -> None:
+    """Of forward and backward pass; of what is kept between them and of what is computed with."""
+    peaks = []
+    for length in (1024, 2048, 4096):
+        documents_BM = (torch.arange(length) // 300).unsqueeze(0) if isolated else None
+        q, k, v = tensors((1, 2, length), (6, 4), torch.float32)
+        with mock.patch.object(attention, "MOST_SCORES", 1 << 16), LiveBytes() as live:
+            causal_attention(q, k, v, 0.5, documents_BM).sum().backward()
+        peaks.append(live.peak)
+    assert peaks[2] / peaks[1] < 2.05 and peaks[1] / peaks[0] < 2.05, peaks
 
 
 def test_no_more_scores_at_a_time_than_allowed() -> None:

@@ -331,8 +331,6 @@ def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool
     if layout.cp > 1:
         total += number * keys * (latent + model.qk_rope_head_dim)
     total += tokens * ((8 if half else 12) * (latent + (model.q_lora_rank or 0)))
-    if model.data.isolate_documents:
-        total += (1 + number) * tokens * model.data.seq_length
     if model.peft is not None:  # what norms and router are given is for their weights alone
         total -= (2 * number + 4 * moe) * here * dim
     parted = layout.world_size > 1
