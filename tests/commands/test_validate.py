@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -63,6 +64,23 @@ def test_one_process_and_no_mtp() -> None:
     assert "processes" not in rows["states together"]
     assert "per rank" not in rows["tokens per step"]
     assert rows["KV cache per token"] == "1,280 bytes (fp32)"
+
+
+def test_a_batch_that_grows_as_v3s_did() -> None:
+    """16 sizes from 3,072 to 14,592, of 7,156,500 samples each, then the whole batch."""
+    ramp = "model.rampup_batch_size=[3072,768,114504000]"
+    rows = dict(report("deepseek_v3_671b", [ramp]))
+    steps = sum(7_156_500 / size for size in range(3072, 15360, 768))
+    told = re.fullmatch(
+        r"(\S+) T \(from 3,072 sequences in (\S+) steps, 469\.\d+ B tokens; 235,240 steps\)",
+        rows["tokens of the run"],
+    )
+    assert told is not None, rows["tokens of the run"]
+    done = int(told[2].replace(",", ""))
+    assert steps <= done < steps + 16
+    assert float(told[1]) == pytest.approx(
+        (469e9 + (235240 - done) * 15360 * 4096) / 1e12, abs=0.02
+    )
 
 
 def test_two_modules() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from deepseek.commands.device import device_named
 from deepseek.commands.validate import RESERVED_GIB, USUAL_NODE, size_text
 from deepseek.config import UserError, shipped_configs
+from deepseek.config.batch_ramp import tokens_of_run
 from deepseek.config.layout import PLANNED, Layout, world_size
 from deepseek.config.load import draft_config
 from deepseek.config.rules import check, joint_problems
@@ -87,7 +88,7 @@ def plan(
         raise UserError(way_out(run, device, room, fixed))
     problems = check(found[0].run)
     assert not problems, f"the planner's layout breaks rules: {problems}"
-    total = tokens or run.trainer.max_steps * _step_tokens(run)
+    total = tokens or tokens_of_run(run)
     rows = _rows(found, device, room, total)
     if as_json:
         say(json.dumps(_json(found, device, total), indent=2))

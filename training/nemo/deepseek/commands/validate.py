@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deepseek.config import RunConfig, UserError, load_config
-from deepseek.config.batch_ramp import consumed_samples, levels
+from deepseek.config.batch_ramp import levels, tokens_of_run
 from deepseek.config.cost import count_parameters, flops_per_token, kv_cache_bytes_per_token
 from deepseek.config.layout import (
     Layout,
@@ -149,7 +149,7 @@ def summary(run: RunConfig, on_gpu: bool) -> list[tuple[str, str]]:
             "step",
             f"{model.global_batch_size:,} sequences x {model.data.seq_length:,} = {tokens:,} "
             f"tokens in {micro_batches:,} x {model.micro_batch_size:,} per forward pass; "
-            f"{_ramp(model)}{run.trainer.max_steps:,} steps, {_short(_tokens(run))} tokens",
+            f"{_ramp(model)}{run.trainer.max_steps:,} steps, {_short(tokens_of_run(run))} tokens",
         ),
         (
             "memory",
@@ -158,12 +158,6 @@ def summary(run: RunConfig, on_gpu: bool) -> list[tuple[str, str]]:
             + ("" if on_gpu else "; Python and torch need some 400 MiB besides"),
         ),
     ]
-
-
-def _tokens(run: RunConfig) -> int:
-    model, steps = run.model, run.trainer.max_steps
-    samples = consumed_samples(steps, model.global_batch_size, model.rampup_batch_size)
-    return samples * model.data.seq_length
 
 
 def _ramp(model: ModelConfig) -> str:
@@ -230,7 +224,7 @@ def validate_report(cfg: RunConfig) -> list[tuple[str, str]]:
     assert dp is not None, "config/layout_rules.py lets this layout through"
     micro_batches = model.global_batch_size // (model.micro_batch_size * dp)
     tokens_per_step = model.global_batch_size * length
-    total_tokens = _tokens(cfg)
+    total_tokens = tokens_of_run(cfg)
     number_bytes = 4 if str(trainer.precision).startswith("32") else 2
     cache = kv_cache_bytes_per_token(model, number_bytes)
 

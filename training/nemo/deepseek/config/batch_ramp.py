@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from deepseek.config.schema import RunConfig
+
 MOST_INCREMENTS = 1000
 
 
@@ -53,6 +55,13 @@ def consumed_samples(steps: int, whole: int, ramp: Sequence[int] | None) -> int:
     """Of so many finished steps."""
     level = _level(steps, whole, ramp)
     return level.sample + (steps - level.step) * level.size
+
+
+def tokens_of_run(run: RunConfig) -> int:
+    """Of all its steps, padding included."""
+    model, steps = run.model, run.trainer.max_steps
+    samples = consumed_samples(steps, model.global_batch_size, model.rampup_batch_size)
+    return samples * model.data.seq_length
 
 
 def _level(step: int, whole: int, ramp: Sequence[int] | None) -> Level:
