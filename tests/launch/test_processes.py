@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 from datetime import timedelta
@@ -413,3 +414,15 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(UserError, match=r"local rank 1 \(rank 5\) sees 1 GPUs, but 4 processes"):
         join(Processes.from_environment(TORCHRUN), "cuda", timedelta(seconds=1))
+
+
+def test_as_many_open_files_as_ranks_ask_for() -> None:
+    """As far as the administrator lets; never fewer than before."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        for soft, ranks, wanted in ((256, 8, 528), (256, 10**9, before[1]), (600, 8, 600)):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
+            processes.let_open(ranks)
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

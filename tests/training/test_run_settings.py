@@ -384,7 +384,8 @@ def test_clipping(micro: MicroRuns, whole: str) -> None:
 def test_an_apple_gpu_is_left_alone(micro: MicroRuns) -> None:
     """It has no fp64; Lightning's own choice would be to use it."""
     before = (
-        "import torch\nfrom deepseek.frameworks import pl\n"
+        "import platform, torch\nfrom deepseek.frameworks import pl\n"
+        "platform.processor = lambda: 'arm'\n"  # Lightning asks for that, too
         "torch.backends.mps.is_available = lambda: True\n"
         "pl.accelerators.MPSAccelerator.is_available = staticmethod(lambda: True)\n"
     )

@@ -7,6 +7,7 @@ Counted from the configuration alone, and compared with tracked bytes of whole s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from deepseek.config.cost import attention_parameters
@@ -150,18 +151,22 @@ def _product_gradients(model: ModelConfig, layout: Layout, part: StageSlice, hal
     latents = model.kv_lora_rank + (model.q_lora_rank or 0)
     attention = tokens * heads * (model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim)
     attention += tokens * (latents + model.qk_rope_head_dim + dim)
-    common = number * attention + 4 * (tokens * latents + 2 * here * dim)
+    trained = model.peft is None  # with adapters norms and routers are not
+    common = number * attention + 4 * (tokens * latents + 2 * here * dim) * trained
     dense = number * tokens * (2 * model.intermediate_size // tp + dim)
     inner = model.moe_intermediate_size
     experts = number * here * model.num_experts_per_tok * (2 * inner + dim)
     shared = model.n_shared_experts * inner
     experts += number * tokens * (2 * shared // tp + dim) if shared else 0
-    experts += 4 * here * model.n_routed_experts
-    common -= (8 - 2 * number) * here * dim  # what norms give is as wide as what they get
+    if trained:
+        experts += 4 * here * model.n_routed_experts
+        common -= (8 - 2 * number) * here * dim  # what norms give is as wide as what they get
+    elif half:  # the last matrix, which only the gradients of the inputs needed
+        experts -= 2 * model.n_routed_experts // layout.ep * dim * inner
     of_kind = (common + dense, common + experts)
     return (
         sum(n * size for n, size in zip(blocks_of_stage(model, part), of_kind, strict=True))
-        + 2 * number * here * dim
+        + 2 * number * here * dim * trained
     )
 
 
@@ -192,7 +197,8 @@ def stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, half
     head = 4 * model.vocab_size // layout.tp * model.hidden_size
     if model.peft is None:
         total += (1 + depth) * head  # its gradients, made in the forward pass
-    total += 3 * hidden  # input of the norm, normed, gradient of the head's
+    # Input of the norm, in fp32 for it, normed if its weight learns, gradient of all the head saw.
+    total += (1 + 2 * half + (model.peft is None) + layout.tp) * hidden
     return total + depth * ahead_activations(model, layout, half)
 
 
@@ -267,6 +273,29 @@ def block_kinds(model: ModelConfig, stages: Sequence[StageSlice]) -> set[bool]:
     return {bool(moe) for part in stages for moe, n in enumerate(blocks_of_stage(model, part)) if n}
 
 
+def backward_bytes(
+    model: ModelConfig, layout: Layout, stages: Sequence[StageSlice], half: bool
+) -> int:
+    """``working_bytes`` of the costliest of some stages. Where only the first blocks of a stage
+    recompute, the others have gone back by then, and what they kept is gone."""
+    if model.activations_checkpoint_num_layers is None:
+        return working_bytes(model, layout, block_kinds(model, stages), half)
+    plain = replace(model, activations_checkpoint_granularity=None)
+    most = 0
+    for part in stages:
+        counts = list(zip(_recomputing(model, part), blocks_of_stage(model, part), strict=True))
+        kept = sum(
+            (blocks - n) * _block_activations(model, layout, bool(moe), half)
+            for moe, (n, blocks) in enumerate(counts)
+            if blocks > n
+        )
+        others = {bool(moe) for moe, (n, blocks) in enumerate(counts) if blocks > n}
+        again = {bool(moe) for moe, (n, _) in enumerate(counts) if n}
+        most = max(most, working_bytes(plain, layout, others, half))
+        most = max(most, working_bytes(model, layout, again, half) - kept)
+    return most
+
+
 def working_bytes(model: ModelConfig, layout: Layout, kinds: set[bool], half: bool) -> int:
     """Bytes of one block's backward pass, the costliest of ``kinds``, beside what waits for it."""
     tokens, dim = tokens_of_part(model, layout), model.hidden_size
@@ -304,9 +333,9 @@ def experts_at_work(model: ModelConfig, layout: Layout, half: bool) -> int:
     needed = 0
     if half:  # what they are weighted in
         needed = 4 * rows * model.moe_intermediate_size
-    if model.peft is not None:  # results of matrix and adapter, and their sum
-        needed += 3 * rows * model.hidden_size * (2 if half else 4)
-    if model.activations_checkpoint_granularity:
+    if model.peft is not None:  # results of matrix and adapter, scaled, and their sum
+        needed += 4 * rows * model.hidden_size * (2 if half else 4)
+    elif model.activations_checkpoint_granularity:
         needed += _block_activations(model, layout, True, half)
         needed -= _kept_activations(model, layout, True, half)
     return needed

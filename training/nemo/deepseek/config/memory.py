@@ -10,7 +10,7 @@ from typing import NamedTuple
 from deepseek.config.activations import (
     Waiting,
     ahead_activations,
-    block_kinds,
+    backward_bytes,
     blocks_of_stage,
     experts_at_work,
     hidden_bytes,
@@ -297,7 +297,7 @@ def rank_need(
     """
     stages, held = rank_stages(model, pp_rank), in_flight(model, pp_rank, micro_batches)
     kept = _states(model, layout, stages, model.optim.name)
-    root = roots_gradient = alone = 0
+    root = roots_gradient = roots_part = alone = 0
     units: list[tuple[int, int, int, int]] = []
     number, packed = 2 if half else 4, _packed_bytes(model)
     for numbers, times, unit in _groups(model, layout, stages):
@@ -309,6 +309,7 @@ def rank_need(
             units += times * [(gathered, 4 * numbers.whole, side, 4 * numbers.beside)]
         else:
             roots_gradient += 4 * times * numbers.whole
+            roots_part += 4 * times * numbers.trained
             root += times * gathered
     units.sort()
     beside, beside_gradient = units[-2][2:] if len(units) > 1 else (0, 0)
@@ -350,7 +351,7 @@ def rank_need(
     # Where all go forward first there is no gradient yet, and one less waits when there is.
     forward_first = len(waits) == 1 and all(n == micro_batches for n in held.values())
     less = sum(of_one) if forward_first and micro_batches > 1 else 0
-    main = working_bytes(model, layout, block_kinds(model, stages), half)
+    main = backward_bytes(model, layout, stages, half)
     of_embedding = 0
     moments = [moment(1, made(wait) + of_block, wait.size - less, main) for wait in waits]
     if not any(part.last for part in stages):
@@ -369,7 +370,10 @@ def rank_need(
         table = 4 * numbers_of_head * trains
         # A head in bf16 and its gradient's summand; logits and what they become.
         chunk = 8 * model.vocab_size // layout.tp * CHUNK_TOKENS
+        if half and not trains and len(stages) == 1:  # the chunk before is still there
+            chunk += chunk // 2
         chunk += 2 * numbers_of_head * (trains + (not parted)) * half
+        chunk += hidden * layout.tp * (layout.tp > 1)  # of all tokens, gathered
         scaled = table + table // 2 * (half and parted)
         moments += [moment(0, before, held_back, chunk), moment(1, before, held_back, scaled)]
         held_back -= less
@@ -382,16 +386,20 @@ def rank_need(
         ahead = working_bytes(model, layout, {True}, half) if depth else 0
         under_way += of_head
         moments.append(moment(1, under_way, held_back, ahead + table * (depth > 1)))
+        if len(stages) > 1:  # another stage goes back: of DualPipeV after the head has gone forward
+            of_head = (1 + depth) * table * (model.pipeline_schedule != "DualPipeV")
+            moments.append(moment(1, under_way, held_back - of_head, main))
         held_back -= depth * ahead_activations(model, layout, half)
         of_embedding = table * (depth > 0)
-        moments.append(moment(1, under_way, held_back, main + of_embedding))
+        own = backward_bytes(model, layout, stages[-1:], half)
+        moments.append(moment(1, under_way, held_back, own + of_embedding))
     if gives_back and units:  # what experts are gathered into is there twice till they have run
         at_work = experts_at_work(model, layout, half) + of_embedding
         experts = units[-1][0] - units[-1][2]
         last = moments[-1]
         moments.append(last._replace(gathered=last.gathered + experts * parted, working=at_work))
     if reduces:  # the embedding comes last
-        moments.append(moment(0, gradients + (4 + number) * roots_gradient // 4, 0, 0))
+        moments.append(moment(0, gradients - roots_part + (4 + number) * roots_gradient // 4, 0, 0))
     return max(moments, key=lambda need: need.total)
 
 

@@ -36,6 +36,8 @@ LOST_PEER_EXIT_CODE = 75
 """Of a rank that ends because another one did ("temporary failure" in sysexits.h)."""
 NCCL_CHARACTERS = 200
 """The end of NCCL's text, which gives its cause."""
+OTHER_FILES = 512
+"""That a process may have open besides sockets to other ranks: 85 were seen."""
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "20000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 """torch's record of the newest collectives of NCCL, written when one times out."""
 
@@ -172,9 +174,9 @@ def join(processes: Processes, device_type: str, timeout: timedelta) -> Processe
         torch.cuda.set_device(processes.local_rank)
         for name, value in FLIGHT_RECORDER.items():
             os.environ.setdefault(name, value)
-        # For messages alone, gloo need not connect every rank with every other before it starts:
-        # that takes more sockets than a process may usually have from a thousand ranks on.
+        # For messages alone, gloo need not connect every rank with every other before it starts.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    let_open(processes.world_size)
     store = _open_store(processes, timeout)
     _attempt = processes.attempt
     try:
@@ -205,6 +207,25 @@ def join(processes: Processes, device_type: str, timeout: timedelta) -> Processe
     _times_joined += 1
     atexit.register(leave)
     return replace(processes, attempt=_attempt)
+
+
+def let_open(ranks: int) -> None:
+    """Raise the soft limit of open files where so many ranks would be too many for it.
+
+    Whoever hears all others, as rank 0 does before a checkpoint, has a socket for each, and who
+    serves the store one more: beyond the usual 1,024, which are for ``select``, and nothing here
+    uses that. The hard limit stays.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OTHER_FILES + 2 * ranks
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def record_flights(folder: Path, attempt: int) -> None:
