@@ -55,6 +55,18 @@ def test_v3_on_2048_ranks(schedule: str, pp_rank: int) -> None:
     assert_near(model, Layout.of(model, 2048), [pp_rank], micro_batches, half=True)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize(("length", "tp"), [(32768, 1), (131072, 2)])
+@pytest.mark.parametrize("pp_rank", [0, 7])
+def test_v3_on_long_sequences(length: int, tp: int, pp_rank: int) -> None:
+    """Over 8 context ranks, every micro-batch that is ever under way: a GPU of 80 GB has room."""
+    sizes = dict(context_parallel_size=8, tensor_model_parallel_size=tp)
+    model = replace(V3, data=replace(V3.data, seq_length=length), **sizes)
+    layout = Layout.of(model, 2048)
+    assert_near(model, layout, [pp_rank], 17, half=True)
+    assert max(rank_need(model, layout, pp, 60, half=True).total for pp in range(16)) < 70e9
+
+
 def test_a_slice_of_v3() -> None:
     """V3's widths in two stages of 128 ranks, the last with head and MTP."""
     model = replace(V3, pipeline_model_parallel_size=2, num_hidden_layers=4)

@@ -310,9 +310,15 @@ def working_bytes(model: ModelConfig, layout: Layout, kinds: set[bool], half: bo
         else:
             width = model.intermediate_size // layout.tp
             needed = (6 if half else 4) * dim * width + hidden + (0 if half else 4 * tokens * width)
+        whole = _block_activations(model, layout, moe, half)
+        waits = whole
         if model.activations_checkpoint_granularity:
-            kept = _kept_activations(model, layout, moe, half)
-            needed += _block_activations(model, layout, moe, half) - kept
+            waits = _kept_activations(model, layout, moe, half)
+            needed += whole - waits
+        if layout.cp > 1:  # attention's pass comes last, and of long sequences is the larger one
+            attention = _attention_activations(model, layout, half) - waits
+            attention += _gradients_of_heads(model, layout, half) + hidden
+            needed = max(needed, attention)
         if model.peft is not None and model.peft.base_dtype:  # one stack or matrix, unpacked
             width = model.n_routed_experts // layout.ep * model.moe_intermediate_size
             needed += number * dim * (width if moe else model.intermediate_size)
@@ -325,6 +331,13 @@ def working_bytes(model: ModelConfig, layout: Layout, kinds: set[bool], half: bo
             needed += 2 * keeps(model, layout, moe, half)
         most = max(most, needed)
     return most
+
+
+def _gradients_of_heads(model: ModelConfig, layout: Layout, half: bool) -> int:
+    """Bytes of the gradients of queries, keys, values and results, in one backward pass."""
+    tokens, heads = tokens_of_part(model, layout), model.num_attention_heads // layout.tp
+    rows = tokens + tokens * layout.cp  # keys are of the whole sequence
+    return (2 if half else 4) * heads * rows * (model.qk_head_dim + model.v_head_dim)
 
 
 def experts_at_work(model: ModelConfig, layout: Layout, half: bool) -> int:
@@ -349,21 +362,13 @@ def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool
     bf16 already, experts that are kept in whole and the weights of one process are not.
     """
     tokens, dim, tp = tokens_of_part(model, layout), model.hidden_size, layout.tp
-    number, heads = 2 if half else 4, model.num_attention_heads // tp
-    here, latent = tokens // tp, model.kv_lora_rank
-    total = 2 * (4 + number) * here * dim  # input, after attention, and both normed
+    number, here = 2 if half else 4, tokens // tp
+    total = _attention_activations(model, layout, half)
+    total += (4 + number) * here * dim  # after attention, and normed
     inputs = number * tokens * dim
-    # attention
-    keys = tokens * layout.cp  # of the whole sequence
-    total += inputs + tokens * heads * (number * (model.qk_head_dim + model.v_head_dim) + 4)
-    total += keys * heads * number * (model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim)
-    if layout.cp > 1:
-        total += number * keys * (latent + model.qk_rope_head_dim)
-    total += tokens * ((8 if half else 12) * (latent + (model.q_lora_rank or 0)))
     if model.peft is not None:  # what norms and router are given is for their weights alone
         total -= (2 * number + 4 * moe) * here * dim
-    parted = layout.world_size > 1
-    matrices = 0 if parted else attention_parameters(model)
+    parted, matrices = layout.world_size > 1, 0
     # feed-forward
     width = model.intermediate_size // tp
     if moe:
@@ -381,6 +386,23 @@ def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool
     if model.peft is not None and model.peft.base_dtype:  # unpacked anew in each pass
         matrices = 0
     return total + (2 * matrices if half else 0)
+
+
+def _attention_activations(model: ModelConfig, layout: Layout, half: bool) -> int:
+    """The same of attention and its norm, the block's input included."""
+    tokens, dim, tp = tokens_of_part(model, layout), model.hidden_size, layout.tp
+    number, heads = 2 if half else 4, model.num_attention_heads // tp
+    latent, keys = model.kv_lora_rank, tokens * layout.cp  # of the whole sequence
+    total = (4 + number) * (tokens // tp) * dim  # input, and normed
+    total += number * tokens * dim
+    total += tokens * heads * (number * (model.qk_head_dim + model.v_head_dim) + 4)
+    total += keys * heads * number * (model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim)
+    if layout.cp > 1:
+        total += number * keys * (latent + model.qk_rope_head_dim)
+    total += tokens * ((8 if half else 12) * (latent + (model.q_lora_rank or 0)))
+    unpacked = model.peft is not None and model.peft.base_dtype is not None
+    is_copied = half and layout.world_size == 1 and not unpacked
+    return total + 2 * attention_parameters(model) * is_copied
 
 
 def _slots(model: ModelConfig, layout: Layout, rows: int) -> int:
