@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import prod
+
 import pytest
 import torch
 from torch import Tensor
 
 from deepseek.models.components.feed_forward import Expert, FeedForward, RMSNorm
+from deepseek.ops import swiglu as swiglu_module
+from deepseek.ops.rms_norm import rms_norm, rms_norm_slow
+from deepseek.ops.swiglu import swiglu, swiglu_slow
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -38,6 +44,45 @@ def test_rms_norm_equals_torch(shape: tuple[int, ...]) -> None:
         results.append((y, x.grad, norm.weight.grad))
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
+
+
+def gradients(function: Callable[..., Tensor], *inputs: Tensor | float | None) -> list[Tensor]:
+    """The result, without gradient and with it, and the gradient of every tensor."""
+    with torch.no_grad():
+        alone = function(*inputs)
+    leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in inputs]
+    y = function(*leaves)
+    y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype))
+    return [alone, y, *[x.grad for x in leaves if isinstance(x, Tensor)]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 6), (2, 3, 6), (0, 6)])
+def test_rms_norm_equals_its_slow_twin(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    inputs = random(*shape, dtype=dtype), random(6, dtype=dtype) + 1, 1e-3
+    fast, slow = (gradients(function, *inputs) for function in (rms_norm, rms_norm_slow))
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    for got, wanted in zip(fast, slow, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 6), (2, 4, 6), (0, 6)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_swiglu_equals_its_slow_twin(
+    dtype: torch.dtype, shape: tuple[int, ...], weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of three rows; weights may be wider, and 0."""
+    monkeypatch.setattr(swiglu_module, "BLOCK_NUMBERS", 18)
+    gate, up = random(2, *shape, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    weights = torch.arange(prod(shape[:-1]), dtype=wide).view(*shape[:-1], 1)
+    inputs = gate, up, weights if weighted else None
+    fast, slow = (gradients(function, *inputs) for function in (swiglu, swiglu_slow))
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2}[dtype]
+    for got, wanted in zip(fast, slow, strict=True):
+        assert got.dtype == wanted.dtype
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=4 * tolerance)
 
 
 def test_rms_norm_of_bf16_squares_in_fp32() -> None:

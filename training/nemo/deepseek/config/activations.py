@@ -357,17 +357,18 @@ def experts_at_work(model: ModelConfig, layout: Layout, half: bool) -> int:
 def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool) -> int:
     """Bytes that a block keeps for its backward pass if nothing is recomputed, its input included.
 
-    In half precision a norm keeps what it is given in fp32, and what it makes of it in bf16. A
-    product keeps a copy of its matrix if that is fp32 here: what is gathered from other ranks is in
-    bf16 already, experts that are kept in whole and the weights of one process are not.
+    In half precision a norm keeps what it is given in fp32, and what it makes of it in bf16; in
+    fp32 the first alone. SwiGLU keeps gate, up and its result. A product keeps a copy of its matrix
+    if that is fp32 here: what is gathered from other ranks is in bf16 already, experts that are
+    kept in whole and the weights of one process are not.
     """
     tokens, dim, tp = tokens_of_part(model, layout), model.hidden_size, layout.tp
     number, here = 2 if half else 4, tokens // tp
     total = _attention_activations(model, layout, half)
-    total += (4 + number) * here * dim  # after attention, and normed
+    total += (6 if half else 4) * here * dim  # after attention; in bf16 normed too
     inputs = number * tokens * dim
     if model.peft is not None:  # what norms and router are given is for their weights alone
-        total -= (2 * number + 4 * moe) * here * dim
+        total -= (4 * half + 4 * moe) * here * dim
     parted, matrices = layout.world_size > 1, 0
     # feed-forward
     width = model.intermediate_size // tp
@@ -375,13 +376,13 @@ def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool
         rows = here * model.num_experts_per_tok
         inner, slots = model.moe_intermediate_size, _slots(model, layout, rows)
         total += 4 * here * dim  # for the router, in fp32
-        total += slots * (number * (dim + 5 * inner) + 4)
+        total += slots * (number * (dim + 3 * inner) + 4)
         total += 5 * 4 * here * model.n_routed_experts + 6 * 8 * rows
         if layout.keeps_experts or not parted:
             matrices += model.n_routed_experts // layout.ep * 3 * dim * inner
         width = model.n_shared_experts * inner // tp
         inputs = inputs if half else 0  # the router's copy
-    total += (inputs if width else 0) + 4 * number * tokens * width
+    total += (inputs if width else 0) + 3 * number * tokens * width
     matrices += 0 if parted else 3 * dim * width
     if model.peft is not None and model.peft.base_dtype:  # unpacked anew in each pass
         matrices = 0
@@ -393,13 +394,13 @@ def _attention_activations(model: ModelConfig, layout: Layout, half: bool) -> in
     tokens, dim, tp = tokens_of_part(model, layout), model.hidden_size, layout.tp
     number, heads = 2 if half else 4, model.num_attention_heads // tp
     latent, keys = model.kv_lora_rank, tokens * layout.cp  # of the whole sequence
-    total = (4 + number) * (tokens // tp) * dim  # input, and normed
+    total = (6 if half else 4) * (tokens // tp) * dim  # input; in bf16 normed too
     total += number * tokens * dim
     total += tokens * heads * (number * (model.qk_head_dim + model.v_head_dim) + 4)
     total += keys * heads * number * (model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim)
     if layout.cp > 1:
         total += number * keys * (latent + model.qk_rope_head_dim)
-    total += tokens * ((8 if half else 12) * (latent + (model.q_lora_rank or 0)))
+    total += tokens * 8 * (latent + (model.q_lora_rank or 0))
     unpacked = model.peft is not None and model.peft.base_dtype is not None
     is_copied = half and layout.world_size == 1 and not unpacked
     return total + 2 * attention_parameters(model) * is_copied

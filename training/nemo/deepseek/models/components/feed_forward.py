@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek.ops.few_rows import linear
+from deepseek.ops.rms_norm import rms_norm
+from deepseek.ops.swiglu import swiglu
 
 
 class Linear(nn.Linear):
@@ -38,7 +39,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class Expert(FeedForward):
@@ -58,8 +59,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dim; any leading shape; returns the dtype of ``x``."""
-        if x.dtype == self.weight.dtype == torch.float32 and not torch.is_grad_enabled():
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # the same in one call
-        wide = x if x.dtype == torch.float64 else x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * (wide * scale).to(x.dtype)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)

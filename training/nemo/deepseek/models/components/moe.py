@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek.models.components.balance import (
@@ -21,6 +20,7 @@ from deepseek.models.components.router import Router, Routing
 from deepseek.ops.autocast import as_products
 from deepseek.ops.grouped_linear import grouped_linear
 from deepseek.ops.rows import aligned_slots, gather_rows, most_slots, spread_rows
+from deepseek.ops.swiglu import swiglu
 
 
 class MoE(nn.Module):
@@ -142,17 +142,14 @@ class GroupedExperts(nn.Module):
         num_rows, num_experts = rows_RD.shape[0], counts_e.shape[0]
         skip = device == "cpu" and not torch.is_grad_enabled()
         if decodes and skip:
-            hidden_RF = F.silu(self.product("w1", rows_RD, counts_e))
-            hidden_RF = hidden_RF * self.product("w3", rows_RD, counts_e)
-            hidden_RF = (hidden_RF * weights_R.unsqueeze(1)).to(rows_RD.dtype)
-            return self.product("w2", hidden_RF, counts_e)
+            gate_RF, up_RF = (self.product(name, rows_RD, counts_e) for name in ("w1", "w3"))
+            return self.product("w2", swiglu(gate_RF, up_RF, weights_R.unsqueeze(1)), counts_e)
         padded_e, slots_R = aligned_slots(counts_e, num_rows, skip)
         num_slots = most_slots(num_rows, num_experts, skip)
         x_PD = spread_rows(rows_RD, slots_R, num_slots)
         weights_P1 = spread_rows(weights_R.unsqueeze(1), slots_R, num_slots)
-        hidden_PF = F.silu(self.product("w1", x_PD, padded_e))
-        hidden_PF = hidden_PF * self.product("w3", x_PD, padded_e)
-        hidden_PF = (hidden_PF * weights_P1).to(x_PD.dtype)
+        gate_PF, up_PF = (self.product(name, x_PD, padded_e) for name in ("w1", "w3"))
+        hidden_PF = swiglu(gate_PF, up_PF, weights_P1)
         return gather_rows(self.product("w2", hidden_PF, padded_e), slots_R)
 
     def product(self, name: str, x_PI: Tensor, padded_e: Tensor) -> Tensor:

@@ -1,0 +1,83 @@
+"""SwiGLU's product of gate and up, with a backward pass of its own: it keeps gate and up alone, and
+computes the rest again, some rows at a time, which stay in the caches meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK_NUMBERS = 1 << 19
+"""Of a tensor in one block, about, on a CPU."""
+
+
+def swiglu(gate: Tensor, up: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``silu(gate) * up * weights`` (arXiv:2002.05202).
+
+    Args:
+        gate, up: (..., F), of one dtype.
+        weights: (..., 1), of that dtype or a wider one: of each row; None: 1.
+
+    Returns:
+        Shape and dtype of ``gate``.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _SwiGLU.apply(gate, up, weights)
+    return swiglu_slow(gate, up, weights)
+
+
+def swiglu_slow(gate: Tensor, up: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Readable twin of ``swiglu``."""
+    hidden = F.silu(gate) * up
+    return hidden if weights is None else (hidden * weights).to(gate.dtype)
+
+
+def _blocks(x_RF: Tensor) -> Iterator[slice]:
+    rows, width = x_RF.shape
+    size = max(1, BLOCK_NUMBERS // max(width, 1) if x_RF.is_cpu else rows)
+    return (slice(start, start + size) for start in range(0, rows, size))
+
+
+_silu_backward = torch.ops.aten.silu_backward.grad_input
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weights: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate, up, weights)
+        gate_RF, up_RF = gate.flatten(0, -2), up.flatten(0, -2)
+        hidden_RF = torch.empty_like(gate_RF)
+        for rows in _blocks(gate_RF):
+            if weights is None:
+                torch.mul(F.silu(gate_RF[rows]), up_RF[rows], out=hidden_RF[rows])
+            else:
+                silu_rF = F.silu(gate_RF[rows]).mul_(up_RF[rows])
+                torch.mul(silu_rF, weights.flatten(0, -2)[rows], out=hidden_RF[rows])
+        return hidden_RF.view(gate.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        gate, up, weights = ctx.saved_tensors
+        gate_RF, up_RF, grad_RF = (x.flatten(0, -2) for x in (gate, up, grad))
+        grad_gate, grad_up = (
+            torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up)
+        )
+        grad_gate_RF, grad_up_RF = grad_gate.flatten(0, -2), grad_up.flatten(0, -2)
+        weights_R1 = None if weights is None else weights.flatten(0, -2)
+        grad_weights_R1 = None if weights_R1 is None else torch.empty_like(weights_R1)
+        for rows in _blocks(gate_RF):
+            gate_rF, up_rF, grad_rF = gate_RF[rows], up_RF[rows], grad_RF[rows]
+            by_silu_rF = grad_rF * up_rF
+            by_up_rF = torch.mul(F.silu(gate_rF), grad_rF, out=grad_up_RF[rows])
+            if weights_R1 is not None and grad_weights_R1 is not None:
+                weights_r1, dtype = weights_R1[rows], weights_R1.dtype
+                grad_weights_R1[rows] = (by_up_rF * up_rF).sum(-1, keepdim=True, dtype=dtype)
+                for by_rF in (by_silu_rF, by_up_rF):
+                    torch.mul(by_rF, weights_r1, out=by_rF)
+            _silu_backward(by_silu_rF, gate_rF, grad_input=grad_gate_RF[rows])
+        if weights is None or grad_weights_R1 is None:
+            return grad_gate, grad_up, None
+        return grad_gate, grad_up, grad_weights_R1.view(weights.shape)
