@@ -242,7 +242,7 @@ def test_zero_bubble_order(pp: int, virtual: int, micro_batches: int) -> None:
             weights[stage] += kind == _ComputationType.BACKWARD_INPUT
             weights[stage] -= kind == _ComputationType.BACKWARD_WEIGHT
             theirs.append(([*inputs], [*weights]))
-        ours = zero_bubble_order(model, rank, micro_batches)
+        ours = zero_bubble_order(pp, virtual, rank, micro_batches)
         assert [([*a], [*b]) for _, a, b, _ in ours] == theirs
 
 

@@ -6,8 +6,10 @@ Counted from the configuration alone, and compared with tracked bytes of whole s
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 from deepseek.config.cost import attention_parameters
@@ -55,6 +57,9 @@ def in_flight(model: ModelConfig, pp_rank: int, micro_batches: int) -> dict[int,
     return {stage: min(n, micro_batches) for stage, n in zip(stages, counts, strict=True)}
 
 
+Counts = tuple[tuple[int, ...], tuple[int, ...]]
+
+
 class Waiting(NamedTuple):
     """What waits on a rank for its backward pass at some moment of a step."""
 
@@ -91,16 +96,15 @@ def waiting(
         for part, one in zip(parts, at_once, strict=True)
     ]
     if name == "InterleavedZeroBubble":
-        moments, begun = dict[Waiting, None](), [False] * len(parts)
-        for forward, inputs, weights, done in zero_bubble_order(model, pp_rank, micro_batches):
-            now = 0
-            for stage, one in enumerate(of_one):
-                now += inputs[stage] * one
-                now += 0 if at_once[stage] else weights[stage] * (one + made[stage])
-                begun[stage] |= stage == done or (at_once[stage] and weights[stage] > 0)
-            unbegun = tuple(stage for stage, has in enumerate(begun) if not has)
-            moments[Waiting(now, forward == len(parts) - 1, unbegun)] = None
-        return list(moments)
+        # Four rounds of micro-batches; more of the same size bring nothing new.
+        rounds = max(1, micro_batches // pp)
+        steady = micro_batches // rounds * min(rounds, 4)
+        sizes = of_one + [one + more for one, more in zip(of_one, made, strict=True)]
+        return [
+            Waiting(sum(map(operator.mul, inputs + weights, sizes)), at_head, unbegun)
+            for (at_head, unbegun), fullest in _fullest(pp, pp_rank, steady, tuple(at_once))
+            for inputs, weights in fullest
+        ]
     if model.activations_checkpoint_granularity:
         return [Waiting(total)]
     # A V that fills up has one such backward pass under way, one that runs empty all of them.
@@ -111,8 +115,34 @@ def waiting(
     return [Waiting(max(total + made[-1], empty))]
 
 
+@cache
+def _fullest(
+    pp: int, pp_rank: int, micro_batches: int, at_once: tuple[bool, ...]
+) -> list[tuple[tuple[bool, tuple[int, ...]], list[Counts]]]:
+    """Under InterleavedZeroBubble, by ``at_head`` and ``unbegun``: the most that waits.
+
+    Of each stage, how many micro-batches wait for gradients of inputs, and of weights alone; what
+    is nowhere more than at another moment is left out. A search asks for few, thousands of times.
+    """
+    stages, moments = len(at_once), dict[tuple[bool, tuple[int, ...]], list[Counts]]()
+    split, begun = [not one for one in at_once], [False] * stages
+    for forward, inputs, weights, done in zero_bubble_order(pp, stages, pp_rank, micro_batches):
+        for stage, one in enumerate(at_once):
+            begun[stage] |= stage == done or (one and weights[stage] > 0)
+        unbegun = tuple(stage for stage, has in enumerate(begun) if not has)
+        now = tuple(inputs), tuple(map(operator.mul, weights, split))
+        most = moments.setdefault((forward == stages - 1, unbegun), [])
+        if not any(_at_most(now, other) for other in most):
+            most[:] = [other for other in most if not _at_most(other, now)] + [now]
+    return list(moments.items())
+
+
+def _at_most(one: Counts, other: Counts) -> bool:
+    return all(map(operator.le, one[0], other[0])) and all(map(operator.le, one[1], other[1]))
+
+
 def zero_bubble_order(
-    model: ModelConfig, pp_rank: int, micro_batches: int
+    pp: int, stages: int, pp_rank: int, micro_batches: int
 ) -> Iterator[tuple[int | None, list[int], list[int], int | None]]:
     """After each action of a rank under InterleavedZeroBubble, as torch orders them.
 
@@ -121,10 +151,9 @@ def zero_bubble_order(
         for the gradients of their inputs; how many for those of their weights alone; and which has
         made those of its weights.
     """
-    pp, stages = model.pipeline_model_parallel_size, len(stages_of_rank(model, pp_rank))
     rounds = max(1, micro_batches // pp)
     size = micro_batches // rounds
-    total = stages * size * min(rounds, 4)  # after which nothing new comes
+    total = stages * size * rounds
     ahead = min((stages - 1) * size + pp - 1 - pp_rank, total)
     inputs, weights = [0] * stages, [0] * stages
     for step in range(total + ahead + pp_rank):
