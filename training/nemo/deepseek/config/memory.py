@@ -352,6 +352,8 @@ def rank_need(
     forward_first = len(waits) == 1 and all(n == micro_batches for n in held.values())
     less = sum(of_one) if forward_first and micro_batches > 1 else 0
     main = backward_bytes(model, layout, stages, half)
+    if half and parted and trains and units:  # some of a block's gradients in bf16
+        main += units[-1][1] // 4
     of_embedding = 0
     moments = [moment(1, made(wait) + of_block, wait.size - less, main) for wait in waits]
     if not any(part.last for part in stages):
