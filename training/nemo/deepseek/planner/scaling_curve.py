@@ -144,7 +144,6 @@ def gains(plan: Plan, device: Device) -> dict[str, float]:
 
 
 FEATURES: dict[str, dict[str, object]] = {
-    "weights gathered in bf16": {"exchanged_bytes": 6},
     "experts' exchange on a side stream (DeepEP)": {
         "hidden_all_to_all": HIDDEN,
         "dedicated_sms": DEDICATED,
