@@ -70,6 +70,8 @@ def test_few_rows_go_expert_by_expert(
         torch.testing.assert_close(y_RO, slow_RO)
         every = torch.cat([x_RI[:n] for n in range(1, len(x_RI) + 1)])
         torch.testing.assert_close(one_by_one, F.linear(every, w_EOI[0]))
+        strided_OI = w_EOI[0].detach().t().contiguous().t()
+        torch.testing.assert_close(few_rows(x_RI[:1], strided_OI), F.linear(x_RI[:1], w_EOI[0]))
 
 
 @pytest.mark.parametrize("counts", [[0, 0], [1], [1, 1, 1], [0, 6, 0], [2, 0, 3]])

@@ -43,7 +43,7 @@ def takes_few(x: Tensor, w: Tensor) -> bool:
 
 
 def few_rows(x_RI: Tensor, w_OI: Tensor) -> Tensor:
-    """``linear`` of R rows, at least one: (R, O), strided; its readable twin is ``F.linear``."""
+    """``linear`` of R rows, at least one: (R, O), strided. Reference: ``F.linear``."""
     (rows, inputs), outputs = x_RI.shape, w_OI.shape[0]
     if rows > 1:
         return torch.mm(w_OI, x_RI.t()).t()
@@ -51,4 +51,4 @@ def few_rows(x_RI: Tensor, w_OI: Tensor) -> Tensor:
     if outputs % parts:
         parts = 1
     x_pI1 = x_RI.reshape(1, inputs, 1).expand(parts, inputs, 1)
-    return torch.bmm(w_OI.view(parts, outputs // parts, inputs), x_pI1).view(1, outputs)
+    return torch.bmm(w_OI.unflatten(0, (parts, -1)), x_pI1).view(1, outputs)

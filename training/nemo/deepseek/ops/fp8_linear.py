@@ -145,7 +145,7 @@ def _scales(largest: Tensor) -> Tensor:
 
 
 def fp8_linear_slow(x_RI: Tensor, w_OI: Tensor) -> Tensor:
-    """Readable twin of ``fp8_linear``'s forward pass: tile by tile."""
+    """Reference implementation of ``fp8_linear``'s forward pass: tile by tile."""
     y_RO = x_RI.new_zeros(x_RI.shape[0], w_OI.shape[0])
     for r in range(x_RI.shape[0]):
         for start in range(0, x_RI.shape[1], TILE):

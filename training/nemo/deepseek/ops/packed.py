@@ -78,7 +78,7 @@ def _unpacked(packed: Tensor, columns: int, kind: str) -> Tensor:
 
 
 def pack_rows_slow(w_OI: Tensor, kind: str) -> Tensor:
-    """Readable twin of ``pack_rows``: block by block, the nearest number of all."""
+    """Reference implementation of ``pack_rows``: block by block, the nearest number of all."""
     rows = []
     for row_I in w_OI.float():
         codes, scales = [], []

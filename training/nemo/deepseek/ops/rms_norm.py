@@ -30,7 +30,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_slow(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Readable twin of ``rms_norm``."""
+    """Reference implementation of ``rms_norm``."""
     wide = x if x.dtype == torch.float64 else x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (weight_D * (wide * scale).to(x.dtype)).to(x.dtype)

@@ -30,7 +30,7 @@ def swiglu(gate: Tensor, up: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def swiglu_slow(gate: Tensor, up: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Readable twin of ``swiglu``."""
+    """Reference implementation of ``swiglu``."""
     hidden = F.silu(gate) * up
     return hidden if weights is None else (hidden * weights).to(gate.dtype)
 
