@@ -232,7 +232,7 @@ def test_settings(cli: Forked, settings: tuple[Path, Path], tmp_path: Path) -> N
         "every": 20,
     }
     for left in (
-        "fsdp_config.offload_params=true: there is no offloading",
+        "fsdp_config.offload_params=true: there is no offloading of weights",
         "fsdp_config.something_new=4: not known to this converter",
         "optim=adafactor: optimisers are adamw and muon",
         "num_train_epochs=3: a run has a number of steps",

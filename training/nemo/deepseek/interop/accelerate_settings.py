@@ -378,7 +378,7 @@ def _tree(settings: dict[str, Any]) -> dict[str, Any]:
 
 _SEEN_BY_BATCH: Rule = lambda found, value: None  # noqa: E731  (see _batch)
 Rules = dict[str, Rule | str | _Meant]
-_NO_OFFLOADING = "there is no offloading; use more ranks, TP, EP or PP"
+_NO_OFFLOADING = "there is no offloading of weights; use more ranks, TP, EP or PP"
 
 
 def _each(keys: str, rule: Rule | str) -> Rules:
@@ -413,7 +413,8 @@ _FSDP: Rules = {
         "backward_prefetch backward_prefetch_policy forward_prefetch", "FSDP2 prefetches by itself"
     ),
     "limit_all_gathers": "FSDP2 limits them by itself",
-    **_each("offload_params cpu_offload activation_cpu_offload", _NO_OFFLOADING),
+    **_each("offload_params cpu_offload", _NO_OFFLOADING),
+    "activation_cpu_offload": "use model.cpu_offloading_activations=true, on GPUs",
     "state_dict_type": "checkpoints are always sharded, by name, and any layout loads them",
     "use_orig_params": "FSDP2 always keeps the parameters",
     "sync_module_states": "every rank makes its part of the same start values, or loads it",
