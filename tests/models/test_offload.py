@@ -44,7 +44,8 @@ def test_offloaded_activations(granularity: str | None, monkeypatch: pytest.Monk
     assert not any(reference() for reference in sent), "it stays on the host"
 
 
-def test_what_is_small_stays() -> None:
+def test_what_is_small_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1 << 20)
     model = tiny_model(tiny_config(cpu_offloading_activations=True))
     block = offload._Block(model, None)
     small = torch.ones(8, requires_grad=True) * 2

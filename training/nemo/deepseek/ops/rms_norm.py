@@ -55,5 +55,5 @@ class _RMSNorm(torch.autograd.Function):
         # How much the gradient would change rms(x), for each row.
         along = (by_x * weight_D).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(-x.shape[-1])
         trained = ctx.needs_input_grad[1]
-        grad_weight_D = by_x.mul_(scale).flatten(0, -2).sum(0) if trained else None
+        grad_weight_D = by_x.mul_(scale).unsqueeze(0).flatten(0, -2).sum(0) if trained else None
         return (grad * weight_D).mul_(scale).addcmul_(x, along), grad_weight_D, None
