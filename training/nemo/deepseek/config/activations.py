@@ -72,9 +72,14 @@ class Waiting(NamedTuple):
 
 
 def waiting(
-    model: ModelConfig, layout: Layout, pp_rank: int, micro_batches: int, half: bool
+    model: ModelConfig,
+    layout: Layout,
+    pp_rank: int,
+    micro_batches: int,
+    half: bool,
+    of_one: list[int],
 ) -> list[Waiting]:
-    """Moments of which one is the fullest.
+    """Moments of which one is the fullest; ``of_one`` is each stage's ``stage_activations``.
 
     Where weights get their gradients later than inputs, a micro-batch keeps its activations till
     then, and the gradients of what every matrix has made. A stage that recomputes makes both at
@@ -82,7 +87,6 @@ def waiting(
     """
     name, pp = model.pipeline_schedule, model.pipeline_model_parallel_size
     parts, held = rank_stages(model, pp_rank), in_flight(model, pp_rank, micro_batches)
-    of_one = [stage_activations(model, layout, part, half) for part in parts]
     total = sum(n * one for n, one in zip(held.values(), of_one, strict=True))
     if pp == 1 or name not in ("InterleavedZeroBubble", "ZBVZeroBubble"):
         return [Waiting(total)]

@@ -285,9 +285,11 @@ def num_stages(model: ModelConfig) -> int:
 def stage_rank(model: ModelConfig, stage: int) -> int:
     """The pipeline rank that holds a stage: round robin, or down and up again in a V."""
     pp = model.pipeline_model_parallel_size
-    if model.pipeline_schedule in V_SCHEDULES and stage >= pp:
-        return 2 * pp - 1 - stage
-    return stage % pp
+    return _holder(pp, model.pipeline_schedule in V_SCHEDULES, stage)
+
+
+def _holder(pp: int, in_v: bool, stage: int) -> int:
+    return 2 * pp - 1 - stage if in_v and stage >= pp else stage % pp
 
 
 def stages_of_rank(model: ModelConfig, pp_rank: int) -> list[int]:
@@ -310,9 +312,9 @@ def split_layers(model: ModelConfig) -> list[StageSlice]:
         return _parts(model.pipeline_layers_per_stage)
     moe = model.num_moe_layers
     dense_cost, moe_cost = _block_costs(model)
-    holders = tuple(stage_rank(model, stage) for stage in range(num_stages(model)))
-    dense = model.num_hidden_layers - moe
-    return list(_balanced(dense, moe, dense_cost, moe_cost, last_stage_cost(model), holders))
+    costs = model.num_hidden_layers - moe, moe, dense_cost, moe_cost, last_stage_cost(model)
+    in_v = model.pipeline_schedule in V_SCHEDULES
+    return list(_balanced(*costs, model.pipeline_model_parallel_size, num_stages(model), in_v))
 
 
 def _parts(sizes: Sequence[int]) -> list[StageSlice]:
@@ -325,8 +327,16 @@ def _parts(sizes: Sequence[int]) -> list[StageSlice]:
 
 @lru_cache(maxsize=1 << 12)
 def _balanced(
-    dense: int, moe: int, dense_cost: int, moe_cost: int, last: int, holders: tuple[int, ...]
+    dense: int,
+    moe: int,
+    dense_cost: int,
+    moe_cost: int,
+    last: int,
+    pp: int,
+    stages: int,
+    in_v: bool,
 ) -> tuple[StageSlice, ...]:
+    holders = tuple(_holder(pp, in_v, stage) for stage in range(stages))
     costs = [dense_cost] * dense + [moe_cost] * moe
     return tuple(_parts(balanced_over_ranks(costs, last, holders)))
 

@@ -70,7 +70,7 @@ def state_memory(model: ModelConfig, optimizer: str = "adamw") -> StateMemory:
         optimizer: ``adamw`` or ``muon``.
     """
     everything = StageSlice(range(model.num_hidden_layers), first=True, last=True)
-    return _states(model, Layout(), [everything], optimizer)
+    return _states(model, _groups(model, Layout(), [everything]), optimizer)
 
 
 def checkpoint_bytes(model: ModelConfig, optimizer: str) -> int:
@@ -92,14 +92,14 @@ def rank_memory(
     Returns:
         Activations and gathered weights are not included.
     """
-    return _states(model, layout, rank_stages(model, pp_rank), optimizer)
+    return _states(model, _groups(model, layout, rank_stages(model, pp_rank)), optimizer)
 
 
 def _states(
-    model: ModelConfig, layout: Layout, stages: Sequence[StageSlice], optimizer: str
+    model: ModelConfig, groups: list[tuple[_Numbers, int, bool]], optimizer: str
 ) -> StateMemory:
     parameters = biases = trained = hidden = packed = 0
-    for numbers, times, _ in _groups(model, layout, stages):
+    for numbers, times, _ in groups:
         parameters += times * numbers.kept
         packed += times * numbers.packed
         biases += times * numbers.biases
@@ -296,11 +296,12 @@ def rank_need(
         half: products are computed in 2 bytes (``bf16-mixed``).
     """
     stages, held = rank_stages(model, pp_rank), in_flight(model, pp_rank, micro_batches)
-    kept = _states(model, layout, stages, model.optim.name)
+    groups = _groups(model, layout, stages)
+    kept = _states(model, groups, model.optim.name)
     root = roots_gradient = roots_part = alone = 0
     units: list[tuple[int, int, int, int]] = []
     number, packed = 2 if half else 4, _packed_bytes(model)
-    for numbers, times, unit in _groups(model, layout, stages):
+    for numbers, times, unit in groups:
         alone += 4 * times * numbers.alone
         gathered = number * numbers.gathered + (4 - number) * numbers.exact
         gathered -= round((number - packed) * numbers.packed_gathered)
@@ -322,10 +323,11 @@ def rank_need(
     elif parted and trains:  # experts in whole are not gathered, nor their gradients
         gradients = alone + roots_gradient + sum(unit[1] for unit in units)
     of_one = [stage_activations(model, layout, part, half) for part in stages]
-    waits = waiting(model, layout, pp_rank, micro_batches, half)
+    waits = waiting(model, layout, pp_rank, micro_batches, half, of_one)
     whole = [
         4 * sum(times * (n.whole + n.alone) for n, times, _ in _groups(model, layout, [part]))
         for part in stages
+        if any(wait.unbegun for wait in waits)
     ]
 
     def made(wait: Waiting) -> int:
