@@ -57,9 +57,6 @@ def in_flight(model: ModelConfig, pp_rank: int, micro_batches: int) -> dict[int,
     return {stage: min(n, micro_batches) for stage, n in zip(stages, counts, strict=True)}
 
 
-Counts = tuple[tuple[int, ...], tuple[int, ...]]
-
-
 class Waiting(NamedTuple):
     """What waits on a rank for its backward pass at some moment of a step."""
 
@@ -105,9 +102,8 @@ def waiting(
         steady = micro_batches // rounds * min(rounds, 4)
         sizes = of_one + [one + more for one, more in zip(of_one, made, strict=True)]
         return [
-            Waiting(sum(map(operator.mul, inputs + weights, sizes)), at_head, unbegun)
-            for (at_head, unbegun), fullest in _fullest(pp, pp_rank, steady, tuple(at_once))
-            for inputs, weights in fullest
+            Waiting(max(sum(map(operator.mul, counts, sizes)) for counts in fullest), *moment)
+            for moment, fullest in _fullest(pp, pp_rank, steady, tuple(at_once))
         ]
     if model.activations_checkpoint_granularity:
         return [Waiting(total)]
@@ -122,27 +118,27 @@ def waiting(
 @cache
 def _fullest(
     pp: int, pp_rank: int, micro_batches: int, at_once: tuple[bool, ...]
-) -> list[tuple[tuple[bool, tuple[int, ...]], list[Counts]]]:
+) -> list[tuple[tuple[bool, tuple[int, ...]], list[tuple[int, ...]]]]:
     """Under InterleavedZeroBubble, by ``at_head`` and ``unbegun``: the most that waits.
 
     Of each stage, how many micro-batches wait for gradients of inputs, and of weights alone; what
     is nowhere more than at another moment is left out. A search asks for few, thousands of times.
     """
-    stages, moments = len(at_once), dict[tuple[bool, tuple[int, ...]], list[Counts]]()
+    stages, moments = len(at_once), dict[tuple[bool, tuple[int, ...]], list[tuple[int, ...]]]()
     split, begun = [not one for one in at_once], [False] * stages
     for forward, inputs, weights, done in zero_bubble_order(pp, stages, pp_rank, micro_batches):
         for stage, one in enumerate(at_once):
             begun[stage] |= stage == done or (one and weights[stage] > 0)
         unbegun = tuple(stage for stage, has in enumerate(begun) if not has)
-        now = tuple(inputs), tuple(map(operator.mul, weights, split))
+        now = (*inputs, *map(operator.mul, weights, split))
         most = moments.setdefault((forward == stages - 1, unbegun), [])
         if not any(_at_most(now, other) for other in most):
             most[:] = [other for other in most if not _at_most(other, now)] + [now]
     return list(moments.items())
 
 
-def _at_most(one: Counts, other: Counts) -> bool:
-    return all(map(operator.le, one[0], other[0])) and all(map(operator.le, one[1], other[1]))
+def _at_most(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return all(map(operator.le, one, other))
 
 
 def zero_bubble_order(
