@@ -134,10 +134,11 @@ def test_thousands_of_gpus() -> None:
 
 @pytest.mark.nightly
 def test_the_published_layout_is_among_the_best() -> None:
-    """V3's on 2048 H800, in the schedule of the configuration: of all layouts that fit with its
-    micro-batch and recomputation, 4 % are faster."""
-    run, h800, room = load_config("deepseek_v3_671b"), gpu_named("H800"), 78 * 2**30
+    """V3's on 2048 H800, in the schedule nearest to its own: of all layouts that fit with its
+    micro-batch, and the configuration's recomputation, 5.7 % are faster."""
+    run = load_config("deepseek_v3_671b", ["model.pipeline_schedule=DualPipeV"])
+    h800, room = gpu_named("H800"), 78 * 2**30
     everything = search(run, h800, room, 100_000, [PLANNED[4], PLANNED[5]])
     (theirs,) = search(run, h800, room, 1, PLANNED)
     faster = sum(plan.estimate.seconds < theirs.estimate.seconds for plan in everything)
-    assert len(everything) > 1000 and faster < 0.05 * len(everything)
+    assert len(everything) > 1000 and faster < 0.06 * len(everything)
