@@ -6,7 +6,7 @@ the model of time has a description of its own. ``of_model`` makes it from a con
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from deepseek.config.schema import ModelConfig
@@ -85,10 +85,6 @@ class Architecture:
             top_groups=model.topk_group,
             mtp=model.num_nextn_predict_layers,
         )
-
-    def with_layers(self, layers: int, dense_layers: int) -> Architecture:
-        """A proxy with fewer blocks."""
-        return replace(self, layers=layers, dense_layers=dense_layers, mtp=0)
 
     @cached_property
     def attention(self) -> tuple[Product, ...]:
