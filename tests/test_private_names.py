@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from deepseek.frameworks import Trainer
 from deepseek.parallel import cpu_memory
+from deepseek.parallel.mesh import placed
 
 ARCHITECTURE = Path(__file__).parents[1] / "ARCHITECTURE.md"
 
@@ -58,9 +59,9 @@ def softmax_backward_data() -> None:
 
 def dtensor_of_a_spec() -> None:
     whole = DTensor.from_local(torch.ones(2), init_device_mesh("cpu", (1,)), [Shard(0)])
-    made = DTensor(torch.zeros(2), whole._spec, requires_grad=False)
+    made = placed(torch.zeros(2, dtype=torch.bfloat16), whole)
     assert (made.placements, made.shape) == (whole.placements, whole.shape)
-    assert not made.to_local().any()
+    assert made.dtype == made.to_local().dtype == torch.bfloat16 and not made.to_local().any()
 
 
 def local_shape_and_global_offset() -> None:

@@ -439,6 +439,11 @@ ONE_PROBLEM = [
         ["no effect on what trainer.accelerator=cpu computes in the host's", "use false, or"],
     ),
     (
+        "trainer.accelerator=cpu & model.optim.cpu_offload=true",
+        "model.optim.cpu_offload",
+        ["would be ignored, since trainer.accelerator=cpu computes in the host's", "use false"],
+    ),
+    (
         "model.cpu_offloading_activations=true & trainer.accelerator=gpu & "
         "model.activations_checkpoint_granularity=selective",
         "model.cpu_offloading_activations",

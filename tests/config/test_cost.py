@@ -10,8 +10,15 @@ import torch
 from deepseek.config import ModelConfig, load_config, shipped_configs
 from deepseek.config.cost import count_parameters, flops_per_token, kv_cache_bytes_per_token
 from deepseek.config.layout import Layout, split_layers, stages_of_rank
-from deepseek.config.memory import gathered_bytes, rank_memory, reshards, state_memory
-from deepseek.config.schema import PeftConfig
+from deepseek.config.memory import (
+    checkpoint_bytes,
+    gathered_bytes,
+    rank_memory,
+    rank_need,
+    reshards,
+    state_memory,
+)
+from deepseek.config.schema import PeftConfig, changed
 from deepseek.models.transformer import Transformer
 from support.tiny_runs import small_run, worlds
 
@@ -303,6 +310,21 @@ def test_memory_of_one_process_is_that_of_the_model() -> None:
             memory = rank_memory(model, Layout(), 0, optimizer)
             assert memory.parameters == count_parameters(model).trained
             assert memory.total == state_memory(model, optimizer).total
+
+
+def test_moments_on_the_host_are_told_apart() -> None:
+    """Not a byte of them is lost or told twice; in bf16 they are half as many."""
+    for run in worlds():
+        model, layout, name = run.model, Layout.of_run(run), run.model.optim.name
+        away = changed(model, {"optim.cpu_offload": True})
+        here, there = rank_memory(model, layout, 0, name), rank_memory(away, layout, 0, name)
+        assert (there.on_host, there.optimizer) == (here.optimizer, 0) != (here.on_host, 0)
+        assert there.total == here.total - here.optimizer
+        half = changed(away, {"optim.moments_dtype": "bf16"})
+        assert 2 * rank_memory(half, layout, 0, name).on_host == there.on_host
+        assert checkpoint_bytes(away, name) == checkpoint_bytes(model, name)
+        one, other = (rank_need(m, layout, 0, 4, True) for m in (model, away))
+        assert there.total <= other.total <= one.total
 
 
 def test_memory_of_a_rank_counted_by_hand() -> None:

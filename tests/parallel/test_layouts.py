@@ -53,6 +53,7 @@ SHORT = {
     "offload": "cpu_offloading_activations",
 }
 MUON = OptimConfig(name="muon", lr=1e-2, sched=SchedConfig(min_lr=1e-3), qk_clip_threshold=CLIPPED)
+ON_HOST = OptimConfig(lr=1e-2, sched=SchedConfig(min_lr=1e-3), cpu_offload=True)
 
 
 def case_of(world: int, dtype: torch.dtype = torch.float64, **changes: Any) -> Case:
@@ -100,13 +101,18 @@ CHOSEN = {  # those of a name one after another on the same ranks
     "EP": [
         case_of(4, ep=4),
         case_of(4, ep=2, optim=MUON),  # experts shared by two ranks each
-        case_of(4, rep=2, ep=2),  # HSDP
+        case_of(4, rep=2, ep=2, optim=ON_HOST),  # HSDP
         case_of(  # gradients divided after each micro-batch
             4, rep=2, ep=2, micro_batch_size=1, reshard_after_forward=False, reduce_gradients=True
         ),
     ],
     "Muon, matrices of one row": [
-        case_of(3, moe_intermediate_size=1, global_batch_size=6, optim=MUON)
+        case_of(
+            3,
+            moe_intermediate_size=1,
+            global_batch_size=6,
+            optim=replace(MUON, cpu_offload=True),
+        )
     ],
     "TP": [
         case_of(4, tp=2, ep=4, mtp=2),  # EP across its ranks
@@ -153,7 +159,8 @@ def test_moments_in_bf16() -> None:
     """As exact as what rounding leaves: sums in another order may round the other way."""
     sched = SchedConfig(min_lr=1e-4)
     both = [
-        OptimConfig(name=n, lr=1e-3, moments_dtype="bf16", sched=sched) for n in ("adamw", "muon")
+        OptimConfig(name=n, lr=1e-3, moments_dtype="bf16", sched=sched, cpu_offload=n == "adamw")
+        for n in ("adamw", "muon")
     ]
     for errors in compare_all([case_of(4, tp=2, ep=2, optim=optim) for optim in both]):
         kept = {"all.momentum_buffer", "all.exp_avg", "all.exp_avg_sq"} & errors.keys()

@@ -175,6 +175,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
             sched=SchedConfig(min_lr=1e-3),
             qk_clip_threshold=among((None, 0.2)),
             moments_dtype=among(("fp32", "fp32", "bf16")),
+            cpu_offload=draw(st.booleans()),
         ),
     )
     clip = among((1.0, 0.1, 1e3, 0.0))

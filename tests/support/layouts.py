@@ -111,7 +111,8 @@ class Case:
             f"sh{c.n_shared_experts} mtp{c.num_nextn_predict_layers} q{c.q_lora_rank} "
             f"mb{c.micro_batch_size} gb{c.global_batch_size} ramp{c.rampup_batch_size} "
             f"{c.topk_method} {c.optim.name} "
-            f"moments={c.optim.moments_dtype} clip={c.optim.qk_clip_threshold} "
+            f"moments={c.optim.moments_dtype} {'on host ' if c.optim.cpu_offload else ''}"
+            f"clip={c.optim.qk_clip_threshold} "
             f"recompute={c.activations_checkpoint_granularity} "
             f"of={c.activations_checkpoint_num_layers} offload={c.cpu_offloading_activations} "
             f"isolated={c.data.isolate_documents} seed={self.seed} {self.dtype}"
@@ -267,10 +268,10 @@ _trained: dict[Any, Driven] = {}
 
 def in_one_process(case: Case) -> Driven:
     """After all steps, each of one micro-batch, recomputing nothing. Nobody may change it."""
-    rows = case.config.global_batch_size
-    case = replace(
-        case, config=replace(case.config, micro_batch_size=rows, **WITHOUT_LAYOUT), world=1
-    )
+    config, rows = case.config, case.config.global_batch_size
+    optim = replace(config.optim, cpu_offload=False)
+    config = replace(config, optim=optim, micro_batch_size=rows, **WITHOUT_LAYOUT)
+    case = replace(case, config=config, world=1)
     told = tuple(getattr(case, field.name) for field in fields(case))
     key = repr(told[0]), *told[1:]
     if key not in _trained:

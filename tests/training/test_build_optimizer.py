@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deepseek.config.schema import ModelConfig, OptimConfig
 from deepseek.models.transformer import Transformer
+from deepseek.training import adamw
 from deepseek.training.muon import Muon
 from deepseek.training.optim import build_optimizer
 
@@ -118,3 +119,34 @@ def test_a_step_moves_everything_and_decays_matrices(name: str) -> None:
     before = {n: parameter.detach().clone() for n, parameter in made.named_parameters()}
     optimizer.step()
     assert all(not torch.equal(parameter, before[n]) for n, parameter in made.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_on_the_host(name: str, moments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers, bit by bit; each state comes once an update, and goes home."""
+    fetched: list[Tensor] = []
+    bring = adamw._Visit._copied
+    monkeypatch.setattr(
+        adamw._Visit, "_copied", lambda self, state: (fetched.append(state), bring(self, state))[1]
+    )
+    trained = {}
+    for on_host in (False, True):
+        made = model()
+        config = OptimConfig(name=name, lr=0.1, moments_dtype=moments, cpu_offload=on_host)
+        optimizer = build_optimizer(made.named_parameters(), config)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for parameter in made.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        states = [
+            state
+            for parameter in made.parameters()
+            for key, state in sorted(optimizer.state[parameter].items())
+            if key != "step"
+        ]
+        assert len(fetched) == on_host * 3 * len(states)
+        assert {id(state) for state in fetched} <= {id(state) for state in states}
+        trained[on_host] = [*(p.detach() for p in made.parameters()), *states]
+    assert all(torch.equal(a, b) for a, b in zip(trained[False], trained[True], strict=True))

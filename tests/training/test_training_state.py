@@ -23,9 +23,10 @@ CONFIG = ModelConfig(
 
 
 def optim(name: str) -> OptimConfig:
-    """``adamw``, or ``adamw bf16``."""
-    kind, _, moments = name.partition(" ")
-    return OptimConfig(name=kind, moments_dtype=moments or "fp32")
+    """``adamw``, ``adamw bf16`` or ``adamw bf16 host``."""
+    kind, *more = name.split(" ")
+    moments = "bf16" if "bf16" in more else "fp32"
+    return OptimConfig(name=kind, moments_dtype=moments, cpu_offload="host" in more)
 
 
 def trained(optimizer_name: str, config: ModelConfig = CONFIG) -> tuple[Transformer, Any]:
@@ -57,7 +58,9 @@ def saved(folder: Path, tensors: dict[str, Tensor]) -> Checkpoint:
     return Checkpoint.open(path)
 
 
-@pytest.mark.parametrize("optimizer_name", ["adamw", "muon", "adamw bf16", "muon bf16"])
+@pytest.mark.parametrize(
+    "optimizer_name", ["adamw", "muon", "adamw bf16", "muon bf16 host", "adamw host"]
+)
 def test_everything_comes_back_and_the_next_update_is_the_same(
     tmp_path: Path, optimizer_name: str
 ) -> None:

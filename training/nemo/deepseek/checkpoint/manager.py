@@ -62,6 +62,7 @@ from deepseek.files import (
     unless_held,
     write_durably,
 )
+from deepseek.parallel.mesh import local, placed
 
 _log = logging.getLogger(__name__)
 
@@ -490,8 +491,4 @@ def _copy_to_cpu(tensor: Tensor) -> Tensor:
 
     That of a DTensor over GPUs is good for being saved only.
     """
-    if not isinstance(tensor, DTensor):
-        return tensor.detach().to("cpu", copy=True)
-    # Not DTensor.from_local, which would move it back to the mesh's device.
-    local = tensor.to_local().detach().to("cpu", copy=True)
-    return DTensor(local, tensor._spec, requires_grad=False)
+    return placed(local(tensor).detach().to("cpu", copy=True), tensor)

@@ -30,6 +30,7 @@ from deepseek.models.components.lora import is_adapter
 from deepseek.models.transformer import global_name
 from deepseek.ops.packed import pack_rows
 from deepseek.parallel.mesh import local
+from deepseek.training.adamw import AdamW
 
 
 def collect_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -71,7 +72,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         parameter_name, key = name.removeprefix("optim.").rsplit(".", 1)
         # A copy gets a state of its own: shared, it would be updated twice a step.
         for parameter in parameters.get(parameter_name, []):
-            state = _empty_state(parameter, shape, dtypes[name])
+            state = _empty_state(parameter, shape, dtypes[name], optimizer)
             states.setdefault(parameter, {})[key] = state
             places.setdefault(name, []).append(state)
     known = checkpoint.ranks.together(lambda: list(places))
@@ -87,7 +88,10 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     for parameter, state_of in states.items():
         wanted = getattr(optimizer, "moments", None) or parameter.dtype
         optimizer.state[parameter] = {
-            key: state if key == "step" else state.to(wanted) for key, state in state_of.items()
+            key: state
+            if key == "step" or state.dtype == wanted
+            else _empty_state(parameter, tuple(state.shape), wanted, optimizer).copy_(state)
+            for key, state in state_of.items()
         }
 
 
@@ -190,9 +194,16 @@ def _load(checkpoint: Checkpoint, places: dict[str, list[Tensor]]) -> None:
                 other.copy_(first)
 
 
-def _empty_state(parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _empty_state(
+    parameter: nn.Parameter,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    optimizer: torch.optim.Optimizer,
+) -> Tensor:
     """A tensor of the optimiser, where and how it is to lie."""
     if shape == tuple(parameter.shape):
+        if isinstance(optimizer, AdamW):
+            return optimizer.room(parameter, dtype)
         return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
     # The step count: fused AdamW wants it beside its parameter.
     return torch.zeros(shape, device=parameter.device)

@@ -25,7 +25,7 @@ from deepseek.config.layout import (
     world_size,
 )
 from deepseek.config.load import Planner, unchecked_value
-from deepseek.config.memory import SHORT, rank_needs, state_memory
+from deepseek.config.memory import SHORT, rank_memory, rank_needs, state_memory
 from deepseek.config.schema import ModelConfig
 from deepseek.config.weights import weight_kinds
 from deepseek.console import say, table
@@ -258,7 +258,8 @@ def validate_report(cfg: RunConfig) -> list[tuple[str, str]]:
         ("gradients", f"{size_text(memory.gradients)} (fp32)"),
         (
             "optimiser states",
-            f"{size_text(memory.optimizer)} ({model.optim.name}, {model.optim.moments_dtype})",
+            f"{size_text(memory.optimizer + memory.on_host)} ({model.optim.name}, "
+            f"{model.optim.moments_dtype}{', on the host' if memory.on_host else ''})",
         ),
         (
             "states together",
@@ -413,7 +414,11 @@ def _memory(run: RunConfig) -> Table:
         for pp, need in enumerate(needs)
     ]
     most = max(need.total for need in needs)
-    title = f"memory of one rank on GPUs, at most {size_text(most)} with balanced experts"
+    model, beside = run.model, ""
+    if model.optim.cpu_offload:
+        of_ranks = (rank_memory(model, layout, pp, model.optim.name) for pp in range(layout.pp))
+        beside = f", and {size_text(max(rank.on_host for rank in of_ranks))} of the host's"
+    title = f"memory of one rank on GPUs, at most {size_text(most)} with balanced experts{beside}"
     columns = (
         "ranks",
         "states",
@@ -425,7 +430,7 @@ def _memory(run: RunConfig) -> Table:
         "together",
     )
     if layout.world_size == 1:
-        title = f"memory on a GPU, {size_text(most)} with balanced experts"
+        title = f"memory on a GPU, {size_text(most)} with balanced experts{beside}"
         return Table(title, columns[1:], [row[1:] for row in rows])
     return Table(title, columns, _shortened(rows))
 

@@ -151,6 +151,8 @@ _ELSEWHERE: dict[str, str] = {
     "torch_dtype": "trainer.precision",
     "fp8": "model.fp8_recipe",
     "fp8_format": "model.fp8_recipe",
+    "optimizer_cpu_offload": "model.optim.cpu_offload",
+    "offload_optimizer": "model.optim.cpu_offload",
     "dtype": "trainer.precision",
     # sequence and batch
     "encoder_seq_length": "model.data.seq_length",

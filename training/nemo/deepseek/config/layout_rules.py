@@ -191,6 +191,9 @@ def recomputation(cfg: RunConfig) -> Iterator[Problem]:
 def offloading(cfg: RunConfig) -> Iterator[Problem]:
     """There is a device beside the host, and nothing else decides where activations lie."""
     model, key = cfg.model, "model.cpu_offloading_activations"
+    if cfg.trainer.accelerator == "cpu":
+        because = "trainer.accelerator=cpu computes in the host's memory"
+        yield from idle(cfg, "model.optim.cpu_offload", because, "another trainer.accelerator")
     if not model.cpu_offloading_activations:
         return
     against = {

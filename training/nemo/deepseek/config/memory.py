@@ -48,11 +48,13 @@ class StateMemory:
     gradients: int
     """Bytes of fp32 gradients of what is trained."""
     optimizer: int
-    """Bytes of fp32 moments or momentum."""
+    """Bytes of moments or momentum, on the device."""
+    on_host: int
+    """The same in the host's memory."""
 
     @property
     def total(self) -> int:
-        """Bytes of all states."""
+        """Bytes of all states, on the device."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -75,7 +77,8 @@ def state_memory(model: ModelConfig, optimizer: str = "adamw") -> StateMemory:
 
 def checkpoint_bytes(model: ModelConfig, optimizer: str) -> int:
     """Of one checkpoint: the weights that are trained, in fp32, and their optimiser states."""
-    return int(state_memory(model, optimizer).optimizer + 4 * count_parameters(model).trained)
+    states = state_memory(model, optimizer)
+    return states.optimizer + states.on_host + 4 * count_parameters(model).trained
 
 
 def rank_memory(
@@ -108,7 +111,10 @@ def _states(
     moments = 2 * trained - (hidden if optimizer == "muon" else 0)
     number = 2 if model.optim.moments_dtype == "bf16" else 4
     weights = 4 * (parameters + biases) - round(packed * (4 - _packed_bytes(model)))
-    return StateMemory(parameters, weights, 4 * trained, number * moments)
+    bytes_of_moments = (number * moments, 0)
+    if model.optim.cpu_offload:
+        bytes_of_moments = (0, number * moments)
+    return StateMemory(parameters, weights, 4 * trained, *bytes_of_moments)
 
 
 def _packed_bytes(model: ModelConfig) -> float:
@@ -232,6 +238,16 @@ def _numbers(model: ModelConfig, layout: Layout) -> dict[str, _Numbers]:
             exact, beside, alone,
         )  # fmt: skip
     return found
+
+
+def _largest_trained(model: ModelConfig, layout: Layout) -> int:
+    """Numbers that a rank keeps of the weight of which it keeps most."""
+    return max(
+        math.prod(kept_shape(weight, layout))
+        for weights in _weights_of_groups(model).values()
+        for weight in weights
+        if not weight.buffer and (model.peft is None or weight.adapter)
+    )
 
 
 def reshards(model: ModelConfig, layout: Layout) -> bool:
@@ -404,6 +420,9 @@ def rank_need(
         moments.append(last._replace(gathered=last.gathered + experts * parted, working=at_work))
     if reduces:  # the embedding comes last
         moments.append(moment(0, gradients - roots_part + (4 + number) * roots_gradient // 4, 0, 0))
+    if model.optim.cpu_offload:  # two parameters' moments are here, those in bf16 once in fp32 too
+        update = moment(0, kept.gradients, 0, 16 * _largest_trained(model, layout))
+        moments.append(update._replace(gathered=0))
     return max(moments, key=lambda need: need.total)
 
 

@@ -249,6 +249,11 @@ class OptimConfig:
         "scaled down (QK-clip; Kimi-K2: 100); null: none are",
         above=0,
     )
+    cpu_offload: bool = key(
+        False,
+        "what the optimiser keeps of gradients lies in the host's memory between updates (no GPU "
+        "has run it yet)",
+    )
 
 
 @dataclass(frozen=True)

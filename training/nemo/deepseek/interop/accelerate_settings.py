@@ -378,7 +378,10 @@ def _tree(settings: dict[str, Any]) -> dict[str, Any]:
 
 _SEEN_BY_BATCH: Rule = lambda found, value: None  # noqa: E731  (see _batch)
 Rules = dict[str, Rule | str | _Meant]
-_NO_OFFLOADING = "there is no offloading of weights; use more ranks, TP, EP or PP"
+_NO_OFFLOADING = (
+    "there is no offloading of weights; use model.optim.cpu_offload=true for what the optimiser "
+    "keeps, or more ranks, TP, EP or PP"
+)
 
 
 def _each(keys: str, rule: Rule | str) -> Rules:

@@ -544,6 +544,7 @@ def _unlike(
         ("fp8_recipe", None, f"{target} has recipes of its own", "null, and its own setting"),
         ("cpu_offloading_activations", False, f"{target} has a setting of its own", "false"),
         ("optim.moments_dtype", "fp32", f"{target} chooses it elsewhere", "fp32"),
+        ("optim.cpu_offload", False, f"{target} has a setting of its own", "false"),
         ("optim.name", "adamw", "Muon is another one there, with other settings", "adamw"),
         ("optim.qk_clip_threshold", None, f"{target} would not clip so", "null"),
         (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, cast
 
@@ -192,6 +193,16 @@ class SingleProcess:
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that lies on this rank, with gradient; a plain tensor does in whole."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def placed(part: Tensor, like: Tensor) -> Tensor:
+    """``part``, wherever it lies, as what this rank has of a tensor that is divided as ``like``."""
+    if not isinstance(like, DTensor):
+        return part
+    # Not DTensor.from_local, which would move it to the mesh's device.
+    assert like._spec.tensor_meta is not None
+    meta = like._spec.tensor_meta._replace(dtype=part.dtype)
+    return DTensor(part, replace(like._spec, tensor_meta=meta), requires_grad=False)
 
 
 def local_slices(tensor: Tensor) -> tuple[slice, ...]:

@@ -1,17 +1,25 @@
-"""AdamW whose moments may take fewer bytes than its parameters.
+"""AdamW whose moments may take fewer bytes than its parameters, and may lie on the host.
 
-torch's keeps them in the parameters' dtype. DeepSeek-V3 was trained with bf16 moments
-(arXiv:2412.19437 section 3.3.3): 4 bytes a parameter instead of 8.
+torch's keeps them in the parameters' dtype, on their device. DeepSeek-V3 was trained with bf16
+moments (arXiv:2412.19437 section 3.3.3): 4 bytes a parameter instead of 8.
+
+On the host they visit the device one parameter at a time, so that every update is computed where it
+was before, and is the same: 16 bytes go to and fro for each parameter (8 of bf16 moments). On a GPU
+those of the next parameter travel beside the update of this one, on a stream of their own and from
+pinned memory (no GPU has run it yet); on a CPU they are plain copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from deepseek.models.components.offload import aside, copy_stream
+from deepseek.parallel.mesh import local, placed
 
 
 class AdamW(torch.optim.Optimizer):
@@ -22,6 +30,7 @@ class AdamW(torch.optim.Optimizer):
     Args:
         groups: parameters and ``weight_decay``.
         moments: dtype of what is kept; None: the parameters'.
+        on_host: what is kept, but ``step``, lies in the host's memory.
         defaults: of the groups: ``lr``, ``betas``, ``eps``.
     """
 
@@ -30,9 +39,10 @@ class AdamW(torch.optim.Optimizer):
         groups: Iterable[dict[str, Any]],
         *,
         moments: torch.dtype | None = None,
+        on_host: bool = False,
         **defaults: Any,
     ) -> None:
-        self.moments = moments
+        self.moments, self.on_host = moments, on_host
         super().__init__(groups, dict(weight_decay=0.0) | defaults)
 
     @torch.no_grad()
@@ -49,19 +59,19 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Move the parameters of a group; in one call, or with smaller moments one by one, so that
-        moments of one parameter at a time are as large as it."""
-        states = [self.state_of(p) for p in parameters]
-        if self.moments is None:
+        """Move the parameters of a group; in one call, or with moments that are kept otherwise one
+        by one, so that those of few parameters at a time are as large as them."""
+        names, states = ("exp_avg", "exp_avg_sq"), [self.state_of(p) for p in parameters]
+        steps = [state["step"] for state in states]
+        if self.moments is None and not self.on_host:
             moments = [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
-            self._adamw(parameters, moments, [state["step"] for state in states], group)
+            self._adamw(parameters, moments, steps, group)
             return
-        for parameter, state in zip(parameters, states, strict=True):
-            kept = state["exp_avg"], state["exp_avg_sq"]
-            first, second = (moment.to(parameter.dtype) for moment in kept)
-            self._adamw([parameter], [(first, second)], [state["step"]], group)
-            kept[0].copy_(first)
-            kept[1].copy_(second)
+        kept = [[state[name] for name in names] for state in states]
+        for parameter, step, (first, second) in zip(
+            parameters, steps, self.at_work(parameters, kept), strict=True
+        ):
+            self._adamw([parameter], [(first, second)], [step], group)
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """State of one parameter, zeros at its first step."""
@@ -69,8 +79,32 @@ class AdamW(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(parameter, dtype=self.moments)
+                state[name] = self.room(parameter, self.moments or parameter.dtype)
         return state
+
+    def room(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """Zeros where what is kept of a parameter lies, divided over ranks as it is."""
+        if not self.on_host:
+            return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        part = local(parameter)
+        zeros = torch.zeros(part.shape, dtype=dtype, device="cpu", pin_memory=part.is_cuda)
+        return placed(zeros, parameter)
+
+    def at_work(
+        self, parameters: list[Tensor], kept: list[list[Tensor]]
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """What is kept of each parameter, as it computes with it: on its device, in its dtype. What
+        the caller has made of it when it asks for the next is kept."""
+        coming = _Visit(parameters[0], kept[0], self.on_host)
+        for index in range(len(parameters)):
+            visit = coming
+            here = visit.arrive()
+            if index + 1 < len(parameters):
+                coming = _Visit(parameters[index + 1], kept[index + 1], self.on_host)
+            yield here
+            visit.go_home()
+        if self.on_host and parameters[0].is_cuda:  # a checkpoint may read them next
+            copy_stream(parameters[0].device).synchronize()
 
     def _adamw(
         self,
@@ -95,3 +129,43 @@ class AdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+class _Visit:
+    """States of one parameter on their way to its update, and home."""
+
+    def __init__(self, parameter: Tensor, kept: list[Tensor], travels: bool) -> None:
+        self._parameter, self._kept, self._travels = parameter, kept, travels
+        self._there, self._device = [local(tensor) for tensor in kept], local(parameter).device
+        self._event: torch.cuda.Event | None = None
+        self._here, self._used = self._there, list[Tensor]()
+        if travels:
+            with aside(self._device):
+                self._here = [self._copied(tensor) for tensor in self._there]
+                if self._device.type == "cuda":
+                    self._event = torch.cuda.current_stream(self._device).record_event()
+
+    def arrive(self) -> tuple[Tensor, ...]:
+        """The states, to be changed in place."""
+        if self._event is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(self._event)
+            for tensor in self._here:
+                tensor.record_stream(current)
+        self._used = [tensor.to(self._parameter.dtype) for tensor in self._here]
+        return tuple(placed(tensor, self._parameter) for tensor in self._used)
+
+    def go_home(self) -> None:
+        """Keep what has become of them."""
+        for here, used in zip(self._here, self._used, strict=True):
+            if here is not used:
+                here.copy_(used)  # rounded where it was computed
+        if self._travels:
+            with aside(self._device):
+                for there, here in zip(self._there, self._here, strict=True):
+                    there.copy_(here, non_blocking=True)
+                    if self._device.type == "cuda":
+                        here.record_stream(copy_stream(self._device))
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=self._device).copy_(tensor, non_blocking=True)

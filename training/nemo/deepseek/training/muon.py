@@ -27,7 +27,7 @@ class Muon(AdamW):
         groups: parameters, ``weight_decay`` and ``muon``.
         orthogonalise: of a momentum with the shape and the kind of tensor of its parameter; where
             parameters are spread over ranks, one that knows how.
-        moments: dtype of momentum and moments; None: the parameters'.
+        moments, on_host: as ``AdamW``'s; of the momentum too.
         defaults: of the groups: ``lr``, ``betas``, ``eps``, ``momentum``.
     """
 
@@ -37,10 +37,12 @@ class Muon(AdamW):
         *,
         orthogonalise: Callable[[Tensor], Tensor] | None = None,
         moments: torch.dtype | None = None,
+        on_host: bool = False,
         **defaults: Any,
     ) -> None:
         self._orthogonalise = orthogonalise or newton_schulz
-        super().__init__(groups, moments=moments, **dict(muon=False) | defaults)
+        defaults = dict(muon=False) | defaults
+        super().__init__(groups, moments=moments, on_host=on_host, **defaults)
 
     def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Move the parameters of a group."""
@@ -48,18 +50,17 @@ class Muon(AdamW):
             super().update(parameters, group)
             return
         for parameter in parameters:
-            self._muon_step(parameter, group)
+            state = self.state[parameter]
+            if not state:
+                dtype = self.moments or parameter.dtype
+                state["momentum_buffer"] = self.room(parameter, dtype)
+        kept = [[self.state[parameter]["momentum_buffer"]] for parameter in parameters]
+        for parameter, (momentum,) in zip(parameters, self.at_work(parameters, kept), strict=True):
+            self._muon_step(parameter, momentum, group)
 
-    def _muon_step(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _muon_step(self, parameter: Tensor, momentum: Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter, dtype=self.moments)
-        kept = state["momentum_buffer"]
-        momentum = kept.to(parameter.dtype)  # itself, if it is kept like that
         momentum.lerp_(parameter.grad, 1 - group["momentum"])
-        if kept is not momentum:
-            kept.copy_(momentum)
         nesterov = parameter.grad.lerp(momentum, group["momentum"])
         update = self._orthogonalise(nesterov)
         # Moonlight eq 4: the update gets the root mean square that AdamW's typically has

@@ -56,14 +56,15 @@ def build_optimizer(
             momentum=config.muon_momentum,
             orthogonalise=orthogonalise,
             moments=moments,
+            on_host=config.cpu_offload,
         )
     groups = [
         {"params": hidden + lookup, "weight_decay": decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
     settings: dict[str, Any] = dict(lr=config.lr, betas=betas, eps=config.eps)
-    if moments is not None:
-        return AdamW(groups, moments=moments, **settings)
+    if moments is not None or config.cpu_offload:
+        return AdamW(groups, moments=moments, on_host=config.cpu_offload, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 

@@ -107,14 +107,14 @@ class _Copy:
         self._here: Tensor | None = None
         on_gpu = tensor.device.type == "cuda"
         self._host = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu)
-        with _aside(tensor.device):
+        with aside(tensor.device):
             self._host.copy_(tensor, non_blocking=True)
         if on_gpu:
-            tensor.record_stream(_stream(tensor.device))
+            tensor.record_stream(copy_stream(tensor.device))
 
     def bring(self) -> None:
         """Begin to copy it back."""
-        with _aside(self._device):
+        with aside(self._device):
             self._here = torch.empty_like(self._host, device=self._device)
             self._here.copy_(self._host, non_blocking=True)
 
@@ -126,7 +126,7 @@ class _Copy:
         assert here is not None
         if self._device.type == "cuda":
             current = torch.cuda.current_stream(self._device)
-            current.wait_stream(_stream(self._device))
+            current.wait_stream(copy_stream(self._device))
             here.record_stream(current)
         self.wanted -= 1
         if self.wanted <= 0:
@@ -135,14 +135,15 @@ class _Copy:
 
 
 @cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """On which a GPU copies to the host and back."""
     return torch.cuda.Stream(device)
 
 
-def _aside(device: torch.device) -> AbstractContextManager[Any]:
+def aside(device: torch.device) -> AbstractContextManager[Any]:
     """On the stream of copies, after what the device has been asked for so far."""
     if device.type != "cuda":
         return nullcontext()
-    stream = _stream(device)
+    stream = copy_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     return torch.cuda.stream(stream)
