@@ -318,6 +318,29 @@ ONE_PROBLEM = [
         ["would be ignored", "no token travels", "model.expert_model_parallel_size=2 or more"],
     ),
     (
+        "model.moe_dispatch_fp8=true",
+        "model.moe_dispatch_fp8",
+        ["would be ignored", "no token travels", "model.expert_model_parallel_size=2 or more"],
+    ),
+    (
+        f"{DEEP_EP} & trainer.precision=bf16-mixed & trainer.accelerator=gpu & "
+        "model.moe_dispatch_fp8=true",
+        "model.moe_dispatch_fp8",
+        ["would be ignored, since model.moe_token_dispatcher_type=deepep", "use false"],
+    ),
+    (
+        "trainer.devices=4 & model.expert_model_parallel_size=4 & model.micro_batch_size=1 & "
+        "model.moe_ranks_per_node=3",
+        "model.moe_ranks_per_node",
+        ["does not divide model.expert_model_parallel_size=4 and trainer.devices=4", "use 2"],
+    ),
+    (
+        "trainer.devices=2 & model.expert_model_parallel_size=2 & model.micro_batch_size=1 & "
+        "model.moe_ranks_per_node=2",
+        "model.moe_ranks_per_node",
+        ["does not divide", "into two or more", "use null"],
+    ),
+    (
         f"{DEEP_EP} & trainer.precision=32",
         "model.moe_token_dispatcher_type",
         ["sends bf16, and trainer.precision=32", "use auto or alltoall"],

@@ -17,16 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from deepseek.config import UserError
+from deepseek.config import ModelConfig, UserError
 from deepseek.models.components.dispatcher import LocalDispatcher, TokenDispatcher
 from deepseek.models.components.moe import GroupedExperts, MoE
 from deepseek.models.components.recompute import recomputed
 from deepseek.models.components.router import Router
+from deepseek.ops.autocast import as_products
+from deepseek.ops.fp8_linear import round_rows
 from deepseek.parallel.expert_dispatcher import (
     AllToAllDispatcher,
     DeepEPDispatcher,
     build_dispatcher,
 )
+from deepseek.parallel.node_dispatcher import NodeDispatcher
 from support.device_waits import watched
 from support.ranks import run_ranks
 
@@ -50,6 +53,8 @@ class Case:
     sequences: list[int]
     idle: frozenset[int] = frozenset()
     """Experts that no token may choose."""
+    per_node: int | None = None
+    """Ranks of a machine, to which a token travels once."""
 
     @property
     def num_experts(self) -> int:
@@ -119,8 +124,23 @@ def on_one_rank(rank: int, case: Case, dtype: torch.dtype) -> Seen:
     mine = slice(rank * case.experts_per_rank, (rank + 1) * case.experts_per_rank)
     for name, weight in list(layer.experts.named_parameters()):
         setattr(layer.experts, name, nn.Parameter(weight.detach()[mine].clone()))
-    layer.dispatcher = AllToAllDispatcher(case.num_experts, group())
+    layer.dispatcher = dispatcher_of(rank, case.num_experts, case.per_node)
     return see(layer, case.inputs(dtype)[rank])
+
+
+def dispatcher_of(
+    rank: int, num_experts: int, per_node: int | None, fp8: bool = False
+) -> AllToAllDispatcher | NodeDispatcher:
+    """Between all ranks, so many of which stand in one machine."""
+    if per_node is None:
+        return AllToAllDispatcher(num_experts, group(), fp8)
+    ranks_MG = torch.arange(dist.get_world_size()).view(-1, per_node)
+    across, inside = (
+        {member: made for members in part.tolist() for made in [dist.new_group(members)]
+         for member in members}[rank]
+        for part in (ranks_MG.mT, ranks_MG)
+    )  # fmt: skip
+    return NodeDispatcher(num_experts, across, inside, fp8)
 
 
 def assert_near(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
@@ -154,7 +174,9 @@ def cases(draw: st.DrawFn) -> Case:
     top_k = draw(st.integers(1, min(num_experts, 4)))
     idle = draw(st.permutations(range(num_experts)))[: draw(st.integers(0, num_experts - top_k))]
     sequences = draw(st.lists(st.integers(0, 3), min_size=num_ranks, max_size=num_ranks))
-    return Case(experts_per_rank, top_k, [sequences[0] + 1, *sequences[1:]], frozenset(idle))
+    per_node = draw(st.sampled_from([None, 2])) if num_ranks == 4 else None
+    sequences[0] += 1
+    return Case(experts_per_rank, top_k, sequences, frozenset(idle), per_node)
 
 
 @given(case=cases(), dtype=st.sampled_from([torch.float64, torch.float32]))
@@ -175,6 +197,8 @@ def test_any_case(case: Case, dtype: torch.dtype) -> None:
         Case(2, 2, [2, 2, 1, 1], frozenset({0, 1, 2, 3, 6, 7})),
         Case(2, 2, [0, 3]),
         Case(2, 2, [0, 3], frozenset({2, 3})),
+        Case(2, 4, [2, 0, 1, 3], per_node=2),
+        Case(1, 2, [1, 2, 0, 2], frozenset({0, 1}), per_node=2),
     ],
     ids=[
         "2 ranks",
@@ -186,6 +210,8 @@ def test_any_case(case: Case, dtype: torch.dtype) -> None:
         "all tokens for rank 2",
         "rank 0 has no tokens",
         "rank 0 has no tokens and does all the work",
+        "2 machines of 2 ranks",
+        "2 machines, one without work",
     ],
 )
 def test_named_case(case: Case, dtype: torch.dtype) -> None:
@@ -320,6 +346,108 @@ def recorded(work: Callable[[], object]) -> list[tuple[torch.dtype, int]]:
         patch.setattr(dist, "all_to_all_single", watched)
         work()
     return calls
+
+
+def crossing(calls: list[tuple[Tensor, list[int] | None, list[int]]], rank: int) -> int:
+    """Bytes of rows that leave the machine of a rank; two machines of two ranks."""
+    return sum(
+        to * sent.nbytes // max(len(sent), 1)
+        for sent, counts, members in calls
+        for member, to in zip(members, counts or [0] * len(members), strict=True)
+        if member // 2 != rank // 2
+    )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_token_travels_once_to_each_machine(autocast: bool, fp8: bool) -> None:
+    """Bytes between machines: there a row for each machine of a token's experts, not for each of
+    these, with all its weights and choices; home one sum. In FP8 half of those that go to experts.
+    """
+    ids_TK, weights_TK = choices(1, 6, 8, 4)
+    dim, top_k = 256, 4
+
+    def work(rank: int) -> list[int]:
+        found, send = [], dist.all_to_all_single
+        calls: list[Any] = []
+
+        def watched(out: Tensor, x: Tensor, *sizes: Any, **named: Any) -> Any:
+            counts = sizes[1] if sizes else None
+            calls.append((x, counts, dist.get_process_group_ranks(named["group"])))
+            return send(out, x, *sizes, **named)
+
+        for dispatcher in (dispatcher_of(rank, 8, None, fp8), dispatcher_of(rank, 8, 2, fp8)):
+            calls.clear()
+            x_TD = torch.randn(len(ids_TK), dim).requires_grad_()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dist, "all_to_all_single", watched)
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    sent = dispatcher.dispatch(x_TD, weights_TK, ids_TK)
+                    y_TD = dispatcher.combine(sent.rows_RD, sent)
+                found.append(crossing(calls, rank))
+                calls.clear()
+                (y_TD.float().square().sum() + sent.weights_R.sum()).backward()
+                found.append(crossing(calls, rank))
+        return found
+
+    number = 2 if autocast else 4
+    narrow = dim + dim // 128 if fp8 else number * dim
+    for rank, (there, back, there_once, back_once) in enumerate(run_ranks(4, work)):
+        other = ids_TK // 4 == 1 - rank // 2
+        rows, once = int(other.sum()), int(other.any(dim=1).sum())
+        # What two others have sent here goes home; all have sent the same, and rank by rank.
+        home = 2 * int((ids_TK // 2 == rank).sum())
+        home_once = int((ids_TK // 4 == rank // 2).any(dim=1).sum())
+        assert once < rows and home_once < home
+        assert there == rows * (narrow + 4) + home * number * dim
+        assert back == rows * narrow + home * (number * dim + 4)
+        assert there_once == once * (narrow + (4 + 8) * top_k) + home_once * number * dim
+        assert back_once == once * narrow + home_once * (number * dim + 4 * top_k)
+
+
+class _Rounded(torch.autograd.Function):
+    """What e4m3 leaves of rows, or of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, there: bool) -> Tensor:
+        ctx.there = there
+        return round_rows(as_products(x_RD)).values().to(x_RD.dtype) if there else x_RD.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        return grad_RD if ctx.there else round_rows(grad_RD).values(), None
+
+
+class RoundedAtHome(AllToAllDispatcher):
+    """Slow twin of FP8 dispatch: rounded before it travels, and sent as wide as ever."""
+
+    def dispatch(self, x_TD: Tensor, *args: Any, **named: Any) -> Any:
+        return super().dispatch(_Rounded.apply(x_TD, True), *args, **named)
+
+    def combine(self, y_RD: Tensor, sent: Any) -> Tensor:
+        return _Rounded.apply(super().combine(y_RD, sent), False)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rows_in_fp8_are_what_e4m3_leaves_of_them(autocast: bool) -> None:
+    ids_TK, weights_TK = choices(1, 7, 8, 3)
+
+    def work(rank: int) -> list[Pass]:
+        return [
+            through(
+                dispatcher,
+                experts(4 * rank, 4),
+                rows(rank, 7, torch.float32),
+                ids_TK,
+                weights_TK,
+                autocast,
+            )
+            for dispatcher in (RoundedAtHome(8, group()), dispatcher_of(rank, 8, None, fp8=True))
+        ]
+
+    for twin, ours in run_ranks(2, work):
+        for wanted, got in zip([*twin[:3], *twin[3]], [*ours[:3], *ours[3]], strict=True):
+            assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -521,7 +649,11 @@ def test_which_dispatcher_is_built() -> None:
                 install_deep_ep()
             for kind in ("auto", "alltoall", "deepep"):
                 try:
-                    built.append(type(build_dispatcher(8, group(), device_type, kind)).__name__)
+                    meshes: Any = SimpleNamespace(
+                        ep=group(), ep_across=None, ep_inside=None, device_type=device_type
+                    )
+                    config = ModelConfig(moe_token_dispatcher_type=kind)
+                    built.append(type(build_dispatcher(8, meshes, config)).__name__)
                 except UserError as error:
                     built.append(str(error))
         return built

@@ -51,6 +51,7 @@ SHORT = {
     "mtp": "num_nextn_predict_layers",
     "recompute": "activations_checkpoint_granularity",
     "offload": "cpu_offloading_activations",
+    "per_node": "moe_ranks_per_node",
 }
 MUON = OptimConfig(name="muon", lr=1e-2, sched=SchedConfig(min_lr=1e-3), qk_clip_threshold=CLIPPED)
 ON_HOST = OptimConfig(lr=1e-2, sched=SchedConfig(min_lr=1e-3), cpu_offload=True)
@@ -100,6 +101,8 @@ def test_drawn_layout_in_fp32(number: int) -> None:
 CHOSEN = {  # those of a name one after another on the same ranks
     "EP": [
         case_of(4, ep=4),
+        case_of(4, ep=4, per_node=2, recompute="full"),
+        case_of(4, tp=2, ep=4, per_node=2, recompute="selective"),
         case_of(4, ep=2, optim=MUON),  # experts shared by two ranks each
         case_of(4, rep=2, ep=2, optim=ON_HOST),  # HSDP
         case_of(  # gradients divided after each micro-batch
@@ -179,15 +182,16 @@ HEADS_OF_64 = dict(qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64, inte
             case_of(
                 2, tp=2, recompute="selective", moe_intermediate_size=256, **HEADS_OF_64, **FP8
             ),
-            case_of(2, ep=2, recompute="full", **FP8),
+            case_of(2, ep=2, recompute="full", moe_dispatch_fp8=True, **FP8),
             case_of(2, pp=2, schedule="ZBVZeroBubble", **(FP8 | {"num_hidden_layers": 4})),
         ],
     ],
     ids=["2 ranks"],
 )
 def test_fp8(cases: list[Case]) -> None:
-    """The forward pass rounds row by row, the same in every layout. In the backward pass sums in
-    another order may round the other way, and weights' gradients have tiles of a rank's tokens."""
+    """The forward pass rounds row by row, the same in every layout, and rows that come in FP8 lose
+    nothing more. In the backward pass sums in another order may round the other way, and weights'
+    gradients have tiles of a rank's tokens."""
     for errors in compare_all([replace(case, steps=1) for case in cases]):
         exact = ("loss", "mtp_loss", "balance_loss", "all.load", "all.buffer")
         assert all(errors[name] <= FP64 for name in exact)

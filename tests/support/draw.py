@@ -162,6 +162,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
         virtual_pipeline_model_parallel_size=virtual,
         pipeline_layers_per_stage=split,
         expert_model_parallel_size=ep,
+        moe_ranks_per_node=among([None, *_divisors(ep)[1:-1]]),
         data_parallel_replicate_size=replicate,
         reshard_after_forward=among((True, False)) if pp == 1 and (shards > 1 or tp > ep) else None,
         data=DataConfig(

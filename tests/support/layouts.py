@@ -115,6 +115,7 @@ class Case:
             f"clip={c.optim.qk_clip_threshold} "
             f"recompute={c.activations_checkpoint_granularity} "
             f"of={c.activations_checkpoint_num_layers} offload={c.cpu_offloading_activations} "
+            f"per_node={c.moe_ranks_per_node} "
             f"isolated={c.data.isolate_documents} seed={self.seed} {self.dtype}"
         )
 
@@ -261,6 +262,8 @@ WITHOUT_LAYOUT = {
     "activations_checkpoint_granularity": None,
     "activations_checkpoint_num_layers": None,
     "cpu_offloading_activations": False,
+    "moe_dispatch_fp8": False,
+    "moe_ranks_per_node": None,
 }
 _trained: dict[Any, Driven] = {}
 """By what was trained: many layouts are compared with the same."""

@@ -85,6 +85,8 @@ class Layout:
     """Ranks that divide the routed experts among them."""
     cp: int = 1
     """Neighbours in ``dp_shard`` that divide each sequence among them."""
+    ep_node: int | None = None
+    """Neighbours in ``ep`` to which a token travels as one row; None: one for each expert."""
 
     def __post_init__(self) -> None:
         if self.dp_shard * self.tp % self.ep:
@@ -104,7 +106,7 @@ class Layout:
         if not shard:
             raise ValueError(f"{world} ranks cannot be PP {pp} x TP {tp} x {replicate}")
         ep, cp = model.expert_model_parallel_size, model.context_parallel_size
-        return cls(pp, replicate, shard, tp, ep, cp)
+        return cls(pp, replicate, shard, tp, ep, cp, model.moe_ranks_per_node)
 
     @classmethod
     def of_run(cls, run: RunConfig) -> Layout:

@@ -376,10 +376,15 @@ def dispatchers(cfg: RunConfig) -> Iterator[Problem]:
     model, key = cfg.model, "model.moe_token_dispatcher_type"
     if model.expert_model_parallel_size == 1:
         because = "with model.expert_model_parallel_size=1 no token travels"
-        yield from idle(cfg, key, because, "model.expert_model_parallel_size=2 or more")
+        for name in (key, "model.moe_dispatch_fp8", "model.moe_ranks_per_node"):
+            yield from idle(cfg, name, because, "model.expert_model_parallel_size=2 or more")
         return
+    yield from _dispatch_per_node(cfg)
     if model.moe_token_dispatcher_type != "deepep":
         return
+    because = "model.moe_token_dispatcher_type=deepep sends tokens in its own way"
+    for name in ("model.moe_dispatch_fp8", "model.moe_ranks_per_node"):
+        yield from idle(cfg, name, because, "model.moe_token_dispatcher_type=auto")
     faults = {
         f"runs on GPUs, and trainer.accelerator={cfg.trainer.accelerator}": "cpu"
         == cfg.trainer.accelerator,
@@ -389,6 +394,26 @@ def dispatchers(cfg: RunConfig) -> Iterator[Problem]:
     }
     for fault in (text for text, holds in faults.items() if holds):
         yield Problem(key, "deepep", fault, "use auto or alltoall")
+
+
+def _dispatch_per_node(cfg: RunConfig) -> Iterator[Problem]:
+    """The EP ranks of a machine are as many on each."""
+    model = cfg.model
+    number, ep, devices = (
+        model.moe_ranks_per_node,
+        model.expert_model_parallel_size,
+        cfg.trainer.devices,
+    )
+    if number is None or (number < ep and ep % number == 0 and devices % number == 0):
+        return
+    fits = [n for n in divisors(math.gcd(ep, devices)) if 1 < n < ep]
+    yield Problem(
+        "model.moe_ranks_per_node",
+        number,
+        f"does not divide model.expert_model_parallel_size={ep} and trainer.devices={devices} into "
+        "two or more",
+        f"use {listed(fits, near=number)}" if fits else "use null",
+    )
 
 
 def data_parallel_shards(cfg: RunConfig) -> Iterator[Problem]:

@@ -473,6 +473,18 @@ class ModelConfig:
         "what blocks keep for the backward pass lies in the host's memory till then (no GPU has "
         "run it yet)",
     )
+    moe_dispatch_fp8: bool = key(
+        False,
+        "under EP rows travel to experts in e4m3 with a scale for each 1 x 128 tile, and so do "
+        "gradients of their results; results and sums of gradients travel as ever (V3)",
+    )
+    moe_ranks_per_node: int | None = key(
+        None,
+        "EP ranks of one machine: a token travels once to each that has experts of its, is spread "
+        "inside, and one sum comes home; null: a row for every expert",
+        unit="ranks",
+        at_least=2,
+    )
 
     # -- derived, read everywhere, never set --
     @property

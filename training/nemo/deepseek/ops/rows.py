@@ -96,6 +96,50 @@ def gather_rows(x_PD: Tensor, slots_R: Tensor) -> Tensor:
     return _GatherRows.apply(x_PD, slots_R)
 
 
+def take_rows(x_TD: Tensor, index_R: Tensor, slots_TK: Tensor) -> Tensor:
+    """Row ``i`` of the result is row ``index[i]`` of ``x``; a row may be taken several times.
+
+    Args:
+        x_TD: rows.
+        index_R: which.
+        slots_TK: where each row has gone, up to K places; R for none.
+    """
+    return _TakeRows.apply(x_TD, index_R, slots_TK)
+
+
+def add_rows(y_RD: Tensor, slots_TK: Tensor, index_R: Tensor) -> Tensor:
+    """Sum of the rows at each of T places, the transpose of ``take_rows``; arguments as there."""
+    return _AddRows.apply(y_RD, slots_TK, index_R)
+
+
+def _added(y_RD: Tensor, slots_TK: Tensor) -> Tensor:
+    padded_RD = torch.cat((y_RD, y_RD.new_zeros(1, y_RD.shape[1])))
+    rows_TKD = padded_RD.index_select(0, slots_TK.flatten()).unflatten(0, slots_TK.shape)
+    return rows_TKD.sum(dim=1)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, index_R: Tensor, slots_TK: Tensor) -> Tensor:
+        ctx.slots_TK = slots_TK
+        return x_TD.index_select(0, index_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        return _added(grad_RD, ctx.slots_TK), None, None
+
+
+class _AddRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, slots_TK: Tensor, index_R: Tensor) -> Tensor:
+        ctx.index_R = index_R
+        return _added(y_RD, slots_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+        return grad_TD.index_select(0, ctx.index_R), None, None
+
+
 class _PermuteRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from deepseek.models.components.recompute import keep
+from deepseek.ops.fp8_linear import pack_rows, unpack_rows
 from deepseek.parallel import cpu_memory
 
 
@@ -43,7 +44,11 @@ def sum_forward(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @torch.compiler.disable
 def all_to_all_rows(
-    x_RD: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup
+    x_RD: Tensor,
+    send_counts: list[int],
+    receive_counts: list[int],
+    group: dist.ProcessGroup,
+    fp8: bool = False,
 ) -> Tensor:
     """Send consecutive blocks of rows to the ranks of the group; blocks may be empty.
 
@@ -51,11 +56,17 @@ def all_to_all_rows(
         x_RD: R = sum(send_counts).
         send_counts: rows for each rank of the group.
         receive_counts: rows from each rank; what they send to this one.
+        fp8: gradients go back in it.
 
     Returns:
         (sum(receive_counts), D), by source rank.
     """
-    return LinearMap.apply(x_RD, *_both_ways(send_counts, receive_counts, group))
+    there, back = _both_ways(send_counts, receive_counts, group)
+
+    def in_fp8(grad_RD: Tensor) -> Tensor:
+        return unpack_rows(back(pack_rows(grad_RD)), grad_RD.shape[1], grad_RD.dtype)
+
+    return LinearMap.apply(x_RD, there, in_fp8 if fp8 else back)
 
 
 @torch.compiler.disable
@@ -66,24 +77,28 @@ def all_to_all_weighted_rows(
     receive_counts: list[int],
     group: dist.ProcessGroup,
     meanwhile: Callable[[], Any] = lambda: None,
+    fp8: bool = False,
 ) -> tuple[Tensor, Tensor, Any]:
-    """``all_to_all_rows`` with a number beside each row, in one exchange.
+    """``all_to_all_rows`` with numbers beside each row, in one exchange.
 
     It has begun when ``meanwhile`` is called, and is waited for afterwards: NCCL sends on a stream
     of its own. In the backward pass gradients travel beside that of ``meanwhile``.
 
     Args:
         x_RD: R = sum(send_counts).
-        weights_R: as wide as the rows' numbers, or a multiple: the bits travel as numbers of rows.
+        weights_R: one or some (R, K) for each row; as wide as the rows' numbers, or a multiple: the
+            bits travel as numbers of rows.
         meanwhile: computes something else.
+        fp8: rows travel in it, and arrive as what it has left of them; their gradients do not.
 
     Returns:
-        (sum(receive_counts), D) and (sum(receive_counts),), by source rank; what it has computed.
+        (sum(receive_counts), D) and the weights beside them, by source rank; what it has computed.
     """
+    form = _Form(x_RD.shape[1], x_RD.dtype, weights_R.shape[1:], weights_R.dtype)
     trip = _Trip(send_counts, receive_counts, group)
-    begun = _Depart.apply(x_RD, weights_R, trip)
+    begun = _Depart.apply(x_RD, weights_R, trip, form, form._replace(fp8=fp8))
     computed = meanwhile()
-    return *_Arrive.apply(begun, weights_R.dtype, trip), computed
+    return *_Arrive.apply(begun, trip, form, form._replace(fp8=fp8)), computed
 
 
 class _Trip:
@@ -104,7 +119,7 @@ class _Trip:
         send, receive = reversed(self.counts) if back else self.counts
         start = partial(_UnderWay, packed, send, receive, self.group)
         self.under_way = start() if back else keep(start, rows=True)
-        return packed.new_empty(0)
+        return packed.new_empty(0, dtype=torch.float32)  # one that has a gradient
 
     def end(self) -> Tensor:
         """What has arrived."""
@@ -137,37 +152,55 @@ class _Depart(torch.autograd.Function):
     """Begins the exchange of rows; its backward pass ends that of their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, weights_R: Tensor, trip: _Trip) -> Tensor:
-        ctx.trip, ctx.dtype = trip, weights_R.dtype
-        return trip.begin(_packed(x_RD, weights_R))
+    def forward(
+        ctx: Any, x_RD: Tensor, weights_R: Tensor, trip: _Trip, wide: _Form, form: _Form
+    ) -> Tensor:
+        ctx.trip, ctx.wide = trip, wide
+        return trip.begin(form.pack(x_RD, weights_R))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_unpacked(ctx.trip.end(), ctx.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        return *ctx.wide.unpack(ctx.trip.end()), None, None, None
 
 
 class _Arrive(torch.autograd.Function):
     """Ends the exchange of rows; its backward pass begins that of their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, begun: Tensor, dtype: torch.dtype, trip: _Trip) -> tuple[Tensor, Tensor]:
-        ctx.trip = trip
-        return _unpacked(trip.end(), dtype)
+    def forward(
+        ctx: Any, begun: Tensor, trip: _Trip, wide: _Form, form: _Form
+    ) -> tuple[Tensor, Tensor]:
+        ctx.trip, ctx.wide = trip, wide
+        return form.unpack(trip.end())
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor, grad_R: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.trip.begin(_packed(grad_RD, grad_R), back=True), None, None
+    def backward(ctx: Any, grad_RD: Tensor, grad_R: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.trip.begin(ctx.wide.pack(grad_RD, grad_R), back=True), None, None, None
 
 
-def _packed(x_RD: Tensor, weights_R: Tensor) -> Tensor:
-    """Each row with the bits of its weight behind it."""
-    return torch.cat((x_RD, weights_R.unsqueeze(1).contiguous().view(x_RD.dtype)), dim=1)
+class _Form(NamedTuple):
+    """How rows and their weights travel: each row with the bits of its weights behind it."""
 
+    dim: int
+    dtype: torch.dtype
+    """Of rows."""
+    weights: torch.Size
+    """Of one row: none, or how many."""
+    weights_dtype: torch.dtype
+    fp8: bool = False
 
-def _unpacked(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows and weights that were packed; the rows as a view."""
-    columns = packed.shape[1] - dtype.itemsize // packed.dtype.itemsize
-    return packed[:, :columns], packed[:, columns:].contiguous().view(dtype).squeeze(1)
+    def pack(self, x_RD: Tensor, weights_R: Tensor) -> Tensor:
+        """One tensor, (R, columns)."""
+        rows = pack_rows(x_RD) if self.fp8 else x_RD
+        bits = weights_R.reshape(len(rows), self.weights.numel()).contiguous().view(rows.dtype)
+        return torch.cat((rows, bits), dim=1)
+
+    def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and weights; the rows as a view, unless they came in FP8."""
+        width = self.weights.numel() * self.weights_dtype.itemsize // packed.dtype.itemsize
+        rows, bits = packed.split([packed.shape[1] - width, width], dim=1)
+        weights = bits.contiguous().view(self.weights_dtype).reshape(len(packed), *self.weights)
+        return unpack_rows(rows, self.dim, self.dtype) if self.fp8 else rows, weights
 
 
 class LinearMap(torch.autograd.Function):

@@ -2,7 +2,8 @@
 
 Placement: expert ``i`` lives on EP rank ``i // experts_per_rank``. Every (token, choice) travels as
 a row of its own, and its routing weight with it. ``AllToAllDispatcher`` runs anywhere;
-``DeepEPDispatcher`` computes the same over DeepEP's GPU kernels.
+``NodeDispatcher`` sends less between machines, ``DeepEPDispatcher`` computes the same over DeepEP's
+GPU kernels.
 
 T tokens, K choices per token, R = T*K rows sent, Q rows received, E experts, e local experts,
 n ranks, D model.
@@ -20,28 +21,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepseek.config.errors import UserError
+from deepseek.config.schema import ModelConfig
 from deepseek.models.components.dispatcher import Dispatched, TokenDispatcher
 from deepseek.models.components.recompute import keep
 from deepseek.ops.autocast import as_products
 from deepseek.ops.rows import count_rows, expand_rows, inverse_permutation, permute_rows
 from deepseek.parallel.collectives import LinearMap, all_to_all_rows, all_to_all_weighted_rows
+from deepseek.parallel.mesh import Meshes
+from deepseek.parallel.node_dispatcher import NodeDispatcher
 
 
-def build_dispatcher(
-    num_experts: int, group: dist.ProcessGroup, device_type: str, kind: str
-) -> TokenDispatcher:
-    """The dispatcher that ``model.moe_token_dispatcher_type`` asks for.
+def build_dispatcher(num_experts: int, meshes: Meshes, config: ModelConfig) -> TokenDispatcher:
+    """The dispatcher that ``model.moe_*`` ask for.
 
     ``auto`` is all-to-all, also where DeepEP is installed, until a GPU has run both.
 
     Raises:
         UserError: DeepEP is not installed, knows no group of this size, or there is no GPU.
     """
-    if kind != "deepep":
-        return AllToAllDispatcher(num_experts, group)
+    group, fp8 = meshes.ep, config.moe_dispatch_fp8
+    if meshes.ep_across is not None and meshes.ep_inside is not None:
+        return NodeDispatcher(num_experts, meshes.ep_across, meshes.ep_inside, fp8)
+    if config.moe_token_dispatcher_type != "deepep":
+        return AllToAllDispatcher(num_experts, group, fp8)
     size = dist.get_world_size(group)
     try:
-        assert device_type == "cuda", "this process computes on a CPU"
+        assert meshes.device_type == "cuda", "this process computes on a CPU"
         from deep_ep import Buffer
 
         Buffer.get_dispatch_config(size)
@@ -67,11 +72,14 @@ class AllToAllDispatcher:
     Args:
         num_experts: all experts; a multiple of the group's size.
         group: the EP group.
+        fp8: rows travel to the experts in it, and so do gradients of results; results and gradients
+            of rows, which are added up at home, do not (arXiv:2412.19437 section 3.3.3).
     """
 
-    def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, num_experts: int, group: dist.ProcessGroup, fp8: bool = False) -> None:
         self.num_experts = num_experts
         self.group = group
+        self.fp8 = fp8
         self.num_ranks = dist.get_world_size(group)
         self.experts_per_rank = num_experts // self.num_ranks
 
@@ -91,8 +99,9 @@ class AllToAllDispatcher:
         rows_RD = as_products(expand_rows(x_TD, plan.order_R, plan.inverse_R))
         weights_R = permute_rows(weights_TK.flatten(), plan.order_R, plan.inverse_R)
         rows_QD, weights_Q, computed = all_to_all_weighted_rows(
-            rows_RD, weights_R, plan.send_counts, plan.receive_counts, self.group, meanwhile
-        )
+            rows_RD, weights_R, plan.send_counts, plan.receive_counts, self.group, meanwhile,
+            self.fp8,
+        )  # fmt: skip
         arrival = plan.arrival_Q, plan.arrival_inverse_Q
         return Dispatched(
             permute_rows(rows_QD, *arrival),
@@ -107,7 +116,7 @@ class AllToAllDispatcher:
         """Bring the results back and add them up, at home and in full."""
         plan: Plan = sent.state
         y_QD = permute_rows(y_RD, plan.arrival_inverse_Q, plan.arrival_Q)
-        y_RD = all_to_all_rows(y_QD, plan.receive_counts, plan.send_counts, self.group)
+        y_RD = all_to_all_rows(y_QD, plan.receive_counts, plan.send_counts, self.group, self.fp8)
         y_RD = permute_rows(y_RD, plan.inverse_R, plan.order_R)
         return y_RD.unflatten(0, plan.shape).sum(dim=1)
 

@@ -31,6 +31,8 @@ OPERATIONS_OF = {
     "cp": ("all_gather", "reduce_scatter", "all_reduce"),
     "edp": ("all_gather", "reduce_scatter"),
     "ep": ("all_to_all",),
+    "ep_across": ("all_to_all",),
+    "ep_inside": ("all_to_all",),
     "data": ("all_reduce",),
     "stage": ("all_reduce",),
     "ends": ("all_reduce",),
@@ -50,6 +52,8 @@ class Meshes:
 
     Attributes:
         pp, tp, ep: groups of this rank along these axes.
+        ep_across, ep_inside: the EP ranks that stand in other machines where this one does, and
+            those of this machine; None if tokens do not travel by machine.
         cp: the ranks that share this one's sequences, each with its own part of them; None if there
             is no other.
         data: the ranks that read other batches and hold the same stages, the same TP shard and the
@@ -81,6 +85,12 @@ class Meshes:
         self.pp = self.dense.get_group("pp")
         self.tp = self.dense.get_group("tp")
         self.ep = self.sparse.get_group("ep")
+        self.ep_across: dist.ProcessGroup | None = None
+        self.ep_inside: dist.ProcessGroup | None = None
+        if layout.ep_node is not None:
+            nodes = self.sparse.mesh.unflatten(-1, (-1, layout.ep_node))
+            self.ep_across = self._group("ep_across", nodes.movedim(-2, -1).flatten(0, -2))
+            self.ep_inside = self._group("ep_inside", nodes.flatten(0, -2))
         ranks = self.dense.mesh
         parts = ranks.unflatten(2, (-1, layout.cp))  # (pp, dp_replicate, sequences, cp, tp)
         self.cp: dist.ProcessGroup | None = None

@@ -93,7 +93,7 @@ def parallelize(
         log.info(f"CP {layout.cp}: sequences are divided, the latents of attention gathered")
     # 4. EP: each rank keeps some of the experts, and tokens travel to them
     if layout.ep > 1:
-        shard_experts(model, meshes, config.moe_token_dispatcher_type)
+        shard_experts(model, meshes)
         total = config.n_routed_experts
         log.info(f"EP {layout.ep}: {total // layout.ep} of {total} experts of a layer here")
     # 5. PP: layers are run in stages
@@ -130,11 +130,11 @@ def _in_one_process(
     return Parallelized(model, Sequential(Stage(model, everything), config.micro_batch_size))
 
 
-def shard_experts(model: Transformer, meshes: Meshes, dispatcher: str = "auto") -> None:
+def shard_experts(model: Transformer, meshes: Meshes) -> None:
     """Divide the experts of ``model`` (on the meta device) over the EP ranks, in place.
 
     Raises:
-        UserError: the ``dispatcher`` cannot be had here.
+        UserError: the configured dispatcher cannot be had here.
     """
     mesh = meshes.sparse["ep"]
     for module in model.modules():
@@ -144,7 +144,7 @@ def shard_experts(model: Transformer, meshes: Meshes, dispatcher: str = "auto") 
         for name, stack in list(experts.named_parameters()):
             setattr(experts, name, shard_parameter(stack, 0, mesh))
         experts.local = local
-        module.dispatcher = build_dispatcher(num_experts, meshes.ep, meshes.device_type, dispatcher)
+        module.dispatcher = build_dispatcher(num_experts, meshes, model.config)
 
 
 def shard_data_parallel(
