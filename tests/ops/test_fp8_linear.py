@@ -10,12 +10,12 @@ from deepseek.ops.fp8_linear import (
     fp8_grouped_linear,
     fp8_linear,
     fp8_linear_slow,
-    pack_rows,
+    pack_tiles,
     round_blocks,
     round_columns,
     round_rows,
     rounded_slow,
-    unpack_rows,
+    unpack_tiles,
 )
 
 
@@ -96,10 +96,10 @@ def test_rows_as_bytes(dtype: torch.dtype) -> None:
     x_RD = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
     x_RD[0], x_RD[1, 7], x_RD[2] = 0, float("nan"), x_RD[2] * 2.0**-120
     x_RD[3] *= 2.0**120
-    packed = pack_rows(x_RD)
+    packed = pack_tiles(x_RD)
     assert (packed.shape, packed.dtype) == ((5, 300 + 3), torch.uint8)
-    back_RD = unpack_rows(packed, 300, dtype)
+    back_RD = unpack_tiles(packed, 300, dtype)
     assert torch.equal(back_RD.nan_to_num(), round_rows(x_RD).values().nan_to_num())
     assert back_RD[1, :128].isnan().all() and not back_RD[0].any()
-    assert torch.equal(pack_rows(back_RD[2:]), packed[2:])  # nothing more is lost
-    assert unpack_rows(packed[:0], 300, dtype).shape == (0, 300)
+    assert torch.equal(pack_tiles(back_RD[2:]), packed[2:])  # nothing more is lost
+    assert unpack_tiles(packed[:0], 300, dtype).shape == (0, 300)

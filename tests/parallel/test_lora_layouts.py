@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from deepseek.checkpoint.checkpoint import Checkpoint
+from deepseek.checkpoint.manager import CheckpointManager
+from deepseek.checkpoint.training_state import load_weights
 from deepseek.config.schema import OptimConfig, PeftConfig, SchedConfig
 from deepseek.models.components.lora import is_adapter
-from deepseek.ops.packed import unpack_rows
+from deepseek.ops.packed import pack_rows, unpack_rows
 from deepseek.parallel import gradients
 from deepseek.parallel.mesh import SingleProcess, local, local_slices
-from support.layouts import Case, Driven, batches, compare, compare_all, small_config
+from support.layouts import Case, Driven, batches, compare, compare_all, small_config, spread
 from support.ranks import run_ranks
 
 FP64 = 1e-12
@@ -77,6 +82,10 @@ LAYOUTS = {
         4, ALL, base="nf4", expert_model_parallel_size=2, micro_batch_size=2,
         activations_checkpoint_granularity="full",
     ),
+    "packed, TP": lora_case(  # whole blocks of the rows that it cuts
+        4, ALL, base="nf4", tensor_model_parallel_size=2, v_head_dim=32, intermediate_size=128,
+        moe_intermediate_size=128, num_hidden_layers=2, micro_batch_size=2,
+    ),
     "packed, PP": lora_case(
         2, ["wo", "experts.w2"], base="fp8", pipeline_model_parallel_size=2, micro_batch_size=2,
     ),
@@ -91,7 +100,7 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     "names",
     [
-        ["TP and EP", "packed"],
+        ["TP and EP", "packed", "packed, TP"],
         [
             "PP, recomputed",
             "zero bubble, a stage without adapters",
@@ -180,3 +189,27 @@ def kept_names(rank: int, case: Case) -> list[str]:
     driven = spread(case)
     driven.run(batches(case))
     return list(collect_tensors(driven.module.model, driven.optimizer))
+
+
+def test_parts_of_rows_are_packed_as_the_whole_is(tmp_path: Path) -> None:
+    """Read from a checkpoint that was never packed."""
+    case = replace(LAYOUTS["packed, TP"], dtype=torch.float32)
+    config = replace(case.config, peft=None, tensor_model_parallel_size=1)
+    plain = Driven(replace(case, config=config, prepare=lambda driven: None), SingleProcess())
+    state = plain.module.model.state_dict()
+    manager = CheckpointManager(tmp_path)
+    path = manager.save(1, {f"model.{name}": tensor for name, tensor in state.items()}, {})
+    manager.close()
+    seen: set[str] = set()
+    for parts in run_ranks(case.world, loaded_parts, case, path):
+        for name, part, rows in parts:
+            seen.add(name)
+            assert torch.equal(rows, pack_rows(state[name], "nf4")[part]), name
+    assert {"layers.0.attn.wo.weight", "layers.1.ffn.experts.w2", "layers.0.ffn.w1.weight"} <= seen
+
+
+def loaded_parts(rank: int, case: Case, path: Path) -> list[tuple[str, Any, Tensor]]:
+    model = spread(case).module.model
+    load_weights(Checkpoint.open(path), model)
+    held = dict(model.named_parameters())
+    return [(name, local_slices(held[name]), local(held[name]).detach()) for name in model.packed]

@@ -203,7 +203,9 @@ def test_adapters_on_packed_weights(micro: MicroRuns, adapted: str) -> None:
     assert 0 < torch.linalg.matrix_rank(moved) <= 4, "all but the adapter is the weight itself"
     two = ("trainer.devices=2", "model.tensor_model_parallel_size=2")
     micro.train("x", *given, *two).assert_refused(
-        "packs whole rows", "tensor_model_parallel_size=2"
+        "a scale for each 64 numbers",
+        "tensor_model_parallel_size=2 would cut",
+        "no multiple of 128",
     )
 
 

@@ -25,11 +25,12 @@ from deepseek.checkpoint.checkpoint import Checkpoint
 from deepseek.checkpoint.manifest import MANIFEST
 from deepseek.config.batch_ramp import consumed_samples
 from deepseek.config.errors import UserError
+from deepseek.config.weights import packed_columns
 from deepseek.files import sha256_of
 from deepseek.models.components.lora import is_adapter
 from deepseek.models.transformer import global_name
 from deepseek.ops.packed import pack_rows
-from deepseek.parallel.mesh import local
+from deepseek.parallel.mesh import local, local_slices
 from deepseek.training.adamw import AdamW
 
 
@@ -107,16 +108,18 @@ def load_weights(checkpoint: Checkpoint, model: Any) -> None:
     turns = max(checkpoint.ranks.together(lambda: len(in_turn)))
     held = dict(model.named_parameters())
     for names in in_turn + [[]] * (turns - len(in_turn)):
-        wide = {name: _unpacked_place(held[name], packed[name]) for name in names}
+        kind = model.config.peft.base_dtype
+        wide = {name: _unpacked_place(held[name], packed[name], kind) for name in names}
         checkpoint.load({f"model.{name}": place for name, place in wide.items()})
         for name, place in wide.items():
-            local(held[name]).detach().copy_(pack_rows(local(place), model.config.peft.base_dtype))
+            local(held[name]).detach().copy_(pack_rows(local(place), kind))
 
 
-def _unpacked_place(packed: Tensor, columns: int) -> Tensor:
+def _unpacked_place(packed: Tensor, columns: int, kind: str) -> Tensor:
     """Room in fp32 for the weights of packed rows, divided as these are."""
     shape = torch.Size((*packed.shape[:-1], columns))
-    here = torch.empty(*local(packed).shape[:-1], columns, device=packed.device)
+    part = packed_columns(local_slices(packed)[-1], columns, kind)
+    here = torch.empty(*local(packed).shape[:-1], part.stop - part.start, device=packed.device)
     if not isinstance(packed, DTensor):
         return here
     stride = torch.empty(shape, device="meta").stride()

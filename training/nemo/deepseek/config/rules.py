@@ -37,7 +37,13 @@ from deepseek.config.layout_rules import (
     tensor_parallel,
 )
 from deepseek.config.schema import LEAVES, RunConfig, idle, value_at
-from deepseek.config.weights import LORA_GROUPS, LORA_HF_NAMES, model_weights
+from deepseek.config.weights import (
+    LORA_GROUPS,
+    LORA_HF_NAMES,
+    PACKED_BLOCKS,
+    model_weights,
+    weight_kinds,
+)
 
 
 def check(config: RunConfig) -> list[Problem]:
@@ -288,13 +294,21 @@ def adapters(cfg: RunConfig) -> Iterator[Problem]:
         way_out = f"use {meant or ', '.join(LORA_GROUPS)}"
         yield Problem(key, names, f"there is no matrix {name}", way_out)
     kind, tp = peft.base_dtype, cfg.model.tensor_model_parallel_size
-    if kind is not None and tp > 1:
+    unit = tp * PACKED_BLOCKS.get(kind or "", 1)
+    cut = {
+        f"{weight.name} has {weight.shape[1]}"
+        for weight in weight_kinds(cfg.model)
+        if weight.lora and weight.tp_dim == 1 and weight.shape[1] % unit
+    }
+    if kind is not None and tp > 1 and cut:
         yield Problem(
             "model.peft.base_dtype",
             kind,
-            f"packs whole rows, and model.tensor_model_parallel_size={tp} would cut some of them",
+            f"has a scale for each {PACKED_BLOCKS[kind]} numbers of a row, and "
+            f"model.tensor_model_parallel_size={tp} would cut between: {min(cut)}, no multiple of "
+            f"{unit}",
             "use model.tensor_model_parallel_size=1 (data, expert, context and pipeline "
-            "parallelism divide them), or null",
+            "parallelism cut no row), or null",
         )
     if not names:
         yield Problem(key, names, "would train nothing", f"use [{', '.join(LORA_GROUPS)}]")

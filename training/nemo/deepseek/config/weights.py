@@ -97,9 +97,15 @@ PACKED_BLOCKS = {"nf4": 64, "fp8": 128}
 
 
 def packed_row_bytes(columns: int, kind: str) -> int:
-    """Of one row of a frozen matrix: its numbers in whole blocks, and their fp32 scales."""
+    """Of one row of a frozen matrix: its numbers in whole blocks, each with an fp32 scale."""
     block = PACKED_BLOCKS[kind]
     return -(-columns // block) * (block // (2 if kind == "nf4" else 1) + 4)
+
+
+def packed_columns(part: slice, columns: int, kind: str) -> slice:
+    """The columns, of so many in all, that some whole blocks of a row have; ``part`` in bytes."""
+    block, size = PACKED_BLOCKS[kind], packed_row_bytes(PACKED_BLOCKS[kind], kind)
+    return slice(part.start // size * block, min(part.stop // size * block, columns))
 
 
 LORA_HF_NAMES = {

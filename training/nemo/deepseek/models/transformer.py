@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deepseek.config.layout import StageSlice
 from deepseek.config.schema import ModelConfig
-from deepseek.config.weights import lora_targets
+from deepseek.config.weights import lora_targets, packed_columns
 from deepseek.models.components.attention import LatentStore
 from deepseek.models.components.block import (
     DeepSeekBlock,
@@ -230,9 +230,9 @@ class Transformer(nn.Module):
         if columns is None:
             return initial_weight(name, shape, part, self.config, seed)
         assert self.config.peft is not None and self.config.peft.base_dtype is not None
-        shape, part = (*shape[:-1], columns), (*part[:-1], slice(0, columns))
-        value = initial_weight(name, shape, part, self.config, seed)
-        return pack_rows(value, self.config.peft.base_dtype)
+        kind = self.config.peft.base_dtype
+        shape, part = (*shape[:-1], columns), (*part[:-1], packed_columns(part[-1], columns, kind))
+        return pack_rows(initial_weight(name, shape, part, self.config, seed), kind)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

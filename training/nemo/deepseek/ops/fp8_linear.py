@@ -90,7 +90,7 @@ def round_rows(x_RI: Tensor) -> Tiles:
     return Tiles((x_RI / _each(scale_RT, columns)).to(E4M3), scale_RT)
 
 
-def pack_rows(x_RD: Tensor) -> Tensor:
+def pack_tiles(x_RD: Tensor) -> Tensor:
     """Rows as bytes: numbers in e4m3, then the exponent of each tile's scale; (R, D + D/128) uint8.
 
     53 % of the bytes of bf16 (51 % for wide rows).
@@ -100,7 +100,7 @@ def pack_rows(x_RD: Tensor) -> Tensor:
     return torch.cat((tiles.numbers.view(torch.uint8), exponents.view(torch.uint8)), dim=1)
 
 
-def unpack_rows(packed: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+def unpack_tiles(packed: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Rows (R, D) of packed ones; exact in bf16."""
     numbers, exponents = packed.split([dim, packed.shape[1] - dim], dim=1)
     scales = exponents.contiguous().view(torch.float8_e8m0fnu).to(dtype)

@@ -1,12 +1,13 @@
-"""Frozen weights in few bits; each row is packed by itself, its numbers and then its scales.
+"""Frozen weights in few bits; each row is packed by itself, block by block: numbers and a scale.
 
 | kind | numbers                                                          | fp32 scale  | bytes |
 | ---- | ---------------------------------------------------------------- | ----------- | ----- |
 | nf4  | one of 16, spread as a normal distribution is (arXiv:2305.14314) | of each 64  | 0.563 |
 | fp8  | e4m3                                                             | of each 128 | 1.032 |
 
-So rows can be divided over ranks, and gathered, as those of any weight. A product takes them out
-again when it needs them, in both passes: nothing keeps them unpacked.
+So rows can be divided over ranks, and gathered, as those of any weight; and so can their columns,
+between blocks. A product takes them out again when it needs them, in both passes: nothing keeps
+them unpacked.
 
 I inputs, O outputs, E experts, X bytes of a row, Q blocks of a row.
 """
@@ -44,14 +45,14 @@ def pack_rows(w: Tensor, kind: str) -> Tensor:
     blocks = F.pad(w.float(), (0, -columns % block)).unflatten(-1, (-1, block))
     largest = blocks.abs().amax(dim=-1, keepdim=True)
     scale = torch.where(largest > 0, largest / _LARGEST[kind], 1.0)
-    numbers = (blocks / scale).flatten(-2)
+    numbers = blocks / scale
     if kind == "nf4":
         table = torch.tensor(NF4, device=w.device)
         codes = torch.bucketize(numbers, (table[1:] + table[:-1]) / 2).to(torch.uint8)
         packed = codes[..., 0::2] << 4 | codes[..., 1::2]
     else:
         packed = numbers.to(E4M3).view(torch.uint8)
-    return torch.cat((packed, scale.squeeze(-1).contiguous().view(torch.uint8)), dim=-1)
+    return torch.cat((packed, scale.contiguous().view(torch.uint8)), dim=-1).flatten(-2)
 
 
 def unpack_rows(packed: Tensor, columns: int, kind: str, dtype: torch.dtype) -> Tensor:
@@ -66,33 +67,32 @@ def unpack_rows(packed: Tensor, columns: int, kind: str, dtype: torch.dtype) -> 
 
 def _unpacked(packed: Tensor, columns: int, kind: str) -> Tensor:
     """In fp32."""
-    blocks = -(-columns // PACKED_BLOCKS[kind])
-    rest = packed.shape[-1] - 4 * blocks
-    scale = packed[..., rest:].contiguous().view(torch.float32).unsqueeze(-1)
+    blocks = packed.unflatten(-1, (-(-columns // PACKED_BLOCKS[kind]), -1))
+    bits, scale = blocks[..., :-4], blocks[..., -4:].contiguous().view(torch.float32)
     if kind == "nf4":
-        codes = torch.stack((packed[..., :rest] >> 4, packed[..., :rest] & 15), dim=-1).flatten(-2)
+        codes = torch.stack((bits >> 4, bits & 15), dim=-1).flatten(-2)
         numbers = torch.tensor(NF4, device=packed.device)[codes.int()]
     else:
-        numbers = packed[..., :rest].view(E4M3).float()
-    return (numbers.unflatten(-1, (blocks, -1)) * scale).flatten(-2)[..., :columns]
+        numbers = bits.contiguous().view(E4M3).float()
+    return (numbers * scale).flatten(-2)[..., :columns]
 
 
 def pack_rows_slow(w_OI: Tensor, kind: str) -> Tensor:
     """Reference implementation of ``pack_rows``: block by block, the nearest number of all."""
     rows = []
     for row_I in w_OI.float():
-        codes, scales = [], []
+        blocks = []
         for part in row_I.split(PACKED_BLOCKS[kind]):
             largest = part.abs().max()
-            scales.append(largest / _LARGEST[kind] if largest > 0 else torch.ones(()))
-            whole = F.pad(part / scales[-1], (0, PACKED_BLOCKS[kind] - len(part)))
-            if kind == "fp8":
-                codes.append(whole.to(E4M3).view(torch.uint8))
-                continue
-            nearest = [min(range(16), key=lambda i: abs(NF4[i] - x)) for x in whole.tolist()]
-            pairs = zip(nearest[::2], nearest[1::2], strict=True)
-            codes.append(torch.tensor([16 * a + b for a, b in pairs], dtype=torch.uint8))
-        rows.append(torch.cat((*codes, torch.stack(scales).view(torch.uint8))))
+            scale = largest / _LARGEST[kind] if largest > 0 else torch.ones(())
+            whole = F.pad(part / scale, (0, PACKED_BLOCKS[kind] - len(part)))
+            codes = whole.to(E4M3).view(torch.uint8)
+            if kind == "nf4":
+                nearest = [min(range(16), key=lambda i: abs(NF4[i] - x)) for x in whole.tolist()]
+                pairs = zip(nearest[::2], nearest[1::2], strict=True)
+                codes = torch.tensor([16 * a + b for a, b in pairs], dtype=torch.uint8)
+            blocks.append(torch.cat((codes, scale[None].view(torch.uint8))))
+        rows.append(torch.cat(blocks))
     return torch.stack(rows)
 
 

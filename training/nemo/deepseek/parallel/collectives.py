@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepseek.models.components.recompute import keep
-from deepseek.ops.fp8_linear import pack_rows, unpack_rows
+from deepseek.ops.fp8_linear import pack_tiles, unpack_tiles
 from deepseek.parallel import cpu_memory
 
 
@@ -64,7 +64,7 @@ def all_to_all_rows(
     there, back = _both_ways(send_counts, receive_counts, group)
 
     def in_fp8(grad_RD: Tensor) -> Tensor:
-        return unpack_rows(back(pack_rows(grad_RD)), grad_RD.shape[1], grad_RD.dtype)
+        return unpack_tiles(back(pack_tiles(grad_RD)), grad_RD.shape[1], grad_RD.dtype)
 
     return LinearMap.apply(x_RD, there, in_fp8 if fp8 else back)
 
@@ -191,7 +191,7 @@ class _Form(NamedTuple):
 
     def pack(self, x_RD: Tensor, weights_R: Tensor) -> Tensor:
         """One tensor, (R, columns)."""
-        rows = pack_rows(x_RD) if self.fp8 else x_RD
+        rows = pack_tiles(x_RD) if self.fp8 else x_RD
         bits = weights_R.reshape(len(rows), self.weights.numel()).contiguous().view(rows.dtype)
         return torch.cat((rows, bits), dim=1)
 
@@ -200,7 +200,7 @@ class _Form(NamedTuple):
         width = self.weights.numel() * self.weights_dtype.itemsize // packed.dtype.itemsize
         rows, bits = packed.split([packed.shape[1] - width, width], dim=1)
         weights = bits.contiguous().view(self.weights_dtype).reshape(len(packed), *self.weights)
-        return unpack_rows(rows, self.dim, self.dtype) if self.fp8 else rows, weights
+        return unpack_tiles(rows, self.dim, self.dtype) if self.fp8 else rows, weights
 
 
 class LinearMap(torch.autograd.Function):

@@ -154,7 +154,7 @@ def _shard_linear(linear: nn.Linear, dim: int, mesh: DeviceMesh) -> nn.Linear:
     sizes = linear.in_features, linear.out_features
     with torch.device("meta"):
         if isinstance(linear, LoraLinear):
-            made: nn.Linear = ShardedLoraLinear(*sizes, linear.rank, linear.scale)
+            made: Linear = ShardedLoraLinear(*sizes, linear.rank, linear.scale)
             assert isinstance(made, LoraLinear)
             made.lora_a, made.lora_b = linear.lora_a, linear.lora_b
             if dim == 0:
@@ -163,8 +163,8 @@ def _shard_linear(linear: nn.Linear, dim: int, mesh: DeviceMesh) -> nn.Linear:
                 made.lora_a = shard_parameter(linear.lora_a, 1, mesh)
         else:
             made = ShardedLinear(*sizes)
-            if isinstance(linear, Linear):
-                made.product = linear.product
+    if isinstance(linear, Linear):
+        made.product = linear.product
     made.weight = shard_parameter(linear.weight, dim, mesh)
     return made
 
