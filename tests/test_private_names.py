@@ -152,6 +152,24 @@ def optim_step_progress() -> None:
     assert "manual_optimization.optim_step_progress.total.completed" in source
 
 
+def overlapped_passes() -> None:
+    runtime = schedules._PipelineScheduleRuntime
+    for name, arguments in {
+        "_assert_unsharded": ["stage"],
+        "_maybe_get_loss": ["stage", "mb_index"],
+        "_maybe_compute_loss": ["stage", "output", "target_mbs", "mb_index", "loss_kwargs"],
+        "register_custom_function": ["computation_type", "custom_function"],
+    }.items():
+        assert list(inspect.signature(getattr(runtime, name)).parameters)[1:] == arguments, name
+    source = inspect.getsource(runtime)
+    for name in ("fwd_recv_ops", "bwd_recv_ops", "backward_counter", "_n_microbatches"):
+        assert f"self.{name}" in source, name
+    assert {"set_local_fwd_input", "set_local_bwd_input", "get_local_bwd_output"} <= set(
+        dir(PipelineStage)
+    )
+    assert callable(schedules._wait_batch_p2p)
+
+
 NAMES: dict[str, Callable[[], None]] = {
     "torch._C._current_graph_task_id": current_graph_task_id,
     "torch._dynamo.config.nested_graph_breaks": nested_graph_breaks,
@@ -164,6 +182,8 @@ NAMES: dict[str, Callable[[], None]] = {
     "pipelining.schedules._batch_p2p": batch_p2p,
     "PipelineStage._prepare_forward_infra, ._prepare_backward_infra, "
     "._retrieve_recv_activations, ._retrieve_recv_grads": receive_buffers,
+    "_PipelineScheduleRuntime._assert_unsharded, ._maybe_get_loss, ._maybe_compute_loss, "
+    ".register_custom_function": overlapped_passes,
     "FSDPModule.set_custom_all_gather, .set_custom_reduce_scatter": custom_collectives,
     "Trainer._signal_connector.register_signal_handlers": signal_connector,
     "epoch_loop.manual_optimization.optim_step_progress": optim_step_progress,

@@ -329,6 +329,12 @@ ONE_PROBLEM = [
         ["would be ignored, since model.moe_token_dispatcher_type=deepep", "use false"],
     ),
     (
+        "trainer.devices=2 & model.expert_model_parallel_size=2 & "
+        "model.overlap_moe_expert_parallel_comm=true",
+        "model.overlap_moe_expert_parallel_comm",
+        ["would be ignored", "schedule=1F1B computes no two passes", "schedule=DualPipeV"],
+    ),
+    (
         "trainer.devices=4 & model.expert_model_parallel_size=4 & model.micro_batch_size=1 & "
         "model.moe_ranks_per_node=3",
         "model.moe_ranks_per_node",

@@ -52,6 +52,7 @@ SHORT = {
     "recompute": "activations_checkpoint_granularity",
     "offload": "cpu_offloading_activations",
     "per_node": "moe_ranks_per_node",
+    "overlap": "overlap_moe_expert_parallel_comm",
 }
 MUON = OptimConfig(name="muon", lr=1e-2, sched=SchedConfig(min_lr=1e-3), qk_clip_threshold=CLIPPED)
 ON_HOST = OptimConfig(lr=1e-2, sched=SchedConfig(min_lr=1e-3), cpu_offload=True)
@@ -144,6 +145,7 @@ CHOSEN = {  # those of a name one after another on the same ranks
     ],
     "PP with others": [
         case_of(4, pp=2, schedule="DualPipeV", ep=2),
+        case_of(4, pp=2, schedule="DualPipeV", ep=2, overlap=True, recompute="full"),
         case_of(4, torch.float32, pp=2, tp=2, initializer_range=0.1),
     ],
     "all at once": [

@@ -263,6 +263,7 @@ WITHOUT_LAYOUT = {
     "activations_checkpoint_num_layers": None,
     "cpu_offloading_activations": False,
     "moe_dispatch_fp8": False,
+    "overlap_moe_expert_parallel_comm": False,
     "moe_ranks_per_node": None,
 }
 _trained: dict[Any, Driven] = {}

@@ -376,10 +376,16 @@ def dispatchers(cfg: RunConfig) -> Iterator[Problem]:
     model, key = cfg.model, "model.moe_token_dispatcher_type"
     if model.expert_model_parallel_size == 1:
         because = "with model.expert_model_parallel_size=1 no token travels"
-        for name in (key, "model.moe_dispatch_fp8", "model.moe_ranks_per_node"):
+        others = ("moe_dispatch_fp8", "moe_ranks_per_node", "overlap_moe_expert_parallel_comm")
+        for name in (key, *(f"model.{other}" for other in others)):
             yield from idle(cfg, name, because, "model.expert_model_parallel_size=2 or more")
         return
     yield from _dispatch_per_node(cfg)
+    schedule = model.pipeline_schedule
+    if model.pipeline_model_parallel_size == 1 or schedule != "DualPipeV":
+        because = f"model.pipeline_schedule={schedule} computes no two passes at a time"
+        or_else = "model.pipeline_schedule=DualPipeV"
+        yield from idle(cfg, "model.overlap_moe_expert_parallel_comm", because, or_else)
     if model.moe_token_dispatcher_type != "deepep":
         return
     because = "model.moe_token_dispatcher_type=deepep sends tokens in its own way"

@@ -485,6 +485,11 @@ class ModelConfig:
         unit="ranks",
         at_least=2,
     )
+    overlap_moe_expert_parallel_comm: bool = key(
+        False,
+        "under DualPipeV and EP the forward pass of one micro-batch computes while rows of the "
+        "backward pass of another travel, and the other way round (no GPU has run it yet)",
+    )
 
     # -- derived, read everywhere, never set --
     @property

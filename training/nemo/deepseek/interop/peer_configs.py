@@ -542,6 +542,7 @@ def _unlike(
             "null; `deepseek hf export` writes the weights as files that it loads",
         ),
         ("fp8_recipe", None, f"{target} has recipes of its own", "null, and its own setting"),
+        ("overlap_moe_expert_parallel_comm", False, f"{target} has a setting of its own", "false"),
         ("moe_dispatch_fp8", False, f"{target} has a setting of its own", "false"),
         ("moe_ranks_per_node", None, f"{target} decides how tokens travel", "null"),
         ("cpu_offloading_activations", False, f"{target} has a setting of its own", "false"),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deepseek.models.components.recompute import keep
 from deepseek.ops.fp8_linear import pack_tiles, unpack_tiles
-from deepseek.parallel import cpu_memory
+from deepseek.parallel import cpu_memory, overlap
 
 
 @torch.compiler.disable
@@ -143,6 +143,7 @@ class _UnderWay:
     def wait(self) -> Tensor:
         """What has arrived; in a recomputation that keeps it, at once."""
         if self._sent is not None:
+            overlap.pause()
             self._work.wait()
             self._sent = self._work = None
         return self.arrived
@@ -251,5 +252,11 @@ def _exchange(
     x_RD: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup
 ) -> Tensor:
     out_RD = x_RD.new_empty(sum(receive_counts), *x_RD.shape[1:])
-    dist.all_to_all_single(out_RD, x_RD.contiguous(), receive_counts, send_counts, group=group)
+    sent, beside = x_RD.contiguous(), overlap.are_in_turn()
+    work = dist.all_to_all_single(
+        out_RD, sent, receive_counts, send_counts, group=group, async_op=beside
+    )
+    if beside:
+        overlap.pause()
+        work.wait()
     return out_RD

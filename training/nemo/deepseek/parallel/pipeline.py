@@ -28,6 +28,7 @@ from deepseek.config.layout import (
 )
 from deepseek.config.schema import ModelConfig
 from deepseek.models.transformer import Stage
+from deepseek.parallel import overlap
 from deepseek.parallel.mesh import Meshes
 
 Batch = dict[str, Tensor]
@@ -200,12 +201,49 @@ class Pipeline:
         ]
         name = self.config.pipeline_schedule
         several = name in (*INTERLEAVED_SCHEDULES, *V_SCHEDULES)
-        return SCHEDULES[name](
+        schedule = SCHEDULES[name](
             made if several else made[0],
             n_microbatches=self.micro_batches,
             loss_fn=self._loss_of_micro_batch,
             scale_grads=False,  # the losses are sums over all labels already
         )
+        if self.config.overlap_moe_expert_parallel_comm:
+            schedule.register_custom_function(schedules.OVERLAP_F_B, self._forward_beside_backward)
+        return schedule
+
+    def _forward_beside_backward(self, action: Any, context: Any) -> None:
+        """What torch's ``_perform_action`` does for a forward and then a backward pass, in turn."""
+        forward, backward = action.sub_actions
+        assert forward.computation_type == schedules.FORWARD
+        assert backward.computation_type == schedules.FULL_BACKWARD
+        schedule, micro = context.schedule_ref, forward.microbatch_index
+        stages = {stage.stage_index: stage for stage in schedule._stages}
+        stage, other = stages[forward.stage_index], stages[backward.stage_index]
+        schedule._assert_unsharded(stage)
+        schedule._assert_unsharded(other)
+        if not stage.is_first and stage.stage_index - 1 not in stages:
+            schedules._wait_batch_p2p(schedule.fwd_recv_ops.pop((stage.stage_index, micro)))
+        if not other.is_last and other.stage_index + 1 not in stages:
+            of = other.stage_index, backward.microbatch_index
+            schedules._wait_batch_p2p(schedule.bwd_recv_ops.pop(of))
+        loss = schedule._maybe_get_loss(other, backward.microbatch_index)
+        schedule.backward_counter[other.stage_index] += 1
+        last = schedule.backward_counter[other.stage_index] == schedule._n_microbatches
+        _, output = overlap.in_turn(
+            lambda: other.backward_one_chunk(
+                backward.microbatch_index, loss=loss, full_backward=True, last_backward=last
+            ),
+            lambda: stage.forward_one_chunk(
+                micro, context.arg_mbs[micro], context.kwarg_mbs[micro], save_forward_output=False
+            ),
+            self._device,
+        )
+        schedule._maybe_compute_loss(stage, output, context.target_mbs, micro, None)
+        if stage.stage_index + 1 in stages:
+            stages[stage.stage_index + 1].set_local_fwd_input(output, micro)
+        if other.stage_index - 1 in stages:
+            gradient = other.get_local_bwd_output(backward.microbatch_index)
+            stages[other.stage_index - 1].set_local_bwd_input(gradient, backward.microbatch_index)
 
     def _loss_of_micro_batch(self, sums: Tensor, labels_BS: Tensor) -> Tensor:
         assert self._loss is not None and self._sums is not None
