@@ -65,6 +65,11 @@ def test_a_container_with_little_of_everything(monkeypatch: pytest.MonkeyPatch) 
     assert told["open files"] == "ulimit -n 1024 or more"
     assert "no bf16: trainer.precision=32" in checks["CPU"].value
     assert found(monkeypatch, files)["/dev/shm"].verdict == "ok"  # nobody shares anything there
+    for ranks, verdict in ((2048, "warn"), (3800, "warn"), (8192, "fail")):  # the hard limit: 4,096
+        check = found(monkeypatch, files, ranks=ranks)["open files"]
+        assert check.verdict == verdict
+    assert check.value == "256, at most 4,096"
+    assert check.way_out == "8,192 ranks: raise the hard limit to 8,704 (ulimit -Hn) on node 0"
 
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -32,12 +33,15 @@ def written(tmp_path: Path, *overrides: str, to: str = "slurm", **settings: Any)
 
 
 def options(script: str) -> dict[str, str]:
-    """The ``#SBATCH`` lines; Slurm stops reading them at the first command."""
+    """The ``#SBATCH`` lines, as Slurm reads them: up to the first command, a blank ends an option
+    and # the line, unless in quotes."""
     head = script.partition("\nset ")[0]
     assert script.count("#SBATCH") == head.count("#SBATCH")
-    found = re.findall(r"(?m)^#SBATCH --([a-z-]+)(?:=(.*))?$", head)
-    assert len(found) == len(dict(found)) == head.count("#SBATCH")
-    return dict(found)
+    lines = [line[7:] for line in head.splitlines() if line.startswith("#SBATCH")]
+    words = [word for line in lines for word in shlex.split(line, comments=True)]
+    found = [(word[2:].split("=", 1) + [""])[:2] for word in words if word.startswith("--")]
+    assert len(found) == len({name for name, _ in found}) == len(lines) == len(words)
+    return {name: value for name, value in found}
 
 
 def test_the_job_is_shell_and_asks_for_the_processes(tmp_path: Path) -> None:
@@ -144,7 +148,19 @@ def test_times_that_slurm_reads(tmp_path: Path, time: str) -> None:
         ({"env": ["A=b\nc"]}, "write NAME=VALUE, on one line"),
         ({"env": ["A=\udcff"]}, "write NAME=VALUE"),
         ({"env": ["A=b", "A=c"]}, "--env: A is given twice"),
-        ({"sbatch": ["--array=0-9"]}, "--sbatch --array=0-9: contradicts what the job itself says"),
+        ({"sbatch": ["--array=0-9"]}, "--sbatch --array=0-9: that starts the run several times in"),
+        ({"sbatch": ["--help"]}, "--sbatch --help: sbatch would print something and start nothing"),
+        ({"sbatch": ["--test-only"]}, "start nothing; leave it out"),
+        ({"sbatch": ["--vers"]}, "--sbatch --vers: is short for --version, and sbatch would print"),
+        ({"sbatch": ["--wrap=ls"]}, "--wrap=ls: sbatch would run that instead of the job"),
+        ({"sbatch": ["--ntasks=9"]}, "the job has one torchrun a node"),
+        ({"sbatch": ["--gpus=9"]}, "--gpus=9: the job has one torchrun a node"),
+        ({"sbatch": ["--export=NONE"]}, "use --env NAME=VALUE; leave it out"),
+        ({"sbatch": ["--no-req"]}, "is short for --no-requeue, and the job is queued again where"),
+        (
+            {"sbatch": ["--job=a"]},
+            "is short for --job-name, and the job has --job-name=deepseek_v3",
+        ),
         ({"sbatch": ["qos=high"]}, "--sbatch 'qos=high': write one option of sbatch"),
         ({"sbatch": ["--qos=high\nrm x"]}, "write one option of sbatch"),
         ({"sbatch": ["--nodes=9"]}, "--sbatch --nodes=9: the job has --nodes=4 already"),
@@ -198,6 +214,7 @@ def test_what_launch_refuses(tmp_path: Path) -> None:
         ("exit 1", "", 1, True),
         ("exit 1", "2", 1, True),
         ("exit 1", "3", 1, False),  # it fails at once, time after time
+        ("exit 143", "", 143, True),  # the time limit
         ("kill -TERM $PPID; sleep 0.2; exit 143", "", 143, False),  # scancel
     ],
 )
@@ -223,21 +240,47 @@ def test_a_job_that_fails_is_queued_again(
     assert ran.returncode == code, ran.stderr
     assert ran.stdout.startswith("it's expandable_segments:True\n")
     assert ("scontrol requeue 77" in ran.stdout) is requeued
-    told = re.search(r"srun ended with code 1 after \d+ s: the job is queued again", ran.stderr)
+    told = re.search(r"srun ended with code \d+ after \d+ s: the job is queued", ran.stderr)
     assert bool(told) is requeued
+
+
+OPTIONS = ["--qos=high", "--comment=a 'b' \"c\\ # --test-only", "--mail-user=a@b.c"]
 
 
 def test_a_container_and_more_options(tmp_path: Path) -> None:
     settings = {"container": "nvcr.io#lab/a:1", "mounts": ["/data:/data", "/run:/run"]}
-    path = written(tmp_path, sbatch=["--qos=high", "--comment=a b", "--overcommit"], **settings)
+    path = written(tmp_path, sbatch=[*OPTIONS, "--overcommit"], **settings)
     found = options(path.read_text())
-    assert (found["qos"], found["comment"], found["overcommit"]) == ("high", "a b", "")
+    assert [f"--{name}={found[name]}" for name in ("qos", "comment", "mail-user")] == OPTIONS
+    assert found["overcommit"] == ""
     given = arguments_of_srun(path, tmp_path)
     assert given[2:5] == [
         "--container-image=nvcr.io#lab/a:1",
         "--container-mounts=/data:/data,/run:/run",
         "torchrun",
     ]
+
+
+def test_what_runs_to_a_short_limit_has_not_failed(tmp_path: Path) -> None:
+    """Of 10 minutes 8 are left to train; who trains for 4 is queued again however often."""
+    assert '"$SECONDS" -ge 240 ]' in written(tmp_path, time="10").read_text()
+    launch("deepseek_v3_32gpu", (), JobSettings(time="1-0"), ["slurm"], tmp_path / "long")
+    assert '"$SECONDS" -ge 600 ]' in (tmp_path / "long").read_text()
+
+
+def test_the_first_torchrun_may_open_a_socket_to_each_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "ulimit" not in written(tmp_path).read_text()
+    launch("deepseek_v3_671b", targets=["slurm"])
+    lines = capsys.readouterr().out.splitlines()
+    first = next(number for number, line in enumerate(lines) if "ulimit -Sn" in line)
+    raised = "\n".join([*lines[first : first + 4], "ulimit -Sn"])
+    for hard, code, out in ((4096, 0, "2560\n"), (1024, 2, "")):
+        limited = f"ulimit -Sn 1024; ulimit -Hn {hard}\n{raised}"
+        ran = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+        assert (ran.returncode, ran.stdout) == (code, out), ran.stderr
+    assert "the hard limit of open files, 1024, must be 2560 or more" in ran.stderr
 
 
 def test_a_node_that_is_shared_gives_what_the_processes_keep_busy(tmp_path: Path) -> None:
@@ -261,6 +304,26 @@ def test_the_time_to_save_follows_from_the_checkpoint(
 # -- Kubernetes and SkyPilot: the part of their schemas that is used --
 
 TEXT, NUMBER = str, int
+POD = {
+    "terminationGracePeriodSeconds": NUMBER,
+    "containers": [
+        {
+            "name": TEXT,
+            "image": TEXT,
+            "command": [TEXT],
+            "env": [{"name": TEXT, "value": TEXT}],
+            "volumeMounts": [{"name": TEXT, "mountPath": TEXT}],
+            "resources": {"limits": {"nvidia.com/gpu": NUMBER}},
+        }
+    ],
+    "volumes": [
+        {
+            "name": TEXT,
+            "emptyDir": {"medium": TEXT},
+            "persistentVolumeClaim": {"claimName": TEXT},
+        }
+    ],
+}
 PYTORCH_JOB = {
     "apiVersion": TEXT,
     "kind": TEXT,
@@ -279,33 +342,37 @@ PYTORCH_JOB = {
             "Worker": {
                 "replicas": NUMBER,
                 "restartPolicy": TEXT,
-                "template": {
-                    "spec": {
-                        "terminationGracePeriodSeconds": NUMBER,
-                        "containers": [
-                            {
-                                "name": TEXT,
-                                "image": TEXT,
-                                "command": [TEXT],
-                                "env": [{"name": TEXT, "value": TEXT}],
-                                "volumeMounts": [{"name": TEXT, "mountPath": TEXT}],
-                                "resources": {"limits": {"nvidia.com/gpu": NUMBER}},
-                            }
-                        ],
-                        "volumes": [
-                            {
-                                "name": TEXT,
-                                "emptyDir": {"medium": TEXT},
-                                "persistentVolumeClaim": {"claimName": TEXT},
-                            }
-                        ],
-                    }
-                },
+                "template": {"spec": POD},
             }
         },
     },
 }
 """Of Kubeflow's definition kubeflow.org_pytorchjobs.yaml, v1."""
+JOB_SET = {
+    "apiVersion": TEXT,
+    "kind": TEXT,
+    "metadata": {"name": TEXT},
+    "spec": {
+        "network": {"enableDNSHostnames": bool, "publishNotReadyAddresses": bool},
+        "failurePolicy": {"maxRestarts": NUMBER},
+        "replicatedJobs": [
+            {
+                "name": TEXT,
+                "replicas": NUMBER,
+                "template": {
+                    "spec": {
+                        "completionMode": TEXT,
+                        "parallelism": NUMBER,
+                        "completions": NUMBER,
+                        "backoffLimit": NUMBER,
+                        "template": {"spec": {"restartPolicy": TEXT} | POD},
+                    }
+                },
+            }
+        ],
+    },
+}
+"""Of JobSet's definition jobset.x-k8s.io_jobsets.yaml, v1alpha2."""
 SKY_TASK = {
     "name": TEXT,
     "num_nodes": NUMBER,
@@ -368,6 +435,31 @@ def test_kubernetes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             written(tmp_path, to="kubernetes", container="a", mounts=[mount])
     with pytest.raises(UserError, match="--time would be ignored with --kubernetes"):
         written(tmp_path, to="kubernetes", time="1:00:00")
+
+
+def test_a_job_set(tmp_path: Path) -> None:
+    settings = {"container": "lab/deepseek:1", "mounts": ["data:/shared"], "job_name": "My_Run"}
+    path = written(tmp_path, *AWKWARD, to="jobset", **settings)
+    assert "NOT RUN" in path.read_text().splitlines()[0]
+    tree: Any = read_yaml(path.read_text(), "the job").tree
+    assert_conforms(tree, JOB_SET)
+    (nodes,) = tree["spec"]["replicatedJobs"]
+    job = nodes["template"]["spec"]
+    assert job["parallelism"] == job["completions"] == 4 and job["completionMode"] == "Indexed"
+    (container,) = job["template"]["spec"]["containers"]
+    *shell, line = container["command"]
+    assert "$(" not in re.sub(r"\$\$", "", line)
+    shown = line.replace("$$", "$").replace("exec torchrun ", "exec printf '%s\\0' ", 1)
+    for index, is_host in ((0, "is_host=1"), (3, "is_host=0")):
+        env = os.environ | {"JOB_COMPLETION_INDEX": str(index)}
+        ran = subprocess.run([*shell, shown], env=env, capture_output=True, text=True)
+        words = ran.stdout.split("\0")[:-1]
+        # The pod of index 0: its name in the service that has the JobSet's.
+        assert words[words.index("--rdzv-endpoint") + 1] == "my-run-nodes-0-0.my-run:23456"
+        assert words[words.index("--rdzv-conf") + 1] == is_host
+        assert words[-len(AWKWARD) :] == AWKWARD
+    with pytest.raises(UserError, match="--jobset needs an image that has deepseek"):
+        written(tmp_path, to="jobset")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ import os
 import resource
 import signal
 import socket
+import subprocess
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -419,10 +421,39 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_as_many_open_files_as_ranks_ask_for() -> None:
     """As far as the administrator lets; never fewer than before."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    gpu = Processes(5, 5, 2048, 8)
     try:
-        for soft, ranks, wanted in ((256, 8, 528), (256, 10**9, before[1]), (600, 8, 600)):
+        for soft, process, kind, wanted in (
+            (256, Processes(1, 1, 8, 8), "cpu", 528),  # gloo connects all with all
+            (600, Processes(1, 1, 8, 8), "cpu", 600),
+            (256, replace(gpu, world_size=10**9), "cuda", 512),
+            (1024, gpu, "cuda", 1024),  # of 2,048 ranks: the usual limit is enough
+            (1024, replace(gpu, rank=0), "cuda", 2560),  # serves the store
+            (1024, replace(gpu, rank=0, agent_store=True), "cuda", 1024),
+        ):
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
-            processes.let_open(ranks)
+            processes.let_open(process, kind)
             assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted, before[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_the_agent_of_the_first_node_may_open_as_many_files_as_there_are_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    agent = subprocess.Popen(["sleep", "60"])
+    try:
+        resource.prlimit(agent.pid, resource.RLIMIT_NOFILE, (1024, 4096))
+        monkeypatch.setattr(os, "getppid", lambda: agent.pid)
+        leader = Processes(0, 0, 2048, 8, agent_store=True)
+        processes.let_open(leader, "cuda")
+        assert resource.prlimit(agent.pid, resource.RLIMIT_NOFILE) == (2560, 4096)
+        processes.let_open(replace(leader, world_size=4000), "cuda")
+        assert resource.prlimit(agent.pid, resource.RLIMIT_NOFILE) == (4096, 4096)
+        message = "8,192 ranks meet .* may have 4,096 files .* raise its hard limit to 8,704"
+        with pytest.raises(UserError, match=message):
+            processes.let_open(replace(leader, world_size=8192), "cuda")
+        processes.let_open(replace(leader, rank=1, world_size=8192), "cuda")
+    finally:
+        agent.kill()
+        agent.wait()

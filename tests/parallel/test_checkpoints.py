@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -460,6 +461,36 @@ def test_what_is_large_goes_to_rank_0_alone_and_is_read_once(
         opened = Checkpoint.open(tmp_path / "step_00000001", ranks)
         return gathered, str(raised.value), len(reads), opened.tensor_names()
 
-    first, second = run_ranks(2, work)
-    assert (first[0], second[0]) == ([0, 10], []) and first[1] == second[1] == "rank 1: full"
-    assert (first[2], second[2]) == (1, 0) and first[3] == second[3] != []
+    first, second, third = run_ranks(3, work)
+    assert (first[0], second[0], third[0]) == ([0, 10, 20], [], [])
+    assert first[1] == second[1] == third[1] == "rank 1: full"
+    assert (first[2], second[2], third[2]) == (1, 0, 0) and first[3] == second[3] == third[3] != []
+
+
+@pytest.mark.parametrize("size", [1, 7, 2048])
+def test_a_rank_gathers_from_few_others(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is played when another one hears it."""
+    at, sent = [0], dict[int, Any]()
+    peers: dict[int, set[int]] = {rank: set() for rank in range(size)}
+
+    def play(rank: int) -> list[Any]:
+        at.append(rank)
+        gathered = Ranks()._to_rank_0(f"of {rank}")
+        at.pop()
+        return gathered
+
+    def send(objects: list[Any], dst: int, group: Any) -> None:
+        sent[at[-1]] = objects[0]
+        peers[at[-1]].add(dst)
+
+    def receive(box: list[Any], src: int, group: Any) -> None:
+        assert play(src) == []
+        box[0] = sent.pop(src)
+        peers[at[-1]].add(src)
+
+    monkeypatch.setattr(Ranks, "size", size)
+    monkeypatch.setattr(Ranks, "rank", property(lambda self: at[-1]))
+    monkeypatch.setattr(dist, "send_object_list", send)
+    monkeypatch.setattr(dist, "recv_object_list", receive)
+    assert play(0) == [f"of {rank}" for rank in range(size)]
+    assert max(map(len, peers.values())) == math.ceil(math.log2(size))

@@ -298,6 +298,9 @@ def launch_command(
     kubernetes: Annotated[
         bool, typer.Option("--kubernetes", help="Write a PyTorchJob (Kubeflow).")
     ] = False,
+    jobset: Annotated[
+        bool, typer.Option("--jobset", help="Write a JobSet for Kubernetes.")
+    ] = False,
     skypilot: Annotated[
         bool, typer.Option("--skypilot", help="Write a task for SkyPilot.")
     ] = False,
@@ -348,7 +351,8 @@ def launch_command(
         gpu,
         save_bandwidth,
     )
-    flags = {"slurm": slurm, "kubernetes": kubernetes, "skypilot": skypilot, "nemo-run": nemo_run}
+    flags = {"slurm": slurm, "kubernetes": kubernetes, "jobset": jobset, "skypilot": skypilot}
+    flags["nemo-run"] = nemo_run
     targets = [name for name, is_chosen in flags.items() if is_chosen]
     launch(*chosen(words or [], config), settings, targets, output)
 

@@ -8,6 +8,7 @@ has left. Without a process group all are a plain call: a layout of one.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -82,15 +83,14 @@ class Ranks:
         if not self.active:
             return [work()]
         value, failure = _attempt(work)
-        root = 0 if self.group is None else dist.get_global_rank(self.group, 0)
-        outcomes: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object((value, _message(failure)), outcomes, dst=root, group=self.group)
-        failures = {rank: text for rank, (_, text) in enumerate(outcomes or ()) if text is not None}
+        root = self._global(0)
+        outcomes = self._to_rank_0((value, _message(failure)))
+        failures = {rank: text for rank, (_, text) in enumerate(outcomes) if text is not None}
         messages: list[dict[int, str]] = [failures]
         dist.broadcast_object_list(messages, src=root, group=self.group)
         if messages[0]:
             _raise(failure, _joined(messages[0], self.size))
-        return [value for value, _ in outcomes or ()]
+        return [value for value, _ in outcomes]
 
     def lead(self, work: Callable[[], T]) -> T:
         """Run ``work`` on rank 0; its result on every rank.
@@ -101,12 +101,32 @@ class Ranks:
             return work()
         value, failure = _attempt(work) if self.rank == 0 else (None, None)
         box: list[tuple[T | None, str | None]] = [(value, _message(failure))]
-        source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
-        dist.broadcast_object_list(box, src=source, group=self.group)
+        dist.broadcast_object_list(box, src=self._global(0), group=self.group)
         value, text = box[0]
         if text is not None:
             _raise(failure, text)
         return cast(T, value)
+
+    def _to_rank_0(self, own: object) -> list[Any]:
+        """What all ranks have, in their order, on rank 0; nothing on the others.
+
+        Over a tree: of 2,048 ranks, rank 0 hears 11, which have heard the others. In torch's own
+        gather it is connected with every one, which are more sockets than a process may have.
+        """
+        have, step = [pickle.dumps(own)], 1
+        while step < self.size:
+            if self.rank % (2 * step):
+                dist.send_object_list([have], self._global(self.rank - step), self.group)
+                return []
+            if self.rank + step < self.size:
+                box: list[Any] = [None]
+                dist.recv_object_list(box, self._global(self.rank + step), self.group)
+                have += box[0]
+            step *= 2
+        return [pickle.loads(one) for one in have]
+
+    def _global(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -56,7 +56,8 @@ def doctor(
 
     on_gpu = torch.cuda.is_available() and trainer.accelerator != "cpu"
     local_world_size = max(processes.local_world_size, 1)
-    checks = local_checks(local_world_size, on_gpu, run.model.data.num_workers)
+    world_size = max(trainer.devices * trainer.num_nodes, processes.world_size)
+    checks = local_checks(local_world_size, on_gpu, run.model.data.num_workers, world_size)
     checks += disk_check(_existing(run_folder(run, run_dir)), _kept_bytes(run))
     of_ranks = [checks]
     if processes.world_size > 1:

@@ -207,9 +207,8 @@ def _fit(
 
 def _say_health(run: RunConfig, processes: Processes, on_gpu: bool) -> None:
     """What ``deepseek doctor`` finds in milliseconds, if it is anything to be told."""
-    workers = run.model.data.num_workers
-    look = lambda: local_checks(processes.local_world_size, on_gpu, workers)  # noqa: E731
-    for check in worst(Ranks().together(look)):
+    of_this = processes.local_world_size, on_gpu, run.model.data.num_workers, processes.world_size
+    for check in worst(Ranks().together(lambda: local_checks(*of_this))):
         if check.verdict == "fail":
             raise UserError(f"{check.name}: {check.value}; {check.way_out}")
         if check.verdict == "warn":

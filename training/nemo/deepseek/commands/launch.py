@@ -11,7 +11,7 @@ from deepseek.config import UserError, load_config
 from deepseek.console import say
 from deepseek.files import write_new
 from deepseek.launch.cluster_job import Job, JobSettings
-from deepseek.launch.kubernetes import pytorch_job
+from deepseek.launch.kubernetes import job_set, pytorch_job
 from deepseek.launch.skypilot import sky_task
 from deepseek.launch.slurm import slurm_script, submit
 
@@ -24,13 +24,11 @@ class _Target(NamedTuple):
     """Settings that it has no use for."""
 
 
+_IDLE_IN_KUBERNETES = ("time", "partition", "account", "sbatch", "exclusive", "gpu")
 TARGETS = {
     "slurm": _Target(slurm_script, "sbatch", ("gpu",)),
-    "kubernetes": _Target(
-        pytorch_job,
-        "kubectl apply -f",
-        ("time", "partition", "account", "sbatch", "exclusive", "gpu"),
-    ),
+    "kubernetes": _Target(pytorch_job, "kubectl apply -f", _IDLE_IN_KUBERNETES),
+    "jobset": _Target(job_set, "kubectl apply -f", _IDLE_IN_KUBERNETES),
     "skypilot": _Target(
         sky_task,
         "sky jobs launch",
@@ -56,8 +54,8 @@ def launch(
     if len(targets) != 1:
         given = " and ".join(f"--{target}" for target in targets) or "none"
         raise UserError(
-            "choose one of --slurm (a job for sbatch), --kubernetes, --skypilot and --nemo-run: "
-            f"{given} was given"
+            "choose one of --slurm (a job for sbatch), --kubernetes, --jobset, --skypilot and "
+            f"--nemo-run: {given} was given"
         )
     (name,) = targets
     settings = settings or JobSettings()

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -21,14 +22,13 @@ import torch.distributed as dist
 
 from deepseek import __version__
 from deepseek.files import disk_errors
+from deepseek.launch.processes import USUAL_FILES, store_files
 
 Verdict = Literal["ok", "warn", "fail"]
 VERDICTS: tuple[Verdict, ...] = ("ok", "warn", "fail")
 GIB, MIB = 2**30, 2**20
 SHARED_MEMORY = 1 * GIB
 """Of /dev/shm: NCCL takes some 10 MB for a pair of ranks, data loaders their batches."""
-OPEN_FILES = 1024
-"""What a process has open at 8 ranks is 85; gloo takes a socket for each other rank."""
 DISK_BYTES = 64 * MIB
 DISK_RATE = 100e6
 """Bytes a second below which a disk is slow for checkpoints."""
@@ -55,17 +55,20 @@ class Check:
         return cls(name, verdict, value, way_out) if bad else cls(name, "ok", value)
 
 
-def local_checks(local_world_size: int, on_gpu: bool, workers: int = 0) -> list[Check]:
+def local_checks(
+    local_world_size: int, on_gpu: bool, workers: int = 0, ranks: int = 1
+) -> list[Check]:
     """Of this machine; nothing is written and nobody waited for.
 
     Args:
         local_world_size: processes that are to run here.
         on_gpu: whether they are to use GPUs.
         workers: of each one's data loader.
+        ranks: of all machines.
     """
     found = [_versions(), _devices(local_world_size, on_gpu), _cpu(), _memory()]
     shares = workers > 0 or (local_world_size > 1 and on_gpu)
-    return [*found, *_shared_memory(shares), *_open_files()]
+    return [*found, *_shared_memory(shares), *_open_files(ranks)]
 
 
 def worst(of_ranks: Sequence[Sequence[Check]]) -> list[Check]:
@@ -275,15 +278,21 @@ def _shared_memory(used: bool) -> list[Check]:
     return [Check.judged("/dev/shm", f"{_size(free)} free", way_out, "warn", few)]
 
 
-def _open_files() -> list[Check]:
+def _open_files(ranks: int) -> list[Check]:
     try:
         import resource
     except ImportError:  # Windows
         return []
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    value = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft:,}"
-    few = value != "unlimited" and soft < OPEN_FILES
-    return [Check.judged("open files", value, f"ulimit -n {OPEN_FILES} or more", "warn", few)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (math.inf if one == resource.RLIM_INFINITY else one for one in limits)
+    value = "unlimited" if soft == math.inf else f"{soft:,}"
+    wanted = store_files(ranks)
+    if hard < wanted:  # the soft one is raised as far as there is need to
+        way_out = f"{ranks:,} ranks: raise the hard limit to {wanted:,} (ulimit -Hn) on node 0"
+        verdict: Verdict = "fail" if hard < ranks else "warn"
+        return [Check("open files", verdict, f"{value}, at most {hard:,}", way_out)]
+    way_out = f"ulimit -n {USUAL_FILES} or more"
+    return [Check.judged("open files", value, way_out, "warn", soft < USUAL_FILES)]
 
 
 def _read(path: str) -> str:

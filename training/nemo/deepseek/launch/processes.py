@@ -36,8 +36,11 @@ LOST_PEER_EXIT_CODE = 75
 """Of a rank that ends because another one did ("temporary failure" in sysexits.h)."""
 NCCL_CHARACTERS = 200
 """The end of NCCL's text, which gives its cause."""
+USUAL_FILES = 1024
+"""That a process may have open where nobody has set another limit."""
 OTHER_FILES = 512
-"""That a process may have open besides sockets to other ranks: 85 were seen."""
+"""That a process may have open besides sockets to all other ranks: 85 were seen with gloo. NCCL has
+some for each of its groups, and messages go to ranks 2^k away."""
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "20000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 """torch's record of the newest collectives of NCCL, written when one times out."""
 
@@ -176,7 +179,7 @@ def join(processes: Processes, device_type: str, timeout: timedelta) -> Processe
             os.environ.setdefault(name, value)
         # For messages alone, gloo need not connect every rank with every other before it starts.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-    let_open(processes.world_size)
+    let_open(processes, device_type)
     store = _open_store(processes, timeout)
     _attempt = processes.attempt
     try:
@@ -209,23 +212,45 @@ def join(processes: Processes, device_type: str, timeout: timedelta) -> Processe
     return replace(processes, attempt=_attempt)
 
 
-def let_open(ranks: int) -> None:
+def store_files(ranks: int) -> int:
+    """That the process which serves the store may have open: one for each rank, and its own."""
+    return OTHER_FILES + ranks
+
+
+def let_open(processes: Processes, device_type: str) -> None:
     """Raise the soft limit of open files where so many ranks would be too many for it.
 
-    Whoever hears all others, as rank 0 does before a checkpoint, has a socket for each, and who
-    serves the store one more: beyond the usual 1,024, which are for ``select``, and nothing here
-    uses that. The hard limit stays.
+    Two have a socket for each rank: who serves the store (torchrun's agent on the first node, else
+    rank 0), and on CPUs every rank, since gloo connects all with all there. The usual limit is for
+    ``select``, which nothing here uses. The hard limit stays.
+
+    Raises:
+        UserError: the hard limit is less than there are ranks.
     """
     try:
         import resource
     except ImportError:  # Windows
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OTHER_FILES + 2 * ranks
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    ranks = processes.world_size
+    wanted = {0: OTHER_FILES + (2 * ranks if device_type == "cpu" else 0)}  # 0: this process
+    if processes.rank == 0:
+        server = os.getppid() if processes.agent_store else 0
+        wanted[server] = max(wanted.get(server, 0), store_files(ranks))
+    for process, files in wanted.items():
+        if not hasattr(resource, "prlimit"):  # macOS
+            return
+        with suppress(PermissionError):
+            soft, hard = resource.prlimit(process, resource.RLIMIT_NOFILE)
+            if hard != resource.RLIM_INFINITY:
+                if files > OTHER_FILES and hard < ranks:
+                    raise UserError(
+                        f"{ranks:,} ranks meet at a socket for each, but a process on this machine "
+                        f"may have {hard:,} files open: raise its hard limit to "
+                        f"{store_files(ranks):,} (ulimit -Hn, LimitNOFILE of slurmd or containerd)"
+                    )
+                files = min(files, hard)
+            if soft != resource.RLIM_INFINITY and soft < files:
+                resource.prlimit(process, resource.RLIMIT_NOFILE, (files, hard))
 
 
 def record_flights(folder: Path, attempt: int) -> None:

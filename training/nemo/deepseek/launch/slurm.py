@@ -8,14 +8,31 @@ from collections.abc import Mapping, Sequence
 
 from deepseek.config import RunConfig, UserError
 from deepseek.launch.cluster_job import LEAST_SECONDS_TO_SAVE, Job, JobSettings
-from deepseek.launch.processes import torchrun
+from deepseek.launch.processes import USUAL_FILES, store_files, torchrun
 
 QUICK_SECONDS, QUICK_REQUEUES = 600, 3
 """A job that fails so soon has an error that comes again, and is queued again so often only."""
 MOST_MINUTES = 2**32 - 2
 """That a time limit of Slurm can have."""
-CONTRARY = ("array", "mem-per-cpu", "mem-per-gpu", "no-requeue", "ntasks", "wrap")
-"""Options of sbatch that say otherwise than the job's own."""
+_STARTS_NOTHING = "sbatch would print something and start nothing"
+_OTHER_TASKS = "the job has one torchrun a node, which starts the processes and shares the GPUs out"
+_OTHER_MEMORY = "the job's nodes, or CPUs and GPUs of a node, bring their memory; use --mem=SIZE"
+_OTHER_ENVIRONMENT = "srun would not pass on what the job sets; use --env NAME=VALUE"
+REFUSED = {
+    **dict.fromkeys(("help", "usage", "version", "test-only"), _STARTS_NOTHING),
+    "wrap": "sbatch would run that instead of the job",
+    "array": "that starts the run several times in one folder; use deepseek sweep --slurm",
+    **dict.fromkeys(
+        ("ntasks", "ntasks-per-core", "ntasks-per-gpu", "ntasks-per-socket"), _OTHER_TASKS
+    ),
+    **dict.fromkeys(("cpus-per-gpu", "gpus", "gpus-per-socket", "gpus-per-task"), _OTHER_TASKS),
+    **dict.fromkeys(("mem-per-cpu", "mem-per-gpu"), _OTHER_MEMORY),
+    **dict.fromkeys(("export", "export-file", "get-user-env"), _OTHER_ENVIRONMENT),
+    "no-requeue": "the job is queued again where a restart does not help",
+    "no-kill": "with fewer nodes torchrun cannot go on: a lost one must end the job",
+    **dict.fromkeys(("uid", "gid"), "that submits in another's name"),
+}
+"""Options of sbatch that contradict the job's own, or make sbatch do something else, and why."""
 
 
 def slurm_script(job: Job) -> str:
@@ -24,11 +41,13 @@ def slurm_script(job: Job) -> str:
     Raises:
         UserError: a setting Slurm would not take.
     """
-    limit = job.seconds_to_save
+    kept, limit = job.seconds_to_save, _limit_seconds(job)
+    # What runs to a short limit has not failed.
+    quick = QUICK_SECONDS if limit is None else min(QUICK_SECONDS, (limit - kept) // 2)
     return _script(
         job,
         {"nodes": job.nodes, "ntasks-per-node": 1},
-        f"TERM@{limit}",
+        f"TERM@{kept}",
         "%x-%j.log",
         about=[
             "Written by: deepseek launch --slurm. NOT RUN by a real Slurm yet. Submit with sbatch",
@@ -41,13 +60,14 @@ def slurm_script(job: Job) -> str:
         script=[
             *(f"export {name}={shlex.quote(text)}" for name, text in job.environment.items()),
             "# torchrun passes SIGTERM on and kills after this time (before torch 2.13: 30 s).",
-            f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={limit}",
+            f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={kept}",
+            *_open_files(job),
             "cancelled=",
             "trap 'cancelled=yes' TERM  # scancel tells this shell too, the time limit only srun",
             "code=0",
             " ".join(["srun", *_srun(job), *_train(job), "|| code=$?"]),
             'if [ "$code" = 0 ] || [ -n "$cancelled" ]; then exit "$code"; fi',
-            f'if [ "$SECONDS" -ge {QUICK_SECONDS} ] || '
+            f'if [ "$SECONDS" -ge {quick} ] || '
             f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {QUICK_REQUEUES} ]; then',
             '  echo "srun ended with code $code after $SECONDS s: the job is queued again" >&2',
             '  scontrol requeue "$SLURM_JOB_ID"',
@@ -135,7 +155,7 @@ def _script(
 ) -> str:
     """A script for sbatch: comments, options, commands."""
     settings = job.settings
-    _check_time(job)
+    _limit_seconds(job)
     options = {
         "job-name": job.name,
         **tasks,
@@ -157,20 +177,51 @@ def _script(
         for key, value in options.items()
         if value is not None
     ]
-    for option in settings.sbatch:
-        name = option[2:].partition("=")[0]
-        if options.get(name) is not None:
-            raise UserError(
-                f"--sbatch {option}: the job has --{name}={options[name]} already; set that by "
-                "the configuration or by the option of `deepseek launch`"
-            )
-        if name in CONTRARY:
-            raise UserError(
-                f"--sbatch {option}: contradicts what the job itself says; leave it out"
-            )
-        lines.append(f"#SBATCH {option}")
+    own = {name: value for name, value in options.items() if value is not None}
+    lines += [f"#SBATCH {_taken(option, own)}" for option in settings.sbatch]
     comments = [f"# {line}" for line in about]
     return "\n".join(["#!/bin/bash", *comments, *lines, "", "set -euo pipefail", *script, ""])
+
+
+def _taken(option: str, own: Mapping[str, object]) -> str:
+    """An option that is added to the job's own, as sbatch reads it in a line of a script.
+
+    Raises:
+        UserError: the job has it already, or it would make another job of it.
+    """
+    name, has_value, value = option[2:].partition("=")
+    known = (*own, *REFUSED)
+    # sbatch takes the beginning of a name for it, unless that is a name of its own.
+    is_whole = name in known or name == "mem"
+    meant = [full for full in known if full == name or (full.startswith(name) and not is_whole)]
+    if meant:
+        short = "" if meant[0] == name else f" is short for --{meant[0]}, and"
+        if meant[0] in own:
+            raise UserError(
+                f"--sbatch {option}:{short} the job has --{meant[0]}={own[meant[0]]} already; set "
+                "that by the configuration or by the option of `deepseek launch`"
+            )
+        raise UserError(f"--sbatch {option}:{short} {REFUSED[meant[0]]}; leave it out")
+    # A blank would end the value and # the line; in double quotes they do not.
+    quoted = re.sub(r'(["\\])', r"\\\1", value)
+    plain = re.fullmatch(r"[\w.,:@%+/=^~*()\[\]-]*", value)
+    return f"--{name}{has_value}" + (value if plain else f'"{quoted}"')
+
+
+def _open_files(job: Job) -> list[str]:
+    """Raises the soft limit where so many ranks need more than the usual one; srun passes it on."""
+    wanted = store_files(job.nodes * job.run.trainer.devices)
+    if wanted <= USUAL_FILES:
+        return []
+    return [
+        "# The first torchrun has a socket to each rank.",
+        f'[ "$(ulimit -n)" = unlimited ] || [ "$(ulimit -n)" -ge {wanted} ] || '
+        f"ulimit -Sn {wanted} || {{",
+        f'  echo "the hard limit of open files, $(ulimit -Hn), must be {wanted} or more: '
+        'LimitNOFILE of slurmd" >&2',
+        "  exit 2",
+        "}",
+    ]
 
 
 def _srun(job: Job) -> list[str]:
@@ -198,11 +249,11 @@ _TIME = re.compile(
 )
 
 
-def _check_time(job: Job) -> None:
-    """The limit must leave time to train."""
+def _limit_seconds(job: Job) -> int | None:
+    """Of the time limit, which must leave time to train."""
     time = job.settings.time
     if time is None:
-        return
+        return None
     match = _TIME.match(time)
     if match is None:
         raise UserError(
@@ -222,6 +273,7 @@ def _check_time(job: Job) -> None:
             f"--time {time} is {seconds} seconds, and the last {kept} are kept for saving a "
             f"checkpoint{why}; use {minutes // 60:02d}:{minutes % 60:02d}:00 or more"
         )
+    return seconds
 
 
 def _seconds(match: re.Match[str]) -> int:
