@@ -36,7 +36,15 @@ from deepseek.config.layout_rules import (
     resharding,
     tensor_parallel,
 )
-from deepseek.config.memory import SHORT, RankNeed, in_half, rank_need, rank_needs
+from deepseek.config.memory import (
+    SHORT,
+    RankNeed,
+    in_half,
+    rank_need,
+    rank_needs,
+    reduces_gradients,
+    reshards,
+)
 from deepseek.config.rules import dense_only
 from deepseek.config.schema import LEAVES, ModelConfig, RunConfig, changed, value_at
 from deepseek.planner.hardware import Device
@@ -176,6 +184,7 @@ class _Search:
         self._fewest: dict[Choice, int | None] = {}
         self._fastest: dict[Choice, float] = {}
         self._mean_states: dict[Choice, int] = {}
+        self._least: dict[Choice, float] = {}
         self._fullest = 0
 
     def found(self) -> list[Plan]:
@@ -189,33 +198,34 @@ class _Search:
                     shown.add(node.chosen[:VIRTUAL])
                     plans.append(node.known)
                 continue
-            for further in self._further(node):
-                heapq.heappush(heap, further)
+            if node.chosen[:VIRTUAL] not in shown:
+                for further in self._further(node):
+                    heapq.heappush(heap, further)
         return plans
 
     def _further(self, node: _Node) -> Iterator[_Node]:
         """The next nodes of a branch, or itself with a better bound."""
         known = len(node.chosen)
-        if known == RECOMPUTE and self._least_memory(node.chosen) > self._memory:
+        if known == RECOMPUTE and not self._may_hold(node.chosen):
             return
-        if known == VIRTUAL and node.known is None and not self._by_memory:
-            if not self._may_fit(node.chosen):
+        if known == VIRTUAL and not self._by_memory:
+            if node.known is None:
+                estimate = self._estimate(node.chosen)
+                bound = estimate.seconds
+                if node.chosen[1] == 1 or self._gpu.cpu:  # else its ranks share in one way only
+                    bound -= sum(estimate.parts[part] for part in BY_REPLICAS)
+                bound = max(node.bound, bound)
+                yield node._replace(bound=bound, number=next(self._numbers), known=estimate)
                 return
-            estimate = self._estimate(node.chosen)
-            outside = sum(estimate.parts[part] for part in BY_REPLICAS)
-            bound = max(node.bound, estimate.seconds - outside)
-            yield node._replace(bound=bound, number=next(self._numbers), known=estimate)
-            return
-        values = self._options[known]
-        if known >= REPLICAS and node.chosen[1] > 1:
-            values = values[:1]  # a pipeline keeps weights and gradients, whatever is asked for
-        for value in values:
+            if not self._may_fit(node.chosen):  # takes longest, so that few are asked
+                return
+        for value in self._values(node.chosen):
             chosen = (*node.chosen, value)
-            if known + 1 == MICRO and self._least_memory(chosen) > self._memory:
-                return  # nor will more sequences fit
             rules = self._judge.undecided(chosen, node.rules)
             if rules is None or (known + 1 == EXPERTS and self._replicas(chosen) is None):
                 continue
+            if known + 1 == MICRO and self._least_memory(chosen) > self._memory:
+                return  # nor will more sequences fit
             plan, bound = None, self._bound(chosen)
             if known + 1 == len(PLANNED):
                 plan = self._plan(chosen)
@@ -226,6 +236,19 @@ class _Search:
             size, number = plan.most if plan else 0, next(self._numbers)
             bound = max(bound, node.bound)
             yield _Node(bound, left, size, number, chosen, rules, plan or node.known)
+
+    def _values(self, chosen: Choice) -> Sequence[Any]:
+        """Of the next key, those that differ."""
+        known = len(chosen)
+        values = self._options[known]
+        if known < REPLICAS or len(values) == 1:
+            return values
+        if chosen[1] > 1:
+            return values[:1]  # a pipeline keeps weights and gradients, whatever is asked for
+        model = self._model(chosen)
+        layout = Layout.of(model, self._world)
+        usual = (reshards if known == REPLICAS else reduces_gradients)(model, layout)
+        return [value for value in values if value is None or value != usual]
 
     # -- what a branch takes at least --
 
@@ -268,16 +291,20 @@ class _Search:
         """The fewest replicas with which EP can borrow ranks, and weights can be shared."""
         key = chosen[:EXPERTS]
         if key not in self._fewest:
-            between = (_NotChosen,) * (REPLICAS - EXPERTS - 1)
-            self._fewest[key] = next(
-                (
-                    n
-                    for n in self._options[REPLICAS - 1]
-                    if self._judge.undecided((*key, *between, n), OVER_REPLICAS) == []
-                ),
-                None,
-            )
+            self._fewest[key] = next(self._numbers_of_replicas(key), None)
         return self._fewest[key]
+
+    def _numbers_of_replicas(self, chosen: Choice) -> Iterator[int]:
+        """All of them, the fewest first."""
+        between = (_NotChosen,) * (REPLICAS - EXPERTS - 1)
+        for n in self._options[REPLICAS - 1]:
+            if self._judge.undecided((*chosen[:EXPERTS], *between, n), OVER_REPLICAS) == []:
+                yield n
+
+    def _may_hold(self, chosen: Choice) -> bool:
+        """Whether so many sequences, recomputed so, can fit: none do if the fewest do not."""
+        fewest = (*chosen[:EXPERTS], min(self._options[EXPERTS]), *chosen[MICRO:])
+        return all(self._least_memory(each) <= self._memory for each in (fewest, chosen))
 
     def _least_memory(self, chosen: Choice) -> float:
         """Bytes that the fullest rank has at least: the mean of all ranks' states, and what the
@@ -288,6 +315,9 @@ class _Search:
         tp, pp, cp, ep = chosen[:EXPERTS]
         micro = chosen[EXPERTS] if len(chosen) >= MICRO else 1
         recompute = chosen[MICRO] if len(chosen) == RECOMPUTE else "full"
+        asked = (tp, pp, cp, ep, micro, recompute)
+        if asked in self._least:
+            return self._least[asked]
         replicas = self._replicas(chosen)
         assert replicas is not None, "the branch has ended"
         layout = Layout(pp, replicas, self._world // (tp * pp * replicas), tp, ep, cp)
@@ -320,7 +350,9 @@ class _Search:
             )
             whole = rank_need(alone, replace(layout, pp=1), 0, 2, self._half)
             kept = self._mean_states[tp, pp, cp, ep] = sum(whole[:3]) // pp
-        return kept + MARGIN * (first.activations + first.buffers + first.working)
+        rest = first.activations + first.buffers + first.working
+        self._least[asked] = kept + MARGIN * rest
+        return self._least[asked]
 
     def _need(self, model: ModelConfig, layout: Layout, rank: int, batches: int) -> RankNeed:
         """Of one place of the pipeline, if weights and gradients are divided as is best for it."""
@@ -337,22 +369,27 @@ class _Search:
     def _may_fit(self, chosen: Choice) -> bool:
         """Whether a shape can fit, however its data-parallel ranks share weights.
 
-        Fewer replicas hold less of everything but FSDP's padding, which is least where the fewest
-        ranks share a weight: their number divides all others.
+        Fewer replicas hold less of everything but FSDP's padding, which may be less in more of
+        them: where the fewest do not fit by no more than what they gather, the others are asked.
         """
         tp, pp, cp, ep = chosen[:EXPERTS]
-        replicas = self._replicas(chosen)
-        assert replicas is not None, "the branch has ended"
-        model = self._model((*chosen, replicas))
-        layout = Layout(pp, replicas, self._world // (tp * pp * replicas), tp, ep, cp)
-        unpadded = replace(layout, dp_shard=math.lcm(cp, ep // math.gcd(ep, tp)))
-        batches = model.global_batch_size // (model.micro_batch_size * layout.dp)
+        fewest = self._replicas(chosen)
+        assert fewest is not None, "the branch has ended"
+        model = self._model((*chosen, fewest))
+
+        def need(replicas: int, rank: int) -> RankNeed:
+            layout = Layout(pp, replicas, self._world // (tp * pp * replicas), tp, ep, cp)
+            batches = model.global_batch_size // (model.micro_batch_size * layout.dp)
+            return self._need(model, layout, rank, batches)
+
         for rank in sorted(range(pp), key=lambda rank: rank != self._fullest % pp):
-            need = self._need(model, layout, rank, batches)
-            least = need.total - need.gathered
-            if least <= self._memory < need.total:
-                least += min(need.gathered, self._need(model, unpadded, rank, batches).gathered)
-            if least > self._memory:
+            first = need(fewest, rank)
+            if first.total <= self._memory:
+                continue
+            if first.total - first.gathered > self._memory or all(
+                need(number, rank).total > self._memory
+                for number in self._numbers_of_replicas(chosen)
+            ):
                 self._fullest = rank
                 return False
         return True
