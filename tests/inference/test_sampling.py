@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek.config.errors import UserError
-from deepseek.inference.generation import Sampling, sample
+from deepseek.inference.generation import Sampling, keep_top_p, sample
 
 
 def probabilities(logits: list[list[float]] | Tensor, sampling: Sampling) -> list[list[float]]:
@@ -83,6 +83,11 @@ def test_top_p(logits: list[float], top_p: float, temperature: float) -> None:
     got = probabilities([logits], Sampling(temperature, top_p=top_p))[0]
     assert {i for i, p in enumerate(got) if p > 0} == kept or top_p == 1
     assert got == pytest.approx(renormalised(probs, kept), rel=1e-4, abs=1e-6)
+    if top_p < 1:  # whether the first few reach it or not
+        probs_BV = torch.tensor([probs, [1.0 / len(probs)] * len(probs)])
+        few_BV, all_BV = (keep_top_p(probs_BV, top_p, first) for first in (2, len(probs)))
+        assert torch.equal(few_BV[0], all_BV[0])
+        assert (few_BV[1] > 0).sum() == (all_BV[1] > 0).sum()
 
 
 def test_top_p_of_what_top_k_left() -> None:

@@ -18,6 +18,9 @@ from deepseek.models.transformer import Transformer
 PREFILL_TOKENS = 512
 """Prompt tokens read at one time: bounds the score matrix of a long prompt."""
 
+MOSTLY_ENOUGH = 512
+"""Tokens that mostly hold the probability asked for."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -136,11 +139,27 @@ def sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) ->
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, float("-inf"))
     probs_BV = logits_BV.softmax(dim=-1)
     if sampling.top_p < 1:
-        sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True)
-        before_BV = sorted_BV.cumsum(dim=-1) - sorted_BV  # the token that crosses p stays in
-        sorted_BV = sorted_BV.masked_fill(before_BV >= sampling.top_p, 0.0)
-        probs_BV = torch.zeros_like(probs_BV).scatter_(-1, order_BV, sorted_BV)
+        probs_BV = keep_top_p(probs_BV, sampling.top_p)
     return torch.multinomial(probs_BV, 1, generator=generator).squeeze(-1)
+
+
+def keep_top_p(probs_BV: Tensor, top_p: float, first: int = MOSTLY_ENOUGH) -> Tensor:
+    """0 but for the smallest set of tokens whose probability reaches ``top_p``, not normalised.
+
+    Args:
+        probs_BV: sum to 1.
+        top_p: below 1.
+        first: so many of the most probable are looked at first: a vocabulary is sorted only where
+            they do not reach ``top_p``.
+    """
+    size = min(first, probs_BV.shape[-1])
+    sorted_BN, order_BN = probs_BV.topk(size, dim=-1)
+    reached_BN = sorted_BN.cumsum(dim=-1)
+    if size < probs_BV.shape[-1] and bool((reached_BN[:, -1] < top_p).any()):
+        return keep_top_p(probs_BV, top_p, probs_BV.shape[-1])
+    hidden_BN = reached_BN - sorted_BN >= top_p  # the token that crosses p stays in
+    kept_BN = sorted_BN.masked_fill_(hidden_BN, 0.0)
+    return torch.zeros_like(probs_BV).scatter_(-1, order_BN, kept_BN)
 
 
 class LatentCache:
