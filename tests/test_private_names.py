@@ -57,6 +57,12 @@ def softmax_backward_data() -> None:
     assert torch.equal(x.grad, torch._softmax_backward_data(grad, y.detach(), -1, x.dtype))
 
 
+def mkldnn_linear() -> None:
+    x, w = torch.ones(2, 3), torch.ones(4, 3)
+    product = torch.ops.mkldnn._linear_pointwise
+    assert torch.equal(product(x, w, None, "none", [], ""), torch.full((2, 4), 3.0))
+
+
 def dtensor_of_a_spec() -> None:
     whole = DTensor.from_local(torch.ones(2), init_device_mesh("cpu", (1,)), [Shard(0)])
     made = placed(torch.zeros(2, dtype=torch.bfloat16), whole)
@@ -174,6 +180,7 @@ NAMES: dict[str, Callable[[], None]] = {
     "torch._C._current_graph_task_id": current_graph_task_id,
     "torch._dynamo.config.nested_graph_breaks": nested_graph_breaks,
     "torch._softmax_backward_data": softmax_backward_data,
+    "torch.ops.mkldnn._linear_pointwise": mkldnn_linear,
     "DTensor(local, tensor._spec)": dtensor_of_a_spec,
     "tensor._utils.compute_local_shape_and_global_offset": local_shape_and_global_offset,
     "distributed_c10d._set_pg_timeout": set_pg_timeout,

@@ -45,12 +45,12 @@ def grouped_linear_loop(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor
 
 def _few_rows(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """The chosen experts one by one, each as ``linear`` takes few rows."""
-    counts = counts_E.tolist()
-    owned = x_RI.split([*counts, x_RI.shape[0] - sum(counts)])
+    chosen = [(expert, count) for expert, count in enumerate(counts_E.tolist()) if count]
+    sizes = [count for _, count in chosen]
+    owned = x_RI.split([*sizes, x_RI.shape[0] - sum(sizes)])
     y = [
-        few_rows(x, w) if count < FEW else F.linear(x, w)
-        for x, w, count in zip(owned, w_EOI.unbind(0), counts, strict=False)
-        if count
+        few_rows(x, w_EOI[expert]) if count < FEW else F.linear(x, w_EOI[expert])
+        for x, (expert, count) in zip(owned, chosen, strict=False)
     ]
     return torch.cat([*y, x_RI.new_zeros(owned[-1].shape[0], w_EOI.shape[1])])
 
