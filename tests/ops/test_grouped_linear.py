@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek.ops import grouped_linear as module
 from deepseek.ops import few_rows as few
+from deepseek.ops import grouped_linear as module
 from deepseek.ops.few_rows import few_rows
 from deepseek.ops.grouped_linear import grouped_linear, grouped_linear_loop
 
