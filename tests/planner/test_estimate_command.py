@@ -52,10 +52,14 @@ def test_one_layout_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> N
     assert found["gpus"] == 1024 and found["parameters"] > 671e9
     assert sum(found["seconds"].values()) == pytest.approx(found["step_time_s"])
     assert len(found["memory_bytes"]) == len(found["stages"]) == 16
-    # 4096 tokens, 3.5 other nodes of 7 for each, dispatched and combined in bf16, both ways.
+    # 4096 tokens, 7 of 8 experts of each in other nodes, dispatched and combined in bf16, both ways.
     sent = found["sent_bytes"]["experts"]["network"]
     micro_batches = 15360 * 16 / 1024 / 2
-    assert sent == pytest.approx(2 * 4 * micro_batches * 2 * 4096 * 7168 * 4 * 3.5, rel=0.05)
+    assert sent == pytest.approx(2 * 4 * micro_batches * 2 * 4096 * 7168 * 4 * 7, rel=0.05)
+    once = ["model.micro_batch_size=2", "model.moe_ranks_per_node=8"]
+    estimate("deepseek_v3_671b", once, "H200", 1024, as_json=True)
+    fewer = json.loads(capsys.readouterr().out)["sent_bytes"]["experts"]["network"]
+    assert fewer == pytest.approx(sent / 2, rel=1e-3)  # 3.5 of 4 nodes
 
 
 def test_what_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,7 +151,9 @@ def job_of_run(run: RunConfig, gpus: int) -> Job:
         layout.dp_replicate,
     )
     precision = str(run.trainer.precision)
-    system = OURS if precision == "32" else replace(OURS, exchanged_bytes=6)
+    system = replace(OURS, every_copy=model.moe_ranks_per_node is None)
+    if precision != "32":
+        system = replace(system, exchanged_bytes=6)
     return Job(
         architecture,
         model.data.seq_length,
