@@ -52,7 +52,7 @@ def test_one_layout_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> N
     assert found["gpus"] == 1024 and found["parameters"] > 671e9
     assert sum(found["seconds"].values()) == pytest.approx(found["step_time_s"])
     assert len(found["memory_bytes"]) == len(found["stages"]) == 16
-    # 4096 tokens, 7 of 8 experts of each in other nodes, dispatched and combined in bf16, both ways.
+    # 4096 tokens, 7 of 8 experts of each in other nodes, sent in bf16 there and home, both ways.
     sent = found["sent_bytes"]["experts"]["network"]
     micro_batches = 15360 * 16 / 1024 / 2
     assert sent == pytest.approx(2 * 4 * micro_batches * 2 * 4096 * 7168 * 4 * 7, rel=0.05)
