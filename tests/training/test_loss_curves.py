@@ -77,15 +77,16 @@ def assert_alike(losses: list[float], wanted: list[float], within: float) -> Non
         assert abs(ours - theirs) < within * theirs, (start, ours, theirs)
 
 
-@pytest.mark.parametrize(
-    ("steps", "within"), [(SHORT, 2.5e-3), pytest.param(1000, 1e-2, marks=pytest.mark.nightly)]
-)
-def test_fp8(steps: int, within: float) -> None:
-    """V3's report has 0.25 % at 16B; this model, 64 wide, strays by up to 0.7 % to both sides."""
+@pytest.mark.parametrize("steps", [SHORT, pytest.param(1000, marks=pytest.mark.nightly)])
+def test_fp8(steps: int) -> None:
+    """V3's report has 0.25 % at 16B. This model, 64 wide, can be held to that for some 50 steps: in
+    1,000 two runs in bf16, of start weights that differ by 1.6 %, come 2.7 % apart."""
     bf16 = curve(steps, bf16=True)
     fp8 = curve(steps, bf16=True, fp8_recipe="blockwise")
     assert fp8 != bf16
-    assert_alike(fp8, bf16, within)
+    assert_alike(fp8[:SHORT], bf16[:SHORT], within=2.5e-3)
+    assert_alike(fp8[:100], bf16[:100], within=5e-3)
+    assert_alike(fp8, bf16, within=4e-2)
 
 
 @pytest.mark.parametrize("steps", [SHORT, pytest.param(400, marks=pytest.mark.nightly)])
