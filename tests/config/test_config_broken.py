@@ -468,6 +468,16 @@ ONE_PROBLEM = [
         ["no effect on what trainer.accelerator=cpu computes in the host's", "use false, or"],
     ),
     (
+        "model.fp8_kernels=true",
+        "model.fp8_kernels",
+        ["would be ignored, since model.fp8_recipe=null", "model.fp8_recipe=blockwise"],
+    ),
+    (
+        "trainer.accelerator=cpu & model.fp8_recipe=blockwise & model.fp8_kernels=true",
+        "model.fp8_kernels",
+        ["would be ignored, since trainer.accelerator=cpu has no", "use false"],
+    ),
+    (
         "trainer.accelerator=cpu & model.optim.cpu_offload=true",
         "model.optim.cpu_offload",
         ["would be ignored, since trainer.accelerator=cpu computes in the host's", "use false"],

@@ -46,7 +46,7 @@ SAMPLES = {
 HARMLESS = re.compile(
     r"name|exp_manager\..*|trainer\.(?!precision|gradient_clip_val).*"
     r"|model\.(model_type|restore_from|micro_batch_size|torch_compile|reshard_after_forward"
-    r"|pipeline_.*|.*_parallel_size|data_parallel_replicate_size|moe_token_dispatcher_type|moe_ranks_per_node|overlap_moe_.*"
+    r"|pipeline_.*|.*_parallel_size|data_parallel_replicate_size|moe_token_dispatcher_type|moe_ranks_per_node|overlap_moe_.*|fp8_kernels"
     r"|activations_checkpoint_.*|cpu_offloading_activations|optim\.(sched\.max_steps|cpu_offload)|tokenizer\..*"
     r"|data\.(data_prefix|validation_prefix|chat|num_workers|cache_dir))"
 )

@@ -81,7 +81,12 @@ def fp8_blocks(cfg: RunConfig) -> Iterator[Problem]:
     """Products in FP8 are of weights that are trained, and TP cuts no block of them in two."""
     recipe, tp = cfg.model.fp8_recipe, cfg.model.tensor_model_parallel_size
     if recipe is None:
+        because = "model.fp8_recipe=null computes nothing in FP8"
+        yield from idle(cfg, "model.fp8_kernels", because, "model.fp8_recipe=blockwise")
         return
+    if cfg.trainer.accelerator == "cpu":
+        because = "trainer.accelerator=cpu has no such kernels"
+        yield from idle(cfg, "model.fp8_kernels", because, "another trainer.accelerator")
     if cfg.model.peft is not None:
         yield Problem(
             "model.fp8_recipe",

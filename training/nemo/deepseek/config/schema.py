@@ -490,6 +490,11 @@ class ModelConfig:
         "under DualPipeV and EP the forward pass of one micro-batch computes while rows of the "
         "backward pass of another travel, and the other way round (no GPU has run it yet)",
     )
+    fp8_kernels: bool = key(
+        False,
+        "with fp8_recipe linear maps are multiplied by cuBLAS on SM90 (H100, H200), experts "
+        "emulated as ever (no GPU has run it yet)",
+    )
 
     # -- derived, read everywhere, never set --
     @property

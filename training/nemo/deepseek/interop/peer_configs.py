@@ -541,6 +541,7 @@ def _unlike(
             f"{target} does not read these files",
             "null; `deepseek hf export` writes the weights as files that it loads",
         ),
+        ("fp8_kernels", False, f"{target} has recipes of its own", "false"),
         ("fp8_recipe", None, f"{target} has recipes of its own", "null, and its own setting"),
         ("overlap_moe_expert_parallel_comm", False, f"{target} has a setting of its own", "false"),
         ("moe_dispatch_fp8", False, f"{target} has a setting of its own", "false"),

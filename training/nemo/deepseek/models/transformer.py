@@ -81,7 +81,7 @@ class Transformer(nn.Module):
         if config.fp8_recipe is not None:
             for module in self.modules():
                 if isinstance(module, DeepSeekBlock):
-                    use_fp8(module)
+                    use_fp8(module, config.fp8_kernels)
         if config.peft is not None:
             matrices = lora_targets(config.peft.target_modules)
             scale = config.peft.alpha / config.peft.dim

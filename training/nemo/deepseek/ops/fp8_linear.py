@@ -8,7 +8,8 @@ keeps is FP8; for the weight's gradient it is given tiles of 128 tokens of one e
 A scale is a power of two, the least with which no number of its tile overflows (as V3.1's, and
 Megatron's by default). So a number times its scale is a bf16 number, and a product of such numbers,
 added up in fp32, is that of FP8 kernels, whatever the machine has. Here it is computed so: what FP8
-does to training can be seen anywhere, and nothing becomes faster by it.
+does to training can be seen anywhere, and nothing becomes faster by it. Where ``kernels`` are asked
+for, ``fp8_kernels.py`` computes products of linear maps.
 
 R rows, I inputs, O outputs, E experts. A tile at an edge may be smaller.
 """
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek.ops import fp8_kernels
 from deepseek.ops.autocast import as_products
 from deepseek.ops.fp8 import E4M3
 from deepseek.ops.grouped_linear import grouped_linear, grouped_outer
@@ -41,45 +43,75 @@ class Tiles(NamedTuple):
         return self.numbers.to(self.scales.dtype) * _each(self.scales, self.numbers.shape[1])
 
 
-def fp8_linear(x: Tensor, w_OI: Tensor) -> Tensor:
-    """``F.linear(x, w)`` of what e4m3 leaves of both, in the dtype of products."""
-    y_RO = _Product.apply(as_products(x).flatten(0, -2), as_products(w_OI), None)
+class Blocks(NamedTuple):
+    """A matrix in e4m3, or a stack of them, and what its numbers are multiplied by."""
+
+    numbers: Tensor
+    scales: Tensor
+    """Powers of two, one for each 128 x 128 block."""
+
+    def values(self) -> Tensor:
+        """What was rounded; exact in bf16."""
+        rows, columns = self.numbers.shape[-2:]
+        scales = self.scales.repeat_interleave(TILE, dim=-1)[..., :columns]
+        scales = scales.repeat_interleave(TILE, dim=-2)[..., :rows, :]
+        return self.numbers.to(scales.dtype) * scales
+
+
+def fp8_linear(x: Tensor, w_OI: Tensor, kernels: bool = False) -> Tensor:
+    """``F.linear(x, w)`` of what e4m3 leaves of both, in the dtype of products.
+
+    Raises:
+        UserError: this device has no ``kernels``.
+    """
+    if kernels:
+        fp8_kernels.require_kernels(x.device)
+    y_RO = _Product.apply(as_products(x).flatten(0, -2), as_products(w_OI), None, kernels)
     return y_RO.unflatten(0, x.shape[:-1])
 
 
 def fp8_grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """``grouped_linear`` of what e4m3 leaves of both; arguments and result as there."""
-    return _Product.apply(x_RI, w_EOI, counts_E)
+    return _Product.apply(x_RI, w_EOI, counts_E, False)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, w: Tensor, counts_E: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x_RI: Tensor, w: Tensor, counts_E: Tensor | None, kernels: bool
+    ) -> Tensor:
         with torch.autocast(x_RI.device.type, enabled=False):
             x = round_rows(x_RI)
             ctx.save_for_backward(*x, w, counts_E)
-            return _product(x.values(), round_blocks(w), counts_E)
+            ctx.kernels = kernels
+            return _product(x, round_blocks(w), counts_E, kernels)
 
     @staticmethod
-    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         *x, w, counts_E = ctx.saved_tensors
-        needs_x, needs_w, _ = ctx.needs_input_grad
+        needs_x, needs_w, *_ = ctx.needs_input_grad
         grad_x = grad_w = None
         with torch.autocast(grad_RO.device.type, enabled=False):
             if needs_x:
-                grad_x = _product(round_rows(grad_RO).values(), round_blocks(w).mT, counts_E)
-            if needs_w:
+                blocks = Blocks(*(part.mT for part in round_blocks(w)))
+                grad_x = _product(round_rows(grad_RO), blocks, counts_E, ctx.kernels)
+            if needs_w and counts_E is None:
+                sides = round_rows(grad_RO.mT), round_rows(Tiles(*x).values().mT)
+                grad_w = _product(*sides, None, ctx.kernels)
+            elif needs_w:
                 grad_RO = round_columns(grad_RO, counts_E)
                 x_RI = round_columns(Tiles(*x).values(), counts_E)
-                if counts_E is None:
-                    grad_w = grad_RO.mT @ x_RI
-                else:
-                    grad_w = grouped_outer(grad_RO, x_RI, counts_E)
-        return grad_x, grad_w, None
+                grad_w = grouped_outer(grad_RO, x_RI, counts_E)
+        return grad_x, grad_w, None, None
 
 
-def _product(x_RI: Tensor, w: Tensor, counts_E: Tensor | None) -> Tensor:
-    return F.linear(x_RI, w) if counts_E is None else grouped_linear(x_RI, w, counts_E)
+def _product(x: Tiles, w: Tiles | Blocks, counts_E: Tensor | None, kernels: bool) -> Tensor:
+    rows, inner, columns = *x.numbers.shape, w.numbers.shape[-2]
+    if kernels and fp8_kernels.takes(rows, inner, columns):
+        return fp8_kernels.product(x.numbers, x.scales, w.numbers, w.scales, x.scales.dtype)
+    if counts_E is None:
+        return F.linear(x.values(), w.values())
+    return grouped_linear(x.values(), w.values(), counts_E)
 
 
 def round_rows(x_RI: Tensor) -> Tiles:
@@ -112,37 +144,33 @@ def _each(scale_RT: Tensor, columns: int) -> Tensor:
     return scale_RT.repeat_interleave(TILE, dim=1)[:, :columns]
 
 
-def round_blocks(w: Tensor) -> Tensor:
-    """What e4m3 leaves of a matrix, or each of a stack, with a scale for each 128 x 128 block."""
+def round_blocks(w: Tensor) -> Blocks:
+    """One scale for each 128 x 128 block of a matrix, or of each of a stack."""
     rows, columns = w.shape[-2:]
     padded = F.pad(w, (0, -columns % TILE, 0, -rows % TILE))
     blocks = padded.unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE))  # (..., P, t, Q, t)
     scales = _scales(blocks.abs().amax(dim=(-3, -1), keepdim=True))
-    rounded = (blocks / scales).to(E4M3).to(w.dtype) * scales
-    return rounded.flatten(-4, -3).flatten(-2, -1)[..., :rows, :columns]
+    numbers = (blocks / scales).flatten(-4, -3).flatten(-2, -1)[..., :rows, :columns]
+    return Blocks(numbers.to(E4M3), scales.squeeze(-1).squeeze(-2))
 
 
-def round_columns(x_RI: Tensor, counts_E: Tensor | None = None) -> Tensor:
+def round_columns(x_RI: Tensor, counts_E: Tensor) -> Tensor:
     """What e4m3 leaves of rows, with a scale for each 128 x 1 tile of a column.
 
     Args:
         x_RI: rows.
-        counts_E: of each expert, one after the other; its tiles begin with it. None: all are one's.
+        counts_E: of each expert, one after the other; its tiles begin with it.
     """
     rows = x_RI.shape[0]
     place_R = torch.arange(rows, device=x_RI.device)
-    if counts_E is None:
-        tile_R, tiles = place_R // TILE, -(-rows // TILE)
-    else:
-        ends_E = counts_E.cumsum(0)
-        expert_R = torch.searchsorted(ends_E, place_R, right=True).clamp(max=len(counts_E) - 1)
-        tiles_E = (counts_E + TILE - 1) // TILE
-        first_R = (ends_E - counts_E)[expert_R]
-        before_R = (tiles_E.cumsum(0) - tiles_E)[expert_R]
-        spare = rows // TILE + len(counts_E)  # of rows that are no expert's, and hold anything
-        tile_R = (before_R + (place_R - first_R) // TILE).where(place_R < ends_E[-1], spare)
-        tiles = spare + 1
-    largest_TI = x_RI.new_zeros(tiles, x_RI.shape[1])
+    ends_E = counts_E.cumsum(0)
+    expert_R = torch.searchsorted(ends_E, place_R, right=True).clamp(max=len(counts_E) - 1)
+    tiles_E = (counts_E + TILE - 1) // TILE
+    first_R = (ends_E - counts_E)[expert_R]
+    before_R = (tiles_E.cumsum(0) - tiles_E)[expert_R]
+    spare = rows // TILE + len(counts_E)  # of rows that are no expert's, and hold anything
+    tile_R = (before_R + (place_R - first_R) // TILE).where(place_R < ends_E[-1], spare)
+    largest_TI = x_RI.new_zeros(spare + 1, x_RI.shape[1])
     largest_TI.scatter_reduce_(0, tile_R.unsqueeze(1).expand_as(x_RI), x_RI.abs(), "amax")
     scales_RI = _scales(largest_TI)[tile_R]
     return (x_RI / scales_RI).to(E4M3).to(x_RI.dtype) * scales_RI

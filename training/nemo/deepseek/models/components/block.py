@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -95,12 +96,13 @@ class MultiTokenPredictor(nn.Module):
         return self.norm(self.block(self.eh_proj(joined), context, cache))
 
 
-def use_fp8(block: DeepSeekBlock) -> None:
+def use_fp8(block: DeepSeekBlock, kernels: bool) -> None:
     """Compute the products of a block in FP8, all but the router's and attention's own, as V3 does
-    (arXiv:2412.19437 section 3.3.1). Embedding, head and MTP's projection are not in a block."""
+    (arXiv:2412.19437 section 3.3.1), of linear maps by ``kernels`` if so asked for. Embedding,
+    head and MTP's projection are not in a block."""
     for module in block.modules():
         if isinstance(module, Linear):
-            module.product = fp8_linear
+            module.product = partial(fp8_linear, kernels=True) if kernels else fp8_linear
         elif isinstance(module, GroupedExperts):
             module.grouped = fp8_grouped_linear
 
