@@ -18,12 +18,13 @@ from deepseek.commands.validate import (
     placement_tables,
     ranks_text,
     size_text,
+    summary,
     validate,
     validate_report,
 )
 from deepseek.config import ConfigError, RunConfig, UserError, load_config, shipped_configs
 from deepseek.config.layout import Layout
-from deepseek.config.memory import gathered_bytes, rank_need, state_memory
+from deepseek.config.memory import gathered_bytes, host_needs, rank_need, state_memory
 from deepseek.config.schema import PeftConfig
 from deepseek.data.indexed import IndexedWriter
 from deepseek.models.transformer import Transformer
@@ -260,7 +261,7 @@ def test_it_begins_with_five_lines(capsys: pytest.CaptureFixture[str], tmp_path:
         "layout       32 processes on 4 nodes: DP 8, TP 2, PP 2 (1F1B, 2 stages), EP 8",
         "step         128 sequences x 1,024 = 131,072 tokens in 4 x 4 per forward pass; "
         "20,000 steps, 2.62 B tokens",
-        "memory       5.43 GiB of a GPU on the fullest rank, of which 572.26 MiB are weights and "
+        "memory       5.36 GiB of a GPU on the fullest rank, of which 572.26 MiB are weights and "
         "optimiser states",
         "data         built-in corpus, prepared by the first run that needs it",
     ]
@@ -336,6 +337,21 @@ def test_the_arithmetic_of_the_world_is_checked() -> None:
 # -- does it fit --
 
 
+def test_what_lies_on_the_host_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a process and of its node, and of the ranks at each place of the pipeline."""
+    run = small_run(
+        4, 1, 1, 2, 1, "model.cpu_offloading_activations=true", "trainer.accelerator=gpu"
+    )
+    hosts = host_needs(run)
+    assert hosts[0] > hosts[1] > 0, "the first stage has more under way"
+    told = dict(summary(run, on_gpu=True))["memory"]
+    assert f"{size_text(hosts[0])} of the host's memory for activations, " in told
+    assert f"{size_text(4 * hosts[0])} of a node at most" in told
+    *_, memory = placement_tables(run)
+    assert memory.columns[-1] == "activations on the host"
+    assert [row[-1] for row in memory.rows] == [size_text(host) for host in hosts]
+
+
 def test_what_fits_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     validate("deepseek_v3_671b", memory=80)
     assert (
@@ -345,7 +361,7 @@ def test_what_fits_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     validate("deepseek_v3_671b", memory=33)
     assert "--memory 33: tight, since what is told may be 5 % short" in capsys.readouterr().out
     validate("deepseek_v3_tiny", memory=80)
-    assert "needs 289.88 MiB and 2 GiB for context and NCCL of --memory 80: fits" in (
+    assert "needs 290.98 MiB and 2 GiB for context and NCCL of --memory 80: fits" in (
         capsys.readouterr().out
     )
 

@@ -16,11 +16,12 @@ from torch.distributed.pipelining.schedules import _Action, _ComputationType
 
 from deepseek.config import load_config, memory, shipped_configs
 from deepseek.config.activations import in_flight, zero_bubble_order
-from deepseek.config.layout import Layout, stages_of_rank
-from deepseek.config.memory import rank_need, reduces_gradients
-from deepseek.config.schema import ModelConfig, PeftConfig
+from deepseek.config.errors import UserError
+from deepseek.config.layout import V_SCHEDULES, Layout, stages_of_rank
+from deepseek.config.memory import host_need, in_half, rank_need, reduces_gradients
+from deepseek.config.schema import ModelConfig, PeftConfig, RunConfig
 from deepseek.parallel.pipeline import SCHEDULES
-from support.live_bytes import step_bytes
+from support.live_bytes import StepBytes, step_bytes
 from support.tiny_runs import small_run
 
 V3 = load_config("deepseek_v3_671b").model
@@ -31,17 +32,20 @@ def assert_near(
 ) -> None:
     """Of whole steps of ranks of the pipeline: told is within 5 % of what is tracked."""
     for pp_rank in ranks:
-        tracked = tracked_bytes(model, layout, pp_rank, micro_batches, half)
+        tracked = tracked_bytes(model, layout, pp_rank, micro_batches, half).device
         need = rank_need(model, layout, pp_rank, micro_batches, half)
         assert 0.95 < need.total / tracked < 1.05, (pp_rank, layout, need, tracked)
 
 
 def tracked_bytes(
     model: ModelConfig, layout: Layout, pp_rank: int, micro_batches: int, half: bool
-) -> int:
-    """In a process of its own: torch remembers by mesh what a rank holds."""
+) -> StepBytes:
+    """In a process of its own: torch remembers by mesh what a rank holds.
+
+    Of ranks that share a sequence the last, whose keys and values are the longest.
+    """
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:
-        rank = pp_rank * layout.stage_ranks
+        rank = pp_rank * layout.stage_ranks + (layout.cp - 1) * layout.tp
         return process.submit(step_bytes, model, layout, rank, micro_batches, half).result()
 
 
@@ -56,8 +60,8 @@ def test_v3_on_2048_ranks(schedule: str, pp_rank: int) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("length", "tp"), [(32768, 1), (131072, 2)])
-@pytest.mark.parametrize("pp_rank", [0, 7])
+@pytest.mark.parametrize(("length", "tp"), [(32768, 1), (131072, 1), (131072, 2)])
+@pytest.mark.parametrize("pp_rank", [0, 7, 15])
 def test_v3_on_long_sequences(length: int, tp: int, pp_rank: int) -> None:
     """Over 8 context ranks, every micro-batch that is ever under way: a GPU of 80 GB has room."""
     sizes = dict(context_parallel_size=8, tensor_model_parallel_size=tp)
@@ -129,7 +133,95 @@ def drawn(seed: int) -> tuple[ModelConfig, Layout, int, bool]:
 @pytest.mark.parametrize("seed", range(12))
 def test_drawn_layout(seed: int) -> None:
     model, layout, micro_batches, half = drawn(seed)
-    assert_near(model, layout, {0, layout.pp - 1}, micro_batches, half)
+    assert_near(model, layout, {0, layout.pp // 2, layout.pp - 1}, micro_batches, half)
+
+
+def drawn_run(seed: int) -> tuple[RunConfig, int]:
+    """A run that the rules allow, of all that changes memory, and the micro-batches of a step."""
+    among: Any = random.Random(seed).choice
+    kind = among(("moe", "moe", "moe", "small experts", "dense"))
+    peft = among((None, None, None, None, "lora", "nf4", "fp8"))
+    while True:
+        pp, tp, cp = among((1, 1, 2, 4)), among((1, 1, 2)), among((1, 1, 1, 2, 4))
+        schedule = among(list(SCHEDULES)) if pp > 1 else "1F1B"
+        virtual = among((2, 3)) if schedule.startswith("Interleaved") else 1
+        stages = pp * (2 if schedule in V_SCHEDULES else virtual)
+        dim = among((768, 1024, 2048, 2560))
+        layers = max(3, stages + among((0, 1, 3, stages)))
+        recompute = among((None, "full", "selective"))
+        small, dense = kind == "small experts", kind == "dense"
+        replicas = among((1, 1, 2))
+        shards = among((1, 2, 4, 8)) * replicas * cp
+        world = pp * tp * shards
+        size = among((1, 2))
+        micro_batches = (
+            2 * pp * (among((1, 2)) if virtual > 1 else 1) if pp > 1 else among((1, 2, 3))
+        )
+        values: dict[str, Any] = {
+            "hidden_size": dim,
+            "num_hidden_layers": layers,
+            "num_attention_heads": among((8, 16)),
+            "q_lora_rank": among((None, 384, 768)),
+            "kv_lora_rank": among((256, 512)),
+            "qk_nope_head_dim": among((64, 128)),
+            "qk_rope_head_dim": among((32, 64)),
+            "v_head_dim": among((64, 128)),
+            "intermediate_size": among((2, 3, 4)) * dim,
+            "moe_intermediate_size": among((256, 384) if small else (768, 1024, 1408)),
+            "n_routed_experts": among((64, 128, 160) if small else (8, 16, 32)),
+            "num_experts_per_tok": among((6, 8) if small else (2, 4)),
+            "n_shared_experts": among((0, 1, 2)),
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": layers if dense else among((0, 1, 2)),
+            "num_nextn_predict_layers": 0 if peft or dense else among((0, 1, 2)),
+            "vocab_size": among((32000, 64000, 129280)),
+            "max_position_embeddings": 8192,
+            "data.seq_length": among((2048, 4096, 8192)),
+            "micro_batch_size": size,
+            "global_batch_size": micro_batches * size * (shards // cp),
+            "activations_checkpoint_granularity": recompute,
+            "activations_checkpoint_num_layers": among((None, None, 1)) if recompute else None,
+            "cpu_offloading_activations": among((False, False, False, True)),
+            "fp8_recipe": None if peft else among((None, None, None, "blockwise")),
+            "pipeline_model_parallel_size": pp,
+            "pipeline_schedule": schedule,
+            "virtual_pipeline_model_parallel_size": virtual,
+            "tensor_model_parallel_size": tp,
+            "context_parallel_size": cp,
+            "expert_model_parallel_size": 1 if dense else among((1, 2, 4, 8)),
+            "data_parallel_replicate_size": replicas,
+            "reduce_gradients": among((None, True, False)) if pp == 1 else None,
+            "reshard_after_forward": among((None, None, True, False) if pp == 1 else (None, False)),
+            "optim.name": among(("adamw", "adamw", "muon")),
+            "optim.moments_dtype": among(("fp32", "fp32", "bf16")),
+        }
+        if peft or dense:
+            values |= {"moe_router_bias_update_rate": 0.0}
+        if dense:
+            values |= {"moe_aux_loss_coeff": 0.0}
+        overrides = [f"model.{key}={'null' if v is None else v}" for key, v in values.items()]
+        devices = f"trainer.devices={min(world, 8)}", f"trainer.num_nodes={max(1, world // 8)}"
+        precision = f"trainer.precision={among(('bf16-mixed', 'bf16-mixed', '32'))}"
+        try:
+            run = load_config("deepseek_v3_671b", [*overrides, *devices, precision])
+        except UserError:
+            continue
+        if peft:
+            groups = ["attention", "feed_forward", *among(([], ["experts"]))]
+            base = None if peft == "lora" else peft
+            adapters = PeftConfig(dim=8, target_modules=groups, base_dtype=base)
+            run = replace(run, model=replace(run.model, peft=adapters))
+        return run, micro_batches
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(12))
+def test_drawn_run(seed: int) -> None:
+    run, micro_batches = drawn_run(seed)
+    layout = Layout.of_run(run)
+    ranks = {0, layout.pp // 2, layout.pp - 1}
+    assert_near(run.model, layout, ranks, micro_batches, in_half(run))
 
 
 def test_a_split_backward_pass_recomputes_once() -> None:
@@ -150,12 +242,80 @@ def test_a_split_backward_pass_recomputes_once() -> None:
     assert_near(model, Layout.of(model, 16), [0], 4, half=True)
 
 
+SMALL = replace(
+    V3,
+    hidden_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    q_lora_rank=None,
+    kv_lora_rank=128,
+    intermediate_size=1024,
+    moe_intermediate_size=256,
+    n_routed_experts=8,
+    n_group=1,
+    topk_group=1,
+    num_experts_per_tok=4,
+    first_k_dense_replace=1,
+    num_nextn_predict_layers=0,
+    vocab_size=2048,
+    pipeline_model_parallel_size=1,
+    expert_model_parallel_size=1,
+    data=replace(V3.data, seq_length=4096),
+)
+ADAPTERS = PeftConfig(dim=8, target_modules=["attention", "feed_forward", "experts"])
+TERMS: dict[str, tuple[dict[str, Any], bool]] = {
+    "rows travel beside the shared experts of all TP ranks": (
+        dict(
+            tensor_model_parallel_size=2, expert_model_parallel_size=4, first_k_dense_replace=0,
+            num_experts_per_tok=6, n_shared_experts=2, reduce_gradients=False,
+        ),
+        True,
+    ),
+    "the first stage's embedding has its gradient made": (
+        dict(pipeline_model_parallel_size=2, vocab_size=65536), True,
+    ),
+    "experts with adapters go forward": (
+        dict(
+            peft=ADAPTERS, expert_model_parallel_size=2, first_k_dense_replace=0,
+            reshard_after_forward=True,
+        ),
+        True,
+    ),
+    "attention goes back in two halves of a context": (
+        dict(context_parallel_size=4, num_attention_heads=16), True,
+    ),
+    "products in FP8 round what they are given": (dict(fp8_recipe="blockwise"), True),
+    "blocks lie on the host": (
+        dict(
+            cpu_offloading_activations=True, activations_checkpoint_granularity=None,
+            num_hidden_layers=4,
+        ),
+        False,
+    ),
+}  # fmt: skip
+"""What was once not told, each in a small model in which it is much."""
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term(term: str) -> None:
+    sizes, half = TERMS[term]
+    model = replace(SMALL, **sizes)
+    layout = Layout.of(model, 8 * model.pipeline_model_parallel_size)
+    micro_batches = 2 * layout.pp
+    tracked = tracked_bytes(model, layout, 0, micro_batches, half)
+    need = rank_need(model, layout, 0, micro_batches, half)
+    assert 0.95 < need.total / tracked.device < 1.05, (need, tracked)
+    host = host_need(model, layout, 0, micro_batches, half)
+    assert (host > 0) == model.cpu_offloading_activations
+    assert 0.95 * tracked.host <= host <= 1.05 * tracked.host, (host, tracked.host)
+
+
 def test_nothing_stays_of_a_micro_batch_that_is_done() -> None:
     """On the last stage, whose losses torch's schedules keep to the end of the step."""
     small = ["num_hidden_layers=2", "first_k_dense_replace=2", "num_nextn_predict_layers=0"]
     run = small_run(2, 1, 1, 2, 1, *[f"model.{setting}" for setting in small])
     layout = Layout.of_run(run)
-    few, many = (tracked_bytes(run.model, layout, 1, count, half=False) for count in (2, 5))
+    few, many = (tracked_bytes(run.model, layout, 1, count, half=False).device for count in (2, 5))
     hidden = 4 * run.model.micro_batch_size * run.model.data.seq_length * run.model.hidden_size
     assert many - few < hidden
 

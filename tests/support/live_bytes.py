@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -32,9 +32,9 @@ from torch.utils._pytree import tree_leaves
 from deepseek.config.layout import Layout
 from deepseek.config.memory import rank_memory
 from deepseek.config.schema import ModelConfig
-from deepseek.models.components import attention, recompute
+from deepseek.models.components import attention, offload, recompute
 from deepseek.models.transformer import Transformer
-from deepseek.ops import grouped_linear
+from deepseek.ops import grouped_linear, swiglu
 from deepseek.parallel import context, cpu_memory, parallelize
 from deepseek.parallel.expert_dispatcher import AllToAllDispatcher
 from deepseek.parallel.gradients import clip_gradients, finish_gradients
@@ -46,12 +46,23 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         peak: bytes.
+        host_peak: the same of what is made ``on_host``, which ``peak`` leaves out.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._at_most = self.peak = 0
+        self._host: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._at_most = self.peak = self.host_peak = 0
+        self._makes_host = False
+
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """What is made here lies in the host's memory."""
+        self._makes_host = True
+        yield
+        self._makes_host = False
+        self.host_peak = max(self.host_peak, self._count(self._host))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if any(issubclass(kind, DTensor) for kind in types):
@@ -63,6 +74,10 @@ class LiveBytes(TorchDispatchMode):
         for leaf in made:
             if isinstance(leaf, Tensor) and leaf.device.type != "meta":
                 storage = leaf.untyped_storage()
+                if self._makes_host:
+                    self._host[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                if storage._cdata in self._host:
+                    continue
                 _, before = self._alive.get(storage._cdata, (None, 0))
                 self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                 self._at_most += storage.nbytes() - before
@@ -73,13 +88,17 @@ class LiveBytes(TorchDispatchMode):
 
     def count(self) -> int:
         """Bytes alive at this moment."""
-        alive = {}
-        for key, (reference, _) in self._alive.items():
+        return self._count(self._alive)
+
+    @staticmethod
+    def _count(known: dict[int, tuple[StorageWeakRef, int]]) -> int:
+        for key, (reference, _) in list(known.items()):
             storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
-            if storage is not None:
-                alive[key] = (reference, storage.nbytes())
-        self._alive = alive
-        return sum(size for _, size in alive.values())
+            if storage is None:
+                del known[key]
+            else:
+                known[key] = (reference, storage.nbytes())
+        return sum(size for _, size in known.values())
 
 
 @torch.library.custom_op("support::flash", mutates_args=())
@@ -91,16 +110,6 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     rows = q.new_empty(q.shape[:-1], dtype=torch.float32)
     return v.new_empty(v.shape[0], q.shape[2], v.shape[1], v.shape[3]).transpose(1, 2), rows
-
-
-@torch.library.custom_op("support::grouped", mutates_args=())
-def _grouped(x: Tensor, w: Tensor) -> Tensor:
-    raise AssertionError("on fakes alone")
-
-
-@_grouped.register_fake
-def _(x: Tensor, w: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], w.shape[2])
 
 
 class _Attention(torch.autograd.Function):
@@ -116,20 +125,6 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, _, _ = ctx.saved_tensors
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-class _GroupedProduct(torch.autograd.Function):
-    """What the grouped product keeps; torch's own fake of it takes bf16 alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return _grouped(x, w)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, w = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(w), None
 
 
 class _Counts:
@@ -151,10 +146,19 @@ def _exchange_counts(self: AllToAllDispatcher, expert_ids_R: Tensor) -> Any:
     return _Counts(received_ne, expert_ids_R.numel() // self.num_ranks)
 
 
+class StepBytes(NamedTuple):
+    """The most that a rank holds at a time."""
+
+    device: int
+    """Optimiser states included."""
+    host: int
+    """Of activations."""
+
+
 def step_bytes(
     config: ModelConfig, layout: Layout, rank: int, micro_batches: int, autocast: bool
-) -> int:
-    """The most that a rank holds in a step of so many micro-batches, optimiser states included.
+) -> StepBytes:
+    """The most that a rank holds in a step of so many micro-batches.
 
     Makes a process group: a process can ask for one rank of each layout.
     """
@@ -182,7 +186,8 @@ def step_bytes(
     finally:
         dist.destroy_process_group()
     pp_rank = layout.coordinate(rank).pp
-    return live.peak + rank_memory(config, layout, pp_rank, config.optim.name).optimizer
+    moments = rank_memory(config, layout, pp_rank, config.optim.name).optimizer
+    return StepBytes(live.peak + moments, live.host_peak)
 
 
 @contextmanager
@@ -223,7 +228,17 @@ def _as_on_gpus(mode: FakeTensorMode, live: LiveBytes) -> Iterator[None]:
         for stage in stages:
             stage._inference_mode = InferenceMode.STATIC
 
+    copies = offload._Copy.__init__
+
+    def copy_to_host(self: Any, tensor: Tensor) -> None:
+        with live.on_host():
+            copies(self, tensor)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offload._Copy, "__init__", copy_to_host)
+        # Fakes lie nowhere; what lies in the same place has the same storage.
+        patch.setattr(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata)
+        patch.setattr(Tensor, "data_ptr", lambda tensor: tensor.untyped_storage()._cdata)
         patch.setattr(parallelize, "fill", lambda *_: None)
         patch.setattr(Transformer, "init_weights", lambda *_: None)
         patch.setattr(parallelize, "shard_data_parallel", note_units)
@@ -233,13 +248,12 @@ def _as_on_gpus(mode: FakeTensorMode, live: LiveBytes) -> Iterator[None]:
         patch.setattr(schedules._PipelineSchedule, "_warmup_p2p", warm_up)
         patch.setattr(AllToAllDispatcher, "exchange_counts", _exchange_counts)
         patch.setattr(recompute, "ATTENTION", {torch.ops.support.flash.default})
-        products = recompute.PRODUCTS | {torch.ops.support.grouped.default: 0}
-        patch.setattr(recompute, "PRODUCTS", products)
+        patch.setattr(swiglu, "BLOCK_NUMBERS", 1 << 62)  # blocks of rows are for caches of CPUs
         for owner in (attention, context):
             patch.setattr(owner, "causal_attention", lambda q, k, v, *_: _Attention.apply(q, k, v))
-        patch.setattr(
-            grouped_linear.F, "grouped_mm", lambda x, w, offs: _GroupedProduct.apply(x, w, offs)
-        )
+        # The product with the first matrix alone: as large, and what it keeps is kept before it is
+        # computed, which ends a recomputation. torch's own fake of it takes bf16 alone.
+        patch.setattr(grouped_linear.F, "grouped_mm", lambda x, w, offs: x @ w[0])
         yield
 
 

@@ -25,7 +25,7 @@ from deepseek.config.layout import (
     world_size,
 )
 from deepseek.config.load import Planner, unchecked_value
-from deepseek.config.memory import SHORT, rank_memory, rank_needs, state_memory
+from deepseek.config.memory import SHORT, host_needs, rank_memory, rank_needs, state_memory
 from deepseek.config.schema import ModelConfig
 from deepseek.config.weights import weight_kinds
 from deepseek.console import say, table
@@ -155,9 +155,19 @@ def summary(run: RunConfig, on_gpu: bool) -> list[tuple[str, str]]:
             "memory",
             f"{size_text(most.total)} {'of a GPU' if on_gpu else 'of tensors'}{of_rank}, of which "
             f"{size_text(most.states)} are weights and optimiser states"
-            + ("" if on_gpu else "; Python and torch need some 400 MiB besides"),
+            + ("" if on_gpu else "; Python and torch need some 400 MiB besides")
+            + _on_host(run),
         ),
     ]
+
+
+def _on_host(run: RunConfig) -> str:
+    """What activations take of the memory of hosts, as it stands behind that of a GPU."""
+    if not run.model.cpu_offloading_activations:
+        return ""
+    most, processes = max(host_needs(run)), min(world_size(run), run.trainer.devices)
+    node = f", {size_text(most * processes)} of a node at most" if processes > 1 else ""
+    return f"; {size_text(most)} of the host's memory for activations{node}"
 
 
 def _ramp(model: ModelConfig) -> str:
@@ -405,7 +415,7 @@ def _weights(model: ModelConfig, layout: Layout) -> Table:
 def _memory(run: RunConfig) -> Table:
     needs = rank_needs(run)
     layout = Layout.of_run(run)
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             _ranks_of(layout, pp),
             *(size_text(part) if part else "-" for part in need),
@@ -419,7 +429,7 @@ def _memory(run: RunConfig) -> Table:
         of_ranks = (rank_memory(model, layout, pp, model.optim.name) for pp in range(layout.pp))
         beside = f", and {size_text(max(rank.on_host for rank in of_ranks))} of the host's"
     title = f"memory of one rank on GPUs, at most {size_text(most)} with balanced experts{beside}"
-    columns = (
+    columns: tuple[str, ...] = (
         "ranks",
         "states",
         "gathered weights",
@@ -429,6 +439,9 @@ def _memory(run: RunConfig) -> Table:
         "working",
         "together",
     )
+    if run.model.cpu_offloading_activations:
+        columns += ("activations on the host",)
+        rows = [(*row, size_text(host)) for row, host in zip(rows, host_needs(run), strict=True)]
     if layout.world_size == 1:
         title = f"memory on a GPU, {size_text(most)} with balanced experts{beside}"
         return Table(title, columns[1:], [row[1:] for row in rows])

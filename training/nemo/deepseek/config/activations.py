@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
+from deepseek.config.block_passes import Most, Sizes, passes
 from deepseek.config.cost import attention_parameters
 from deepseek.config.layout import (
     INTERLEAVED_SCHEDULES,
@@ -22,6 +23,7 @@ from deepseek.config.layout import (
     stages_of_rank,
 )
 from deepseek.config.schema import ModelConfig
+from deepseek.config.weights import lora_targets
 
 ROW_ALIGNMENT = 16
 """Rows of every routed expert are padded to a multiple of this; ``ops/rows.py`` says why."""
@@ -206,35 +208,85 @@ def tokens_of_part(model: ModelConfig, layout: Layout) -> int:
 
 def block_activations(model: ModelConfig, layout: Layout, part: StageSlice, half: bool) -> int:
     """Bytes that a stage's blocks keep of one micro-batch, on the device or on the host."""
-    again = _recomputing(model, part)
     return sum(
-        n * _kept_activations(model, layout, bool(moe), half)
-        + (blocks - n) * _block_activations(model, layout, bool(moe), half)
-        for moe, (n, blocks) in enumerate(zip(again, blocks_of_stage(model, part), strict=True))
-        if blocks
+        n * _kept_activations(model, layout, moe, half)
+        + others * _block_activations(model, layout, moe, half)
+        for moe, n, others in _kinds(model, part)
     )
+
+
+def host_activations(model: ModelConfig, layout: Layout, part: StageSlice, half: bool) -> int:
+    """Bytes of one micro-batch that a stage's blocks, and MTP's, keep on the host.
+
+    Of a block that recomputes its input; of others nearly all that they keep. There a tensor that
+    two operators see in two shapes lies twice, and of one of which a part is kept that part.
+    """
+    if not model.cpu_offloading_activations:
+        return 0
+    hidden = hidden_bytes(model, layout, half)
+    tokens, heads = tokens_of_part(model, layout), model.num_attention_heads // layout.tp
+    twice = tokens * heads * (model.v_head_dim - layout.cp * model.qk_nope_head_dim)
+    twice *= 2 if half else 4
+    total = sum(
+        n * hidden + others * (_block_activations(model, layout, moe, half) + twice)
+        for moe, n, others in _kinds(model, part)
+    )
+    if not part.last:
+        return total
+    if model.activations_checkpoint_granularity is None:
+        ahead = _block_activations(model, layout, True, half) + twice
+    else:
+        ahead = 2 * hidden
+    return total + model.num_nextn_predict_layers * ahead
+
+
+def _kinds(model: ModelConfig, part: StageSlice) -> Iterator[tuple[bool, int, int]]:
+    """Of dense and MoE blocks of a stage, how many recompute, and how many do not."""
+    counts = zip(_recomputing(model, part), blocks_of_stage(model, part), strict=True)
+    return ((bool(moe), n, blocks - n) for moe, (n, blocks) in enumerate(counts) if blocks)
 
 
 def stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, half: bool) -> int:
     """Bytes that a stage keeps of one micro-batch from its forward to its backward pass."""
-    hidden, total = hidden_bytes(model, layout, half), 0
-    if not model.cpu_offloading_activations:
+    hidden = hidden_bytes(model, layout, half)
+    if model.cpu_offloading_activations:  # decisions stay
+        total = sum(
+            n * (_kept_activations(model, layout, moe, half) - hidden)
+            for moe, n, _ in _kinds(model, part)
+        )
+    else:
         total = block_activations(model, layout, part, half)
+    recomputes = any(_recomputing(model, part))
+    # The pipeline keeps what has been received: the input of a block that recomputes, or what its
+    # norm keeps in fp32; else besides.
+    if not part.first and (model.cpu_offloading_activations or (half and not recomputes)):
+        total += hidden
+    if recomputes:  # angles are an argument
+        total += 4 * model.micro_batch_size * model.data.seq_length * model.qk_rope_head_dim
     if not part.last:
         return total + (hidden if layout.pp > 1 else 0)  # the pipeline keeps what it has sent
     depth = model.num_nextn_predict_layers
     head = 4 * model.vocab_size // layout.tp * model.hidden_size
     if model.peft is None:
         total += (1 + depth) * head  # its gradients, made in the forward pass
-    # Input of the norm, in fp32 for it, normed if its weight learns, gradient of all the head saw.
-    total += (1 + 2 * half + (model.peft is None) + layout.tp) * hidden
+    total += head_activations(model, layout, half)
     return total + depth * ahead_activations(model, layout, half)
+
+
+def head_activations(model: ModelConfig, layout: Layout, half: bool) -> int:
+    """Bytes that the last norm and the head keep of one micro-batch: the norm's input, in fp32 for
+    it, normed if its weight learns, and the gradient of all the head saw. That of the head's matrix
+    is not included."""
+    numbers = 1 + 2 * half + (model.peft is None) + layout.tp
+    return numbers * hidden_bytes(model, layout, half)
 
 
 def ahead_activations(model: ModelConfig, layout: Layout, half: bool) -> int:
     """Bytes that one MTP depth keeps of one micro-batch, the gradient of the head not included."""
     hidden = hidden_bytes(model, layout, half)
     ahead = 3 * hidden
+    if model.cpu_offloading_activations:
+        return hidden
     if not model.activations_checkpoint_granularity:
         ahead += _block_activations(model, layout, True, half) + 3 * hidden
         if half:  # norms keep what they are given in fp32
@@ -302,85 +354,150 @@ def block_kinds(model: ModelConfig, stages: Sequence[StageSlice]) -> set[bool]:
     return {bool(moe) for part in stages for moe, n in enumerate(blocks_of_stage(model, part)) if n}
 
 
-def backward_bytes(
-    model: ModelConfig, layout: Layout, stages: Sequence[StageSlice], half: bool
-) -> int:
+def stage_passes(
+    model: ModelConfig, layout: Layout, stages: Sequence[StageSlice], half: bool, reduces: bool
+) -> Most:
     """``working_bytes`` of the costliest of some stages. Where only the first blocks of a stage
     recompute, the others have gone back by then, and what they kept is gone."""
     if model.activations_checkpoint_num_layers is None:
-        return working_bytes(model, layout, block_kinds(model, stages), half)
+        return working_bytes(model, layout, block_kinds(model, stages), half, reduces)
     plain = replace(model, activations_checkpoint_granularity=None)
-    most = 0
+    forward = backward = 0
     for part in stages:
-        counts = list(zip(_recomputing(model, part), blocks_of_stage(model, part), strict=True))
-        kept = sum(
-            (blocks - n) * _block_activations(model, layout, bool(moe), half)
-            for moe, (n, blocks) in enumerate(counts)
-            if blocks > n
-        )
-        others = {bool(moe) for moe, (n, blocks) in enumerate(counts) if blocks > n}
-        again = {bool(moe) for moe, (n, _) in enumerate(counts) if n}
-        most = max(most, working_bytes(plain, layout, others, half))
-        most = max(most, working_bytes(model, layout, again, half) - kept)
-    return most
+        counts = list(_kinds(model, part))
+        kept = sum(n * _block_activations(model, layout, moe, half) for moe, _, n in counts if n)
+        others = {moe for moe, _, n in counts if n}
+        again = {moe for moe, n, _ in counts if n}
+        for kinds, of, less in ((others, plain, 0), (again, model, kept)):
+            most = working_bytes(of, layout, kinds, half, reduces)
+            forward = max(forward, most.forward - less)
+            backward = max(backward, most.backward - less)
+    return Most(forward, backward)
 
 
-def working_bytes(model: ModelConfig, layout: Layout, kinds: set[bool], half: bool) -> int:
-    """Bytes of one block's backward pass, the costliest of ``kinds``, beside what waits for it."""
-    tokens, dim = tokens_of_part(model, layout), model.hidden_size
-    hidden, number = hidden_bytes(model, layout, half), 2 if half else 4
-    most = 0
+def working_bytes(
+    model: ModelConfig, layout: Layout, kinds: set[bool], half: bool, reduces: bool = False
+) -> Most:
+    """Bytes of one block's passes, the costliest of ``kinds``, beside what waits for the second.
+
+    Args:
+        model: the sizes.
+        layout: divides them.
+        kinds: of blocks, whether MoE.
+        half: products are in 2 bytes.
+        reduces: gradients are handed on after each micro-batch.
+    """
+    forward = backward = 0
     for moe in kinds:
-        if moe:
-            rows = tokens // layout.tp * model.num_experts_per_tok
-            needed = 2 * number * rows * dim + hidden
-            if model.activations_checkpoint_granularity:  # which ends before the experts' results
-                needed = number * rows * dim + hidden
-        else:
-            width = model.intermediate_size // layout.tp
-            needed = (6 if half else 4) * dim * width + hidden + (0 if half else 4 * tokens * width)
-        whole = _block_activations(model, layout, moe, half)
-        waits = whole
-        if model.activations_checkpoint_granularity:
-            waits = _kept_activations(model, layout, moe, half)
-            needed += whole - waits
-        if layout.cp > 1:  # attention's pass comes last, and of long sequences is the larger one
-            attention = _attention_activations(model, layout, half) - waits
-            attention += _gradients_of_heads(model, layout, half) + hidden
-            needed = max(needed, attention)
+        most = passes(_sizes(model, layout, moe, half, reduces))
+        back = ahead = 0
         if model.peft is not None and model.peft.base_dtype:  # one stack or matrix, unpacked
-            width = model.n_routed_experts // layout.ep * model.moe_intermediate_size
-            needed += number * dim * (width if moe else model.intermediate_size)
-        if model.cpu_offloading_activations:  # of this block and of the next to come back
-            keeps = (
-                _kept_activations
-                if model.activations_checkpoint_granularity
-                else _block_activations
-            )
-            needed += 2 * keeps(model, layout, moe, half)
-        most = max(most, needed)
-    return most
+            width = model.intermediate_size
+            if moe:
+                width = model.n_routed_experts // layout.ep * model.moe_intermediate_size
+            back = ahead = (2 if half else 4) * model.hidden_size * width
+        if model.fp8_recipe:
+            back = ahead = _rounding_bytes(model, layout, moe, half)
+        if model.cpu_offloading_activations:  # originals till the block is done
+            keeps = _block_activations
+            if model.activations_checkpoint_granularity:
+                keeps = _kept_activations
+            ahead += keeps(model, layout, moe, half)
+            back += 2 * keeps(model, layout, moe, half)  # and of the next to come back
+        forward, backward = max(forward, most.forward + ahead), max(backward, most.backward + back)
+    return Most(forward, backward)
+
+
+def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: bool) -> Sizes:
+    tokens, dim, tp = tokens_of_part(model, layout), model.hidden_size, layout.tp
+    here, hidden, number = tokens // tp, hidden_bytes(model, layout, half), 2 if half else 4
+    trained, parted = model.peft is None, layout.world_size > 1
+    recomputes = model.activations_checkpoint_granularity is not None
+    # Gradients in the dtype of products stay till their unit is through; those in fp32 are added
+    # to what is there, but where that has been handed on.
+    stay = number * (trained and parted and (half or reduces))
+    gathered = number * tokens * dim * (tp > 1)
+    heads = model.num_attention_heads // tp
+    attention = _attention_activations(model, layout, half)
+    whole = _block_activations(model, layout, moe, half)
+    waits = _kept_activations(model, layout, moe, half) if recomputes else whole
+    width = model.intermediate_size // tp
+    experts_kept = rows = packed = slots = narrow = matrix = 0
+    if moe:
+        inner, experts = model.moe_intermediate_size, model.n_routed_experts // layout.ep
+        count = here * model.num_experts_per_tok
+        padded = _slots(model, layout, count)
+        rows, slots, narrow = (number * n for n in (count * dim, padded * dim, padded * inner))
+        packed = rows + 4 * count if layout.ep > 1 else 0
+        experts_kept = 2 * narrow + 4 * padded + _expert_inputs(model, padded, half)
+        if layout.keeps_experts or not parted:
+            experts_kept += 3 * 2 * experts * dim * inner * half
+        else:
+            matrix = experts * dim * inner
+        width = model.n_shared_experts * inner // tp
+    wide = number * tokens * width
+    once, twice = _input_bytes(model, half)
+    wide_kept = 2 * wide + round(once * tokens * width)
+    wide_kept += round(twice * tokens * dim) * (tp > 1 and width > 0)
+    apart = layout.ep * tp > 1
+    return Sizes(
+        hidden=hidden,
+        gathered=gathered,
+        copied=gathered * (model.micro_batch_size > 1),
+        attention=attention,
+        heads=number * tokens * heads * (model.qk_head_dim + model.qk_rope_head_dim),
+        head_gradients=_gradients_of_heads(model, layout, half),
+        norm=12 * here * dim,
+        between=max(0, whole - attention - wide_kept - experts_kept),
+        wide=wide,
+        wide_kept=wide_kept,
+        wide_matrix=stay * dim * width,
+        attention_matrix=stay * dim * heads * model.v_head_dim,
+        rows=rows,
+        packed=packed,
+        slots=slots,
+        narrow=narrow,
+        experts_kept=experts_kept,
+        matrix=stay * matrix,
+        # Beside it nothing of the block before is on its way, which is counted of every block.
+        sent=max(0, 12 * matrix - 4 * attention_parameters(model) // tp)
+        * (reduces and trained and parted and apart),
+        adapted=not trained,
+        stays=hidden + packed * (model.activations_checkpoint_granularity == "selective"),
+        recomputes=recomputes,
+        waits=waits,
+        apart=apart,
+    )
+
+
+def _rounding_bytes(model: ModelConfig, layout: Layout, moe: bool, half: bool) -> int:
+    """Bytes of copies that FP8 numbers are made in: of a matrix, or of the rows of a gradient."""
+    tokens, dim = tokens_of_part(model, layout), model.hidden_size
+    width = model.intermediate_size // layout.tp
+    matrix, rows = dim * width, tokens * max(dim, width)
+    if moe:
+        inner = model.moe_intermediate_size
+        matrix = model.n_routed_experts // layout.ep * dim * inner
+        rows = _slots(model, layout, tokens // layout.tp * model.num_experts_per_tok)
+        rows *= max(dim, inner)
+    return (2 if half else 4) * max(3 * matrix, 3 * rows)
 
 
 def _gradients_of_heads(model: ModelConfig, layout: Layout, half: bool) -> int:
-    """Bytes of the gradients of queries, keys, values and results, in one backward pass."""
+    """Bytes of the gradients of queries, keys, values and results, in one backward pass.
+
+    Of a part of a sequence attention goes back in two halves, each of which makes gradients of the
+    keys that it has seen. Those of the half that has seen more come first, and are laid out among
+    all keys: beside their own values, or beside the keys and values of the other half.
+    """
     tokens, heads = tokens_of_part(model, layout), model.num_attention_heads // layout.tp
-    rows = tokens + tokens * layout.cp  # keys are of the whole sequence
-    return (2 if half else 4) * heads * rows * (model.qk_head_dim + model.v_head_dim)
-
-
-def experts_at_work(model: ModelConfig, layout: Layout, half: bool) -> int:
-    """Bytes of the forward pass of experts, what is recomputed before them included."""
-    rows = tokens_of_part(model, layout) // layout.tp * model.num_experts_per_tok
-    needed = 0
-    if half:  # what they are weighted in
-        needed = 4 * rows * model.moe_intermediate_size
-    if model.peft is not None:  # results of matrix and adapter, scaled, and their sum
-        needed += 4 * rows * model.hidden_size * (2 if half else 4)
-    elif model.activations_checkpoint_granularity:
-        needed += _block_activations(model, layout, True, half)
-        needed -= _kept_activations(model, layout, True, half)
-    return needed
+    head, cp = model.qk_head_dim + model.v_head_dim, layout.cp
+    keys = tokens * cp * head
+    if cp > 1:
+        keys = tokens * max(
+            3 * cp * head // 2, (cp - 1) * head + head // 2 + cp * model.qk_head_dim
+        )
+    return (2 if half else 4) * heads * (tokens * head + keys)
 
 
 def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool) -> int:
@@ -393,9 +510,10 @@ def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool
     """
     tokens, dim, tp = tokens_of_part(model, layout), model.hidden_size, layout.tp
     number, here = 2 if half else 4, tokens // tp
-    total = _attention_activations(model, layout, half)
+    total: float = _attention_activations(model, layout, half)
     total += (6 if half else 4) * here * dim  # after attention; in bf16 normed too
-    inputs = number * tokens * dim
+    once, twice = _input_bytes(model, half)
+    inputs = twice * tokens * dim
     if model.peft is not None:  # what norms and router are given is for their weights alone
         total -= (4 * half + 4 * moe) * here * dim
     parted, matrices = layout.world_size > 1, 0
@@ -405,17 +523,18 @@ def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool
         rows = here * model.num_experts_per_tok
         inner, slots = model.moe_intermediate_size, _slots(model, layout, rows)
         total += 4 * here * dim  # for the router, in fp32
-        total += slots * (number * (dim + 3 * inner) + 4)
+        total += slots * (2 * number * inner + 4) + _expert_inputs(model, slots, half)
         total += 5 * 4 * here * model.n_routed_experts + 6 * 8 * rows
         if layout.keeps_experts or not parted:
             matrices += model.n_routed_experts // layout.ep * 3 * dim * inner
         width = model.n_shared_experts * inner // tp
-        inputs = inputs if half else 0  # the router's copy
-    total += (inputs if width else 0) + 3 * number * tokens * width
+        if not half and tp == 1 and model.fp8_recipe is None:  # the router's copy
+            inputs = 0
+    total += (inputs if width else 0) + tokens * width * (2 * number + once)
     matrices += 0 if parted else 3 * dim * width
     if model.peft is not None and model.peft.base_dtype:  # unpacked anew in each pass
         matrices = 0
-    return total + (2 * matrices if half else 0)
+    return round(total) + (2 * matrices if half else 0)
 
 
 def _attention_activations(model: ModelConfig, layout: Layout, half: bool) -> int:
@@ -423,16 +542,46 @@ def _attention_activations(model: ModelConfig, layout: Layout, half: bool) -> in
     tokens, dim, tp = tokens_of_part(model, layout), model.hidden_size, layout.tp
     number, heads = 2 if half else 4, model.num_attention_heads // tp
     latent, keys = model.kv_lora_rank, tokens * layout.cp  # of the whole sequence
-    total = (6 if half else 4) * (tokens // tp) * dim  # input; in bf16 normed too
-    total += number * tokens * dim
+    here = tokens // tp
+    total: float = (6 if half else 4) * here * dim  # input; in bf16 normed too
+    once, twice = _input_bytes(model, half)
+    if tp > 1 and model.q_lora_rank is None:  # gathered for queries alone
+        total += once * (here + tokens) * dim
+    else:
+        total += twice * here * dim
+    total += tokens * 8 * model.qk_rope_head_dim  # angles of queries and of keys
     total += tokens * heads * (number * (model.qk_head_dim + model.v_head_dim) + 4)
     total += keys * heads * number * (model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim)
-    if layout.cp > 1:
+    if layout.cp > 1:  # gathered latents; results of two halves, joined
         total += number * keys * (latent + model.qk_rope_head_dim)
-    total += tokens * 8 * (latent + (model.q_lora_rank or 0))
+    if layout.cp > 1 or model.fp8_recipe:
+        total += once * tokens * heads * model.v_head_dim
+    norms = (8 - number + once) * tokens  # in bf16 in fp32 and normed; and what they give
+    total += norms * (latent + (model.q_lora_rank or 0))
     unpacked = model.peft is not None and model.peft.base_dtype is not None
     is_copied = half and layout.world_size == 1 and not unpacked
-    return total + 2 * attention_parameters(model) * is_copied
+    return round(total) + 2 * attention_parameters(model) * is_copied
+
+
+def _input_bytes(model: ModelConfig, half: bool) -> tuple[float, float]:
+    """Of a number that a product keeps of its input, and of one that two products share.
+
+    In FP8 each keeps a byte of its own, and a scale for each 128.
+    """
+    number = 2 if half else 4
+    if model.fp8_recipe is None:
+        return number, number
+    return 1 + number / 128, 2 * (1 + number / 128)
+
+
+def _expert_inputs(model: ModelConfig, slots: int, half: bool) -> int:
+    """Bytes of the inputs that the products of the routed experts keep: frozen ones none."""
+    once, twice = _input_bytes(model, half)
+    names = {"experts.w1", "experts.w2", "experts.w3"}
+    if model.peft is not None:
+        names &= set(lora_targets(model.peft.target_modules))
+    total = twice * model.hidden_size * bool(names - {"experts.w2"})
+    return round(slots * (total + once * model.moe_intermediate_size * ("experts.w2" in names)))
 
 
 def _slots(model: ModelConfig, layout: Layout, rows: int) -> int:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from deepseek.config.activations import (
     Waiting,
     ahead_activations,
-    backward_bytes,
     blocks_of_stage,
-    experts_at_work,
+    head_activations,
     hidden_bytes,
+    host_activations,
     in_flight,
     stage_activations,
+    stage_passes,
     waiting,
     working_bytes,
 )
 from deepseek.config.cost import CHUNK_TOKENS, count_parameters
-from deepseek.config.layout import Layout, StageSlice, kept_shape, rank_stages
+from deepseek.config.layout import V_SCHEDULES, Layout, StageSlice, kept_shape, rank_stages
 from deepseek.config.schema import ModelConfig, RunConfig
 from deepseek.config.weights import (
     PACKED_BLOCKS,
@@ -31,8 +32,12 @@ from deepseek.config.weights import (
     packed_row_bytes,
 )
 
+T = TypeVar("T")
+
 KEPT_BYTES = 1 << 30
 """Gathered weights of less stay gathered for a whole step, if nobody says otherwise."""
+LOOKUP_COLUMNS = 1024
+"""Of an embedding's gradient, that are added up at a time."""
 SHORT = 0.05
 """What is told may be so much less than what is needed: what fits has that room besides."""
 
@@ -314,7 +319,7 @@ def rank_need(
     stages, held = rank_stages(model, pp_rank), in_flight(model, pp_rank, micro_batches)
     groups = _groups(model, layout, stages)
     kept = _states(model, groups, model.optim.name)
-    root = roots_gradient = roots_part = alone = 0
+    root = roots_gradient = roots_part = largest_part = alone = 0
     units: list[tuple[int, int, int, int]] = []
     number, packed = 2 if half else 4, _packed_bytes(model)
     for numbers, times, unit in groups:
@@ -324,6 +329,7 @@ def rank_need(
         side = number * numbers.beside - round((number - packed) * numbers.packed_beside)
         if unit:
             units += times * [(gathered, 4 * numbers.whole, side, 4 * numbers.beside)]
+            largest_part = max(largest_part, 4 * numbers.trained * (times > 0))
         else:
             roots_gradient += 4 * times * numbers.whole
             roots_part += 4 * times * numbers.trained
@@ -339,6 +345,8 @@ def rank_need(
     elif parted and trains:  # experts in whole are not gathered, nor their gradients
         gradients = alone + roots_gradient + sum(unit[1] for unit in units)
     of_one = [stage_activations(model, layout, part, half) for part in stages]
+    if pp_rank == layout.pp - 1 and model.pipeline_schedule in V_SCHEDULES:
+        of_one[-1] -= hidden_bytes(model, layout, half)  # what the stage before has sent, too
     waits = waiting(model, layout, pp_rank, micro_batches, half, of_one)
     whole = [
         4 * sum(times * (n.whole + n.alone) for n, times, _ in _groups(model, layout, [part]))
@@ -348,18 +356,20 @@ def rank_need(
 
     def made(wait: Waiting) -> int:
         """Of the gradients, those of stages that have begun with theirs."""
-        if not parted or not trains or reduces:
+        if not parted or not trains:
             return gradients
+        if reduces:  # of a single micro-batch, its own, and those of embedding and head come last
+            return gradients - (roots_part + largest_part) * at_once
         return gradients - sum(whole[stage] for stage in wait.unbegun)
 
-    hidden = hidden_bytes(model, layout, half)
+    hidden, dim = hidden_bytes(model, layout, half), model.hidden_size
     ends = sum((not part.first) + (not part.last) for part in stages)
     gives_back = reshards(model, layout)
 
     def moment(blocks: int, gradients: int, activations: int, working: int) -> RankNeed:
         """While a block works, or none: of those that give their weights back, gathered are its
-        own and the next one's, but for experts that come later."""
-        there = blocks * (units[-1][0] + beside) if units else 0
+        own and the next one's, but for experts that come later; with 1 the next one's alone."""
+        there = (0, units[-1][0], units[-1][0] + beside)[blocks] if units else 0
         if not gives_back:
             there = sum(unit[0] for unit in units)
         gathered = (root + there) * parted
@@ -369,14 +379,19 @@ def rank_need(
     # Where all go forward first there is no gradient yet, and one less waits when there is.
     forward_first = len(waits) == 1 and all(n == micro_batches for n in held.values())
     less = sum(of_one) if forward_first and micro_batches > 1 else 0
-    main = backward_bytes(model, layout, stages, half)
-    if half and parted and trains and units:  # some of a block's gradients in bf16
-        main += units[-1][1] // 4
+    forward, main = stage_passes(model, layout, stages, half, reduces)
+    numbers_of_head = model.vocab_size // layout.tp * model.hidden_size
+    # The gradient of an embedding, which is added up in fp32, some columns at a time.
+    of_table = (number if parted else 4) * numbers_of_head * trains
+    looked_up = of_table + 4 * numbers_of_head * trains * min(LOOKUP_COLUMNS, dim) // dim
     of_embedding = 0
-    moments = [moment(1, made(wait) + of_block, wait.size - less, main) for wait in waits]
+    moments = [moment(2, made(wait) + of_block, wait.size - less, main) for wait in waits]
     if not any(part.last for part in stages):
         if less:
-            moments.append(moment(1, of_block, waits[0].size, main))
+            moments.append(moment(2, of_block, waits[0].size, main))
+        moments += [
+            moment(2, 0 if forward_first else made(wait), wait.size, forward) for wait in waits
+        ]
     else:
         if len(waits) == 1:  # the same is told below, in more detail
             moments.clear()
@@ -386,7 +401,6 @@ def rank_need(
         before = 0 if forward_first else made(wait)
         under_way, held_back = made(wait) + of_block, wait.size
         depth = model.num_nextn_predict_layers
-        numbers_of_head = model.vocab_size // layout.tp * model.hidden_size
         table = 4 * numbers_of_head * trains
         # A head in bf16 and its gradient's summand; logits and what they become.
         chunk = 8 * model.vocab_size // layout.tp * CHUNK_TOKENS
@@ -395,29 +409,53 @@ def rank_need(
         chunk += 2 * numbers_of_head * (trains + (not parted)) * half
         chunk += hidden * layout.tp * (layout.tp > 1)  # of all tokens, gathered
         scaled = table + table // 2 * (half and parted)
-        moments += [moment(0, before, held_back, chunk), moment(1, before, held_back, scaled)]
+        # Before the last block its MTP or, of weights in bf16, the last norm is gathered again.
+        next_one = int(depth > 0 or not half)
+        moments += [
+            moment(0, before, held_back, chunk),
+            moment(next_one, before, held_back, scaled),
+        ]
         held_back -= less
-        # Now what the heads have made is added up, with the embedding's gradient of every depth;
-        # not while another stage works.
-        of_head = table if reduces else 0
-        if half and parted:  # in bf16 till the stage is through, and then added up in fp32
-            of_head = table // 2 * (len(stages) == 1)
-        held_back -= (1 + depth) * table * (len(stages) == 1)
-        ahead = working_bytes(model, layout, {True}, half) if depth else 0
-        under_way += of_head
-        moments.append(moment(1, under_way, held_back, ahead + table * (depth > 1)))
+        of_heads = (1 + depth) * table
         if len(stages) > 1:  # another stage goes back: of DualPipeV after the head has gone forward
-            of_head = (1 + depth) * table * (model.pipeline_schedule != "DualPipeV")
-            moments.append(moment(1, under_way, held_back - of_head, main))
+            gone = of_heads * (model.pipeline_schedule != "DualPipeV")
+            other = stage_passes(model, layout, stages[:-1], half, reduces).backward
+            moments.append(moment(2, under_way, held_back - gone, other))
+        # Now what the heads have made is added up, with the embedding's gradient of every depth.
+        held_back -= of_heads
+        if half and parted:  # in bf16 till the stage is through, and then added up in fp32
+            under_way += table // 2
+        elif reduces:
+            under_way += table
+        ahead = working_bytes(model, layout, {True}, half, reduces).backward if depth else 0
+        moments.append(moment(2, under_way, held_back, ahead + of_table * (depth > 1)))
         held_back -= depth * ahead_activations(model, layout, half)
-        of_embedding = table * (depth > 0)
-        own = backward_bytes(model, layout, stages[-1:], half)
-        moments.append(moment(1, under_way, held_back, own + of_embedding))
-    if gives_back and units:  # what experts are gathered into is there twice till they have run
-        at_work = experts_at_work(model, layout, half) + of_embedding
-        experts = units[-1][0] - units[-1][2]
-        last = moments[-1]
-        moments.append(last._replace(gathered=last.gathered + experts * parted, working=at_work))
+        # In bf16 till the stage is through, or till the same table has looked up its own tokens.
+        joint = any(part.first and part.last for part in stages)
+        of_embedding = of_table * (depth > 0 and (joint or (half and parted)))
+        moments.append(moment(2, under_way, held_back, looked_up * (depth > 0)))
+        held_back -= head_activations(model, layout, half)
+        own = stage_passes(model, layout, stages[-1:], half, reduces).backward
+        moments.append(moment(2, under_way, held_back, own + of_embedding))
+        # Before the head, the last block goes forward, and those of MTP. What is gathered last is
+        # there twice till something else is.
+        blocks = (
+            wait.size
+            - of_one[-1]
+            + stage_activations(model, layout, stages[-1]._replace(last=False), half)
+        )
+        twice = moment(2, before, blocks, forward)
+        if gives_back and units:
+            experts = units[-1][0] - units[-1][2] or units[-1][0]
+            twice = twice._replace(gathered=twice.gathered + experts * parted)
+        moments.append(twice)
+        if depth:
+            first = wait.size - (1 + depth) * table
+            moments.append(twice._replace(activations=first))
+    for part, one in zip(stages, of_one, strict=True):
+        if part.first:
+            left = waits[0].size - one if layout.pp > 1 else 0
+            moments.append(moment(0, made(waits[0]) + of_block, left, looked_up + of_embedding))
     if reduces:  # the embedding comes last
         moments.append(moment(0, gradients - roots_part + (4 + number) * roots_gradient // 4, 0, 0))
     if model.optim.cpu_offload:  # two parameters' moments are here, those in bf16 once in fp32 too
@@ -428,10 +466,28 @@ def rank_need(
 
 def rank_needs(run: RunConfig) -> list[RankNeed]:
     """Of the ranks at each place of the pipeline."""
+    return _each_rank(run, rank_need)
+
+
+def host_need(
+    model: ModelConfig, layout: Layout, pp_rank: int, micro_batches: int, half: bool
+) -> int:
+    """Bytes of the host's memory that blocks of a rank keep activations in; see ``rank_need``."""
+    held, parts = in_flight(model, pp_rank, micro_batches), rank_stages(model, pp_rank)
+    of_one = (host_activations(model, layout, part, half) for part in parts)
+    return sum(n * one for n, one in zip(held.values(), of_one, strict=True))
+
+
+def host_needs(run: RunConfig) -> list[int]:
+    """Of the ranks at each place of the pipeline."""
+    return _each_rank(run, host_need)
+
+
+def _each_rank(run: RunConfig, need: Callable[[ModelConfig, Layout, int, int, bool], T]) -> list[T]:
     model, layout = run.model, Layout.of_run(run)
     micro_batches = model.global_batch_size // (model.micro_batch_size * layout.dp)
     half = in_half(run)
-    return [rank_need(model, layout, pp, micro_batches, half) for pp in range(layout.pp)]
+    return [need(model, layout, pp, micro_batches, half) for pp in range(layout.pp)]
 
 
 def in_half(run: RunConfig) -> bool:

@@ -1,0 +1,225 @@
+"""Forward and backward pass of one block, tensor by tensor: the most bytes that exist at a time.
+
+What a block keeps in between is told by ``activations.py``; here is what comes and goes beside it.
+The order is that of ``models/components/``, whose frames hold what they have made till they return.
+
+Sizes are bytes of R rows of experts, P slots that these are padded to, T tokens of all TP ranks, D
+model, F experts' hidden values.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+
+class Most(NamedTuple):
+    """Bytes beside what waits: of the block itself its input, or all that it keeps."""
+
+    forward: int
+    backward: int
+
+
+class Sizes(NamedTuple):
+    """Bytes of the tensors of a block. Where there is no such thing: 0."""
+
+    hidden: int
+    """The block's input, output, and their gradients: S/tp tokens."""
+    gathered: int
+    """The same of all TP ranks; 0: there is one."""
+    copied: int
+    """Of ``gathered``, what the exchange lays out anew: nothing of a single sequence."""
+    attention: int
+    """Kept by attention and its norm."""
+    heads: int
+    """Queries before they are rotated, and rotated parts."""
+    head_gradients: int
+    """Of queries, keys, values and the result, while attention goes back."""
+    norm: int
+    """What a norm's backward pass makes, in fp32."""
+    between: int
+    """Kept by the second norm and the router."""
+    wide: int
+    """Hidden values of a dense or the shared experts' SwiGLU, one of three."""
+    wide_kept: int
+    """Kept by it, its input included."""
+    wide_matrix: int
+    """Gradient of one of its matrices as products make it; 0: none is trained."""
+    attention_matrix: int
+    """Such a gradient of attention's last matrix."""
+    rows: int
+    """R x D."""
+    packed: int
+    """The same with weights behind the rows, as they travel; 0: they do not."""
+    slots: int
+    """P x D."""
+    narrow: int
+    """P x F."""
+    experts_kept: int
+    """Kept by the routed experts."""
+    matrix: int
+    """Gradient of one stack of experts as products make it; 0: none is trained."""
+    sent: int
+    """Of the experts' gradients, what is on its way to other ranks while attention goes back."""
+    adapted: bool
+    """Products have adapters beside them: each makes three results."""
+    stays: int
+    """Of what waits, what a recomputation makes no part of: the input, arrived rows."""
+    recomputes: bool
+    waits: int
+    """What waits for the backward pass: all that is kept, or if it recomputes, its share."""
+    apart: bool
+    """Experts hand their gradients on before the rest of the block goes back."""
+
+
+class _Tape:
+    """Bytes that exist, and the most that did."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def take(self, *sizes: int) -> None:
+        self.now += sum(sizes)
+        self.most = max(self.most, self.now)
+
+    def give(self, *sizes: int) -> None:
+        self.now -= sum(sizes)
+
+    def brief(self, *sizes: int) -> None:
+        """Taken and given back."""
+        self.most = max(self.most, self.now + sum(sizes))
+
+
+@lru_cache(maxsize=1 << 14)  # a search over layouts asks for the same thousands of times
+def passes(size: Sizes) -> Most:
+    """The most of a block's two passes."""
+    first = _Tape()
+    first.take(size.waits if size.recomputes else 0)
+    _forward(first, size, stops=False)
+    again = _Tape()
+    again.take(size.hidden, size.waits)  # the gradient of what it gave
+    _backward(again, size)
+    return Most(first.most - size.waits, again.most - size.waits)
+
+
+def _forward(tape: _Tape, size: Sizes, stops: bool) -> None:
+    """``stops``: a recomputation, which ends with the last tensor that is kept."""
+    tape.take(size.attention)
+    tape.brief(size.heads)
+    tape.brief(size.gathered, size.copied, size.hidden)
+    tape.take(size.hidden, size.between)  # the sum after attention
+    if size.recomputes and not stops:  # frames have returned, and nothing else holds it
+        tape.give(size.attention, size.between)
+        tape.take(size.hidden)  # normed
+    if not size.slots:
+        tape.take(size.wide_kept)
+        if not stops or size.adapted:
+            _wide_result(tape, size)
+        return
+    # rows on their way, and what is computed meanwhile
+    tape.take(size.rows, 2 * size.packed)
+    if size.wide:
+        tape.take(size.wide_kept)
+        _wide_result(tape, size)
+        tape.take(size.hidden)
+    if size.packed:
+        tape.give(size.packed)
+        tape.brief(size.rows)
+        tape.give(size.packed)
+    # experts
+    tape.take(size.experts_kept)
+    if stops and not size.adapted:
+        tape.give(size.rows, size.hidden, size.hidden if size.wide else 0)
+        return
+    tape.brief(size.slots * (1 if stops or not size.adapted else 3))
+    if stops:
+        tape.give(size.rows, size.hidden, size.hidden if size.wide else 0)
+        return
+    if size.recomputes:
+        tape.give(size.experts_kept)
+    tape.take(size.slots)
+    tape.take(size.rows)
+    tape.give(size.slots)
+    tape.brief((3 if size.packed else 1) * size.rows, size.hidden)
+
+
+def _wide_result(tape: _Tape, size: Sizes) -> None:
+    results = size.gathered or size.hidden
+    tape.brief(results * (3 if size.adapted else 1), size.hidden if size.gathered else 0)
+    tape.brief(results, size.copied, size.hidden if size.gathered else 0)
+
+
+def _backward(tape: _Tape, size: Sizes) -> None:
+    if not size.slots:
+        _wide_backward(tape, size, recomputes=size.recomputes)
+        _attention_backward(tape, size)
+        return
+    # results back to the experts
+    tape.brief(2 * size.rows)
+    tape.brief(size.rows, size.slots)
+    gradients = size.slots * (2 if size.adapted else 1)  # an adapter has a scaled one
+    tape.take(gradients)
+    if size.recomputes:
+        _again(tape, size)
+    # last product, SwiGLU, first products
+    tape.take(size.narrow, size.matrix)
+    tape.give(gradients, size.narrow)  # and the hidden values
+    tape.brief(4 * size.narrow)
+    tape.take(2 * size.narrow)
+    tape.give(size.narrow, 2 * size.narrow)  # of hidden values; gate and up
+    tape.take(2 * size.slots, 2 * size.matrix)
+    tape.give(2 * size.narrow, size.slots, size.experts_kept - 3 * size.narrow)
+    # rows back to their tokens, beside the shared experts
+    tape.brief(size.rows)
+    tape.give(size.slots)
+    if size.apart:
+        tape.give(3 * size.matrix)
+    tape.take(size.rows)
+    if size.packed:
+        tape.brief(size.rows)
+        tape.take(2 * size.packed)
+        tape.give(size.rows)
+    if size.wide:
+        _wide_backward(tape, size, recomputes=False)
+    if size.packed:
+        tape.give(size.packed)
+        tape.brief(size.rows, size.hidden)
+        tape.give(size.packed)
+    else:
+        tape.brief(size.rows, size.hidden)
+        tape.give(size.rows)
+    _attention_backward(tape, size)
+
+
+def _again(tape: _Tape, size: Sizes) -> None:
+    """All that is kept, but for what waits already."""
+    tape.give(size.waits - size.stays)
+    _forward(tape, size, stops=True)
+
+
+def _wide_backward(tape: _Tape, size: Sizes, recomputes: bool) -> None:
+    if size.gathered:
+        tape.brief(size.gathered, size.copied)
+    gradient = size.gathered or 0
+    tape.take(gradient)
+    if recomputes:
+        _again(tape, size)
+    tape.take(size.wide, size.wide_matrix)
+    tape.give(size.wide, gradient)
+    tape.brief(4 * size.wide)
+    tape.take(2 * size.wide)
+    tape.give(3 * size.wide)
+    results = size.gathered or size.hidden
+    tape.take(2 * results, 2 * size.wide_matrix)
+    tape.give(2 * size.wide, results, size.wide_kept - 3 * size.wide)
+    tape.brief(size.copied, size.hidden)
+    tape.give(results)
+
+
+def _attention_backward(tape: _Tape, size: Sizes) -> None:
+    """Of the second norm too."""
+    tape.brief(size.norm)
+    tape.give(size.between)
+    tape.take(size.sent)
+    tape.brief(size.gathered, size.copied)
+    tape.brief(size.attention_matrix, size.head_gradients)
