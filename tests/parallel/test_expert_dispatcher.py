@@ -24,6 +24,7 @@ from deepseek.models.components.recompute import recomputed
 from deepseek.models.components.router import Router
 from deepseek.ops.autocast import as_products
 from deepseek.ops.fp8_linear import round_rows
+from deepseek.parallel import collectives
 from deepseek.parallel.expert_dispatcher import (
     AllToAllDispatcher,
     DeepEPDispatcher,
@@ -119,13 +120,18 @@ def see(layer: MoE, x_BSD: Tensor) -> Seen:
     return Seen(y_BSD.detach(), x_BSD.grad, gradients, gate.tokens_per_expert, gate.balance_loss)
 
 
-def on_one_rank(rank: int, case: Case, dtype: torch.dtype) -> Seen:
+def layer_of(rank: int, case: Case, dtype: torch.dtype) -> MoE:
+    """With this rank's experts."""
     layer = case.layer(dtype)
     mine = slice(rank * case.experts_per_rank, (rank + 1) * case.experts_per_rank)
     for name, weight in list(layer.experts.named_parameters()):
         setattr(layer.experts, name, nn.Parameter(weight.detach()[mine].clone()))
     layer.dispatcher = dispatcher_of(rank, case.num_experts, case.per_node)
-    return see(layer, case.inputs(dtype)[rank])
+    return layer
+
+
+def on_one_rank(rank: int, case: Case, dtype: torch.dtype) -> Seen:
+    return see(layer_of(rank, case, dtype), case.inputs(dtype)[rank])
 
 
 def dispatcher_of(
@@ -403,6 +409,29 @@ def test_a_token_travels_once_to_each_machine(autocast: bool, fp8: bool) -> None
         assert back == rows * narrow + home * (number * dim + 4)
         assert there_once == once * (narrow + (4 + 8) * top_k) + home_once * number * dim
         assert back_once == once * narrow + home_once * (number * dim + 4 * top_k)
+
+
+def test_rows_that_are_passed_on_are_not_kept() -> None:
+    """By a recomputation that keeps rows: those of the experts are enough."""
+
+    def work(rank: int) -> list[int]:
+        layer = layer_of(rank, Case(2, 2, [1] * 4, per_node=2), torch.float32)
+        begun: list[Any] = []
+        make = collectives._UnderWay.__init__
+
+        def noted(trip: Any, *args: Any) -> None:
+            make(trip, *args)
+            begun.append(trip)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(collectives._UnderWay, "__init__", noted)
+            y_BSD = recomputed(layer, "selective", DIM, rows(rank, 6, torch.float32).view(2, 3, -1))
+            kept = [trip.arrived.untyped_storage().nbytes() for trip in begun]
+            y_BSD.sum().backward()
+        return kept
+
+    for between, inside in run_ranks(4, work):
+        assert between == 4 and inside > 6 * DIM * 4
 
 
 class _Rounded(torch.autograd.Function):

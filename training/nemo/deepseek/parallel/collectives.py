@@ -78,6 +78,7 @@ def all_to_all_weighted_rows(
     group: dist.ProcessGroup,
     meanwhile: Callable[[], Any] = lambda: None,
     fp8: bool = False,
+    passed_on: bool = False,
 ) -> tuple[Tensor, Tensor, Any]:
     """``all_to_all_rows`` with numbers beside each row, in one exchange.
 
@@ -90,12 +91,14 @@ def all_to_all_weighted_rows(
             bits travel as numbers of rows.
         meanwhile: computes something else.
         fp8: rows travel in it, and arrive as what it has left of them; their gradients do not.
+        passed_on: what arrives is exchanged once more, and nothing else is done with it: where a
+            recomputation keeps rows, it keeps those, and has zeros for these.
 
     Returns:
         (sum(receive_counts), D) and the weights beside them, by source rank; what it has computed.
     """
     form = _Form(x_RD.shape[1], x_RD.dtype, weights_R.shape[1:], weights_R.dtype)
-    trip = _Trip(send_counts, receive_counts, group)
+    trip = _Trip(send_counts, receive_counts, group, passed_on)
     begun = _Depart.apply(x_RD, weights_R, trip, form, form._replace(fp8=fp8))
     computed = meanwhile()
     return *_Arrive.apply(begun, trip, form, form._replace(fp8=fp8)), computed
@@ -109,9 +112,13 @@ class _Trip:
     """
 
     def __init__(
-        self, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup
+        self,
+        send_counts: list[int],
+        receive_counts: list[int],
+        group: dist.ProcessGroup,
+        passed_on: bool,
     ) -> None:
-        self.counts, self.group = (send_counts, receive_counts), group
+        self.counts, self.group, self.passed_on = (send_counts, receive_counts), group, passed_on
         self.under_way: _UnderWay | None = None
 
     def begin(self, packed: Tensor, back: bool = False) -> Tensor:
@@ -124,7 +131,10 @@ class _Trip:
     def end(self) -> Tensor:
         """What has arrived."""
         assert self.under_way is not None
-        arrived, self.under_way = self.under_way.wait(), None
+        under_way, self.under_way = self.under_way, None
+        arrived = under_way.wait()
+        if self.passed_on:
+            under_way.forget()
         return arrived
 
 
@@ -147,6 +157,10 @@ class _UnderWay:
             self._work.wait()
             self._sent = self._work = None
         return self.arrived
+
+    def forget(self) -> None:
+        """What has arrived, but for its shape."""
+        self.arrived = self.arrived.new_zeros(1).expand_as(self.arrived)
 
 
 class _Depart(torch.autograd.Function):

@@ -67,7 +67,14 @@ class NodeDispatcher:
         rows_PD = as_products(take_rows(x_TD, *sent))
         weights_PK = take_rows(weights_TK, *sent) * plan.chosen_PK
         rows_QD, weights_QK, computed = all_to_all_weighted_rows(
-            rows_PD, weights_PK, plan.to_nodes, plan.from_nodes, self.across, meanwhile, self.fp8
+            rows_PD,
+            weights_PK,
+            plan.to_nodes,
+            plan.from_nodes,
+            self.across,
+            meanwhile,
+            self.fp8,
+            passed_on=True,
         )
         # 2. inside: a row to each expert
         slots_N1 = plan.slots_QK.view(-1, 1)
