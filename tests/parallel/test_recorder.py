@@ -161,9 +161,11 @@ def recorded(rank: int, case: Case) -> tuple[Summary, dict[tuple[int, int], int]
     return recorder.summary(), rows
 
 
-def test_rows_of_experts_are_counted_exactly() -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_rows_of_experts_are_counted_exactly(fp8: bool) -> None:
     """Two journeys forward, two backward: to the expert, home, and both again for the gradients."""
-    case = Case(small_config(expert_model_parallel_size=2, micro_batch_size=2), 4)
+    config = small_config(expert_model_parallel_size=2, micro_batch_size=2, moe_dispatch_fp8=fp8)
+    case = Case(config, 4)
     assert not case.problems()
     results = run_ranks(4, recorded, case)
     rows: dict[tuple[int, int], int] = {}
@@ -171,20 +173,31 @@ def test_rows_of_experts_are_counted_exactly() -> None:
         rows |= own
     config = case.config
     row_bytes = (config.hidden_size + 1) * 8  # with its routing weight
-    there_and_home = row_bytes + config.hidden_size * 8
+    home = row_bytes + config.hidden_size * 8
+    there = 2 * (config.hidden_size + 1) + 8 if fp8 else home
     layers, micro_batches = 4, config.global_batch_size // (4 * config.micro_batch_size)
     assert sum(rows.values()) == config.global_batch_size * 8 * 2 * layers  # tokens, K, layers
     for rank, (summary, _) in enumerate(results):
         for place, sent in enumerate(summary.expert_bytes):
             other = rank // 2 * 2 + place
-            wanted = (rows[rank, other] + rows[other, rank]) * there_and_home
+            wanted = rows[rank, other] * there + rows[other, rank] * home
             assert sent == (0 if other == rank else wanted)
         (numbers,) = [n for k, n in summary.numbers.items() if k.operation == "all_to_all"]
         # Two forward, two backward, one of the counts of each expert.
         assert numbers[COUNT] == 5 * layers * micro_batches
-        sent = sum(rows[rank, other] + rows[other, rank] for other in range(4)) * there_and_home
+        sent = sum(rows[rank, to] * there + rows[to, rank] * home for to in range(4))
         assert numbers[BYTES] == sent + layers * micro_batches * config.n_routed_experts * 8
         assert summary.row_bytes == row_bytes
+
+
+def test_rows_that_travel_by_machine_are_told_by_rank() -> None:
+    """To the one that stands there as this one does, and to the others of this machine."""
+    config = small_config(expert_model_parallel_size=4, moe_ranks_per_node=2)
+    found = [summary.expert_bytes for summary, _ in run_ranks(4, recorded, Case(config, 4))]
+    for rank, sent in enumerate(found):
+        assert [place for place in range(4) if sent[place]] == sorted({rank ^ 1, rank ^ 2})
+        # There once and home once, forward and backward: both send as much.
+        assert sent[rank ^ 1] == found[rank ^ 1][rank] and sent[rank ^ 2] == found[rank ^ 2][rank]
 
 
 def pipelined(rank: int, case: Case) -> Summary:

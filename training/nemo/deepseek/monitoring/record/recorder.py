@@ -276,7 +276,8 @@ class CommunicationRecorder:
         def tensors(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Kind, int]:
             tensor, group = input_of(args, options), group_of(args, options) or dist.group.WORLD
             kind = kinds.get(group, other) if group is not None else other
-            if operation == "all_to_all" and kind is not other and tensor.is_floating_point():
+            rows = tensor.is_floating_point() or tensor.dtype == torch.uint8  # in FP8, as bytes
+            if operation == "all_to_all" and kind is not other and rows:
                 self._note_rows(tensor, splits_of(args, options), self._members[kind.group])
             return kind, _size(tensor)
 
@@ -285,8 +286,9 @@ class CommunicationRecorder:
     def _note_rows(self, rows_RD: Tensor, splits: Sequence[int] | None, ranks: list[int]) -> None:
         counts = splits if splits is not None else [len(rows_RD) // len(ranks)] * len(ranks)
         self._row_bytes = math.prod(rows_RD.shape[1:]) * rows_RD.element_size()
-        for place, (rank, count) in enumerate(zip(ranks, counts, strict=True)):
-            if rank != self._meshes.rank:
+        for rank, count in zip(ranks, counts, strict=True):
+            if rank != self._meshes.rank:  # EP ranks are neighbours
+                place = rank % self._meshes.layout.ep
                 self._expert_bytes[place] += count * self._row_bytes
 
 
