@@ -96,7 +96,11 @@ def test_published_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_files_that_are_no_tables(tmp_path: Path) -> None:
     file = tmp_path / "runs.json"
-    for text, why in (("{", "is not JSON"), ('{"a": 1}', "must be a list of rows")):
+    for text, why in (
+        ("{", "is not JSON"),
+        ('{"a": 1}', "must be a list of rows"),
+        ('[{"name": "a", "pp": 1, "pp": 2}]', "row 'a' has the key 'pp' 2 times; keep one"),
+    ):
         file.write_text(text)
         with pytest.raises(UserError, match=why):
             estimate_published(file)

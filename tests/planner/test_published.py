@@ -199,6 +199,42 @@ def test_rows_with_gaps_are_predicted_and_say_what_was_assumed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "same", "assumed"),
+    [
+        ({"seq_len": "4K", "gpus": "256 GPUs", "ep": "64 (8 nodes)", "pp": "PP4"}, {}, []),
+        ({"cp": "n/a", "tp": "-"}, {"cp": 1}, ["tp=1"]),
+        ({"dp": 5}, {}, ["dp=64"]),
+        ({"precision": "float8"}, {"precision": "FP8-block"}, []),
+        ({"precision": "NVFP4", "gpu": "H100"}, {"precision": "FP8", "gpu": "H100"},
+            ["precision=FP8"]),
+        ({"precision": "FP8", "gpu": "A100"}, {"precision": "bfloat16", "gpu": "A100"},
+            ["precision=BF16"]),
+        ({"model": "deepseek_v3_671b"}, {}, []),
+    ],
+)  # fmt: skip
+def test_the_same_in_other_words(
+    change: dict[str, Any], same: dict[str, Any], assumed: list[str]
+) -> None:
+    found, meant = predict_row(ROW | change), predict_row(ROW | same)
+    assert found["assumed"] == assumed
+    assert found["step_time_s"] == meant["step_time_s"]
+
+
+def test_products_in_four_bits_are_faster_where_there_are_some() -> None:
+    for gpu in ("B200", "GB300"):
+        row = ROW | {"gpu": gpu, "model": "Llama-3-70B", "ep": 1}
+        eight, four = (predict_row(row | {"precision": p}) for p in ("MXFP8", "NVFP4"))
+        assert 1.1 < eight["step_time_s"] / four["step_time_s"] < 1.6 and not four["assumed"]
+
+
+def test_weights_that_are_sharded_alone_need_no_layout() -> None:
+    row = {"name": "FSDP2", "gpu": "H100", "gpus": 128, "model": "Llama-3-8B"}
+    assert predict_row(row)["tokens_per_s_per_gpu"] > 5000
+    assert "fits" not in predict_row(row | {"name": "x"})
+    assert not predict_row(ROW | {"gpus": 1, "pp": 1, "vpp": 1, "ep": 1})["fits"]
+
+
+@pytest.mark.parametrize(
     "change, why",
     [
         ({"gpu": "Ascend 910B"}, "GPU 'Ascend 910B' is not known"),
@@ -206,6 +242,9 @@ def test_rows_with_gaps_are_predicted_and_say_what_was_assumed() -> None:
         ({"model": ""}, "model is missing"),
         ({"model": "352B MoE"}, "model '352B MoE' is not known"),
         ({"model": 7}, "model '7'"),
+        ({"model": "DeepSeek-V3.2-Exp"}, "an indexer that chooses what attention looks at"),
+        ({"precision": "garbage"}, "precision 'garbage' is not known; use BF16, FP8"),
+        ({"global_batch": "8M tokens"}, "global_batch must be a whole number, got '8M tokens'"),
         ({"tp": None, "pp": None, "ep": None}, "a row needs a layout"),
         ({"pp": 5}, "does not divide 256 gpus"),
         ({"ep": 96}, "ep 96 does not divide"),

@@ -91,12 +91,14 @@ def estimate_published(file: Path) -> None:
         UserError: it is no such file.
     """
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        rows = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_row)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise UserError(f"--published {file}: cannot be read: {reason}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"--published {file}: is not JSON: {error}") from None
+    except UserError as error:
+        raise UserError(f"--published {file}: {error}") from None
     if not isinstance(rows, list):
         raise UserError(
             f"--published {file}: must be a list of rows, such as "
@@ -110,6 +112,18 @@ def estimate_published(file: Path) -> None:
             told["kind"] = "fitted" if told["name"] in fitted else "predicted"
         found.append(told)
     say(json.dumps(found, indent=1, allow_nan=False))
+
+
+def _row(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of which no key is there twice: JSON would take the last, silently."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(
+            f"row {row.get('name')!r} has the key {twice!r} {keys.count(twice)} times; keep one"
+        )
+    return row
 
 
 def _figures(run: RunConfig, step: StepEstimate) -> dict[str, Any]:

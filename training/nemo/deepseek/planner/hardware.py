@@ -57,6 +57,8 @@ class Device:
     """Of the bf16 peak, what a large product reaches, measured alone."""
     fp8_share: float = 0.66
     """The same of the fp8 peak, of the largest products."""
+    fp4_share: float = 0.0
+    """The same of products in NVFP4, of the fp8 peak too; 0: it has none."""
     attention_share: float = 0.55
     """Of the bf16 peak, latent attention forward, the mask's half not counted."""
     attention_back_share: float = 0.46
@@ -82,18 +84,21 @@ _AMPERE: dict[str, Any] = {"attention_share": 0.47, "attention_back_share": 0.39
 _BLACKWELL: dict[str, Any] = {
     "product_share": 0.67,
     "fp8_share": 0.59,
+    "fp4_share": 0.85,
     "attention_share": 0.48,
     "attention_back_share": 0.4,
 }
 _B300: dict[str, Any] = {
     "product_share": 0.72,
     "fp8_share": 0.66,
+    "fp4_share": 1.0,
     "attention_share": 0.55,
     "attention_back_share": 0.46,
 }
 _GB300: dict[str, Any] = {
     "product_share": 0.76,
     "fp8_share": 0.66,
+    "fp4_share": 1.0,
     "attention_share": 0.55,
     "attention_back_share": 0.46,
 }

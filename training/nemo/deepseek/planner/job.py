@@ -107,7 +107,7 @@ class Job:
     """As ``pipeline_schedule`` of a configuration, or DualPipe."""
     stages: tuple[Stage, ...]
     precision: str
-    """fp32, bf16, fp8 (scales in blocks) or mxfp8."""
+    """fp32, bf16, fp8 (scales in blocks), mxfp8 or nvfp4."""
     recompute: str
     """none, selective (norms, activations, latent projections) or full."""
     system: System

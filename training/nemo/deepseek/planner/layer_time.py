@@ -36,6 +36,8 @@ LAUNCH = 0.55e-3
 (Megatron-Bridge 26.02) and 12.6 with 16384 (26.04.01): the host's time, then the GPU's."""
 FP8_ATTENTION = 1.2
 """Rate of attention in 8 bits over bf16's, on B300 and GB300, in the same tables."""
+EIGHT_BITS = ("fp8", "mxfp8", "nvfp4")
+"""Precisions whose products take operands of 8 bits or fewer, cast before."""
 EXCHANGE_START = 80e-6
 """Seconds of the experts' dispatch and combine that carry nothing."""
 
@@ -242,7 +244,7 @@ class _At(NamedTuple):
         launches of each expert's kernels take longer than the ``busy`` seconds of the GPU."""
         launches = 0.0
         if self.system.loops_experts:
-            number = 1.0 if self.precision in ("fp8", "mxfp8") else 0.5
+            number = 1.0 if self.precision in EIGHT_BITS else 0.5
             launches = number * LAUNCH * self.arch.experts / self.ep * self.younger()
         return self.efficiency.host * self.younger() + max(0.0, launches - busy)
 
@@ -265,7 +267,7 @@ class _At(NamedTuple):
         width = (arch.shared if moe else 1) * (arch.expert_ffn if moe else arch.dense_ffn)
         inner = 24 * width
         routed = arch.top_k * (24 * arch.hidden + 24 * arch.expert_ffn) if moe else 0
-        cast = CAST if self.precision in ("fp8", "mxfp8") else 1.0
+        cast = CAST if self.precision in EIGHT_BITS else 1.0
         return 1.03 * cast * self.tokens / self.tp * (wide + heads + inner + routed)
 
     def head(self) -> BlockTime:
@@ -320,4 +322,4 @@ def product_rate(device: Device, precision: str) -> float:
         return device.bf16 / 2 * device.product_share
     if precision == "bf16" or device.fp8 == device.bf16:
         return device.bf16 * device.product_share
-    return device.fp8 * device.fp8_share
+    return device.fp8 * (device.fp4_share if precision == "nvfp4" else device.fp8_share)

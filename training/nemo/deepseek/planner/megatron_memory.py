@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from deepseek.planner.job import Job
+from deepseek.planner.layer_time import EIGHT_BITS
 
 
 class Need(NamedTuple):
@@ -80,7 +81,7 @@ def block_bytes(job: Job, moe: bool) -> float:
     if job.recompute == "full":
         return tokens * hidden
     # What a product takes in is kept for its weights' gradient as it was multiplied: in 8 bits too.
-    taken = 1 if job.precision in ("fp8", "mxfp8") else 2
+    taken = 1 if job.precision in EIGHT_BITS else 2
     saved = job.recompute == "selective"
     heads = arch.heads / ranks.tp
     keys = (arch.heads if arch.kv_lora else arch.kv_heads) / ranks.tp

@@ -20,7 +20,7 @@ from deepseek.planner.flops import Convention
 from deepseek.planner.hardware import Device, Efficiency, gpu_named
 from deepseek.planner.job import Job, Ranks, even_stages
 from deepseek.planner.known_models import known_model
-from deepseek.planner.layer_time import FITTED, block_times
+from deepseek.planner.layer_time import EIGHT_BITS, FITTED, block_times
 from deepseek.planner.megatron_memory import peak_bytes
 from deepseek.planner.step_time import StepEstimate, predict
 from deepseek.planner.systems import system_of
@@ -57,10 +57,12 @@ def read_row(row: Row) -> Reading:
     )}  # fmt: skip
     gpus = sizes["gpus"]
     if sizes["tp"] is None and sizes["pp"] is None and sizes["ep"] is None:
-        if gpus is None or gpus > 8:
+        alone = "fsdp" in text.lower() or (model.experts == 0 and "titan" in text.lower())
+        if gpus is None or (gpus > 8 and not (alone and model.parameters < 1e9 * gpus)):
             raise UserError("tp, pp and ep are missing: a row needs a layout")
-        assumed.append(f"ep={gpus}")
-        sizes["ep"] = math.gcd(gpus, max(1, model.experts))
+        sizes["ep"] = math.gcd(min(gpus, 8), max(1, model.experts))
+        assumed += [f"ep={sizes['ep']}"] if model.experts else ["pp=1"]
+        sizes["pp"] = 1
 
     def given(key: str, otherwise: int) -> int:
         value = sizes[key]
@@ -82,6 +84,8 @@ def read_row(row: Row) -> Reading:
     if gpus % (tp * pp * cp):
         raise UserError(f"tp {tp} x pp {pp} x cp {cp} does not divide {gpus} gpus")
     dp = gpus // (tp * pp * cp)
+    if sizes["dp"] not in (None, dp):
+        assumed.append(f"dp={dp}")
     if model.experts:
         ep = given("ep", math.gcd(64, dp * tp * cp, model.experts))
         if dp * tp * cp % ep:
@@ -99,7 +103,7 @@ def read_row(row: Row) -> Reading:
     batch = given("global_batch", dp * micro * max(16, 4 * pp))
     if batch < dp * micro:
         raise UserError(f"global_batch {batch} is less than dp {dp} x micro_batch {micro}")
-    precision = _precision(row, assumed)
+    precision = _precision(row, device, assumed)
     mtp = row.get("mtp")
     trained = mtp is True or str(mtp or "no").lower() not in ("no", "none", "false", "0")
     if not trained:
@@ -161,6 +165,7 @@ def predict_row(row: Row, efficiency: Efficiency = FITTED) -> dict[str, Any]:
         "recompute": reading.job.recompute,
         "flop_convention": str(reading.convention),
         "assumed": list(reading.assumed),
+        "fits": peak_bytes(reading.job).total < reading.device.memory,
     }
 
 
@@ -222,15 +227,40 @@ def _flushes(text: str) -> int:
     return max(1, int(found[1])) if found else 1
 
 
-def _precision(row: Row, assumed: list[str]) -> str:
-    text = str(row.get("precision") or "").lower()
+PRECISIONS = {
+    "nvfp4": r"fp4",
+    "mxfp8": r"mx",
+    "fp8": r"fp8|float8|8-bit|e4m3|w8a8|hybrid",
+    "bf16": r"16|half|^$",
+    "fp32": r"32",
+}
+"""What a row's precision may say, the first that does."""
+
+
+def _precision(row: Row, device: Device, assumed: list[str]) -> str:
+    value = row.get("precision")
+    text = str(value or "").lower().strip()
     if not text:
         assumed.append("precision=BF16")
-    if "fp4" in text:
-        assumed.append("precision=MXFP8")
-    if "mx" in text or "fp4" in text:
-        return "mxfp8"
-    return "fp8" if "fp8" in text or "8-bit" in text else "fp32" if "32" in text else "bf16"
+    found = next((name for name, said in PRECISIONS.items() if re.search(said, text)), None)
+    if found is None:
+        raise UserError(f"precision {value!r} is not known; use BF16, FP8, MXFP8, NVFP4 or FP32")
+    if found == "nvfp4" and not device.fp4_share:
+        assumed.append("precision=FP8")
+        found = "fp8"
+    if found in EIGHT_BITS and device.fp8 == device.bf16:
+        assumed.append("precision=BF16")
+        found = "bf16"
+    return found
+
+
+NOTHING = ("", "-", "none", "null", "nan", "n/a", "na", "?", "unknown", "tbd")
+"""What stands in tables where a number is not known."""
+NUMBER = re.compile(
+    r"(?:[a-z]{2,4}\s*[= ]?\s*)?(\d[\d,_.]*(?:e\+?\d+)?)\s*(k)?"
+    r"\s*(?:x|gpus?|tokens?|seq\w*|\(.*\))?"
+)
+"""Such as 64, 1,024, PP8, 128K, 4096 tokens or 64 (8 nodes)."""
 
 
 def _count(row: Row, key: str) -> int | None:
@@ -239,10 +269,14 @@ def _count(row: Row, key: str) -> int | None:
     Raises ``UserError`` for what is neither.
     """
     value = row.get(key)
-    if value is None or value == "" or isinstance(value, bool):
+    text = str(value).strip().lower() if not isinstance(value, bool) else ""
+    if value is None or (not isinstance(value, float) and text in NOTHING):
         return None
+    found = NUMBER.fullmatch(text)
+    if found is None or (key == "global_batch" and "token" in text):
+        raise UserError(f"{key} must be a whole number, got {value!r}")
     try:
-        number = float(str(value).replace(",", "").replace("_", ""))
+        number = float(re.sub("[,_]", "", found[1])) * (1024 if found[2] else 1)
     except ValueError:
         raise UserError(f"{key} must be a whole number, got {value!r}") from None
     if not math.isfinite(number) or number != int(number) or not 1 <= number <= 10**9:

@@ -54,7 +54,7 @@ def system_of(
         )
     when, bridge = release(text), "bridge" in lower
     recipe = bridge and when >= FIRST_WITH_GRAPHS and device.name in WITH_GRAPHS
-    recipe = recipe and precision == "mxfp8" and interleaved and "muon" not in lower
+    recipe = recipe and precision in ("mxfp8", "nvfp4") and interleaved and "muon" not in lower
     graphs = recipe or "cuda graph" in lower
     # Recipes of larger models without latent attention exchange by NCCL on machines of 8 GPUs.
     nccl = bridge and device.domain == 8 and not model.kv_lora and model.hidden > 2048
