@@ -102,8 +102,8 @@ def test_no_more_scores_at_a_time_than_allowed() -> None:
         sizes = [
             [(b.rows.stop - b.rows.start, b.keys.stop - b.keys.start) for b in blocks]
             for blocks in (
-                attention._blocks((3, 1, 40, 40), None),
-                attention._blocks((3, 1, 40, 40), documents_BM),
+                attention._blocks((3, 1, 40, 40), torch.float32, None),
+                attention._blocks((3, 1, 40, 40), torch.float32, documents_BM),
             )
         ]
     assert sizes == [[(2, n) for n in (10, 20, 30, 40)] * 2, [(1, 10)] * 12]

@@ -12,6 +12,8 @@ from deepseek.ops.grouped_linear import grouped_linear
 from deepseek.ops.rows import (
     ALIGNMENT,
     aligned_slots,
+    combine_rows,
+    combine_rows_slow,
     count_rows,
     expand_rows,
     expand_rows_slow,
@@ -66,6 +68,26 @@ def test_expand(case: tuple[tuple[int, int], list[int]]) -> None:
     torch.testing.assert_close(x_TD.grad, twin_TD.grad, rtol=1e-14, atol=1e-14)
 
 
+@given(case=expansions, dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+def test_combine(case: tuple[tuple[int, int], list[int]], dtype: torch.dtype) -> None:
+    """To the last bit; bf16 to half of it, whichever way a tie is rounded."""
+    (tokens, choices), order = case
+    order_R = torch.tensor(order)
+    inverse_R = inverse_permutation(order_R)
+    y_RD, twin_RD = rows(len(order), dtype), rows(len(order), dtype)
+    sum_TD = combine_rows(y_RD, order_R, inverse_R, choices)
+    slow_TD = combine_rows_slow(twin_RD, inverse_R, choices)
+    if dtype == torch.bfloat16:
+        exact_TD = combine_rows_slow(twin_RD.double(), inverse_R, choices)
+        assert ((sum_TD - exact_TD).abs() <= exact_TD.abs() * 2**-8).all()
+    else:
+        assert torch.equal(sum_TD, slow_TD)
+    upstream_TD = rows(tokens + 1, dtype)[1:].detach()
+    sum_TD.backward(upstream_TD)
+    slow_TD.backward(upstream_TD)
+    assert torch.equal(y_RD.grad, twin_RD.grad)
+
+
 def test_gradients_are_added_in_the_order_of_the_choices() -> None:
     """fp32 addition is not associative: whatever the permutation, the same bits come out."""
     tokens, choices = 16, 5
@@ -81,7 +103,7 @@ def test_gradients_are_added_in_the_order_of_the_choices() -> None:
         y_RD.backward(upstream_TKD.flatten(0, 1)[order_R])
         results.append(x_TD.grad)
     assert all(torch.equal(result, results[0]) for result in results)
-    assert torch.equal(results[0], upstream_TKD.sum(dim=1))
+    assert torch.equal(results[0], sum(upstream_TKD.unbind(1)))
 
 
 def test_backward_is_a_gather() -> None:

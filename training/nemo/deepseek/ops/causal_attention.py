@@ -123,11 +123,13 @@ class _Block(NamedTuple):
     queries: slice
     keys: slice
     mask: Tensor
-    """True where a query may not look, bool: (s, s) over the last keys, which are the queries' own
-    tokens, or under documents (b, 1, s, m) over all of them."""
+    """Where a query may not look: -inf, else 0, (s, s) over the last keys, which are the queries'
+    own tokens; or under documents True, bool (b, 1, s, m) over all of them."""
 
 
-def _blocks(shape: tuple[int, int, int, int], documents_BM: Tensor | None) -> Iterator[_Block]:
+def _blocks(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, documents_BM: Tensor | None
+) -> Iterator[_Block]:
     """All that must be computed for (B, N, S, M), from the first block of queries on."""
     sequences, heads, num_queries, num_keys = shape
     size = BLOCK
@@ -139,19 +141,21 @@ def _blocks(shape: tuple[int, int, int, int], documents_BM: Tensor | None) -> It
         at_once = 1  # their documents begin at other places
         first_BM = _first_of_document(documents_BM)
     ahead_SS = torch.ones(size, size, dtype=torch.bool).triu_(1)
+    bias_SS = torch.zeros(size, size, dtype=dtype).masked_fill_(ahead_SS, float("-inf"))
     for sequence in range(0, sequences, at_once):
         rows = slice(sequence * heads, (sequence + at_once) * heads)
         for start in range(0, num_queries, size):
             end = min(start + size, num_queries)
             own = slice(num_keys - num_queries + start, num_keys - num_queries + end)
-            ahead_ss = ahead_SS[: end - start, : end - start]
+            square = slice(0, end - start)
             if documents_BM is None:
-                yield _Block(rows, slice(start, end), slice(0, own.stop), ahead_ss)
+                queries, keys = slice(start, end), slice(0, own.stop)
+                yield _Block(rows, queries, keys, bias_SS[square, square])
                 continue
             begin = int(first_BM[sequence, own].amin()) if first_BM is not None else 0
             here_bM = documents_BM[sequence : sequence + at_once]
             other_bsm = here_bM[:, own].unsqueeze(2) != here_bM[:, begin : own.stop].unsqueeze(1)
-            other_bsm[:, :, own.start - begin :] |= ahead_ss
+            other_bsm[:, :, own.start - begin :] |= ahead_SS[square, square]
             keys = slice(begin, own.stop)
             yield _Block(rows, slice(start, end), keys, other_bsm.unsqueeze(1))
 
@@ -172,7 +176,7 @@ def _probabilities(
     none = q_rsH.new_empty(())
     scores_rsm = torch.baddbmm(none, q_rsH, k_rmH.transpose(1, 2), beta=0, alpha=scale)
     if mask.dim() == 2:
-        scores_rsm[:, :, -len(mask) :].masked_fill_(mask, float("-inf"))
+        scores_rsm[:, :, -len(mask) :].add_(mask)  # a fifth of what masked_fill_ takes
     else:
         scores_rsm.unflatten(0, (len(mask), -1)).masked_fill_(mask, float("-inf"))
     if largest_rs is not None:
@@ -205,7 +209,7 @@ class _BlockAttention(torch.autograd.Function):
         ctx.scale, ctx.shape = scale, (*q_BNSH.shape[:3], k_BNMH.shape[2])
         y_RSU = q.new_empty(*q.shape[:2], v.shape[2])
         with torch.autocast("cpu", enabled=False):
-            for rows, queries, keys, mask in _blocks(ctx.shape, documents_BM):
+            for rows, queries, keys, mask in _blocks(ctx.shape, q.dtype, documents_BM):
                 largest_rs = None if largest_RS is None else largest_RS[rows, queries]
                 probs_rsm = _probabilities(q[rows, queries], k[rows, keys], scale, mask, largest_rs)
                 y_RSU[rows, queries].baddbmm_(probs_rsm, v[rows, keys], beta=0)
@@ -219,7 +223,7 @@ class _BlockAttention(torch.autograd.Function):
         grad_q = torch.empty_like(q)
         grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         with torch.autocast("cpu", enabled=False):
-            for rows, queries, keys, mask in _blocks(ctx.shape, documents_BM):
+            for rows, queries, keys, mask in _blocks(ctx.shape, q.dtype, documents_BM):
                 q_rsH, k_rmH, grad_rsU = q[rows, queries], k[rows, keys], grad_RSU[rows, queries]
                 probs_rsm = _probabilities(q_rsH, k_rmH, ctx.scale, mask)
                 _add_product(grad_v[rows, keys], probs_rsm.transpose(1, 2), grad_rsU)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.config.activations import ROW_ALIGNMENT
@@ -52,6 +53,19 @@ def expand_rows_slow(x_TD: Tensor, order_R: Tensor) -> Tensor:
     """Reference implementation of ``expand_rows``."""
     num_choices = order_R.numel() // max(x_TD.shape[0], 1)
     return x_TD.repeat_interleave(num_choices, dim=0)[order_R]
+
+
+def combine_rows(y_RD: Tensor, order_R: Tensor, inverse_R: Tensor, num_choices: int) -> Tensor:
+    """The way back from ``expand_rows``: the sum of each token's K rows, (R, D) -> (T, D).
+
+    Added in the order of the choices; bf16 in fp32, and rounded once, to the nearest.
+    """
+    return _CombineRows.apply(y_RD, order_R, inverse_R, num_choices)
+
+
+def combine_rows_slow(y_RD: Tensor, inverse_R: Tensor, num_choices: int) -> Tensor:
+    """Reference implementation of ``combine_rows``."""
+    return y_RD.index_select(0, inverse_R).unflatten(0, (-1, num_choices)).sum(dim=1)
 
 
 def count_rows(expert_ids_R: Tensor, num_experts: int) -> Tensor:
@@ -155,17 +169,39 @@ class _ExpandRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_R)
-        ctx.num_tokens = x_TD.shape[0]
         ctx.num_choices = order_R.numel() // max(x_TD.shape[0], 1)  # there may be no token
-        tokens_R = torch.div(order_R, ctx.num_choices, rounding_mode="floor")
-        return x_TD.index_select(0, tokens_R)
+        return _repeated(x_TD, order_R, ctx.num_choices)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
         (inverse_R,) = ctx.saved_tensors
-        rows_RD = grad_RD.index_select(0, inverse_R)
-        grad_TKD = rows_RD.view(ctx.num_tokens, ctx.num_choices, grad_RD.shape[1])
-        return grad_TKD.sum(dim=1), None, None
+        return _summed(grad_RD, inverse_R, ctx.num_choices), None, None
+
+
+class _CombineRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y_RD: Tensor, order_R: Tensor, inverse_R: Tensor, num_choices: int
+    ) -> Tensor:
+        ctx.order_R, ctx.num_choices = order_R, num_choices  # not saved, as with _PermuteRows
+        return _summed(y_RD, inverse_R, num_choices)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None, None]:
+        return _repeated(grad_TD, ctx.order_R, ctx.num_choices), None, None, None
+
+
+def _repeated(x_TD: Tensor, order_R: Tensor, num_choices: int) -> Tensor:
+    return x_TD.index_select(0, torch.div(order_R, num_choices, rounding_mode="floor"))
+
+
+def _summed(x_RD: Tensor, inverse_R: Tensor, num_choices: int) -> Tensor:
+    """On a CPU as the bags of an embedding, which gather and add in one pass."""
+    if x_RD.is_cpu and x_RD.numel() and not torch.compiler.is_compiling():
+        return F.embedding_bag(inverse_R.view(-1, num_choices), x_RD.contiguous(), mode="sum")
+    if not num_choices:  # there is no token
+        return x_RD
+    return combine_rows_slow(x_RD, inverse_R, num_choices)
 
 
 class _SpreadRows(torch.autograd.Function):

@@ -25,7 +25,13 @@ from deepseek.config.schema import ModelConfig
 from deepseek.models.components.dispatcher import Dispatched, TokenDispatcher
 from deepseek.models.components.recompute import keep
 from deepseek.ops.autocast import as_products
-from deepseek.ops.rows import count_rows, expand_rows, inverse_permutation, permute_rows
+from deepseek.ops.rows import (
+    combine_rows,
+    count_rows,
+    expand_rows,
+    inverse_permutation,
+    permute_rows,
+)
 from deepseek.parallel.collectives import LinearMap, all_to_all_rows, all_to_all_weighted_rows
 from deepseek.parallel.mesh import Meshes
 from deepseek.parallel.node_dispatcher import NodeDispatcher
@@ -117,8 +123,7 @@ class AllToAllDispatcher:
         plan: Plan = sent.state
         y_QD = permute_rows(y_RD, plan.arrival_inverse_Q, plan.arrival_Q)
         y_RD = all_to_all_rows(y_QD, plan.receive_counts, plan.send_counts, self.group, self.fp8)
-        y_RD = permute_rows(y_RD, plan.inverse_R, plan.order_R)
-        return y_RD.unflatten(0, plan.shape).sum(dim=1)
+        return combine_rows(y_RD, plan.order_R, plan.inverse_R, plan.shape[1])
 
     def plan(self, expert_ids_TK: Tensor) -> Plan:
         """How the rows go; the host waits for the device once, for the sizes of what arrives."""

@@ -8,7 +8,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from deepseek.ops.rows import count_rows, expand_rows, inverse_permutation, permute_rows
+from deepseek.ops.rows import (
+    combine_rows,
+    count_rows,
+    expand_rows,
+    inverse_permutation,
+    permute_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -70,12 +76,10 @@ class LocalDispatcher:
             expand_rows(x_TD, order_R, inverse_R),
             permute_rows(weights_TK.flatten(), order_R, inverse_R),
             count_rows(expert_ids_R, self.num_experts),
-            (order_R, inverse_R, expert_ids_TK.shape),
+            (order_R, inverse_R, expert_ids_TK.shape[1]),
             meanwhile(),
         )
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         """Sum of each token's K weighted results."""
-        order_R, inverse_R, shape = sent.state
-        # A sum of bf16 is added up in fp32 and rounded once.
-        return permute_rows(y_RD, inverse_R, order_R).unflatten(0, shape).sum(dim=1)
+        return combine_rows(y_RD, *sent.state)
