@@ -12,7 +12,7 @@ Shapes: ``models/__init__.py``, with t the tokens of a chunk and V the rows that
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,17 +24,21 @@ from deepseek.config.cost import CHUNK_TOKENS
 IGNORE_INDEX = -100
 """Label of a position that has none."""
 
+BLOCK_NUMBERS = 1 << 19
+"""Of logits whose softmax is taken at one time on a CPU, about: its passes find them in the caches."""
+
 SoftmaxLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
-"""From logits (t, V), labels (t,) and whether a gradient is wanted to ``-log softmax[label]`` (t,)
-and, if wanted, its gradient by the logits (t, V); both are anything where there is no label. The
-logits may be overwritten."""
+"""From logits (t, V), labels (t,) and whether a gradient is wanted to ``-log softmax[label]`` (t,),
+anything where there is no label, and, if wanted, its gradient by the logits (t, V), 0 where there
+is none. The logits may be overwritten."""
 
 
 def softmax_loss(
     logits_tV: Tensor, labels_t: Tensor, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``SoftmaxLoss`` of a head that is here in whole."""
-    index_t1 = labels_t.where(labels_t != IGNORE_INDEX, 0).unsqueeze(-1)
+    labelled_t1 = (labels_t != IGNORE_INDEX).unsqueeze(-1)
+    index_t1 = labels_t.unsqueeze(-1).where(labelled_t1, 0)
     # Less the largest, so that no exponential overflows.
     logits_tV = logits_tV.sub_(logits_tV.amax(dim=-1, keepdim=True))
     label_t = logits_tV.gather(-1, index_t1).squeeze(-1)
@@ -44,8 +48,20 @@ def softmax_loss(
     if not needs_gradient:
         return loss_t, None
     # d loss / d logits = softmax - onehot(label)
-    grad_tV = exp_tV.mul_(sum_t1.reciprocal())
-    return loss_t, grad_tV.scatter_add_(-1, index_t1, torch.full_like(sum_t1, -1.0))
+    grad_tV = exp_tV.mul_(sum_t1.reciprocal() * labelled_t1)
+    return loss_t, grad_tV.scatter_add_(-1, index_t1, -labelled_t1.to(grad_tV.dtype))
+
+
+def _blocks(logits_tV: Tensor, softmax_loss: SoftmaxLoss) -> Iterator[slice]:
+    """Rows that ``softmax_loss`` is given at one time; all, where it waits for other ranks."""
+    rows, vocabulary = logits_tV.shape
+    at_once = rows
+    if logits_tV.is_cpu and softmax_loss is _WHOLE_HEAD:
+        at_once = max(1, BLOCK_NUMBERS // vocabulary)
+    return (slice(start, start + at_once) for start in range(0, rows, max(1, at_once)))
+
+
+_WHOLE_HEAD = softmax_loss
 
 
 def linear_cross_entropy(
@@ -103,28 +119,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         loss = torch.zeros((), dtype=sum_dtype, device=hidden_TD.device)
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype) if needs_weight else None
+        grad_weight_VD: Tensor | None = None
         with torch.autocast(device, enabled=False):
             w_VD = weight_VD.to(product_dtype)
             for start in range(0, hidden_TD.shape[0], chunk_tokens):
                 chunk = slice(start, start + chunk_tokens)
                 h_tD = hidden_TD[chunk].to(product_dtype)
-                logits_tV = F.linear(h_tD, w_VD).to(sum_dtype)
-                has_label_t = labels_T[chunk] != IGNORE_INDEX
-                loss_t, grad_tV = softmax_loss(
-                    logits_tV, labels_T[chunk], needs_hidden or needs_weight
-                )
-                loss += (loss_t * has_label_t).sum()
-                if grad_tV is None:
-                    continue
-                grad_tV = grad_tV.mul_(has_label_t.unsqueeze(-1)).to(product_dtype)
+                logits_tV, labels_t = F.linear(h_tD, w_VD), labels_T[chunk]
+                losses: list[Tensor] = []
+                for rows in _blocks(logits_tV, softmax_loss):
+                    logits_rV = logits_tV[rows]
+                    loss_r, grad_rV = softmax_loss(
+                        logits_rV.to(sum_dtype), labels_t[rows], needs_hidden or needs_weight
+                    )
+                    losses.append(loss_r)
+                    # Logits become their gradients where they lie.
+                    if grad_rV is not None and grad_rV.data_ptr() != logits_rV.data_ptr():
+                        logits_rV.copy_(grad_rV)
+                loss += (torch.cat(losses) * (labels_t != IGNORE_INDEX)).sum()
                 if grad_hidden_TD is not None:
-                    grad_hidden_TD[chunk] = grad_tV @ w_VD
-                if grad_weight_VD is not None:
-                    if product_dtype == sum_dtype:
-                        grad_weight_VD.addmm_(grad_tV.t(), h_tD)
+                    grad_hidden_TD[chunk] = logits_tV @ w_VD
+                if needs_weight:
+                    if grad_weight_VD is None:
+                        grad_weight_VD = (logits_tV.t() @ h_tD).to(sum_dtype)
+                    elif product_dtype == sum_dtype:
+                        grad_weight_VD.addmm_(logits_tV.t(), h_tD)
                     else:
-                        grad_weight_VD += grad_tV.t() @ h_tD
+                        grad_weight_VD += logits_tV.t() @ h_tD
+        if needs_weight and grad_weight_VD is None:  # no token
+            grad_weight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype)
         # Saved, not attributes: those live as long as the loss does, which the schedule of a
         # pipeline keeps of every micro-batch to the end of the step.
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)

@@ -36,7 +36,7 @@ from deepseek.models.components.lora import LoraLinear
 from deepseek.models.components.moe import MoE
 from deepseek.models.transformer import Embedding, Head, Transformer
 from deepseek.ops.autocast import lookup
-from deepseek.ops.cross_entropy import SoftmaxLoss, linear_cross_entropy
+from deepseek.ops.cross_entropy import IGNORE_INDEX, SoftmaxLoss, linear_cross_entropy
 from deepseek.parallel.collectives import gather_sequence, scatter_sequence_sum, sum_forward
 from deepseek.parallel.mesh import Meshes, local
 
@@ -294,7 +294,7 @@ def sharded_softmax_loss(first_id: int, group: dist.ProcessGroup) -> SoftmaxLoss
         if not needs_gradient:
             return loss_t, None
         # 3. d loss / d logits = softmax - onehot(label)
-        grad_tv = exp_tv.div_(z_t.unsqueeze(-1))
+        grad_tv = exp_tv.mul_((z_t.reciprocal() * (labels_t != IGNORE_INDEX)).unsqueeze(-1))
         return loss_t, grad_tv.scatter_add_(-1, index_t1, -mine_t1.to(grad_tv.dtype))
 
     return softmax_loss
