@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepseek.models.components.feed_forward import Expert, FeedForward, RMSNorm
-from deepseek.ops import swiglu as swiglu_module
+from deepseek.ops import rows as rows_module
 from deepseek.ops.rms_norm import rms_norm, rms_norm_slow
 from deepseek.ops.swiglu import swiglu, swiglu_slow
 
@@ -56,13 +56,20 @@ def gradients(function: Callable[..., Tensor], *inputs: Tensor | float | None) -
     return [alone, y, *[x.grad for x in leaves if isinstance(x, Tensor)]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(6,), (2, 3, 6), (0, 6)])
-def test_rms_norm_equals_its_slow_twin(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    inputs = random(*shape, dtype=dtype), random(6, dtype=dtype) + 1, 1e-3
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6,), (2, 4, 6), (0, 6)])
+@pytest.mark.parametrize("same", [False, True])
+def test_rms_norm_equals_its_slow_twin(
+    dtype: torch.dtype, shape: tuple[int, ...], same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of three rows where dtypes differ; the weight may be wider, or of the same."""
+    monkeypatch.setattr(rows_module, "BLOCK_NUMBERS", 18)
+    weight_dtype = dtype if same else torch.promote_types(dtype, torch.float32)
+    inputs = random(*shape, dtype=dtype), random(6, dtype=weight_dtype) + 1, 1e-3
     fast, slow = (gradients(function, *inputs) for function in (rms_norm, rms_norm_slow))
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2}[dtype]
     for got, wanted in zip(fast, slow, strict=True):
+        assert got.dtype == wanted.dtype
         torch.testing.assert_close(got, wanted, rtol=tolerance, atol=2 * tolerance)
 
 
@@ -73,7 +80,7 @@ def test_swiglu_equals_its_slow_twin(
     dtype: torch.dtype, shape: tuple[int, ...], weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In blocks of three rows; weights may be wider, and 0."""
-    monkeypatch.setattr(swiglu_module, "BLOCK_NUMBERS", 18)
+    monkeypatch.setattr(rows_module, "BLOCK_NUMBERS", 18)
     gate, up = random(2, *shape, dtype=dtype)
     wide = torch.promote_types(dtype, torch.float32)
     weights = torch.arange(prod(shape[:-1]), dtype=wide).view(*shape[:-1], 1)

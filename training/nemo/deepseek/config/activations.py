@@ -183,7 +183,7 @@ def _product_gradients(model: ModelConfig, layout: Layout, part: StageSlice, hal
     attention = tokens * heads * (model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim)
     attention += tokens * (latents + model.qk_rope_head_dim + dim)
     trained = model.peft is None  # with adapters norms and routers are not
-    common = number * attention + 4 * (tokens * latents + 2 * here * dim) * trained
+    common = number * (attention + (tokens * latents + 2 * here * dim) * trained)
     dense = number * tokens * (2 * model.intermediate_size // tp + dim)
     inner = model.moe_intermediate_size
     experts = number * here * model.num_experts_per_tok * (2 * inner + dim)
@@ -191,7 +191,6 @@ def _product_gradients(model: ModelConfig, layout: Layout, part: StageSlice, hal
     experts += number * tokens * (2 * shared // tp + dim) if shared else 0
     if trained:
         experts += 4 * here * model.n_routed_experts
-        common -= (8 - 2 * number) * here * dim  # what norms give is as wide as what they get
     elif half:  # the last matrix, which only the gradients of the inputs needed
         experts -= 2 * model.n_routed_experts // layout.ep * dim * inner
     of_kind = (common + dense, common + experts)
@@ -257,9 +256,8 @@ def stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, half
     else:
         total = block_activations(model, layout, part, half)
     recomputes = any(_recomputing(model, part))
-    # The pipeline keeps what has been received: the input of a block that recomputes, or what its
-    # norm keeps in fp32; else besides.
-    if not part.first and (model.cpu_offloading_activations or (half and not recomputes)):
+    # The pipeline keeps what has been received, which is the first block's input.
+    if not part.first and model.cpu_offloading_activations:
         total += hidden
     if recomputes:  # angles are an argument
         total += 4 * model.micro_batch_size * model.data.seq_length * model.qk_rope_head_dim
@@ -274,10 +272,10 @@ def stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, half
 
 
 def head_activations(model: ModelConfig, layout: Layout, half: bool) -> int:
-    """Bytes that the last norm and the head keep of one micro-batch: the norm's input, in fp32 for
-    it, normed if its weight learns, and the gradient of all the head saw. That of the head's matrix
-    is not included."""
-    numbers = 1 + 2 * half + (model.peft is None) + layout.tp
+    """Bytes that the last norm and the head keep of one micro-batch: the norm's input, what
+    it makes of it if its weight learns, and the gradient of all the head saw. That of the head's matrix is
+    not included."""
+    numbers = 1 + (model.peft is None) + layout.tp
     return numbers * hidden_bytes(model, layout, half)
 
 
@@ -289,8 +287,8 @@ def ahead_activations(model: ModelConfig, layout: Layout, half: bool) -> int:
         return hidden
     if not model.activations_checkpoint_granularity:
         ahead += _block_activations(model, layout, True, half) + 3 * hidden
-        if half:  # norms keep what they are given in fp32
-            ahead += 2 * hidden + (0 if layout.world_size > 1 else 4 * model.hidden_size**2)
+        if half and layout.world_size == 1:  # the projection's matrix
+            ahead += 4 * model.hidden_size**2
     elif model.activations_checkpoint_granularity == "selective":
         ahead += _kept_activations(model, layout, True, half)
     return ahead
@@ -503,19 +501,18 @@ def _gradients_of_heads(model: ModelConfig, layout: Layout, half: bool) -> int:
 def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool) -> int:
     """Bytes that a block keeps for its backward pass if nothing is recomputed, its input included.
 
-    In half precision a norm keeps what it is given in fp32, and what it makes of it in bf16; in
-    fp32 the first alone. SwiGLU keeps gate, up and its result. A product keeps a copy of its matrix
-    if that is fp32 here: what is gathered from other ranks is in bf16 already, experts that are
-    kept in whole and the weights of one process are not.
+    A norm keeps what it is given; SwiGLU gate, up and its result. A product keeps a copy of its
+    matrix if that is fp32 here: what is gathered from other ranks is in bf16 already, experts that
+    are kept in whole and the weights of one process are not.
     """
     tokens, dim, tp = tokens_of_part(model, layout), model.hidden_size, layout.tp
     number, here = 2 if half else 4, tokens // tp
     total: float = _attention_activations(model, layout, half)
-    total += (6 if half else 4) * here * dim  # after attention; in bf16 normed too
+    total += number * here * dim  # after attention
     once, twice = _input_bytes(model, half)
     inputs = twice * tokens * dim
-    if model.peft is not None:  # what norms and router are given is for their weights alone
-        total -= (4 * half + 4 * moe) * here * dim
+    if model.peft is not None and moe:  # what the router is given is for its weights alone
+        total -= 4 * here * dim
     parted, matrices = layout.world_size > 1, 0
     # feed-forward
     width = model.intermediate_size // tp
@@ -543,7 +540,7 @@ def _attention_activations(model: ModelConfig, layout: Layout, half: bool) -> in
     number, heads = 2 if half else 4, model.num_attention_heads // tp
     latent, keys = model.kv_lora_rank, tokens * layout.cp  # of the whole sequence
     here = tokens // tp
-    total: float = (6 if half else 4) * here * dim  # input; in bf16 normed too
+    total: float = number * here * dim  # input
     once, twice = _input_bytes(model, half)
     if tp > 1 and model.q_lora_rank is None:  # gathered for queries alone
         total += once * (here + tokens) * dim
@@ -556,8 +553,7 @@ def _attention_activations(model: ModelConfig, layout: Layout, half: bool) -> in
         total += number * keys * (latent + model.qk_rope_head_dim)
     if layout.cp > 1 or model.fp8_recipe:
         total += once * tokens * heads * model.v_head_dim
-    norms = (8 - number + once) * tokens  # in bf16 in fp32 and normed; and what they give
-    total += norms * (latent + (model.q_lora_rank or 0))
+    total += (number + once) * tokens * (latent + (model.q_lora_rank or 0))  # normed, and before
     unpacked = model.peft is not None and model.peft.base_dtype is not None
     is_copied = half and layout.world_size == 1 and not unpacked
     return round(total) + 2 * attention_parameters(model) * is_copied

@@ -176,7 +176,7 @@ def _losses(
         chunk = slice(start, start + CHUNK_TOKENS)
         logits_PV = model.head(hidden_PD[chunk])
         logits_PV = logits_PV if logits_PV.dtype == torch.float64 else logits_PV.float()
-        found.append(softmax_loss(logits_PV, labels_P[chunk], False)[0].double())
+        found.append(softmax_loss(logits_PV, labels_P[chunk], False).double())
     losses_BS = torch.zeros(tokens_BS.shape, dtype=torch.float64, device=device)
     if found:
         losses_BS[chosen_BS] = torch.cat(found)

@@ -20,22 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.config.cost import CHUNK_TOKENS
+from deepseek.ops.rows import row_blocks
 
 IGNORE_INDEX = -100
 """Label of a position that has none."""
 
-BLOCK_NUMBERS = 1 << 19
-"""Of logits whose softmax is taken at one time on a CPU, about: its passes find them in the caches."""
-
-SoftmaxLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+SoftmaxLoss = Callable[[Tensor, Tensor, bool], Tensor]
 """From logits (t, V), labels (t,) and whether a gradient is wanted to ``-log softmax[label]`` (t,),
-anything where there is no label, and, if wanted, its gradient by the logits (t, V), 0 where there
-is none. The logits may be overwritten."""
+anything where there is no label. The logits are overwritten; if wanted by the loss's gradient, 0
+where there is no label."""
 
 
-def softmax_loss(
-    logits_tV: Tensor, labels_t: Tensor, needs_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
+def softmax_loss(logits_tV: Tensor, labels_t: Tensor, needs_gradient: bool) -> Tensor:
     """``SoftmaxLoss`` of a head that is here in whole."""
     labelled_t1 = (labels_t != IGNORE_INDEX).unsqueeze(-1)
     index_t1 = labels_t.unsqueeze(-1).where(labelled_t1, 0)
@@ -45,20 +41,15 @@ def softmax_loss(
     exp_tV = logits_tV.exp_()
     sum_t1 = exp_tV.sum(dim=-1, keepdim=True)
     loss_t = sum_t1.squeeze(-1).log() - label_t
-    if not needs_gradient:
-        return loss_t, None
-    # d loss / d logits = softmax - onehot(label)
-    grad_tV = exp_tV.mul_(sum_t1.reciprocal() * labelled_t1)
-    return loss_t, grad_tV.scatter_add_(-1, index_t1, -labelled_t1.to(grad_tV.dtype))
+    if needs_gradient:  # d loss / d logits = softmax - onehot(label)
+        grad_tV = exp_tV.mul_(sum_t1.reciprocal() * labelled_t1)
+        grad_tV.scatter_add_(-1, index_t1, -labelled_t1.to(grad_tV.dtype))
+    return loss_t
 
 
 def _blocks(logits_tV: Tensor, softmax_loss: SoftmaxLoss) -> Iterator[slice]:
     """Rows that ``softmax_loss`` is given at one time; all, where it waits for other ranks."""
-    rows, vocabulary = logits_tV.shape
-    at_once = rows
-    if logits_tV.is_cpu and softmax_loss is _WHOLE_HEAD:
-        at_once = max(1, BLOCK_NUMBERS // vocabulary)
-    return (slice(start, start + at_once) for start in range(0, rows, max(1, at_once)))
+    return row_blocks(logits_tV) if softmax_loss is _WHOLE_HEAD else iter((slice(None),))
 
 
 _WHOLE_HEAD = softmax_loss
@@ -129,12 +120,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 losses: list[Tensor] = []
                 for rows in _blocks(logits_tV, softmax_loss):
                     logits_rV = logits_tV[rows]
-                    loss_r, grad_rV = softmax_loss(
-                        logits_rV.to(sum_dtype), labels_t[rows], needs_hidden or needs_weight
+                    grad_rV = logits_rV.to(sum_dtype)  # becomes it; mostly where it lies
+                    losses.append(
+                        softmax_loss(grad_rV, labels_t[rows], needs_hidden or needs_weight)
                     )
-                    losses.append(loss_r)
-                    # Logits become their gradients where they lie.
-                    if grad_rV is not None and grad_rV.data_ptr() != logits_rV.data_ptr():
+                    if grad_rV is not logits_rV:
                         logits_rV.copy_(grad_rV)
                 loss += (torch.cat(losses) * (labels_t != IGNORE_INDEX)).sum()
                 if grad_hidden_TD is not None:

@@ -17,6 +17,7 @@ Nothing here waits for the device: sizes come from shapes, or from bounds on wha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,22 @@ from deepseek.config.activations import ROW_ALIGNMENT
 
 ALIGNMENT = ROW_ALIGNMENT
 """Every expert's row count becomes a multiple of this, and none is 0."""
+
+
+BLOCK_NUMBERS = 1 << 19
+"""Of a tensor in one block of rows, about, on a CPU: what stays in the caches meanwhile."""
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., F) -> (R, F)."""
+    return x.unsqueeze(0).flatten(0, -2)
+
+
+def row_blocks(x_RF: Tensor) -> Iterator[slice]:
+    """Rows that are computed with at one time: on a CPU few, elsewhere all."""
+    rows, width = x_RF.shape
+    size = max(1, BLOCK_NUMBERS // max(width, 1) if x_RF.is_cpu else rows)
+    return (slice(start, start + size) for start in range(0, rows, size))
 
 
 def inverse_permutation(order_R: Tensor) -> Tensor:

@@ -3,15 +3,13 @@ computes the rest again, some rows at a time, which stay in the caches meanwhile
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_NUMBERS = 1 << 19
-"""Of a tensor in one block, about, on a CPU."""
+from deepseek.ops.rows import as_rows, row_blocks
 
 
 def swiglu(gate: Tensor, up: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -35,17 +33,6 @@ def swiglu_slow(gate: Tensor, up: Tensor, weights: Tensor | None = None) -> Tens
     return hidden if weights is None else (hidden * weights).to(gate.dtype)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(..., F) -> (R, F)."""
-    return x.unsqueeze(0).flatten(0, -2)
-
-
-def _blocks(x_RF: Tensor) -> Iterator[slice]:
-    rows, width = x_RF.shape
-    size = max(1, BLOCK_NUMBERS // max(width, 1) if x_RF.is_cpu else rows)
-    return (slice(start, start + size) for start in range(0, rows, size))
-
-
 _silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
@@ -53,27 +40,27 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weights: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, weights)
-        gate_RF, up_RF = _rows(gate), _rows(up)
+        gate_RF, up_RF = as_rows(gate), as_rows(up)
         hidden_RF = torch.empty_like(gate_RF)
-        for rows in _blocks(gate_RF):
+        for rows in row_blocks(gate_RF):
             if weights is None:
                 torch.mul(F.silu(gate_RF[rows]), up_RF[rows], out=hidden_RF[rows])
             else:
                 silu_rF = F.silu(gate_RF[rows]).mul_(up_RF[rows])
-                torch.mul(silu_rF, _rows(weights)[rows], out=hidden_RF[rows])
+                torch.mul(silu_rF, as_rows(weights)[rows], out=hidden_RF[rows])
         return hidden_RF.view(gate.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate, up, weights = ctx.saved_tensors
-        gate_RF, up_RF, grad_RF = map(_rows, (gate, up, grad))
+        gate_RF, up_RF, grad_RF = map(as_rows, (gate, up, grad))
         grad_gate, grad_up = (
             torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up)
         )
-        grad_gate_RF, grad_up_RF = _rows(grad_gate), _rows(grad_up)
-        weights_R1 = None if weights is None else _rows(weights)
+        grad_gate_RF, grad_up_RF = as_rows(grad_gate), as_rows(grad_up)
+        weights_R1 = None if weights is None else as_rows(weights)
         grad_weights_R1 = None if weights_R1 is None else torch.empty_like(weights_R1)
-        for rows in _blocks(gate_RF):
+        for rows in row_blocks(gate_RF):
             gate_rF, up_rF, grad_rF = gate_RF[rows], up_RF[rows], grad_RF[rows]
             by_silu_rF = grad_rF * up_rF
             by_up_rF = torch.mul(F.silu(gate_rF), grad_rF, out=grad_up_RF[rows])

@@ -275,9 +275,7 @@ def sharded_softmax_loss(first_id: int, group: dist.ProcessGroup) -> SoftmaxLoss
         group: the TP group.
     """
 
-    def softmax_loss(
-        logits_tv: Tensor, labels_t: Tensor, needs_gradient: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def softmax_loss(logits_tv: Tensor, labels_t: Tensor, needs_gradient: bool) -> Tensor:
         index_t, mine_t = _local_index(labels_t, logits_tv.shape[1], first_id)
         index_t1, mine_t1 = index_t.unsqueeze(-1), mine_t.unsqueeze(-1)
         # 1. logits less the largest of the whole vocabulary
@@ -290,12 +288,10 @@ def sharded_softmax_loss(first_id: int, group: dist.ProcessGroup) -> SoftmaxLoss
         sums_2t = torch.stack([exp_tv.sum(dim=-1), picked_t])
         dist.all_reduce(sums_2t, group=group)
         z_t, picked_t = sums_2t
-        loss_t = z_t.log() - picked_t
-        if not needs_gradient:
-            return loss_t, None
-        # 3. d loss / d logits = softmax - onehot(label)
-        grad_tv = exp_tv.mul_((z_t.reciprocal() * (labels_t != IGNORE_INDEX)).unsqueeze(-1))
-        return loss_t, grad_tv.scatter_add_(-1, index_t1, -mine_t1.to(grad_tv.dtype))
+        if needs_gradient:  # 3. d loss / d logits = softmax - onehot(label)
+            grad_tv = exp_tv.mul_((z_t.reciprocal() * (labels_t != IGNORE_INDEX)).unsqueeze(-1))
+            grad_tv.scatter_add_(-1, index_t1, -mine_t1.to(grad_tv.dtype))
+        return z_t.log() - picked_t
 
     return softmax_loss
 
