@@ -34,7 +34,8 @@ from deepseek.config.memory import rank_memory
 from deepseek.config.schema import ModelConfig
 from deepseek.models.components import attention, offload, recompute
 from deepseek.models.transformer import Transformer
-from deepseek.ops import grouped_linear, swiglu
+from deepseek.ops import grouped_linear
+from deepseek.ops import rows as row_ops
 from deepseek.parallel import context, cpu_memory, parallelize
 from deepseek.parallel.expert_dispatcher import AllToAllDispatcher
 from deepseek.parallel.gradients import clip_gradients, finish_gradients
@@ -248,7 +249,7 @@ def _as_on_gpus(mode: FakeTensorMode, live: LiveBytes) -> Iterator[None]:
         patch.setattr(schedules._PipelineSchedule, "_warmup_p2p", warm_up)
         patch.setattr(AllToAllDispatcher, "exchange_counts", _exchange_counts)
         patch.setattr(recompute, "ATTENTION", {torch.ops.support.flash.default})
-        patch.setattr(swiglu, "BLOCK_NUMBERS", 1 << 62)  # blocks of rows are for caches of CPUs
+        patch.setattr(row_ops, "BLOCK_NUMBERS", 1 << 62)  # blocks of rows are for caches of CPUs
         for owner in (attention, context):
             patch.setattr(owner, "causal_attention", lambda q, k, v, *_: _Attention.apply(q, k, v))
         # The product with the first matrix alone: as large, and what it keeps is kept before it is
