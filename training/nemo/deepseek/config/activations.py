@@ -272,9 +272,9 @@ def stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, half
 
 
 def head_activations(model: ModelConfig, layout: Layout, half: bool) -> int:
-    """Bytes that the last norm and the head keep of one micro-batch: the norm's input, what it makes
-    of it if its weight learns, and the gradient of all the head saw. That of the head's matrix is not
-    included."""
+    """Bytes that the last norm and the head keep of one micro-batch: the norm's input, what it
+    makes of it if its weight learns, and the gradient of all the head saw. That of the head's
+    matrix is not included."""
     numbers = 1 + (model.peft is None) + layout.tp
     return numbers * hidden_bytes(model, layout, half)
 
