@@ -357,14 +357,22 @@ def test_bf16_mixed_is_near_fp32() -> None:
 
 
 @pytest.mark.filterwarnings("default")  # the compiler warns of its own doings
-@pytest.mark.parametrize("granularity", [pytest.param(None, marks=pytest.mark.nightly), "full"])
+@pytest.mark.parametrize(
+    ("granularity", "fp8"),
+    [
+        pytest.param(None, None, marks=pytest.mark.nightly),
+        ("full", None),
+        pytest.param(None, "blockwise", marks=pytest.mark.nightly),
+    ],
+)
 def test_compiled_blocks_equal_eager(
-    granularity: str | None, monkeypatch: pytest.MonkeyPatch
+    granularity: str | None, fp8: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One graph each, in place: no name, no gradient and no count of tokens changes."""
     config = tiny_config(
         moe_intermediate_size=16,
         activations_checkpoint_granularity=granularity,
+        fp8_recipe=fp8,
     )
     eager, model = tiny_model(config, torch.float32), tiny_model(config, torch.float32)
     compile_whole = torch.compile
@@ -379,7 +387,10 @@ def test_compiled_blocks_equal_eager(
             start_step(each)
             backward(each, random_batch())
     for (name, wanted), got in zip(eager.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-5, atol=1e-6, msg=name)
+        if fp8 is None:
+            torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-5, atol=1e-6, msg=name)
+        else:  # a last bit may round the other way
+            assert (got.grad - wanted.grad).norm() <= 1e-3 * wanted.grad.norm(), name
     assert loads(model) == loads(eager)
 
 
