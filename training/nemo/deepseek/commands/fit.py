@@ -144,6 +144,7 @@ def _fit(
     expected = forecast(run, torch.cuda.get_device_name() if on_gpu else None)
     if expected is not None:
         expected.tell()
+    precision = _precision(run, on_gpu)
     with _quiet():
         trainer = Trainer(
             accelerator="gpu" if on_gpu else "cpu",  # Lightning's auto takes MPS, without fp64
@@ -157,7 +158,7 @@ def _fit(
             )
             if together
             else "auto",
-            precision=_precision(run, on_gpu),  # type: ignore[arg-type]
+            precision=precision,  # type: ignore[arg-type]
             max_steps=run.trainer.max_steps,
             val_check_interval=run.trainer.val_check_interval if validates else None,
             check_val_every_n_epoch=None if validates else 1,
@@ -171,7 +172,11 @@ def _fit(
                 resume_from=resume_from,
                 with_changes=with_changes,
                 leads=processes.rank == 0,
-                peak=peak_of(_device(processes, on_gpu), run.exp_manager.monitor.peak_tflops),
+                peak=peak_of(
+                    _device(processes, on_gpu),
+                    run.exp_manager.monitor.peak_tflops,
+                    torch.float32 if precision == "32-true" else torch.bfloat16,
+                ),
                 attempt=processes.attempt,
                 loggers=loggers,
                 expected=expected,

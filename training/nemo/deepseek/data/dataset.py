@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+from functools import lru_cache, reduce
 
 import numpy as np
 
@@ -416,25 +417,32 @@ def permuted(place: int, size: int, *key: int) -> int:
     four times on average): no table, however large the data.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
+    mask, rounds = (1 << half) - 1, _rounds(key)
     while True:
         left, right = place >> half, place & mask
-        for number in range(_FEISTEL_ROUNDS):
-            left, right = right, left ^ (mix(*key, number, right) & mask)
+        for state in rounds:
+            left, right = right, left ^ (_mixed(state, right) & mask)
         place = left << half | right
         if place < size:
             return place
 
 
+@lru_cache(maxsize=64)
+def _rounds(key: tuple[int, ...]) -> list[int]:
+    """What each round mixes into its half: the same for all places of a permutation."""
+    return [mix(*key, number) for number in range(_FEISTEL_ROUNDS)]
+
+
 def mix(*numbers: int) -> int:
     """64 random bits that depend on integers only (splitmix64)."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state
+    return reduce(_mixed, numbers, 0)
+
+
+def _mixed(state: int, number: int) -> int:
+    state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return state ^ state >> 31
 
 
 def _random(seed: int, epoch: int, purpose: int) -> np.random.RandomState:

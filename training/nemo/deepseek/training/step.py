@@ -8,7 +8,7 @@ with or without accumulation. Shapes: ``models/__init__.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -126,7 +126,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         )
         for group in optimizer.param_groups:
             group["lr"] = lr
-        routers = list(self.model.routers().values())
+        routers = self.routers
         for router in routers:
             router.start_step()
         most = self.config.optim.qk_clip_threshold
@@ -287,6 +287,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         self.model, self.micro_batches = parallelize(
             self.config, meshes, device, self.seed, dtype, products
         )
+        self.routers = list(self.model.routers().values())  # finding them takes as long as a norm
 
     def configure_model(self) -> None:
         """Divide the model over the ranks of the trainer's strategy; Lightning calls it once."""
@@ -421,7 +422,7 @@ class StepRecord:
         """What the log keeps of it: seconds to the microsecond, nothing that was not measured."""
         values = {
             name: round(value, 6) if name.endswith("seconds") and value is not None else value
-            for name, value in asdict(self).items()
+            for name, value in ((f.name, getattr(self, f.name)) for f in fields(self))
         }
         always = ("mtp_loss", "mfu")  # None says something there
         return {n: value for n, value in values.items() if value is not None or n in always}

@@ -64,12 +64,14 @@ class ExpertMonitor(DeepSeekCallback):
         self._leads = leads
         self._log: ArrayLog | None = ArrayLog(path) if leads else None
         self._margins: dict[str, RouterMargin] = {}
+        self._routers: dict[str, Router] = {}
 
     def on_train_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Listen to the routers that are here."""
         self._forget()
         owners = {id(m.gate): m for m in module.model.modules() if isinstance(m, MoE)}
-        for name, router in module.model.routers().items():
+        self._routers = module.model.routers()
+        for name, router in self._routers.items():
             self._margins[name] = RouterMargin(owners[id(router)])
 
     def on_train_batch_start(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
@@ -115,7 +117,7 @@ class ExpertMonitor(DeepSeekCallback):
     def _collect(self, module: DeepSeekModel, step: int, layers: list[str]) -> ExpertRecord:
         """All layers, on every rank: one sum of a table with a row for each."""
         num_experts = module.config.n_routed_experts
-        coordinate, routers = module.meshes.coordinate, module.model.routers()
+        coordinate, routers = module.meshes.coordinate, self._routers
         device = next(module.model.parameters()).device
         table = torch.zeros(
             len(layers), 2 * num_experts + 2, dtype=torch.float64, device=device

@@ -118,7 +118,7 @@ DENSE_BF16_TFLOPS = {
 }
 """NVIDIA's data sheets, without sparsity; a longer name that fits wins."""
 SIDE = 512
-ROUNDS = 40
+ROUNDS, MOST_SECONDS = 40, 1.0
 """Short ones and many: where other processes run, some come through undisturbed."""
 
 
@@ -132,8 +132,16 @@ class Peak:
     """Where the number is from."""
 
 
-def peak_of(device: torch.device, configured_tflops: float | None) -> Peak:
-    """The configured number; else the data sheet's for a GPU, or a measured one for a CPU."""
+def peak_of(
+    device: torch.device, configured_tflops: float | None, dtype: torch.dtype = torch.float32
+) -> Peak:
+    """The configured number; else the data sheet's for a GPU, or a measured one for a CPU.
+
+    Args:
+        device: one.
+        configured_tflops: ``exp_manager.monitor.peak_tflops``.
+        dtype: of the products of the run; what a CPU is measured in.
+    """
     if configured_tflops is not None:
         return Peak(configured_tflops * 1e12, "exp_manager.monitor.peak_tflops")
     if device.type == "cuda":
@@ -143,14 +151,19 @@ def peak_of(device: torch.device, configured_tflops: float | None) -> Peak:
             return Peak(None, f"unknown for {name}: set exp_manager.monitor.peak_tflops")
         key = max(fitting, key=len)
         return Peak(DENSE_BF16_TFLOPS[key] * 1e12, f"data sheet of {key}, dense bf16")
-    return Peak(_measured(), f"best of {ROUNDS} fp32 products of {SIDE} x {SIDE} matrices here")
+    name = str(dtype).removeprefix("torch.")
+    source = f"measured here: best of {ROUNDS} {name} products of {SIDE} x {SIDE} matrices"
+    return Peak(_measured(dtype), source)
 
 
-def _measured() -> float:
-    a, b = torch.ones(SIDE, SIDE), torch.ones(SIDE, SIDE)
-    best = float("inf")
+def _measured(dtype: torch.dtype) -> float:
+    a, b = torch.ones(SIDE, SIDE, dtype=dtype), torch.ones(SIDE, SIDE, dtype=dtype)
+    best, left = float("inf"), MOST_SECONDS
     for _ in range(ROUNDS):
         begin = time.perf_counter()
         a @ b
-        best = min(best, time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        best, left = min(best, seconds), left - seconds
+        if left < 0:  # bf16 on a CPU that has no such products
+            break
     return 2 * SIDE**3 / best
