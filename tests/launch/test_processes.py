@@ -263,7 +263,43 @@ def test_only_rank_0_speaks_and_the_first_of_a_node_tells_why_it_ends(
         ),
         (RuntimeError("Application timeout caused pair closure"), True),
         (RuntimeError("The client socket has timed out after 60000ms while trying"), True),
+        (
+            RuntimeError(
+                "[3] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d "
+                "key-value store by key '0', but store->get('0') got error: Socket Timeout"
+            ),
+            True,
+        ),
+        (RuntimeError("NCCL timeout in: ProcessGroupNCCL.cpp:2817"), True),
+        (RuntimeError("NCCL timeout in communicator initialization."), True),
+        (
+            RuntimeError(
+                "NCCL error in: NCCLUtils.cpp:94, internal error - please report this issue to the "
+                "NCCL developers, NCCL version 2.27.5\nncclInternalError: Internal check failed.\n"
+                "Last error:\nNET/IB : Got completion from peer 10.0.0.7<39138> with error 12"
+            ),
+            True,
+        ),
+        (
+            RuntimeError(
+                "ncclInternalError: Internal check failed.\nLast error:\nsocketStartConnect: "
+                "Connect to 10.0.0.7<45361> failed : Software caused connection abort"
+            ),
+            True,
+        ),
+        (RuntimeError("socketPollConnect: Connect to 10.0.0.7<9> returned No route to host"), True),
+        (RuntimeError("NCCL communicator encountered error set by ProcessGroupNCCL: reset"), True),
+        (RuntimeError("Rank 3 failed to pass monitoredBarrier in 1800000 ms"), True),
         (RuntimeError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"), False),
+        (RuntimeError("CUDA error: the launch timed out and was terminated"), False),
+        (
+            RuntimeError(
+                "NCCL communicator was aborted on rank 3. Original reason for failure was: NCCL "
+                "error: unhandled cuda error (run with NCCL_DEBUG=INFO for details)"
+            ),
+            False,
+        ),
+        (RuntimeError("NCCL error in: a.cpp:7, ncclInvalidUsage: This usually reflects"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (OSError("Connection reset by peer"), False),  # a download, not a rank
     ],

@@ -285,7 +285,7 @@ def is_lost_peer(error: BaseException) -> bool:
     """
     link: BaseException | None = error
     while isinstance(link, RuntimeError):
-        if _LOST_PEER.search(str(link)):
+        if _LOST_PEER.search(str(link)) and not _OWN_DEVICE.search(str(link)):
             return True
         link = link.__cause__
     return False
@@ -293,16 +293,21 @@ def is_lost_peer(error: BaseException) -> bool:
 
 _TIMED_OUT = re.compile(
     r"(?:timed out waiting|wait timeout after|ran for) (\d+) ?(?:ms|milliseconds)"
-    r"|timed out|collective operation timeout|timeout caused pair closure",
+    r"|timed out|collective operation timeout|timeout caused pair closure|socket timeout"
+    r"|NCCL timeout in|failed to pass monitoredBarrier",
     re.IGNORECASE,
 )
 _LOST_PEER = re.compile(
     rf"{_TIMED_OUT.pattern}|connection (was )?(closed|reset|refused)|broken pipe|failed to recv"
-    # NCCL's, but for those of this rank's own device (unhandled cuda error)
+    r"|connection abort|no route to host|network is unreachable"
+    # NCCL's
     r"|pair closure|connect timeout|remote process (has )?(exited|terminated)|ncclRemoteError"
-    r"|communicator was aborted|unhandled system error|ncclSystemError",
+    r"|communicator was aborted|unhandled system error|ncclSystemError"
+    r"|error set by ProcessGroupNCCL|NET/\w+ ?: ?Got (completion|async event)",
     re.IGNORECASE,
 )
+_OWN_DEVICE = re.compile(r"unhandled cuda error|cuda error:|cuda failure", re.IGNORECASE)
+"""Of this rank, though NCCL may give it as the reason why it ends a group."""
 
 
 def tell_lost_contact(error: BaseException) -> None:
