@@ -9,9 +9,11 @@ and not only the first thing: an illegal access leaves no GPU for what follows i
 - ``tests``: those marked ``gpu``,
 - ``losses``: of five fp32 steps against those of the CPU,
 - ``waits``: operators of one step after which the host waited, by CUDA's own sync debug mode,
-- ``base``, ``slice``: tokens/s, MFU and peak memory against the predicted, of ``deepseek_v3_base``
-  and of a slice with V3's widths: as many layers, up to 16, as are predicted to fit,
-- ``transformers``: the same step of ``deepseek_v3_base`` there, where it is installed.
+- ``base``, ``slice``: tokens/s, MFU and peak memory against the predicted, of ``deepseek_v3_base``,
+  and of V3's widths: 16 layers with 8 experts, or as many of both as are predicted to fit,
+- ``compile``: losses and seconds of ``deepseek_v3_base`` with compiled blocks and without,
+- ``transformers``: the same step of ``deepseek_v3_base`` there, where it is installed,
+- ``torchtitan``: the first layers of its 16B model and the same of ours, where it is installed.
 
 One JSON object comes out. Exit code 0: all parts are sound; 1: some are not; 2: there is no GPU.
 ``--device cpu`` runs every part in tiny sizes, to prove this file. **No GPU has run it yet.** All
@@ -57,6 +59,12 @@ TESTS_S = 200
 STEPS = 5
 RELATIVE = 1e-4
 """Losses in fp32 of other kernels, with other orders of sums, over ``STEPS`` steps."""
+HALF_RELATIVE = 2e-2
+"""Losses in bf16: compiled blocks round less often."""
+MEMORY_RELATIVE = 0.1
+"""By which the peak may differ from what was predicted."""
+TITAN_LAYERS = 2
+"""Of torchtitan's 16B: one is dense, one has 64 experts; with AdamW 17 GiB."""
 SMALL = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -213,7 +221,7 @@ def base_part(device: torch.device) -> dict[str, Any]:
 
 
 def slice_part(device: torch.device) -> dict[str, Any]:
-    """V3's widths with 8 experts, two a token: its products, on one card."""
+    """V3's widths with up to 8 experts, two a token: its products, on one card."""
     model = replace(
         load_config("deepseek_v3_671b").model,
         n_routed_experts=8,
@@ -233,17 +241,31 @@ def slice_part(device: torch.device) -> dict[str, Any]:
         return speed(model, device) | {"layers": model.num_hidden_layers}
     room = torch.cuda.get_device_properties(device).total_memory - RESERVED
     too_many = []
-    for layers in range(16, 0, -1):
-        smaller = replace(model, num_hidden_layers=layers)
+    for layers, experts in [(16, 8), (16, 4), *((layers, 2) for layers in range(16, 0, -1))]:
+        smaller = replace(model, num_hidden_layers=layers, n_routed_experts=experts)
         if rank_need(smaller, Layout(), 0, 1, half=True).total < room:
+            size = {"layers": layers, "experts": experts}
             try:
                 said = speed(smaller, device)
             except torch.OutOfMemoryError:  # the prediction was wrong; what does fit is to be seen
-                too_many.append(layers)
+                too_many.append(size)
                 continue
-            wrong = {"sound": False, "out_of_memory_with_layers": too_many} if too_many else {}
-            return said | {"layers": layers} | wrong
+            wrong = {"sound": False, "out_of_memory": too_many} if too_many else {}
+            return said | size | wrong
     return {"error": f"not one layer of V3's widths fits into {room / 2**30:.0f} GiB"}
+
+
+def compile_part(device: torch.device) -> dict[str, Any]:
+    """The first steps from the same weights, and how long later ones take."""
+    told: dict[bool, tuple[list[float], float]] = {}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        step, _ = train_step(replace(_base(device), torch_compile=compiled), device, half=True)
+        told[compiled] = [step() for _ in range(2)], _seconds(step, device)
+    (plain, plain_s), (compiled, compiled_s) = told[False], told[True]
+    worst = max(abs(a - b) / abs(a) for a, b in zip(plain, compiled, strict=True))
+    said = {"plain_s": plain_s, "compiled_s": compiled_s, "times_faster": plain_s / compiled_s}
+    return {"sound": worst < HALF_RELATIVE, "largest_relative": worst} | said
 
 
 def transformers_part(device: torch.device) -> dict[str, Any]:
@@ -258,12 +280,81 @@ def transformers_part(device: torch.device) -> dict[str, Any]:
     with device:
         theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(model)))
     theirs.set_experts_implementation("grouped_mm")
-    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)
     tokens_BS = _batch(model, device)["tokens"]
+
+    def loss() -> Tensor:
+        found: Tensor = theirs(tokens_BS, labels=tokens_BS, use_cache=False).loss
+        return found
+
+    return _beside(theirs, loss, model, device)
+
+
+def torchtitan_part(device: torch.device) -> dict[str, Any]:
+    """Their model, of which flex attention has no backward pass on CPUs: there only the forward."""
+    try:
+        from torchtitan.models.deepseek_v3 import model_registry
+    except ImportError as error:
+        return {"skipped": f"torchtitan is not installed, or not whole: {error}"}
+    titan = model_registry("16B" if device.type == "cuda" else "debugmodel").model
+    titan.layers = titan.layers[:TITAN_LAYERS]
+    model = as_titan(titan)
+    with device:
+        theirs = titan.build()
+    theirs.init_states(buffer_device=device)
+    batch = _batch(model, device)
+    masks = theirs.get_attention_masks(batch["positions"])
+
+    def loss() -> Tensor:
+        logits_BSV = theirs(batch["tokens"], batch["positions"], masks)
+        labels_BS = batch["labels"]
+        return torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten())
+
+    if device.type == "cpu":
+        train_step(model, device, half=False)
+        with torch.no_grad():
+            return {"skipped": "flex attention has no backward pass", "loss": loss().item()}
+    return _beside(theirs, loss, model, device)
+
+
+def as_titan(titan: Any) -> ModelConfig:
+    """Ours with the sizes of a configuration of torchtitan, whose first layer is dense."""
+    dense, last = titan.layers[0], titan.layers[-1]
+    attention, moe = last.attention, last.moe
+    base = load_config("deepseek_v3_base").model
+    return replace(
+        _of_length(replace(base, micro_batch_size=2), 4096 if titan.dim > 1024 else 128),
+        vocab_size=titan.vocab_size,
+        hidden_size=titan.dim,
+        num_hidden_layers=len(titan.layers),
+        first_k_dense_replace=1,
+        num_attention_heads=attention.n_heads,
+        q_lora_rank=attention.q_lora_rank or None,
+        kv_lora_rank=attention.kv_lora_rank,
+        qk_nope_head_dim=attention.qk_nope_head_dim,
+        qk_rope_head_dim=attention.qk_rope_head_dim,
+        v_head_dim=attention.v_head_dim,
+        intermediate_size=dense.feed_forward.w1.out_features,
+        moe_intermediate_size=moe.routed_experts.inner_experts.hidden_dim,
+        n_routed_experts=moe.num_experts,
+        n_shared_experts=moe.shared_experts.w1.out_features
+        // moe.routed_experts.inner_experts.hidden_dim,
+        num_experts_per_tok=moe.router.top_k,
+        n_group=1,
+        topk_group=1,
+        num_nextn_predict_layers=0,
+        rope_scaling=None,
+    )
+
+
+def _beside(
+    theirs: torch.nn.Module, loss_of: Callable[[], Tensor], model: ModelConfig, device: torch.device
+) -> dict[str, Any]:
+    """Seconds of their step and of ours: forward, backward, AdamW, products in bf16."""
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)
 
     def step() -> float:
         with torch.autocast(device.type, torch.bfloat16):
-            loss: Tensor = theirs(tokens_BS, labels=tokens_BS, use_cache=False).loss
+            loss = loss_of()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -275,12 +366,14 @@ def transformers_part(device: torch.device) -> dict[str, Any]:
 
 
 PARTS: dict[str, tuple[Callable[[torch.device], dict[str, Any]], float]] = {
-    "device": (device_part, 30),
-    "losses": (losses_part, 60),
-    "waits": (waits_part, 60),
-    "base": (base_part, 60),
-    "slice": (slice_part, 90),
-    "transformers": (transformers_part, 60),
+    "device": (device_part, 20),
+    "losses": (losses_part, 45),
+    "waits": (waits_part, 30),
+    "base": (base_part, 45),
+    "slice": (slice_part, 75),
+    "compile": (compile_part, 60),
+    "transformers": (transformers_part, 45),
+    "torchtitan": (torchtitan_part, 45),
     "tests": (tests_part, TESTS_S),
 }
 """Each part, and the seconds that it may take; the longest comes last."""
@@ -302,7 +395,9 @@ def speed(model: ModelConfig, device: torch.device) -> dict[str, Any]:
     micro_batches = model.global_batch_size // model.micro_batch_size
     predicted = rank_need(model, Layout(), 0, micro_batches, half=True).total
     measured = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    ratio = predicted / measured if measured else None
     return {
+        "sound": ratio is None or abs(ratio - 1) <= MEMORY_RELATIVE,
         "step_s": seconds,
         "tokens_per_s": tokens / seconds,
         "tflops": flops / 1e12,
@@ -310,7 +405,7 @@ def speed(model: ModelConfig, device: torch.device) -> dict[str, Any]:
         "peak": peak.source,
         "predicted_bytes": predicted,
         "measured_bytes": measured,
-        "predicted_over_measured": predicted / measured if measured else None,
+        "predicted_over_measured": ratio,
     }
 
 
