@@ -35,8 +35,11 @@ def _layout(world: int, **changes: Any) -> Case:
         "split": "pipeline_layers_per_stage",
         "micro": "micro_batch_size",
     }
+    on_host = changes.pop("on_host", False)
     named = {short[name]: value for name, value in changes.items()}
-    case = Case(small_config(global_batch_size=24, **named), world, steps=STEPS)
+    config = small_config(global_batch_size=24, **named)
+    config = replace(config, optim=replace(config.optim, cpu_offload=on_host))
+    case = Case(config, world, steps=STEPS)
     assert not case.problems(), (world, changes, case.problems())
     return case
 
@@ -44,7 +47,7 @@ def _layout(world: int, **changes: Any) -> Case:
 LAYOUTS = {
     "one process": _layout(1, micro=12),
     "dp2": _layout(2, micro=6),
-    "dp3": _layout(3, micro=4),  # 16 rows in parts of 6, 6 and 4
+    "dp3": _layout(3, micro=4, on_host=True),  # 16 rows in parts of 6, 6 and 4
     "dp6": _layout(6, micro=2),  # 8 rows in parts of 2 for four ranks, none for two
     "replicate2": _layout(2, replicate=2, micro=6),
     "ep2": _layout(2, ep=2, micro=6),
@@ -66,7 +69,7 @@ LAYOUTS = {
     "InterleavedZeroBubble pp2 dp2": _layout(
         4, pp=2, schedule="InterleavedZeroBubble", virtual=2, micro=3
     ),
-    "ZBVZeroBubble pp2": _layout(2, pp=2, schedule="ZBVZeroBubble", micro=6),
+    "ZBVZeroBubble pp2": _layout(2, pp=2, schedule="ZBVZeroBubble", micro=6, on_host=True),
     "ZBVZeroBubble pp2 dp2 tp2 ep4": _layout(
         8, pp=2, tp=2, ep=4, schedule="ZBVZeroBubble", micro=3
     ),
