@@ -183,7 +183,14 @@ def test_full_recomputation_is_as_the_program_does_it() -> None:
     saved = whole.backward.experts - ours.backward.experts
     assert saved == pytest.approx(whole.forward.experts / 3)
     returned = whole.backward.all_to_all - ours.backward.all_to_all
-    assert returned == pytest.approx(whole.forward.all_to_all / 2)
+    alone = replace(job, system=replace(OURS, shared_beside=False))
+    exchange = block_times(alone, GPUS["H100"]).moe.forward.all_to_all
+    assert returned == pytest.approx(exchange / 2)
+    # What the shared expert computes hides as much of one of the two ways, and no more.
+    shared = ours.forward.all_to_all
+    assert exchange / 2 <= shared < exchange
+    job = replace(job, architecture=replace(job.architecture, shared=32))
+    assert block_times(job, GPUS["H100"]).moe.forward.all_to_all == pytest.approx(exchange / 2)
 
 
 def test_rows_with_gaps_are_predicted_and_say_what_was_assumed() -> None:

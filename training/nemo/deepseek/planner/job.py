@@ -45,13 +45,20 @@ class System:
     """Full recomputation ends before the experts' last product: nothing needs what follows."""
     gathers_weights: bool = False
     """Weights are sharded over data-parallel ranks (FSDP) and gathered before they are used."""
+    shared_beside: bool = False
+    """Shared experts compute while rows travel to the routed ones, in both directions."""
     exchanged_bytes: float = 6
     """Of a parameter, gathered and its gradient added up over data-parallel ranks."""
 
 
 DEEPSEEK = System("deepseek", tuned=True, dedicated_sms=20 / 132, hidden_data_parallel=0.3)
 OURS = System(
-    "ours", pairs_passes=False, drops_last_product=True, gathers_weights=True, exchanged_bytes=8
+    "ours",
+    pairs_passes=False,
+    drops_last_product=True,
+    gathers_weights=True,
+    shared_beside=True,
+    exchanged_bytes=8,
 )
 
 

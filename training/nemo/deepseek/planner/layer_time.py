@@ -202,6 +202,11 @@ class _At(NamedTuple):
             rows = tokens / tp * arch.top_k * self.imbalance
             experts, weights = self.products(arch.expert, rows, copies=arch.experts / self.ep)
             exchange = self.exchange()
+        there = back = exchange
+        if self.system.shared_beside:  # of the two ways, one
+            shared, of_weights = self.products(arch.feed_forward(moe), tokens, tp)
+            there -= min(exchange / 2, shared)
+            back -= min(exchange / 2, shared + of_weights)
         glue = self.glue_bytes(moe) * self.extra() / (device.hbm * MEMORY)
         if self.system.fp8_attention:
             attention, attention_back = attention / FP8_ATTENTION, attention_back / FP8_ATTENTION
@@ -220,14 +225,14 @@ class _At(NamedTuple):
             sent = 2 * tokens * (self.cp - 1) * width
             near = tp * self.cp <= device.domain
             links += 2 * sent / (NVLINK * device.nvlink if near else NETWORK * device.network)
-        forward = Breakdown(plain, attention, experts, glue / 3, host / 3, exchange, links / 2)
+        forward = Breakdown(plain, attention, experts, glue / 3, host / 3, there, links / 2)
         backward = Breakdown(
             plain + weight,
             attention_back,
             experts + weights,
             glue * 2 / 3,
             host * 2 / 3,
-            exchange,
+            back,
             links / 2,
         )
         if recompute == "full":
