@@ -66,6 +66,7 @@ def test_the_picture_has_every_piece(tmp_path: Path) -> None:
     text = file.read_text()
     found = re.search(r'id="figures">(.*?)</script>', text, re.DOTALL)
     assert found is not None and TINY in text
+    assert 'data-column="cost"' in text  # on a phone, where a row is too wide
     figures = json.loads(found[1])
     assert sorted(figures) == ["memory-0", "seconds-0", "timeline-0"]
     assert sum(len(bars["base"]) for bars in figures["timeline-0"]["data"]) >= 2 * 2

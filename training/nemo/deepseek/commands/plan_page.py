@@ -55,7 +55,7 @@ def plan_page(
         [re.sub(r"(?<=\d) (?=%|\wi?B)", "\N{NO-BREAK SPACE}", cell) for cell in row] for row in rows
     ]
     panels = [
-        Panel("layouts", "Fastest layouts", body=html_table(columns, whole), wide=True),
+        Panel("layouts", "Fastest layouts", body=html_table(columns, whole, named=True), wide=True),
         _timeline(best),
         _seconds(best),
         _memory(best, room),

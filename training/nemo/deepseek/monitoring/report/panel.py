@@ -260,20 +260,32 @@ def _decayed(values: list[float], keep: float) -> np.ndarray:
     return np.array(list(accumulate(values, lambda total, value: keep * total + value)))
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: str = "") -> str:
-    """An HTML table; ``numbers`` holds an ``r`` for every column aligned right, as in ``l r r``."""
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: str = "", named: bool = False
+) -> str:
+    """An HTML table.
+
+    Args:
+        columns: their names.
+        rows: of cells.
+        numbers: holds an ``r`` for every column aligned right, as in ``l r r``.
+        named: each cell knows its column's name, for screens too narrow for a row.
+    """
     align = numbers.split() or ["l"] * len(columns)
     classes = ['class="num"' if kind == "r" else "" for kind in align]
 
-    def cells(tag: str, row: Sequence[str]) -> str:
+    def cells(tag: str, row: Sequence[str], names: Sequence[str]) -> str:
         return "".join(
-            f"<{tag} {kind}>{html.escape(str(cell))}</{tag}>"
-            for kind, cell in zip(classes, row, strict=True)
+            f"<{tag} {kind}{name}>{html.escape(str(cell))}</{tag}>"
+            for kind, cell, name in zip(classes, row, names, strict=True)
         )
 
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    plain = [""] * len(columns)
+    names = [f' data-column="{html.escape(column)}"' for column in columns] if named else plain
+    body = "".join(f"<tr>{cells('td', row, names)}</tr>" for row in rows)
+    head = cells("th", columns, plain)
     return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{cells("th", columns)}</tr></thead>'
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
