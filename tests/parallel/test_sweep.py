@@ -1,8 +1,11 @@
 """What the sweep calls rounding: only what no order of summing computes better."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from deepseek.config import changed
 from support import sweep
 from support.layouts import Case, conditioning, small_config
 
@@ -59,12 +62,17 @@ def test_single_tensors(
     assert found == ({GRADIENT: max(own, moved)} if excused else {})
 
 
-@pytest.mark.parametrize("own, excused", [(2.0, True), (0.5, False)])
-def test_a_state_of_a_gradient_without_a_digit(
-    monkeypatch: pytest.MonkeyPatch, own: float, excused: bool
+@pytest.mark.parametrize("length, excused", [(2, True), (8, False)])
+def test_a_gradient_that_is_zero(
+    monkeypatch: pytest.MonkeyPatch, length: int, excused: bool
 ) -> None:
-    """It may by chance move less than its gradient does."""
-    state, moved = "exp_avg_sq.head.weight", {GRADIENT: own, "exp_avg_sq.head.weight": 0.8}
-    monkeypatch.setattr(sweep, "rounding", lambda case: moved)
-    found = sweep.ill_conditioned(FP64, {state: 0.9}, 1e-12)
+    """Of two tokens the second MTP block predicts nothing from more than one: its queries see one
+    key, whatever they are."""
+    plain = {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.0, "data.seq_length": length}
+    case = replace(FP64, config=changed(FP64.config, plain))
+    state = "exp_avg_sq.mtp.0.block.attn.wq_b.weight"
+    assert ("mtp.0.block.attn.wq_b.weight" in sweep.without_gradient(case)) is excused
+    monkeypatch.setattr(sweep, "rounding", lambda case: {state: 0.8})
+    found = sweep.ill_conditioned(case, {state: 0.9}, 1e-12)
     assert found == ({state: 0.8} if excused else {})
+    assert sweep.ill_conditioned(case, {"exp_avg_sq.head.weight": 0.9}, 1e-12) == {}

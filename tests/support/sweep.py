@@ -11,15 +11,17 @@ the last bit, moves by as much. So may in fp32 a metric or a sum over tensors, b
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
 import time
+from dataclasses import replace
 
 import torch
 
 from support.draw import draw_cases
-from support.layouts import METRICS, Case, compare, conditioning, rounding, worst
+from support.layouts import METRICS, Case, compare, conditioning, in_one_process, rounding, worst
 from support.ranks import RankFailed
 
 MOST_SHOWN = 12
@@ -27,6 +29,8 @@ MOST_SHOWN = 12
 ALLOWED = {"float64": 1e-12, "float32": 1e-5}
 ROUNDED_MOST = {torch.float64: 1e-9, torch.float32: 1e-4}
 """A tensor that one process computes worse than that is no matter of rounding."""
+NOTHING = 1e-14
+"""Of the whole gradient: what rounding leaves of a sum that is zero."""
 
 
 def main() -> int:
@@ -102,9 +106,7 @@ def ill_conditioned(case: Case, far: dict[str, float], allowed: float) -> dict[s
     own, found = rounding(case), dict[str, float]()
     exact = conditioning(case) if case.dtype == torch.float32 else {}
     most = ROUNDED_MOST[case.dtype]
-    noise = {
-        weight_of(name) for name, moved in own.items() if name.startswith("gradient.") and moved > 1
-    }
+    noise = without_gradient(case)
     for name in far.keys() & own.keys():
         if exact and (name in METRICS or name.startswith("all.")):
             moved, factor = exact[name], 2
@@ -115,6 +117,19 @@ def ill_conditioned(case: Case, far: dict[str, float], allowed: float) -> dict[s
         if (excused and far[name] <= factor * moved) or weight_of(name) in noise:
             found[name] = moved
     return found
+
+
+def without_gradient(case: Case) -> set[str]:
+    """Weights whose gradient is zero by the function that is computed, as that of a query which
+    sees one key: what one process in fp64 has of it is as small as rounding errors are."""
+    tensors = in_one_process(replace(case, dtype=torch.float64)).tensors()
+    norms = {
+        weight_of(name): tensor.double().norm().item()
+        for name, tensor in tensors.items()
+        if name.startswith("gradient.")
+    }
+    most = NOTHING * math.hypot(*norms.values())
+    return {name for name, norm in norms.items() if norm <= most}
 
 
 def weight_of(name: str) -> str:
