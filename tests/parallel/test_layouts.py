@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from deepseek.config.schema import DataConfig, OptimConfig, SchedConfig
+from deepseek.config.schema import DataConfig, OptimConfig, SchedConfig, changed
 from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.router import Router, Routing
 from deepseek.ops.cross_entropy import IGNORE_INDEX
@@ -96,7 +96,9 @@ def test_drawn_layout_in_fp64(number: int) -> None:
 
 @pytest.mark.parametrize("number", [pytest.param(0, marks=nightly), 1])
 def test_drawn_layout_in_fp32(number: int) -> None:
-    assert_exact(draw_cases(2, torch.float32, 12)[number])
+    case = draw_cases(2, torch.float32, 12)[number]
+    # What is kept in bf16 may round the other way, as below.
+    assert_exact(replace(case, config=changed(case.config, {"optim.moments_dtype": "fp32"})))
 
 
 CHOSEN = {  # those of a name one after another on the same ranks
