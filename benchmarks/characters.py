@@ -1,0 +1,197 @@
+"""Learning per second on a CPU: ``shakespeare_char`` against a dense GPT of nanoGPT's recipe.
+
+    python benchmarks/characters.py                       the built-in corpus, byte by byte
+    python benchmarks/characters.py --data data/shakespeare --steps 2000
+
+nanoGPT's recipe for laptops, its known hyper-parameters: 4 layers, 4 heads, 128 wide, 12 sequences
+of 64 tokens, no dropout, AdamW with betas (0.9, 0.99) at 1e-3, 100 steps of warm-up, then a cosine
+to 1e-4. Both sides read the same tokens in the same order, are validated on the same sequences, and
+take turns, some steps each, in one process; the clock is of CPU time, so that what else runs here
+does not count, and stands still in validations. The last line is what matters: both losses when the
+dense model has made its last step. Learning rates come down at the end of ``--steps``: the losses
+of a shorter run are not those on the way of a longer one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek.config import load_config
+from deepseek.config.schema import ModelConfig
+from deepseek.data.loader import Batch, build_train_loader, build_validation_loader
+from deepseek.data.open_data import open_data
+from deepseek.parallel.cpu_memory import keep_freed_memory
+from deepseek.training.step import DeepSeekModel
+
+WIDTH, LAYERS, HEADS = 128, 4, 4
+
+
+class DenseBlock(nn.Module):
+    """Pre-norm attention and GELU feed-forward, four times as wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = (nn.LayerNorm(WIDTH, bias=False) for _ in range(2))
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.up = nn.Linear(WIDTH, 4 * WIDTH, bias=False)
+        self.down = nn.Linear(4 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        qkv_BSNH = self.qkv(self.norm_1(x_BSD)).unflatten(-1, (3 * HEADS, -1)).transpose(1, 2)
+        y_BNSH = F.scaled_dot_product_attention(*qkv_BSNH.chunk(3, dim=1), is_causal=True)
+        x_BSD = x_BSD + self.out(y_BNSH.transpose(1, 2).flatten(2))
+        return x_BSD + self.down(F.gelu(self.up(self.norm_2(x_BSD))))
+
+
+class DenseGPT(nn.Module):
+    """Learnt positions, head and embedding one matrix; start values as GPT-2's."""
+
+    def __init__(self, vocab_size: int, length: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, WIDTH)
+        self.places = nn.Embedding(length, WIDTH)
+        self.blocks = nn.Sequential(*(DenseBlock() for _ in range(LAYERS)))
+        self.norm = nn.LayerNorm(WIDTH, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                last = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * LAYERS) if last else 0.02)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Logits (B, S, V)."""
+        places_S = torch.arange(tokens_BS.shape[1])
+        x_BSD = self.blocks(self.tokens(tokens_BS) + self.places(places_S))
+        return F.linear(self.norm(x_BSD), self.tokens.weight)
+
+
+@dataclass
+class Side:
+    """One of the two."""
+
+    name: str
+    step: Callable[[Batch], None]
+    validate: Callable[[], float]
+    """Nats a token."""
+    seconds: float = 0.0
+    """Of CPU time, in steps."""
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
+    """Steps, seconds, validation loss."""
+
+
+def main() -> None:
+    """Print both curves, keep them as JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="prefix of prepared data, else the built-in corpus")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--every", type=int, default=100, help="steps of a turn")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("overrides", nargs="*", help="of the configuration: a.b=c")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    data = [] if args.data is None else [f"model.data.data_prefix={args.data}"]
+    model = load_config("shakespeare_char", [*data, *args.overrides]).model
+    opened = open_data(model)
+    assert opened.validation is not None
+    checked = list(build_validation_loader(opened.validation, model, limit_batches=20))
+    sides = [ours(model, args.steps, checked), dense(model, args.steps, checked)]
+    batches = [iter(build_train_loader(opened.train, model, max_steps=args.steps)) for _ in sides]
+    print(f"{args.threads} threads, load {os.getloadavg()[0]:.1f}; CPU seconds", flush=True)
+    for done in range(args.every, args.steps + 1, args.every):
+        for side, source in zip(sides, batches, strict=True):
+            for _ in range(args.every):
+                batch = next(source)
+                begin = time.process_time()
+                side.step(batch)
+                side.seconds += time.process_time() - begin
+            side.curve.append((done, round(side.seconds, 2), round(side.validate(), 4)))
+        print(
+            f"step {done:>5}  "
+            + "  ".join(f"{s.name} {s.curve[-1][1]:8.1f} s {s.curve[-1][2]:.4f}" for s in sides),
+            flush=True,
+        )
+    mine, theirs = sides
+    at = sum(theirs.seconds >= seconds for _, seconds, _ in mine.curve)
+    print(
+        f"after {theirs.seconds:.0f} s: {mine.name} {loss_at(mine, theirs.seconds):.4f} (step "
+        f"{at * args.every}), {theirs.name} {theirs.curve[-1][2]:.4f}"
+    )
+    if args.output is not None:
+        args.output.write_text(json.dumps({s.name: s.curve for s in sides}, indent=1) + "\n")
+
+
+def loss_at(side: Side, seconds: float) -> float:
+    """The last loss of the curve that was there by then; NaN before the first."""
+    return next((loss for _, when, loss in reversed(side.curve) if when <= seconds), math.nan)
+
+
+def ours(model: ModelConfig, steps: int, checked: Sequence[Batch]) -> Side:
+    """The shipped configuration."""
+    module = DeepSeekModel(model, seed=1, max_steps=steps)
+    optimizer = module.configure_optimizers()
+
+    @torch.no_grad()
+    def validate() -> float:
+        module.on_validation_epoch_start()
+        for number, batch in enumerate(checked):
+            module.validation_step(batch, number)
+        module.on_validation_epoch_end()
+        assert module.validation_record is not None
+        return module.validation_record.val_loss
+
+    def step(batch: Batch) -> None:
+        module.train_step(batch, optimizer)
+
+    return Side("ours", step, validate)
+
+
+def dense(model: ModelConfig, steps: int, checked: Sequence[Batch]) -> Side:
+    """The dense model with the recipe's optimiser and schedule."""
+    torch.manual_seed(1)
+    gpt = DenseGPT(model.vocab_size, model.data.seq_length)
+    matrices = [p for p in gpt.parameters() if p.dim() > 1]
+    vectors = [p for p in gpt.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=True)
+    done = 0
+
+    def loss_of(batch: Batch) -> Tensor:
+        return F.cross_entropy(gpt(batch["tokens"]).flatten(0, 1), batch["labels"].flatten())
+
+    def step(batch: Batch) -> None:
+        nonlocal done
+        part = min(1.0, max(0, done - 100) / max(1, steps - 100))
+        decayed = 1e-4 + 0.5 * (1 + math.cos(math.pi * part)) * 9e-4
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (done + 1) / 100 if done < 100 else decayed
+        loss_of(batch).backward()
+        nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        done += 1
+
+    @torch.no_grad()
+    def validate() -> float:
+        labels = [int((batch["labels"] >= 0).sum()) for batch in checked]
+        losses = [float(loss_of(batch)) * n for batch, n in zip(checked, labels, strict=True)]
+        return sum(losses) / sum(labels)
+
+    return Side("dense", step, validate)
+
+
+if __name__ == "__main__":
+    main()
