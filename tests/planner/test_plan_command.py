@@ -82,7 +82,7 @@ def test_a_layout_that_does_not_fit_its_cluster_is_no_obstacle() -> None:
 
 def test_what_is_refused() -> None:
     refused: list[tuple[dict[str, object], str]] = [
-        ({"gpu": "H1000"}, r"GPU 'H1000' is not known; use H100 of .*B200"),
+        ({"gpu": "H1000"}, r"GPU 'H1000' is not known; use H100, or one of .*B200"),
         ({"memory": 1.0}, r"--memory 1: of a GPU, in GiB, 2 of which"),
         ({"tokens": -1.0}, r"--tokens -1: must be above 0"),
         (

@@ -23,7 +23,9 @@ def test_names_as_people_and_drivers_write_them() -> None:
 
 
 def test_unknown_names_tell_the_nearest_and_all() -> None:
-    with pytest.raises(UserError, match=r"GPU 'H10' is not known; use H100 of .*A100, .*GB300"):
+    with pytest.raises(
+        UserError, match=r"GPU 'H10' is not known; use H100, or one of A100, .*GB300"
+    ):
         gpu_named("H10")
     with pytest.raises(UserError, match="use one of"):
         gpu_named("abacus")

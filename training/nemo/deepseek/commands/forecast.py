@@ -31,7 +31,7 @@ class Forecast(NamedTuple):
 
     def tell(self) -> None:
         """At the start of a run."""
-        say(f"expected     {self}, as predicted")
+        say(f"expected     {self}, as predicted for an idle machine")
 
     def compare(self, folder: Path) -> None:
         """At its end, with the median and the most memory of its last steps."""

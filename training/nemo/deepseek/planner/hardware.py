@@ -157,5 +157,5 @@ def gpu_named(text: str) -> Device:
         if any(re.fullmatch(rf"{name.upper()}(SXM\d*|NVL\d*)?", word) for word in words):
             return GPUS[name]
     near = nearest(text, GPUS, cutoff=0.4)
-    meant = f"use {near}" if near else "use one"
-    raise UserError(f"GPU {text!r} is not known; {meant} of {', '.join(GPUS)}")
+    meant = f"use {near}, or one of" if near else "use one of"
+    raise UserError(f"GPU {text!r} is not known; {meant} {', '.join(GPUS)}")
