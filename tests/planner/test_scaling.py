@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import deepseek
 from deepseek.commands.scaling import scaling
 from deepseek.config import UserError
 from deepseek.config.schema import changed
@@ -84,6 +86,23 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert {"2", "4", "GPUs", "with failures", "% of the time in steps that count"} <= set(texts)
     circles = [element for element in drawn.iter() if element.tag.endswith("circle")]
     assert len(circles) == 2 * (2 + 3 + 2 + 2)
+
+
+@pytest.mark.nightly
+def test_the_document_says_what_its_command_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(deepseek.__file__).parent / "docs"
+    told, file = (folder / "scaling.md").read_text(), tmp_path / "scaling.svg"
+    settings = ["model.global_batch_size=3840"]
+    assert f"--nodes 64 {settings[0]} --output" in told
+    scaling("deepseek_v3_671b", settings, gpu="H800", nodes=64, output=file)
+    assert file.read_text() == (folder / "scaling.svg").read_text()
+    rows = re.findall(r"│ ([\d,]+) +│.*?│ +([\d,]+) +│ +(\d+ %) ", capsys.readouterr().out)
+    weak, strong = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    assert len(weak) == len(strong) == 6 and (weak[0][0], weak[-1][0]) == ("512", "16,384")
+    for number in (weak[-1][1], weak[0][1], strong[-1][2]):
+        assert number in told, number
 
 
 def test_what_is_refused() -> None:
