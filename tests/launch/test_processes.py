@@ -454,6 +454,29 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         join(Processes.from_environment(TORCHRUN), "cuda", timedelta(seconds=1))
 
 
+def test_on_gpus_one_group_has_gloo_and_knows_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nccl connects at once and splits by the device; torch keeps its flight recorder."""
+    told: list[dict[str, object]] = []
+    for name in (*processes.FLIGHT_RECORDER, "TORCH_GLOO_LAZY_INIT"):
+        monkeypatch.setenv(name, "")  # so that it is as before after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.set_device", lambda number: None)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda **given: told.append(given))
+    monkeypatch.setattr(processes, "_store", torch.distributed.HashStore())
+    monkeypatch.setattr(processes, "_times_joined", 0)
+    monkeypatch.setattr(processes.atexit, "register", lambda call: None)
+    monkeypatch.setattr(processes, "let_open", lambda process, kind: None)
+    join(Processes.from_environment(TORCHRUN), "cuda", timedelta(seconds=7))
+    (given,) = told
+    assert (
+        given["device_id"] == torch.device("cuda", 1) and given["backend"] == "cpu:gloo,cuda:nccl"
+    )
+    assert (given["rank"], given["world_size"]) == (5, 8) and given["timeout"].total_seconds() == 7  # type: ignore[attr-defined]
+    assert os.environ["TORCH_FR_BUFFER_SIZE"] == "20000"
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == os.environ["TORCH_GLOO_LAZY_INIT"] == "1"
+
+
 def test_as_many_open_files_as_ranks_ask_for() -> None:
     """As far as the administrator lets; never fewer than before."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)

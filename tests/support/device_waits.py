@@ -48,7 +48,8 @@ def watched(work: Callable[[], object]) -> Watch:
         return note
 
     with pytest.MonkeyPatch.context() as patch, watch:
-        for owner, name in ((Tensor, "tolist"), (Tensor, "new_tensor"), (torch, "tensor")):
+        moves = ((Tensor, "cpu"), (Tensor, "numpy"), (Tensor, "new_tensor"), (torch, "tensor"))
+        for owner, name in ((Tensor, "tolist"), *moves):
             patch.setattr(owner, name, noted(owner, name))
         work()
     return watch
