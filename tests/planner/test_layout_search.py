@@ -134,11 +134,13 @@ def test_thousands_of_gpus() -> None:
 
 @pytest.mark.nightly
 def test_the_published_layout_is_among_the_best() -> None:
-    """V3's on 2048 H800, in the schedule nearest to its own: of all layouts that fit with its
-    micro-batch, and the configuration's recomputation, 5.7 % are faster."""
-    run = load_config("deepseek_v3_671b", ["model.pipeline_schedule=DualPipeV"])
+    """V3's on 2048 H800, in the schedule nearest to its own, and tokens that travel once to a
+    machine: of all layouts that fit with its micro-batch, and the configuration's recomputation,
+    4.2 % are faster."""
+    settings = ["model.pipeline_schedule=DualPipeV", "model.moe_ranks_per_node=8"]
+    run = load_config("deepseek_v3_671b", settings)
     h800, room = gpu_named("H800"), 78 * 2**30
     everything = search(run, h800, room, 100_000, [PLANNED[4], PLANNED[5]])
     (theirs,) = search(run, h800, room, 1, PLANNED)
     faster = sum(plan.estimate.seconds < theirs.estimate.seconds for plan in everything)
-    assert len(everything) > 1000 and faster < 0.06 * len(everything)
+    assert len(everything) > 1000 and faster < 0.05 * len(everything)
