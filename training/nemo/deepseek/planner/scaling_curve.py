@@ -147,6 +147,7 @@ FEATURES: dict[str, dict[str, object]] = {
     "experts' exchange on a side stream (DeepEP)": {
         "hidden_all_to_all": HIDDEN,
         "dedicated_sms": DEDICATED,
+        "every_copy": False,
     },
     "products in FP8": {},
     "whole steps as CUDA graphs": {"graphs": True},
