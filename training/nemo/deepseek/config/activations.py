@@ -461,7 +461,7 @@ def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: b
         sent=max(0, 12 * matrix - 4 * attention_parameters(model) // tp)
         * (reduces and trained and parted and apart),
         adapted=not trained,
-        stays=hidden + packed * (model.activations_checkpoint_granularity == "selective"),
+        stays=packed * (model.activations_checkpoint_granularity == "selective"),
         recomputes=recomputes,
         waits=waits,
         apart=apart,

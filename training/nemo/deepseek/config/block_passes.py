@@ -64,7 +64,7 @@ class Sizes(NamedTuple):
     adapted: bool
     """Products have adapters beside them: each makes three results."""
     stays: int
-    """Of what waits, what a recomputation makes no part of: the input, arrived rows."""
+    """Of what waits, what a recomputation is given and does not keep: rows that have arrived."""
     recomputes: bool
     waits: int
     """What waits for the backward pass: all that is kept, or if it recomputes, its share."""

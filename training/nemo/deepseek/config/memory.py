@@ -376,6 +376,9 @@ def rank_need(
         states = kept.weights + kept.optimizer
         return RankNeed(states, gathered, gradients, activations, ends * hidden, working)
 
+    # What is gathered at once, of a block or of its experts.
+    newest = (units[-1][0] - units[-1][2] or units[-1][0]) if units else 0
+
     # Where all go forward first there is no gradient yet, and one less waits when there is.
     forward_first = len(waits) == 1 and all(n == micro_batches for n in held.values())
     less = sum(of_one) if forward_first and micro_batches > 1 else 0
@@ -446,16 +449,21 @@ def rank_need(
         )
         twice = moment(2, before, blocks, forward)
         if gives_back and units:
-            experts = units[-1][0] - units[-1][2] or units[-1][0]
-            twice = twice._replace(gathered=twice.gathered + experts * parted)
+            twice = twice._replace(gathered=twice.gathered + newest * parted)
         moments.append(twice)
         if depth:
             first = wait.size - (1 + depth) * table
             moments.append(twice._replace(activations=first))
+    if not gives_back and units:  # a first forward pass has what is gathered last there twice
+        begun = moment(2, 0, sum(of_one), forward)
+        moments.append(begun._replace(gathered=begun.gathered + newest * parted))
     for part, one in zip(stages, of_one, strict=True):
         if part.first:
             left = waits[0].size - one if layout.pp > 1 else 0
-            moments.append(moment(0, made(waits[0]) + of_block, left, looked_up + of_embedding))
+            # Of the first micro-batch to go back the gradient is the one that is made here.
+            first = 4 * numbers_of_head * trains * (forward_first and not reduces)
+            there = made(waits[0]) + of_block - first
+            moments.append(moment(0, there, left, looked_up + of_embedding))
     if reduces:  # the embedding comes last
         moments.append(moment(0, gradients - roots_part + (4 + number) * roots_gradient // 4, 0, 0))
     if model.optim.cpu_offload:  # two parameters' moments are here, those in bf16 once in fp32 too
