@@ -36,7 +36,7 @@ def test_rows(kind: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(pack_rows(back, kind), rows) and torch.equal(back[2], torch.zeros(columns))
     gaps = (torch.tensor(NF4).diff().max() / 2).item() if kind == "nf4" else 1 / 16
     assert ((back - w_OI).abs().amax(1) <= gaps * 1.01 * w_OI.abs().amax(1)).all()
-    monkeypatch.setattr(packed, "_AT_ONCE", 1)
+    monkeypatch.setattr(packed, "UNPACKED_AT_ONCE", 1)
     stack = unpack_rows(torch.stack([rows, rows]), columns, kind, torch.float32)
     assert torch.equal(stack, torch.stack([back, back]))
 

@@ -23,7 +23,7 @@ from deepseek.config.layout import (
     stages_of_rank,
 )
 from deepseek.config.schema import ModelConfig
-from deepseek.config.weights import lora_targets
+from deepseek.config.weights import UNPACKED_AT_ONCE, lora_targets
 
 ROW_ALIGNMENT = 16
 """Rows of every routed expert are padded to a multiple of this; ``ops/rows.py`` says why."""
@@ -390,10 +390,12 @@ def working_bytes(
         most = passes(_sizes(model, layout, moe, half, reduces))
         back = ahead = 0
         if model.peft is not None and model.peft.base_dtype:  # one stack or matrix, unpacked
-            width = model.intermediate_size
+            width = max(model.intermediate_size, model.num_attention_heads * model.v_head_dim)
+            width //= layout.tp
             if moe:
                 width = model.n_routed_experts // layout.ep * model.moe_intermediate_size
-            back = ahead = (2 if half else 4) * model.hidden_size * width
+            matrix = model.hidden_size * width
+            back = ahead = (2 if half else 4) * matrix + 9 * min(matrix, UNPACKED_AT_ONCE)
         if model.fp8_recipe:
             back = ahead = _rounding_bytes(model, layout, moe, half)
         if model.cpu_offloading_activations:  # originals till the block is done

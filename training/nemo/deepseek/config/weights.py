@@ -92,6 +92,8 @@ LORA_GROUPS = {
     for group in (_ATTN, _FFN, _EXPERTS)
 }
 """Names in ``model.peft.target_modules`` that stand for several matrices, and these."""
+UNPACKED_AT_ONCE = 1 << 24
+"""Numbers of packed rows that are unpacked at a time, which takes two fp32 copies of them."""
 PACKED_BLOCKS = {"nf4": 64, "fp8": 128}
 """Of each ``model.peft.base_dtype``: numbers of a row that share a scale."""
 

@@ -20,14 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepseek.config.weights import PACKED_BLOCKS, packed_row_bytes
+from deepseek.config.weights import PACKED_BLOCKS, UNPACKED_AT_ONCE, packed_row_bytes
 from deepseek.ops.autocast import as_products
 from deepseek.ops.fp8 import E4M3
 from deepseek.ops.grouped_linear import grouped_linear
 
 _LARGEST = {"nf4": 1.0, "fp8": 448.0}
-_AT_ONCE = 1 << 24
-"""Numbers that are unpacked at a time, which takes some fp32 copies of them."""
 # fmt: off
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -59,7 +57,7 @@ def unpack_rows(packed: Tensor, columns: int, kind: str, dtype: torch.dtype) -> 
     """uint8 (..., X) -> the weights (..., I): products of fp32, rounded to ``dtype`` once."""
     rows_RX = packed.flatten(0, -2)
     w_RI = torch.empty(rows_RX.shape[0], columns, dtype=dtype, device=packed.device)
-    at_once = max(1, _AT_ONCE // columns)
+    at_once = max(1, UNPACKED_AT_ONCE // columns)
     for part_RX, part_RI in zip(rows_RX.split(at_once), w_RI.split(at_once), strict=True):
         part_RI.copy_(_unpacked(part_RX, columns, kind))
     return w_RI.unflatten(0, packed.shape[:-1])
