@@ -455,7 +455,9 @@ def rank_need(
             first = wait.size - (1 + depth) * table
             moments.append(twice._replace(activations=first))
     if not gives_back and units:  # a first forward pass has what is gathered last there twice
-        begun = moment(2, 0, sum(of_one), forward)
+        several = len(stages) > 1  # whose schedules gather before they begin
+        at_work = 0 if several else forward
+        begun = moment(2, 0, 0 if several else sum(of_one), at_work)
         moments.append(begun._replace(gathered=begun.gathered + newest * parted))
     for part, one in zip(stages, of_one, strict=True):
         if part.first:
