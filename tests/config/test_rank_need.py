@@ -281,15 +281,6 @@ TERMS: dict[str, tuple[dict[str, Any], bool]] = {
         ),
         True,
     ),
-    "frozen matrices are unpacked by way of fp32": (
-        dict(
-            peft=replace(ADAPTERS, base_dtype="fp8"),
-            expert_model_parallel_size=2,
-            first_k_dense_replace=0,
-            n_routed_experts=64,
-        ),
-        True,
-    ),
     "attention goes back in two halves of a context": (
         dict(context_parallel_size=4, num_attention_heads=16), True,
     ),
