@@ -332,7 +332,22 @@ ONE_PROBLEM = [
         "trainer.devices=2 & model.expert_model_parallel_size=2 & "
         "model.overlap_moe_expert_parallel_comm=true",
         "model.overlap_moe_expert_parallel_comm",
-        ["would be ignored", "schedule=1F1B computes no two passes", "schedule=DualPipeV"],
+        ["would be ignored", "parallel_size=1 computes no two passes", "more with DualPipeV"],
+    ),
+    (
+        "trainer.devices=4 & model.expert_model_parallel_size=2 & model.global_batch_size=8 & "
+        "model.micro_batch_size=1 & model.pipeline_model_parallel_size=2 & "
+        "model.overlap_moe_expert_parallel_comm=true",
+        "model.overlap_moe_expert_parallel_comm",
+        ["schedule=1F1B computes no two passes", "schedule=DualPipeV"],
+    ),
+    (
+        f"{DEEP_EP} & trainer.precision=bf16-mixed & trainer.accelerator=gpu & trainer.devices=4 & "
+        "model.pipeline_model_parallel_size=2 & model.pipeline_schedule=DualPipeV & "
+        "model.global_batch_size=8 & model.micro_batch_size=1 & "
+        "model.overlap_moe_expert_parallel_comm=true",
+        "model.overlap_moe_expert_parallel_comm",
+        ["would be ignored, since model.moe_token_dispatcher_type=deepep", "use false"],
     ),
     (
         "trainer.devices=4 & model.expert_model_parallel_size=4 & model.micro_batch_size=1 & "

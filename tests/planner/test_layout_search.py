@@ -105,6 +105,25 @@ def test_what_is_given_stays() -> None:
     assert plans and {(shape(plan)[0], shape(plan)[4]) for plan in plans} == {(2, 2)}
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"moe_token_dispatcher_type": "alltoall"},
+        {"moe_ranks_per_node": 2, "moe_dispatch_fp8": True},
+        {"overlap_moe_expert_parallel_comm": True},
+        {"fp8_recipe": "blockwise"},
+        {"cpu_offloading_activations": True},
+    ],
+    ids=str,
+)
+def test_settings_that_some_layouts_cannot_have(settings: dict[str, object]) -> None:
+    """They stay, and no layout that comes out breaks a rule by them."""
+    run = a_run(8, 16, num_hidden_layers=4, n_routed_experts=8, micro_batch_size=1, **settings)
+    run = changed(run, {"trainer.accelerator": "gpu"})
+    plans = search(run, H100, float("inf"), 20, PLANNED[4:5])
+    assert plans and not any(joint_problems(plan.run, ()) for plan in plans)
+
+
 def test_what_is_tight_stands_last() -> None:
     run = a_run(4, 8, num_hidden_layers=4)
     fastest = search(run, H100, float("inf"), 1)[0]

@@ -77,7 +77,7 @@ def test_the_picture_has_every_piece(tmp_path: Path) -> None:
 def test_a_layout_that_does_not_fit_its_cluster_is_no_obstacle() -> None:
     """Neither is one that is illegal on the configured GPUs."""
     plan(TINY, ["model.micro_batch_size=auto"], nodes=1, gpus_per_node=2)
-    plan("deepseek_v3_8gpu", nodes=1, gpus_per_node=2)
+    plan("deepseek_v3_8gpu", ["model.moe_dispatch_fp8=true"], nodes=1, gpus_per_node=2)
 
 
 def test_what_is_refused() -> None:
@@ -97,6 +97,10 @@ def test_what_is_refused() -> None:
         (
             {"overrides": ["model.expert_model_parallel_size=3"]},
             r"no layout of 8 H100 .*: model.expert_model_parallel_size=3: does not div",
+        ),
+        (
+            {"overrides": ["model.moe_ranks_per_node=3"]},
+            r"is legal with model.moe_ranks_per_node=3; use null, or other --nodes",
         ),
     ]
     for options, words in refused:

@@ -13,6 +13,7 @@ from deepseek.commands.device import device_named
 from deepseek.commands.validate import RESERVED_GIB, USUAL_NODE, size_text
 from deepseek.config import UserError, shipped_configs
 from deepseek.config.batch_ramp import tokens_of_run
+from deepseek.config.errors import shown
 from deepseek.config.layout import PLANNED, Layout, world_size
 from deepseek.config.load import draft_config
 from deepseek.config.rules import check, joint_problems
@@ -25,6 +26,15 @@ from deepseek.planner.scaling_curve import gains, with_features
 from deepseek.planner.search import Plan, search, smallest
 
 LAYERS, MICRO_BATCH = "model.pipeline_layers_per_stage", "model.micro_batch_size"
+OF_EXPERTS = (
+    "model.moe_token_dispatcher_type",
+    "model.moe_ranks_per_node",
+    "model.moe_dispatch_fp8",
+    "model.overlap_moe_expert_parallel_comm",
+)
+"""Keys that stay as they are, and that only layouts with EP can have."""
+OF_OTHERS = ("model.fp8_recipe", "model.peft.base_dtype", "model.cpu_offloading_activations")
+"""Keys that stay, and that not all layouts can have."""
 COLUMNS = (
     "",
     "layout",
@@ -147,8 +157,8 @@ def cluster(
     layout: dict[str, object] = {key: LEAVES[key].default for key in PLANNED if key not in given}
     layout |= {} if LAYERS in given else {LAYERS: None}
     alone = {key: LEAVES[key].default for key in (*PLANNED, LAYERS)} | {
+        **{key: LEAVES[key].default for key in OF_EXPERTS},
         MICRO_BATCH: 1,
-        "model.moe_token_dispatcher_type": "auto",
         "trainer.devices": 1,
         "trainer.num_nodes": 1,
     }
@@ -358,10 +368,18 @@ def way_out(run: RunConfig, device: Device, room: float, fixed: Sequence[str]) -
         given = f" and {', '.join(fixed) if len(fixed) < 4 else 'the rest of the layout'} as given"
         told = f"no layout of {what} is legal with model.global_batch_size={batch}"
         told += given if fixed else ""
+        for key in OF_EXPERTS:
+            value, usual = value_at(run, key), LEAVES[key].default
+            if value != usual and smallest(changed(run, {key: usual}), device, fixed):
+                return (
+                    f"no layout of {what} is legal with {key}={shown(value)}"
+                    f"{given if fixed else ''}; use {shown(usual)}, or other --nodes"
+                )
         more = -(-batch // world) * world
         if smallest(changed(run, {"model.global_batch_size": more}), device, fixed) is None:
             alone = changed(run, {} if MICRO_BATCH in fixed else {MICRO_BATCH: 1})
-            faults = [str(p) for p in joint_problems(alone, ()) if p.field in fixed]
+            blamed = {*fixed, *OF_OTHERS}
+            faults = [str(p) for p in joint_problems(alone, ()) if p.field in blamed]
             return f"{told}: {'; '.join(faults) or 'use other --nodes'}"
         batches = " or ".join(map(str, sorted({max(1, batch // world) * world, more})))
         return f"{told}; use model.global_batch_size={batches}, or other --nodes"

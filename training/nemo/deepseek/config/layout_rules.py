@@ -386,15 +386,18 @@ def dispatchers(cfg: RunConfig) -> Iterator[Problem]:
             yield from idle(cfg, name, because, "model.expert_model_parallel_size=2 or more")
         return
     yield from _dispatch_per_node(cfg)
-    schedule = model.pipeline_schedule
-    if model.pipeline_model_parallel_size == 1 or schedule != "DualPipeV":
+    overlap, schedule = "model.overlap_moe_expert_parallel_comm", model.pipeline_schedule
+    if model.pipeline_model_parallel_size == 1:
+        because = "model.pipeline_model_parallel_size=1 computes no two passes at a time"
+        or_else = "model.pipeline_model_parallel_size=2 or more with DualPipeV"
+        yield from idle(cfg, overlap, because, or_else)
+    elif schedule != "DualPipeV":
         because = f"model.pipeline_schedule={schedule} computes no two passes at a time"
-        or_else = "model.pipeline_schedule=DualPipeV"
-        yield from idle(cfg, "model.overlap_moe_expert_parallel_comm", because, or_else)
+        yield from idle(cfg, overlap, because, "model.pipeline_schedule=DualPipeV")
     if model.moe_token_dispatcher_type != "deepep":
         return
     because = "model.moe_token_dispatcher_type=deepep sends tokens in its own way"
-    for name in ("model.moe_dispatch_fp8", "model.moe_ranks_per_node"):
+    for name in ("model.moe_dispatch_fp8", "model.moe_ranks_per_node", overlap):
         yield from idle(cfg, name, because, "model.moe_token_dispatcher_type=auto")
     faults = {
         f"runs on GPUs, and trainer.accelerator={cfg.trainer.accelerator}": "cpu"

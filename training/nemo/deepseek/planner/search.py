@@ -3,8 +3,8 @@
 Millions of layouts are legal (5.8 million of V3 on 2048 GPUs), so that they are not looked at one
 by one. Values are chosen key by key, and three things end a branch:
 
-    a rule is broken     ``config/layout_rules.py`` is the only judge; a rule that reads a key not
-                         yet chosen is asked again further down
+    a rule is broken     ``config/rules.py`` is the only judge; a rule that reads a key not yet
+                         chosen is asked again further down
     it does not fit      with the cheapest values of the keys still open
     it is not fast       a bound below the step time, from what is chosen already
 
@@ -16,26 +16,14 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple, cast
 
-from deepseek.config.errors import Problem, divisors
+from deepseek.config.errors import divisors
 from deepseek.config.layout import INTERLEAVED_SCHEDULES, PLANNED, V_SCHEDULES, Layout, world_size
-from deepseek.config.layout_rules import (
-    batch,
-    context_parallel,
-    data_parallel_shards,
-    expert_parallel,
-    gradient_reduction,
-    pipeline_micro_batches,
-    pipeline_settings,
-    pipeline_stages,
-    processes,
-    resharding,
-    tensor_parallel,
-)
+from deepseek.config.layout_rules import data_parallel_shards, expert_parallel
 from deepseek.config.memory import (
     SHORT,
     RankNeed,
@@ -45,7 +33,7 @@ from deepseek.config.memory import (
     reduces_gradients,
     reshards,
 )
-from deepseek.config.rules import dense_only
+from deepseek.config.rules import RULES
 from deepseek.config.schema import LEAVES, ModelConfig, RunConfig, changed, value_at
 from deepseek.planner.hardware import Device
 from deepseek.planner.job import Ranks, job_of_run
@@ -62,22 +50,6 @@ BY_REPLICAS = ("optimizer", "data-parallel exchange exposed")
 
 Choice = tuple[Any, ...]
 """Values of ``PLANNED`` in their order, or of the first ones."""
-
-RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
-    processes,
-    tensor_parallel,
-    context_parallel,
-    pipeline_settings,
-    pipeline_stages,
-    dense_only,
-    expert_parallel,
-    data_parallel_shards,
-    pipeline_micro_batches,
-    batch,
-    resharding,
-    gradient_reduction,
-)
-"""Those that read keys of ``PLANNED``."""
 
 OVER_REPLICAS = [RULES.index(expert_parallel), RULES.index(data_parallel_shards)]
 """Numbers of the rules of how data-parallel ranks share weights."""
