@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 
 from deepseek.config import RunConfig, load_config
-from deepseek.config.layout import PLANNED, Layout
+from deepseek.config.layout import INTERLEAVED_SCHEDULES, PLANNED, Layout
 from deepseek.config.memory import rank_needs
 from deepseek.config.rules import joint_problems
 from deepseek.config.schema import changed, value_at
@@ -60,6 +60,12 @@ def test_it_finds_all_that_the_rules_allow(
     assert {shape(plan) for plan in plans} == every_legal(run)
     times = [plan.estimate.seconds for plan in plans]
     assert times == sorted(times)
+    for plan in plans:  # stages are not alike: the last has the head
+        if plan.estimate.job.schedule in INTERLEAVED_SCHEDULES:
+            parts = plan.estimate.parts
+            after = parts["optimizer"] + parts["data-parallel exchange exposed"]
+            played = plan.estimate.timeline().seconds + after
+            assert plan.estimate.seconds == pytest.approx(played, rel=1e-6)
 
 
 @pytest.mark.parametrize("devices", [4, 6])
@@ -155,11 +161,11 @@ def test_thousands_of_gpus() -> None:
 def test_the_published_layout_is_among_the_best() -> None:
     """V3's on 2048 H800, in the schedule nearest to its own, and tokens that travel once to a
     machine: of all layouts that fit with its micro-batch, and the configuration's recomputation,
-    4.2 % are faster."""
+    2.7 % are faster."""
     settings = ["model.pipeline_schedule=DualPipeV", "model.moe_ranks_per_node=8"]
     run = load_config("deepseek_v3_671b", settings)
     h800, room = gpu_named("H800"), 78 * 2**30
     everything = search(run, h800, room, 100_000, [PLANNED[4], PLANNED[5]])
     (theirs,) = search(run, h800, room, 1, PLANNED)
     faster = sum(plan.estimate.seconds < theirs.estimate.seconds for plan in everything)
-    assert len(everything) > 1000 and faster < 0.05 * len(everything)
+    assert len(everything) > 1000 and faster < 0.035 * len(everything)

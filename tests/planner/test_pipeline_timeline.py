@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from deepseek.planner.pipeline_timeline import StageTime, pipeline_seconds, play
+from deepseek.planner.pipeline_timeline import (
+    ROUNDS,
+    StageTime,
+    interleaved_bound,
+    interleaved_seconds,
+    pipeline_seconds,
+    play,
+)
 
 HELD = {
     "GPipe": 1,
@@ -60,3 +69,25 @@ def test_closed_form_agrees(schedule: str, backward: float) -> None:
             mine = [tuple(range(rank, ranks * held, ranks)) for rank in range(ranks)]
         closed = pipeline_seconds(schedule, mine, times, count)
         assert closed == pytest.approx(played, rel=0.035), (ranks, count)
+
+
+@pytest.mark.parametrize("schedule", ["Interleaved1F1B", "InterleavedZeroBubble"])
+def test_uneven_stages_of_interleaved_schedules(schedule: str) -> None:
+    """Drawn ones: told without intervals as they are played, and never less than their bound."""
+    draw = random.Random(0)
+    for _ in range(60):
+        ranks, held, rounds = draw.choice((2, 3, 4, 8)), draw.choice((2, 3)), draw.choice((1, 2, 5))
+        count = rounds * (ranks + draw.randrange(-(-ranks // rounds)))
+        spread, hop = draw.choice((0.1, 0.3, 0.6)), draw.choice((0.0, 0.02, 0.1))
+        times = []
+        for _ in range(ranks * held):
+            forward = 1 + spread * draw.uniform(-1, 1)
+            times.append(StageTime(forward, draw.uniform(1.8, 3) * forward, forward))
+        played = play(schedule, ranks, times, count, hop).seconds
+        assert interleaved_seconds(schedule, ranks, times, count, hop) == pytest.approx(played)
+        assert interleaved_bound(schedule, ranks, times, count, hop) <= played * (1 + 1e-9)
+    count = 3 * ROUNDS * ranks  # of so many rounds, most are not played
+    played = play(schedule, ranks, times, count, hop).seconds
+    assert interleaved_seconds(schedule, ranks, times, count, hop) == pytest.approx(
+        played, rel=0.01
+    )

@@ -6,7 +6,8 @@ by one. Values are chosen key by key, and three things end a branch:
     a rule is broken     ``config/rules.py`` is the only judge; a rule that reads a key not yet
                          chosen is asked again further down
     it does not fit      with the cheapest values of the keys still open
-    it is not fast       a bound below the step time, from what is chosen already
+    it is not fast       a bound below the step time, from what is chosen already; pipelines of
+                         interleaved stages are played only once their bound is the lowest of all
 
 The branch with the lowest bound goes first, as in A*: when a whole layout comes out, no other can
 be faster, and what comes out is in order.
@@ -131,8 +132,10 @@ class _Node(NamedTuple):
     chosen: Choice
     rules: Sequence[int]
     """Numbers of those that are still undecided."""
-    known: Plan | StepEstimate | None
-    """A whole layout; or the estimate that ``bound`` comes from."""
+    plan: Plan | None
+    """A whole layout."""
+    asked: int = 0
+    """Of a shape, estimates that ``bound`` comes from: none, what it takes at least, its own."""
 
 
 class _Search:
@@ -165,10 +168,10 @@ class _Search:
         heap = [_Node(0.0, len(PLANNED), 0, 0, (), range(len(RULES)), None)]
         while heap and len(plans) < self._top:
             node = heapq.heappop(heap)
-            if isinstance(node.known, Plan):
+            if node.plan is not None:
                 if node.chosen[:VIRTUAL] not in shown:  # else it differs in who keeps what alone
                     shown.add(node.chosen[:VIRTUAL])
-                    plans.append(node.known)
+                    plans.append(node.plan)
                 continue
             if node.chosen[:VIRTUAL] not in shown:
                 for further in self._further(node):
@@ -181,15 +184,17 @@ class _Search:
         if known == RECOMPUTE and not self._may_hold(node.chosen):
             return
         if known == VIRTUAL and not self._by_memory:
-            if node.known is None:
-                estimate = self._estimate(node.chosen)
+            if node.asked == 1 and not self._may_fit(node.chosen):
+                return  # takes longest, so that few are asked
+            plays = node.chosen[RECOMPUTE] in INTERLEAVED_SCHEDULES
+            if node.asked < 1 + plays:
+                estimate = self._estimate(node.chosen, least=node.asked == 0)
                 bound = estimate.seconds
                 if node.chosen[1] == 1 or self._gpu.cpu:  # else its ranks share in one way only
                     bound -= sum(estimate.parts[part] for part in BY_REPLICAS)
                 bound = max(node.bound, bound)
-                yield node._replace(bound=bound, number=next(self._numbers), known=estimate)
-                return
-            if not self._may_fit(node.chosen):  # takes longest, so that few are asked
+                asked = node.asked + 1
+                yield node._replace(bound=bound, number=next(self._numbers), asked=asked)
                 return
         for value in self._values(node.chosen):
             chosen = (*node.chosen, value)
@@ -207,7 +212,7 @@ class _Search:
             left = len(PLANNED) - known - 1
             size, number = plan.most if plan else 0, next(self._numbers)
             bound = max(bound, node.bound)
-            yield _Node(bound, left, size, number, chosen, rules, plan or node.known)
+            yield _Node(bound, left, size, number, chosen, rules, plan)
 
     def _values(self, chosen: Choice) -> Sequence[Any]:
         """Of the next key, those that differ."""
@@ -372,9 +377,9 @@ class _Search:
         keys = (path.removeprefix("model.") for path in PLANNED)
         return replace(self._run.model, **dict(zip(keys, chosen, strict=False)))
 
-    def _estimate(self, chosen: Choice) -> StepEstimate:
+    def _estimate(self, chosen: Choice, least: bool) -> StepEstimate:
         run = replace(self._run, model=self._model((*chosen, self._replicas(chosen))))
-        return predict_step(run, self._gpu, self._world)
+        return predict_step(run, self._gpu, self._world, least)
 
     def _plan(self, chosen: Choice) -> Plan | None:
         """A whole layout; None if it does not fit, or one of its shape is as good."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from deepseek.config.layout import INTERLEAVED_SCHEDULES
 from deepseek.config.memory import in_half
 from deepseek.config.schema import RunConfig
 from deepseek.planner.flops import Convention, flops_per_token
@@ -26,6 +27,8 @@ from deepseek.planner.pipeline_timeline import (
     Timeline,
     busy_seconds,
     even_seconds,
+    interleaved_bound,
+    interleaved_seconds,
     pipeline_seconds,
     play,
 )
@@ -64,13 +67,16 @@ class StepEstimate:
         return _played(self.job, self.stages, _hop(self.job, self.device))
 
 
-def predict_step(run: RunConfig, device: Device, gpus: int) -> StepEstimate:
-    """A step of a sound configuration on ``gpus`` GPUs, whatever its trainer section counts."""
+def predict_step(run: RunConfig, device: Device, gpus: int, least: bool = False) -> StepEstimate:
+    """A step of a sound configuration on ``gpus`` GPUs, whatever its trainer section counts.
+
+    ``least`` as in ``predict``.
+    """
     job = job_of_run(run, gpus)
     if device.cpu:
         half = in_half(run) and str(run.trainer.precision) != "auto"
         job = replace(job, precision="bf16" if half else "fp32")
-    return predict(job, device)
+    return predict(job, device, least=least)
 
 
 def predict(
@@ -78,6 +84,7 @@ def predict(
     device: Device,
     convention: Convention | None = None,
     efficiency: Efficiency | None = None,
+    least: bool = False,
 ) -> StepEstimate:
     """A step of any job.
 
@@ -86,6 +93,7 @@ def predict(
         device: on what.
         convention: how FLOPs are counted; None: causal, and MTP modules where there are any.
         efficiency: the constants; None: those of ``device``, or the fitted ones.
+        least: what the step takes at least, where a pipeline would have to be played, for searches.
     """
     convention = convention or Convention()
     blocks = block_times(job, device, efficiency)
@@ -101,6 +109,9 @@ def predict(
     full = job.schedule != "DualPipe" or (each % 2 == 0 and each >= 2 * ranks.pp)
     if ranks.pp > 1 and job.imbalance > 1 and full:
         pipeline = _played(job, times, hop).seconds * count / each
+    elif 1 < ranks.pp <= each and job.schedule in INTERLEAVED_SCHEDULES and len(of_kind) > 1:
+        seconds_of = interleaved_bound if least else _interleaved_seconds
+        pipeline = seconds_of(job.schedule, ranks.pp, tuple(times), each, hop) * count / each
     else:
         pipeline = pipeline_seconds(job.schedule, job.held, times, each, hop) * count / each
     loads = [busy_seconds(job.schedule, times, held) for held in job.held]
@@ -150,10 +161,19 @@ def _played(job: Job, times: Sequence[StageTime], hop: float) -> Timeline:
     return play(job.schedule, job.ranks.pp, times, count, hop, job.imbalance - 1)
 
 
+@lru_cache(maxsize=4096)
+def _interleaved_seconds(
+    schedule: str, ranks: int, times: tuple[StageTime, ...], micro_batches: int, hop: float
+) -> float:
+    """Asked again for each way to share weights."""
+    return interleaved_seconds(schedule, ranks, times, micro_batches, hop)
+
+
 def even_pipeline_seconds(job: Job, device: Device, pp: int, held: int) -> float:
     """Seconds of a pipeline without what comes after it, if all stages were alike.
 
-    No split of the blocks leaves the busiest rank less.
+    No split of the blocks leaves the busiest rank less. Ramps of interleaved stages, whose time is
+    played, are left out: a short first stage may make them shorter.
 
     Args:
         job: its stages do not matter; its ranks may be one of the pipeline's.
@@ -166,6 +186,8 @@ def even_pipeline_seconds(job: Job, device: Device, pp: int, held: int) -> float
     dual = job.schedule.startswith("DualPipe") and system.pairs_passes
     time = StageTime(*(value / (pp * held) for value in _stage_time(whole, system, dual)))
     count, hop = job.micro_batches, _hop(job, device)
+    if job.schedule in INTERLEAVED_SCHEDULES:
+        return busy_seconds(job.schedule, [time] * held, range(held)) * count
     each = max(1, count // job.flushes)
     return even_seconds(job.schedule, job.ranks.pp, held, time, each, hop) * count / each
 
