@@ -261,7 +261,7 @@ def test_it_begins_with_five_lines(capsys: pytest.CaptureFixture[str], tmp_path:
         "layout       32 processes on 4 nodes: DP 8, TP 2, PP 2 (1F1B, 2 stages), EP 8",
         "step         128 sequences x 1,024 = 131,072 tokens in 4 x 4 per forward pass; "
         "20,000 steps, 2.62 B tokens",
-        "memory       5.36 GiB of a GPU on the fullest rank, of which 572.26 MiB are weights and "
+        "memory       4.57 GiB of a GPU on the fullest rank, of which 572.26 MiB are weights and "
         "optimiser states",
         "data         built-in corpus, prepared by the first run that needs it",
     ]
@@ -355,7 +355,7 @@ def test_what_lies_on_the_host_is_told(capsys: pytest.CaptureFixture[str]) -> No
 def test_what_fits_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     validate("deepseek_v3_671b", memory=80)
     assert (
-        "needs 30.32 GiB (ranks 1920-2047) and 2 GiB for context and NCCL of --memory 80: fits"
+        "needs 30.21 GiB (ranks 1920-2047) and 2 GiB for context and NCCL of --memory 80: fits"
         in capsys.readouterr().out
     )
     validate("deepseek_v3_671b", memory=33)

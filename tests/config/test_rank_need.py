@@ -285,6 +285,27 @@ TERMS: dict[str, tuple[dict[str, Any], bool]] = {
         dict(context_parallel_size=4, num_attention_heads=16), True,
     ),
     "products in FP8 round what they are given": (dict(fp8_recipe="blockwise"), True),
+    "of adapters' models embedding and head are gathered in two places": (
+        dict(
+            peft=replace(ADAPTERS, base_dtype="nf4"), vocab_size=65536, reshard_after_forward=True,
+            first_k_dense_replace=2, hidden_size=4096, data=replace(V3.data, seq_length=1024),
+        ),
+        True,
+    ),
+    "replicas keep what they add up": (
+        dict(
+            data_parallel_replicate_size=2, reduce_gradients=True, vocab_size=65536,
+            hidden_size=2048, data=replace(V3.data, seq_length=1024),
+        ),
+        True,
+    ),
+    "the only block of a stage lies on the host": (
+        dict(
+            cpu_offloading_activations=True, activations_checkpoint_granularity=None,
+            pipeline_model_parallel_size=2, first_k_dense_replace=2, intermediate_size=2048,
+        ),
+        True,
+    ),
     "blocks lie on the host": (
         dict(
             cpu_offloading_activations=True, activations_checkpoint_granularity=None,

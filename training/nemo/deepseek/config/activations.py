@@ -358,7 +358,9 @@ def stage_passes(
     """``working_bytes`` of the costliest of some stages. Where only the first blocks of a stage
     recompute, the others have gone back by then, and what they kept is gone."""
     if model.activations_checkpoint_num_layers is None:
-        return working_bytes(model, layout, block_kinds(model, stages), half, reduces)
+        depth = model.num_nextn_predict_layers
+        single = all(len(part.layers) + depth * part.last < 2 for part in stages)
+        return working_bytes(model, layout, block_kinds(model, stages), half, reduces, single)
     plain = replace(model, activations_checkpoint_granularity=None)
     forward = backward = 0
     for part in stages:
@@ -374,7 +376,12 @@ def stage_passes(
 
 
 def working_bytes(
-    model: ModelConfig, layout: Layout, kinds: set[bool], half: bool, reduces: bool = False
+    model: ModelConfig,
+    layout: Layout,
+    kinds: set[bool],
+    half: bool,
+    reduces: bool = False,
+    single: bool = False,
 ) -> Most:
     """Bytes of one block's passes, the costliest of ``kinds``, beside what waits for the second.
 
@@ -384,6 +391,7 @@ def working_bytes(
         kinds: of blocks, whether MoE.
         half: products are in 2 bytes.
         reduces: gradients are handed on after each micro-batch.
+        single: a stage has no other block.
     """
     forward = backward = 0
     for moe in kinds:
@@ -403,7 +411,8 @@ def working_bytes(
             if model.activations_checkpoint_granularity:
                 keeps = _kept_activations
             ahead += keeps(model, layout, moe, half)
-            back += 2 * keeps(model, layout, moe, half)  # and of the next to come back
+            # What comes back, and what is next to do so.
+            back += (1 if single else 2) * keeps(model, layout, moe, half)
         forward, backward = max(forward, most.forward + ahead), max(backward, most.backward + back)
     return Most(forward, backward)
 

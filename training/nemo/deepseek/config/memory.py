@@ -17,6 +17,7 @@ from deepseek.config.activations import (
     in_flight,
     stage_activations,
     stage_passes,
+    tokens_of_part,
     waiting,
     working_bytes,
 )
@@ -319,7 +320,7 @@ def rank_need(
     stages, held = rank_stages(model, pp_rank), in_flight(model, pp_rank, micro_batches)
     groups = _groups(model, layout, stages)
     kept = _states(model, groups, model.optim.name)
-    root = roots_gradient = roots_part = largest_part = alone = 0
+    root = roots_gradient = roots_part = largest_part = alone = entry = entry_part = 0
     units: list[tuple[int, int, int, int]] = []
     number, packed = 2 if half else 4, _packed_bytes(model)
     for numbers, times, unit in groups:
@@ -328,6 +329,8 @@ def rank_need(
         gathered -= round((number - packed) * numbers.packed_gathered)
         side = number * numbers.beside - round((number - packed) * numbers.packed_beside)
         if unit:
+            if times and not units:  # the first block's, but for experts that come later
+                entry, entry_part = side, 4 * numbers.trained
             units += times * [(gathered, 4 * numbers.whole, side, 4 * numbers.beside)]
             largest_part = max(largest_part, 4 * numbers.trained * (times > 0))
         else:
@@ -406,8 +409,10 @@ def rank_need(
         depth = model.num_nextn_predict_layers
         table = 4 * numbers_of_head * trains
         # A head in bf16 and its gradient's summand; logits and what they become.
-        chunk = 8 * model.vocab_size // layout.tp * CHUNK_TOKENS
-        if half and not trains and len(stages) == 1:  # the chunk before is still there
+        tokens = tokens_of_part(model, layout)
+        chunk = 8 * model.vocab_size // layout.tp * min(tokens, CHUNK_TOKENS)
+        # The chunk before is still there.
+        if half and not trains and len(stages) == 1 and tokens > CHUNK_TOKENS:
             chunk += chunk // 2
         chunk += 2 * numbers_of_head * (trains + (not parted)) * half
         chunk += hidden * layout.tp * (layout.tp > 1)  # of all tokens, gathered
@@ -454,8 +459,14 @@ def rank_need(
         if depth:
             first = wait.size - (1 + depth) * table
             moments.append(twice._replace(activations=first))
+    several = len(stages) > 1  # whose schedules gather before they begin
+    if parted and not several:
+        # What embedding and head are gathered in stays till the first block's weights are there.
+        later = gives_back and micro_batches > 1
+        waits_first = (waits[0].size - sum(of_one)) * later
+        begins = moment(0, made(waits[0]) * later, waits_first, hidden)
+        moments.append(begins._replace(gathered=2 * (root + entry)))
     if not gives_back and units:  # a first forward pass has what is gathered last there twice
-        several = len(stages) > 1  # whose schedules gather before they begin
         at_work = 0 if several else forward
         begun = moment(2, 0, 0 if several else sum(of_one), at_work)
         moments.append(begun._replace(gathered=begun.gathered + newest * parted))
@@ -466,8 +477,18 @@ def rank_need(
             first = 4 * numbers_of_head * trains * (forward_first and not reduces)
             there = made(waits[0]) + of_block - first
             moments.append(moment(0, there, left, looked_up + of_embedding))
-    if reduces:  # the embedding comes last
-        moments.append(moment(0, gradients - roots_part + (4 + number) * roots_gradient // 4, 0, 0))
+    if reduces:  # the embedding comes last, when no weights are gathered any more
+        # Of several replicas, what they have added up stays till all of a micro-batch is.
+        twice_there = gradients - roots_part if layout.dp_replicate > 1 and not at_once else 0
+        if twice_there:
+            first_block = stages[0]._replace(layers=stages[0].layers[:1], last=False)
+            one = stage_activations(model, layout, first_block, half)
+            under_way = made(waits[0]) + of_block + twice_there - entry_part
+            moments.append(moment(2, under_way, one, main))
+        sent = roots_gradient + roots_part * (1 + (layout.dp_shard == 1))
+        sent = max((4 + number) * roots_gradient // 4, sent)
+        last = gradients + twice_there - roots_part * at_once + sent
+        moments.append(moment(0, last, 0, 0)._replace(gathered=0))
     if model.optim.cpu_offload:  # two parameters' moments are here, those in bf16 once in fp32 too
         update = moment(0, kept.gradients, 0, 16 * _largest_trained(model, layout))
         moments.append(update._replace(gathered=0))
