@@ -58,8 +58,25 @@ def test_one_layout_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> N
     assert sent == pytest.approx(2 * 4 * micro_batches * 2 * 4096 * 7168 * 4 * 7, rel=0.05)
     once = ["model.micro_batch_size=2", "model.moe_ranks_per_node=8"]
     estimate("deepseek_v3_671b", once, "H200", 1024, as_json=True)
-    fewer = json.loads(capsys.readouterr().out)["sent_bytes"]["experts"]["network"]
-    assert fewer == pytest.approx(sent / 2, rel=1e-3)  # 3.5 of 4 nodes
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["sent_bytes"]["experts"]["network"] == pytest.approx(sent / 2, rel=1e-3)
+    assert figures["not_counted"] == []
+
+
+def test_settings_of_the_exchange_and_those_that_time_does_not_know(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = []
+    for more in ([], ["model.moe_dispatch_fp8=true", "model.optim.cpu_offload=true"]):
+        estimate("deepseek_v3_671b", more, "H800", as_json=True)
+        found.append(json.loads(capsys.readouterr().out))
+    sent = [figures["sent_bytes"]["experts"]["network"] for figures in found]
+    assert sent[1] / sent[0] == pytest.approx((1 + 1 / 128 + 2) / 4)
+    assert found[1]["step_time_s"] < found[0]["step_time_s"]
+    assert [figures["not_counted"] for figures in found] == [[], ["model.optim.cpu_offload=true"]]
+    estimate("deepseek_v3_base", ["model.fp8_recipe=blockwise"], "H100")
+    told = capsys.readouterr().out
+    assert "not counted  model.fp8_recipe=blockwise: memory is with it, time as without" in told
 
 
 def test_what_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,10 @@ from deepseek.commands.device import device_named
 from deepseek.commands.validate import cluster, size_text, summary
 from deepseek.config import RunConfig, UserError, load_config
 from deepseek.config.cost import count_parameters
+from deepseek.config.errors import shown
 from deepseek.config.layout import world_size
 from deepseek.config.memory import rank_needs
+from deepseek.config.schema import value_at
 from deepseek.console import say, table
 from deepseek.planner.cpu import resident_bytes
 from deepseek.planner.fitted_rows import FITTED_ROWS
@@ -59,6 +61,8 @@ def estimate(
         f"{step.tokens_per_s_per_gpu:,.0f} tokens/s and {step.tflops_per_gpu:,.0f} TFLOP/s a GPU"
     )
     say(f"{'MFU':<12} {step.mfu:.1%} of {device.peak}; FLOPs {step.convention}")
+    if without := not_counted(run):
+        say(f"{'not counted':<12} {', '.join(without)}: memory is with it, time as without")
     rows = [
         (part, _seconds(seconds), f"{seconds / step.seconds:.1%}")
         for part, seconds in step.parts.items()
@@ -79,6 +83,21 @@ def estimate(
             f"{size_text(most)} are more than the {size_text(round(device.memory))} of one "
             f"{device}; `deepseek plan {config} --gpu {device}` finds layouts that fit"
         )
+
+
+def not_counted(run: RunConfig) -> list[str]:
+    """Settings that the model of time does not know, as ``key=value``."""
+    keys = (
+        "model.peft",
+        "model.fp8_recipe",
+        "model.fp8_kernels",
+        "model.overlap_moe_expert_parallel_comm",
+        "model.optim.cpu_offload",
+        "model.cpu_offloading_activations",
+    )
+    values = ((key, value_at(run, key)) for key in keys)
+    told = {"model.peft": "model.peft"}
+    return [told.get(key) or f"{key}={shown(value)}" for key, value in values if value]
 
 
 def estimate_published(file: Path) -> None:
@@ -142,6 +161,7 @@ def _figures(run: RunConfig, step: StepEstimate) -> dict[str, Any]:
         "mfu": step.mfu,
         "mfu_peak_tflops": device.bf16 / 1e12,
         "seconds": step.parts,
+        "not_counted": not_counted(run),
         "sent_bytes": {
             what: {"network": far, "nvlink": near}
             for what, (far, near) in traffic(step.job, device).items()

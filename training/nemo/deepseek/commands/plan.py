@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.commands.device import device_named
+from deepseek.commands.estimate import not_counted
 from deepseek.commands.validate import RESERVED_GIB, USUAL_NODE, size_text
 from deepseek.config import UserError, shipped_configs
 from deepseek.config.batch_ramp import tokens_of_run
@@ -105,6 +106,8 @@ def plan(
     else:
         _show(config, found, device, room, total)
         table("fastest layouts", COLUMNS, rows)
+        if without := not_counted(run):
+            say(f"not counted: {', '.join(without)}: memory is with it, time as without")
     if explain and not as_json:
         _explain(found[0], device, fixed)
     if html is not None:
@@ -263,6 +266,7 @@ def _json(found: list[Plan], device: Device, total: float) -> dict[str, Any]:
         "gpus": world_size(run),
         "tokens": total,
         "mfu_peak_tflops": device.bf16 / 1e12,
+        "not_counted": not_counted(run),
         "flop_convention": str(found[0].estimate.convention),
         "gain_if_twice_as_fast": gains(found[0], device),
         "layouts": [

@@ -39,6 +39,8 @@ class System:
     """Each expert of a rank is a product of its own, launched by itself."""
     every_copy: bool = False
     """A token is sent to each of its experts, even to several of one domain or GPU (NCCL)."""
+    dispatches_fp8: bool = False
+    """Rows travel to experts in 8 bits, with a scale for each 128, whatever products are in."""
     fp8_attention: bool = False
     """Attention's products are in 8 bits, too."""
     drops_last_product: bool = False
@@ -158,7 +160,11 @@ def job_of_run(run: RunConfig, gpus: int) -> Job:
         layout.dp_replicate,
     )
     precision = str(run.trainer.precision)
-    system = replace(OURS, every_copy=model.moe_ranks_per_node is None)
+    system = replace(
+        OURS,
+        every_copy=model.moe_ranks_per_node is None,
+        dispatches_fp8=model.moe_dispatch_fp8,
+    )
     if precision != "32":
         system = replace(system, exchanged_bytes=6)
     return Job(

@@ -300,7 +300,7 @@ def sent_to_experts(
         ep: ranks that share the experts.
         tokens: of this GPU.
         precision: DeepSeek dispatches fp8 in 8 bits; else there and back go bf16 or fp32.
-        system: may send a token to each of its experts instead.
+        system: may send a token to each of its experts instead, or dispatch in 8 bits.
     """
     if ep == 1:
         return 0.0, 0.0
@@ -308,6 +308,8 @@ def sent_to_experts(
     domains = max(1, ep // domain)
     number = 4 if precision == "fp32" else 2
     there = 1.03 if precision == "fp8" and system.tuned else number
+    if system.dispatches_fp8:
+        there = 1 + 1 / 128
     copy = tokens * arch.hidden * (there + number)
     if system.every_copy:
         return copy * arch.top_k * (1 - domain / ep), copy * arch.top_k * (domain - 1) / ep
