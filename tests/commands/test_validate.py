@@ -25,7 +25,7 @@ from deepseek.commands.validate import (
 from deepseek.config import ConfigError, RunConfig, UserError, load_config, shipped_configs
 from deepseek.config.layout import Layout
 from deepseek.config.memory import gathered_bytes, host_needs, rank_need, state_memory
-from deepseek.config.schema import PeftConfig
+from deepseek.config.schema import PeftConfig, changed
 from deepseek.data.indexed import IndexedWriter
 from deepseek.models.transformer import Transformer
 from support.tiny_runs import small_run
@@ -350,6 +350,14 @@ def test_what_lies_on_the_host_is_told(capsys: pytest.CaptureFixture[str]) -> No
     *_, memory = placement_tables(run)
     assert memory.columns[-1] == "activations on the host"
     assert [row[-1] for row in memory.rows] == [size_text(host) for host in hosts]
+    run = changed(run, {"model.optim.cpu_offload": True})
+    both = dict(summary(run, on_gpu=True))["memory"]
+    assert "of the host's memory for activations and moments, " in both
+    run = changed(run, {"model.cpu_offloading_activations": False})
+    told = dict(summary(run, on_gpu=True))["memory"]
+    *_, memory = placement_tables(run)
+    (moments,) = re.findall(r"([\d.]+ \w+) of the host's for moments", memory.title)
+    assert f"; {moments} of the host's memory for moments, " in told
 
 
 def test_what_fits_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,9 +187,9 @@ def test_settings_that_slurm_would_not_take(
 
 
 def test_what_launch_refuses(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="choose one of .*: none was given"):
+    with pytest.raises(UserError, match="choose one of .*: none given"):
         launch("deepseek_v3_8gpu")
-    with pytest.raises(UserError, match="--slurm and --nemo-run was given"):
+    with pytest.raises(UserError, match="--slurm and --nemo-run given"):
         launch("deepseek_v3_8gpu", targets=["slurm", "nemo-run"])
     with pytest.raises(ConfigError, match="is not a multiple"):
         launch("deepseek_v3_8gpu", ["trainer.devices=3"], targets=["slurm"])

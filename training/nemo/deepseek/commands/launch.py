@@ -55,7 +55,7 @@ def launch(
         given = " and ".join(f"--{target}" for target in targets) or "none"
         raise UserError(
             "choose one of --slurm (a job for sbatch), --kubernetes, --jobset, --skypilot and "
-            f"--nemo-run: {given} was given"
+            f"--nemo-run: {given} given"
         )
     (name,) = targets
     settings = settings or JobSettings()

@@ -162,12 +162,22 @@ def summary(run: RunConfig, on_gpu: bool) -> list[tuple[str, str]]:
 
 
 def _on_host(run: RunConfig) -> str:
-    """What activations take of the memory of hosts, as it stands behind that of a GPU."""
-    if not run.model.cpu_offloading_activations:
+    """What a rank has in the memory of its host, as it stands behind that of a GPU."""
+    model, processes = run.model, min(world_size(run), run.trainer.devices)
+    kinds = ["activations"] * model.cpu_offloading_activations
+    kinds += ["moments"] * model.optim.cpu_offload
+    if not kinds:
         return ""
-    most, processes = max(host_needs(run)), min(world_size(run), run.trainer.devices)
+    most = max(map(sum, zip(host_needs(run), _moments_on_host(run), strict=True)))
     node = f", {size_text(most * processes)} of a node at most" if processes > 1 else ""
-    return f"; {size_text(most)} of the host's memory for activations{node}"
+    return f"; {size_text(most)} of the host's memory for {' and '.join(kinds)}{node}"
+
+
+def _moments_on_host(run: RunConfig) -> list[int]:
+    """Bytes of the ranks at each place of the pipeline."""
+    model, layout = run.model, Layout.of_run(run)
+    ranks = (rank_memory(model, layout, pp, model.optim.name) for pp in range(layout.pp))
+    return [rank.on_host for rank in ranks]
 
 
 def _ramp(model: ModelConfig) -> str:
@@ -426,8 +436,7 @@ def _memory(run: RunConfig) -> Table:
     most = max(need.total for need in needs)
     model, beside = run.model, ""
     if model.optim.cpu_offload:
-        of_ranks = (rank_memory(model, layout, pp, model.optim.name) for pp in range(layout.pp))
-        beside = f", and {size_text(max(rank.on_host for rank in of_ranks))} of the host's"
+        beside = f", and {size_text(max(_moments_on_host(run)))} of the host's for moments"
     title = f"memory of one rank on GPUs, at most {size_text(most)} with balanced experts{beside}"
     columns: tuple[str, ...] = (
         "ranks",
