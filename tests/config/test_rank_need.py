@@ -274,6 +274,9 @@ TERMS: dict[str, tuple[dict[str, Any], bool]] = {
     "the first stage's embedding has its gradient made": (
         dict(pipeline_model_parallel_size=2, vocab_size=65536), True,
     ),
+    "rows travel in FP8": (
+        dict(expert_model_parallel_size=8, moe_dispatch_fp8=True, first_k_dense_replace=0), True,
+    ),
     "experts with adapters go forward": (
         dict(
             peft=ADAPTERS, expert_model_parallel_size=2, first_k_dense_replace=0,

@@ -342,9 +342,14 @@ def _kept_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool)
         total += 4 * here * model.n_routed_experts
         total += 2 * product(slots, dim, inner) + product(slots, inner, dim)
         if layout.ep > 1:
-            total += rows * (number * dim + 4)
+            total += _travelling(model, rows) or rows * (number * dim + 4)
         width = model.n_shared_experts * inner // tp
     return total + 2 * product(tokens, dim, width) + product(tokens, width, dim) * (width > 0)
+
+
+def _travelling(model: ModelConfig, rows: int) -> int:
+    """Bytes of rows in FP8, their scales and weights, as they travel; 0: they do not."""
+    return rows * (model.hidden_size + -(-model.hidden_size // 128) + 4) * model.moe_dispatch_fp8
 
 
 def block_kinds(model: ModelConfig, stages: Sequence[StageSlice]) -> set[bool]:
@@ -431,13 +436,14 @@ def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: b
     whole = _block_activations(model, layout, moe, half)
     waits = _kept_activations(model, layout, moe, half) if recomputes else whole
     width = model.intermediate_size // tp
-    experts_kept = rows = packed = slots = narrow = matrix = 0
+    experts_kept = rows = packed = tiled = slots = narrow = matrix = 0
     if moe:
         inner, experts = model.moe_intermediate_size, model.n_routed_experts // layout.ep
         count = here * model.num_experts_per_tok
         padded = _slots(model, layout, count)
         rows, slots, narrow = (number * n for n in (count * dim, padded * dim, padded * inner))
         packed = rows + 4 * count if layout.ep > 1 else 0
+        tiled = _travelling(model, count)
         experts_kept = 2 * narrow + 4 * padded + _expert_inputs(model, padded, half)
         if layout.keeps_experts or not parted:
             experts_kept += 3 * 2 * experts * dim * inner * half
@@ -464,6 +470,7 @@ def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: b
         attention_matrix=stay * dim * heads * model.v_head_dim,
         rows=rows,
         packed=packed,
+        tiled=tiled,
         slots=slots,
         narrow=narrow,
         experts_kept=experts_kept,
@@ -472,7 +479,7 @@ def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: b
         sent=max(0, 12 * matrix - 4 * attention_parameters(model) // tp)
         * (reduces and trained and parted and apart),
         adapted=not trained,
-        stays=packed * (model.activations_checkpoint_granularity == "selective"),
+        stays=(tiled or packed) * (model.activations_checkpoint_granularity == "selective"),
         recomputes=recomputes,
         waits=waits,
         apart=apart,

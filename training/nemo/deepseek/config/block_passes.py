@@ -51,6 +51,8 @@ class Sizes(NamedTuple):
     """R x D."""
     packed: int
     """The same with weights behind the rows, as they travel; 0: they do not."""
+    tiled: int
+    """The same in FP8, as rows travel to the experts; 0: they do not."""
     slots: int
     """P x D."""
     narrow: int
@@ -117,15 +119,21 @@ def _forward(tape: _Tape, size: Sizes, stops: bool) -> None:
             _wide_result(tape, size)
         return
     # rows on their way, and what is computed meanwhile
-    tape.take(size.rows, 2 * size.packed)
+    there = size.tiled or size.packed
+    tape.take(size.rows)
+    tape.brief(3 * size.rows * (size.tiled > 0))  # rounded
+    tape.take(2 * there)
     if size.wide:
         tape.take(size.wide_kept)
         _wide_result(tape, size)
         tape.take(size.hidden)
     if size.packed:
-        tape.give(size.packed)
+        tape.give(there)
         tape.brief(size.rows)
-        tape.give(size.packed)
+        if size.tiled:
+            _taken_out_of_fp8(tape, size)
+            tape.brief(2 * size.rows)  # as it arrived, and sorted
+        tape.give(there)
     # experts
     tape.take(size.experts_kept)
     if stops and not size.adapted:
@@ -143,6 +151,11 @@ def _forward(tape: _Tape, size: Sizes, stops: bool) -> None:
     tape.brief((3 if size.packed else 1) * size.rows, size.hidden)
 
 
+def _taken_out_of_fp8(tape: _Tape, size: Sizes) -> None:
+    """Rows in FP8: their numbers; these, their scales, and what they give, as products take it."""
+    tape.brief(size.tiled, 3 * size.rows)
+
+
 def _wide_result(tape: _Tape, size: Sizes) -> None:
     results = size.gathered or size.hidden
     tape.brief(results * (3 if size.adapted else 1), size.hidden if size.gathered else 0)
@@ -156,6 +169,11 @@ def _backward(tape: _Tape, size: Sizes) -> None:
         return
     # results back to the experts
     tape.brief(2 * size.rows)
+    if size.tiled:
+        tape.brief(4 * size.rows)
+        tape.take(size.rows, size.tiled)
+        _taken_out_of_fp8(tape, size)
+        tape.give(size.rows, size.tiled)
     tape.brief(size.rows, size.slots)
     gradients = size.slots * (2 if size.adapted else 1)  # an adapter has a scaled one
     tape.take(gradients)
