@@ -127,10 +127,14 @@ def main() -> None:
     """Print the table, keep it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one small model, two rounds")
+    parser.add_argument("--only", metavar="WORDS", default="", help="cases whose name begins so")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
+    cases = QUICK if args.quick else CASES
+    if not (chosen := [case for case in cases if case.name.startswith(args.only)]):
+        parser.error(f"--only {args.only!r}: there are {', '.join(case.name for case in cases)}")
     torch.set_num_threads(args.threads)
     rounds = 2 if args.quick else args.rounds
     rates = {dtype: product_rate(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
@@ -150,7 +154,7 @@ def main() -> None:
         f"{'case':<20} {'dtype':<9} {'peer':<8} {'ours':>9} {'theirs':>9}"
         "  times  share    own  memory"
     )
-    for case in QUICK if args.quick else CASES:
+    for case in chosen:
         for row in measure(case, dtypes, args.threads, rounds, args.quick):
             if not case.decodes:
                 flops = case.batch * case.length * flops_per_token(case.model, case.length, False)
