@@ -164,6 +164,7 @@ def test_times_that_slurm_reads(tmp_path: Path, time: str) -> None:
         ({"sbatch": ["qos=high"]}, "--sbatch 'qos=high': write one option of sbatch"),
         ({"sbatch": ["--qos=high\nrm x"]}, "write one option of sbatch"),
         ({"sbatch": ["--nodes=9"]}, "--sbatch --nodes=9: the job has --nodes=4 already"),
+        ({"sbatch": ["--requeue"]}, "--sbatch --requeue: the job has --requeue already"),
         ({"gpu": "H100"}, "--gpu would be ignored with --slurm"),
         ({"save_bandwidth": 0.0}, "--save-bandwidth 0.0: GB/s, more than 0"),
         (

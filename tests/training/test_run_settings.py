@@ -390,9 +390,10 @@ def test_an_apple_gpu_is_left_alone(micro: MicroRuns) -> None:
         "pl.accelerators.MPSAccelerator.is_available = staticmethod(lambda: True)\n"
     )
     settings = ("trainer.accelerator=auto", "trainer.max_steps=2", "trainer.val_check_interval=0")
-    ran = micro.train("apple", *settings, before=before)
+    ran = micro.train("apple", *settings, "model.optim.cpu_offload=true", before=before)
     ran.assert_done()
     assert "Apple GPUs have no fp64, which losses and norms need: the CPU trains" in ran.out
+    assert "model.optim.cpu_offload: the CPU trains, nothing lies elsewhere" in ran.out
 
 
 @framework

@@ -227,7 +227,13 @@ def _device_is_gpu(run: RunConfig) -> bool:
         )
     if run.trainer.accelerator == "auto" and torch.backends.mps.is_available():
         say("note         Apple GPUs have no fp64, which losses and norms need: the CPU trains")
-    return torch.cuda.is_available() and run.trainer.accelerator != "cpu"
+    on_gpu = torch.cuda.is_available() and run.trainer.accelerator != "cpu"
+    model = run.model
+    offloads = ["model.optim.cpu_offload"] * model.optim.cpu_offload
+    offloads += ["model.cpu_offloading_activations"] * model.cpu_offloading_activations
+    if offloads and not on_gpu:
+        say(f"note         {' and '.join(offloads)}: the CPU trains, nothing lies elsewhere")
+    return on_gpu
 
 
 def _device(processes: Processes, on_gpu: bool) -> torch.device:

@@ -172,15 +172,16 @@ def _script(
         "open-mode": "append",
         "requeue": "",
     }
-    lines = [
-        f"#SBATCH --{key}{'=' * (value != '')}{value}"
-        for key, value in options.items()
-        if value is not None
-    ]
     own = {name: value for name, value in options.items() if value is not None}
+    lines = [f"#SBATCH {_option(name, own)}" for name in own]
     lines += [f"#SBATCH {_taken(option, own)}" for option in settings.sbatch]
     comments = [f"# {line}" for line in about]
     return "\n".join(["#!/bin/bash", *comments, *lines, "", "set -euo pipefail", *script, ""])
+
+
+def _option(name: str, values: Mapping[str, object]) -> str:
+    """An option of sbatch; "" stands for one without a value."""
+    return f"--{name}{'=' * (values[name] != '')}{values[name]}"
 
 
 def _taken(option: str, own: Mapping[str, object]) -> str:
@@ -198,8 +199,8 @@ def _taken(option: str, own: Mapping[str, object]) -> str:
         short = "" if meant[0] == name else f" is short for --{meant[0]}, and"
         if meant[0] in own:
             raise UserError(
-                f"--sbatch {option}:{short} the job has --{meant[0]}={own[meant[0]]} already; set "
-                "that by the configuration or by the option of `deepseek launch`"
+                f"--sbatch {option}:{short} the job has {_option(meant[0], own)} already; set that "
+                "by the configuration or by the option of `deepseek launch`"
             )
         raise UserError(f"--sbatch {option}:{short} {REFUSED[meant[0]]}; leave it out")
     # A blank would end the value and # the line; in double quotes they do not.
