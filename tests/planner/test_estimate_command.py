@@ -12,6 +12,8 @@ from deepseek.commands.estimate import estimate, estimate_published
 from deepseek.config import UserError, load_config
 from deepseek.config.cost import flops_per_token
 from deepseek.planner.fitted_rows import FITTED_ROWS
+from deepseek.planner.hardware import gpu_named
+from deepseek.planner.step_time import StepEstimate, predict_step, traffic
 
 ROW = {
     "name": "MBridge 26.02 DeepSeek-V3 GB200 MXFP8 GBS4096",
@@ -77,6 +79,35 @@ def test_settings_of_the_exchange_and_those_that_time_does_not_know(
     estimate("deepseek_v3_base", ["model.fp8_recipe=blockwise"], "H100")
     told = capsys.readouterr().out
     assert "not counted  model.fp8_recipe=blockwise: memory is with it, time as without" in told
+
+
+def test_exchanges_that_are_smaller_or_hidden() -> None:
+    """258 bytes of 256 numbers there, 512 home; and two passes at a time take as long as what they
+    compute, with what the exchange takes of it, or as both exchanges."""
+    layout = ["model.pipeline_schedule=DualPipeV", "model.expert_model_parallel_size=64"]
+
+    def told(*settings: str, gpu: str = "H800") -> StepEstimate:
+        chosen = [*layout, *(f"model.{each}=true" for each in settings)]
+        return predict_step(load_config("deepseek_v3_671b", chosen), gpu_named(gpu), 2048)
+
+    fp8, overlap = "moe_dispatch_fp8", "overlap_moe_expert_parallel_comm"
+    usual, small, hidden, both = told(), told(fp8), told(overlap), told(fp8, overlap)
+    sent = [traffic(step.job, step.device)["experts"][0] for step in (usual, small)]
+    assert sent[1] == pytest.approx(sent[0] * (258 + 512) / 1024)
+    assert both.seconds < min(small.seconds, hidden.seconds) < usual.seconds
+    assert hidden.parts["exchanges exposed"] < 1e-9 < usual.parts["exchanges exposed"]
+    bound = told(overlap, gpu="B200")  # here both exchanges take longer
+    for step in (hidden, both, bound):
+        after = step.parts["data-parallel exchange exposed"] + step.parts["optimizer"]
+        assert step.timeline().seconds == pytest.approx(step.seconds - after, rel=0.015)
+        assert sum(step.parts.values()) == pytest.approx(step.seconds)
+    for step, by_links in ((hidden, False), (bound, True)):
+        near, far = step.stages[1], step.stages[30]  # of the second rank
+        links = near.links_forward + far.links_backward
+        compute = near.forward - near.hidden_forward + far.backward - far.hidden_backward
+        assert (links > compute) == by_links
+        pairs = [i for i in step.timeline().intervals if i.kind == "FB" and i.stage == 1]
+        assert pairs[0].end - pairs[0].start == pytest.approx(max(links, compute))
 
 
 def test_what_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,6 @@ def not_counted(run: RunConfig) -> list[str]:
         "model.peft",
         "model.fp8_recipe",
         "model.fp8_kernels",
-        "model.overlap_moe_expert_parallel_comm",
         "model.optim.cpu_offload",
         "model.cpu_offloading_activations",
     )

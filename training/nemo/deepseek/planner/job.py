@@ -35,6 +35,8 @@ class System:
     """Share of the gradients' and weights' exchange that other work hides."""
     dedicated_sms: float = 0.0
     """Share of a GPU that the experts' exchange takes from products while it is hidden."""
+    always_dedicated: bool = False
+    """Under DualPipe it takes them all the time, and not just as long as it lasts."""
     loops_experts: bool = False
     """Each expert of a rank is a product of its own, launched by itself."""
     every_copy: bool = False
@@ -53,7 +55,15 @@ class System:
     """Of a parameter, gathered and its gradient added up over data-parallel ranks."""
 
 
-DEEPSEEK = System("deepseek", tuned=True, dedicated_sms=20 / 132, hidden_data_parallel=0.3)
+DEEPSEEK = System(
+    "deepseek",
+    tuned=True,
+    dedicated_sms=20 / 132,
+    always_dedicated=True,
+    hidden_data_parallel=0.3,
+)
+DEDICATED = 0.2
+"""Share of products' speed that exchanges by NCCL take, as Qwen3-235B on H100 shows."""
 OURS = System(
     "ours",
     pairs_passes=False,
@@ -163,6 +173,8 @@ def job_of_run(run: RunConfig, gpus: int) -> Job:
     system = replace(
         OURS,
         every_copy=model.moe_ranks_per_node is None,
+        pairs_passes=model.overlap_moe_expert_parallel_comm,
+        dedicated_sms=DEDICATED if model.overlap_moe_expert_parallel_comm else 0.0,
         dispatches_fp8=model.moe_dispatch_fp8,
     )
     if precision != "32":

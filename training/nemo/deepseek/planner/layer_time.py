@@ -47,7 +47,7 @@ FITTED = Efficiency(0.802, 0.523, 0.454, 1.08e-3)
 
 
 class Breakdown(NamedTuple):
-    """Seconds by what takes them; the last two are not on the compute units."""
+    """Seconds by what takes them; the last three are not on the compute units."""
 
     products: float = 0.0
     attention: float = 0.0
@@ -56,6 +56,8 @@ class Breakdown(NamedTuple):
     host: float = 0.0
     all_to_all: float = 0.0
     other_links: float = 0.0
+    beside: float = 0.0
+    """Exchange that the block's own shared experts hide; not in ``all_to_all``."""
 
     def __add__(self, other: Breakdown) -> Breakdown:  # type: ignore[override]
         return Breakdown(*(a + b for a, b in zip(self, other, strict=True)))
@@ -197,16 +199,15 @@ class _At(NamedTuple):
         longer = 1.19 * self.seq_length / (self.seq_length + 768)
         attention = flops / 2 / (device.bf16 * device.attention_share * longer)
         attention_back = 2.5 * flops / 2 / (device.bf16 * device.attention_back_share * longer)
-        experts, weights, exchange = 0.0, 0.0, 0.0
+        experts, weights, there, home = 0.0, 0.0, 0.0, 0.0
         if moe:
             rows = tokens / tp * arch.top_k * self.imbalance
             experts, weights = self.products(arch.expert, rows, copies=arch.experts / self.ep)
-            exchange = self.exchange()
-        there = back = exchange
-        if self.system.shared_beside:  # of the two ways, one
+            there, home = self.exchange()
+        hidden = hidden_back = 0.0
+        if self.system.shared_beside:  # rows on their way, and gradients of rows on theirs
             shared, of_weights = self.products(arch.feed_forward(moe), tokens, tp)
-            there -= min(exchange / 2, shared)
-            back -= min(exchange / 2, shared + of_weights)
+            hidden, hidden_back = min(there, shared), min(home, shared + of_weights)
         glue = self.glue_bytes(moe) * self.extra() / (device.hbm * MEMORY)
         if self.system.fp8_attention:
             attention, attention_back = attention / FP8_ATTENTION, attention_back / FP8_ATTENTION
@@ -225,20 +226,24 @@ class _At(NamedTuple):
             sent = 2 * tokens * (self.cp - 1) * width
             near = tp * self.cp <= device.domain
             links += 2 * sent / (NVLINK * device.nvlink if near else NETWORK * device.network)
-        forward = Breakdown(plain, attention, experts, glue / 3, host / 3, there, links / 2)
+        exchange = there + home
+        forward = Breakdown(
+            plain, attention, experts, glue / 3, host / 3, exchange - hidden, links / 2, hidden
+        )
         backward = Breakdown(
             plain + weight,
             attention_back,
             experts + weights,
             glue * 2 / 3,
             host * 2 / 3,
-            back,
+            exchange - hidden_back,
             links / 2,
+            hidden_back,
         )
         if recompute == "full":
             backward += forward
             if self.system.drops_last_product:
-                backward += Breakdown(experts=-experts / 3, all_to_all=-exchange / 2)
+                backward += Breakdown(experts=-experts / 3, all_to_all=-home)
         elif recompute == "selective":
             expanded, _ = self.products(arch.expansions, tokens, tp)
             backward += Breakdown(products=expanded, glue=0.2 * forward.glue)
@@ -253,16 +258,20 @@ class _At(NamedTuple):
             launches = number * LAUNCH * self.arch.experts / self.ep * self.younger()
         return self.efficiency.host * self.younger() + max(0.0, launches - busy)
 
-    def exchange(self) -> float:
-        """Seconds of one dispatch and one combine."""
+    def exchange(self) -> tuple[float, float]:
+        """Seconds of one dispatch and of one combine."""
         far, near = sent_to_experts(
             self.arch, self.device, self.ep, self.tokens / self.tp, self.precision, self.system
         )
         if not near:
-            return 0.0
+            return 0.0, 0.0
         over_network = far * self.imbalance / (self.device.network * NETWORK)
         over_nvlink = near * self.imbalance / (self.device.nvlink * NVLINK)
-        return max(over_network, over_nvlink) + EXCHANGE_START
+        seconds = max(over_network, over_nvlink) + EXCHANGE_START
+        there, home = 1.0, 1.0
+        if self.system.dispatches_fp8:
+            there, home = bytes_of_ways(self.precision, self.system)
+        return seconds * there / (there + home), seconds * home / (there + home)
 
     def glue_bytes(self, moe: bool) -> float:
         """Bytes that a block's forward and backward pass move outside its products."""
@@ -272,8 +281,11 @@ class _At(NamedTuple):
         width = (arch.shared if moe else 1) * (arch.expert_ffn if moe else arch.dense_ffn)
         inner = 24 * width
         routed = arch.top_k * (24 * arch.hidden + 24 * arch.expert_ffn) if moe else 0
+        packed = 0.0
+        if moe and self.system.dispatches_fp8:  # and unpacked, in both passes
+            packed = 4 * arch.top_k * arch.hidden * sum(bytes_of_ways(self.precision, self.system))
         cast = CAST if self.precision in EIGHT_BITS else 1.0
-        return 1.03 * cast * self.tokens / self.tp * (wide + heads + inner + routed)
+        return 1.03 * cast * self.tokens / self.tp * (wide + heads + inner + routed + packed)
 
     def head(self) -> BlockTime:
         arch, tokens, tp = self.arch, self.tokens, self.tp
@@ -299,18 +311,14 @@ def sent_to_experts(
         device: has the size of a domain.
         ep: ranks that share the experts.
         tokens: of this GPU.
-        precision: DeepSeek dispatches fp8 in 8 bits; else there and back go bf16 or fp32.
+        precision: see ``bytes_of_ways``.
         system: may send a token to each of its experts instead, or dispatch in 8 bits.
     """
     if ep == 1:
         return 0.0, 0.0
     domain = min(ep, 1 << (device.domain.bit_length() - 1))
     domains = max(1, ep // domain)
-    number = 4 if precision == "fp32" else 2
-    there = 1.03 if precision == "fp8" and system.tuned else number
-    if system.dispatches_fp8:
-        there = 1 + 1 / 128
-    copy = tokens * arch.hidden * (there + number)
+    copy = tokens * arch.hidden * sum(bytes_of_ways(precision, system))
     if system.every_copy:
         return copy * arch.top_k * (1 - domain / ep), copy * arch.top_k * (domain - 1) / ep
     reached = domains * (1 - (1 - 1 / domains) ** arch.top_k)
@@ -321,6 +329,14 @@ def sent_to_experts(
         reached = min(reached, arch.top_groups)
     ranks = ep * (1 - (1 - 1 / ep) ** arch.top_k)
     return copy * reached * (domains - 1) / domains, copy * ranks * (domain - 1) / domain
+
+
+def bytes_of_ways(precision: str, system: System) -> tuple[float, float]:
+    """Of a number on its way to an expert, and home: bf16 or fp32, there also 8 bits with scales,
+    as DeepSeek dispatches under fp8 and others where the program says so."""
+    number = 4 if precision == "fp32" else 2
+    usual = 1.03 if precision == "fp8" and system.tuned else number
+    return 1 + 1 / 128 if system.dispatches_fp8 else usual, number
 
 
 def product_rate(device: Device, precision: str) -> float:

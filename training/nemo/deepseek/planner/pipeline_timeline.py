@@ -16,8 +16,13 @@ class StageTime(NamedTuple):
     weight: float = 0.0
     """Of ``backward``, what schedules that split it may do later."""
     hidden_forward: float = 0.0
-    """Of ``forward``, exchanges that an opposite pass hides, where a schedule pairs the two."""
+    """Of ``forward``, what exchanges no longer add where a schedule pairs it with an opposite pass,
+    which hides them."""
     hidden_backward: float = 0.0
+    """The same of ``backward``."""
+    links_forward: float = 0.0
+    """All exchanges of ``forward``: the two passes of a pair take no less than both's."""
+    links_backward: float = 0.0
     """The same of ``backward``."""
 
 
@@ -311,9 +316,8 @@ def _played(
 
 def overlapped(one: StageTime, other: StageTime) -> float:
     """Seconds of a forward and a backward pass together: each hides the other's exchanges."""
-    exchanges = one.hidden_forward + other.hidden_backward
-    compute = one.forward + other.backward - exchanges
-    return max(compute, exchanges)
+    compute = one.forward - one.hidden_forward + other.backward - other.hidden_backward
+    return max(compute, one.links_forward + other.links_backward)
 
 
 def busy_seconds(schedule: str, times: Sequence[StageTime], held: Sequence[int]) -> float:

@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from deepseek.config.layout import world_size
 from deepseek.config.schema import RunConfig, changed
 from deepseek.planner.hardware import Device
-from deepseek.planner.job import job_of_run
+from deepseek.planner.job import DEDICATED, job_of_run
 from deepseek.planner.search import Plan, search
 from deepseek.planner.step_time import predict, predict_step
-from deepseek.planner.systems import DEDICATED, HIDDEN
+from deepseek.planner.systems import HIDDEN
 
 MTBF_HOURS = 50_700.0
 """Of one GPU with its part of a node: 419 unexpected interruptions in 54 days on 16,384 H100

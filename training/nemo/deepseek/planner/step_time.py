@@ -73,9 +73,10 @@ def predict_step(run: RunConfig, device: Device, gpus: int, least: bool = False)
     ``least`` as in ``predict``.
     """
     job = job_of_run(run, gpus)
-    if device.cpu:
+    if device.cpu:  # whose exchanges take the cores that would compute meanwhile
         half = in_half(run) and str(run.trainer.precision) != "auto"
-        job = replace(job, precision="bf16" if half else "fp32")
+        system = replace(job.system, pairs_passes=False)
+        job = replace(job, precision="bf16" if half else "fp32", system=system)
     return predict(job, device, least=least)
 
 
@@ -119,7 +120,11 @@ def predict(
     split = Breakdown()
     for stage in job.held[most]:
         split = split + whole[stage].forward + whole[stage].backward
-    lent = split.compute * (1 / (1 - system.dedicated_sms) - 1) * dual
+    lent = 0.0
+    if dual and system.always_dedicated:
+        lent = split.compute * (1 / (1 - system.dedicated_sms) - 1)
+    elif dual:
+        lent = split.all_to_all * system.dedicated_sms
     worked = count / 2 if job.schedule == "DualPipe" else count
     if device.cpu and device.cpu.crowded > 1:  # while one waits, another has its core
         work = sum(loads) / ranks.pp * worked * device.cpu.crowded
@@ -134,7 +139,7 @@ def predict(
         "memory-bound glue": split.glue * worked,
         "host": split.host * worked,
         "given to exchanges": lent * worked,
-        "exchanges exposed": (loads[most] - split.compute - lent) * worked,
+        "exchanges exposed": max(0.0, loads[most] - split.compute - lent) * worked,
         "pipeline bubble": pipeline - loads[most] * worked,
         "optimizer": optimizer,
         "data-parallel exchange exposed": exchange,
@@ -210,8 +215,8 @@ def _together(stage: Stage, blocks: BlockTimes) -> BlockTime:
 
 def _stage_time(block: BlockTime, system: System, dual: bool) -> StageTime:
     """Exchanges that are hidden, by no more than there is to compute, take their share of the
-    compute units: as long as they last, in DualPipe all the time."""
-    slow = 1 / (1 - system.dedicated_sms) if dual else 1.0
+    compute units: as long as they last, in DeepSeek's DualPipe all the time."""
+    slow = 1 / (1 - system.dedicated_sms) if dual and system.always_dedicated else 1.0
 
     def seconds(part: Breakdown) -> float:
         hidden = 0.0 if dual else min(system.hidden_all_to_all * part.all_to_all, part.compute)
@@ -219,8 +224,13 @@ def _stage_time(block: BlockTime, system: System, dual: bool) -> StageTime:
         return part.compute * slow + exchange + part.other_links
 
     forward, backward = seconds(block.forward), seconds(block.backward)
-    hidden = (block.forward.all_to_all, block.backward.all_to_all) if dual else (0.0, 0.0)
-    return StageTime(forward, backward, block.weight * slow, *hidden)
+    if not dual:
+        return StageTime(forward, backward, block.weight)
+    lent = 0.0 if system.always_dedicated else system.dedicated_sms
+    parts = block.forward, block.backward
+    hidden = [part.all_to_all * (1 - lent) for part in parts]
+    links = [part.all_to_all + part.beside for part in parts]
+    return StageTime(forward, backward, block.weight * slow, *hidden, *links)
 
 
 def _hop(job: Job, device: Device) -> float:

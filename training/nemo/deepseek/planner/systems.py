@@ -6,7 +6,7 @@ import re
 
 from deepseek.planner.architecture import Architecture
 from deepseek.planner.hardware import Device
-from deepseek.planner.job import DEEPSEEK, System
+from deepseek.planner.job import DEDICATED, DEEPSEEK, System
 
 OLDEST, NEWEST = 25.66, 26.58
 """Releases between which figures are known; older and newer ones are taken as these."""
@@ -19,9 +19,9 @@ and on B300 and GB300 attention in 8 bits."""
 WITH_GRAPHS = ("GB200", "B300", "GB300")
 FIRST_OVERLAPPED = 26.2
 """Release from which its recipes overlap exchange that leaves an NVLink domain."""
-HIDDEN, BY_NCCL, DEDICATED = 0.93, 0.3, 0.2
+HIDDEN, BY_NCCL = 0.93, 0.3
 """Share of overlapped exchange that is hidden: arXiv:2603.07685; and where NCCL's kernels hold the
-compute units, as Qwen3-235B on H100 shows. Share of products' speed that it takes, likewise."""
+compute units, as Qwen3-235B on H100 shows."""
 
 
 def system_of(
