@@ -284,6 +284,16 @@ TERMS: dict[str, tuple[dict[str, Any], bool]] = {
         ),
         True,
     ),
+    "the weights' pass of adapters waits for gradients of gathered experts": (
+        dict(
+            peft=ADAPTERS, expert_model_parallel_size=2, first_k_dense_replace=0,
+            pipeline_model_parallel_size=2, pipeline_schedule="ZBVZeroBubble",
+            num_hidden_layers=4, activations_checkpoint_granularity=None, n_shared_experts=0,
+            tensor_model_parallel_size=4, moe_intermediate_size=2048,
+            data=replace(V3.data, seq_length=512),
+        ),
+        True,
+    ),
     "attention goes back in two halves of a context": (
         dict(context_parallel_size=4, num_attention_heads=16), True,
     ),

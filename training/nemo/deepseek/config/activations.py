@@ -189,9 +189,10 @@ def _product_gradients(model: ModelConfig, layout: Layout, part: StageSlice, hal
     experts = number * here * model.num_experts_per_tok * (2 * inner + dim)
     shared = model.n_shared_experts * inner
     experts += number * tokens * (2 * shared // tp + dim) if shared else 0
-    if trained:
+    if model.peft is None:
         experts += 4 * here * model.n_routed_experts
-    elif half:  # the last matrix, which only the gradients of the inputs needed
+    elif half and layout.keeps_experts and not model.peft.base_dtype:
+        # the last matrix's copy, which only the gradients of the inputs needed
         experts -= 2 * model.n_routed_experts // layout.ep * dim * inner
     of_kind = (common + dense, common + experts)
     return (
