@@ -52,9 +52,7 @@ def few_rows(x_RI: Tensor, w_OI: Tensor) -> Tensor:
     """``linear`` of R rows, at least one: (R, O), strided. Reference: ``F.linear``."""
     rows, inputs = x_RI.shape
     if w_OI.numel() < _IN_CACHES or not w_OI.is_contiguous():
-        return F.linear(
-            x_RI, w_OI
-        )  # of other strides both of the following take many times as long
+        return F.linear(x_RI, w_OI)  # other strides take both of the following many times as long
     if rows <= _STREAMED_ROWS and inputs <= _STREAMED_WIDTH:
         if rows == 1:  # a second row costs nothing, and makes it a matrix
             x_RI = torch.cat((x_RI, x_RI))
