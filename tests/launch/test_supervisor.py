@@ -163,6 +163,58 @@ def test_a_worker_that_torch_aborts_points_to_its_record(worker: Worker) -> None
     assert "flight_recorder in the run folder" in said[0]
 
 
+LOST_AT_THE_END = [
+    # rank 0, with nothing left to do, and with something; another rank
+    ("if rank == 1: os.kill(os.getpid(), signal.SIGABRT)", 1, False),
+    ("if rank == 0: os.kill(os.getpid(), signal.SIGKILL)", 0, True),
+    ("sys.exit(75 if rank else 1)", 0, True),
+    ("if rank == 1: sys.exit(7)\ntime.sleep(60)", 1, True),
+]
+
+
+@pytest.mark.parametrize(("ending", "rank", "left"), LOST_AT_THE_END)
+def test_a_rank_lost_after_the_last_step_is_no_reason_to_start_again(
+    worker: Worker, ending: str, rank: int, left: bool
+) -> None:
+    """Whichever rank, by whatever end, in whatever order; what rank 0 has not done is done."""
+    said: list[str] = []
+    concluded: list[str] = []
+    command = worker(f"note('saved')\n{ending}")
+    code = supervise(
+        command,
+        2,
+        3,
+        said.append,
+        progress=lambda: len(noted("saved")),
+        complete=lambda: len(noted("saved")) == 2,
+        conclude=lambda: concluded.append("sample"),
+    )
+    assert code == 0 and noted("started") == ["0.0", "1.0"]
+    (told,) = said
+    assert told.startswith(f"rank {rank} ")
+    assert told.endswith(", when the run was complete: nothing is lost")
+    assert concluded == ["sample"] * left
+
+
+def test_a_rank_lost_before_the_last_step_is_one(worker: Worker) -> None:
+    said: list[str] = []
+    command = worker("if rank == 1 and attempt == 0: os.kill(os.getpid(), signal.SIGABRT)\n"
+                     "if attempt == 0: time.sleep(60)")  # fmt: skip
+    assert supervise(command, 2, 1, said.append, complete=lambda: False) == 0
+    assert "all start again, restart 1 of 1" in said[0] and len(noted("started")) == 4
+
+
+def test_a_rank_that_hangs_after_rank_0_has_ended_well_is_ended(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "END_SECONDS", 0.5)
+    said: list[str] = []
+    command = worker("if rank:\n    note('late')\n    time.sleep(60)\nwait_for('late.1.0')")
+    assert supervise(command, 2, 3, said.append, complete=lambda: False) == 0
+    assert said == ["rank 1 still ran, 0.5 s after rank 0: ended, nothing is lost"]
+    assert noted("started") == ["0.0", "1.0"]
+
+
 def test_restarts_are_used_up(worker: Worker) -> None:
     said: list[str] = []
     command = worker("if rank: os.kill(os.getpid(), signal.SIGSEGV)")

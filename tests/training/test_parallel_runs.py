@@ -312,6 +312,28 @@ def test_a_signal_to_the_supervisor(micro: MicroRuns, whole: str, number: int) -
 # -- the end --
 
 
+@pytest.mark.parametrize(("rank", "place"), [(1, "leave"), (0, "_show")])
+def test_a_rank_lost_when_all_is_done_starts_nothing_anew(
+    micro: MicroRuns, rank: int, place: str
+) -> None:
+    """As its process ends, or over the sample: the last checkpoint is complete."""
+    dies = f"""
+import os, signal
+import deepseek.commands.train as train
+was = train.{place}
+def dying(*args):
+    if os.environ.get("RANK") == "{rank}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return was(*args)
+train.{place} = dying
+"""
+    words = [*micro.words(f"lost_in_{place}", *PP2, "trainer.max_steps=2"), "--sample"]
+    ran = micro.cli.start(*words, before=dies + FORK_WORKERS).wait().assert_done()
+    killed = f"rank {rank} was killed by SIGKILL, when the run was complete: nothing is lost\n"
+    assert ran.err == killed and ran.out.count("layout  ") == 1
+    assert ran.out.count("sample:\n") == 1 and micro.steps(f"lost_in_{place}") == [2]
+
+
 @pytest.mark.framework
 def test_a_sample_and_a_report_after_a_run_in_several_processes(micro: MicroRuns) -> None:
     words = [*micro.words("sampled", *EP2, "trainer.max_steps=2"), "--sample", "--report"]

@@ -216,6 +216,7 @@ def _train_in_others(
         return folder
     say(f"processes    {trainer.devices}, started and watched by this one")
     os.environ[RUN_FOLDER] = str(folder)
+    goes_back = complete  # until it has: its last step is there, and is not this run's
     try:
         with made_folder(folder):
             code = supervise(
@@ -224,6 +225,8 @@ def _train_in_others(
                 trainer.max_restarts,
                 complain,
                 lambda: finished_steps(folder),
+                lambda: not goes_back and finished_steps(folder) >= trainer.max_steps,
+                lambda: _say_complete(folder, run, sample, report, leads=True),
             )
             if code:
                 sys.exit(code)

@@ -31,6 +31,8 @@ SETTLE_SECONDS = 2.0
 """After a loss, how long the other ranks may take to notice and end by themselves."""
 GRACE_SECONDS = 10.0
 """Between SIGTERM and SIGKILL."""
+END_SECONDS = 60.0
+"""That other ranks may take to end after rank 0 has ended well: one that hangs is ended then."""
 START_SECONDS = 60.0
 """An attempt that lasted longer counts as progress where nothing better is known."""
 POLL_SECONDS = 0.03
@@ -54,12 +56,17 @@ def supervise(
     max_restarts: int,
     report: Callable[[str], None],
     progress: Callable[[], int] | None = None,
+    complete: Callable[[], bool] | None = None,
+    conclude: Callable[[], None] = lambda: None,
 ) -> int:
     """Run ``num_processes`` copies of a command to the end, whatever happens to them.
 
     A worker that dies by a signal, or ends with a code other than 0 and 2, is lost: the others are
     stopped, and all start again, at most ``max_restarts`` times. A signal that asks to stop goes on
     to every worker, once, and is waited for; another one a while later kills.
+
+    A worker may also be lost when all is done: a library crashes as its process ends, or memory
+    runs out over a report. Where ``complete`` is given, that is no reason to start again.
 
     Args:
         command: of a worker, with the path of its program first; see ``worker_command``.
@@ -68,6 +75,9 @@ def supervise(
         report: where messages go.
         progress: the step of the newest checkpoint, so that an error that comes back without any
             progress in between is not repeated ``max_restarts`` times.
+        complete: whether the last step is done and saved. Not asked where rank 0 has ended well,
+            which leaves nothing undone: the others then have ``END_SECONDS`` to end, too.
+        conclude: what rank 0 does after the last step; called if it was lost over it.
 
     Returns:
         0, 2 for an error that the user can mend, 1 if given up, 128 + N after signal N to this
@@ -81,13 +91,20 @@ def supervise(
                 return 128 + signals.first
             group = _WorkerGroup(command, num_processes, attempt, signals)
             started = time.monotonic()
-            failure = group.watch()
+            failure = group.watch(rank_0_is_last=complete is not None)
             if signals.first is not None:
                 return group.code_after_signal(signals.first)
             if failure is None:
+                if group.late:
+                    report(f"{group.late}, {END_SECONDS:g} s after rank 0: ended, nothing is lost")
                 return group.stopped_by_signal()
             if failure.code == USER_ERROR:
                 return USER_ERROR
+            if complete is not None and (group.rank_0_ended_well or complete()):
+                report(f"{failure}, when the run was complete: nothing is lost")
+                if not group.rank_0_ended_well:
+                    conclude()
+                return 0
             now = progress() if progress else 0
             advanced = now > before if progress else time.monotonic() - started > START_SECONDS
             # A Python error that strikes twice in the same stretch is in the program or the data,
@@ -215,6 +232,8 @@ class _WorkerGroup:
         self.workers: list[_Worker] = []
         signals.workers = self.workers
         self._endings: list[_Failure] = []
+        self.late = ""
+        """Ranks that hung when all was done, in words."""
         try:
             with _listening_socket() as listener:
                 for rank in range(num_processes):
@@ -223,11 +242,25 @@ class _WorkerGroup:
             self._kill_all()
             raise
 
-    def watch(self) -> _Failure | None:
-        """Until all have ended; what ended them, if it was a loss or an error."""
+    @property
+    def rank_0_ended_well(self) -> bool:
+        """With all that it had to do."""
+        return self.workers[0].code == 0
+
+    def watch(self, rank_0_is_last: bool) -> _Failure | None:
+        """Until all have ended; what ended them, if it was a loss or an error.
+
+        Args:
+            rank_0_is_last: where it has ended well, the others have nothing left to do.
+        """
         try:
             while self._running() and not self._note_endings():
                 time.sleep(POLL_SECONDS)
+                if rank_0_is_last and self.rank_0_ended_well:
+                    self._wait(END_SECONDS)
+                    late = [str(worker.rank) for worker in self._running()]
+                    self.late = f"rank {', '.join(late)} still ran" if late else ""
+                    break
             # One is lost, and the others with it, for they wait for each other at every step. An
             # error of the user has told what is wrong: the others would only say the same.
             if all(failure.code != USER_ERROR for failure in self._endings):
