@@ -290,6 +290,7 @@ def test_only_rank_0_speaks_and_the_first_of_a_node_tells_why_it_ends(
         (RuntimeError("socketPollConnect: Connect to 10.0.0.7<9> returned No route to host"), True),
         (RuntimeError("NCCL communicator encountered error set by ProcessGroupNCCL: reset"), True),
         (RuntimeError("Rank 3 failed to pass monitoredBarrier in 1800000 ms"), True),
+        (RuntimeError("Dispatch CPU wait (buffer.hpp:1): CPU side received count: 0"), True),
         (RuntimeError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"), False),
         (RuntimeError("CUDA error: the launch timed out and was terminated"), False),
         (

@@ -40,6 +40,7 @@ ROUTER = "models/components/router.py"
 TENSOR = "parallel/tensor.py"
 GRADIENTS = "parallel/gradients.py"
 DISPATCH = "parallel/expert_dispatcher.py"
+DEEPEP = "parallel/deepep_dispatcher.py"
 MODEL = "models/transformer.py"
 STEP = "training/step.py"
 BALANCE = "models/components/balance.py"
@@ -104,6 +105,13 @@ MUTATIONS = (
              "permute_rows(y_RD, plan.arrival_inverse_Q, plan.arrival_Q)",
              "permute_rows(y_RD, plan.arrival_Q, plan.arrival_inverse_Q)",
              "parallel/test_expert_dispatcher.py::test_any_case"),
+    Mutation("dispatch: DeepEP's rows are used before they have arrived", DEEPEP,
+             "        exchange.wait()\n", "",
+             "parallel/test_expert_dispatcher.py::test_over_deep_ep_exactly"),
+    Mutation("dispatch: a recomputation over DeepEP has an order of its own", DEEPEP,
+             "keep(lambda: self._exchange(x_TD, expert_ids_TK))",
+             "self._exchange(x_TD, expert_ids_TK)",
+             "parallel/test_expert_dispatcher.py::test_recomputed_over_deep_ep"),
     Mutation("TP: every rank masks by the first part of the sequence", TENSOR,
              "real_BS.chunk(size, dim=1)[rank]", "real_BS.chunk(size, dim=1)[0]",
              LAYOUT + "[TP]"),

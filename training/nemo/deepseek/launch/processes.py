@@ -303,7 +303,7 @@ _LOST_PEER = re.compile(
     # NCCL's
     r"|pair closure|connect timeout|remote process (has )?(exited|terminated)|ncclRemoteError"
     r"|communicator was aborted|unhandled system error|ncclSystemError"
-    r"|error set by ProcessGroupNCCL|NET/\w+ ?: ?Got (completion|async event)",
+    r"|error set by ProcessGroupNCCL|Dispatch CPU wait|NET/\w+ ?: ?Got (completion|async event)",
     re.IGNORECASE,
 )
 _OWN_DEVICE = re.compile(r"unhandled cuda error|cuda error:|cuda failure", re.IGNORECASE)
