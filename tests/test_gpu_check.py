@@ -17,6 +17,7 @@ import torch
 from deepseek.config import load_config
 from deepseek.config.rules import check
 from deepseek.config.schema import RunConfig, TrainerConfig
+from support.forked import is_running
 
 
 @pytest.fixture
@@ -33,6 +34,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         return subprocess.CompletedProcess(command, 0, stdout="2 tests")
 
     monkeypatch.setattr(module.subprocess, "run", collected)
+    monkeypatch.setattr(module, "CPU_PATIENCE", 1)
     return module
 
 
@@ -59,6 +61,35 @@ def test_every_part_runs_and_one_that_fails_hides_no_other(
     assert said["losses"]["sound"] and said["losses"]["largest_relative"] == 0
     assert said["base"]["tokens_per_s"] > 0 and said["slice"]["predicted_bytes"] > 0
     assert said["base"]["sound"] and not said["compile"]["sound"]
+    assert said["group"]["sound"]
+
+
+def test_what_a_part_has_started_ends_with_it(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pytest, which would hold the GPU."""
+
+    def starts(device: torch.device) -> dict[str, Any]:
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+        (tmp_path / "pid").write_text(str(child))
+        time.sleep(60)
+        return {}
+
+    monkeypatch.setitem(gpu.PARTS, "device", (starts, 1))
+    assert gpu.in_own_process("device", "cpu", 0.5) == {"error": "stopped after 0 s"}
+    child, end = int((tmp_path / "pid").read_text()), time.monotonic() + 20
+    while is_running(child):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_all_parts_have_time_and_end_within_eight_minutes(gpu: ModuleType) -> None:
+    """Also if each takes what it may: the tests then have what is left."""
+    limits = {name: limit for name, (_, limit) in gpu.PARTS.items()}
+    assert gpu.LIMIT_S + 5 < 480 and list(limits)[-1] == "tests"
+    assert sum(limits.values()) - limits["tests"] + 15 <= gpu.LIMIT_S
 
 
 def test_memory_far_from_the_predicted_is_not_sound(
