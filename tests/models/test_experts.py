@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek.models.components.feed_forward import Expert
 from deepseek.models.components.moe import GroupedExperts
+from deepseek.ops.grouped_linear import grouped_linear
 
 
 def experts(
@@ -83,6 +87,53 @@ def test_idle_experts(counts: list[int], dtype: torch.dtype) -> None:
         assert parameter.grad is not None
         for gradient, count in zip(parameter.grad, counts, strict=True):
             assert bool(gradient.any()) == (count > 0)
+
+
+class _Poisoned(torch.autograd.Function):
+    """``grouped_mm`` as Blackwell's may be: an empty group has any weight gradient, and rows of no
+    group hold anything, forward and backward (pytorch issues 172439 and 193633)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, w_EIO: Tensor, offs: Tensor) -> Tensor:
+        ctx.save_for_backward(x_RI, w_EIO)
+        ctx.ends = offs.tolist()
+        y_RO = x_RI.new_full((x_RI.shape[0], w_EIO.shape[2]), torch.nan)
+        for expert, rows_of in enumerate(map(slice, [0, *ctx.ends], ctx.ends)):
+            y_RO[rows_of] = x_RI[rows_of] @ w_EIO[expert]
+        return y_RO
+
+    @staticmethod
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_RI, w_EIO = ctx.saved_tensors
+        grad_RI = torch.full_like(x_RI, torch.nan)
+        grad_EIO = torch.full_like(w_EIO, torch.nan)
+        for expert, (start, end) in enumerate(zip([0, *ctx.ends], ctx.ends, strict=False)):
+            grad_RI[start:end] = grad_RO[start:end] @ w_EIO[expert].T
+            if end > start:
+                grad_EIO[expert] = x_RI[start:end].T @ grad_RO[start:end]
+        return grad_RI, grad_EIO, None
+
+
+@pytest.mark.parametrize("counts", [[0, 5, 0, 17], [0, 0, 0, 16], [3, 0, 0, 0]])
+def test_what_kernels_leave_in_empty_groups_and_rows_reaches_nothing(
+    counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradients() -> list[Tensor]:
+        stack, rows_RD = experts(4, torch.float32), rows(sum(counts), torch.float32)
+        weights_R = torch.linspace(0.1, 1, sum(counts)).requires_grad_()
+        y_RD = stack(rows_RD, weights_R, torch.tensor(counts))
+        y_RD.square().sum().backward()
+        return [y_RD, rows_RD.grad, weights_R.grad, *(p.grad for p in stack.parameters())]
+
+    sound = gradients()
+    monkeypatch.setattr(F, "grouped_mm", lambda x, w, offs: _Poisoned.apply(x, w, offs))
+    for got, wanted in zip(gradients(), sound, strict=True):
+        torch.testing.assert_close(got, wanted)
+    # And it is poison: with the counts as they are, it gets through.
+    stack = experts(4, torch.float32)
+    x_RD = rows(sum(counts) + 40, torch.float32)
+    grouped_linear(x_RD, stack.w1, torch.tensor(counts)).nan_to_num().sum().backward()
+    assert stack.w1.grad.isnan().any() and x_RD.grad.isnan().any()
 
 
 def test_autocast() -> None:

@@ -89,6 +89,10 @@ MUTATIONS = (
              "training/test_step.py::test_a_gradient_that_is_not_finite_changes_no_weight"),
     Mutation("balance loss: padding is averaged", BALANCE, "share_BSE * real_BS1, real_BS1.to",
              "share_BSE, real_BS1.to", "models/test_balance.py::test_equals_its_equations"),
+    Mutation("experts: those without rows are empty groups", "ops/rows.py",
+             "least_rows = 0 if skip_empty else 1", "least_rows = 0",
+             "models/test_experts.py"
+             "::test_what_kernels_leave_in_empty_groups_and_rows_reaches_nothing"),
     Mutation("dispatch: results are put back by the order of sending",
              "models/components/dispatcher.py", "(order_R, inverse_R, expert_ids_TK.shape[1])",
              "(inverse_R, order_R, expert_ids_TK.shape[1])",
