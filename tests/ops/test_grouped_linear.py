@@ -55,11 +55,13 @@ def test_equals_the_loop(counts: list[int], dims: tuple[int, int], dtype: torch.
 
 @pytest.mark.parametrize("counts", [[0, 0], [1], [0, 1, 1, 0], [2, 0, 3], [0, 15, 1, 17, 0, 0]])
 @pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
 def test_few_rows_go_expert_by_expert(
-    counts: list[int], onednn: bool, monkeypatch: pytest.MonkeyPatch
+    counts: list[int], onednn: bool, vendor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without gradient; rows of no expert behind them."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    monkeypatch.setattr(few, "processor", lambda: {"vendor_id": vendor})
     monkeypatch.setattr(few, "_IN_CACHES", 0)
     monkeypatch.setattr(few, "_STREAMED_WIDTH", 12 if onednn else 11)
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", None)

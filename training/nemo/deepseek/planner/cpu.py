@@ -19,6 +19,7 @@ from typing import Any
 from deepseek.config.errors import UserError
 from deepseek.config.layout import Layout
 from deepseek.config.memory import gathered_bytes, rank_needs, reshards
+from deepseek.config.processor import processor
 from deepseek.config.schema import RunConfig
 from deepseek.planner.cpu_time import NUMBER, Links, Outside, Share, Work
 from deepseek.planner.hardware import Device
@@ -135,12 +136,7 @@ def cores() -> int:
 
 def machine_name() -> str:
     """This machine, by what a calibration depends on."""
-    found: dict[str, str] = {}
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        found = {name.strip(): text.strip() for name, _, text in (x.partition(":") for x in lines)}
-    except OSError:
-        pass
+    found = processor()
     flags = (found.get("flags") or found.get("Features") or "").split()
     model = found.get("model name") or platform.processor() or platform.machine()
     known = [flag for flag in FEATURES if flag in flags]

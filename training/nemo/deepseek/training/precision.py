@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from deepseek.config.processor import processor
 from deepseek.files import atomic_open
 
 WORTH_IT = 1.5
@@ -62,9 +63,7 @@ def _measured_speedup() -> float:
 
 def _cpu_name() -> str:
     """With the instructions that matter: rented machines hide the model behind one name."""
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found = {name.strip(): text.strip() for name, _, text in (x.partition(":") for x in lines)}
+    if found := processor():
         flags = [flag for flag in found.get("flags", "").split() if "bf16" in flag]
         return " ".join([found.get("model name", ""), found.get("model", ""), *flags])
     return f"{platform.machine()} {platform.processor()}"

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from deepseek.config.processor import processor
 from deepseek.data.tokenizer import Tokenizer
 from deepseek.files import atomic_open, disk_errors
 from deepseek.frameworks import Trainer, framework_name
@@ -84,12 +85,7 @@ def _program() -> str:
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    return processor().get("model name") or platform.processor()
 
 
 def _commit() -> str | None:

@@ -1,0 +1,16 @@
+"""What Linux tells of the processor."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def processor() -> dict[str, str]:
+    """Of one core, by the kernel's names: ``model name``, ``vendor_id``; elsewhere empty."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    return {name.strip(): text.strip() for name, _, text in (x.partition(":") for x in lines)}
