@@ -277,6 +277,49 @@ TERMS: dict[str, tuple[dict[str, Any], bool]] = {
     "rows travel in FP8": (
         dict(expert_model_parallel_size=8, moe_dispatch_fp8=True, first_k_dense_replace=0), True,
     ),
+    "rows go to machines first, and are added up there": (
+        dict(expert_model_parallel_size=8, moe_ranks_per_node=2, first_k_dense_replace=0), True,
+    ),
+    "two passes go on in turn": (
+        dict(
+            pipeline_model_parallel_size=2, pipeline_schedule="DualPipeV", num_hidden_layers=8,
+            overlap_moe_expert_parallel_comm=True, expert_model_parallel_size=4,
+            first_k_dense_replace=0, activations_checkpoint_granularity=None,
+        ),
+        True,
+    ),
+    "before the first stage of a V goes back there is no gradient of its embedding": (
+        dict(
+            pipeline_model_parallel_size=2, pipeline_schedule="DualPipeV", num_hidden_layers=4,
+            vocab_size=65536,
+        ),
+        True,
+    ),
+    "the first stage under zero bubble has the gradients of all others": (
+        dict(
+            pipeline_model_parallel_size=2, pipeline_schedule="InterleavedZeroBubble",
+            virtual_pipeline_model_parallel_size=2, num_hidden_layers=4, vocab_size=65536,
+            first_k_dense_replace=0, data=replace(V3.data, seq_length=512),
+        ),
+        False,
+    ),
+    "MTP is made again to its end": (
+        dict(
+            num_nextn_predict_layers=1, expert_model_parallel_size=8, n_shared_experts=0,
+            num_experts_per_tok=6,
+        ),
+        False,
+    ),
+    "what two look-ups have made is added up": (
+        dict(
+            num_nextn_predict_layers=1, vocab_size=65536, reduce_gradients=True,
+            data=replace(V3.data, seq_length=512),
+        ),
+        False,
+    ),
+    "a chunk of logits is made while the one before is there": (
+        dict(peft=ADAPTERS, vocab_size=131072, data=replace(V3.data, seq_length=1024)), True,
+    ),
     "experts with adapters go forward": (
         dict(
             peft=ADAPTERS, expert_model_parallel_size=2, first_k_dense_replace=0,
@@ -342,6 +385,13 @@ def test_a_term(term: str) -> None:
     host = host_need(model, layout, 0, micro_batches, half)
     assert (host > 0) == model.cpu_offloading_activations
     assert 0.95 * tracked.host <= host <= 1.05 * tracked.host, (host, tracked.host)
+
+
+def test_a_single_micro_batch_has_gradients_block_by_block() -> None:
+    """Each is handed on when its block is through, whose activations are gone by then."""
+    sizes = dict(num_hidden_layers=3, first_k_dense_replace=0, moe_intermediate_size=2048)
+    model = replace(SMALL, **sizes, data=replace(V3.data, seq_length=1024))
+    assert_near(model, Layout.of(model, 8), [0], 1, half=True)
 
 
 def test_nothing_stays_of_a_micro_batch_that_is_done() -> None:

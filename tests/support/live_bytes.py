@@ -7,11 +7,10 @@ code as it runs on GPUs: TP, EP, FSDP, the schedule of the pipeline, recomputati
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -29,6 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from deepseek.config.cost import domains_of_token
 from deepseek.config.layout import Layout
 from deepseek.config.memory import rank_memory
 from deepseek.config.schema import ModelConfig
@@ -36,10 +36,11 @@ from deepseek.models.components import attention, offload, recompute
 from deepseek.models.transformer import Transformer
 from deepseek.ops import grouped_linear
 from deepseek.ops import rows as row_ops
-from deepseek.parallel import context, cpu_memory, parallelize
+from deepseek.parallel import context, cpu_memory, expert_dispatcher, overlap, parallelize
 from deepseek.parallel.expert_dispatcher import AllToAllDispatcher
 from deepseek.parallel.gradients import clip_gradients, finish_gradients
 from deepseek.parallel.mesh import Meshes, SingleProcess
+from deepseek.parallel.node_dispatcher import NodeDispatcher, NodePlan
 
 
 class LiveBytes(TorchDispatchMode):
@@ -129,14 +130,19 @@ class _Attention(torch.autograd.Function):
 
 
 class _Counts:
-    """Every rank of the EP group gets as many rows as it sends."""
+    """Every rank of a group gets as many rows as it sends."""
 
     def __init__(self, received_ne: Tensor, each: int) -> None:
-        self._received_ne = received_ne
-        self._told = [[each] * len(received_ne)] * 2
+        self._received_ne, self._each = received_ne, each
 
-    def sum(self, dim: int) -> Any:
-        return SimpleNamespace(tolist=lambda: self._told)
+    def unflatten(self, dim: int, sizes: tuple[int, int]) -> _Counts:
+        return _Counts(self._received_ne.unflatten(0, sizes), self._each)
+
+    def sum(self, dim: int) -> _Counts:
+        return self
+
+    def tolist(self) -> list[list[int]]:
+        return [[self._each] * len(self._received_ne)] * 2
 
     def __getitem__(self, index: int) -> Tensor:
         return self._received_ne
@@ -145,6 +151,24 @@ class _Counts:
 def _exchange_counts(self: AllToAllDispatcher, expert_ids_R: Tensor) -> Any:
     received_ne = expert_ids_R.new_zeros(self.num_ranks, self.experts_per_rank)
     return _Counts(received_ne, expert_ids_R.numel() // self.num_ranks)
+
+
+def _node_dispatcher(config: ModelConfig) -> type[NodeDispatcher]:
+    """A token's machines are as many as if routing were balanced."""
+    sizes = config.num_experts_per_tok, config.n_group, config.topk_group
+
+    class Balanced(NodeDispatcher):
+        def plan(self, expert_ids_TK: Tensor) -> NodePlan:
+            self._tokens, self._choices = expert_ids_TK.shape
+            return super().plan(expert_ids_TK)
+
+        def _both(self, counts: Tensor, group: dist.ProcessGroup) -> Any:
+            if group is self.inside:
+                return _Counts(counts, self._tokens * self._choices // self.ranks)
+            pairs = self._tokens * domains_of_token(self.nodes, *sizes)
+            return _Counts(counts, round(pairs / self.nodes))
+
+    return Balanced
 
 
 class StepBytes(NamedTuple):
@@ -168,7 +192,7 @@ def step_bytes(
     live, mode = LiveBytes(), FakeTensorMode(allow_non_fake_inputs=True)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
-        with _as_on_gpus(mode, live):
+        with _as_on_gpus(config, mode, live):
             meshes: Meshes | SingleProcess = SingleProcess()
             if layout.world_size > 1:
                 meshes = Meshes(layout, "cpu", timedelta(minutes=1))
@@ -192,7 +216,7 @@ def step_bytes(
 
 
 @contextmanager
-def _as_on_gpus(mode: FakeTensorMode, live: LiveBytes) -> Iterator[None]:
+def _as_on_gpus(config: ModelConfig, mode: FakeTensorMode, live: LiveBytes) -> Iterator[None]:
     """Stand-ins for what asks for numbers, and for kernels of GPUs."""
 
     units: list[FSDPModule] = []
@@ -229,6 +253,18 @@ def _as_on_gpus(mode: FakeTensorMode, live: LiveBytes) -> Iterator[None]:
         for stage in stages:
             stage._inference_mode = InferenceMode.STATIC
 
+    with_state = overlap._with_state
+
+    def followed(compute: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+        """Modes are a thread's own, and the pass beside a backward pass has one."""
+        run = with_state(compute, device)
+
+        def beside() -> Any:
+            with mode, live:
+                return run()
+
+        return beside
+
     copies = offload._Copy.__init__
 
     def copy_to_host(self: Any, tensor: Tensor) -> None:
@@ -237,6 +273,7 @@ def _as_on_gpus(mode: FakeTensorMode, live: LiveBytes) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(offload._Copy, "__init__", copy_to_host)
+        patch.setattr(overlap, "_with_state", followed)
         # Fakes lie nowhere; what lies in the same place has the same storage.
         patch.setattr(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata)
         patch.setattr(Tensor, "data_ptr", lambda tensor: tensor.untyped_storage()._cdata)
@@ -248,8 +285,10 @@ def _as_on_gpus(mode: FakeTensorMode, live: LiveBytes) -> Iterator[None]:
         patch.setattr(Transformer, "to_empty", to_empty)
         patch.setattr(schedules._PipelineSchedule, "_warmup_p2p", warm_up)
         patch.setattr(AllToAllDispatcher, "exchange_counts", _exchange_counts)
+        patch.setattr(expert_dispatcher, "NodeDispatcher", _node_dispatcher(config))
         patch.setattr(recompute, "ATTENTION", {torch.ops.support.flash.default})
         patch.setattr(row_ops, "BLOCK_NUMBERS", 1 << 62)  # blocks of rows are for caches of CPUs
+        patch.setattr(row_ops, "_summed", row_ops.combine_rows_slow)  # and so are bags of rows
         for owner in (attention, context):
             patch.setattr(owner, "causal_attention", lambda q, k, v, *_: _Attention.apply(q, k, v))
         # The product with the first matrix alone: as large, and what it keeps is kept before it is

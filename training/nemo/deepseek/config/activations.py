@@ -13,7 +13,7 @@ from functools import cache
 from typing import NamedTuple
 
 from deepseek.config.block_passes import Most, Sizes, passes
-from deepseek.config.cost import attention_parameters
+from deepseek.config.cost import attention_parameters, domains_of_token
 from deepseek.config.layout import (
     INTERLEAVED_SCHEDULES,
     V_SCHEDULES,
@@ -87,6 +87,9 @@ def waiting(
     name, pp = model.pipeline_schedule, model.pipeline_model_parallel_size
     parts, held = rank_stages(model, pp_rank), in_flight(model, pp_rank, micro_batches)
     total = sum(n * one for n, one in zip(held.values(), of_one, strict=True))
+    if name == "DualPipeV" and micro_batches <= 2 * pp - pp_rank:
+        # It holds all only before the first micro-batch goes back through the first stage.
+        return [Waiting(total, unbegun=(0,)), Waiting(total - min(of_one))]
     if pp == 1 or name not in ("InterleavedZeroBubble", "ZBVZeroBubble"):
         return [Waiting(total)]
     several = model.num_nextn_predict_layers > 1  # whose stage is not split either
@@ -320,8 +323,8 @@ def _kept_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool)
     here, number = tokens // tp, 2 if half else 4
     rows = here * model.num_experts_per_tok
     total = number * here * dim
-    if moe:  # chosen experts; the order of rows on both sides
-        total += 8 * rows * (5 if layout.ep > 1 else 1)
+    if moe:
+        total += _order_bytes(model, layout, here)
     if model.activations_checkpoint_granularity != "selective":
         return total
 
@@ -348,6 +351,23 @@ def _kept_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool)
     return total + 2 * product(tokens, dim, width) + product(tokens, width, dim) * (width > 0)
 
 
+def _pairs(model: ModelConfig, layout: Layout, tokens: int) -> int:
+    """Of tokens and the machines that have experts of theirs."""
+    nodes = layout.ep // (layout.ep_node or layout.ep)
+    sizes = model.num_experts_per_tok, model.n_group, model.topk_group
+    return round(tokens * domains_of_token(nodes, *sizes))
+
+
+def _order_bytes(model: ModelConfig, layout: Layout, tokens: int) -> int:
+    """Of chosen experts, and the order of rows on both sides."""
+    choices = model.num_experts_per_tok
+    rows = tokens * choices
+    if layout.ep_node:
+        pairs, nodes = _pairs(model, layout, tokens), layout.ep // layout.ep_node
+        return 8 * (4 * rows + pairs + tokens * nodes) + 17 * pairs * choices
+    return 8 * rows * (5 if layout.ep > 1 else 1)
+
+
 def _travelling(model: ModelConfig, rows: int) -> int:
     """Bytes of rows in FP8, their scales and weights, as they travel; 0: they do not."""
     return rows * (model.hidden_size + -(-model.hidden_size // 128) + 4) * model.moe_dispatch_fp8
@@ -368,7 +388,7 @@ def stage_passes(
         single = all(len(part.layers) + depth * part.last < 2 for part in stages)
         return working_bytes(model, layout, block_kinds(model, stages), half, reduces, single)
     plain = replace(model, activations_checkpoint_granularity=None)
-    forward = backward = 0
+    found = []
     for part in stages:
         counts = list(_kinds(model, part))
         kept = sum(n * _block_activations(model, layout, moe, half) for moe, _, n in counts if n)
@@ -376,9 +396,28 @@ def stage_passes(
         again = {moe for moe, n, _ in counts if n}
         for kinds, of, less in ((others, plain, 0), (again, model, kept)):
             most = working_bytes(of, layout, kinds, half, reduces)
-            forward = max(forward, most.forward - less)
-            backward = max(backward, most.backward - less)
-    return Most(forward, backward)
+            found.append(Most(*(max(0, size - less) for size in most)))
+    return _most(found)
+
+
+def gone_in_turn(
+    model: ModelConfig, layout: Layout, forward: StageSlice, backward: StageSlice, half: bool
+) -> int:
+    """Bytes that never wait where a stage goes forward and another back, in turn, block by block:
+    what the one keeps, the other has let go, but for a block. Only rows make them wait."""
+    ahead, behind = (
+        block_activations(model, layout, part, half) // max(1, len(part.layers))
+        for part in (forward, backward)
+    )
+    steps = min(blocks_of_stage(model, part)[1] for part in (forward, backward))
+    one = stage_activations(model, layout, forward, half)
+    if not steps or model.cpu_offloading_activations:
+        return 0
+    return min(one - ahead, one - ahead * steps + behind * (steps - 1))
+
+
+def _most(found: Sequence[Most]) -> Most:
+    return Most(*map(max, zip(*found, strict=True))) if found else Most(0, 0, 0, 0)
 
 
 def working_bytes(
@@ -388,6 +427,7 @@ def working_bytes(
     half: bool,
     reduces: bool = False,
     single: bool = False,
+    ahead: bool = False,
 ) -> Most:
     """Bytes of one block's passes, the costliest of ``kinds``, beside what waits for the second.
 
@@ -398,29 +438,31 @@ def working_bytes(
         half: products are in 2 bytes.
         reduces: gradients are handed on after each micro-batch.
         single: a stage has no other block.
+        ahead: it is MTP's.
     """
-    forward = backward = 0
+    found = []
     for moe in kinds:
-        most = passes(_sizes(model, layout, moe, half, reduces))
-        back = ahead = 0
+        most = passes(_sizes(model, layout, moe, half, reduces)._replace(ahead=ahead))
+        back = forth = 0
         if model.peft is not None and model.peft.base_dtype:  # one stack or matrix, unpacked
             width = max(model.intermediate_size, model.num_attention_heads * model.v_head_dim)
             width //= layout.tp
             if moe:
                 width = model.n_routed_experts // layout.ep * model.moe_intermediate_size
             matrix = model.hidden_size * width
-            back = ahead = (2 if half else 4) * matrix + 9 * min(matrix, UNPACKED_AT_ONCE)
+            back = forth = (2 if half else 4) * matrix + 9 * min(matrix, UNPACKED_AT_ONCE)
         if model.fp8_recipe:
-            back = ahead = _rounding_bytes(model, layout, moe, half)
+            back = forth = _rounding_bytes(model, layout, moe, half)
         if model.cpu_offloading_activations:  # originals till the block is done
             keeps = _block_activations
             if model.activations_checkpoint_granularity:
                 keeps = _kept_activations
-            ahead += keeps(model, layout, moe, half)
+            forth += keeps(model, layout, moe, half)
             # What comes back, and what is next to do so.
             back += (1 if single else 2) * keeps(model, layout, moe, half)
-        forward, backward = max(forward, most.forward + ahead), max(backward, most.backward + back)
-    return Most(forward, backward)
+        more = (forth, back, forth + back, forth)
+        found.append(Most(*map(operator.add, most, more)))
+    return _most(found)
 
 
 def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: bool) -> Sizes:
@@ -438,6 +480,7 @@ def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: b
     waits = _kept_activations(model, layout, moe, half) if recomputes else whole
     width = model.intermediate_size // tp
     experts_kept = rows = packed = tiled = slots = narrow = matrix = 0
+    pairs = pairs_packed = copies = homecoming = 0
     if moe:
         inner, experts = model.moe_intermediate_size, model.n_routed_experts // layout.ep
         count = here * model.num_experts_per_tok
@@ -445,6 +488,11 @@ def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: b
         rows, slots, narrow = (number * n for n in (count * dim, padded * dim, padded * inner))
         packed = rows + 4 * count if layout.ep > 1 else 0
         tiled = _travelling(model, count)
+        if layout.ep_node:
+            sent, choices = _pairs(model, layout, here), model.num_experts_per_tok
+            pairs, copies = number * sent * dim, number * sent * choices * dim
+            homecoming = hidden * (layout.ep // layout.ep_node)
+            pairs_packed = pairs + 4 * sent * choices
         experts_kept = 2 * narrow + 4 * padded + _expert_inputs(model, padded, half)
         if layout.keeps_experts or not parted:
             experts_kept += 3 * 2 * experts * dim * inner * half
@@ -472,9 +520,14 @@ def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: b
         rows=rows,
         packed=packed,
         tiled=tiled,
+        pairs=pairs,
+        pairs_packed=pairs_packed,
+        copies=copies,
+        homecoming=homecoming,
         slots=slots,
         narrow=narrow,
         experts_kept=experts_kept,
+        experts_lost=slots + narrow if moe and not _expert_inputs(model, 1, half) else 0,
         matrix=stay * matrix,
         # Beside it nothing of the block before is on its way, which is counted of every block.
         sent=max(0, 12 * matrix - 4 * attention_parameters(model) // tp)
@@ -482,6 +535,7 @@ def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: b
         adapted=not trained,
         stays=(tiled or packed) * (model.activations_checkpoint_granularity == "selective"),
         recomputes=recomputes,
+        ahead=False,
         waits=waits,
         apart=apart,
     )
@@ -540,7 +594,8 @@ def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool
         inner, slots = model.moe_intermediate_size, _slots(model, layout, rows)
         total += 4 * here * dim  # for the router, in fp32
         total += slots * (2 * number * inner + 4) + _expert_inputs(model, slots, half)
-        total += 5 * 4 * here * model.n_routed_experts + 6 * 8 * rows
+        total += 5 * 4 * here * model.n_routed_experts + 8 * rows
+        total += max(5 * 8 * rows, _order_bytes(model, layout, here))
         if layout.keeps_experts or not parted:
             matrices += model.n_routed_experts // layout.ep * 3 * dim * inner
         width = model.n_shared_experts * inner // tp

@@ -18,6 +18,10 @@ class Most(NamedTuple):
 
     forward: int
     backward: int
+    in_turn: int
+    """Of two passes, each of which goes on while the other's rows are under way."""
+    till_experts: int
+    """Of ``forward``, till experts give back weights that have been gathered."""
 
 
 class Sizes(NamedTuple):
@@ -53,12 +57,23 @@ class Sizes(NamedTuple):
     """The same with weights behind the rows, as they travel; 0: they do not."""
     tiled: int
     """The same in FP8, as rows travel to the experts; 0: they do not."""
+    pairs: int
+    """Rows that travel between machines first, one for each that has experts of a token; 0: none
+    do."""
+    pairs_packed: int
+    """The same as they travel."""
+    copies: int
+    """What they are added up from: a row for every choice of each."""
+    homecoming: int
+    """A row for every machine of each token."""
     slots: int
     """P x D."""
     narrow: int
     """P x F."""
     experts_kept: int
     """Kept by the routed experts."""
+    experts_lost: int
+    """Of their products' inputs, P x D and P x F, what is not: those of frozen ones."""
     matrix: int
     """Gradient of one stack of experts as products make it; 0: none is trained."""
     sent: int
@@ -68,6 +83,8 @@ class Sizes(NamedTuple):
     stays: int
     """Of what waits, what a recomputation is given and does not keep: rows that have arrived."""
     recomputes: bool
+    ahead: bool
+    """A norm comes after it, as in MTP: for that one's input all is made again, and first."""
     waits: int
     """What waits for the backward pass: all that is kept, or if it recomputes, its share."""
     apart: bool
@@ -78,18 +95,34 @@ class _Tape:
     """Bytes that exist, and the most that did."""
 
     def __init__(self) -> None:
-        self.now = self.most = 0
+        self.now = self.most = self.till_experts = self._since = 0
+        self.legs: list[int] = []
+        self.waits: list[int] = []
 
     def take(self, *sizes: int) -> None:
         self.now += sum(sizes)
-        self.most = max(self.most, self.now)
+        self._note(self.now)
 
     def give(self, *sizes: int) -> None:
         self.now -= sum(sizes)
 
+    def wait(self, *sizes: int) -> None:
+        """For rows, with these taken and given back: there ends a leg of the way."""
+        self.brief(*sizes)
+        self.legs.append(self._since)
+        self.waits.append(self.now + sum(sizes))
+        self._since = 0
+
     def brief(self, *sizes: int) -> None:
         """Taken and given back."""
-        self.most = max(self.most, self.now + sum(sizes))
+        self._note(self.now + sum(sizes))
+
+    def end(self) -> None:
+        """The last leg's."""
+        self.legs.append(self._since)
+
+    def _note(self, size: int) -> None:
+        self.most, self._since = max(self.most, size), max(self._since, size)
 
 
 @lru_cache(maxsize=1 << 14)  # a search over layouts asks for the same thousands of times
@@ -97,58 +130,95 @@ def passes(size: Sizes) -> Most:
     """The most of a block's two passes."""
     first = _Tape()
     first.take(size.waits if size.recomputes else 0)
-    _forward(first, size, stops=False)
+    _forward(first, size, again=False)
     again = _Tape()
     again.take(size.hidden, size.waits)  # the gradient of what it gave
     _backward(again, size)
-    return Most(first.most - size.waits, again.most - size.waits)
+    first.end()
+    again.end()
+    return Most(
+        first.most - size.waits,
+        again.most - size.waits,
+        max(_in_turn(first, again) - 2 * size.waits, first.most - size.waits),
+        first.till_experts - size.waits,
+    )
 
 
-def _forward(tape: _Tape, size: Sizes, stops: bool) -> None:
-    """``stops``: a recomputation, which ends with the last tensor that is kept."""
+def _in_turn(forward: _Tape, backward: _Tape) -> int:
+    """Of both blocks. The backward pass begins; if both wait as often, they keep step."""
+    if len(forward.waits) != len(backward.waits):
+        return max(
+            forward.most + max(backward.waits, default=0),
+            backward.most + max(forward.waits, default=0),
+        )
+    legs = zip(forward.legs, backward.waits, backward.legs[1:], forward.waits, strict=False)
+    return max((max(one + w, other + v) for one, w, other, v in legs), default=0)
+
+
+def _forward(tape: _Tape, size: Sizes, again: bool) -> None:
+    """``again``: a recomputation, which ends with the last tensor that is kept."""
     tape.take(size.attention)
     tape.brief(size.heads)
     tape.brief(size.gathered, size.copied, size.hidden)
     tape.take(size.hidden, size.between)  # the sum after attention
-    if size.recomputes and not stops:  # frames have returned, and nothing else holds it
+    if size.recomputes and not again:  # frames have returned, and nothing else holds it
         tape.give(size.attention, size.between)
         tape.take(size.hidden)  # normed
     if not size.slots:
         tape.take(size.wide_kept)
-        if not stops or size.adapted:
+        tape.brief(size.wide)  # SiLU of the gate
+        if not again or size.adapted:
             _wide_result(tape, size)
         return
     # rows on their way, and what is computed meanwhile
     there = size.tiled or size.packed
-    tape.take(size.rows)
-    tape.brief(3 * size.rows * (size.tiled > 0))  # rounded
-    tape.take(2 * there)
+    if size.pairs:
+        tape.take(size.pairs, 2 * size.pairs_packed)
+    else:
+        tape.take(size.rows)
+        tape.brief(3 * size.rows * (size.tiled > 0))  # rounded
+        tape.take(2 * there)
     if size.wide:
         tape.take(size.wide_kept)
+        tape.brief(size.wide)
         _wide_result(tape, size)
         tape.take(size.hidden)
+    if size.pairs:
+        tape.wait()
+        tape.give(size.pairs_packed)
+        tape.take(size.rows, 2 * there)
     if size.packed:
+        tape.wait()
         tape.give(there)
         tape.brief(size.rows)
         if size.tiled:
             _taken_out_of_fp8(tape, size)
             tape.brief(2 * size.rows)  # as it arrived, and sorted
-        tape.give(there)
+        tape.give(there, size.pairs, size.pairs_packed)
     # experts
     tape.take(size.experts_kept)
-    if stops and not size.adapted:
+    tape.brief(size.narrow, size.experts_lost)
+    stops = again and not size.ahead
+    if not stops or size.adapted:
+        tape.brief(size.slots * (3 if size.adapted and not again else 1))
+    if not stops:
+        if not again and size.recomputes:
+            tape.give(size.experts_kept)
+        tape.take(size.slots)
+        tape.take(size.rows)
+        tape.till_experts = tape.most
+        tape.give(size.slots)
+        if size.pairs:
+            tape.wait(2 * size.rows)
+            tape.brief(3 * size.rows, size.copies, size.pairs)
+            tape.wait(2 * size.rows, 2 * size.pairs)
+            tape.brief(2 * size.rows, 3 * size.pairs, size.homecoming, size.hidden)
+        else:
+            tape.wait(2 * size.rows * (size.packed > 0))
+            tape.brief((3 if size.packed else 1) * size.rows, size.hidden)
+        tape.give(size.rows)
+    if again:
         tape.give(size.rows, size.hidden, size.hidden if size.wide else 0)
-        return
-    tape.brief(size.slots * (1 if stops or not size.adapted else 3))
-    if stops:
-        tape.give(size.rows, size.hidden, size.hidden if size.wide else 0)
-        return
-    if size.recomputes:
-        tape.give(size.experts_kept)
-    tape.take(size.slots)
-    tape.take(size.rows)
-    tape.give(size.slots)
-    tape.brief((3 if size.packed else 1) * size.rows, size.hidden)
 
 
 def _taken_out_of_fp8(tape: _Tape, size: Sizes) -> None:
@@ -167,8 +237,11 @@ def _backward(tape: _Tape, size: Sizes) -> None:
         _wide_backward(tape, size, recomputes=size.recomputes)
         _attention_backward(tape, size)
         return
+    if size.recomputes and size.ahead:
+        _again(tape, size)
+        tape.take(2 * size.hidden)  # what the norms before it have made, joined
     # results back to the experts
-    tape.brief(2 * size.rows)
+    tape.wait(2 * size.rows)
     if size.tiled:
         tape.brief(4 * size.rows)
         tape.take(size.rows, size.tiled)
@@ -177,16 +250,17 @@ def _backward(tape: _Tape, size: Sizes) -> None:
     tape.brief(size.rows, size.slots)
     gradients = size.slots * (2 if size.adapted else 1)  # an adapter has a scaled one
     tape.take(gradients)
-    if size.recomputes:
+    if size.recomputes and not size.ahead:
         _again(tape, size)
     # last product, SwiGLU, first products
     tape.take(size.narrow, size.matrix)
-    tape.give(gradients, size.narrow)  # and the hidden values
+    hidden = size.narrow - min(size.narrow, size.experts_lost)
+    tape.give(gradients, hidden)
     tape.brief(4 * size.narrow)
     tape.take(2 * size.narrow)
     tape.give(size.narrow, 2 * size.narrow)  # of hidden values; gate and up
     tape.take(2 * size.slots, 2 * size.matrix)
-    tape.give(2 * size.narrow, size.slots, size.experts_kept - 3 * size.narrow)
+    tape.give(2 * size.narrow, size.slots, size.experts_kept - hidden - 2 * size.narrow)
     # rows back to their tokens, beside the shared experts
     tape.brief(size.rows)
     tape.give(size.slots)
@@ -197,9 +271,23 @@ def _backward(tape: _Tape, size: Sizes) -> None:
         tape.brief(size.rows)
         tape.take(2 * size.packed)
         tape.give(size.rows)
+    if size.pairs:
+        tape.wait()
+        tape.give(size.packed)
+        tape.brief(size.rows, size.copies, size.pairs)
+        tape.take(size.pairs)
+        tape.give(size.packed)
+        tape.take(2 * size.pairs_packed)
+        tape.give(size.pairs)
     if size.wide:
         _wide_backward(tape, size, recomputes=False)
     if size.packed:
+        tape.wait()
+    if size.pairs:
+        tape.give(size.pairs_packed)
+        tape.brief(size.pairs, size.homecoming, size.hidden)
+        tape.give(size.pairs_packed)
+    elif size.packed:
         tape.give(size.packed)
         tape.brief(size.rows, size.hidden)
         tape.give(size.packed)
@@ -212,7 +300,7 @@ def _backward(tape: _Tape, size: Sizes) -> None:
 def _again(tape: _Tape, size: Sizes) -> None:
     """All that is kept, but for what waits already."""
     tape.give(size.waits - size.stays)
-    _forward(tape, size, stops=True)
+    _forward(tape, size, again=True)
 
 
 def _wide_backward(tape: _Tape, size: Sizes, recomputes: bool) -> None:

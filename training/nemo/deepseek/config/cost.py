@@ -171,6 +171,22 @@ def flops_per_token(
     return 2 * passes * products + 6 * adapted + 3 * layers * scores * (1 if causal else 2)
 
 
+def domains_of_token(domains: int, top_k: int, groups: int, top_groups: int) -> float:
+    """How many machines, or domains of NVLink, have experts of a token, if routing is balanced.
+
+    Args:
+        domains: that share the experts, as many each.
+        top_k: experts of a token.
+        groups: of experts.
+        top_groups: of which a token's are chosen.
+    """
+    if groups > 1 and groups % domains == 0:
+        others = math.comb(groups - groups // domains, top_groups)
+        return domains * (1 - others / math.comb(groups, top_groups))
+    reached = domains * (1 - (1 - 1 / domains) ** top_k)
+    return min(reached, top_groups) if groups > 1 else reached
+
+
 def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_number: int = 2) -> int:
     """Bytes that decoding caches for one token: latent and rotary key of every layer.
 

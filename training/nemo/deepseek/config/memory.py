@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -11,6 +11,7 @@ from deepseek.config.activations import (
     Waiting,
     ahead_activations,
     blocks_of_stage,
+    gone_in_turn,
     head_activations,
     hidden_bytes,
     host_activations,
@@ -320,7 +321,7 @@ def rank_need(
     stages, held = rank_stages(model, pp_rank), in_flight(model, pp_rank, micro_batches)
     groups = _groups(model, layout, stages)
     kept = _states(model, groups, model.optim.name)
-    root = roots_gradient = roots_part = largest_part = alone = entry = entry_part = 0
+    root = roots_gradient = roots_part = alone = entry = entry_part = 0
     units: list[tuple[int, int, int, int]] = []
     number, packed = 2 if half else 4, _packed_bytes(model)
     for numbers, times, unit in groups:
@@ -332,11 +333,11 @@ def rank_need(
             if times and not units:  # the first block's, but for experts that come later
                 entry, entry_part = side, 4 * numbers.trained
             units += times * [(gathered, 4 * numbers.whole, side, 4 * numbers.beside)]
-            largest_part = max(largest_part, 4 * numbers.trained * (times > 0))
         else:
             roots_gradient += 4 * times * numbers.whole
             roots_part += 4 * times * numbers.trained
             root += times * gathered
+    in_order = [unit[0] for unit in units]
     units.sort()
     beside, beside_gradient = units[-2][2:] if len(units) > 1 else (0, 0)
     parted, trains = layout.world_size > 1, model.peft is None
@@ -361,12 +362,14 @@ def rank_need(
         """Of the gradients, those of stages that have begun with theirs."""
         if not parted or not trains:
             return gradients
-        if reduces:  # of a single micro-batch, its own, and those of embedding and head come last
-            return gradients - (roots_part + largest_part) * at_once
+        if reduces:
+            return gradients * (not at_once)
         return gradients - sum(whole[stage] for stage in wait.unbegun)
 
     hidden, dim = hidden_bytes(model, layout, half), model.hidden_size
     ends = sum((not part.first) + (not part.last) for part in stages)
+    if pp_rank == layout.pp - 1 and model.pipeline_schedule in V_SCHEDULES:
+        ends -= 2  # it hands from one of its stages to the other
     gives_back = reshards(model, layout)
 
     def moment(blocks: int, gradients: int, activations: int, working: int) -> RankNeed:
@@ -382,21 +385,51 @@ def rank_need(
     # What is gathered at once, of a block or of its experts.
     newest = (units[-1][0] - units[-1][2] or units[-1][0]) if units else 0
 
+    several = len(stages) > 1  # whose schedules gather before they begin
+
+    def blocks_in_turn(made_before: int, beside: int) -> Iterator[RankNeed]:
+        """Each hands its gradients on: they lie there whole till the next one is through, and from
+        then on in parts, of a single micro-batch where there was none."""
+        part, depth = stages[-1], model.num_nextn_predict_layers
+        sizes = [4 * n.trained for n, times, unit in groups if unit for _ in range(times)]
+        for place in _turns(model, part):
+            done = sum(sizes[place + 1 :]) * at_once
+            on_way = of_block * (depth > 0 or place + 1 < len(part.layers))
+            till = part._replace(layers=part.layers[: place + 1], last=False)
+            turn = moment(
+                2 if place else 1,
+                made_before + done + on_way,
+                stage_activations(model, layout, till, half),
+                stage_passes(model, layout, [till], half, reduces).backward + beside,
+            )
+            if at_once and not gives_back:  # weights are not needed again either
+                turn = turn._replace(gathered=(root + sum(in_order[: place + 1])) * parted)
+            yield turn
+
     # Where all go forward first there is no gradient yet, and one less waits when there is.
     forward_first = len(waits) == 1 and all(n == micro_batches for n in held.values())
     less = sum(of_one) if forward_first and micro_batches > 1 else 0
-    forward, main = stage_passes(model, layout, stages, half, reduces)
+    both = stage_passes(model, layout, stages, half, reduces)
+    forward, main = both.forward, both.backward
+    if layout.pp > 1 and all(len(part.layers) < 2 for part in stages):
+        main -= hidden  # the gradient that the only block is given is what has been received
+    turn, overlaps = 0, several and model.overlap_moe_expert_parallel_comm
+    if overlaps:
+        main, pairs = both.in_turn, ((0, 1), (1, 0))
+        turn = min(gone_in_turn(model, layout, stages[a], stages[b], half) for a, b in pairs)
     numbers_of_head = model.vocab_size // layout.tp * model.hidden_size
     # The gradient of an embedding, which is added up in fp32, some columns at a time.
     of_table = (number if parted else 4) * numbers_of_head * trains
     looked_up = of_table + 4 * numbers_of_head * trains * min(LOOKUP_COLUMNS, dim) // dim
-    of_embedding = 0
-    moments = [moment(2, made(wait) + of_block, wait.size - less, main) for wait in waits]
+    of_embedding = chunk = 0
+    moments = [moment(2, made(wait) + of_block, wait.size - less - turn, main) for wait in waits]
     if not any(part.last for part in stages):
         if less:
             moments.append(moment(2, of_block, waits[0].size, main))
         moments += [
-            moment(2, 0 if forward_first else made(wait), wait.size, forward) for wait in waits
+            moment(2, 0 if forward_first else made(wait), wait.size, forward)
+            for wait in waits
+            if not overlaps
         ]
     else:
         if len(waits) == 1:  # the same is told below, in more detail
@@ -405,16 +438,16 @@ def rank_need(
             (wait for wait in waits if wait.at_head), key=lambda wait: made(wait) + wait.size
         )
         before = 0 if forward_first else made(wait)
-        under_way, held_back = made(wait) + of_block, wait.size
+        under_way, held_back = made(wait) + of_block, wait.size - turn
         depth = model.num_nextn_predict_layers
         table = 4 * numbers_of_head * trains
-        # A head in bf16 and its gradient's summand; logits and what they become.
+        # Logits, in bf16 and what becomes of them in fp32; those of the chunk before are still
+        # there when they are made. Or the first ones, and the summand of the head's gradient.
         tokens = tokens_of_part(model, layout)
-        chunk = 8 * model.vocab_size // layout.tp * min(tokens, CHUNK_TOKENS)
-        # The chunk before is still there.
-        if half and not trains and len(stages) == 1 and tokens > CHUNK_TOKENS:
-            chunk += chunk // 2
-        chunk += 2 * numbers_of_head * (trains + (not parted)) * half
+        logits = model.vocab_size // layout.tp * min(tokens, CHUNK_TOKENS)
+        made_anew = (10 if half else 8) if tokens > CHUNK_TOKENS else 6 if half else 4
+        chunk = max(made_anew * logits, (6 * logits + 2 * numbers_of_head * trains) * half)
+        chunk += 2 * numbers_of_head * (not parted) * half  # the head in bf16
         chunk += hidden * layout.tp * (layout.tp > 1)  # of all tokens, gathered
         scaled = table + table // 2 * (half and parted)
         # Before the last block its MTP or, of weights in bf16, the last norm is gathered again.
@@ -426,40 +459,55 @@ def rank_need(
         held_back -= less
         of_heads = (1 + depth) * table
         if len(stages) > 1:  # another stage goes back: of DualPipeV after the head has gone forward
-            gone = of_heads * (model.pipeline_schedule != "DualPipeV")
+            gone = of_heads * (overlaps or model.pipeline_schedule != "DualPipeV")
             other = stage_passes(model, layout, stages[:-1], half, reduces).backward
-            moments.append(moment(2, under_way, held_back - gone, other))
+            moments.append(moment(2, under_way, held_back - gone, main if overlaps else other))
         # Now what the heads have made is added up, with the embedding's gradient of every depth.
         held_back -= of_heads
         if half and parted:  # in bf16 till the stage is through, and then added up in fp32
             under_way += table // 2
         elif reduces:
             under_way += table
-        ahead = working_bytes(model, layout, {True}, half, reduces).backward if depth else 0
-        moments.append(moment(2, under_way, held_back, ahead + of_table * (depth > 1)))
+        ahead, recomputes = 0, model.activations_checkpoint_granularity is not None
+        if depth:
+            ahead = working_bytes(model, layout, {True}, half, reduces, ahead=True).backward
+        first = under_way - of_block * (depth == 1)  # nothing is on its way yet
+        moments.append(moment(2, first, held_back, ahead + of_table * (depth > 1)))
+        if depth and recomputes and gives_back and not model.cpu_offloading_activations:
+            # All of it is made again before its experts go back, which are gathered for that as
+            # in a forward pass: twice till something else is.
+            plain = replace(model, activations_checkpoint_granularity=None)
+            again = working_bytes(plain, layout, {True}, half).till_experts + hidden
+            again += ahead_activations(plain, layout, half) - ahead_activations(model, layout, half)
+            twice = moment(1, first, held_back, again + of_table * (depth > 1))
+            moments.append(twice._replace(gathered=twice.gathered + newest * parted))
         held_back -= depth * ahead_activations(model, layout, half)
         # In bf16 till the stage is through, or till the same table has looked up its own tokens.
         joint = any(part.first and part.last for part in stages)
         of_embedding = of_table * (depth > 0 and (joint or (half and parted)))
         moments.append(moment(2, under_way, held_back, looked_up * (depth > 0)))
         held_back -= head_activations(model, layout, half)
-        own = stage_passes(model, layout, stages[-1:], half, reduces).backward
-        moments.append(moment(2, under_way, held_back, own + of_embedding))
+        if reduces and layout.pp == 1:
+            moments += blocks_in_turn(under_way - of_block, of_embedding)
+        else:
+            own = stage_passes(model, layout, stages[-1:], half, reduces).backward
+            own = main if overlaps else own
+            moments.append(moment(2, under_way, held_back, own + of_embedding))
         # Before the head, the last block goes forward, and those of MTP. What is gathered last is
         # there twice till something else is.
         blocks = (
             wait.size
+            - turn
             - of_one[-1]
             + stage_activations(model, layout, stages[-1]._replace(last=False), half)
         )
-        twice = moment(2, before, blocks, forward)
+        twice = moment(1, before, blocks, forward)
         if gives_back and units:
             twice = twice._replace(gathered=twice.gathered + newest * parted)
         moments.append(twice)
         if depth:
             first = wait.size - (1 + depth) * table
             moments.append(twice._replace(activations=first))
-    several = len(stages) > 1  # whose schedules gather before they begin
     if parted and not several:
         # What embedding and head are gathered in stays till the first block's weights are there.
         later = gives_back and micro_batches > 1
@@ -467,16 +515,22 @@ def rank_need(
         begins = moment(0, made(waits[0]) * later, waits_first, hidden)
         moments.append(begins._replace(gathered=2 * (root + entry)))
     if not gives_back and units:  # a first forward pass has what is gathered last there twice
-        at_work = 0 if several else forward
+        at_work = 0 if several else max(forward, chunk)
         begun = moment(2, 0, 0 if several else sum(of_one), at_work)
         moments.append(begun._replace(gathered=begun.gathered + newest * parted))
     for part, one in zip(stages, of_one, strict=True):
         if part.first:
-            left = waits[0].size - one if layout.pp > 1 else 0
+            steady = [wait for wait in waits if not wait.unbegun] or waits
+            fullest = max(steady, key=lambda wait: made(wait) + wait.size)
+            left = fullest.size - one if layout.pp > 1 else 0
             # Of the first micro-batch to go back the gradient is the one that is made here.
             first = 4 * numbers_of_head * trains * (forward_first and not reduces)
-            there = made(waits[0]) + of_block - first
-            moments.append(moment(0, there, left, looked_up + of_embedding))
+            there = made(fullest) + of_block - first
+            there += (gradients - roots_part) * (reduces and at_once)
+            # What several look-ups have made is added up in place of them.
+            made_here = max(looked_up + of_embedding, 3 * of_embedding)
+            there += 4 * numbers_of_head * (reduces and part.last)  # the head's
+            moments.append(moment(0, there, left, made_here))
     if reduces:  # the embedding comes last, when no weights are gathered any more
         # Of several replicas, what they have added up stays till all of a micro-batch is.
         twice_there = gradients - roots_part if layout.dp_replicate > 1 and not at_once else 0
@@ -493,6 +547,16 @@ def rank_need(
         update = moment(0, kept.gradients, 0, 16 * _largest_trained(model, layout))
         moments.append(update._replace(gathered=0))
     return max(moments, key=lambda need: need.total)
+
+
+def _turns(model: ModelConfig, part: StageSlice) -> set[int]:
+    """Of a stage's blocks, from 0: what goes back last, first, and beside another kind. Between
+    them all grows evenly."""
+    dense, moe = blocks_of_stage(model, part)
+    places = {0, 1, dense - 1, dense, dense + 1, dense + moe - 2, dense + moe - 1}
+    if model.activations_checkpoint_num_layers is not None:
+        places |= {model.activations_checkpoint_num_layers + step for step in (-1, 0)}
+    return places & set(range(dense + moe))
 
 
 def rank_needs(run: RunConfig) -> list[RankNeed]:

@@ -16,6 +16,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
+from deepseek.config.cost import domains_of_token
 from deepseek.planner.architecture import Architecture, Product
 from deepseek.planner.flops import scores_per_token
 from deepseek.planner.hardware import Device, Efficiency
@@ -321,12 +322,7 @@ def sent_to_experts(
     copy = tokens * arch.hidden * sum(bytes_of_ways(precision, system))
     if system.every_copy:
         return copy * arch.top_k * (1 - domain / ep), copy * arch.top_k * (domain - 1) / ep
-    reached = domains * (1 - (1 - 1 / domains) ** arch.top_k)
-    if arch.groups > 1 and arch.groups % domains == 0:
-        others = math.comb(arch.groups - arch.groups // domains, arch.top_groups)
-        reached = domains * (1 - others / math.comb(arch.groups, arch.top_groups))
-    elif arch.groups > 1:
-        reached = min(reached, arch.top_groups)
+    reached = domains_of_token(domains, arch.top_k, arch.groups, arch.top_groups)
     ranks = ep * (1 - (1 - 1 / ep) ** arch.top_k)
     return copy * reached * (domains - 1) / domains, copy * ranks * (domain - 1) / domain
 
