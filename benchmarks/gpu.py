@@ -131,15 +131,16 @@ def in_own_process(name: str, device: str, limit: float) -> dict[str, Any]:
     try:
         if ours.poll(limit):
             said: dict[str, Any] = ours.recv()
+            process.join(5)
             return said
         return {"error": f"stopped after {limit:.0f} s"}
     except EOFError:
         process.join()
         return {"error": f"its process ended with exit code {process.exitcode}"}
     finally:
-        process.join(5)
         with suppress(ProcessLookupError, PermissionError):  # and what it has started
             os.killpg(process.pid, signal.SIGKILL)
+        process.kill()  # it may not have come to have a group
         process.join()
 
 
