@@ -341,6 +341,52 @@ TERMS: dict[str, tuple[dict[str, Any], bool]] = {
         dict(context_parallel_size=4, num_attention_heads=16), True,
     ),
     "products in FP8 round what they are given": (dict(fp8_recipe="blockwise"), True),
+    "products in FP8 round before SwiGLU goes back": (
+        dict(
+            fp8_recipe="blockwise", activations_checkpoint_granularity="full",
+            first_k_dense_replace=2,
+        ),
+        True,
+    ),
+    "products in FP8 keep rows of their own on the host": (
+        dict(
+            fp8_recipe="blockwise", cpu_offloading_activations=True, first_k_dense_replace=2,
+            activations_checkpoint_granularity=None,
+        ),
+        True,
+    ),
+    "results of a context's halves lie on the host": (
+        dict(
+            context_parallel_size=4, num_attention_heads=16, cpu_offloading_activations=True,
+            activations_checkpoint_granularity=None, first_k_dense_replace=2,
+        ),
+        True,
+    ),
+    "what adapters are given lies on the host": (
+        dict(
+            peft=ADAPTERS, cpu_offloading_activations=True, first_k_dense_replace=0,
+            activations_checkpoint_granularity=None,
+        ),
+        False,
+    ),
+    "packed experts are taken out while they compute": (
+        dict(
+            peft=replace(ADAPTERS, base_dtype="fp8"), hidden_size=1024, moe_intermediate_size=1024,
+            first_k_dense_replace=0, activations_checkpoint_granularity=None,
+            data=replace(V3.data, seq_length=1024),
+        ),
+        True,
+    ),
+    "packed matrices are small beside the last norm's backward pass": (
+        dict(
+            peft=replace(ADAPTERS, base_dtype="nf4"), hidden_size=2048, first_k_dense_replace=2,
+            activations_checkpoint_granularity=None, data=replace(V3.data, seq_length=1024),
+        ),
+        True,
+    ),
+    "logits of adapters' models, and of the chunk before": (
+        dict(peft=ADAPTERS, vocab_size=65536, activations_checkpoint_granularity="full"), True,
+    ),
     "of adapters' models embedding and head are gathered in two places": (
         dict(
             peft=replace(ADAPTERS, base_dtype="nf4"), vocab_size=65536, reshard_after_forward=True,

@@ -22,8 +22,9 @@ from deepseek.config.layout import (
     rank_stages,
     stages_of_rank,
 )
+from deepseek.config.product_passes import Beside, Product, in_fp8, of_packed
 from deepseek.config.schema import ModelConfig
-from deepseek.config.weights import UNPACKED_AT_ONCE, lora_targets
+from deepseek.config.weights import lora_targets
 
 ROW_ALIGNMENT = 16
 """Rows of every routed expert are padded to a multiple of this; ``ops/rows.py`` says why."""
@@ -219,28 +220,32 @@ def block_activations(model: ModelConfig, layout: Layout, part: StageSlice, half
 
 
 def host_activations(model: ModelConfig, layout: Layout, part: StageSlice, half: bool) -> int:
-    """Bytes of one micro-batch that a stage's blocks, and MTP's, keep on the host.
-
-    Of a block that recomputes its input; of others nearly all that they keep. There a tensor that
-    two operators see in two shapes lies twice, and of one of which a part is kept that part.
-    """
+    """Bytes of one micro-batch that a stage's blocks, and MTP's, keep on the host: of a block that
+    recomputes its input."""
     if not model.cpu_offloading_activations:
         return 0
     hidden = hidden_bytes(model, layout, half)
-    tokens, heads = tokens_of_part(model, layout), model.num_attention_heads // layout.tp
-    twice = tokens * heads * (model.v_head_dim - layout.cp * model.qk_nope_head_dim)
-    twice *= 2 if half else 4
     total = sum(
-        n * hidden + others * (_block_activations(model, layout, moe, half) + twice)
+        n * hidden + others * _block_on_host(model, layout, moe, half)
         for moe, n, others in _kinds(model, part)
     )
     if not part.last:
         return total
     if model.activations_checkpoint_granularity is None:
-        ahead = _block_activations(model, layout, True, half) + twice
+        ahead = _block_on_host(model, layout, True, half)
     else:
         ahead = 2 * hidden
     return total + model.num_nextn_predict_layers * ahead
+
+
+def _block_on_host(model: ModelConfig, layout: Layout, moe: bool, half: bool) -> int:
+    """Bytes of nearly all that a block keeps. On the host a tensor that two operators see in two
+    shapes lies twice, and of one of which a part is kept that part. Attention's result is such a
+    one, unless what is kept for the product behind it is another."""
+    tokens, heads = tokens_of_part(model, layout), model.num_attention_heads // layout.tp
+    same = layout.cp == 1 and model.fp8_recipe is None
+    twice = tokens * heads * (model.v_head_dim * same - layout.cp * model.qk_nope_head_dim)
+    return _block_activations(model, layout, moe, half) + (2 if half else 4) * twice
 
 
 def _kinds(model: ModelConfig, part: StageSlice) -> Iterator[tuple[bool, int, int]]:
@@ -302,6 +307,12 @@ def hidden_bytes(model: ModelConfig, layout: Layout, half: bool) -> int:
     """Bytes of the residual stream of one micro-batch: in the dtype of products."""
     tokens = tokens_of_part(model, layout) // layout.tp
     return (2 if half else 4) * tokens * model.hidden_size
+
+
+def norm_bytes(model: ModelConfig, layout: Layout, half: bool) -> int:
+    """Bytes that a norm's backward pass makes: of what is in bf16 three copies in fp32, one of them
+    in bf16 again, which a product takes, and the gradient; of what is in fp32 two."""
+    return (16 if half else 8) * (tokens_of_part(model, layout) // layout.tp) * model.hidden_size
 
 
 def _recomputing(model: ModelConfig, part: StageSlice) -> tuple[int, int]:
@@ -444,22 +455,13 @@ def working_bytes(
     for moe in kinds:
         most = passes(_sizes(model, layout, moe, half, reduces)._replace(ahead=ahead))
         back = forth = 0
-        if model.peft is not None and model.peft.base_dtype:  # one stack or matrix, unpacked
-            width = max(model.intermediate_size, model.num_attention_heads * model.v_head_dim)
-            width //= layout.tp
-            if moe:
-                width = model.n_routed_experts // layout.ep * model.moe_intermediate_size
-            matrix = model.hidden_size * width
-            back = forth = (2 if half else 4) * matrix + 9 * min(matrix, UNPACKED_AT_ONCE)
-        if model.fp8_recipe:
-            back = forth = _rounding_bytes(model, layout, moe, half)
         if model.cpu_offloading_activations:  # originals till the block is done
-            keeps = _block_activations
+            keeps, returns = _block_activations, _block_on_host
             if model.activations_checkpoint_granularity:
-                keeps = _kept_activations
+                keeps = returns = _kept_activations
             forth += keeps(model, layout, moe, half)
             # What comes back, and what is next to do so.
-            back += (1 if single else 2) * keeps(model, layout, moe, half)
+            back += (1 if single else 2) * returns(model, layout, moe, half)
         more = (forth, back, forth + back, forth)
         found.append(Most(*map(operator.add, most, more)))
     return _most(found)
@@ -474,6 +476,18 @@ def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: b
     # to what is there, but where that has been handed on.
     stay = number * (trained and parted and (half or reduces))
     gathered = number * tokens * dim * (tp > 1)
+    narrower = model.fp8_recipe is not None  # what products keep is a copy, in FP8
+
+    def both(given: int, made: int, matrix: int, is_stack: bool = False) -> tuple[Beside, Beside]:
+        """Of SwiGLU's first two products, and its last one."""
+        if not matrix:
+            return Beside(), Beside()
+        first, last = (given, made), (made, given)
+        return (
+            _beside(model, Product(*first, matrix, is_stack), half),
+            _beside(model, Product(*last, matrix, is_stack), half),
+        )
+
     heads = model.num_attention_heads // tp
     attention = _attention_activations(model, layout, half)
     whole = _block_activations(model, layout, moe, half)
@@ -481,6 +495,8 @@ def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: b
     width = model.intermediate_size // tp
     experts_kept = rows = packed = tiled = slots = narrow = matrix = 0
     pairs = pairs_packed = copies = homecoming = 0
+    experts_inputs = narrow_kept = 0
+    experts_products = Beside(), Beside()
     if moe:
         inner, experts = model.moe_intermediate_size, model.n_routed_experts // layout.ep
         count = here * model.num_experts_per_tok
@@ -493,7 +509,10 @@ def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: b
             pairs, copies = number * sent * dim, number * sent * choices * dim
             homecoming = hidden * (layout.ep // layout.ep_node)
             pairs_packed = pairs + 4 * sent * choices
-        experts_kept = 2 * narrow + 4 * padded + _expert_inputs(model, padded, half)
+        experts_inputs, narrow_kept = _expert_inputs(model, padded, half)
+        experts_kept = 2 * narrow + 4 * padded + experts_inputs + narrow_kept
+        stack = experts * dim * inner
+        experts_products = both(padded * dim, padded * inner, stack, is_stack=True)
         if layout.keeps_experts or not parted:
             experts_kept += 3 * 2 * experts * dim * inner * half
         else:
@@ -501,8 +520,9 @@ def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: b
         width = model.n_shared_experts * inner // tp
     wide = number * tokens * width
     once, twice = _input_bytes(model, half)
-    wide_kept = 2 * wide + round(once * tokens * width)
-    wide_kept += round(twice * tokens * dim) * (tp > 1 and width > 0)
+    wide_hidden = round(once * tokens * width)
+    wide_inputs = round(twice * tokens * dim) * (width > 0)
+    wide_kept = 2 * wide + wide_hidden + wide_inputs * (tp > 1)
     apart = layout.ep * tp > 1
     return Sizes(
         hidden=hidden,
@@ -511,7 +531,7 @@ def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: b
         attention=attention,
         heads=number * tokens * heads * (model.qk_head_dim + model.qk_rope_head_dim),
         head_gradients=_gradients_of_heads(model, layout, half),
-        norm=12 * here * dim,
+        norm=norm_bytes(model, layout, half) + hidden,  # and what it is given
         between=max(0, whole - attention - wide_kept - experts_kept),
         wide=wide,
         wide_kept=wide_kept,
@@ -527,7 +547,6 @@ def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: b
         slots=slots,
         narrow=narrow,
         experts_kept=experts_kept,
-        experts_lost=slots + narrow if moe and not _expert_inputs(model, 1, half) else 0,
         matrix=stay * matrix,
         # Beside it nothing of the block before is on its way, which is counted of every block.
         sent=max(0, 12 * matrix - 4 * attention_parameters(model) // tp)
@@ -538,20 +557,33 @@ def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: b
         ahead=False,
         waits=waits,
         apart=apart,
+        normed=hidden * narrower,
+        slots_held=slots * (narrower or not experts_inputs),
+        whole_products=narrower or not trained,
+        wide_hidden=wide_hidden,
+        wide_inputs=wide_inputs * (tp > 1),
+        narrow_kept=narrow_kept,
+        experts_inputs=experts_inputs,
+        wide_products=both(tokens * dim, tokens * width, dim * width),
+        experts_products=experts_products,
+        attention_product=_beside(
+            model,
+            Product(
+                tokens * heads * model.v_head_dim, tokens * dim, heads * model.v_head_dim * dim
+            ),
+            half,
+        ),
     )
 
 
-def _rounding_bytes(model: ModelConfig, layout: Layout, moe: bool, half: bool) -> int:
-    """Bytes of copies that FP8 numbers are made in: of a matrix, or of the rows of a gradient."""
-    tokens, dim = tokens_of_part(model, layout), model.hidden_size
-    width = model.intermediate_size // layout.tp
-    matrix, rows = dim * width, tokens * max(dim, width)
-    if moe:
-        inner = model.moe_intermediate_size
-        matrix = model.n_routed_experts // layout.ep * dim * inner
-        rows = _slots(model, layout, tokens // layout.tp * model.num_experts_per_tok)
-        rows *= max(dim, inner)
-    return (2 if half else 4) * max(3 * matrix, 3 * rows)
+def _beside(model: ModelConfig, product: Product, half: bool) -> Beside:
+    """What a product of the model makes besides."""
+    number = 2 if half else 4
+    if model.fp8_recipe is not None:
+        return in_fp8(product, number)
+    if model.peft is not None and model.peft.base_dtype is not None:
+        return of_packed(product, number, model.peft.base_dtype)
+    return Beside()
 
 
 def _gradients_of_heads(model: ModelConfig, layout: Layout, half: bool) -> int:
@@ -593,14 +625,14 @@ def _block_activations(model: ModelConfig, layout: Layout, moe: bool, half: bool
         rows = here * model.num_experts_per_tok
         inner, slots = model.moe_intermediate_size, _slots(model, layout, rows)
         total += 4 * here * dim  # for the router, in fp32
-        total += slots * (2 * number * inner + 4) + _expert_inputs(model, slots, half)
+        total += slots * (2 * number * inner + 4) + sum(_expert_inputs(model, slots, half))
         total += 5 * 4 * here * model.n_routed_experts + 8 * rows
         total += max(5 * 8 * rows, _order_bytes(model, layout, here))
         if layout.keeps_experts or not parted:
             matrices += model.n_routed_experts // layout.ep * 3 * dim * inner
         width = model.n_shared_experts * inner // tp
-        if not half and tp == 1 and model.fp8_recipe is None:  # the router's copy
-            inputs = 0
+        if not half and tp == 1 and model.fp8_recipe is None and model.peft is None:
+            inputs = 0  # the router's copy
     total += (inputs if width else 0) + tokens * width * (2 * number + once)
     matrices += 0 if parted else 3 * dim * width
     if model.peft is not None and model.peft.base_dtype:  # unpacked anew in each pass
@@ -644,14 +676,16 @@ def _input_bytes(model: ModelConfig, half: bool) -> tuple[float, float]:
     return 1 + number / 128, 2 * (1 + number / 128)
 
 
-def _expert_inputs(model: ModelConfig, slots: int, half: bool) -> int:
-    """Bytes of the inputs that the products of the routed experts keep: frozen ones none."""
+def _expert_inputs(model: ModelConfig, slots: int, half: bool) -> tuple[int, int]:
+    """Bytes of the inputs that the first two products of the routed experts keep, and the last one:
+    frozen ones none."""
     once, twice = _input_bytes(model, half)
     names = {"experts.w1", "experts.w2", "experts.w3"}
     if model.peft is not None:
         names &= set(lora_targets(model.peft.target_modules))
-    total = twice * model.hidden_size * bool(names - {"experts.w2"})
-    return round(slots * (total + once * model.moe_intermediate_size * ("experts.w2" in names)))
+    first = twice * model.hidden_size * bool(names - {"experts.w2"})
+    last = once * model.moe_intermediate_size * ("experts.w2" in names)
+    return round(slots * first), round(slots * last)
 
 
 def _slots(model: ModelConfig, layout: Layout, rows: int) -> int:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+from deepseek.config.product_passes import Beside
+
 
 class Most(NamedTuple):
     """Bytes beside what waits: of the block itself its input, or all that it keeps."""
@@ -49,6 +51,8 @@ class Sizes(NamedTuple):
     """Kept by it, its input included."""
     wide_matrix: int
     """Gradient of one of its matrices as products make it; 0: none is trained."""
+    wide_hidden: int
+    """Of ``wide_kept``, what the last product keeps: hidden values, in FP8 where it computes so."""
     attention_matrix: int
     """Such a gradient of attention's last matrix."""
     rows: int
@@ -70,10 +74,10 @@ class Sizes(NamedTuple):
     """P x D."""
     narrow: int
     """P x F."""
+    narrow_kept: int
+    """Of ``experts_kept``, hidden values: in FP8 where products are, none if frozen."""
     experts_kept: int
     """Kept by the routed experts."""
-    experts_lost: int
-    """Of their products' inputs, P x D and P x F, what is not: those of frozen ones."""
     matrix: int
     """Gradient of one stack of experts as products make it; 0: none is trained."""
     sent: int
@@ -89,6 +93,21 @@ class Sizes(NamedTuple):
     """What waits for the backward pass: all that is kept, or if it recomputes, its share."""
     apart: bool
     """Experts hand their gradients on before the rest of the block goes back."""
+    normed: int
+    """What a norm gives, where frames alone hold it: products keep it in FP8."""
+    slots_held: int
+    """Of ``slots``, likewise, what experts are given: in FP8, or frozen."""
+    whole_products: bool
+    """A recomputation computes the last product too, which keeps what it is given afterwards."""
+    wide_inputs: int
+    """Of ``wide_kept``, what the first two products keep."""
+    experts_inputs: int
+    """The same of ``experts_kept``."""
+    wide_products: tuple[Beside, Beside]
+    """What one of the first two products makes besides, and the last one."""
+    experts_products: tuple[Beside, Beside]
+    attention_product: Beside
+    """Attention's last."""
 
 
 class _Tape:
@@ -157,18 +176,22 @@ def _in_turn(forward: _Tape, backward: _Tape) -> int:
 
 def _forward(tape: _Tape, size: Sizes, again: bool) -> None:
     """``again``: a recomputation, which ends with the last tensor that is kept."""
-    tape.take(size.attention)
+    tape.take(size.attention, size.normed)
     tape.brief(size.heads)
+    tape.brief(size.attention_product.forward)
+    tape.give(size.normed)
     tape.brief(size.gathered, size.copied, size.hidden)
     tape.take(size.hidden, size.between)  # the sum after attention
     if size.recomputes and not again:  # frames have returned, and nothing else holds it
         tape.give(size.attention, size.between)
         tape.take(size.hidden)  # normed
+        normed = 0
+    else:
+        normed = size.normed
+    tape.take(normed)
     if not size.slots:
-        tape.take(size.wide_kept)
-        tape.brief(size.wide)  # SiLU of the gate
-        if not again or size.adapted:
-            _wide_result(tape, size)
+        _wide_forward(tape, size, results=not again or size.whole_products)
+        tape.give(normed)
         return
     # rows on their way, and what is computed meanwhile
     there = size.tiled or size.packed
@@ -179,9 +202,7 @@ def _forward(tape: _Tape, size: Sizes, again: bool) -> None:
         tape.brief(3 * size.rows * (size.tiled > 0))  # rounded
         tape.take(2 * there)
     if size.wide:
-        tape.take(size.wide_kept)
-        tape.brief(size.wide)
-        _wide_result(tape, size)
+        _wide_forward(tape, size, results=True)
         tape.take(size.hidden)
     if size.pairs:
         tape.wait()
@@ -196,18 +217,24 @@ def _forward(tape: _Tape, size: Sizes, again: bool) -> None:
             tape.brief(2 * size.rows)  # as it arrived, and sorted
         tape.give(there, size.pairs, size.pairs_packed)
     # experts
+    first, last = size.experts_products
+    tape.take(size.slots_held)
+    tape.brief(size.narrow, size.experts_inputs, first.forward)  # up, beside gate
     tape.take(size.experts_kept)
-    tape.brief(size.narrow, size.experts_lost)
+    held = size.narrow - size.narrow_kept
+    tape.take(held)
+    tape.brief(size.narrow)  # SiLU of the gate
     stops = again and not size.ahead
-    if not stops or size.adapted:
+    if not stops or size.whole_products:
         tape.brief(size.slots * (3 if size.adapted and not again else 1))
+        tape.brief(last.forward)
     if not stops:
         if not again and size.recomputes:
             tape.give(size.experts_kept)
         tape.take(size.slots)
         tape.take(size.rows)
         tape.till_experts = tape.most
-        tape.give(size.slots)
+        tape.give(size.slots, size.slots_held, held)
         if size.pairs:
             tape.wait(2 * size.rows)
             tape.brief(3 * size.rows, size.copies, size.pairs)
@@ -217,13 +244,33 @@ def _forward(tape: _Tape, size: Sizes, again: bool) -> None:
             tape.wait(2 * size.rows * (size.packed > 0))
             tape.brief((3 if size.packed else 1) * size.rows, size.hidden)
         tape.give(size.rows)
+    else:
+        tape.give(size.slots_held, held)
     if again:
         tape.give(size.rows, size.hidden, size.hidden if size.wide else 0)
+    tape.give(normed)
 
 
 def _taken_out_of_fp8(tape: _Tape, size: Sizes) -> None:
     """Rows in FP8: their numbers; these, their scales, and what they give, as products take it."""
     tape.brief(size.tiled, 3 * size.rows)
+
+
+def _wide_forward(tape: _Tape, size: Sizes, results: bool) -> None:
+    """``results``: those of the last product are made too."""
+    first, last = size.wide_products
+    gathered = size.gathered if size.normed else 0
+    tape.take(gathered)
+    tape.brief(size.wide, size.wide_inputs, first.forward)  # up, beside gate
+    tape.take(size.wide_kept)
+    held = size.wide - size.wide_hidden
+    tape.brief(held, size.wide)  # SiLU of the gate
+    if results:
+        tape.take(held)
+        tape.brief(last.forward)
+        _wide_result(tape, size)
+        tape.give(held)
+    tape.give(gathered)
 
 
 def _wide_result(tape: _Tape, size: Sizes) -> None:
@@ -253,14 +300,17 @@ def _backward(tape: _Tape, size: Sizes) -> None:
     if size.recomputes and not size.ahead:
         _again(tape, size)
     # last product, SwiGLU, first products
+    first, last = size.experts_products
+    tape.brief(last.backward)
     tape.take(size.narrow, size.matrix)
-    hidden = size.narrow - min(size.narrow, size.experts_lost)
-    tape.give(gradients, hidden)
+    tape.give(gradients, size.narrow_kept)
     tape.brief(4 * size.narrow)
     tape.take(2 * size.narrow)
     tape.give(size.narrow, 2 * size.narrow)  # of hidden values; gate and up
+    tape.brief(first.backward)
+    tape.brief(size.slots - size.narrow - size.experts_inputs // 2, first.backward)  # the other one
     tape.take(2 * size.slots, 2 * size.matrix)
-    tape.give(2 * size.narrow, size.slots, size.experts_kept - hidden - 2 * size.narrow)
+    tape.give(2 * size.narrow, size.slots, size.experts_kept - 2 * size.narrow - size.narrow_kept)
     # rows back to their tokens, beside the shared experts
     tape.brief(size.rows)
     tape.give(size.slots)
@@ -310,14 +360,18 @@ def _wide_backward(tape: _Tape, size: Sizes, recomputes: bool) -> None:
     tape.take(gradient)
     if recomputes:
         _again(tape, size)
+    first, last = size.wide_products
+    tape.brief(last.backward)
     tape.take(size.wide, size.wide_matrix)
-    tape.give(size.wide, gradient)
+    tape.give(size.wide_hidden, gradient)
     tape.brief(4 * size.wide)
     tape.take(2 * size.wide)
     tape.give(3 * size.wide)
     results = size.gathered or size.hidden
+    tape.brief(first.backward)
+    tape.brief(results - size.wide - size.wide_inputs // 2, first.backward)  # the other one
     tape.take(2 * results, 2 * size.wide_matrix)
-    tape.give(2 * size.wide, results, size.wide_kept - 3 * size.wide)
+    tape.give(2 * size.wide, results, size.wide_kept - 2 * size.wide - size.wide_hidden)
     tape.brief(size.copied, size.hidden)
     tape.give(results)
 
@@ -327,5 +381,5 @@ def _attention_backward(tape: _Tape, size: Sizes) -> None:
     tape.brief(size.norm)
     tape.give(size.between)
     tape.take(size.sent)
-    tape.brief(size.gathered, size.copied)
+    tape.brief(size.gathered, size.copied, size.attention_product.backward)
     tape.brief(size.attention_matrix, size.head_gradients)

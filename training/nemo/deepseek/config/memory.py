@@ -16,6 +16,7 @@ from deepseek.config.activations import (
     hidden_bytes,
     host_activations,
     in_flight,
+    norm_bytes,
     stage_activations,
     stage_passes,
     tokens_of_part,
@@ -486,6 +487,7 @@ def rank_need(
         joint = any(part.first and part.last for part in stages)
         of_embedding = of_table * (depth > 0 and (joint or (half and parted)))
         moments.append(moment(2, under_way, held_back, looked_up * (depth > 0)))
+        moments.append(moment(1, under_way, held_back, norm_bytes(model, layout, half)))
         held_back -= head_activations(model, layout, half)
         if reduces and layout.pp == 1:
             moments += blocks_in_turn(under_way - of_block, of_embedding)
