@@ -433,16 +433,18 @@ def test_a_single_micro_batch_has_gradients_block_by_block() -> None:
     assert_near(model, Layout.of(model, 8), [0], 1, half=True)
 
 
-def test_attentions_result_lies_on_the_host_once_under_cp() -> None:
-    """What is kept for the product behind it is another tensor: two halves, joined."""
-    model = replace(
-        SMALL,
-        context_parallel_size=4,
-        num_attention_heads=16,
-        cpu_offloading_activations=True,
-        activations_checkpoint_granularity=None,
-        first_k_dense_replace=2,
-    )
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        # Attention's result lies there once: the product behind it keeps two halves, joined.
+        dict(context_parallel_size=4, num_attention_heads=16),
+        # MTP keeps what its norms and its projection are given.
+        dict(num_nextn_predict_layers=2, n_shared_experts=1, num_experts_per_tok=2),
+    ],
+)
+def test_on_the_host(sizes: dict[str, Any]) -> None:
+    offloaded = dict(cpu_offloading_activations=True, activations_checkpoint_granularity=None)
+    model = replace(SMALL, first_k_dense_replace=2, **offloaded, **sizes)
     layout = Layout.of(model, 8)
     tracked = tracked_bytes(model, layout, 0, 2, half=True).host
     assert 0.95 * tracked <= host_need(model, layout, 0, 2, half=True) <= 1.05 * tracked

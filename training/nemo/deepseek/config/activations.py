@@ -233,6 +233,7 @@ def host_activations(model: ModelConfig, layout: Layout, part: StageSlice, half:
         return total
     if model.activations_checkpoint_granularity is None:
         ahead = _block_on_host(model, layout, True, half)
+        ahead += 5 * hidden  # what three norms are given, and the projection, twice as wide
     else:
         ahead = 2 * hidden
     return total + model.num_nextn_predict_layers * ahead
