@@ -303,6 +303,14 @@ TERMS: dict[str, tuple[dict[str, Any], bool]] = {
         ),
         False,
     ),
+    "the second micro-batch's embedding goes back beside the first one's gradient": (
+        dict(
+            pipeline_model_parallel_size=2, pipeline_schedule="GPipe", vocab_size=65536,
+            hidden_size=1024, data=replace(V3.data, seq_length=1024), num_hidden_layers=4,
+            activations_checkpoint_granularity=None,
+        ),
+        False,
+    ),
     "MTP is made again to its end": (
         dict(
             num_nextn_predict_layers=1, expert_model_parallel_size=8, n_shared_experts=0,

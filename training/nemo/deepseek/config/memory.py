@@ -533,6 +533,8 @@ def rank_need(
             made_here = max(looked_up + of_embedding, 3 * of_embedding)
             there += 4 * numbers_of_head * (reduces and part.last)  # the head's
             moments.append(moment(0, there, left, made_here))
+            if first and micro_batches > 1:  # one micro-batch later it has been made
+                moments.append(moment(0, there + first, max(0, left - one), made_here))
     if reduces:  # the embedding comes last, when no weights are gathered any more
         # Of several replicas, what they have added up stays till all of a micro-batch is.
         twice_there = gradients - roots_part if layout.dp_replicate > 1 and not at_once else 0
