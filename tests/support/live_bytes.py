@@ -38,7 +38,7 @@ from deepseek.ops import grouped_linear
 from deepseek.ops import rows as row_ops
 from deepseek.parallel import context, cpu_memory, expert_dispatcher, overlap, parallelize
 from deepseek.parallel.expert_dispatcher import AllToAllDispatcher
-from deepseek.parallel.gradients import clip_gradients, finish_gradients
+from deepseek.parallel.gradients import finish_gradients
 from deepseek.parallel.mesh import Meshes, SingleProcess
 from deepseek.parallel.node_dispatcher import NodeDispatcher, NodePlan
 
@@ -207,7 +207,6 @@ def step_bytes(
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
                     runner.train(batch, lambda sums: sums.sum(), torch.ones(()))
                 finish_gradients(model, meshes)
-                clip_gradients(model, 1.0, torch.ones(()))
     finally:
         dist.destroy_process_group()
     pp_rank = layout.coordinate(rank).pp

@@ -44,12 +44,16 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         (ids,) = ctx.saved_tensors
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        if ctx.dtype == wide:
+            return None, _scattered(grad.to(wide), ids, ctx.rows)
         table_VD = grad.new_empty(ctx.rows, grad.shape[-1], dtype=ctx.dtype)
         for part, columns in zip(
             grad.split(_COLUMNS, -1), table_VD.split(_COLUMNS, 1), strict=True
         ):
             # Scattered in fp32, some columns at a time: all of them are as much as the optimiser's.
-            columns.copy_(
-                torch.ops.aten.embedding_dense_backward(part.to(wide), ids, ctx.rows, -1, False)
-            )
+            columns.copy_(_scattered(part.to(wide), ids, ctx.rows))
         return None, table_VD
+
+
+def _scattered(grad: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+    return torch.ops.aten.embedding_dense_backward(grad, ids, num_rows, -1, False)

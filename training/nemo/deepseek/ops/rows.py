@@ -225,7 +225,7 @@ class _SpreadRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, slots_R: Tensor, num_slots: int) -> Tensor:
         ctx.save_for_backward(slots_R)
-        return x_RD.new_zeros(num_slots, x_RD.shape[1]).index_copy_(0, slots_R, x_RD)
+        return _in_slots(x_RD, slots_R, num_slots)
 
     @staticmethod
     def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:
@@ -241,5 +241,14 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        grad_PD = grad_RD.new_zeros(ctx.num_slots, grad_RD.shape[1])
-        return grad_PD.index_copy_(0, ctx.slots_R, grad_RD), None
+        return _in_slots(grad_RD, ctx.slots_R, ctx.num_slots), None
+
+
+def _in_slots(x_RD: Tensor, slots_R: Tensor, num_slots: int) -> Tensor:
+    """Zeros where no row goes; on a CPU, whose memory is slow, they alone are filled in."""
+    if not x_RD.is_cpu or torch.compiler.is_compiling():
+        return x_RD.new_zeros(num_slots, x_RD.shape[1]).index_copy_(0, slots_R, x_RD)
+    empty_P = torch.ones(num_slots, dtype=torch.bool).index_fill_(0, slots_R, False)
+    x_PD = x_RD.new_empty(num_slots, x_RD.shape[1]).index_copy_(0, slots_R, x_RD)
+    gaps = torch.nonzero_static(empty_P, size=num_slots - x_RD.shape[0]).squeeze(1)
+    return x_PD.index_fill_(0, gaps, 0)

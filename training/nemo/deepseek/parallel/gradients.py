@@ -1,4 +1,4 @@
-"""Gradients after the backward pass: what several ranks hold is added up, measured and clipped."""
+"""Gradients after the backward pass: what several ranks hold is added up and measured."""
 
 from __future__ import annotations
 
@@ -59,15 +59,6 @@ def gradient_norms(model: Transformer, meshes: Meshes | SingleProcess) -> Gradie
     squares = torch.stack([torch.cat([none, *rows]).square().sum() for rows in norms])
     sum_over(squares, meshes.world)
     return GradientNorms(squares.sum().sqrt(), *squares.sqrt())
-
-
-def clip_gradients(model: Transformer, largest: float, norm: Tensor) -> None:
-    """Scale all gradients so that their norm is at most ``largest``."""
-    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
-    if not gradients:  # a stage without a layer, of a model with adapters
-        return
-    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
 
 def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -24,7 +24,6 @@ from deepseek.models.components.router import Router
 from deepseek.ops.cross_entropy import IGNORE_INDEX
 from deepseek.parallel.gradients import (
     GradientNorms,
-    clip_gradients,
     finish_gradients,
     gradient_norms,
     sum_over,
@@ -33,7 +32,7 @@ from deepseek.parallel.mesh import Meshes, SingleProcess, whole_matrices
 from deepseek.parallel.parallelize import parallelize
 from deepseek.parallel.pipeline import Batch
 from deepseek.training.muon import newton_schulz
-from deepseek.training.optim import build_optimizer, learning_rate
+from deepseek.training.optim import build_optimizer, clip_gradients, learning_rate
 from deepseek.training.phases import Memory, Phases
 from deepseek.training.qk_clip import QueryKeyClip
 
@@ -142,16 +141,15 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
                 batch, lambda sums: (sums[0] + mtp_weight * sums[1]) / num_labels, 1.0 / num_real
             )
         with self.phases("optimizer"):
-            # 3. global gradient norm, clip
+            # 3. global gradient norm
             finish_gradients(self.model, self.meshes)
             norms = gradient_norms(self.model, self.meshes)
-            if self.gradient_clip_val > 0:
-                clip_gradients(self.model, self.gradient_clip_val, norms.total)
             self._count_everywhere(routers)
             # 4. what the host must know: the one wait for the device, but for the exchanges of EP
             self.stop_agreed, told = self._to_host(sums, routers, norms, counts_2, qk_clip)
-            # 5. update, unless a gradient is not finite: then no weight changes
+            # 5. clip and update, unless a gradient is not finite: then no weight changes
             if isfinite(told.norms.total):
+                clip_gradients(optimizer, told.norms.total, self.gradient_clip_val)
                 optimizer.step()
                 if qk_clip:
                     qk_clip.scale_weights(self.model)
