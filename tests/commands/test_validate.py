@@ -142,7 +142,8 @@ def test_the_tables_of_8_ranks_by_hand() -> None:
         ("TP", "2", "4", "0-1", "no"),
         ("EP", "4", "2", "0-3", "no"),
     ]
-    assert stages.title == "2 pipeline stages (1F1B)"
+    wait = "by their work ranks wait 16.4 % for the costliest"
+    assert stages.title == f"2 pipeline stages (1F1B); {wait}"
     assert [row[:4] for row in stages.rows] == [
         ("0", "0-3 (1 dense, 3 MoE)", "embedding", "0-3 (PP 0)"),
         ("1", "4-5 (2 MoE)", "norm, head, MTP, a copy of the embedding", "4-7 (PP 1)"),

@@ -532,7 +532,27 @@ ONE_PROBLEM = [
     (
         f"{PP2} & model.pipeline_layers_per_stage=[0, 4]",
         "model.pipeline_layers_per_stage",
-        ["leaves a stage without a layer, as only the last may be;", "(the last: 0)"],
+        ["leaves a stage without a layer, as only one with the output may be;", "(the last: 0)"],
+    ),
+    (
+        f"{PP2} & model.pipeline_output_stages=2 & model.pipeline_layers_per_stage=[2, 2] & "
+        "model.num_nextn_predict_layers=1",
+        "model.pipeline_layers_per_stage",
+        [
+            "=[2, 2]: has a layer after the main loss, which is in stage 0 with "
+            "model.pipeline_output_stages=2;",
+            "use 2 numbers of at least 1 (the last 2: 0) that add up to 4, such as [4, 0], or null",
+        ],
+    ),
+    (
+        f"{PP2} & model.pipeline_output_stages=3 & model.num_nextn_predict_layers=2",
+        "model.pipeline_output_stages",
+        ["=3: is more than can share the output", "and 2 stages: 2;", "use null, or at most 2"],
+    ),
+    (
+        "model.pipeline_output_stages=1",
+        "model.pipeline_output_stages",
+        ["would be ignored", "use null (the default), or model.pipeline_model_parallel_size=2"],
     ),
     (
         f"{PP2} & model.pipeline_schedule=ZBVZeroBubble & model.pipeline_layers_per_stage=[3, 2]",

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from deepseek.config import load_config
 from deepseek.config.layout import StageSlice
+from deepseek.config.weights import OUTPUT
 from deepseek.models.components.block import DeepSeekBlock, TokenContext
 from deepseek.models.transformer import Stage, Transformer
 
@@ -99,7 +100,7 @@ def test_kernels_of_a_micro_batch() -> None:
         # 2. all else, which is not compiled
         for block in [*model.layers.values(), *(module.block for module in model.mtp)]:
             block.forward = lambda x_BSD, *others: x_BSD
-        stage = Stage(model, StageSlice(range(dense + 1), first=True, last=True))
+        stage = Stage(model, StageSlice(range(dense + 1), first=True, output=OUTPUT))
         with Calls() as calls:
             others = ids_BS, ids_BS, ids_BS.int(), scale.expand(len(ids_BS))
             stage(ids_BS, ids_BS, *others).sum().backward()

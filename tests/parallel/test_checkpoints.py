@@ -52,6 +52,12 @@ BY_HAND = [
     # every rank of a V has the first or the last stage, or both, and with both two embeddings
     Chain(("ZBVZeroBubble pp2", "one process"), "adamw", in_background=True),
     Chain(("one process", "DualPipeV pp2 dp2 ep2", "dp3"), "muon", in_background=False),
+    # two heads of one rank, then of two; the copies are not saved
+    Chain(
+        ("Interleaved1F1B pp2, output shared", "ZBVZeroBubble pp2 tp2, output shared", "dp2"),
+        "adamw",
+        in_background=False,
+    ),
 ]
 SHORT = [*BY_HAND, DRAWN[2], DRAWN[5]]
 LONG = [pytest.param(c, marks=pytest.mark.nightly) for c in DRAWN if c not in SHORT]

@@ -48,6 +48,7 @@ SHORT = {
     "schedule": "pipeline_schedule",
     "virtual": "virtual_pipeline_model_parallel_size",
     "split": "pipeline_layers_per_stage",
+    "output": "pipeline_output_stages",
     "mtp": "num_nextn_predict_layers",
     "recompute": "activations_checkpoint_granularity",
     "offload": "cpu_offloading_activations",
@@ -144,6 +145,18 @@ CHOSEN = {  # those of a name one after another on the same ranks
     "PP with split backward passes": [
         case_of(2, pp=2, schedule="InterleavedZeroBubble", virtual=2, mtp=2, offload=True),
         case_of(2, pp=2, schedule="ZBVZeroBubble", mtp=2, recompute="full"),
+    ],
+    "PP, its output shared": [
+        case_of(2, pp=2, output=2, mtp=2, recompute="selective"),
+        case_of(2, pp=2, schedule="Interleaved1F1B", virtual=2, output=3, mtp=1),
+        case_of(2, pp=2, schedule="InterleavedZeroBubble", virtual=2, output=3, mtp=1),
+        case_of(2, pp=2, schedule="ZBVZeroBubble", output=2, mtp=2, optim=MUON),
+    ],
+    "PP, its output shared, with others": [
+        case_of(4, pp=4, split=[2, 2, 0, 0], output=3, mtp=1, micro_batch_size=1),
+        case_of(4, pp=2, schedule="DualPipeV", ep=2, output=3, mtp=1, overlap=True),
+        case_of(4, torch.float32, pp=2, tp=2, output=2, mtp=1, initializer_range=0.1),
+        case_of(4, pp=2, cp=2, schedule="ZBVZeroBubble", output=3, mtp=1, recompute="full"),
     ],
     "PP with others": [
         case_of(4, pp=2, schedule="DualPipeV", ep=2),
@@ -382,7 +395,10 @@ def validated_by_rank(rank: int, case: Case) -> list[float]:
     "cases",
     [
         [case_of(4, rep=2, ep=2), case_of(4, pp=2, tp=2, mtp=2)],
-        [case_of(2, pp=2, schedule="Interleaved1F1B", virtual=2, split=[1, 1, 1, 1])],
+        [
+            case_of(2, pp=2, schedule="Interleaved1F1B", virtual=2, split=[1, 1, 1, 1]),
+            case_of(2, pp=2, schedule="ZBVZeroBubble", output=3, mtp=1),
+        ],
         pytest.param(
             [
                 case_of(4, tp=2, ep=4, micro_batch_size=2),

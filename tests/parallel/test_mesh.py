@@ -76,11 +76,6 @@ def test_a_rank_has_few_groups_and_none_twice(layout: Layout) -> None:
                 first = rank - rank // layout.tp % layout.cp * layout.tp
                 shared = [*range(first, first + alike, layout.tp)]
                 assert dist.get_process_group_ranks(meshes.cp) == shared
-            other = rank % layout.stage_ranks
-            ends = [other, last + 1 - layout.stage_ranks + other]
-            assert (meshes.ends is not None) == (layout.pp > 1 and rank in ends)
-            if meshes.ends is not None:
-                assert dist.get_process_group_ranks(meshes.ends) == ends
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -108,8 +103,7 @@ def test_under_nccl_one_call_splits_all_ranks(
         everyone = list(range(layout.world_size))
         for split in splits:
             ranks = sorted(rank for group in split["ranks"] for rank in group)
-            ends = len(split["ranks"][0]) == 2 and len(ranks) == 2 * layout.stage_ranks
-            assert ranks == everyone or ends
+            assert ranks == everyone
             assert split["backend"] == "cuda:nccl" and split["timeout"] == timedelta(minutes=1)
 
 
@@ -119,7 +113,7 @@ def test_what_passes_in_groups_of_the_same_ranks_is_told_apart() -> None:
         named = {op: set(meshes.names(op).values()) for op in ("all_gather", "all_reduce")}
         assert named == {
             "all_gather": {"dp_shard", "edp"},
-            "all_reduce": {"data+stage", "world", "ends"},
+            "all_reduce": {"data+stage", "world"},
         }
     alone = Layout(dp_shard=4, ep=4)
     with rank_of(alone, 0):

@@ -59,7 +59,8 @@ def test_it_finds_all_that_the_rules_allow(
     plans = search(run, H100, float("inf"), 10_000, FIXED)
     assert {shape(plan) for plan in plans} == every_legal(run)
     times = [plan.estimate.seconds for plan in plans]
-    assert times == sorted(times)
+    # Where ranks share the output evenly, a bound may be a rounding above the time.
+    assert times == pytest.approx(sorted(times), rel=1e-12)
     for plan in plans:  # stages are not alike: the last has the head
         if plan.estimate.job.schedule in INTERLEAVED_SCHEDULES:
             parts = plan.estimate.parts

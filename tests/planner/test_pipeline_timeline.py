@@ -6,14 +6,21 @@ import random
 
 import pytest
 
+from deepseek.config import load_config
+from deepseek.config.schema import changed
+from deepseek.planner.hardware import GPUS
 from deepseek.planner.pipeline_timeline import (
     ROUNDS,
     StageTime,
+    busy_seconds,
     interleaved_bound,
     interleaved_seconds,
     pipeline_seconds,
     play,
 )
+from deepseek.planner.step_time import predict_step
+
+V3 = load_config("deepseek_v3_671b")
 
 HELD = {
     "GPipe": 1,
@@ -28,6 +35,22 @@ HELD = {
 
 def even(schedule: str, ranks: int) -> list[StageTime]:
     return [StageTime(1.0, 2.0, 1.0, 0.3, 0.3)] * (ranks * HELD[schedule])
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"])
+@pytest.mark.parametrize("gpu", ["H800", "B200"])
+def test_ranks_of_v3_wait_little_for_the_busiest(schedule: str, gpu: str) -> None:
+    """By seconds, beside what the schedule itself lets ranks wait."""
+    run = changed(
+        V3,
+        {
+            "model.pipeline_schedule": schedule,
+            "model.virtual_pipeline_model_parallel_size": 1 + schedule.startswith("Interleaved"),
+        },
+    )
+    step = predict_step(run, GPUS[gpu], 2048)
+    loads = [busy_seconds(schedule, step.stages, held) for held in step.job.held]
+    assert 1 - sum(loads) / len(loads) / max(loads) < 0.065
 
 
 @pytest.mark.parametrize("schedule", HELD)

@@ -33,6 +33,7 @@ def _layout(world: int, **changes: Any) -> Case:
         "schedule": "pipeline_schedule",
         "virtual": "virtual_pipeline_model_parallel_size",
         "split": "pipeline_layers_per_stage",
+        "output": "pipeline_output_stages",
         "micro": "micro_batch_size",
     }
     on_host = changes.pop("on_host", False)
@@ -70,6 +71,12 @@ LAYOUTS = {
         4, pp=2, schedule="InterleavedZeroBubble", virtual=2, micro=3
     ),
     "ZBVZeroBubble pp2": _layout(2, pp=2, schedule="ZBVZeroBubble", micro=6, on_host=True),
+    "Interleaved1F1B pp2, output shared": _layout(
+        2, pp=2, schedule="Interleaved1F1B", virtual=2, output=3, micro=6
+    ),
+    "ZBVZeroBubble pp2 tp2, output shared": _layout(
+        4, pp=2, tp=2, schedule="ZBVZeroBubble", output=2, micro=6
+    ),
     "ZBVZeroBubble pp2 dp2 tp2 ep4": _layout(
         8, pp=2, tp=2, ep=4, schedule="ZBVZeroBubble", micro=3
     ),

@@ -89,11 +89,14 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
     # 2. depth
     stages = pp * held
     layers = number(stages, max(stages, min(stages + 3, 8)))
+    depth = number(0, 2)
+    over = number(1, min((1, 3, 2)[depth], stages)) if pp > 1 and draw(st.booleans()) else None
     split = None
     if pp > 1 and draw(st.booleans()):
-        split = [1] * (stages - 1) + [number(0, 1)]  # the last may have none
+        first = stages - (over or 1)  # stage of the output, which may have none
+        split = [1] * first + [number(0, 1) if first else 1] + [0] * (stages - first - 1)
         for _ in range(layers - sum(split)):
-            split[number(0, stages - 2)] += 1
+            split[number(0, max(0, first - 1))] += 1
     # 3. experts
     method = among(("noaux_tc", "noaux_tc", "group_limited_greedy", "greedy"))
     experts = ep * number(1, max(2, 12 // ep))
@@ -108,7 +111,6 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
     dp = replicate * shards // cp
     micro = number(1, 3)
     count = number(1, 4) if pp == 1 else _micro_batches(schedule, pp, number)
-    depth = number(0, 2)
     ramp = None
     if count > 1 and draw(st.booleans()):  # the first step of two is a smaller one
         fewer = number(1, count - 1)
@@ -161,6 +163,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
         pipeline_schedule=schedule,
         virtual_pipeline_model_parallel_size=virtual,
         pipeline_layers_per_stage=split,
+        pipeline_output_stages=over,
         expert_model_parallel_size=ep,
         moe_ranks_per_node=among([None, *_divisors(ep)[1:-1]]),
         data_parallel_replicate_size=replicate,

@@ -255,6 +255,7 @@ WITHOUT_LAYOUT = {
     "pipeline_schedule": "1F1B",
     "virtual_pipeline_model_parallel_size": 1,
     "pipeline_layers_per_stage": None,
+    "pipeline_output_stages": None,
     "expert_model_parallel_size": 1,
     "data_parallel_replicate_size": 1,
     "reshard_after_forward": None,

@@ -26,7 +26,9 @@ from deepseek.planner.hardware import Device
 from deepseek.planner.scaling_curve import gains, with_features
 from deepseek.planner.search import Plan, search, smallest
 
-LAYERS, MICRO_BATCH = "model.pipeline_layers_per_stage", "model.micro_batch_size"
+STAGES = ("model.pipeline_layers_per_stage", "model.pipeline_output_stages")
+"""Keys of a split by hand, which only the layout that it is of can have."""
+MICRO_BATCH = "model.micro_batch_size"
 OF_EXPERTS = (
     "model.moe_token_dispatcher_type",
     "model.moe_ranks_per_node",
@@ -158,8 +160,8 @@ def cluster(
     """
     given = {word.partition("=")[0].lstrip("-+").strip() for word in overrides}
     layout: dict[str, object] = {key: LEAVES[key].default for key in PLANNED if key not in given}
-    layout |= {} if LAYERS in given else {LAYERS: None}
-    alone = {key: LEAVES[key].default for key in (*PLANNED, LAYERS)} | {
+    layout |= {key: None for key in STAGES if key not in given}
+    alone = {key: LEAVES[key].default for key in (*PLANNED, *STAGES)} | {
         **{key: LEAVES[key].default for key in OF_EXPERTS},
         MICRO_BATCH: 1,
         "trainer.devices": 1,
@@ -341,8 +343,9 @@ def _yaml(config: str, overrides: Sequence[str], file: Path, best: Plan, device:
         put(key.lstrip("-+").strip(), read_yaml(text, "").tree)
     for key in ("trainer.devices", "trainer.num_nodes", *PLANNED):
         put(key, value_at(run, key))
-    if value_at(run, LAYERS) is None:
-        put(LAYERS, None)
+    for key in STAGES:
+        if value_at(run, key) is None:
+            put(key, None)
     estimate = best.estimate
     return (
         f"# The fastest layout on {world_size(run):,} {device}, by deepseek plan:\n"

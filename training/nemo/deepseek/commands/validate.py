@@ -17,10 +17,9 @@ from deepseek.config.layout import (
     axes,
     data_parallel_size,
     kept_shape,
-    last_stage_cost,
-    layer_costs,
     num_stages,
     split_layers,
+    stage_costs,
     stage_rank,
     world_size,
 )
@@ -358,10 +357,10 @@ def _groups(layout: Layout, node: int) -> Table:
 
 
 def _stages(model: ModelConfig, layout: Layout) -> Table:
-    parts, costs = split_layers(model), layer_costs(model)
-    sums = [sum(costs[i] for i in part.layers) for part in parts]
-    sums[-1] += last_stage_cost(model)
-    rows = []
+    parts, costs, rows = split_layers(model), stage_costs(model), []
+    loads = [0] * layout.pp
+    for stage, cost in enumerate(costs):
+        loads[stage_rank(model, stage)] += cost
     for stage, part in enumerate(parts):
         holder = stage_rank(model, stage)
         dense = sum(not model.is_moe_layer(layer) for layer in part.layers)
@@ -370,9 +369,10 @@ def _stages(model: ModelConfig, layout: Layout) -> Table:
         if part.layers:
             held = f"{ranks_text(part.layers)} ({', '.join(k for k in kinds if k[0] != '0')})"
         more = ["embedding"] if part.first else []
-        if part.last:
-            more += ["norm", "head"]
-            more += ["MTP", "a copy of the embedding"] if model.num_nextn_predict_layers else []
+        more += ["norm", "head"] if part.main else []
+        if model.num_nextn_predict_layers:
+            more += ["MTP", "a copy of the embedding"] if part.ahead else []
+            more += ["MTP's loss", "a copy of the head"] if part.last and not part.main else []
         first = holder * layout.stage_ranks
         rows.append(
             (
@@ -380,10 +380,14 @@ def _stages(model: ModelConfig, layout: Layout) -> Table:
                 held,
                 ", ".join(more),
                 f"{ranks_text(range(first, first + layout.stage_ranks))} (PP {holder})",
-                f"{100 * sums[stage] / max(sums):.0f} %",
+                f"{100 * costs[stage] / max(costs):.0f} %",
             )
         )
-    title = f"{num_stages(model)} pipeline stages ({model.pipeline_schedule})"
+    idle = 1 - sum(loads) / len(loads) / max(loads)
+    title = (
+        f"{num_stages(model)} pipeline stages ({model.pipeline_schedule}); by their work ranks "
+        f"wait {100 * idle:.1f} % for the costliest"
+    )
     columns = ("stage", "layers", "with", "ranks", "work of the costliest")
     return Table(title, columns, _shortened(rows))
 

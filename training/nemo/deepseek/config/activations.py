@@ -95,7 +95,7 @@ def waiting(
         return [Waiting(total)]
     several = model.num_nextn_predict_layers > 1  # whose stage is not split either
     at_once = [
-        model.activations_checkpoint_granularity is not None or (part.last and several)
+        model.activations_checkpoint_granularity is not None or (part.ahead and several)
         for part in parts
     ]
     made = [
@@ -229,7 +229,7 @@ def host_activations(model: ModelConfig, layout: Layout, part: StageSlice, half:
         n * hidden + others * _block_on_host(model, layout, moe, half)
         for moe, n, others in _kinds(model, part)
     )
-    if not part.last:
+    if not part.ahead:
         return total
     if model.activations_checkpoint_granularity is None:
         ahead = _block_on_host(model, layout, True, half)
@@ -271,14 +271,21 @@ def stage_activations(model: ModelConfig, layout: Layout, part: StageSlice, half
         total += hidden
     if recomputes:  # angles are an argument
         total += 4 * model.micro_batch_size * model.data.seq_length * model.qk_rope_head_dim
-    if not part.last:
-        return total + (hidden if layout.pp > 1 else 0)  # the pipeline keeps what it has sent
-    depth = model.num_nextn_predict_layers
-    head = 4 * model.vocab_size // layout.tp * model.hidden_size
-    if model.peft is None:
-        total += (1 + depth) * head  # its gradients, made in the forward pass
-    total += head_activations(model, layout, half)
-    return total + depth * ahead_activations(model, layout, half)
+    if not part.last and layout.pp > 1:
+        total += hidden  # the pipeline keeps what it has sent
+    return total + output_activations(model, layout, part, half)
+
+
+def output_activations(model: ModelConfig, layout: Layout, part: StageSlice, half: bool) -> int:
+    """Bytes of ``stage_activations`` of what the stage has of the output."""
+    total, depth = 0, model.num_nextn_predict_layers
+    if model.peft is None:  # gradients of the head, made in the forward pass
+        total += part.heads(model) * 4 * model.vocab_size // layout.tp * model.hidden_size
+    if part.main:
+        total += head_activations(model, layout, half)
+    elif part.last and not part.ahead:  # the gradient of all that the heads saw
+        total += depth * layout.tp * hidden_bytes(model, layout, half)
+    return total + part.ahead * depth * ahead_activations(model, layout, half)
 
 
 def head_activations(model: ModelConfig, layout: Layout, half: bool) -> int:
@@ -397,7 +404,7 @@ def stage_passes(
     recompute, the others have gone back by then, and what they kept is gone."""
     if model.activations_checkpoint_num_layers is None:
         depth = model.num_nextn_predict_layers
-        single = all(len(part.layers) + depth * part.last < 2 for part in stages)
+        single = all(len(part.layers) + depth * part.ahead < 2 for part in stages)
         return working_bytes(model, layout, block_kinds(model, stages), half, reduces, single)
     plain = replace(model, activations_checkpoint_granularity=None)
     found = []

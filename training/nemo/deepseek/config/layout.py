@@ -22,7 +22,7 @@ from itertools import accumulate, pairwise, permutations
 from typing import NamedTuple
 
 from deepseek.config.schema import ModelConfig, RunConfig
-from deepseek.config.weights import Weight, block_weights, once_per_shape
+from deepseek.config.weights import OUTPUT, Weight, block_weights, once_per_shape
 
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 SPARSE_AXES = ("pp", "dp_replicate", "edp", "ep")
@@ -253,6 +253,11 @@ def compiles(model: ModelConfig, gpu: bool) -> bool:
 # -- pipeline stages --
 
 
+WORTH = 0.02
+"""Of the costliest rank's work, what stages that share the output must save: one of them has a copy
+of the head."""
+
+
 class StageSlice(NamedTuple):
     """What one pipeline stage holds of the model."""
 
@@ -260,8 +265,28 @@ class StageSlice(NamedTuple):
     """Its blocks."""
     first: bool
     """Has the embedding."""
-    last: bool
-    """Has final norm, head, MTP modules, and a copy of the embedding for them."""
+    output: range
+    """What it has of ``OUTPUT``: 0 is final norm, head and main loss; 1 the MTP modules, with a
+    copy of the embedding; 2 their losses, with a copy of the head where 0 is elsewhere."""
+
+    @property
+    def main(self) -> bool:
+        """Has final norm, head and main loss."""
+        return 0 in self.output
+
+    @property
+    def ahead(self) -> bool:
+        """Has the MTP modules, if there are any."""
+        return 1 in self.output
+
+    @property
+    def last(self) -> bool:
+        """Ends the pipeline, with MTP's losses if there are any."""
+        return 2 in self.output
+
+    def heads(self, model: ModelConfig) -> int:
+        """Passes through the head: one, and one for each MTP module."""
+        return self.main + model.num_nextn_predict_layers * self.last
 
 
 def stages_per_rank(model: ModelConfig) -> int | None:
@@ -310,21 +335,33 @@ def rank_stages(model: ModelConfig, pp_rank: int) -> list[StageSlice]:
 
 def split_layers(model: ModelConfig) -> list[StageSlice]:
     """The parts of each stage: by hand, or so that the costliest rank costs least."""
+    over = model.pipeline_output_stages
     if model.pipeline_layers_per_stage is not None:
-        return _parts(model.pipeline_layers_per_stage)
+        return _parts(model.pipeline_layers_per_stage, over or 1)
     moe = model.num_moe_layers
-    dense_cost, moe_cost = _block_costs(model)
-    costs = model.num_hidden_layers - moe, moe, dense_cost, moe_cost, last_stage_cost(model)
+    costs = model.num_hidden_layers - moe, moe, *_block_costs(model), tuple(output_costs(model))
+    ways = (over,) if over else tuple(range(1, most_output_stages(model) + 1))
     in_v = model.pipeline_schedule in V_SCHEDULES
-    return list(_balanced(*costs, model.pipeline_model_parallel_size, num_stages(model), in_v))
+    pp = model.pipeline_model_parallel_size
+    return list(_balanced(*costs, ways, pp, num_stages(model), in_v))
 
 
-def _parts(sizes: Sequence[int]) -> list[StageSlice]:
+def most_output_stages(model: ModelConfig) -> int:
+    """Stages that the output can be divided over: what one hands to the next is one tensor, and of
+    several MTP modules the losses need them all."""
+    depth = model.num_nextn_predict_layers
+    return min((1, 3)[depth] if depth < 2 else 2, num_stages(model))
+
+
+def _parts(sizes: Sequence[int], over: int) -> list[StageSlice]:
+    """Stages of so many layers, the last ``over`` of which share the output."""
     ends, last = list(accumulate(sizes)), len(sizes) - 1
-    return [
-        StageSlice(range(end - size, end), stage == 0, stage == last)
-        for stage, (size, end) in enumerate(zip(sizes, ends, strict=True))
-    ]
+    parts = []
+    for stage, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        at = over - 1 - (last - stage)  # among those that share the output
+        output = range(at, at + 1 if stage < last else len(OUTPUT)) if at >= 0 else range(0)
+        parts.append(StageSlice(range(end - size, end), stage == 0, output))
+    return parts
 
 
 @lru_cache(maxsize=1 << 12)
@@ -333,14 +370,22 @@ def _balanced(
     moe: int,
     dense_cost: int,
     moe_cost: int,
-    last: int,
+    output: tuple[int, ...],
+    ways: tuple[int, ...],
     pp: int,
     stages: int,
     in_v: bool,
 ) -> tuple[StageSlice, ...]:
+    """With the output on the last stage, unless another of ``ways`` is worth a copy of the head."""
     holders = tuple(_holder(pp, in_v, stage) for stage in range(stages))
     costs = [dense_cost] * dense + [moe_cost] * moe
-    return tuple(_parts(balanced_over_ranks(costs, last, holders)))
+    found = {}
+    for over in ways:
+        ends = [*output[: over - 1], sum(output[over - 1 :])]
+        sizes, most = balanced_over_ranks(costs, ends, holders)
+        found[over] = most * (1 + WORTH * (over > 1)), sizes
+    best = min(found, key=lambda over: (found[over][0], over))
+    return tuple(_parts(found[best][1], best))
 
 
 def layer_costs(model: ModelConfig) -> list[int]:
@@ -350,43 +395,56 @@ def layer_costs(model: ModelConfig) -> list[int]:
     return [costs[model.is_moe_layer(layer)] for layer in range(model.num_hidden_layers)]
 
 
-def last_stage_cost(model: ModelConfig) -> int:
-    """The same of what the last stage has besides its blocks: the head, MTP with its own pass."""
+def output_costs(model: ModelConfig) -> list[int]:
+    """The same of each of ``OUTPUT``: the head, the MTP modules, and the head's passes for them."""
     head, depth = model.vocab_size * model.hidden_size, model.num_nextn_predict_layers
-    return head + depth * (head + 2 * model.hidden_size**2 + _block_costs(model)[1])
+    return [head, depth * (2 * model.hidden_size**2 + _block_costs(model)[1]), depth * head]
 
 
-def balanced_over_ranks(costs: list[int], last: int, holders: Sequence[int]) -> list[int]:
-    """Sizes of consecutive groups such that the rank whose groups cost most costs least.
+def stage_costs(model: ModelConfig) -> list[int]:
+    """The same of all that each stage has."""
+    layers, output = layer_costs(model), output_costs(model)
+    return [
+        sum(layers[layer] for layer in part.layers) + sum(output[index] for index in part.output)
+        for part in split_layers(model)
+    ]
 
-    The last group may be empty: what else the last stage has may be enough for its rank. Among
-    equals, the most even one (least sum of squares over ranks, then over groups). Exact where every
-    rank holds one group. Where it holds several, layers are moved one at a time as long as that is
-    better: from the costliest rank to any group, or between groups of a rank.
+
+def balanced_over_ranks(
+    costs: list[int], ends: Sequence[int], holders: Sequence[int]
+) -> tuple[list[int], int]:
+    """Sizes of consecutive groups such that the rank whose groups cost most costs least, and that.
+
+    The group with the first of ``ends`` may be empty, those after it are: what else they have may
+    be enough for their ranks. Among equals, the most even one (least sum of squares over ranks,
+    then over groups). Exact where every rank holds one group. Where it holds several, layers are
+    moved one at a time as long as that is better: from the costliest rank to any group, or between
+    groups of a rank.
 
     Args:
         costs: of each layer, in any unit.
-        last: added to the last group, in the same unit.
+        ends: what the last groups cost besides, in the same unit.
         holders: the rank of each group; as many as layers at most.
     """
-    stages, ranks = len(holders), max(holders) + 1
+    stages, ranks = len(holders) - len(ends) + 1, max(holders) + 1
     sums = list(accumulate(costs, initial=0))
 
     def weigh(sizes: list[int]) -> tuple[list[int], tuple[int, int, int]]:
         """Costs of the ranks, and what is to be least."""
-        ends = accumulate(sizes, initial=0)
-        groups = [sums[end] - sums[start] for start, end in pairwise(ends)]
-        groups[-1] += last
+        bounds = accumulate(sizes, initial=0)
+        groups = [sums[end] - sums[start] for start, end in pairwise(bounds)]
+        groups[-1] += ends[0]
+        groups += ends[1:]
         loads = [0] * ranks
         for holder, cost in zip(holders, groups, strict=True):
             loads[holder] += cost
         return loads, (max(loads), _squares(loads), _squares(groups))
 
-    starts = [balanced_sizes(costs, last, stages)]
+    starts = [balanced_sizes(costs, ends[0], stages)]
     if stages > 1:
         starts.append([*balanced_sizes(costs, 0, stages - 1), 0])
     sizes = min(starts, key=lambda sizes: weigh(sizes)[1])
-    while ranks < stages:
+    while ranks < len(holders):
         loads, found = weigh(sizes)
         costliest = loads.index(max(loads))
         moved = []
@@ -401,7 +459,7 @@ def balanced_over_ranks(costs: list[int], last: int, holders: Sequence[int]) -> 
         if best[0] >= found:
             break
         sizes = best[1]
-    return sizes
+    return [*sizes, *[0] * (len(ends) - 1)], weigh(sizes)[1][0]
 
 
 def _squares(numbers: list[int]) -> int:

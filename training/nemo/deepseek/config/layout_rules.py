@@ -17,6 +17,7 @@ from deepseek.config.layout import (
     V_SCHEDULES,
     data_parallel_size,
     data_shards,
+    most_output_stages,
     split_layers,
     stages_per_rank,
     world_size,
@@ -118,6 +119,7 @@ def pipeline_settings(cfg: RunConfig) -> Iterator[Problem]:
             "pipeline_schedule",
             "virtual_pipeline_model_parallel_size",
             "pipeline_layers_per_stage",
+            "pipeline_output_stages",
         ):
             yield from idle(
                 cfg,
@@ -181,6 +183,7 @@ def recomputation(cfg: RunConfig) -> Iterator[Problem]:
         number is None
         or not 0 < stages <= model.num_hidden_layers
         or (split and len(split) != stages)
+        or (model.pipeline_output_stages or 1) > most_output_stages(model)
     ):
         return  # other rules speak of these
     most = max(len(part.layers) for part in split_layers(model))
@@ -221,7 +224,8 @@ def offloading(cfg: RunConfig) -> Iterator[Problem]:
 
 
 def pipeline_stages(cfg: RunConfig) -> Iterator[Problem]:
-    """Every stage but the last has at least one layer, and a split by hand covers all layers."""
+    """Every stage before the output has at least one layer, and a split by hand covers all
+    layers."""
     model = cfg.model
     pp, layers, split = (
         model.pipeline_model_parallel_size,
@@ -244,23 +248,40 @@ def pipeline_stages(cfg: RunConfig) -> Iterator[Problem]:
             f"use {listed(fewer, near=pp)}"
             + (", or model.pipeline_schedule=1F1B" if held > 1 and pp <= layers else ""),
         )
+        return
+    over, most = model.pipeline_output_stages or 1, most_output_stages(model)
+    if over > most:
+        depth = model.num_nextn_predict_layers
+        yield Problem(
+            "model.pipeline_output_stages",
+            over,
+            f"is more than can share the output of model.num_nextn_predict_layers={depth} "
+            f"and {stages} stages: {most}",
+            f"use null, or at most {most}",
+        )
     elif split is not None:
-        faults = []
+        faults, before = [], stages - over  # the stages before the output
         if len(split) != stages:
             faults.append(f"has {len(split)} entries, for pipeline {pp} {times}".rstrip())
-        if any(size < (stage < len(split) - 1) for stage, size in enumerate(split)):
-            faults.append("leaves a stage without a layer, as only the last may be")
+        elif min(split[:before], default=1) < 1 or min(split[before:]) < 0:
+            faults.append("leaves a stage without a layer, as only one with the output may be")
+        elif any(split[before + 1 :]):
+            faults.append(
+                "has a layer after the main loss, which is in stage "
+                f"{before} with model.pipeline_output_stages={over}"
+            )
         if sum(split) != layers:
             sizes = " + ".join(map(str, split))
             faults.append(f"has {sizes} = {sum(split)} of model.num_hidden_layers={layers}")
         if faults:
-            share, rest = divmod(layers, stages)
-            even = [share] * (stages - rest) + [share + 1] * rest
+            share, rest = divmod(layers, before + 1)
+            even = [share] * (before + 1 - rest) + [share + 1] * rest + [0] * (over - 1)
+            least = "the last: 0" if over == 1 else f"the last {over}: 0"
             yield Problem(
                 "model.pipeline_layers_per_stage",
                 list(split),
                 " and ".join(faults),
-                f"use {stages} numbers of at least 1 (the last: 0) that add up to {layers}, such "
+                f"use {stages} numbers of at least 1 ({least}) that add up to {layers}, such "
                 f"as {even}, or null",
             )
 

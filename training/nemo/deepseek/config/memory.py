@@ -27,6 +27,7 @@ from deepseek.config.cost import CHUNK_TOKENS, count_parameters
 from deepseek.config.layout import V_SCHEDULES, Layout, StageSlice, kept_shape, rank_stages
 from deepseek.config.schema import ModelConfig, RunConfig
 from deepseek.config.weights import (
+    OUTPUT,
     PACKED_BLOCKS,
     Weight,
     block_weights,
@@ -79,7 +80,7 @@ def state_memory(model: ModelConfig, optimizer: str = "adamw") -> StateMemory:
         model: the sizes.
         optimizer: ``adamw`` or ``muon``.
     """
-    everything = StageSlice(range(model.num_hidden_layers), first=True, last=True)
+    everything = StageSlice(range(model.num_hidden_layers), first=True, output=OUTPUT)
     return _states(model, _groups(model, Layout(), [everything]), optimizer)
 
 
@@ -180,29 +181,33 @@ def _groups(
     for part in stages:
         dense, moe = blocks_of_stage(model, part)
         found += [(numbers["dense"], dense, True), (numbers["moe"], moe, True)]
-        if part.first or part.last:
-            ends = "both ends" if part.first and part.last else "first" if part.first else "last"
-            found.append((numbers[ends], 1, False))
-        if part.last:
+        if part.first or part.output:
+            found.append((numbers[_ends(part.first, part.output)], 1, False))
+        if part.ahead:
             found.append((numbers["mtp"], model.num_nextn_predict_layers, True))
     return found
+
+
+def _ends(first: bool, output: range) -> str:
+    """What the group of all but the blocks and MTP modules of a stage is called."""
+    return f"{'first ' if first else ''}{output.start}:{output.stop}" if output else f"{first}"
 
 
 @once_per_shape
 def _weights_of_groups(model: ModelConfig) -> dict[str, list[Weight]]:
     """Of one block (``dense``, ``moe``), one MTP module (``mtp``), and what stages have besides."""
+    outputs = [range(start, end) for end in range(4) for start in range(end)] + [range(0)]
     ends = {
-        name: model_weights(model, (), first, last)
-        for name, first, last in (
-            ("first", True, False),
-            ("last", False, True),
-            ("both ends", True, True),
-        )
+        _ends(first, output): model_weights(model, (), first, output)
+        for first in (False, True)
+        for output in outputs
     }
     groups = {
         "dense": block_weights(model, moe=False),
         "moe": block_weights(model, moe=True),
-        "mtp": [weight for weight in ends["last"] if weight.name.startswith("mtp.0.")],
+        "mtp": [
+            weight for weight in ends[_ends(False, OUTPUT)] if weight.name.startswith("mtp.0.")
+        ],
     }
     for name, weights in ends.items():
         groups[name] = [weight for weight in weights if not weight.name.startswith("mtp.")]
@@ -396,7 +401,7 @@ def rank_need(
         for place in _turns(model, part):
             done = sum(sizes[place + 1 :]) * at_once
             on_way = of_block * (depth > 0 or place + 1 < len(part.layers))
-            till = part._replace(layers=part.layers[: place + 1], last=False)
+            till = part._replace(layers=part.layers[: place + 1], output=range(0))
             turn = moment(
                 2 if place else 1,
                 made_before + done + on_way,
@@ -424,7 +429,8 @@ def rank_need(
     looked_up = of_table + 4 * numbers_of_head * trains * min(LOOKUP_COLUMNS, dim) // dim
     of_embedding = chunk = 0
     moments = [moment(2, made(wait) + of_block, wait.size - less - turn, main) for wait in waits]
-    if not any(part.last for part in stages):
+    outputs = [index for index, part in enumerate(stages) if part.output]
+    if not outputs:
         if less:
             moments.append(moment(2, of_block, waits[0].size, main))
         moments += [
@@ -440,8 +446,9 @@ def rank_need(
         )
         before = 0 if forward_first else made(wait)
         under_way, held_back = made(wait) + of_block, wait.size - turn
-        depth = model.num_nextn_predict_layers
-        table = 4 * numbers_of_head * trains
+        end, others = stages[outputs[-1]], [*stages[: outputs[-1]], *stages[outputs[-1] + 1 :]]
+        heads, depth = end.heads(model), model.num_nextn_predict_layers * end.ahead
+        table = 4 * numbers_of_head * trains * (heads > 0)
         # Logits, in bf16 and what becomes of them in fp32; those of the chunk before are still
         # there when they are made. Or the first ones, and the summand of the head's gradient.
         tokens = tokens_of_part(model, layout)
@@ -450,6 +457,7 @@ def rank_need(
         chunk = max(made_anew * logits, (6 * logits + 2 * numbers_of_head * trains) * half)
         chunk += 2 * numbers_of_head * (not parted) * half  # the head in bf16
         chunk += hidden * layout.tp * (layout.tp > 1)  # of all tokens, gathered
+        chunk *= heads > 0
         scaled = table + table // 2 * (half and parted)
         # Before the last block its MTP or, of weights in bf16, the last norm is gathered again.
         next_one = int(depth > 0 or not half)
@@ -458,10 +466,10 @@ def rank_need(
             moment(next_one, before, held_back, scaled),
         ]
         held_back -= less
-        of_heads = (1 + depth) * table
-        if len(stages) > 1:  # another stage goes back: of DualPipeV after the head has gone forward
+        of_heads = heads * table
+        if others:  # another stage goes back: of DualPipeV after the head has gone forward
             gone = of_heads * (overlaps or model.pipeline_schedule != "DualPipeV")
-            other = stage_passes(model, layout, stages[:-1], half, reduces).backward
+            other = stage_passes(model, layout, others, half, reduces).backward
             moments.append(moment(2, under_way, held_back - gone, main if overlaps else other))
         # Now what the heads have made is added up, with the embedding's gradient of every depth.
         held_back -= of_heads
@@ -484,15 +492,15 @@ def rank_need(
             moments.append(twice._replace(gathered=twice.gathered + newest * parted))
         held_back -= depth * ahead_activations(model, layout, half)
         # In bf16 till the stage is through, or till the same table has looked up its own tokens.
-        joint = any(part.first and part.last for part in stages)
+        joint = any(part.first and part.ahead for part in stages)
         of_embedding = of_table * (depth > 0 and (joint or (half and parted)))
         moments.append(moment(2, under_way, held_back, looked_up * (depth > 0)))
-        moments.append(moment(1, under_way, held_back, norm_bytes(model, layout, half)))
-        held_back -= head_activations(model, layout, half)
+        moments.append(moment(1, under_way, held_back, norm_bytes(model, layout, half) * end.main))
+        held_back -= head_activations(model, layout, half) * end.main
         if reduces and layout.pp == 1:
             moments += blocks_in_turn(under_way - of_block, of_embedding)
         else:
-            own = stage_passes(model, layout, stages[-1:], half, reduces).backward
+            own = stage_passes(model, layout, [end], half, reduces).backward
             own = main if overlaps else own
             moments.append(moment(2, under_way, held_back, own + of_embedding))
         # Before the head, the last block goes forward, and those of MTP. What is gathered last is
@@ -500,15 +508,15 @@ def rank_need(
         blocks = (
             wait.size
             - turn
-            - of_one[-1]
-            + stage_activations(model, layout, stages[-1]._replace(last=False), half)
+            - of_one[outputs[-1]]
+            + stage_activations(model, layout, end._replace(output=range(0)), half)
         )
         twice = moment(1, before, blocks, forward)
         if gives_back and units:
             twice = twice._replace(gathered=twice.gathered + newest * parted)
         moments.append(twice)
         if depth:
-            first = wait.size - (1 + depth) * table
+            first = wait.size - of_heads
             moments.append(twice._replace(activations=first))
     if parted and not several:
         # What embedding and head are gathered in stays till the first block's weights are there.
@@ -539,7 +547,7 @@ def rank_need(
         # Of several replicas, what they have added up stays till all of a micro-batch is.
         twice_there = gradients - roots_part if layout.dp_replicate > 1 and not at_once else 0
         if twice_there:
-            first_block = stages[0]._replace(layers=stages[0].layers[:1], last=False)
+            first_block = stages[0]._replace(layers=stages[0].layers[:1], output=range(0))
             one = stage_activations(model, layout, first_block, half)
             under_way = made(waits[0]) + of_block + twice_there - entry_part
             moments.append(moment(2, under_way, one, main))

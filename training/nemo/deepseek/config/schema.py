@@ -405,8 +405,16 @@ class ModelConfig:
     )
     pipeline_layers_per_stage: list[int] | None = key(
         None,
-        "layers of each stage, as [2, 1, 1]; the last, with the head, may have none; null: split "
-        "so that the costliest rank costs least",
+        "layers of each stage, as [2, 1, 1]; the first with a part of the output may have none, "
+        "and those after it have none; null: split so that the costliest rank costs least",
+    )
+    pipeline_output_stages: int | None = key(
+        None,
+        "that share the output: 1: the last has all; 2: main loss, MTP with its loss; 3: main "
+        "loss, MTP, its loss; null: 1, or without pipeline_layers_per_stage what leaves the "
+        "costliest rank least",
+        unit="stages",
+        at_least=1,
     )
     expert_model_parallel_size: int = key(
         1, "that share the routed experts (EP)", unit="ranks", at_least=1

@@ -68,8 +68,14 @@ _MODEL_OUTPUT = (
     _Row("norm.weight", "D", None, None, "model.norm.weight"),
     _Row("head.weight", "VD", 0, None, "lm_head.weight"),
 )
-# The last of several stages has a copy of the embedding for its MTP modules.
+# Stages that have MTP modules or their losses, but not what these share with the main model, have
+# copies.
 _MTP_EMBED = (_Row("mtp_embed.weight", "VD", 0, None, "model.embed_tokens.weight"),)
+_MTP_HEAD = (_Row("mtp_head.weight", "VD", 0, None, "lm_head.weight"),)
+
+OUTPUT = range(3)
+"""What follows the last block, by number: final norm, head and main loss; the MTP modules; their
+losses. Stages of a pipeline may divide it."""
 
 HF_MTP_COPIES = {
     "model.embed_tokens.weight": "embed_tokens.weight",
@@ -238,7 +244,10 @@ def once_per_shape(function: Callable[..., T]) -> Callable[..., T]:
 
 
 def model_weights(
-    model: ModelConfig, layers: Iterable[int] | None = None, first: bool = True, last: bool = True
+    model: ModelConfig,
+    layers: Iterable[int] | None = None,
+    first: bool = True,
+    output: range = OUTPUT,
 ) -> list[Weight]:
     """The state dictionary of a model, or of one pipeline stage, as weights under full names.
 
@@ -246,8 +255,7 @@ def model_weights(
         model: with ``peft``, adapters stand behind the weights of their block.
         layers: the blocks to list; None: all.
         first: with the embedding.
-        last: with final norm, head and MTP modules; without ``first`` also with the copy of the
-            embedding that MTP needs.
+        output: what it has of ``OUTPUT``; of embedding and head a copy for MTP, if not themselves.
 
     Returns:
         In the order of ``Transformer.state_dict``, adapters aside.
@@ -257,14 +265,16 @@ def model_weights(
     for layer in range(model.num_hidden_layers) if layers is None else layers:
         block = blocks[model.is_moe_layer(layer)]
         found += [weight.below(f"layers.{layer}.", _hf_layer(layer)) for weight in block]
-    if not last:
-        return found
-    found += _weights(_MODEL_OUTPUT, model)
-    for depth in range(model.num_nextn_predict_layers):
+    if 0 in output:
+        found += _weights(_MODEL_OUTPUT, model)
+    depths = range(model.num_nextn_predict_layers)
+    for depth in depths if 1 in output else ():
         layer = model.num_hidden_layers + depth
         found += [weight.below(f"mtp.{depth}.", _hf_layer(layer)) for weight in _mtp_module(model)]
-    if model.num_nextn_predict_layers and not first:
+    if depths and 1 in output and not first:
         found += _weights(_MTP_EMBED, model)
+    if depths and 2 in output and 0 not in output:
+        found += _weights(_MTP_HEAD, model)
     return found
 
 

@@ -170,7 +170,7 @@ def _pipeline(run: RunConfig) -> dict[str, Any]:
         [
             *(["model.embed_tokens"] if stage.first else []),
             *(f"model.layers.{layer}" for layer in stage.layers),
-            *(["model.norm", "lm_head"] if stage.last else []),
+            *(["model.norm", "lm_head"] if stage.main else []),
         ]
         for stage in split_layers(run.model)
     ]
@@ -406,7 +406,8 @@ def _stages(run: RunConfig) -> list[list[str]] | None:
         [
             *(["embedding"] if stage.first else []),
             *(["decoder"] * len(stage.layers)),
-            *([*ahead, "loss"] if stage.last else []),
+            *(ahead if stage.ahead else []),
+            *(["loss"] if stage.last else []),
         ]
         for stage in split_layers(run.model)
     ]

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from deepseek.config.layout import StageSlice
 from deepseek.config.schema import ModelConfig
-from deepseek.config.weights import lora_targets, packed_columns
+from deepseek.config.weights import OUTPUT, lora_targets, packed_columns
 from deepseek.models.components.attention import LatentStore
 from deepseek.models.components.block import (
     DeepSeekBlock,
@@ -51,9 +51,10 @@ class Transformer(nn.Module):
     Attributes:
         embed: None unless the first stage is here.
         layers: blocks by their number.
-        norm, head: None unless the last stage is here.
-        mtp: empty unless the last stage is here.
+        norm, head: None unless the stage with the main loss is here.
+        mtp: empty unless the stage with MTP is here.
         mtp_embed: a copy of the embedding for MTP, where the embedding itself is in another stage.
+        mtp_head: a copy of the head for MTP's losses, where the main loss is in another stage.
         packed: inputs of each matrix whose rows are packed, by name.
         recompute: granularity at which blocks compute their activations again in the backward
             pass; None: they keep them.
@@ -61,21 +62,24 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, stages: Sequence[StageSlice] | None = None) -> None:
         super().__init__()
-        everything = StageSlice(range(config.num_hidden_layers), first=True, last=True)
+        everything = StageSlice(range(config.num_hidden_layers), first=True, output=OUTPUT)
         stages = [everything] if stages is None else stages
-        first, last = any(s.first for s in stages), any(s.last for s in stages)
-        depths = config.num_nextn_predict_layers if last else 0
+        first, main = any(s.first for s in stages), any(s.main for s in stages)
+        depths = config.num_nextn_predict_layers
+        ahead = depths if any(s.ahead for s in stages) else 0
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size) if first else None
         self.layers = nn.ModuleDict(
             {str(i): DeepSeekBlock(config, i) for stage in stages for i in stage.layers}
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if last else None
-        self.head = Head(config.hidden_size, config.vocab_size) if last else None
-        self.mtp = nn.ModuleList(MultiTokenPredictor(config, depth) for depth in range(depths))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if main else None
+        self.head = Head(config.hidden_size, config.vocab_size) if main else None
+        self.mtp = nn.ModuleList(MultiTokenPredictor(config, depth) for depth in range(ahead))
         # Two stages of one rank each have their own too: they are two units of FSDP.
-        copied = depths and not any(s.first and s.last for s in stages)
+        copied = ahead and not any(s.first and s.ahead for s in stages)
         self.mtp_embed = Embedding(config.vocab_size, config.hidden_size) if copied else None
+        copied = depths and any(s.last and not s.main for s in stages)
+        self.mtp_head = Head(config.hidden_size, config.vocab_size) if copied else None
         self.recompute = config.activations_checkpoint_granularity
         self.packed: dict[str, int] = {}
         if config.fp8_recipe is not None:
@@ -260,17 +264,25 @@ class Stage(Transformer):
     Args:
         model: holds at least this stage.
         parts: which of its modules to run.
+
+    Attributes:
+        loss: from loss sums (2,) to what is differentiated; a stage that has the main loss and is
+            not the last one asks it.
     """
+
+    loss: Callable[[Tensor], Tensor]
 
     def __init__(self, model: Transformer, parts: StageSlice) -> None:
         nn.Module.__init__(self)  # a Transformer's own would make modules
         self.config = model.config
         self.embed = model.embed if parts.first else None
         self.layers = nn.ModuleDict({str(i): model.layers[str(i)] for i in parts.layers})
-        self.norm = model.norm if parts.last else None
-        self.head = model.head if parts.last else None
-        self.mtp = model.mtp if parts.last else nn.ModuleList()
-        self.mtp_embed = model.mtp_embed if parts.last else None
+        self.norm = model.norm if parts.main else None
+        self.head = model.head if parts.main else None
+        self.mtp = model.mtp if parts.ahead else nn.ModuleList()
+        self.mtp_embed = model.mtp_embed if parts.ahead else None
+        self.mtp_head = model.mtp_head if parts.last and not parts.main else None
+        self.last = parts.last
         self.recompute = model.recompute
 
     def forward(  # type: ignore[override]  # a stage gives losses, not logits
@@ -284,6 +296,9 @@ class Stage(Transformer):
     ) -> Tensor:
         """Hidden states (B, S, D) for the next stage; from the last stage the loss sums (2,).
 
+        A main loss that comes before the last stage goes back with the hidden states' gradient, so
+        that stages hand on one tensor, whatever they have.
+
         Args:
             inputs: tokens (B, S) for the first stage, the stage before's result for the others.
             tokens_BS: int64 ids, on every stage.
@@ -293,7 +308,7 @@ class Stage(Transformer):
             balance_scale_B: B times ``TokenContext.balance_scale``; None: not training.
 
         Returns:
-            The last stage's two numbers are those of ``LossSums``: main and MTP.
+            The last stage's two numbers are those of ``LossSums``: main, if it is here, and MTP.
         """
         isolated_BS = documents_BS if self.config.data.isolate_documents else None
         context = self.context(
@@ -304,10 +319,16 @@ class Stage(Transformer):
             balance_scale=balance_scale_B[0] if balance_scale_B is not None else None,
         )
         h_BSD = self.main(inputs, context)
-        if self.head is None:
-            return h_BSD
+        if self.head is not None and not self.last:
+            main = self.head.loss_sum(h_BSD, labels_BS)
+            return attach_loss(h_BSD, self.loss(torch.stack((main, torch.zeros_like(main)))))
         ahead = self.predict_ahead(h_BSD, tokens_BS, context)
-        return torch.stack(loss_sums(h_BSD, ahead, self.head, labels_BS, isolated_BS))
+        if self.head is not None:
+            return torch.stack(loss_sums(h_BSD, ahead, self.head, labels_BS, isolated_BS))
+        if self.mtp_head is None:
+            return ahead[-1] if ahead else h_BSD
+        mtp = mtp_loss_sum(ahead or [h_BSD], self.mtp_head, labels_BS, isolated_BS)
+        return torch.stack((torch.zeros_like(mtp), mtp))
 
 
 class Embedding(nn.Embedding):
@@ -378,9 +399,13 @@ def initial_weight(
     return _normal(shape, std, seed, name)[tuple(part)]
 
 
+COPIES = ("mtp_embed.weight", "mtp_head.weight")
+"""Parameters that are another stage's embedding and head."""
+
+
 def global_name(name: str) -> str:
     """The name of a parameter in the whole model: a copy has that of what it copies."""
-    return "embed.weight" if name == "mtp_embed.weight" else name
+    return name.removeprefix("mtp_") if name in COPIES else name
 
 
 def _normal(shape: Sequence[int], std: float, seed: int, name: str) -> Tensor:
@@ -423,11 +448,40 @@ def loss_sums(
         documents_BS: ids of isolated documents, across whose borders nothing is predicted.
     """
     main = head.loss_sum(hidden_BSD, labels_BS)
-    mtp = torch.zeros_like(main)
-    for depth, depth_hidden_BSD in enumerate(mtp_hidden_BSD, start=1):
-        ahead_BS = shift(labels_BS, depth, IGNORE_INDEX, documents_BS)
-        mtp = mtp + head.loss_sum(depth_hidden_BSD, ahead_BS) / len(mtp_hidden_BSD)
-    return LossSums(main, mtp)
+    if not mtp_hidden_BSD:
+        return LossSums(main, torch.zeros_like(main))
+    return LossSums(main, mtp_loss_sum(mtp_hidden_BSD, head, labels_BS, documents_BS))
+
+
+def mtp_loss_sum(
+    mtp_hidden_BSD: Sequence[Tensor],
+    head: Head,
+    labels_BS: Tensor,
+    documents_BS: Tensor | None = None,
+) -> Tensor:
+    """``LossSums.mtp`` of one MTP depth or more; see ``loss_sums``."""
+    sums = [
+        head.loss_sum(hidden_BSD, shift(labels_BS, depth, IGNORE_INDEX, documents_BS))
+        / len(mtp_hidden_BSD)
+        for depth, hidden_BSD in enumerate(mtp_hidden_BSD, start=1)
+    ]
+    return sum(sums[1:], sums[0])
+
+
+def attach_loss(hidden_BSD: Tensor, loss: Tensor) -> Tensor:
+    """``hidden`` unchanged; its backward pass goes back from ``loss``, a scalar, too."""
+    return _AttachLoss.apply(hidden_BSD, loss)
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_BSD: Tensor, loss: Tensor) -> Tensor:
+        ctx.dtype = loss.dtype
+        return hidden_BSD.clone()  # schedules take outputs off their graph, as no view can be
+
+    @staticmethod
+    def backward(ctx: Any, grad_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_BSD, torch.ones((), dtype=ctx.dtype, device=grad_BSD.device)
 
 
 def shift(ids_BS: Tensor, places: int, fill: int, documents_BS: Tensor | None = None) -> Tensor:

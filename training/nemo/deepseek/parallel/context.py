@@ -67,8 +67,9 @@ def shard_sequences(model: Transformer, meshes: Meshes) -> None:
     for embed in (model.embed, model.mtp_embed):
         if embed is not None:
             embed.register_forward_pre_hook(cut_tokens)
-    if model.head is not None:
-        model.head.sequence_part = part
+    for head in (model.head, model.mtp_head):
+        if head is not None:
+            head.sequence_part = part
     for module in model.modules():
         if isinstance(module, MultiHeadLatentAttention):
             module.register_forward_pre_hook(cut_rotation)

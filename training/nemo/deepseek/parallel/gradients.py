@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from deepseek.models.transformer import Transformer
+from deepseek.config.layout import split_layers, stage_rank
+from deepseek.models.transformer import COPIES, Transformer
 from deepseek.parallel.mesh import Meshes, SingleProcess, local
 
 
@@ -18,7 +19,7 @@ def finish_gradients(model: Transformer, meshes: Meshes | SingleProcess) -> None
     """Make every gradient the one of the whole step, once all micro-batches are done."""
     if meshes.tp is not None and meshes.layout.tp > 1:
         _sum_over_tensor_ranks(model, meshes.tp)
-    _sum_copies_of_embedding(model, meshes)
+    _sum_copies(model, meshes)
 
 
 Number = TypeVar("Number", Tensor, float)
@@ -44,7 +45,7 @@ def gradient_norms(model: Transformer, meshes: Meshes | SingleProcess) -> Gradie
     """
     norms: tuple[list[Tensor], ...] = ([], [], [])
     for name, parameter in model.named_parameters():
-        if parameter.grad is None or name == "mtp_embed.weight":  # a copy counts once
+        if parameter.grad is None or name in COPIES:  # count once
             continue
         kind = 1 if ".experts." in name else 2 if name.endswith("gate.weight") else 0
         gradient = local(parameter.grad)
@@ -115,15 +116,40 @@ def _sum_over_tensor_ranks(model: Transformer, group: dist.ProcessGroup) -> None
         gradient.copy_(part.view_as(gradient))
 
 
-def _sum_copies_of_embedding(model: Transformer, meshes: Meshes | SingleProcess) -> None:
-    """First and last stage have each seen one use of the embedding."""
-    if meshes.layout.pp == 1 or model.config.num_nextn_predict_layers == 0:
+def _sum_copies(model: Transformer, meshes: Meshes | SingleProcess) -> None:
+    """Two stages may each have seen one use of the embedding, and two of the head."""
+    config = model.config
+    if isinstance(meshes, SingleProcess) or meshes.layout.pp == 1:
         return
-    copies = [embed.weight for embed in (model.embed, model.mtp_embed) if embed is not None]
-    gradients = [local(copy.grad) for copy in copies if copy.grad is not None]
-    if len(gradients) == 2:  # both stages are here
-        total = gradients[0] + gradients[1]
-        for gradient in gradients:
-            gradient.copy_(total)
-    elif gradients:
-        sum_over(gradients[0], meshes.ends)
+    if config.num_nextn_predict_layers == 0:
+        return
+    stages, here = split_layers(config), meshes.coordinate.pp
+
+    def rank_of(has: str) -> int:
+        return stage_rank(config, next(i for i, s in enumerate(stages) if getattr(s, has)))
+
+    both_here, received, operations = [], [], []
+    for name, users in (("embed", ("first", "ahead")), ("head", ("main", "last"))):
+        copies = [getattr(model, name), getattr(model, f"mtp_{name}")]
+        gradients = [
+            local(copy.weight.grad) for copy in copies if copy and copy.weight.grad is not None
+        ]
+        ranks = [rank_of(has) for has in users]
+        if len(gradients) == 2:
+            both_here.append(gradients)
+        elif gradients and here in ranks and ranks[0] != ranks[1]:
+            mine = gradients[0].contiguous()
+            theirs, peer = torch.empty_like(mine), sum(ranks) - here
+            received.append((gradients[0], theirs))
+            if mine.numel():
+                operations += [
+                    dist.P2POp(what, tensor, group=meshes.pp, group_peer=peer)
+                    for what, tensor in ((dist.isend, mine), (dist.irecv, theirs))
+                ]
+    for one, two in both_here:
+        one.copy_(one + two)
+        two.copy_(one)
+    for request in dist.batch_isend_irecv(operations) if operations else ():
+        request.wait()
+    for gradient, theirs in received:
+        gradient += theirs

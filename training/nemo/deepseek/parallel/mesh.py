@@ -35,7 +35,6 @@ OPERATIONS_OF = {
     "ep_inside": ("all_to_all",),
     "data": ("all_reduce",),
     "stage": ("all_reduce",),
-    "ends": ("all_reduce",),
     "world": ("all_reduce",),
 }
 """What passes in each group; so traffic is told apart where groups have the same ranks."""
@@ -59,8 +58,6 @@ class Meshes:
         data: the ranks that read other batches and hold the same stages, the same TP shard and the
             same part of a sequence.
         stage: all ranks that hold the same stages.
-        ends: the two ranks that hold the first and the last stage of this rank's pipeline, or None
-            if there is one stage, or this rank holds neither.
         world: all ranks.
     """
 
@@ -99,7 +96,6 @@ class Meshes:
         self.data = self._group("data", parts.permute(0, 3, 4, 1, 2).flatten(3).flatten(0, 2))
         self.stage = self._group("stage", ranks.flatten(1))
         self.world = self._group("world", ranks.flatten().unsqueeze(0))
-        self.ends = self._ends()
 
     def expect_steps(self, soon: bool) -> None:
         """From here on, how long this rank waits for others: as long as steps take, or as long as
@@ -155,13 +151,6 @@ class Meshes:
             cast(list[dist.ProcessGroup], groups), self.device_type, ranks, mesh_dim_names=axes
         )
 
-    def _ends(self) -> dist.ProcessGroup | None:
-        """First and last stage share the embedding, of which the last has a copy for MTP."""
-        if self.layout.pp == 1:
-            return None
-        ranks = self.dense.mesh.flatten(1)
-        return self._group("ends", torch.stack([ranks[0], ranks[-1]], dim=1))
-
     def _group(self, name: str, ranks_GR: Tensor) -> dist.ProcessGroup | None:
         """The one of these disjoint groups, a row each, that has this rank; made if it is new."""
         members = ranks_GR.tolist()
@@ -180,11 +169,9 @@ class Meshes:
             if "backend" in inspect.signature(dist.split_group).parameters:  # torch 2.13
                 options["backend"] = "cuda:nccl"  # and no sockets of gloo for each
             return dist.split_group(split_ranks=members, **options)
-        mine = next((ranks for ranks in members if self.rank in ranks), None)
-        if sum(map(len, members)) == self.layout.world_size:  # nobody waits for other groups
-            return dist.new_group(mine, use_local_synchronization=True, **options)
-        made = {tuple(ranks): dist.new_group(ranks, **options) for ranks in members}
-        return made[tuple(mine)] if mine else None
+        mine = next(ranks for ranks in members if self.rank in ranks)
+        # Nobody waits for other groups.
+        return dist.new_group(mine, use_local_synchronization=True, **options)
 
 
 class SingleProcess:
@@ -194,7 +181,7 @@ class SingleProcess:
     rank = 0
     coordinate = layout.coordinate(0)
     data_rank = 0
-    tp = cp = data = stage = ends = world = None
+    tp = cp = data = stage = world = None
 
     def expect_steps(self, soon: bool) -> None:
         """Nothing: nobody is waited for."""

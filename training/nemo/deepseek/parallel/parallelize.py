@@ -24,6 +24,7 @@ from deepseek.config.errors import UserError
 from deepseek.config.layout import StageSlice, split_layers, stages_of_rank
 from deepseek.config.memory import reduces_gradients, reshards
 from deepseek.config.schema import ModelConfig
+from deepseek.config.weights import OUTPUT
 from deepseek.models.components.block import DeepSeekBlock
 from deepseek.models.components.feed_forward import RMSNorm
 from deepseek.models.components.moe import MoE
@@ -126,7 +127,7 @@ def _in_one_process(
         model = Transformer(config).to(dtype)
     model.to_empty(device=device)
     model.init_weights(seed)
-    everything = StageSlice(range(config.num_hidden_layers), first=True, last=True)
+    everything = StageSlice(range(config.num_hidden_layers), first=True, output=OUTPUT)
     return Parallelized(model, Sequential(Stage(model, everything), config.micro_batch_size))
 
 

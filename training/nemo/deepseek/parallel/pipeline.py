@@ -132,6 +132,8 @@ class Pipeline:
         self.micro_batches = first // (config.micro_batch_size * meshes.layout.dp)
         self._loss: Loss | None = None
         self._sums: Tensor | None = None
+        for stage in stages.values():
+            stage.loss = self._loss_of_sums
         weight = next(next(iter(stages.values())).parameters())
         self._device, self._sum_dtype, self._dtype = weight.device, weight.dtype, hidden
         self._schedule = self._make_schedule()
@@ -152,7 +154,8 @@ class Pipeline:
     def evaluate(self, batch: Batch) -> Tensor:
         """See ``MicroBatches``; the stages one after the other."""
         total, pp = num_stages(self.config), self.meshes.pp
-        result = torch.zeros(2, device=self._device)
+        self._loss = torch.sum
+        self._sums = torch.zeros(2, dtype=self._sum_dtype, device=self._device)
         h_BSD: Tensor = batch["tokens"]
         for index in range(total):
             if stage_rank(self.config, index) != self.meshes.coordinate.pp:
@@ -168,13 +171,14 @@ class Pipeline:
             if after != self.meshes.coordinate.pp:
                 dist.send(h_BSD.contiguous(), group=pp, group_dst=after)
             elif index == total - 1:
-                result = h_BSD
+                self._sums += h_BSD
         _reshard(self.stages.values())
-        return result
+        return self._sums
 
     def _make_schedule(self) -> Any:
         rows, total = self.config.micro_batch_size, num_stages(self.config)
-        at_once = (total - 1,) if self.config.num_nextn_predict_layers > 1 else ()
+        several = self.config.num_nextn_predict_layers > 1
+        at_once = [index for index, stage in self.stages.items() if several and stage.mtp]
         recomputes = self.config.activations_checkpoint_granularity is not None
         tokens = torch.empty(rows, self.config.data.seq_length, dtype=torch.int64, device="meta")
         hidden = self._hidden(rows, "meta").requires_grad_()
@@ -246,6 +250,9 @@ class Pipeline:
             stages[other.stage_index - 1].set_local_bwd_input(gradient, backward.microbatch_index)
 
     def _loss_of_micro_batch(self, sums: Tensor, labels_BS: Tensor) -> Tensor:
+        return self._loss_of_sums(sums)
+
+    def _loss_of_sums(self, sums: Tensor) -> Tensor:
         assert self._loss is not None and self._sums is not None
         self._sums += sums.detach()
         return self._loss(sums)

@@ -81,10 +81,11 @@ def shard_tensors(model: Transformer, meshes: Meshes) -> None:
             embed = VocabularyEmbedding(config.vocab_size, config.hidden_size, group)
             embed.weight = shard_parameter(getattr(model, name).weight, 0, mesh)
             setattr(model, name, embed)
-    if model.head is not None:
-        head = VocabularyHead(config.hidden_size, config.vocab_size, group)
-        head.weight = shard_parameter(model.head.weight, 0, mesh)
-        model.head = head
+    for name in ("head", "mtp_head"):
+        if getattr(model, name) is not None:
+            head = VocabularyHead(config.hidden_size, config.vocab_size, group)
+            head.weight = shard_parameter(getattr(model, name).weight, 0, mesh)
+            setattr(model, name, head)
 
 
 def shard_parameter(weight: Tensor, dim: int, mesh: DeviceMesh) -> nn.Parameter:

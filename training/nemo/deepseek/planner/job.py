@@ -215,14 +215,15 @@ def _stages(model: ModelConfig, architecture: Architecture) -> tuple[Stage, ...]
         model.pipeline_schedule,
         model.virtual_pipeline_model_parallel_size,
         tuple(model.pipeline_layers_per_stage or ()),
+        model.pipeline_output_stages,
     )
     if key not in _STAGES:
         stages = []
         for part in split_layers(model):
             moe = sum(model.is_moe_layer(layer) for layer in part.layers)
-            depth = model.num_nextn_predict_layers if part.last else 0
-            head = (1 + depth) * part.last
-            stages.append(Stage(len(part.layers) - moe, moe, part.first, head, depth))
+            depth = model.num_nextn_predict_layers * part.ahead
+            dense = len(part.layers) - moe
+            stages.append(Stage(dense, moe, part.first, part.heads(model), depth))
         _STAGES[key] = tuple(stages)
     return _STAGES[key]
 

@@ -36,7 +36,7 @@ def build_optimizer(
             continue
         if parameter.dim() < 2:
             vectors.append(parameter)
-        elif name.split(".")[-2] in ("embed", "mtp_embed", "head"):
+        elif name.split(".")[-2] in ("embed", "mtp_embed", "head", "mtp_head"):
             lookup.append(parameter)
         else:
             hidden.append(parameter)
