@@ -5,11 +5,12 @@
 
 nanoGPT's recipe for laptops, its known hyper-parameters: 4 layers, 4 heads, 128 wide, 12 sequences
 of 64 tokens, no dropout, AdamW with betas (0.9, 0.99) at 1e-3, 100 steps of warm-up, then a cosine
-to 1e-4. Both sides read the same tokens in the same order, are validated on the same sequences, and
-take turns, some steps each, in one process; the clock is of CPU time, so that what else runs here
-does not count, and stands still in validations. The last line is what matters: both losses when the
-dense model has made its last step. Learning rates come down at the end of ``--steps``: the losses
-of a shorter run are not those on the way of a longer one.
+to 1e-4. A step of the mixture takes longer and learns more, so each side has its own number of
+steps, and its learning rate comes down at the end of them: ``trainer.max_steps`` as shipped for
+ours, ``--steps`` for the dense one. The sides begin with the same tokens in the same order, are
+validated on the same sequences, and take turns, the same part of its steps each, in one process;
+the clock is of CPU time, so that what else runs here counts little, and stands still in
+validations. The last line is what matters: CPU seconds and loss of each at the end.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ class Side:
     step: Callable[[Batch], None]
     validate: Callable[[], float]
     """Nats a token."""
+    steps: int
+    """Of the whole run."""
     seconds: float = 0.0
     """Of CPU time, in steps."""
     curve: list[tuple[int, float, float]] = field(default_factory=list)
@@ -95,8 +98,9 @@ def main() -> None:
     """Print both curves, keep them as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="prefix of prepared data, else the built-in corpus")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--every", type=int, default=100, help="steps of a turn")
+    parser.add_argument("--steps", type=int, default=2000, help="of the dense model")
+    parser.add_argument("--turns", type=int, default=20, help="parts of the steps of each")
+    parser.add_argument("--seed", type=int, default=1, help="of the start weights")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path)
     parser.add_argument("overrides", nargs="*", help="of the configuration: a.b=c")
@@ -104,44 +108,41 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     data = [] if args.data is None else [f"model.data.data_prefix={args.data}"]
-    model = load_config("shakespeare_char", [*data, *args.overrides]).model
+    run = load_config("shakespeare_char", [*data, *args.overrides])
+    model = run.model
     opened = open_data(model)
     assert opened.validation is not None
     checked = list(build_validation_loader(opened.validation, model, limit_batches=20))
-    sides = [ours(model, args.steps, checked), dense(model, args.steps, checked)]
-    batches = [iter(build_train_loader(opened.train, model, max_steps=args.steps)) for _ in sides]
+    sides = [
+        ours(model, run.trainer.max_steps, args.seed, checked),
+        dense(model, args.steps, args.seed, checked),
+    ]
+    batches = [iter(build_train_loader(opened.train, model, max_steps=s.steps)) for s in sides]
     print(f"{args.threads} threads, load {os.getloadavg()[0]:.1f}; CPU seconds", flush=True)
-    for done in range(args.every, args.steps + 1, args.every):
+    for turn in range(args.turns):
         for side, source in zip(sides, batches, strict=True):
-            for _ in range(args.every):
+            done, end = (side.steps * part // args.turns for part in (turn, turn + 1))
+            for _ in range(done, end):
                 batch = next(source)
                 begin = time.process_time()
                 side.step(batch)
                 side.seconds += time.process_time() - begin
-            side.curve.append((done, round(side.seconds, 2), round(side.validate(), 4)))
-        print(
-            f"step {done:>5}  "
-            + "  ".join(f"{s.name} {s.curve[-1][1]:8.1f} s {s.curve[-1][2]:.4f}" for s in sides),
-            flush=True,
-        )
-    mine, theirs = sides
-    at = sum(theirs.seconds >= seconds for _, seconds, _ in mine.curve)
-    print(
-        f"after {theirs.seconds:.0f} s: {mine.name} {loss_at(mine, theirs.seconds):.4f} (step "
-        f"{at * args.every}), {theirs.name} {theirs.curve[-1][2]:.4f}"
-    )
+            side.curve.append((end, round(side.seconds, 2), round(side.validate(), 4)))
+        print("  ".join(map(newest, sides)), flush=True)
+    print("at the end: " + ", ".join(map(newest, sides)))
     if args.output is not None:
         args.output.write_text(json.dumps({s.name: s.curve for s in sides}, indent=1) + "\n")
 
 
-def loss_at(side: Side, seconds: float) -> float:
-    """The last loss of the curve that was there by then; NaN before the first."""
-    return next((loss for _, when, loss in reversed(side.curve) if when <= seconds), math.nan)
+def newest(side: Side) -> str:
+    """The end of its curve."""
+    done, seconds, loss = side.curve[-1]
+    return f"{side.name} step {done:>5} {seconds:6.1f} s {loss:.4f}"
 
 
-def ours(model: ModelConfig, steps: int, checked: Sequence[Batch]) -> Side:
+def ours(model: ModelConfig, steps: int, seed: int, checked: Sequence[Batch]) -> Side:
     """The shipped configuration."""
-    module = DeepSeekModel(model, seed=1, max_steps=steps)
+    module = DeepSeekModel(model, seed=seed, max_steps=steps)
     optimizer = module.configure_optimizers()
 
     @torch.no_grad()
@@ -156,12 +157,12 @@ def ours(model: ModelConfig, steps: int, checked: Sequence[Batch]) -> Side:
     def step(batch: Batch) -> None:
         module.train_step(batch, optimizer)
 
-    return Side("ours", step, validate)
+    return Side("ours", step, validate, steps)
 
 
-def dense(model: ModelConfig, steps: int, checked: Sequence[Batch]) -> Side:
+def dense(model: ModelConfig, steps: int, seed: int, checked: Sequence[Batch]) -> Side:
     """The dense model with the recipe's optimiser and schedule."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     gpt = DenseGPT(model.vocab_size, model.data.seq_length)
     matrices = [p for p in gpt.parameters() if p.dim() > 1]
     vectors = [p for p in gpt.parameters() if p.dim() == 1]
@@ -190,7 +191,7 @@ def dense(model: ModelConfig, steps: int, checked: Sequence[Batch]) -> Side:
         losses = [float(loss_of(batch)) * n for batch, n in zip(checked, labels, strict=True)]
         return sum(losses) / sum(labels)
 
-    return Side("dense", step, validate)
+    return Side("dense", step, validate, steps)
 
 
 if __name__ == "__main__":
