@@ -424,9 +424,10 @@ def rank_need(
         main, pairs = both.in_turn, ((0, 1), (1, 0))
         turn = min(gone_in_turn(model, layout, stages[a], stages[b], half) for a, b in pairs)
     numbers_of_head = model.vocab_size // layout.tp * model.hidden_size
-    # The gradient of an embedding, which is added up in fp32, some columns at a time.
+    # The gradient of an embedding, which is added up in fp32: for bf16 some columns at a time.
     of_table = (number if parted else 4) * numbers_of_head * trains
-    looked_up = of_table + 4 * numbers_of_head * trains * min(LOOKUP_COLUMNS, dim) // dim
+    columns = min(LOOKUP_COLUMNS, dim) * (half and parted)
+    looked_up = of_table + 4 * numbers_of_head * trains * columns // dim
     of_embedding = chunk = 0
     moments = [moment(2, made(wait) + of_block, wait.size - less - turn, main) for wait in waits]
     outputs = [index for index, part in enumerate(stages) if part.output]
