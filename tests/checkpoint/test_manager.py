@@ -226,7 +226,7 @@ def test_state_that_json_would_bend(manager: CheckpointManager, state: Any, mess
         (1, {"": torch.zeros(1)}, "'': the name must be a string"),
         (1, {"a": torch.zeros(1, device="meta")}, "a: is on the meta device"),
         (1, {"a": torch.eye(2).to_sparse()}, "a: is torch.sparse_coo; store it dense"),
-        (1, {}, "there is no tensor at all"),
+        (1, {}, "no rank has a tensor"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -58,6 +58,8 @@ BY_HAND = [
         "adamw",
         in_background=False,
     ),
+    # the last rank has a copy alone, and nothing to save
+    Chain(("1F1B pp4, output shared", "one process"), "adamw", in_background=True),
 ]
 SHORT = [*BY_HAND, DRAWN[2], DRAWN[5]]
 LONG = [pytest.param(c, marks=pytest.mark.nightly) for c in DRAWN if c not in SHORT]

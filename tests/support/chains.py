@@ -71,6 +71,7 @@ LAYOUTS = {
         4, pp=2, schedule="InterleavedZeroBubble", virtual=2, micro=3
     ),
     "ZBVZeroBubble pp2": _layout(2, pp=2, schedule="ZBVZeroBubble", micro=6, on_host=True),
+    "1F1B pp4, output shared": _layout(4, pp=4, output=3, micro=6),
     "Interleaved1F1B pp2, output shared": _layout(
         2, pp=2, schedule="Interleaved1F1B", virtual=2, output=3, micro=6
     ),

@@ -334,6 +334,42 @@ train.{place} = dying
     assert ran.out.count("sample:\n") == 1 and micro.steps(f"lost_in_{place}") == [2]
 
 
+@pytest.mark.parametrize(("dies_at", "resumed"), [(0, [2, 2]), (3, [2, 3])])
+def test_a_rank_lost_on_the_way_back(micro: MicroRuns, dies_at: int, resumed: list[int]) -> None:
+    """Before later checkpoints are set aside the run goes back again, after that it goes on.
+
+    One of the later checkpoints is the end of the run, which is not to be taken for this one's.
+    """
+    name = f"back{dies_at}"
+    params = "exp_manager.checkpoint_callback_params"
+    settings = [*PP2, "trainer.max_steps=4", f"{params}.every_n_train_steps=1"]
+    settings.append(f"{params}.save_top_k=-1")
+    by_itself(micro, name, *settings).wait().assert_done()
+    dies = f"""
+import os, signal
+import deepseek.checkpoint.callback as callback
+from deepseek.training.step import DeepSeekModel
+def dies_in(owner, place):
+    was = getattr(owner, place)
+    def dying(*args):
+        steps = 0 if place == "restore" else args[0].finished_steps
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+        if first and os.environ["RANK"] == "1" and steps == {dies_at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return was(*args)
+    setattr(owner, place, dying)
+dies_in(callback, "restore")
+dies_in(DeepSeekModel, "training_step")
+"""
+    again = by_itself(micro, name, *settings, "--resume-from", "2", before=dies)
+    ran = again.wait().assert_done()
+    assert "rank 1 was killed by SIGKILL; all start again, restart 1 of 3" in ran.err
+    assert re.findall(r"at step (\d+)\n", ran.out) == [str(n) for n in resumed][dies_at == 0 :]
+    left = sorted(p.name for p in (micro.folder / name / "checkpoints").iterdir())
+    steps = [f"step_{n:08d}" for n in (1, 2, 3, 4)]
+    assert left == [".lock", *(f"set_aside_1_{step}" for step in steps[2:]), *steps]
+
+
 @pytest.mark.framework
 def test_a_sample_and_a_report_after_a_run_in_several_processes(micro: MicroRuns) -> None:
     words = [*micro.words("sampled", *EP2, "trainer.max_steps=2"), "--sample", "--report"]

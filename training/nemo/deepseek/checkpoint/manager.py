@@ -63,6 +63,7 @@ from deepseek.files import (
     write_durably,
 )
 from deepseek.parallel.mesh import local, placed
+from deepseek.run_folder import GOING_BACK
 
 _log = logging.getLogger(__name__)
 
@@ -295,6 +296,8 @@ class CheckpointManager:
             )
         self._refuse_later(step)
         whole = _merge([own.parts for own in prepared])
+        if not whole:  # a rank may have none: only copies, of a head, or a stage without adapters
+            raise UserError("a checkpoint cannot be stored: no rank has a tensor")
         needed = sum(part.size + _OVERHEAD for part in whole.values()) + _OVERHEAD
         with disk_errors(f"starting the checkpoint of step {step} in {self.folder}"):
             require_room(self.folder, needed, f"the checkpoint of step {step}", _FEWER)
@@ -312,6 +315,7 @@ class CheckpointManager:
                     target = next(self.folder / n for n in names if not (self.folder / n).exists())
                     path.rename(target)
                     moved.append(target)
+            (self.folder / GOING_BACK).unlink(missing_ok=True)
             sync_folder(self.folder)
         return moved
 
@@ -442,8 +446,6 @@ def _prepare(
             problems.append(f"{name}: is on the meta device and has no numbers")
         elif tensor.layout != torch.strided:
             problems.append(f"{name}: is {tensor.layout}; store it dense")
-    if not tensors:
-        problems.append("there is no tensor at all")
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise UserError(f"the tensors of a checkpoint cannot be stored:\n{lines}")

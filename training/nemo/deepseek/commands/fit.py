@@ -17,7 +17,13 @@ from deepseek.checkpoint.ranks import Ranks
 from deepseek.commands.callbacks import callbacks
 from deepseek.commands.forecast import forecast
 from deepseek.commands.validate import summary
-from deepseek.commands.versions import chosen_folder, finished_steps, made_folder
+from deepseek.commands.versions import (
+    chosen_folder,
+    finished_steps,
+    has_gone_back,
+    made_folder,
+    start_going_back,
+)
 from deepseek.config import RunConfig, UserError
 from deepseek.config.batch_ramp import consumed_samples
 from deepseek.config.layout import Layout
@@ -72,15 +78,17 @@ def fit(
     if together:
         timeout = timedelta(minutes=run.trainer.collective_timeout_minutes)
         processes = join(processes, "cuda" if on_gpu else "cpu", timeout)
-    if processes.attempt > 0:
-        resume_from = None  # started anew: the run has gone back already
     resume = run.exp_manager.resume_if_exists or processes.attempt > 0 or resume_from is not None
     folder = Ranks().lead(lambda: chosen_folder(run, run_dir, resume))
+    if processes.attempt > 0 and Ranks().lead(lambda: has_gone_back(folder)):
+        resume_from = None  # started anew: the newest checkpoint is what has come of it
     done = Ranks().lead(lambda: finished_steps(folder))
     if resume and resume_from is None and done >= run.trainer.max_steps:
         return FitResult(folder, done, was_complete=True)
     with ExitStack() as stack:
         Ranks().lead(lambda: stack.enter_context(made_folder(folder)))
+        if together and resume_from is not None:
+            Ranks().lead(lambda: start_going_back(folder))
         return _fit(run, folder, processes, on_gpu, resume, resume_from, with_changes)
 
 

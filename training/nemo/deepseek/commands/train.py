@@ -15,9 +15,11 @@ from deepseek.commands.report import report as write_report
 from deepseek.commands.versions import (
     RUN_FOLDER,
     finished_steps,
+    has_gone_back,
     made_folder,
     other_settings,
     run_folder,
+    start_going_back,
 )
 from deepseek.config import RunConfig, UserError, load_config
 from deepseek.console import complain, say
@@ -216,16 +218,20 @@ def _train_in_others(
         return folder
     say(f"processes    {trainer.devices}, started and watched by this one")
     os.environ[RUN_FOLDER] = str(folder)
-    goes_back = complete  # until it has: its last step is there, and is not this run's
     try:
         with made_folder(folder):
+            if resume_from is not None:
+                start_going_back(folder)
             code = supervise(
                 command or worker_command(),
                 trainer.devices,
                 trainer.max_restarts,
                 complain,
                 lambda: finished_steps(folder),
-                lambda: not goes_back and finished_steps(folder) >= trainer.max_steps,
+                lambda: (
+                    (resume_from is None or has_gone_back(folder))
+                    and finished_steps(folder) >= trainer.max_steps
+                ),
                 lambda: _say_complete(folder, run, sample, report, leads=True),
             )
             if code:

@@ -16,7 +16,8 @@ from deepseek.config.errors import UserError
 from deepseek.config.load import stored_config
 from deepseek.config.schema import RunConfig
 from deepseek.config.yaml_file import read_yaml_file
-from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE
+from deepseek.files import disk_errors
+from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, GOING_BACK
 
 RUN_FOLDER = "DEEPSEEK_RUN_FOLDER"
 """Tells the processes that a supervisor starts which folder it has chosen."""
@@ -79,6 +80,21 @@ def made_folder(folder: Path) -> Iterator[None]:
 def finished_steps(folder: Path) -> int:
     """Step of the newest complete checkpoint of a run, 0 if there is none."""
     return max(complete_steps(folder / CHECKPOINTS), default=0)
+
+
+def start_going_back(folder: Path) -> None:
+    """Later checkpoints are still to be set aside, whoever starts anew until then.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    with disk_errors(f"writing {GOING_BACK} in {folder / CHECKPOINTS}"):
+        (folder / CHECKPOINTS / GOING_BACK).touch()
+
+
+def has_gone_back(folder: Path) -> bool:
+    """Later checkpoints are set aside, those that are there are what came of it."""
+    return not (folder / CHECKPOINTS / GOING_BACK).exists()
 
 
 def other_settings(folder: Path, run: RunConfig) -> list[str]:
