@@ -91,25 +91,28 @@ def waiting(
     if name == "DualPipeV" and micro_batches <= 2 * pp - pp_rank:
         # It holds all only before the first micro-batch goes back through the first stage.
         return [Waiting(total, unbegun=(0,)), Waiting(total - min(of_one))]
-    if pp == 1 or name not in ("InterleavedZeroBubble", "ZBVZeroBubble"):
+    splits = name in ("InterleavedZeroBubble", "ZBVZeroBubble")
+    if pp == 1 or not (splits or name in INTERLEAVED_SCHEDULES):
         return [Waiting(total)]
     several = model.num_nextn_predict_layers > 1  # whose stage is not split either
     at_once = [
-        model.activations_checkpoint_granularity is not None or (part.ahead and several)
+        not splits
+        or model.activations_checkpoint_granularity is not None
+        or (part.ahead and several)
         for part in parts
     ]
     made = [
         0 if one or part.first else _product_gradients(model, layout, part, half)
         for part, one in zip(parts, at_once, strict=True)
     ]
-    if name == "InterleavedZeroBubble":
+    if name in INTERLEAVED_SCHEDULES:
         # Four rounds of micro-batches; more of the same size bring nothing new.
         rounds = max(1, micro_batches // pp)
         steady = micro_batches // rounds * min(rounds, 4)
         sizes = of_one + [one + more for one, more in zip(of_one, made, strict=True)]
         return [
             Waiting(max(sum(map(operator.mul, counts, sizes)) for counts in fullest), *moment)
-            for moment, fullest in _fullest(pp, pp_rank, steady, tuple(at_once))
+            for moment, fullest in _fullest(pp, pp_rank, steady, tuple(at_once), splits)
         ]
     if model.activations_checkpoint_granularity:
         return [Waiting(total)]
@@ -123,16 +126,17 @@ def waiting(
 
 @cache
 def _fullest(
-    pp: int, pp_rank: int, micro_batches: int, at_once: tuple[bool, ...]
+    pp: int, pp_rank: int, micro_batches: int, at_once: tuple[bool, ...], splits: bool
 ) -> list[tuple[tuple[bool, tuple[int, ...]], list[tuple[int, ...]]]]:
-    """Under InterleavedZeroBubble, by ``at_head`` and ``unbegun``: the most that waits.
+    """Of interleaved stages, by ``at_head`` and ``unbegun``: the most that waits.
 
     Of each stage, how many micro-batches wait for gradients of inputs, and of weights alone; what
     is nowhere more than at another moment is left out. A search asks for few, thousands of times.
     """
     stages, moments = len(at_once), dict[tuple[bool, tuple[int, ...]], list[tuple[int, ...]]]()
     split, begun = [not one for one in at_once], [False] * stages
-    for forward, inputs, weights, done in zero_bubble_order(pp, stages, pp_rank, micro_batches):
+    order = interleaved_order(pp, stages, pp_rank, micro_batches, splits)
+    for forward, inputs, weights, done in order:
         for stage, one in enumerate(at_once):
             begun[stage] |= stage == done or (one and weights[stage] > 0)
         unbegun = tuple(stage for stage, has in enumerate(begun) if not has)
@@ -147,10 +151,13 @@ def _at_most(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
     return all(map(operator.le, one, other))
 
 
-def zero_bubble_order(
-    pp: int, stages: int, pp_rank: int, micro_batches: int
+def interleaved_order(
+    pp: int, stages: int, pp_rank: int, micro_batches: int, splits: bool
 ) -> Iterator[tuple[int | None, list[int], list[int], int | None]]:
-    """After each action of a rank under InterleavedZeroBubble, as torch orders them.
+    """After each action of a rank with interleaved stages, as torch orders them.
+
+    With ``splits`` under InterleavedZeroBubble, where weights get their gradients some steps after
+    inputs and a rank begins to go back earlier; without, both are one action.
 
     Yields:
         Which of its stages has gone forward, if one has; of each stage, how many micro-batches wait
@@ -160,9 +167,10 @@ def zero_bubble_order(
     rounds = max(1, micro_batches // pp)
     size = micro_batches // rounds
     total = stages * size * rounds
-    ahead = min((stages - 1) * size + pp - 1 - pp_rank, total)
+    after, later = pp - 1 - pp_rank, pp_rank if splits else 0
+    ahead = min((stages - 1) * size + (1 if splits else 2) * after, total)
     inputs, weights = [0] * stages, [0] * stages
-    for step in range(total + ahead + pp_rank):
+    for step in range(total + ahead + later):
         forward, backward = step, step - ahead
         if forward < total:
             stage = forward // size % stages
@@ -173,8 +181,8 @@ def zero_bubble_order(
             inputs[stage] -= 1
             weights[stage] += 1
             yield None, inputs, weights, None
-        if backward >= pp_rank:
-            stage = stages - 1 - (backward - pp_rank) // size % stages
+        if backward >= later:
+            stage = stages - 1 - (backward - later) // size % stages
             weights[stage] -= 1
             yield None, inputs, weights, stage
 
@@ -560,6 +568,7 @@ def _sizes(model: ModelConfig, layout: Layout, moe: bool, half: bool, reduces: b
         sent=max(0, 12 * matrix - 4 * attention_parameters(model) // tp)
         * (reduces and trained and parted and apart),
         adapted=not trained,
+        narrow_adapted=not trained and narrow_kept > 0,
         stays=(tiled or packed) * (model.activations_checkpoint_granularity == "selective"),
         recomputes=recomputes,
         ahead=False,

@@ -84,6 +84,8 @@ class Sizes(NamedTuple):
     """Of the experts' gradients, what is on its way to other ranks while attention goes back."""
     adapted: bool
     """Products have adapters beside them: each makes three results."""
+    narrow_adapted: bool
+    """So has the experts' last one."""
     stays: int
     """Of what waits, what a recomputation is given and does not keep: rows that have arrived."""
     recomputes: bool
@@ -226,7 +228,7 @@ def _forward(tape: _Tape, size: Sizes, again: bool) -> None:
     tape.brief(size.narrow)  # SiLU of the gate
     stops = again and not size.ahead
     if not stops or size.whole_products:
-        tape.brief(size.slots * (3 if size.adapted and not again else 1))
+        tape.brief(size.slots * (3 if size.narrow_adapted and not again else 1))
         tape.brief(last.forward)
     if not stops:
         if not again and size.recomputes:
@@ -295,7 +297,7 @@ def _backward(tape: _Tape, size: Sizes) -> None:
         _taken_out_of_fp8(tape, size)
         tape.give(size.rows, size.tiled)
     tape.brief(size.rows, size.slots)
-    gradients = size.slots * (2 if size.adapted else 1)  # an adapter has a scaled one
+    gradients = size.slots * (2 if size.narrow_adapted else 1)  # an adapter has a scaled one
     tape.take(gradients)
     if size.recomputes and not size.ahead:
         _again(tape, size)

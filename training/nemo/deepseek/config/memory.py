@@ -498,6 +498,9 @@ def rank_need(
         moments.append(moment(2, under_way, held_back, looked_up * (depth > 0)))
         moments.append(moment(1, under_way, held_back, norm_bytes(model, layout, half) * end.main))
         held_back -= head_activations(model, layout, half) * end.main
+        if less:  # the first micro-batch to go back makes the first gradients, while all wait
+            own = stage_passes(model, layout, [end], half, reduces).backward
+            moments.append(moment(2, table, held_back + less, own + of_embedding))
         if reduces and layout.pp == 1:
             moments += blocks_in_turn(under_way - of_block, of_embedding)
         else:
