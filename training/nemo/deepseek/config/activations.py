@@ -82,8 +82,8 @@ def waiting(
     """Moments of which one is the fullest; ``of_one`` is each stage's ``stage_activations``.
 
     Where weights get their gradients later than inputs, a micro-batch keeps its activations till
-    then, and the gradients of what every matrix has made. A stage that recomputes makes both at
-    once, and keeps neither.
+    then, and the gradients of what every matrix has made. A stage that recomputes, or keeps its
+    activations on the host, makes both at once, and keeps neither.
     """
     name, pp = model.pipeline_schedule, model.pipeline_model_parallel_size
     parts, held = rank_stages(model, pp_rank), in_flight(model, pp_rank, micro_batches)
@@ -91,6 +91,9 @@ def waiting(
     if name == "DualPipeV" and micro_batches <= 2 * pp - pp_rank:
         # It holds all only before the first micro-batch goes back through the first stage.
         return [Waiting(total, unbegun=(0,)), Waiting(total - min(of_one))]
+    if name == "ZBVZeroBubble" and next(iter(held.values())) < micro_batches:
+        # Of the last stage one less waits when the first one has gone forward once more.
+        total += max(0, of_one[0] - of_one[-1])
     splits = name in ("InterleavedZeroBubble", "ZBVZeroBubble")
     if pp == 1 or not (splits or name in INTERLEAVED_SCHEDULES):
         return [Waiting(total)]
@@ -98,6 +101,7 @@ def waiting(
     at_once = [
         not splits
         or model.activations_checkpoint_granularity is not None
+        or model.cpu_offloading_activations
         or (part.ahead and several)
         for part in parts
     ]
@@ -114,7 +118,7 @@ def waiting(
             Waiting(max(sum(map(operator.mul, counts, sizes)) for counts in fullest), *moment)
             for moment, fullest in _fullest(pp, pp_rank, steady, tuple(at_once), splits)
         ]
-    if model.activations_checkpoint_granularity:
+    if all(at_once):
         return [Waiting(total)]
     # A V that fills up has one such backward pass under way, one that runs empty all of them.
     counts = list(held.values())

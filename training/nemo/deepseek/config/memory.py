@@ -584,9 +584,12 @@ def host_need(
     model: ModelConfig, layout: Layout, pp_rank: int, micro_batches: int, half: bool
 ) -> int:
     """Bytes of the host's memory that blocks of a rank keep activations in; see ``rank_need``."""
-    held, parts = in_flight(model, pp_rank, micro_batches), rank_stages(model, pp_rank)
-    of_one = (host_activations(model, layout, part, half) for part in parts)
-    return sum(n * one for n, one in zip(held.values(), of_one, strict=True))
+    if not model.cpu_offloading_activations:
+        return 0
+    parts = rank_stages(model, pp_rank)
+    of_one = [host_activations(model, layout, part, half) for part in parts]
+    waits = waiting(model, layout, pp_rank, micro_batches, half, of_one)
+    return max(wait.size for wait in waits)
 
 
 def host_needs(run: RunConfig) -> list[int]:

@@ -180,6 +180,7 @@ class Pipeline:
         several = self.config.num_nextn_predict_layers > 1
         at_once = [index for index, stage in self.stages.items() if several and stage.mtp]
         recomputes = self.config.activations_checkpoint_granularity is not None
+        whole = recomputes or self.config.cpu_offloading_activations
         tokens = torch.empty(rows, self.config.data.seq_length, dtype=torch.int64, device="meta")
         hidden = self._hidden(rows, "meta").requires_grad_()
         sums = torch.empty(2, dtype=self._sum_dtype, device="meta", requires_grad=True)
@@ -198,8 +199,10 @@ class Pipeline:
                 # path of the input. With a second MTP depth the embedding meets it twice, and torch
                 # would run what lies between twice: this stage computes both at once. So does every
                 # stage that recomputes: torch would do so for the inputs and once more for each
-                # weight, and keep all of it.
-                dw_builder=_weights_are_done if recomputes or index in at_once else None,
+                # weight, and keep all of it. And so does every stage whose activations lie on the
+                # host: what an operator keeps of its own result through a hook holds the operator,
+                # for good, unless a whole backward pass lets go of it.
+                dw_builder=_weights_are_done if whole or index in at_once else None,
             )
             for index, stage in self.stages.items()
         ]
