@@ -340,9 +340,11 @@ def split_layers(model: ModelConfig) -> list[StageSlice]:
         return _parts(model.pipeline_layers_per_stage, over or 1)
     moe = model.num_moe_layers
     costs = model.num_hidden_layers - moe, moe, *_block_costs(model), tuple(output_costs(model))
-    ways = (over,) if over else tuple(range(1, most_output_stages(model) + 1))
     in_v = model.pipeline_schedule in V_SCHEDULES
     pp = model.pipeline_model_parallel_size
+    # Where ranks hold several stages, even ranks with uneven stages wait for each other the longer.
+    most = most_output_stages(model) if num_stages(model) == pp else 1
+    ways = (over,) if over else tuple(range(1, most + 1))
     return list(_balanced(*costs, ways, pp, num_stages(model), in_v))
 
 

@@ -411,8 +411,8 @@ class ModelConfig:
     pipeline_output_stages: int | None = key(
         None,
         "that share the output: 1: the last has all; 2: main loss, MTP with its loss; 3: main "
-        "loss, MTP, its loss; null: 1, or without pipeline_layers_per_stage what leaves the "
-        "costliest rank least",
+        "loss, MTP, its loss; null: 1, or with one stage a rank and without "
+        "pipeline_layers_per_stage what leaves the costliest rank least",
         unit="stages",
         at_least=1,
     )
