@@ -547,12 +547,12 @@ ONE_PROBLEM = [
     (
         f"{PP2} & model.pipeline_output_stages=3 & model.num_nextn_predict_layers=2",
         "model.pipeline_output_stages",
-        ["=3: is more than can share the output", "and 2 stages: 2;", "use null, or at most 2"],
+        ["=3: is more than can share the output", "and 2 stages: 2;", "use at most 2"],
     ),
     (
-        "model.pipeline_output_stages=1",
+        "model.pipeline_output_stages=2",
         "model.pipeline_output_stages",
-        ["would be ignored", "use null (the default), or model.pipeline_model_parallel_size=2"],
+        ["would be ignored", "use 1 (the default), or model.pipeline_model_parallel_size=2"],
     ),
     (
         f"{PP2} & model.pipeline_schedule=ZBVZeroBubble & model.pipeline_layers_per_stage=[3, 2]",

@@ -174,9 +174,10 @@ LOST_AT_THE_END = [
 
 @pytest.mark.parametrize(("ending", "rank", "left"), LOST_AT_THE_END)
 def test_a_rank_lost_after_the_last_step_is_no_reason_to_start_again(
-    worker: Worker, ending: str, rank: int, left: bool
+    worker: Worker, ending: str, rank: int, left: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever rank, by whatever end, in whatever order; what rank 0 has not done is done."""
+    monkeypatch.setattr(supervisor, "END_SECONDS", 2)
     said: list[str] = []
     concluded: list[str] = []
     command = worker(f"note('saved')\n{ending}")
@@ -194,6 +195,19 @@ def test_a_rank_lost_after_the_last_step_is_no_reason_to_start_again(
     assert told.startswith(f"rank {rank} ")
     assert told.endswith(", when the run was complete: nothing is lost")
     assert concluded == ["sample"] * left
+
+
+def test_rank_0_may_end_what_follows_the_last_step(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank is lost meanwhile: nothing is shown twice."""
+    monkeypatch.setattr(supervisor, "SETTLE_SECONDS", 0)
+    said: list[str] = []
+    concluded: list[str] = []
+    command = worker("if rank == 1: sys.exit(7)\ntime.sleep(1)")
+    shown = dict(complete=lambda: True, conclude=lambda: concluded.append("sample"))
+    assert supervise(command, 2, 3, said.append, **shown) == 0
+    assert said[0].endswith(", when the run was complete: nothing is lost") and not concluded
 
 
 def test_a_rank_lost_before_the_last_step_is_one(worker: Worker) -> None:

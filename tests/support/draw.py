@@ -90,10 +90,10 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
     stages = pp * held
     layers = number(stages, max(stages, min(stages + 3, 8)))
     depth = number(0, 2)
-    over = number(1, min((1, 3, 2)[depth], stages)) if pp > 1 and draw(st.booleans()) else None
+    over = number(1, min((1, 3, 2)[depth], stages)) if pp > 1 and draw(st.booleans()) else 1
     split = None
     if pp > 1 and draw(st.booleans()):
-        first = stages - (over or 1)  # stage of the output, which may have none
+        first = stages - over  # stage of the output, which may have none
         split = [1] * first + [number(0, 1) if first else 1] + [0] * (stages - first - 1)
         for _ in range(layers - sum(split)):
             split[number(0, max(0, first - 1))] += 1

@@ -255,7 +255,7 @@ WITHOUT_LAYOUT = {
     "pipeline_schedule": "1F1B",
     "virtual_pipeline_model_parallel_size": 1,
     "pipeline_layers_per_stage": None,
-    "pipeline_output_stages": None,
+    "pipeline_output_stages": 1,
     "expert_model_parallel_size": 1,
     "data_parallel_replicate_size": 1,
     "reshard_after_forward": None,

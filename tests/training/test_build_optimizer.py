@@ -10,7 +10,7 @@ from deepseek.config.schema import ModelConfig, OptimConfig
 from deepseek.models.transformer import Transformer
 from deepseek.training import adamw
 from deepseek.training.muon import Muon
-from deepseek.training.optim import build_optimizer, clip_gradients
+from deepseek.training.optim import build_optimizer
 
 
 def model() -> Transformer:
@@ -150,43 +150,3 @@ def test_on_the_host(name: str, moments: str, monkeypatch: pytest.MonkeyPatch) -
         assert {id(state) for state in fetched} <= {id(state) for state in states}
         trained[on_host] = [*(p.detach() for p in made.parameters()), *states]
     assert all(torch.equal(a, b) for a, b in zip(trained[False], trained[True], strict=True))
-
-
-class Wrapped:
-    """As a trainer hands an optimiser to the step."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-
-
-@pytest.mark.parametrize(
-    "settings", [{}, {"moments_dtype": "bf16"}, {"cpu_offload": True}, {"name": "muon"}]
-)
-def test_clipping_is_a_step_with_smaller_gradients(settings: dict[str, object]) -> None:
-    """Active, inactive, without a limit. A quarter rounds nothing: the same to the last bit."""
-    made = {clips: model() for clips in (True, False)}
-    optimizers = {
-        clips: build_optimizer(m.named_parameters(), OptimConfig(lr=0.1, **settings))  # type: ignore[arg-type]
-        for clips, m in made.items()
-    }
-    for step, (norm, largest, factor) in enumerate(
-        ((4 - 1e-6, 1.0, 0.25), (0.5, 1.0, 1), (4.0, 0.0, 1))
-    ):
-        for clips, optimizer in optimizers.items():
-            generator = torch.Generator().manual_seed(step)
-            for parameter in made[clips].parameters():
-                gradient = torch.randn(parameter.shape, generator=generator)
-                parameter.grad = gradient if clips else gradient * factor
-            if clips:
-                clip_gradients(Wrapped(optimizer), norm, largest)  # type: ignore[arg-type]
-            optimizer.step()
-    for (name, clipped), smaller in zip(
-        made[True].named_parameters(), made[False].parameters(), strict=True
-    ):
-        assert torch.equal(clipped, smaller), name
-
-
-def test_nothing_to_clip() -> None:
-    """A rank without a trainable weight."""
-    frozen = nn.Parameter(torch.ones(2))
-    clip_gradients(Muon([{"params": [frozen]}], lr=0.1, betas=(0.9, 0.95), eps=1e-8), 4.0, 1.0)

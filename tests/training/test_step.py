@@ -122,7 +122,7 @@ def test_gradients_are_those_of_the_mean_over_labels_and_clipped(isolated: bool)
         wanted = by_hand(driven.module.model, made)
         norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
         factor = min(1.0, clip / float(norm)) if clip else 1.0
-        driven.optimizer.zero_grad = lambda: None  # fused, it leaves the gradients it has taken
+        driven.optimizer.zero_grad = lambda: None
         assert driven.run([made])[0].grad_norm == pytest.approx(float(norm), rel=1e-9)
         for name, parameter in driven.module.model.named_parameters():
             error = (parameter.grad - factor * wanted[name]).abs().max()

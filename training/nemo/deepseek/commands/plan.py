@@ -160,7 +160,7 @@ def cluster(
     """
     given = {word.partition("=")[0].lstrip("-+").strip() for word in overrides}
     layout: dict[str, object] = {key: LEAVES[key].default for key in PLANNED if key not in given}
-    layout |= {key: None for key in STAGES if key not in given}
+    layout |= {key: LEAVES[key].default for key in STAGES if key not in given}
     alone = {key: LEAVES[key].default for key in (*PLANNED, *STAGES)} | {
         **{key: LEAVES[key].default for key in OF_EXPERTS},
         MICRO_BATCH: 1,
@@ -344,8 +344,8 @@ def _yaml(config: str, overrides: Sequence[str], file: Path, best: Plan, device:
     for key in ("trainer.devices", "trainer.num_nodes", *PLANNED):
         put(key, value_at(run, key))
     for key in STAGES:
-        if value_at(run, key) is None:
-            put(key, None)
+        if value_at(run, key) == LEAVES[key].default:
+            put(key, LEAVES[key].default)
     estimate = best.estimate
     return (
         f"# The fastest layout on {world_size(run):,} {device}, by deepseek plan:\n"

@@ -253,11 +253,6 @@ def compiles(model: ModelConfig, gpu: bool) -> bool:
 # -- pipeline stages --
 
 
-WORTH = 0.02
-"""Of the costliest rank's work, what stages that share the output must save: one of them has a copy
-of the head."""
-
-
 class StageSlice(NamedTuple):
     """What one pipeline stage holds of the model."""
 
@@ -337,15 +332,12 @@ def split_layers(model: ModelConfig) -> list[StageSlice]:
     """The parts of each stage: by hand, or so that the costliest rank costs least."""
     over = model.pipeline_output_stages
     if model.pipeline_layers_per_stage is not None:
-        return _parts(model.pipeline_layers_per_stage, over or 1)
+        return _parts(model.pipeline_layers_per_stage, over)
     moe = model.num_moe_layers
     costs = model.num_hidden_layers - moe, moe, *_block_costs(model), tuple(output_costs(model))
     in_v = model.pipeline_schedule in V_SCHEDULES
     pp = model.pipeline_model_parallel_size
-    # Where ranks hold several stages, even ranks with uneven stages wait for each other the longer.
-    most = most_output_stages(model) if num_stages(model) == pp else 1
-    ways = (over,) if over else tuple(range(1, most + 1))
-    return list(_balanced(*costs, ways, pp, num_stages(model), in_v))
+    return list(_balanced(*costs, over, pp, num_stages(model), in_v))
 
 
 def most_output_stages(model: ModelConfig) -> int:
@@ -373,21 +365,15 @@ def _balanced(
     dense_cost: int,
     moe_cost: int,
     output: tuple[int, ...],
-    ways: tuple[int, ...],
+    over: int,
     pp: int,
     stages: int,
     in_v: bool,
 ) -> tuple[StageSlice, ...]:
-    """With the output on the last stage, unless another of ``ways`` is worth a copy of the head."""
     holders = tuple(_holder(pp, in_v, stage) for stage in range(stages))
     costs = [dense_cost] * dense + [moe_cost] * moe
-    found = {}
-    for over in ways:
-        ends = [*output[: over - 1], sum(output[over - 1 :])]
-        sizes, most = balanced_over_ranks(costs, ends, holders)
-        found[over] = most * (1 + WORTH * (over > 1)), sizes
-    best = min(found, key=lambda over: (found[over][0], over))
-    return tuple(_parts(found[best][1], best))
+    ends = [*output[: over - 1], sum(output[over - 1 :])]
+    return tuple(_parts(balanced_over_ranks(costs, ends, holders), over))
 
 
 def layer_costs(model: ModelConfig) -> list[int]:
@@ -412,10 +398,8 @@ def stage_costs(model: ModelConfig) -> list[int]:
     ]
 
 
-def balanced_over_ranks(
-    costs: list[int], ends: Sequence[int], holders: Sequence[int]
-) -> tuple[list[int], int]:
-    """Sizes of consecutive groups such that the rank whose groups cost most costs least, and that.
+def balanced_over_ranks(costs: list[int], ends: Sequence[int], holders: Sequence[int]) -> list[int]:
+    """Sizes of consecutive groups such that the rank whose groups cost most costs least.
 
     The group with the first of ``ends`` may be empty, those after it are: what else they have may
     be enough for their ranks. Among equals, the most even one (least sum of squares over ranks,
@@ -461,7 +445,7 @@ def balanced_over_ranks(
         if best[0] >= found:
             break
         sizes = best[1]
-    return [*sizes, *[0] * (len(ends) - 1)], weigh(sizes)[1][0]
+    return [*sizes, *[0] * (len(ends) - 1)]
 
 
 def _squares(numbers: list[int]) -> int:

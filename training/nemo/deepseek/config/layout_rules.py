@@ -183,7 +183,7 @@ def recomputation(cfg: RunConfig) -> Iterator[Problem]:
         number is None
         or not 0 < stages <= model.num_hidden_layers
         or (split and len(split) != stages)
-        or (model.pipeline_output_stages or 1) > most_output_stages(model)
+        or model.pipeline_output_stages > most_output_stages(model)
     ):
         return  # other rules speak of these
     most = max(len(part.layers) for part in split_layers(model))
@@ -249,7 +249,7 @@ def pipeline_stages(cfg: RunConfig) -> Iterator[Problem]:
             + (", or model.pipeline_schedule=1F1B" if held > 1 and pp <= layers else ""),
         )
         return
-    over, most = model.pipeline_output_stages or 1, most_output_stages(model)
+    over, most = model.pipeline_output_stages, most_output_stages(model)
     if over > most:
         depth = model.num_nextn_predict_layers
         yield Problem(
@@ -257,7 +257,7 @@ def pipeline_stages(cfg: RunConfig) -> Iterator[Problem]:
             over,
             f"is more than can share the output of model.num_nextn_predict_layers={depth} "
             f"and {stages} stages: {most}",
-            f"use null, or at most {most}",
+            f"use at most {most}",
         )
     elif split is not None:
         faults, before = [], stages - over  # the stages before the output

@@ -408,11 +408,10 @@ class ModelConfig:
         "layers of each stage, as [2, 1, 1]; the first with a part of the output may have none, "
         "and those after it have none; null: split so that the costliest rank costs least",
     )
-    pipeline_output_stages: int | None = key(
-        None,
+    pipeline_output_stages: int = key(
+        1,
         "that share the output: 1: the last has all; 2: main loss, MTP with its loss; 3: main "
-        "loss, MTP, its loss; null: 1, or with one stage a rank and without "
-        "pipeline_layers_per_stage what leaves the costliest rank least",
+        "loss, MTP, its loss",
         unit="stages",
         at_least=1,
     )

@@ -91,7 +91,7 @@ def supervise(
                 return 128 + signals.first
             group = _WorkerGroup(command, num_processes, attempt, signals)
             started = time.monotonic()
-            failure = group.watch(rank_0_is_last=complete is not None)
+            failure = group.watch(complete)
             if signals.first is not None:
                 return group.code_after_signal(signals.first)
             if failure is None:
@@ -247,16 +247,17 @@ class _WorkerGroup:
         """With all that it had to do."""
         return self.workers[0].code == 0
 
-    def watch(self, rank_0_is_last: bool) -> _Failure | None:
+    def watch(self, complete: Callable[[], bool] | None) -> _Failure | None:
         """Until all have ended; what ended them, if it was a loss or an error.
 
         Args:
-            rank_0_is_last: where it has ended well, the others have nothing left to do.
+            complete: see ``supervise``; where given, and rank 0 has ended well, the others have
+                nothing left to do.
         """
         try:
             while self._running() and not self._note_endings():
                 time.sleep(POLL_SECONDS)
-                if rank_0_is_last and self.rank_0_ended_well:
+                if complete is not None and self.rank_0_ended_well:
                     self._wait(END_SECONDS)
                     late = [str(worker.rank) for worker in self._running()]
                     self.late = f"rank {', '.join(late)} still ran" if late else ""
@@ -264,7 +265,8 @@ class _WorkerGroup:
             # One is lost, and the others with it, for they wait for each other at every step. An
             # error of the user has told what is wrong: the others would only say the same.
             if all(failure.code != USER_ERROR for failure in self._endings):
-                self._wait(SETTLE_SECONDS)
+                shows = complete is not None and self.workers[0].code is None and complete()
+                self._wait(END_SECONDS if shows else SETTLE_SECONDS)  # rank 0: sample, report
                 self._note_endings()
             for worker in self._running():
                 worker.tell(signal.SIGTERM)

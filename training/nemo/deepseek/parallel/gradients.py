@@ -1,4 +1,4 @@
-"""Gradients after the backward pass: what several ranks hold is added up and measured."""
+"""Gradients after the backward pass: what several ranks hold is added up, measured and clipped."""
 
 from __future__ import annotations
 
@@ -60,6 +60,17 @@ def gradient_norms(model: Transformer, meshes: Meshes | SingleProcess) -> Gradie
     squares = torch.stack([torch.cat([none, *rows]).square().sum() for rows in norms])
     sum_over(squares, meshes.world)
     return GradientNorms(squares.sum().sqrt(), *squares.sqrt())
+
+
+def clip_gradients(model: Transformer, largest: float, norm: float) -> None:
+    """Scale all gradients so that their norm is at most ``largest``; 0: whatever it is.
+
+    As ``torch.nn.utils.clip_grad_norm_`` rounds. Gradients within the limit are left alone.
+    """
+    factor = largest / (norm + 1e-6)
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    if 0 < factor < 1 and gradients:  # a stage without a layer has none, if adapters are trained
+        torch._foreach_mul_(gradients, factor)
 
 
 def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -310,7 +310,7 @@ class _Search:
             pipeline_schedule="1F1B",
             virtual_pipeline_model_parallel_size=1,
             pipeline_layers_per_stage=None,
-            pipeline_output_stages=None,
+            pipeline_output_stages=1,
         )
         batches = max(1, model.global_batch_size // (micro * layout.dp))
         first = self._need(model, layout, 0, batches)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from deepseek.config.schema import OptimConfig, SchedConfig
-from deepseek.parallel.mesh import local
 from deepseek.training.adamw import AdamW
 from deepseek.training.muon import Muon
 
@@ -67,33 +66,6 @@ def build_optimizer(
     if moments is not None or config.cpu_offload:
         return AdamW(groups, moments=moments, on_host=config.cpu_offload, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
-
-
-def clip_gradients(optimizer: torch.optim.Optimizer, norm: float, largest: float) -> None:
-    """Let the next step see gradients whose norm is at most ``largest``.
-
-    torch's fused AdamW divides them as it reads them, by what it has for the scale of losses: a
-    pass of their own over all gradients takes a quarter as long as AdamW.
-
-    Args:
-        optimizer: any, or the trainer's wrapper of it.
-        norm: of all gradients.
-        largest: 0 for any.
-    """
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    if not gradients:  # a stage without a layer, of a model with adapters
-        return
-    clips = norm + 1e-6 > largest > 0
-    divisor = (norm + 1e-6) / largest if clips else 1.0
-    # fp32 for whatever divides, so that all get the same; made there, so that nothing waits for it.
-    scale = torch.full((), divisor, dtype=torch.float32, device=gradients[0].device)
-    if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
-        # An attribute that torch reads if it is there, and declares nowhere.
-        optimizer.grad_scale = scale if clips else None  # type: ignore[attr-defined]
-    elif clips:
-        torch._foreach_div_(gradients, scale)
 
 
 def learning_rate(step: int, peak: float, sched: SchedConfig, trainer_steps: int) -> float:
