@@ -455,6 +455,8 @@ def test_a_single_micro_batch_has_gradients_block_by_block() -> None:
         dict(context_parallel_size=4, num_attention_heads=16),
         # MTP keeps what its norms and its projection are given.
         dict(num_nextn_predict_layers=2, n_shared_experts=1, num_experts_per_tok=2),
+        # Weights stay on the device, of TP ranks too, whose weights are gathered block by block.
+        dict(tensor_model_parallel_size=2, intermediate_size=2048),
         # The first stage goes forward once more when the last one has nothing, and nothing stays of
         # what has gone back.
         dict(

@@ -50,11 +50,7 @@ class _Block:
         self._before = before
         self._known: dict[Any, tuple[Tensor, _Copy]] = {}
         self._copies: list[_Copy] = []
-        self._weights = {
-            parameter.to_local().untyped_storage().data_ptr()
-            for parameter in module.parameters()
-            if hasattr(parameter, "to_local")  # a DTensor that is no nn.Parameter where it is used
-        }
+        self._module = module
 
     def send(self, tensor: Tensor) -> Tensor | _Copy:
         """What autograd keeps of a tensor; the same for one that several operations keep."""
@@ -90,7 +86,13 @@ class _Block:
     def _is_weight(self, tensor: Tensor) -> bool:
         if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
             return True
-        return tensor.untyped_storage().data_ptr() in self._weights
+        # A DTensor is no nn.Parameter where it is used; nor was it gathered when the block began.
+        place = tensor.untyped_storage().data_ptr()
+        return any(
+            place == parameter.to_local().untyped_storage().data_ptr()
+            for parameter in self._module.parameters()
+            if hasattr(parameter, "to_local")
+        )
 
 
 class _Copy:
