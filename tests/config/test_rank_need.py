@@ -352,6 +352,22 @@ TERMS: dict[str, tuple[dict[str, Any], bool]] = {
         ),
         True,
     ),
+    "frozen products of a gathered sequence are kept by selective recomputation": (
+        dict(
+            peft=ADAPTERS, tensor_model_parallel_size=2, first_k_dense_replace=8,
+            num_hidden_layers=8, intermediate_size=2048,
+            activations_checkpoint_granularity="selective",
+        ),
+        True,
+    ),
+    "of a V the stage that recomputes more goes back beside less of the other": (
+        dict(
+            pipeline_model_parallel_size=2, pipeline_schedule="ZBVZeroBubble", num_hidden_layers=6,
+            pipeline_layers_per_stage=[1, 1, 1, 3], first_k_dense_replace=6, intermediate_size=4096,
+            activations_checkpoint_granularity="full", activations_checkpoint_num_layers=1,
+        ),
+        True,
+    ),
     "attention goes back in two halves of a context": (
         dict(context_parallel_size=4, num_attention_heads=16), True,
     ),

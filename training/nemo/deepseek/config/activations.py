@@ -69,6 +69,8 @@ class Waiting(NamedTuple):
     """The rank's last stage goes forward, or may do so."""
     unbegun: tuple[int, ...] = ()
     """Stages of the rank, counted from 0, that have made no gradient of a weight yet."""
+    goes_back: int | None = None
+    """The only one of them that goes back meanwhile; None: each may."""
 
 
 def waiting(
@@ -91,9 +93,9 @@ def waiting(
     if name == "DualPipeV" and micro_batches <= 2 * pp - pp_rank:
         # It holds all only before the first micro-batch goes back through the first stage.
         return [Waiting(total, unbegun=(0,)), Waiting(total - min(of_one))]
-    if name == "ZBVZeroBubble" and next(iter(held.values())) < micro_batches:
-        # Of the last stage one less waits when the first one has gone forward once more.
-        total += max(0, of_one[0] - of_one[-1])
+    # Of a V one less of the last stage waits when the first one has gone forward once more.
+    comes = next(iter(held.values())) < micro_batches
+    turned = total - of_one[-1] + of_one[0] * comes
     splits = name in ("InterleavedZeroBubble", "ZBVZeroBubble")
     if pp == 1 or not (splits or name in INTERLEAVED_SCHEDULES):
         return [Waiting(total)]
@@ -119,7 +121,9 @@ def waiting(
             for moment, fullest in _fullest(pp, pp_rank, steady, tuple(at_once), splits)
         ]
     if all(at_once):
-        return [Waiting(total)]
+        # That is when the first stage goes back.
+        return [Waiting(total, goes_back=1), Waiting(turned, at_head=False, goes_back=0)]
+    total = max(total, turned) if comes else total
     # A V that fills up has one such backward pass under way, one that runs empty all of them.
     counts = list(held.values())
     first, second = min(pp, counts[0]), min(pp_rank, counts[-1])

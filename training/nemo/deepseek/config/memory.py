@@ -429,8 +429,19 @@ def rank_need(
     columns = min(LOOKUP_COLUMNS, dim) * (half and parted)
     looked_up = of_table + 4 * numbers_of_head * trains * columns // dim
     of_embedding = chunk = 0
-    moments = [moment(2, made(wait) + of_block, wait.size - less - turn, main) for wait in waits]
     outputs = [index for index, part in enumerate(stages) if part.output]
+
+    def back(wait: Waiting) -> int:
+        """Of the costliest backward pass that there may be."""
+        if wait.goes_back is None:
+            return main
+        return stage_passes(model, layout, [stages[wait.goes_back]], half, reduces).backward
+
+    moments = [
+        moment(2, made(wait) + of_block, wait.size - less - turn, back(wait))
+        for wait in waits
+        if not (outputs and (len(waits) == 1 or wait.goes_back in outputs))  # told below
+    ]
     if not outputs:
         if less:
             moments.append(moment(2, of_block, waits[0].size, main))
@@ -440,8 +451,6 @@ def rank_need(
             if not overlaps
         ]
     else:
-        if len(waits) == 1:  # the same is told below, in more detail
-            moments.clear()
         wait = max(
             (wait for wait in waits if wait.at_head), key=lambda wait: made(wait) + wait.size
         )
@@ -468,7 +477,8 @@ def rank_need(
         ]
         held_back -= less
         of_heads = heads * table
-        if others:  # another stage goes back: of DualPipeV after the head has gone forward
+        if others and wait.goes_back is None:
+            # Another stage goes back: of DualPipeV after the head has gone forward.
             gone = of_heads * (overlaps or model.pipeline_schedule != "DualPipeV")
             other = stage_passes(model, layout, others, half, reduces).backward
             moments.append(moment(2, under_way, held_back - gone, main if overlaps else other))

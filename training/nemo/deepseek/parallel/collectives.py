@@ -242,7 +242,10 @@ def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _gather(x_BsD: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts_nBsD = x_BsD.new_empty(dist.get_world_size(group), *x_BsD.shape)
     cpu_memory.all_gather(parts_nBsD, x_BsD.contiguous(), group)
-    return parts_nBsD.transpose(0, 1).flatten(1, 2).contiguous()
+    # By way of rows, since a single sequence would keep the stride of one part: by such, torch
+    # multiplies in batches, and a recomputation would not know the product for one to keep.
+    rows_RD = parts_nBsD.transpose(0, 1).flatten(0, 2)
+    return rows_RD.unflatten(0, (x_BsD.shape[0], -1))
 
 
 def _scatter_sum(x_BSD: Tensor, group: dist.ProcessGroup) -> Tensor:
