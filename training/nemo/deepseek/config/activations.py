@@ -123,13 +123,15 @@ def waiting(
     if all(at_once):
         # That is when the first stage goes back.
         return [Waiting(total, goes_back=1), Waiting(turned, at_head=False, goes_back=0)]
-    total = max(total, turned) if comes else total
     # A V that fills up has one such backward pass under way, one that runs empty all of them.
     counts = list(held.values())
     first, second = min(pp, counts[0]), min(pp_rank, counts[-1])
     empty = first * of_one[0] + second * of_one[1]
     empty += min(pp_rank + 1, first) * made[0] + second * made[1]
-    return [Waiting(max(total + made[-1], empty))]
+    full = Waiting(max(total + made[-1], empty))
+    if not comes or turned <= total:
+        return [full]
+    return [full._replace(goes_back=1), Waiting(turned + made[-1], at_head=False, goes_back=0)]
 
 
 @cache
