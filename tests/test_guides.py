@@ -120,6 +120,9 @@ def test_the_guides_go_into_the_wheel(micro: MicroRuns) -> None:
         patterns = tomllib.load(file)["tool"]["setuptools"]["package-data"]["deepseek"]
     packed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
     assert set(GUIDES[1:]) <= packed
+    assert {path for path in (PACKAGE / "ops" / "native").iterdir() if path.is_file()} <= packed | {
+        *(PACKAGE / "ops" / "native").glob("*.py")
+    }
     assert Path(micro.cli("docs").assert_done().out.strip()) == PACKAGE / "docs"
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from deepseek.launch import health
-from deepseek.launch.health import Check, disk_check, local_checks, worst
+from deepseek.launch.health import Check, disk_check, kernel_check, local_checks, worst
 from support.forked import FORK_WORKERS
+from support.kernels import without_kernels
 from support.micro_runs import MicroRuns
 
 Usage = namedtuple("Usage", "total used free")
@@ -80,6 +81,14 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "at most one a GPU" in check.way_out
 
 
+def test_the_kernels() -> None:
+    assert kernel_check() == [Check("kernels", "ok", "compiled")]
+    with without_kernels():
+        (check,) = kernel_check()
+    assert (check.verdict, check.value) == ("warn", "none")
+    assert check.way_out.startswith("switched off by a test; without them")
+
+
 def test_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     room, speed = disk_check(tmp_path, 10**6)
     assert room.verdict == "ok" and room.value.endswith("free, 1 MB needed")
@@ -111,7 +120,14 @@ def test_the_verb_in_two_processes(micro: MicroRuns, tmp_path: Path) -> None:
     told = json.loads(started.wait().assert_done().out)
     assert told["ranks"] == 2 and not list(tmp_path.iterdir())
     names = [check["name"] for check in told["checks"]]
-    assert names[-5:] == ["disk room", "disk speed", "clocks", "all-reduce", "all-to-all"]
+    assert names[-6:] == [
+        "kernels",
+        "disk room",
+        "disk speed",
+        "clocks",
+        "all-reduce",
+        "all-to-all",
+    ]
     assert {check["name"]: check for check in told["checks"]}["all-reduce"]["value"].endswith(
         "/s with 16.8 MB"
     )

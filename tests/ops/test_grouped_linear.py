@@ -13,6 +13,7 @@ from deepseek.ops import few_rows as few
 from deepseek.ops import grouped_linear as module
 from deepseek.ops.few_rows import few_rows
 from deepseek.ops.grouped_linear import grouped_linear, grouped_linear_loop
+from deepseek.ops.native import build
 
 TOLERANCE = {
     torch.float64: dict(rtol=1e-12, atol=1e-12),
@@ -62,6 +63,7 @@ def test_few_rows_go_expert_by_expert(
     """Without gradient; rows of no expert behind them."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
     monkeypatch.setattr(few, "processor", lambda: {"vendor_id": vendor})
+    monkeypatch.setattr(build, "_library", lambda: "switched off")
     monkeypatch.setattr(few, "_IN_CACHES", 0)
     monkeypatch.setattr(few, "_STREAMED_WIDTH", 12 if onednn else 11)
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", None)

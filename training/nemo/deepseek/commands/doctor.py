@@ -52,12 +52,13 @@ def doctor(
     # Imported here: torch takes a second, and a configuration error should not wait for it.
     import torch
 
-    from deepseek.launch.health import disk_check, group_checks, local_checks, worst
+    from deepseek.launch.health import disk_check, group_checks, kernel_check, local_checks, worst
 
     on_gpu = torch.cuda.is_available() and trainer.accelerator != "cpu"
     local_world_size = max(processes.local_world_size, 1)
     world_size = max(trainer.devices * trainer.num_nodes, processes.world_size)
     checks = local_checks(local_world_size, on_gpu, run.model.data.num_workers, world_size)
+    checks += [] if on_gpu else kernel_check()
     checks += disk_check(_existing(run_folder(run, run_dir)), _kept_bytes(run))
     of_ranks = [checks]
     if processes.world_size > 1:

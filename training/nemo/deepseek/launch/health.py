@@ -23,6 +23,7 @@ import torch.distributed as dist
 from deepseek import __version__
 from deepseek.files import disk_errors
 from deepseek.launch.processes import USUAL_FILES, store_files
+from deepseek.ops.native import build
 
 Verdict = Literal["ok", "warn", "fail"]
 VERDICTS: tuple[Verdict, ...] = ("ok", "warn", "fail")
@@ -69,6 +70,15 @@ def local_checks(
     found = [_versions(), _devices(local_world_size, on_gpu), _cpu(), _memory()]
     shares = workers > 0 or (local_world_size > 1 and on_gpu)
     return [*found, *_shared_memory(shares), *_open_files(ranks)]
+
+
+def kernel_check() -> list[Check]:
+    """Whether there are kernels in C for CPUs; they are compiled if nobody has."""
+    reason = build.why_not()
+    way_out = f"{reason}; without them small steps on CPUs, as in decoding, take longer"
+    return [
+        Check.judged("kernels", "none" if reason else "compiled", way_out, "warn", bool(reason))
+    ]
 
 
 def worst(of_ranks: Sequence[Sequence[Check]]) -> list[Check]:

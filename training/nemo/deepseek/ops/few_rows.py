@@ -8,6 +8,9 @@ rows are wide, oneDNN is faster.
 
 On Intel's own processors MKL's vectors are not serial, and as fast as memory; ``w x^T`` pays there
 from some rows on.
+
+All of that is for machines where no kernel of ours can be compiled (``native/linear.c``), which
+streams the weights on every processor.
 """
 
 from __future__ import annotations
@@ -17,7 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.config.processor import processor
+from deepseek.ops.native import build
 
+_OURS = 16
+"""Rows from which on the libraries' ways are as fast as our kernel: products take longest then."""
 FEW = 32
 """Rows from which on the usual way is as fast everywhere."""
 _IN_CACHES = 1 << 16
@@ -50,13 +56,7 @@ def linear(x: Tensor, w_OI: Tensor) -> Tensor:
 
 def takes_few(x: Tensor, w: Tensor) -> bool:
     """Whether ``few_rows`` is of use for this kind of tensors, if they are few."""
-    return (
-        x.is_cpu
-        and x.dtype == w.dtype == torch.float32
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
+    return build.takes(x, w)
 
 
 def few_rows(x_RI: Tensor, w_OI: Tensor) -> Tensor:
@@ -64,6 +64,13 @@ def few_rows(x_RI: Tensor, w_OI: Tensor) -> Tensor:
     rows, inputs = x_RI.shape
     if w_OI.numel() < _IN_CACHES or not w_OI.is_contiguous():
         return F.linear(x_RI, w_OI)  # other strides take both of the following many times as long
+    kernel = build.function("linear", "pppnnnn") if rows < _OURS else None
+    if kernel is not None:
+        x_RI, y_RO = x_RI.contiguous(), x_RI.new_empty(rows, len(w_OI))
+        sizes = rows, len(w_OI), inputs
+        addresses = y_RO.data_ptr(), x_RI.data_ptr(), w_OI.data_ptr()
+        kernel(*addresses, *sizes, torch.get_num_threads())
+        return y_RO
     if processor().get("vendor_id") == "GenuineIntel":
         return F.linear(x_RI, w_OI) if rows < _INTEL_ROWS else torch.mm(w_OI, x_RI.t()).t()
     if rows <= _STREAMED_ROWS and inputs <= _STREAMED_WIDTH:

@@ -1,0 +1,139 @@
+"""Kernels in C: compiled without warnings, once, on torch's threads; and machines without them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from deepseek.ops import few_rows
+from deepseek.ops.native import build
+
+SIZES = 3, 512, 600  # rows, outputs, inputs: worth a second thread
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A process that has not asked for kernels yet, and its cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build._library.cache_clear()
+    yield tmp_path / "deepseek" / "kernels"
+    build._library.cache_clear()
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def product() -> torch.Tensor:
+    """One that a kernel computes, if there is one."""
+    rows, outputs, inputs = SIZES
+    x_RI = torch.linspace(-1, 1, rows * inputs).view(rows, inputs)
+    w_OI = torch.linspace(-1, 2, outputs * inputs).view(outputs, inputs).sin()
+    with torch.no_grad():
+        y_RO = few_rows.linear(x_RI, w_OI)
+    torch.testing.assert_close(y_RO, F.linear(x_RI, w_OI), rtol=1e-5, atol=1e-4)
+    return y_RO
+
+
+def test_compiled_once_and_without_warnings(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = build.FLAGS
+    monkeypatch.setattr(build, "FLAGS", (*ours, "-Wall", "-Wextra", "-Werror"))
+    assert build.why_not() is None
+    (library,) = fresh.iterdir()  # nothing else is left there
+    assert library.suffix == ".so"
+    monkeypatch.setattr(build, "_compile", None)
+    build._library.cache_clear()
+    assert build.why_not() is None
+    monkeypatch.setattr(build, "FLAGS", (*ours, "-DANOTHER"))
+    build._library.cache_clear()
+    with pytest.raises(TypeError):  # another library, under a name of its own
+        build.why_not()
+
+
+def test_one_openmp_runtime_and_its_threads() -> None:
+    """torch's: with one thread no other is started, with two no third."""
+    y_RO = product()
+    assert build.why_not() is None and few_rows.takes_few(y_RO, y_RO) is False  # gradients are on
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    files = {Path(line.split()[-1]) for line in lines}
+    assert [f for f in files if f.name.startswith(("libgomp", "libomp", "libiomp"))] == [
+        Path(build._openmp())
+    ]
+    before = threads()
+    product()
+    assert threads() == before
+    torch.set_num_threads(2)
+    try:
+        torch.ones(1 << 20).mul_(2)  # torch's own second thread
+        before = threads()
+        assert torch.equal(product(), y_RO)
+        assert threads() == before
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [
+        ("/does/not/exist -O1", "CC=/does/not/exist -O1: there is no such program"),
+        ("false", "/false cannot compile them: exit status 1"),
+        ("cc -include none.h", "cc cannot compile them: "),
+    ],
+)
+def test_without_a_compiler(
+    compiler: str, message: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    assert message in (build.why_not() or "")
+    product()
+    assert not fresh.exists() or not list(fresh.iterdir())
+
+
+def test_no_compiler_at_all(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert build.why_not() == ("no C compiler: install gcc, or set CC (looked for cc, gcc, clang)")
+    product()
+
+
+def test_a_cache_folder_that_cannot_be_written(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh.parent.write_text("a file where the folder should be")
+    assert str(fresh) in (build.why_not() or "")
+    product()
+
+
+def test_a_library_of_another_user(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can write there would have his code run."""
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    monkeypatch.setattr(build, "ROOT", -1)
+    assert "belongs to another user; set XDG_CACHE_HOME" in (build.why_not() or "")
+    product()
+
+
+def test_other_systems_and_other_runtimes(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.sys, "platform", "darwin")
+    assert build.why_not() == "they are compiled on Linux only, and this is darwin"
+    monkeypatch.setattr(build.sys, "platform", "linux")
+    monkeypatch.setattr(build.Path, "read_text", lambda path: "")
+    build._library.cache_clear()
+    assert build.why_not() == "which OpenMP runtime torch uses is not clear (loaded: none)"
+
+
+def test_what_kernels_are_not_given() -> None:
+    """Gradients, autocast, other dtypes, tensors that are no plain memory."""
+    x = torch.ones(2, 2)
+    assert not build.takes(x)
+    with torch.no_grad():
+        assert build.takes(x, torch.nn.Parameter(x))
+        assert not build.takes(x, x.double()) and not build.takes(x.to("meta"))
+        assert not build.takes(torch.Tensor._make_subclass(type("Mine", (torch.Tensor,), {}), x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not build.takes(x)

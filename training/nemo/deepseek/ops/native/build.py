@@ -1,0 +1,179 @@
+"""Finds a C compiler, compiles the kernels of this folder once, and loads them.
+
+PyTorch's operators are too large or too small for some steps on a CPU: a token that is decoded
+takes hundreds of them, each of a few microseconds before it computes anything, and reads its
+experts one by one. These steps are plain C here, with no header but the C library's, so that
+compiling takes a second or two, and are called through ``ctypes`` by address.
+
+Compiled for the very processor, since vectors of 512 bits are twice those of 256, in the user's
+cache folder under a name that holds sources, flags, compiler and processor: none of them can meet
+another's library there. It is written under a temporary name and renamed, so that ranks may race.
+
+Threads are those of torch's own OpenMP runtime: the library is linked with the file that torch has
+loaded, since a second runtime would have threads of its own, which wait for the first one's.
+
+Where anything is missing the callers take PyTorch's way; ``why_not`` tells what.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deepseek.config.processor import processor
+from deepseek.files import user_cache
+
+SOURCES = Path(__file__).parent
+COMPILERS = "cc", "gcc", "clang"
+"""Looked for in this order, unless ``$CC`` names one."""
+FLAGS = (
+    *("-std=gnu99", "-O3", "-march=native", "-fPIC", "-fopenmp"),
+    # What keeps loops from becoming vectors. Not -ffast-math: it sets the whole process to flush
+    # small numbers to zero, and sums would no longer be in the order that is written.
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+)
+SECONDS = 120
+"""That a compiler may take."""
+ROOT = 0
+_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}
+
+
+class Unavailable(Exception):
+    """Why there are no kernels on this machine."""
+
+
+def function(name: str, arguments: str) -> Callable[..., None] | None:
+    """A kernel by its name in C; None where there are none.
+
+    Args:
+        name: of the function, which returns nothing.
+        arguments: a letter each: ``p`` an address, ``n`` an int64, ``f`` a float.
+    """
+    library = _library()
+    return None if isinstance(library, str) else _bound(library, name, arguments)
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether kernels may be given these: plain fp32 tensors in this machine's memory, of which
+    nobody asks for gradients, and whose operators nobody watches or casts."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    return all(
+        x.dtype == torch.float32 and x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
+        for x in tensors
+    )
+
+
+def why_not() -> str | None:
+    """Why there are no kernels here; None: there are. Compiles them, if nobody has."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The kernels, or why there are none."""
+    try:
+        return _load()
+    except (OSError, Unavailable) as reason:
+        return str(reason)
+
+
+@cache
+def _bound(library: ctypes.CDLL, name: str, arguments: str) -> Callable[..., None]:
+    found = getattr(library, name)
+    found.argtypes, found.restype = [_TYPES[letter] for letter in arguments], None
+    return found
+
+
+def _load() -> ctypes.CDLL:
+    if sys.platform != "linux":
+        raise Unavailable(f"they are compiled on Linux only, and this is {sys.platform}")
+    compiler, runtime = _compiler(), _openmp()
+    library = user_cache() / "kernels" / f"{_fingerprint(compiler, runtime)}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        _compile(compiler, runtime, library)
+    if library.stat().st_uid not in (os.getuid(), ROOT):  # its code would run as this user
+        raise Unavailable(
+            f"{library} belongs to another user; set XDG_CACHE_HOME to a folder of yours"
+        )
+    return ctypes.CDLL(str(library))
+
+
+def _compiler() -> list[str]:
+    """The command, with its path first."""
+    named = shlex.split(os.environ.get("CC", ""))
+    for command in [named] if named else [[name] for name in COMPILERS]:
+        if path := shutil.which(command[0]):
+            return [path, *command[1:]]
+    if named:
+        raise Unavailable(f"CC={shlex.join(named)}: there is no such program")
+    raise Unavailable(f"no C compiler: install gcc, or set CC (looked for {', '.join(COMPILERS)})")
+
+
+def _openmp() -> str:
+    """The file of the OpenMP runtime that torch has loaded."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    loaded = {line.split(maxsplit=5)[-1] for line in lines if "omp" in line.rpartition("/")[2]}
+    runtimes = sorted(
+        f for f in loaded if Path(f).name.startswith(("libgomp", "libiomp", "libomp"))
+    )
+    # Another package may have brought one of its own.
+    of_torch = [f for f in runtimes if Path(f).is_relative_to(Path(torch.__file__).parents[1])]
+    if len(of_torch or runtimes) != 1:
+        found = ", ".join(runtimes) or "none"
+        raise Unavailable(f"which OpenMP runtime torch uses is not clear (loaded: {found})")
+    return (of_torch or runtimes)[0]
+
+
+def _fingerprint(compiler: list[str], runtime: str) -> str:
+    """Of all that decides what the library holds."""
+    program, cpu = Path(compiler[0]).resolve(), processor()
+    facts = [*compiler, *FLAGS, runtime, str(program), str(program.stat().st_mtime_ns)]
+    facts += [
+        cpu.get(name, "") for name in ("model name", "model", "flags", "Features", "CPU part")
+    ]
+    digest = hashlib.sha256("\n".join(facts).encode())
+    for source in sorted(SOURCES.glob("*.[ch]")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _compile(compiler: list[str], runtime: str, library: Path) -> None:
+    """Objects first: given ``-fopenmp``, a linker would take a runtime of its own choice."""
+    sources = [str(source) for source in sorted(SOURCES.glob("*.c"))]
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".making-") as folder:
+        made = Path(folder) / library.name
+        _run([*compiler, *FLAGS, "-c", *sources], folder)
+        objects = sorted(str(path) for path in Path(folder).glob("*.o"))
+        linked = ["-shared", "-Wl,-z,defs", "-o", str(made), *objects, runtime, "-lm"]
+        _run([*compiler, *linked], folder)
+        made.replace(library)
+
+
+def _run(command: list[str], folder: str) -> None:
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"{command[0]} took more than {SECONDS} s") from None
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        first = next((line for line in lines if "error" in line), lines[0])
+        raise Unavailable(f"{command[0]} cannot compile them: {first}")
