@@ -7,6 +7,7 @@ import platform
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_an_unknown_gpu_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The best product counts; a second of them is enough."""
     ticks = iter([0.0, 0.3, 5.0, 5.2, 6.0, 6.6])
-    clock = type("Clock", (), {"perf_counter": staticmethod(lambda: next(ticks))})
+    clock = type("Clock", (), {"thread_time": staticmethod(lambda: next(ticks))})
     monkeypatch.setattr(run_record, "time", clock)
     assert peak_of(CPU, None).flops == pytest.approx(2 * SIDE**3 / 0.2)
 
@@ -121,3 +122,25 @@ def test_a_measured_peak_is_plausible(dtype: torch.dtype) -> None:
     peak = peak_of(CPU, None, dtype)
     assert peak.flops is not None and 1e8 < peak.flops < 1e14
     assert str(dtype).removeprefix("torch.") in peak.source
+
+
+def test_other_programs_do_not_lower_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MFU would be above 100 % once they have ended. Here two have the core of the products, which
+    take longer than a turn of any scheduler, so that none comes through undisturbed."""
+    monkeypatch.setattr(run_record, "SIDE", 1024)
+    monkeypatch.setattr(run_record, "ROUNDS", 5)
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        alone = peak_of(CPU, None).flops
+        burn = [sys.executable, "-S", "-c", "print(flush=True)\nwhile True: pass"]
+        with ExitStack() as others:
+            for _ in range(2):
+                other = others.enter_context(subprocess.Popen(burn, stdout=subprocess.PIPE))
+                others.callback(other.kill)
+                assert other.stdout is not None and other.stdout.readline() == b"\n"
+            beside = peak_of(CPU, None).flops
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert alone is not None and beside is not None
+    assert beside > 0.6 * alone
