@@ -525,6 +525,22 @@ ONE_PROBLEM = [
         ["has 3 entries, for pipeline 2;", "use 2 numbers", "add up to 4, such as [2, 2], or null"],
     ),
     (
+        f"{PP2} & model.pipeline_layers_per_stage=[]",
+        "model.pipeline_layers_per_stage",
+        ["=[]: has no entries, for pipeline 2; use 2 numbers", "such as [2, 2], or null"],
+    ),
+    (
+        f"{PP2} & model.pipeline_layers_per_stage=[] & "
+        "model.activations_checkpoint_granularity=full & model.activations_checkpoint_num_layers=2",
+        "model.pipeline_layers_per_stage",
+        ["=[]: has no entries, for pipeline 2;"],
+    ),
+    (
+        f"{PP2} & model.pipeline_layers_per_stage=[3]",
+        "model.pipeline_layers_per_stage",
+        ["=[3]: has 1 entry, for pipeline 2 and has 3 of model.num_hidden_layers=4; use 2"],
+    ),
+    (
         f"{PP2} & model.pipeline_layers_per_stage=[2, 3]",
         "model.pipeline_layers_per_stage",
         ["=[2, 3]: has 2 + 3 = 5 of model.num_hidden_layers=4", "such as [2, 2]"],

@@ -33,13 +33,18 @@ def by_itself(
 
 
 def by_torchrun(
-    runs: MicroRuns, name: str | None, processes: int, *settings: str, restarts: int = 0
+    runs: MicroRuns,
+    name: str | None,
+    processes: int,
+    *settings: str,
+    restarts: int = 0,
+    before: str = "",
 ) -> Started:
     """torchrun's agent."""
     agent = ["--standalone", "--nproc-per-node", processes, "--max-restarts", restarts]
     agent += ["--monitor-interval", "0.1", "-m", "deepseek"]
     words = [*agent, *runs.words(name, *settings)]
-    return runs.cli.start(*words, before=FORK_WORKERS, program="torchrun")
+    return runs.cli.start(*words, before=before + FORK_WORKERS, program="torchrun")
 
 
 def by_variables(

@@ -370,6 +370,38 @@ dies_in(DeepSeekModel, "training_step")
     assert left == [".lock", *(f"set_aside_1_{step}" for step in steps[2:]), *steps]
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_rank_that_torchrun_loses_before_the_way_back(micro: MicroRuns, devices: int) -> None:
+    """Nothing in the folder says yet that the run goes back; it does, after that it goes on."""
+    name = f"back_before{devices}"
+    params = "exp_manager.checkpoint_callback_params"
+    settings = [*layout(devices), "trainer.max_steps=3", f"{params}.every_n_train_steps=1"]
+    settings.append(f"{params}.save_top_k=-1")
+    by_itself(micro, name, *settings).wait().assert_done()
+    dies = f"""
+import os, signal
+import deepseek.launch.processes as processes
+import deepseek.commands.fit as fit
+from deepseek.training.step import DeepSeekModel
+def dies_in(owner, place, attempt, ready):
+    was = getattr(owner, place)
+    def dying(*args, **options):
+        last = os.environ["RANK"] == "{devices - 1}"
+        if last and os.environ["TORCHELASTIC_RESTART_COUNT"] == attempt and ready(*args):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return was(*args, **options)
+    setattr(owner, place, dying)
+if {devices} == 1:
+    dies_in(fit, "chosen_folder", "0", lambda *args: True)
+else:  # once rank 0 has counted the attempt
+    dies_in(processes, "agreed_attempt", "0", lambda store, *_: store.wait(["attempts"]) is None)
+dies_in(DeepSeekModel, "training_step", "1", lambda model, *_: model.finished_steps == 2)
+"""
+    words = [*settings, "--resume-from", "1"]
+    ran = by_torchrun(micro, name, devices, *words, restarts=2, before=dies).wait().assert_done()
+    assert re.findall(r"at step (\d+)\n", ran.out) == ["1", "2"]
+
+
 @pytest.mark.framework
 def test_a_sample_and_a_report_after_a_run_in_several_processes(micro: MicroRuns) -> None:
     words = [*micro.words("sampled", *EP2, "trainer.max_steps=2"), "--sample", "--report"]

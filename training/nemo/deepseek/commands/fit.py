@@ -38,11 +38,11 @@ from deepseek.frameworks import (
     remote_loggers,
 )
 from deepseek.launch.health import local_checks, worst
-from deepseek.launch.processes import Processes, join, record_flights
+from deepseek.launch.processes import Processes, join, record_flights, remember, remembers
 from deepseek.launch.strategy import DeepSeekStrategy
 from deepseek.monitoring.record.run_record import peak_of
 from deepseek.parallel.cpu_memory import keep_freed_memory
-from deepseek.run_folder import FLIGHT_RECORDER, LOGS
+from deepseek.run_folder import FLIGHT_RECORDER, GOING_BACK, LOGS
 from deepseek.training.precision import WORTH_IT, cpu_speedup
 from deepseek.training.step import DeepSeekModel
 
@@ -73,22 +73,26 @@ def fit(
     Raises:
         UserError: what the user can mend, on every process.
     """
+    timeout = timedelta(minutes=run.trainer.collective_timeout_minutes)
     together = processes.world_size > 1
     on_gpu = _device_is_gpu(run)
     if together:
-        timeout = timedelta(minutes=run.trainer.collective_timeout_minutes)
         processes = join(processes, "cuda" if on_gpu else "cpu", timeout)
     resume = run.exp_manager.resume_if_exists or processes.attempt > 0 or resume_from is not None
     folder = Ranks().lead(lambda: chosen_folder(run, run_dir, resume))
-    if processes.attempt > 0 and Ranks().lead(lambda: has_gone_back(folder)):
+    # A rank may have been lost before any began to go back: torchrun leaves no mark in the folder.
+    if processes.attempt > 0 and Ranks().lead(
+        lambda: remembers(processes, GOING_BACK, timeout) and has_gone_back(folder)
+    ):
         resume_from = None  # started anew: the newest checkpoint is what has come of it
     done = Ranks().lead(lambda: finished_steps(folder))
     if resume and resume_from is None and done >= run.trainer.max_steps:
         return FitResult(folder, done, was_complete=True)
     with ExitStack() as stack:
         Ranks().lead(lambda: stack.enter_context(made_folder(folder)))
-        if together and resume_from is not None:
+        if processes.started_by != "none" and resume_from is not None:
             Ranks().lead(lambda: start_going_back(folder))
+            Ranks().lead(lambda: remember(processes, GOING_BACK, timeout))
         return _fit(run, folder, processes, on_gpu, resume, resume_from, with_changes)
 
 

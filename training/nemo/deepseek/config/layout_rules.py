@@ -182,7 +182,7 @@ def recomputation(cfg: RunConfig) -> Iterator[Problem]:
     if (
         number is None
         or not 0 < stages <= model.num_hidden_layers
-        or (split and len(split) != stages)
+        or (split is not None and len(split) != stages)
         or model.pipeline_output_stages > most_output_stages(model)
     ):
         return  # other rules speak of these
@@ -262,7 +262,8 @@ def pipeline_stages(cfg: RunConfig) -> Iterator[Problem]:
     elif split is not None:
         faults, before = [], stages - over  # the stages before the output
         if len(split) != stages:
-            faults.append(f"has {len(split)} entries, for pipeline {pp} {times}".rstrip())
+            entries = "1 entry" if len(split) == 1 else f"{len(split) or 'no'} entries"
+            faults.append(f"has {entries}, for pipeline {pp} {times}".rstrip())
         elif min(split[:before], default=1) < 1 or min(split[before:]) < 0:
             faults.append("leaves a stage without a layer, as only one with the output may be")
         elif any(split[before + 1 :]):
@@ -270,9 +271,9 @@ def pipeline_stages(cfg: RunConfig) -> Iterator[Problem]:
                 "has a layer after the main loss, which is in stage "
                 f"{before} with model.pipeline_output_stages={over}"
             )
-        if sum(split) != layers:
-            sizes = " + ".join(map(str, split))
-            faults.append(f"has {sizes} = {sum(split)} of model.num_hidden_layers={layers}")
+        if split and sum(split) != layers:
+            sizes = f"{' + '.join(map(str, split))} = " if len(split) > 1 else ""
+            faults.append(f"has {sizes}{sum(split)} of model.num_hidden_layers={layers}")
         if faults:
             share, rest = divmod(layers, before + 1)
             even = [share] * (before + 1 - rest) + [share + 1] * rest + [0] * (over - 1)

@@ -212,6 +212,17 @@ def join(processes: Processes, device_type: str, timeout: timedelta) -> Processe
     return replace(processes, attempt=_attempt)
 
 
+def remember(processes: Processes, what: str, timeout: timedelta) -> None:
+    """Leave word for later attempts of this job."""
+    _open_store(processes, timeout).set(f"remember.{what}", "")
+
+
+def remembers(processes: Processes, what: str, timeout: timedelta) -> bool:
+    """Whether an attempt of this job has left word; True where no store outlives an attempt."""
+    name = f"remember.{what}"
+    return not processes.agent_store or _open_store(processes, timeout).check([name])
+
+
 def store_files(ranks: int) -> int:
     """That the process which serves the store may have open: one for each rank, and its own."""
     return OTHER_FILES + ranks
