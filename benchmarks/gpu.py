@@ -50,7 +50,7 @@ from torch import Tensor
 from deepseek.config import load_config
 from deepseek.config.cost import flops_per_token
 from deepseek.config.layout import Layout, compiles
-from deepseek.config.memory import rank_need
+from deepseek.config.rank_need import rank_need
 from deepseek.config.schema import ModelConfig
 from deepseek.models.transformer import Transformer
 from deepseek.monitoring.record.run_record import peak_of

@@ -24,7 +24,8 @@ from deepseek.commands.validate import (
 )
 from deepseek.config import ConfigError, RunConfig, UserError, load_config, shipped_configs
 from deepseek.config.layout import Layout
-from deepseek.config.memory import gathered_bytes, host_needs, rank_need, state_memory
+from deepseek.config.memory import gathered_bytes, state_memory
+from deepseek.config.rank_need import host_needs, rank_need
 from deepseek.config.schema import PeftConfig, changed
 from deepseek.data.indexed import IndexedWriter
 from deepseek.models.transformer import Transformer

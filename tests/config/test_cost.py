@@ -14,10 +14,10 @@ from deepseek.config.memory import (
     checkpoint_bytes,
     gathered_bytes,
     rank_memory,
-    rank_need,
     reshards,
     state_memory,
 )
+from deepseek.config.rank_need import rank_need
 from deepseek.config.schema import PeftConfig, changed
 from deepseek.models.transformer import Transformer
 from support.tiny_runs import small_run, worlds

@@ -18,7 +18,8 @@ from deepseek.config import load_config, memory, shipped_configs
 from deepseek.config.activations import in_flight, interleaved_order
 from deepseek.config.errors import UserError
 from deepseek.config.layout import V_SCHEDULES, Layout, stages_of_rank
-from deepseek.config.memory import host_need, in_half, rank_need, reduces_gradients
+from deepseek.config.memory import in_half, reduces_gradients
+from deepseek.config.rank_need import host_need, rank_need
 from deepseek.config.schema import ModelConfig, PeftConfig, RunConfig
 from deepseek.parallel.pipeline import SCHEDULES
 from support.live_bytes import StepBytes, step_bytes

@@ -9,7 +9,7 @@ import pytest
 
 from deepseek.config import RunConfig, load_config
 from deepseek.config.layout import INTERLEAVED_SCHEDULES, PLANNED, Layout
-from deepseek.config.memory import rank_needs
+from deepseek.config.rank_need import rank_needs
 from deepseek.config.rules import joint_problems
 from deepseek.config.schema import changed, value_at
 from deepseek.planner.hardware import gpu_named

@@ -11,7 +11,7 @@ import pytest
 from deepseek.commands.plan import plan
 from deepseek.config import ConfigError, UserError, load_config
 from deepseek.config.layout import Layout
-from deepseek.config.memory import RankNeed
+from deepseek.config.rank_need import RankNeed
 
 TINY = "deepseek_v3_tiny"
 

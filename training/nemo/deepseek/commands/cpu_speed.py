@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from deepseek.commands.fit import fit
 from deepseek.config import RunConfig, load_config
 from deepseek.config.layout import Layout
-from deepseek.config.memory import rank_needs
+from deepseek.config.rank_need import rank_needs
 from deepseek.config.schema import ModelConfig
 from deepseek.launch.processes import Processes
 from deepseek.models.components.block import DeepSeekBlock, TokenContext

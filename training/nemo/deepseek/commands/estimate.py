@@ -15,7 +15,7 @@ from deepseek.config import RunConfig, UserError, load_config
 from deepseek.config.cost import count_parameters
 from deepseek.config.errors import shown
 from deepseek.config.layout import world_size
-from deepseek.config.memory import rank_needs
+from deepseek.config.rank_need import rank_needs
 from deepseek.config.schema import value_at
 from deepseek.console import say, table
 from deepseek.planner.cpu import resident_bytes

@@ -24,7 +24,8 @@ from deepseek.config.layout import (
     world_size,
 )
 from deepseek.config.load import Planner, unchecked_value
-from deepseek.config.memory import SHORT, host_needs, rank_memory, rank_needs, state_memory
+from deepseek.config.memory import rank_memory, state_memory
+from deepseek.config.rank_need import SHORT, host_needs, rank_needs
 from deepseek.config.schema import ModelConfig
 from deepseek.config.weights import weight_kinds
 from deepseek.console import say, table

@@ -18,8 +18,9 @@ from typing import Any
 
 from deepseek.config.errors import UserError
 from deepseek.config.layout import Layout
-from deepseek.config.memory import gathered_bytes, rank_needs, reshards
+from deepseek.config.memory import gathered_bytes, reshards
 from deepseek.config.processor import processor
+from deepseek.config.rank_need import rank_needs
 from deepseek.config.schema import RunConfig
 from deepseek.planner.cpu_time import NUMBER, Links, Outside, Share, Work
 from deepseek.planner.hardware import Device

@@ -2,7 +2,7 @@
 
 Activations are those that each operation of a block keeps for its backward pass, as NVIDIA's
 estimator for this model lists them (yanring/Megatron-MoE-ModelZoo, ``deepseek_mem_estimate.py``).
-Nothing is fitted. The memory of ``train`` is in ``config/memory.py``: it keeps fp32 weights.
+Nothing is fitted. The memory of ``train`` is in ``config/rank_need.py``: it keeps fp32 weights.
 """
 
 from __future__ import annotations

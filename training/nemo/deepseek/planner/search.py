@@ -25,15 +25,8 @@ from typing import Any, NamedTuple, cast
 from deepseek.config.errors import divisors
 from deepseek.config.layout import INTERLEAVED_SCHEDULES, PLANNED, V_SCHEDULES, Layout, world_size
 from deepseek.config.layout_rules import data_parallel_shards, expert_parallel
-from deepseek.config.memory import (
-    SHORT,
-    RankNeed,
-    in_half,
-    rank_need,
-    rank_needs,
-    reduces_gradients,
-    reshards,
-)
+from deepseek.config.memory import in_half, reduces_gradients, reshards
+from deepseek.config.rank_need import SHORT, RankNeed, rank_need, rank_needs
 from deepseek.config.rules import RULES
 from deepseek.config.schema import LEAVES, ModelConfig, RunConfig, changed, value_at
 from deepseek.planner.hardware import Device
