@@ -174,6 +174,12 @@ ONE_PROBLEM = [
         ["would be ignored", "=4 blocks are dense", "model.first_k_dense_replace=3 or less"],
     ),
     (
+        "model.first_k_dense_replace=4 & model.num_nextn_predict_layers=0 "
+        "& model.moe_aux_loss_coeff=0.01",
+        "model.moe_aux_loss_coeff",
+        ["would be ignored", "=4 blocks are dense", "use 0.0001 (the default), or"],
+    ),
+    (
         "model.num_nextn_predict_layers=256",
         "model.num_nextn_predict_layers",
         ["beyond the end of model.data.seq_length=256"],
@@ -491,6 +497,13 @@ ONE_PROBLEM = [
         "trainer.accelerator=cpu & model.fp8_recipe=blockwise & model.fp8_kernels=true",
         "model.fp8_kernels",
         ["would be ignored, since trainer.accelerator=cpu has no", "use false"],
+    ),
+    (
+        "model.fp8_recipe=blockwise & model.fp8_kernels=true & model.data.seq_length=36 & "
+        "model.hidden_size=72 & model.q_lora_rank=24 & model.kv_lora_rank=24 & "
+        "model.num_attention_heads=1 & model.intermediate_size=72 & model.moe_intermediate_size=40",
+        "model.fp8_kernels",
+        ["would multiply nothing", "of 144 tokens", "smallest matrix is", "use false, which"],
     ),
     (
         "trainer.accelerator=cpu & model.optim.cpu_offload=true",

@@ -491,6 +491,15 @@ def test_on_the_host(sizes: dict[str, Any]) -> None:
     assert 0.95 * tracked <= host_need(model, layout, 0, 2 * pp, half=True) <= 1.05 * tracked
 
 
+def test_deep_ep_has_room_for_all_that_may_come() -> None:
+    """Rows of bf16, of every token of every EP rank, whatever else the rank holds."""
+    deep = replace(V3, moe_token_dispatcher_type="deepep")
+    layout = Layout.of(V3, 2048)
+    for pp_rank in (0, 15):
+        plain, told = (rank_need(model, layout, pp_rank, 60, half=True) for model in (V3, deep))
+        assert told.total - plain.total == told.buffers - plain.buffers == 64 * 4096 * 7168 * 2
+
+
 def test_nothing_stays_of_a_micro_batch_that_is_done() -> None:
     """On the last stage, whose losses torch's schedules keep to the end of the step."""
     small = ["num_hidden_layers=2", "first_k_dense_replace=2", "num_nextn_predict_layers=0"]

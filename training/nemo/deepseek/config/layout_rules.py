@@ -23,7 +23,7 @@ from deepseek.config.layout import (
     world_size,
 )
 from deepseek.config.schema import RunConfig, idle
-from deepseek.config.weights import Weight, has_experts, weight_kinds
+from deepseek.config.weights import Weight, has_experts, has_whole_tiles, weight_kinds
 
 
 def processes(cfg: RunConfig) -> Iterator[Problem]:
@@ -88,6 +88,16 @@ def fp8_blocks(cfg: RunConfig) -> Iterator[Problem]:
     if cfg.trainer.accelerator == "cpu":
         because = "trainer.accelerator=cpu has no such kernels"
         yield from idle(cfg, "model.fp8_kernels", because, "another trainer.accelerator")
+    elif cfg.model.fp8_kernels and not any(_tiled_products(cfg)):
+        wide, inner = min(_fp8_matrices(cfg), key=sum)
+        yield Problem(
+            "model.fp8_kernels",
+            True,
+            "would multiply nothing: kernels sum over whole tiles of 128 numbers, and no product "
+            f"of a linear map with a micro-batch of {_tokens_here(cfg)} tokens has such sizes (the "
+            f"smallest matrix is {wide} x {inner})",
+            "use false, which computes the same in bf16, or sizes that are multiples of 128",
+        )
     if cfg.model.peft is not None:
         yield Problem(
             "model.fp8_recipe",
@@ -108,6 +118,29 @@ def fp8_blocks(cfg: RunConfig) -> Iterator[Problem]:
             f"would cut between: {min(cut)}, no multiple of {128 * tp}",
             "use null, or model.tensor_model_parallel_size=1",
         )
+
+
+def _fp8_matrices(cfg: RunConfig) -> list[tuple[int, int]]:
+    """What TP leaves of each linear map in a block: outputs and inputs."""
+    tp = cfg.model.tensor_model_parallel_size
+    linear = [w for w in weight_kinds(cfg.model) if w.lora and not w.routed]
+    return [(rows, columns) for w in linear for rows, columns in [w.divided(tp, 1)]]
+
+
+def _tiled_products(cfg: RunConfig) -> Iterator[bool]:
+    """Of each product of the linear maps, with rows, of gradients with the matrix, and of
+    gradients with rows: whether kernels take it."""
+    tokens = _tokens_here(cfg)
+    for outer, inner in _fp8_matrices(cfg):
+        yield has_whole_tiles(tokens, inner, outer)
+        yield has_whole_tiles(tokens, outer, inner)
+        yield has_whole_tiles(outer, tokens, inner)
+
+
+def _tokens_here(cfg: RunConfig) -> int:
+    """Of a micro-batch, on a context rank."""
+    model = cfg.model
+    return model.micro_batch_size * model.data.seq_length // model.context_parallel_size
 
 
 def pipeline_settings(cfg: RunConfig) -> Iterator[Problem]:

@@ -66,7 +66,8 @@ class RankNeed(NamedTuple):
     activations: int
     """Of the micro-batches that wait for their backward pass."""
     buffers: int
-    """That stages of a pipeline receive in: one in each direction is under way."""
+    """That stages of a pipeline receive in: one in each direction is under way. DeepEP's too: rows
+    of bf16 for all tokens that EP ranks may send, the least it asks for."""
     working: int
     """What one backward pass needs besides, its recomputation and the experts' exchange included.
     """
@@ -177,7 +178,9 @@ class _Moments:
         self.hidden = hidden_bytes(model, layout, half)
         hands_on = pp_rank == layout.pp - 1 and model.pipeline_schedule in V_SCHEDULES
         # The end of a V hands from one of its stages to the other.
-        self.ends = sum((not part.first) + (not part.last) for part in self.stages) - 2 * hands_on
+        ends = sum((not part.first) + (not part.last) for part in self.stages) - 2 * hands_on
+        senders = layout.ep * (model.moe_token_dispatcher_type == "deepep")
+        self.buffers = (ends + senders) * self.hidden
         self._weights_and_gradients()
         self.of_one = [stage_activations(model, layout, part, half) for part in self.stages]
         self.of_one[-1] -= self.hidden * hands_on  # what the stage before has sent, too
@@ -279,7 +282,7 @@ class _Moments:
             there = sum(unit.gathered for unit in self.units)
         gathered = (self.root.gathered + there) * self.parted
         states = self.states.weights + self.states.optimizer
-        return RankNeed(states, gathered, gradients, activations, self.ends * self.hidden, working)
+        return RankNeed(states, gathered, gradients, activations, self.buffers, working)
 
     def _twice(self, moment: RankNeed) -> RankNeed:
         """What is gathered last is there twice till something else is."""

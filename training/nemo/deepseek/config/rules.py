@@ -209,13 +209,20 @@ def dense_only(cfg: RunConfig) -> Iterator[Problem]:
     # the block of an MTP module holds experts
     if dense < total or cfg.model.num_nextn_predict_layers > 0:
         return
-    for key in ("moe_z_loss_coeff", "expert_model_parallel_size"):
+    for name in (
+        "moe_z_loss_coeff",
+        "moe_aux_loss_coeff",
+        "moe_router_bias_update_rate",
+        "expert_model_parallel_size",
+    ):
+        key = f"model.{name}"
         yield from idle(
             cfg,
-            f"model.{key}",
+            key,
             f"all model.num_hidden_layers={total} blocks are dense "
             f"(model.first_k_dense_replace={dense})",
             f"model.first_k_dense_replace={total - 1} or less",
+            harmless=(LEAVES[key].default, 0),
         )
 
 

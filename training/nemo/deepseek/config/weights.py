@@ -104,6 +104,21 @@ PACKED_BLOCKS = {"nf4": 64, "fp8": 128}
 """Of each ``model.peft.base_dtype``: numbers of a row that share a scale."""
 
 
+FP8_TILE = 128
+"""Numbers of a row that share a scale in products of FP8, and rows and columns of a matrix."""
+
+
+def has_whole_tiles(rows: int, inner: int, columns: int) -> bool:
+    """Whether FP8's kernels take a product of these sizes: whole tiles, and rows of whole 16 bytes.
+
+    Args:
+        rows: of the left factor.
+        inner: summed over.
+        columns: of the result.
+    """
+    return rows > 0 and rows % 4 == 0 and inner % FP8_TILE == 0 and columns % 16 == 0
+
+
 def packed_row_bytes(columns: int, kind: str) -> int:
     """Of one row of a frozen matrix: its numbers in whole blocks, each with an fp32 scale."""
     block = PACKED_BLOCKS[kind]

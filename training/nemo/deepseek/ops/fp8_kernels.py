@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepseek.config.errors import UserError
 
-_TILE, _ALIGNED = 128, 4
+_ALIGNED = 4
 
 
 def require_kernels(device: torch.device) -> None:
@@ -27,11 +27,6 @@ def require_kernels(device: torch.device) -> None:
         "model.fp8_kernels=true: cuBLAS multiplies tiles and blocks of FP8 on SM90 (H100, H200) "
         f"only, and this is {here}; use model.fp8_kernels=false, which computes the same in bf16"
     )
-
-
-def takes(rows: int, inner: int, columns: int) -> bool:
-    """Whether a product of these sizes has whole tiles, and rows of whole 16 bytes."""
-    return rows > 0 and rows % _ALIGNED == 0 and inner % _TILE == 0 and columns % 16 == 0
 
 
 def product(

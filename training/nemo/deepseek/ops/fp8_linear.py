@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek.config.weights import FP8_TILE as TILE
+from deepseek.config.weights import has_whole_tiles
 from deepseek.ops import fp8_kernels
 from deepseek.ops.autocast import as_products
 from deepseek.ops.fp8 import E4M3
 from deepseek.ops.grouped_linear import grouped_linear, grouped_outer
 
-TILE = 128
 _LARGEST = 448.0
 
 
@@ -107,7 +108,7 @@ class _Product(torch.autograd.Function):
 
 def _product(x: Tiles, w: Tiles | Blocks, counts_E: Tensor | None, kernels: bool) -> Tensor:
     rows, inner, columns = *x.numbers.shape, w.numbers.shape[-2]
-    if kernels and fp8_kernels.takes(rows, inner, columns):
+    if kernels and has_whole_tiles(rows, inner, columns):
         return fp8_kernels.product(x.numbers, x.scales, w.numbers, w.scales, x.scales.dtype)
     if counts_E is None:
         return F.linear(x.values(), w.values())
