@@ -110,11 +110,16 @@ def test_an_unknown_gpu_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best product counts; a second of them is enough."""
+    """One thread's best product counts, for all threads; a second of them is enough."""
     ticks = iter([0.0, 0.3, 5.0, 5.2, 6.0, 6.6])
     clock = type("Clock", (), {"thread_time": staticmethod(lambda: next(ticks))})
     monkeypatch.setattr(run_record, "time", clock)
-    assert peak_of(CPU, None).flops == pytest.approx(2 * SIDE**3 / 0.2)
+    used = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    peak = peak_of(CPU, None)
+    assert peak.flops == pytest.approx(6 * 2 * SIDE**3 / 0.2)
+    assert used == [1, 6] and "6 x one thread's best of" in peak.source
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

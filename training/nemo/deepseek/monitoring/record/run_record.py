@@ -147,14 +147,29 @@ def peak_of(
             return Peak(None, f"unknown for {name}: set exp_manager.monitor.peak_tflops")
         key = max(fitting, key=len)
         return Peak(DENSE_BF16_TFLOPS[key] * 1e12, f"data sheet of {key}, dense bf16")
-    name = str(dtype).removeprefix("torch.")
-    source = f"measured here: best of {ROUNDS} {name} products of {SIDE} x {SIDE} matrices"
-    return Peak(_measured(dtype), source)
+    name, threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
+    source = (
+        f"measured here: {threads} x one thread's best of {ROUNDS} {name} products of "
+        f"{SIDE} x {SIDE} matrices"
+    )
+    return Peak(threads * _measured(dtype), source)
 
 
 def _measured(dtype: torch.dtype) -> float:
-    """By the clock of this thread, which has its equal part of each product: it stands still while
-    another program has the core, or while a thread is waited for whose core another program has."""
+    """Of one thread, by its own clock, which stands still while another program has the core.
+
+    Threads that share a product wait for each other, and most of that waiting is no sleep: where
+    another program has one's core, the clocks of the others go on.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _rate_of_this_thread(dtype)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rate_of_this_thread(dtype: torch.dtype) -> float:
     a, b = torch.ones(SIDE, SIDE, dtype=dtype), torch.ones(SIDE, SIDE, dtype=dtype)
     best, left = float("inf"), MOST_SECONDS
     for _ in range(ROUNDS):
