@@ -21,6 +21,8 @@ _TOPS = (448, 416, 384, 352, 320, 288, 256, 240)
 """Largest numbers that a block can be given, by doubling all of it while FP8 has room."""
 _SAMPLE = 256
 """Numbers of a block that rule out most scales."""
+_PIECE = 1 << 16
+"""Numbers that are widened at a time: their places in the table stay in the caches."""
 
 
 def dequantise_blocks(
@@ -38,7 +40,7 @@ def dequantise_blocks(
     """
     rows, columns = block
     _check(weight_IJ, scale_PQ, block)
-    out_IJ = weight_IJ.to(torch.float32)
+    out_IJ = widened(weight_IJ, torch.float32)
     scale_PJ = scale_PQ.to(torch.float32).repeat_interleave(columns, dim=1)[:, : out_IJ.shape[1]]
     # By rows of blocks: scales for the whole matrix would be another matrix.
     for rows_BJ, scale_J in zip(out_IJ.split(rows), scale_PJ, strict=True):
@@ -143,6 +145,21 @@ def _keeps(blocks: Tensor, scale_Q: Tensor) -> Tensor:
     scale = scale_Q.reshape(-1, *[1] * (blocks.dim() - 1))
     back = (blocks / scale).to(E4M3).float() * scale
     return (back == blocks).flatten(1).all(dim=1)
+
+
+def widened(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """FP8 numbers in a wider dtype, exactly.
+
+    A CPU's own cast takes them one by one, 4.9 ns each; looked up they take 0.7 ns.
+    """
+    if numbers.device.type != "cpu" or torch.compiler.is_compiling():
+        return numbers.to(dtype)
+    table = torch.arange(256, dtype=torch.uint8).view(numbers.dtype).to(dtype)
+    wide = torch.empty(numbers.shape, dtype=dtype)
+    bytes_N = numbers.view(torch.uint8).flatten()
+    for piece, place in zip(bytes_N.split(_PIECE), wide.view(-1).split(_PIECE), strict=True):
+        torch.index_select(table, 0, piece.to(torch.int32), out=place)
+    return wide
 
 
 def block_counts(shape: tuple[int, int], block: tuple[int, int] = (128, 128)) -> tuple[int, int]:
