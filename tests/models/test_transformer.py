@@ -13,8 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepseek.config import load_config
+from deepseek.models.components import attention
 from deepseek.models.components.router import Router
 from deepseek.models.transformer import Transformer
+from deepseek.ops import document_attention
+from deepseek.ops.document_attention import attend_in_blocks
 from deepseek.parallel.expert_dispatcher import AllToAllDispatcher
 from support.tiny_models import (
     assert_same,
@@ -392,6 +395,48 @@ def test_compiled_blocks_equal_eager(
         else:  # a last bit may round the other way
             assert (got.grad - wanted.grad).norm() <= 1e-3 * wanted.grad.norm(), name
     assert loads(model) == loads(eager)
+
+
+@pytest.mark.filterwarnings("default")  # the compiler warns of its own doings
+def test_blocks_of_documents_are_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: once a micro-batch, outside of the blocks that are compiled, which take the next
+    one's without being traced again. They have what is computed without."""
+    config = tiny_config(num_nextn_predict_layers=1)
+    model = tiny_model(config, torch.float32)
+    made, graphs = [], []
+    make, compile_whole = document_attention.document_blocks, torch.compile
+
+    def counted(documents_BM: Tensor, queries: int) -> Any:
+        made.append(queries)
+        return make(documents_BM, queries)
+
+    def noted(graph: torch.fx.GraphModule, example: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    def in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, *others: Any) -> Tensor:
+        *_, blocks = others
+        return attend_in_blocks(q, k, v, scale, blocks)
+
+    tokens_BS = random_batch().tokens
+    steps = [(torch.arange(tokens_BS.shape[1]) // size).expand_as(tokens_BS) for size in (2, 3, 4)]
+    with torch.no_grad():
+        wanted = [model.main(tokens_BS, model.context(tokens_BS, None, ids)) for ids in steps]
+        monkeypatch.setattr(document_attention, "takes_blocks", lambda device: True)
+        monkeypatch.setattr(document_attention, "document_blocks", counted)
+        monkeypatch.setattr(attention, "causal_attention", in_blocks)
+        monkeypatch.setattr(torch, "compile", lambda f: compile_whole(f, backend=noted))
+        with torch._dynamo.config.patch(nested_graph_breaks=False):  # is set back
+            model.compile_blocks()
+            for number, ids_BS in enumerate(steps):
+                context = model.context(tokens_BS, None, ids_BS)
+                main_BSD = model.main(tokens_BS, context)
+                model.predict_ahead(main_BSD, tokens_BS, context)
+                torch.testing.assert_close(main_BSD, wanted[number])
+    assert len(made) == len(steps)
+    assert len(graphs) == 2, "a dense block and one of experts"
+    for operators in graphs:
+        assert sum("flex_attention" in name for name in operators) == 1
 
 
 @pytest.mark.filterwarnings("default")  # the compiler warns of its own doings

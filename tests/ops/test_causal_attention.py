@@ -13,7 +13,12 @@ from torch import Tensor
 from deepseek.ops import causal_attention as attention
 from deepseek.ops import document_attention
 from deepseek.ops.causal_attention import causal_attention, causal_attention_slow, document_mask
-from deepseek.ops.document_attention import attend_in_blocks, document_blocks
+from deepseek.ops.document_attention import (
+    Chunks,
+    attend_in_blocks,
+    chunk_blocks,
+    document_blocks,
+)
 from support.live_bytes import LiveBytes
 
 TOLERANCE = {
@@ -184,7 +189,7 @@ def test_blocks_equal_all_scores(lengths: list[list[int]], late: int, ids: list[
         mask = document_blocks(documents_BM, queries)
         q, k, v = (x.detach() for x in tensors((len(rows), 2, size), (3, 2), torch.float64))
         q = q[:, :, -queries:]
-        got = attend_in_blocks(q, k, v, 0.7, documents_BM)
+        got = attend_in_blocks(q, k, v, 0.7, mask)
     torch.testing.assert_close(
         got, causal_attention_slow(q, k, v, 0.7, documents_BM), rtol=1e-11, atol=1e-11
     )
@@ -202,17 +207,49 @@ def test_blocks_equal_all_scores(lengths: list[list[int]], late: int, ids: list[
     assert not seen_BSM.any(), "visible, but in no block"
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_a_mask_of_blocks_is_small_and_made_once() -> None:
-    """For 128K tokens 8 MB, not 17 GB; it is forgotten with the ids."""
+def test_a_mask_of_blocks_is_small() -> None:
+    """For 128K tokens 16 MB, not 17 GB."""
     documents_BM = (torch.arange(131072) // 5000).unsqueeze(0)
     mask = document_blocks(documents_BM, 131072)
     assert sum(x.nbytes for x in mask.as_tuple() if isinstance(x, Tensor)) < 20e6
-    q = torch.zeros(1, 1, 6, 4)
-    ids = torch.zeros(1, 6, dtype=torch.int32)
-    before = len(document_attention._made)
-    for _ in range(2):
-        attend_in_blocks(q, q, q, 1.0, ids)
-    assert len(document_attention._made) == before + 1
-    del ids
-    assert len(document_attention._made) == before
+
+
+def test_blocks_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a context rank's two chunks: each sees what is behind it. One stream's first chunk, or
+    whole sequences, need none, unless logits are asked for, and a CPU has no use for any."""
+    tokens_BS = torch.zeros(2, 24, dtype=torch.int64)
+    documents_BS = (torch.arange(24) // 5).expand(2, -1)
+    assert chunk_blocks(tokens_BS, documents_BS, Chunks(4, (0, 3)), always=True) == (None, None)
+    monkeypatch.setattr(document_attention, "takes_blocks", lambda device: True)
+    for ids_BS, always, has in (
+        (None, False, [False, True]),
+        (None, True, [True, True]),
+        (documents_BS, False, [True, True]),
+    ):
+        found = chunk_blocks(tokens_BS, ids_BS, Chunks(4, (0, 3)), always)
+        assert [mask is not None for mask in found] == has
+        sizes = [mask.seq_lengths for mask in found if mask is not None]
+        assert sizes == [(6, 6), (6, 24)][-len(sizes) :]
+    assert chunk_blocks(tokens_BS, None, Chunks(), always=False) == (None,)
+
+
+@pytest.mark.filterwarnings("default")  # the compiler warns of its own doings
+@pytest.mark.parametrize("isolated", [False, True])
+def test_a_compiled_graph_has_the_same(isolated: bool) -> None:
+    """Documents and logits too, which it holds in blocks as ever."""
+    documents_BM = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]]) if isolated else None
+    found = []
+    for compiled in (False, True):
+        q, k, v = tensors((2, 3, 5), (4, 3), torch.float32)
+        largest_BNS = torch.empty(2, 3, 4)
+
+        def attend(*qkv: Tensor, largest_BNS: Tensor = largest_BNS) -> Tensor:
+            return causal_attention(*qkv, 0.5, documents_BM, largest_BNS)
+
+        if compiled:
+            attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
+        y_BNSU = attend(q[:, :, 1:], k, v)
+        y_BNSU.backward(torch.linspace(-1, 1, y_BNSU.numel()).view_as(y_BNSU))
+        found.append((y_BNSU, largest_BNS, q.grad, k.grad, v.grad))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

@@ -35,6 +35,7 @@ from deepseek.models.components.rope import rotation
 from deepseek.models.components.router import Router
 from deepseek.ops.autocast import lookup
 from deepseek.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from deepseek.ops.document_attention import Chunks, chunk_blocks
 from deepseek.ops.packed import pack_rows
 
 
@@ -56,6 +57,7 @@ class Transformer(nn.Module):
         mtp_embed: a copy of the embedding for MTP, where the embedding itself is in another stage.
         mtp_head: a copy of the head for MTP's losses, where the main loss is in another stage.
         packed: inputs of each matrix whose rows are packed, by name.
+        chunks: which tokens of a sequence are here; replaced where several ranks share each.
         recompute: granularity at which blocks compute their activations again in the backward
             pass; None: they keep them.
     """
@@ -81,6 +83,7 @@ class Transformer(nn.Module):
         copied = depths and any(s.last and not s.main for s in stages)
         self.mtp_head = Head(config.hidden_size, config.vocab_size) if copied else None
         self.recompute = config.activations_checkpoint_granularity
+        self.chunks = Chunks()
         self.packed: dict[str, int] = {}
         if config.fp8_recipe is not None:
             for module in self.modules():
@@ -154,7 +157,9 @@ class Transformer(nn.Module):
             config.rope_scaling,
             torch.float64 if is_fp64 else torch.float32,
         )
-        return TokenContext(cos_BSA, sin_BSA, documents_BS, real_BS, balance_scale)
+        tells = config.optim.qk_clip_threshold is not None  # as FlexAttention alone does
+        blocks = chunk_blocks(tokens_BS, documents_BS, self.chunks, tells)
+        return TokenContext(cos_BSA, sin_BSA, documents_BS, real_BS, balance_scale, blocks)
 
     def main(
         self,
@@ -283,7 +288,7 @@ class Stage(Transformer):
         self.mtp_embed = model.mtp_embed if parts.ahead else None
         self.mtp_head = model.mtp_head if parts.last and not parts.main else None
         self.last = parts.last
-        self.recompute = model.recompute
+        self.recompute, self.chunks = model.recompute, model.chunks
 
     def forward(  # type: ignore[override]  # a stage gives losses, not logits
         self,

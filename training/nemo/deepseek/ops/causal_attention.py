@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from deepseek.ops.document_attention import attend_in_blocks
 
@@ -29,6 +30,7 @@ def causal_attention(
     scale: float,
     documents_BM: Tensor | None = None,
     largest_BNS: Tensor | None = None,
+    blocks: BlockMask | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T + causal mask) v.
 
@@ -39,39 +41,28 @@ def causal_attention(
         scale: multiplies the scores.
         documents_BM: document id of each token; a token then sees only its own document.
         largest_BNS: filled with the largest score of each query, scaled; None: not asked for.
+        blocks: what queries may see, for FlexAttention, which computes documents, fewer queries
+            than keys and ``largest`` on GPUs; a CPU has no use for it.
 
     Returns:
         (B, N, S, U) in the dtype of ``v``.
     """
-    if q_BNSH.device.type == "cpu" and not torch.compiler.is_compiling():
+    if q_BNSH.device.type == "cpu":
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             q_BNSH, k_BNMH, v_BNMU = (x.to(dtype) for x in (q_BNSH, k_BNMH, v_BNMU))
-        return _BlockAttention.apply(q_BNSH, k_BNMH, v_BNMU, scale, documents_BM, largest_BNS)
-    late = q_BNSH.shape[2] < k_BNMH.shape[2]
-    if q_BNSH.is_cuda and (documents_BM is not None or late or largest_BNS is not None):
-        if documents_BM is None:
-            documents_BM = torch.zeros(1, 1, dtype=torch.int32, device=q_BNSH.device)
-            documents_BM = documents_BM.expand(k_BNMH.shape[0], k_BNMH.shape[2])
-        return attend_in_blocks(q_BNSH, k_BNMH, v_BNMU, scale, documents_BM, largest_BNS)
-    if largest_BNS is not None:  # a compiled CPU, whose kernel does not tell
-        with torch.no_grad():
-            largest_BNS.copy_(_all_scores(q_BNSH, k_BNMH, scale, documents_BM).amax(dim=-1))
-    value_dims = v_BNMU.shape[-1]
-    padding = q_BNSH.shape[-1] - value_dims
-    if padding > 0 and v_BNMU.device.type == "cpu":
-        # On CPU the fused kernel needs equal dims; without them torch takes a slower path silently.
-        v_BNMU = F.pad(v_BNMU, (0, padding))
-    queries, keys = q_BNSH.shape[2], k_BNMH.shape[2]
-    mask: Tensor | None = None
-    if documents_BM is not None:
-        mask = document_mask(documents_BM, queries)
-    elif late:
-        mask = causal_mask(queries, keys, q_BNSH.device)
-    y_BNSU = F.scaled_dot_product_attention(
-        q_BNSH, k_BNMH, v_BNMU, attn_mask=mask, is_causal=mask is None, scale=scale
-    )
-    return y_BNSU[..., :value_dims]
+        if not torch.compiler.is_compiling():
+            return _BlockAttention.apply(q_BNSH, k_BNMH, v_BNMU, scale, documents_BM, largest_BNS)
+        tells = largest_BNS is not None
+        y_BNSU, told_BNS = _compiled(q_BNSH, k_BNMH, v_BNMU, scale, documents_BM, tells)
+        if largest_BNS is not None:
+            largest_BNS.copy_(told_BNS)
+        return y_BNSU
+    if blocks is not None:
+        return attend_in_blocks(q_BNSH, k_BNMH, v_BNMU, scale, blocks, largest_BNS)
+    plain = q_BNSH.shape[2] == k_BNMH.shape[2] and documents_BM is None and largest_BNS is None
+    assert plain, "blocks are missing"
+    return F.scaled_dot_product_attention(q_BNSH, k_BNMH, v_BNMU, is_causal=True, scale=scale)
 
 
 def causal_attention_slow(
@@ -192,6 +183,55 @@ def _add_product(sum_rIJ: Tensor, a_rIX: Tensor, b_rXJ: Tensor, factor: float = 
         sum_rIJ.add_(torch.bmm(a_rIX, b_rXJ), alpha=factor)
 
 
+def _attend(
+    q_BNSH: Tensor,
+    k_BNMH: Tensor,
+    v_BNMU: Tensor,
+    scale: float,
+    documents_BM: Tensor | None,
+    largest_BNS: Tensor | None,
+) -> Tensor:
+    """``causal_attention``, block by block."""
+    shape = (*q_BNSH.shape[:3], k_BNMH.shape[2])
+    largest_RS = None if largest_BNS is None else largest_BNS.view(-1, shape[2])
+    q, k, v = (x.flatten(0, 1) for x in (q_BNSH, k_BNMH, v_BNMU))
+    y_RSU = q.new_empty(*q.shape[:2], v.shape[2])
+    with torch.autocast("cpu", enabled=False):
+        for rows, queries, keys, mask in _blocks(shape, q.dtype, documents_BM):
+            largest_rs = None if largest_RS is None else largest_RS[rows, queries]
+            probs_rsm = _probabilities(q[rows, queries], k[rows, keys], scale, mask, largest_rs)
+            y_RSU[rows, queries].baddbmm_(probs_rsm, v[rows, keys], beta=0)
+    return y_RSU.view(*shape[:3], -1)
+
+
+def _attend_back(
+    grad_BNSU: Tensor,
+    q_BNSH: Tensor,
+    k_BNMH: Tensor,
+    v_BNMU: Tensor,
+    scale: float,
+    documents_BM: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values."""
+    shape = (*q_BNSH.shape[:3], k_BNMH.shape[2])
+    grad_RSU = grad_BNSU.flatten(0, 1).contiguous()
+    q, k, v = (x.flatten(0, 1) for x in (q_BNSH, k_BNMH, v_BNMU))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grad_q = torch.empty_like(q)
+    grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    with torch.autocast("cpu", enabled=False):
+        for rows, queries, keys, mask in _blocks(shape, q.dtype, documents_BM):
+            q_rsH, k_rmH, grad_rsU = q[rows, queries], k[rows, keys], grad_RSU[rows, queries]
+            probs_rsm = _probabilities(q_rsH, k_rmH, scale, mask)
+            _add_product(grad_v[rows, keys], probs_rsm.transpose(1, 2), grad_rsU)
+            grad_probs_rsm = torch.bmm(grad_rsU, v[rows, keys].transpose(1, 2))
+            scores_rsm = torch._softmax_backward_data(grad_probs_rsm, probs_rsm, -1, q.dtype)
+            grad_q[rows, queries].baddbmm_(scores_rsm, k_rmH, beta=0, alpha=scale)
+            _add_product(grad_k[rows, keys], scores_rsm.transpose(1, 2), q_rsH, scale)
+    of_q, of_k, of_v = (g.to(q.dtype).unflatten(0, shape[:2]) for g in (grad_q, grad_k, grad_v))
+    return of_q, of_k, of_v
+
+
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -203,34 +243,84 @@ class _BlockAttention(torch.autograd.Function):
         documents_BM: Tensor | None,
         largest_BNS: Tensor | None,
     ) -> Tensor:
-        largest_RS = None if largest_BNS is None else largest_BNS.view(-1, largest_BNS.shape[2])
-        q, k, v = (x.flatten(0, 1).contiguous() for x in (q_BNSH, k_BNMH, v_BNMU))
-        ctx.save_for_backward(q, k, v, documents_BM)
-        ctx.scale, ctx.shape = scale, (*q_BNSH.shape[:3], k_BNMH.shape[2])
-        y_RSU = q.new_empty(*q.shape[:2], v.shape[2])
-        with torch.autocast("cpu", enabled=False):
-            for rows, queries, keys, mask in _blocks(ctx.shape, q.dtype, documents_BM):
-                largest_rs = None if largest_RS is None else largest_RS[rows, queries]
-                probs_rsm = _probabilities(q[rows, queries], k[rows, keys], scale, mask, largest_rs)
-                y_RSU[rows, queries].baddbmm_(probs_rsm, v[rows, keys], beta=0)
-        return y_RSU.view(*q_BNSH.shape[:3], -1)
+        q_BNSH, k_BNMH, v_BNMU = (x.contiguous() for x in (q_BNSH, k_BNMH, v_BNMU))
+        ctx.save_for_backward(q_BNSH, k_BNMH, v_BNMU, documents_BM)
+        ctx.scale = scale
+        return _attend(q_BNSH, k_BNMH, v_BNMU, scale, documents_BM, largest_BNS)
 
     @staticmethod
     def backward(ctx: Any, grad_BNSU: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, documents_BM = ctx.saved_tensors
-        grad_RSU = grad_BNSU.flatten(0, 1).contiguous()
-        wide = torch.promote_types(q.dtype, torch.float32)
-        grad_q = torch.empty_like(q)
-        grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        with torch.autocast("cpu", enabled=False):
-            for rows, queries, keys, mask in _blocks(ctx.shape, q.dtype, documents_BM):
-                q_rsH, k_rmH, grad_rsU = q[rows, queries], k[rows, keys], grad_RSU[rows, queries]
-                probs_rsm = _probabilities(q_rsH, k_rmH, ctx.scale, mask)
-                _add_product(grad_v[rows, keys], probs_rsm.transpose(1, 2), grad_rsU)
-                grad_probs_rsm = torch.bmm(grad_rsU, v[rows, keys].transpose(1, 2))
-                scores_rsm = torch._softmax_backward_data(grad_probs_rsm, probs_rsm, -1, q.dtype)
-                grad_q[rows, queries].baddbmm_(scores_rsm, k_rmH, beta=0, alpha=ctx.scale)
-                _add_product(grad_k[rows, keys], scores_rsm.transpose(1, 2), q_rsH, ctx.scale)
-        sequences = ctx.shape[:2]
-        grads = (grad.to(q.dtype).unflatten(0, sequences) for grad in (grad_q, grad_k, grad_v))
+        q_BNSH, k_BNMH, v_BNMU, documents_BM = ctx.saved_tensors
+        grads = _attend_back(grad_BNSU, q_BNSH, k_BNMH, v_BNMU, ctx.scale, documents_BM)
         return (*grads, None, None, None)
+
+
+# -- the same in a graph of torch's compiler, which cannot look into it --
+
+
+@torch.library.custom_op("deepseek::block_attention", mutates_args=())
+def _compiled(
+    q_BNSH: Tensor,
+    k_BNMH: Tensor,
+    v_BNMU: Tensor,
+    scale: float,
+    documents_BM: Tensor | None,
+    tells: bool,
+) -> tuple[Tensor, Tensor]:
+    q_BNSH, k_BNMH, v_BNMU = (x.contiguous() for x in (q_BNSH, k_BNMH, v_BNMU))
+    largest_BNS = q_BNSH.new_empty(q_BNSH.shape[:3] if tells else 0)
+    told = largest_BNS if tells else None
+    return _attend(q_BNSH, k_BNMH, v_BNMU, scale, documents_BM, told), largest_BNS
+
+
+@_compiled.register_fake
+def _(
+    q_BNSH: Tensor,
+    k_BNMH: Tensor,
+    v_BNMU: Tensor,
+    scale: float,
+    documents_BM: Tensor | None,
+    tells: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = q_BNSH.shape[:3]
+    return q_BNSH.new_empty(*shape, v_BNMU.shape[3]), q_BNSH.new_empty(shape if tells else 0)
+
+
+@torch.library.custom_op("deepseek::block_attention_back", mutates_args=())
+def _compiled_back(
+    grad_BNSU: Tensor,
+    q_BNSH: Tensor,
+    k_BNMH: Tensor,
+    v_BNMU: Tensor,
+    scale: float,
+    documents_BM: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q_BNSH, k_BNMH, v_BNMU = (x.contiguous() for x in (q_BNSH, k_BNMH, v_BNMU))
+    return _attend_back(grad_BNSU, q_BNSH, k_BNMH, v_BNMU, scale, documents_BM)
+
+
+@_compiled_back.register_fake
+def _(
+    grad_BNSU: Tensor,
+    q_BNSH: Tensor,
+    k_BNMH: Tensor,
+    v_BNMU: Tensor,
+    scale: float,
+    documents_BM: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_q, of_k, of_v = (x.new_empty(x.shape) for x in (q_BNSH, k_BNMH, v_BNMU))
+    return of_q, of_k, of_v
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *arguments, ctx.scale, documents_BM, _ = inputs
+    ctx.save_for_backward(*arguments, documents_BM)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_BNSU: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *arguments, documents_BM = ctx.saved_tensors
+    return (*_compiled_back(grad_BNSU, *arguments, ctx.scale, documents_BM), None, None, None)
+
+
+_compiled.register_autograd(_backward, setup_context=_remember)

@@ -2,23 +2,33 @@
 
 FlexAttention skips blocks that no query of theirs may see. Which these are follows from the first
 and last document of each block, so that no S x M mask is ever made: of 128K tokens it would be
-17 GB, and of blocks it is 8 MB. Shapes: ``models/__init__.py``; n blocks.
+17 GB, and of blocks it is 16 MB. They are made once a micro-batch, and all layers share them.
+Shapes: ``models/__init__.py``; n blocks.
 
 No GPU has run it yet. On a CPU torch computes the same without skipping, which is for tests.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
-from torch.utils.weak import WeakIdKeyDictionary
 
 BLOCK = 128
 """Tokens of a block, FlexAttention's own default."""
+
+
+class Chunks(NamedTuple):
+    """The parts of a sequence that have their queries here."""
+
+    number: int = 1
+    """Equal parts of a sequence."""
+    here: Sequence[int] = (0,)
+    """Which of them, ascending."""
 
 
 def attend_in_blocks(
@@ -26,33 +36,55 @@ def attend_in_blocks(
     k_BNMH: Tensor,
     v_BNMU: Tensor,
     scale: float,
-    documents_BM: Tensor,
+    blocks: BlockMask,
     largest_BNS: Tensor | None = None,
 ) -> Tensor:
-    """``causal_attention`` over documents, or of late queries, by FlexAttention.
-
-    A mask of blocks is made once for each tensor of ids, and so once a micro-batch for all layers.
-    """
+    """``causal_attention`` over documents, or of late queries, by FlexAttention."""
     if torch.is_autocast_enabled(q_BNSH.device.type):  # FlexAttention is not on its list
         dtype = torch.get_autocast_dtype(q_BNSH.device.type)
         q_BNSH, k_BNMH, v_BNMU = (x.to(dtype) for x in (q_BNSH, k_BNMH, v_BNMU))
-    queries = q_BNSH.shape[2]
     attend: Any = flex_attention
-    if torch.compiler.is_compiling():
-        mask = document_blocks(documents_BM, queries)
-    else:
-        made = _made.setdefault(documents_BM, {})
-        if queries not in made:
-            made[queries] = document_blocks(documents_BM, queries)
-        mask = made[queries]
-        attend = _compiled() if q_BNSH.is_cuda else flex_attention
+    if q_BNSH.is_cuda and not torch.compiler.is_compiling():
+        attend = _compiled()
     if largest_BNS is None:
-        return attend(q_BNSH, k_BNMH, v_BNMU, block_mask=mask, scale=scale)
+        return attend(q_BNSH, k_BNMH, v_BNMU, block_mask=blocks, scale=scale)
     # Each row's maximum is at hand in the kernel, in exact form and for nothing.
     told = AuxRequest(max_scores=True)
-    y_BNSU, aux = attend(q_BNSH, k_BNMH, v_BNMU, block_mask=mask, scale=scale, return_aux=told)
+    y_BNSU, aux = attend(q_BNSH, k_BNMH, v_BNMU, block_mask=blocks, scale=scale, return_aux=told)
     largest_BNS.copy_(aux.max_scores)
     return y_BNSU
+
+
+def chunk_blocks(
+    tokens_BS: Tensor, documents_BS: Tensor | None, chunks: Chunks, always: bool
+) -> tuple[BlockMask | None, ...]:
+    """The blocks that the queries of each chunk may see, of all that is behind them; None on CPUs.
+
+    Args:
+        tokens_BS: of whole sequences.
+        documents_BS: their document ids; None: one stream.
+        chunks: the first one's queries have no other tokens behind them.
+        always: else None where a kernel needs nothing but the causal flag.
+    """
+    if not takes_blocks(tokens_BS.device):
+        return (None,) * len(chunks.here)
+    sequences, length = tokens_BS.shape
+    made = list[BlockMask | None]()
+    for number in chunks.here:
+        if documents_BS is None and number == 0 and not always:
+            made.append(None)
+            continue
+        end = (number + 1) * (length // chunks.number)
+        seen_BM = tokens_BS.new_zeros(1, 1).expand(sequences, end)
+        if documents_BS is not None:
+            seen_BM = documents_BS[:, :end]
+        made.append(document_blocks(seen_BM, length // chunks.number))
+    return tuple(made)
+
+
+def takes_blocks(device: torch.device) -> bool:
+    """Whether attention there is FlexAttention's, where a causal flag is not enough."""
+    return device.type != "cpu"
 
 
 def document_blocks(documents_BM: Tensor, queries: int) -> BlockMask:
@@ -71,10 +103,10 @@ def document_blocks(documents_BM: Tensor, queries: int) -> BlockMask:
     whole_Bnn = (last_k <= first_q) & (low_k == high_q) & (low_q == high_k) & (low_q == high_q)
     whole_Bnn = whole_Bnn & (last_k - first_k == BLOCK - 1) & (last_q - first_q == BLOCK - 1)
 
-    ids_BM = documents_BM.clone()  # the mask must not keep alive what it is remembered by
+    documents_BM = documents_BM.contiguous()  # kernels read it, in whatever order
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q + late >= k) & (ids_BM[b, q + late] == ids_BM[b, k])
+        return (q + late >= k) & (documents_BM[b, q + late] == documents_BM[b, k])
 
     return BlockMask.from_kv_blocks(
         *_listed(seen_Bnn & ~whole_Bnn),
@@ -108,7 +140,3 @@ def _listed(chosen_Bnn: Tensor) -> tuple[Tensor, Tensor]:
 def _compiled() -> Any:
     """Not compiled, FlexAttention holds all scores."""
     return torch.compile(flex_attention, dynamic=False)
-
-
-_made: Any = WeakIdKeyDictionary()
-"""Masks by the tensor of ids and the number of queries; they go with the tensor."""

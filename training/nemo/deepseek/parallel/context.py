@@ -15,16 +15,19 @@ Shapes: ``models/__init__.py``, with s = S/n; c = S/2n is a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.moe import MoE
 from deepseek.models.transformer import Transformer
 from deepseek.ops.causal_attention import causal_attention
+from deepseek.ops.document_attention import Chunks
 from deepseek.parallel.collectives import gather_sequence, sum_forward
 from deepseek.parallel.mesh import Meshes
 
@@ -47,9 +50,9 @@ def shard_sequences(model: Transformer, meshes: Meshes) -> None:
         return (part(args[0]),)
 
     def cut_rotation(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x_BsD, cos_BSA, sin_BSA, documents_BS, cache, real_BS = args
+        x_BsD, cos_BSA, sin_BSA, documents_BS, cache, real_BS, blocks = args
         real_Bs = None if real_BS is None else part(real_BS)
-        return x_BsD, part(cos_BSA), part(sin_BSA), documents_BS, cache, real_Bs
+        return x_BsD, part(cos_BSA), part(sin_BSA), documents_BS, cache, real_Bs, blocks
 
     def cut_mask(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x_BsD, real_BS, *others = args
@@ -64,6 +67,7 @@ def shard_sequences(model: Transformer, meshes: Meshes) -> None:
     def attend(*arguments: Any) -> Tensor:
         return attend_to_whole(rank, size, *arguments)
 
+    model.chunks = Chunks(2 * size, (rank, 2 * size - 1 - rank))
     for embed in (model.embed, model.mtp_embed):
         if embed is not None:
             embed.register_forward_pre_hook(cut_tokens)
@@ -106,6 +110,7 @@ def attend_to_whole(
     v_BNSU: Tensor,
     scale: float,
     documents_BS: Tensor | None = None,
+    blocks: Sequence[BlockMask | None] = (None, None),
     largest_BNs: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of a rank's two chunks of queries over the whole sequence: (B, N, s, U).
@@ -117,17 +122,19 @@ def attend_to_whole(
         k_BNSH, v_BNSU: of all tokens.
         scale: of the scores.
         documents_BS: of all tokens; None: one stream.
+        blocks: of both chunks; see ``causal_attention``.
         largest_BNs: see ``causal_attention``.
     """
     chunk = k_BNSH.shape[2] // (2 * size)
     results = []
     largest = (None, None) if largest_BNs is None else largest_BNs.chunk(2, dim=2)
     numbers = rank, 2 * size - 1 - rank
-    for q_BNcH, number, largest_BNc in zip(q_BNsH.chunk(2, dim=2), numbers, largest, strict=True):
+    chunks = zip(q_BNsH.chunk(2, dim=2), numbers, blocks, largest, strict=True)
+    for q_BNcH, number, mask, largest_BNc in chunks:
         end = (number + 1) * chunk
         keys = k_BNSH[:, :, :end], v_BNSU[:, :, :end]
         documents = None if documents_BS is None else documents_BS[:, :end]
-        results.append(causal_attention(q_BNcH, *keys, scale, documents, largest_BNc))
+        results.append(causal_attention(q_BNcH, *keys, scale, documents, largest_BNc, mask))
     return torch.cat(results, dim=2)
 
 

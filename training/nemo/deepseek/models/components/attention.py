@@ -12,11 +12,12 @@ S is the number of new tokens here, M that of the tokens in the cache, these inc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from deepseek.models.components.feed_forward import Linear, RMSNorm
 from deepseek.models.components.rope import rotate
@@ -76,7 +77,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.wkv_b = Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim))
         self.wo = Linear(num_heads * v_head_dim, dim)
         self.whole_sequence: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda *part: part
-        self.attend: Callable[..., Tensor] = causal_attention
+        self.attend: Callable[..., Tensor] = _attend_here
         self.largest_logit_N: Tensor | None = None
 
     def forward(
@@ -87,6 +88,7 @@ class MultiHeadLatentAttention(nn.Module):
         documents_BS: Tensor | None = None,
         cache: LatentStore | None = None,
         real_BS: Tensor | None = None,
+        blocks: Sequence[BlockMask | None] = (None,),
     ) -> Tensor:
         """(B, S, D) -> (B, S, D).
 
@@ -96,12 +98,14 @@ class MultiHeadLatentAttention(nn.Module):
                 stream.
             cache: the new tokens also see the cached ones.
             real_BS: False for padding; None: all real.
+            blocks: see ``TokenContext``.
         """
         q_nope_BSNH, q_rope_BSNH = self._queries(x_BSD, cos_BSA, sin_BSA)
         latent_BSC, k_rope_BSH = self._latents(x_BSD, cos_BSA, sin_BSA)
         if cache is None:
             keys = self.whole_sequence(latent_BSC, k_rope_BSH)
-            y_BSNU = self._expanded(q_nope_BSNH, q_rope_BSNH, *keys, documents_BS, real_BS)
+            seen = documents_BS, blocks
+            y_BSNU = self._expanded(q_nope_BSNH, q_rope_BSNH, *keys, seen, real_BS)
         else:
             kept_BMX, visible_BSM = cache.append(latent_BSC, k_rope_BSH)
             y_BSNU = self._absorbed(q_nope_BSNH, q_rope_BSNH, kept_BMX, visible_BSM)
@@ -129,7 +133,7 @@ class MultiHeadLatentAttention(nn.Module):
         q_rope_BSNH: Tensor,
         latent_BSC: Tensor,
         k_rope_BSH: Tensor,
-        documents_BS: Tensor | None,
+        seen: tuple[Tensor | None, Sequence[BlockMask | None]],
         real_BS: Tensor | None,
     ) -> Tensor:
         """eq 2, 4, 5, 10: keys and values per head, then ordinary attention."""
@@ -143,7 +147,7 @@ class MultiHeadLatentAttention(nn.Module):
             torch.cat((nope.transpose(1, 2), rope.transpose(1, 2)), dim=-1)
             for nope, rope in ((q_nope_BSNH, q_rope_BSNH), (k_nope, k_rope_BSNH))
         )
-        arguments = q, k, v_BSNU.transpose(1, 2), self.softmax_scale, documents_BS
+        arguments = q, k, v_BSNU.transpose(1, 2), self.softmax_scale, *seen
         if self.largest_logit_N is None or not torch.is_grad_enabled():
             return self.attend(*arguments).transpose(1, 2)
         largest_BNS = self.largest_logit_N.new_empty(q.shape[:3])
@@ -181,6 +185,20 @@ class MultiHeadLatentAttention(nn.Module):
         y_BPC = torch.bmm(probs_BPM.to(latent_BMC.dtype), latent_BMC)
         y_NTC = y_BPC.view(-1, sizes[2], self.kv_lora_rank).transpose(0, 1)
         return torch.bmm(y_NTC, w_uv_NUC.mT).transpose(0, 1).unflatten(0, sizes[:2])
+
+
+def _attend_here(
+    q_BNSH: Tensor,
+    k_BNSH: Tensor,
+    v_BNSU: Tensor,
+    scale: float,
+    documents_BS: Tensor | None,
+    blocks: Sequence[BlockMask | None],
+    largest_BNS: Tensor | None = None,
+) -> Tensor:
+    """Of whole sequences, which are one chunk; see ``causal_attention``."""
+    (mask,) = blocks
+    return causal_attention(q_BNSH, k_BNSH, v_BNSU, scale, documents_BS, largest_BNS, mask)
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:

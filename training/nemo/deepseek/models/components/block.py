@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from deepseek.config.schema import ModelConfig
 from deepseek.models.components.attention import LatentStore, MultiHeadLatentAttention
@@ -37,7 +39,7 @@ class DeepSeekBlock(nn.Module):
     ) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
         rotation = context.cos_BSA, context.sin_BSA
-        seen = context.documents_BS, cache, context.real_BS
+        seen = context.documents_BS, cache, context.real_BS, context.blocks
         x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), *rotation, *seen)
         counted = (context.real_BS, context.balance_scale, cache is not None) if self.is_moe else ()
         return x_BSD + self.ffn(self.ffn_norm(x_BSD), *counted)
@@ -58,6 +60,9 @@ class TokenContext:
     balance_scale: Tensor | None = None
     """1 / (real tokens of the whole optimiser step), scalar fp32. None: not training, so tokens are
     not counted and no balance loss is added."""
+    blocks: Sequence[BlockMask | None] = (None,)
+    """Of each chunk of queries here, the blocks of keys that they may see, for all layers; None:
+    what is behind them, or this is a CPU, which makes none."""
 
 
 class MultiTokenPredictor(nn.Module):
