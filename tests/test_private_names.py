@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor, Shard
 
@@ -135,6 +135,23 @@ def custom_collectives() -> None:
         assert callable(getattr(FSDPModule, setter))
 
 
+def unit_hooks() -> None:
+    """What makes a unit of FSDP gather can be moved to another module."""
+    inner, outer = torch.nn.Linear(2, 2), torch.nn.Sequential()
+    outer.append(inner)
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(inner, mesh=mesh)
+    state = inner._get_fsdp_state()
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+    assert not inner._forward_pre_hooks and not inner._forward_hooks
+    outer.register_forward_pre_hook(state._pre_forward, prepend=True, with_kwargs=True)
+    outer.register_forward_hook(state._post_forward)
+    fully_shard(outer, mesh=mesh)
+    outer(torch.ones(1, 2)).sum().backward()
+    assert inner.weight.grad is not None and inner.weight.grad.full_tensor().shape == (2, 2)
+
+
 def trainer() -> Trainer:
     return Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
@@ -192,6 +209,7 @@ NAMES: dict[str, Callable[[], None]] = {
     "_PipelineScheduleRuntime._assert_unsharded, ._maybe_get_loss, ._maybe_compute_loss, "
     ".register_custom_function": overlapped_passes,
     "FSDPModule.set_custom_all_gather, .set_custom_reduce_scatter": custom_collectives,
+    "FSDPState._pre_forward, ._post_forward and the handles of their hooks": unit_hooks,
     "Trainer._signal_connector.register_signal_handlers": signal_connector,
     "epoch_loop.manual_optimization.optim_step_progress": optim_step_progress,
 }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from deepseek.config.errors import UserError
-from deepseek.config.layout import StageSlice, split_layers, stages_of_rank
+from deepseek.config.layout import StageSlice, compiles, split_layers, stages_of_rank
 from deepseek.config.memory import reduces_gradients, reshards
 from deepseek.config.schema import ModelConfig
 from deepseek.config.weights import OUTPUT
@@ -194,16 +194,17 @@ def shard_data_parallel(
     # rank would copy them for each step, and their gradients three times.
     dense_units = _Units(meshes.dense_shards, after_forward, products, whole_here)
     exact_units = _Units(meshes.dense_shards, after_forward)
+    compiled = compiles(model.config, meshes.device_type == "cuda")
     # Where weights are kept and nothing runs beside the computation, one unit for all blocks is
     # enough: the ranks wait for each other twice a step instead of twice a block.
     if reshard or meshes.layout.pp > 1 or meshes.device_type != "cpu":
         for module in [*model.layers.values(), *model.mtp]:
             if products is not None:
-                exact_units.add(*_in_fp32(module))
+                exact_units.add(*_in_fp32(module), around=module if compiled else None)
             dense_units.add(module)
     for stage in stages:
         if products is not None and (left := _in_fp32(stage)):
-            exact_units.add(*left)
+            exact_units.add(*left, around=stage if compiled else None)
         dense_units.add(stage)
     units = [m for stage in stages for m in stage.modules() if isinstance(m, FSDPModule)]
     for unit in units:
@@ -251,8 +252,12 @@ class _Units:
         wide = None if products is None else torch.float32
         self.precision = MixedPrecisionPolicy(products, wide, cast_forward_inputs=False)
 
-    def add(self, *modules: nn.Module) -> None:
-        """Make one unit of ``modules``, of what is in no unit yet."""
+    def add(self, *modules: nn.Module, around: nn.Module | None = None) -> None:
+        """Make one unit of ``modules``, of what is in no unit yet.
+
+        It is gathered when the first of them begins, or ``around``, which they are in: a hook
+        inside of a block that is compiled would cut its graph at each of them.
+        """
         names = {p: name for module in modules for name, p in module.named_parameters()}
         fully_shard(
             list(modules) if len(modules) > 1 else modules[0],
@@ -262,6 +267,12 @@ class _Units:
             shard_placement_fn=lambda parameter: self._placement(names[parameter], parameter),
             ignored_params=self.ignored,
         )
+        if around is not None:
+            state = cast(FSDPModule, modules[0])._get_fsdp_state()
+            for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
+                handle.remove()
+            around.register_forward_pre_hook(state._pre_forward, prepend=True, with_kwargs=True)
+            around.register_forward_hook(state._post_forward)
 
     def _placement(self, name: str, parameter: nn.Parameter) -> Shard:
         """The dim to divide: the first, or for parts of a matrix the first that divides evenly."""
