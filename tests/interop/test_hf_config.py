@@ -53,6 +53,11 @@ def test_published_configurations(published: dict[str, Any]) -> None:
     assert read_again(cfg) == cfg
 
 
+def test_where_all_blocks_are_dense_there_is_nothing_to_balance() -> None:
+    dense = MOONLIGHT | {"first_k_dense_replace": MOONLIGHT["num_hidden_layers"]}
+    assert model_config(dense).moe_aux_loss_coeff == 1e-4, "the default, which says nothing"
+
+
 def test_written_configuration_says_what_was_published() -> None:
     written = json.loads(json.dumps(hf_config(model_config(DEEPSEEK_V3))))
     for key, value in DEEPSEEK_V3.items():

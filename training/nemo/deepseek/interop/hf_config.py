@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from deepseek.config.errors import ConfigError, Problem, UserError, shown
 from deepseek.config.schema import ModelConfig, RopeScaling
+from deepseek.config.weights import has_experts
 
 # Keys of ``config.json`` that mean the same under the same name.
 _SAME_KEYS = (
@@ -289,9 +290,10 @@ def model_config(hf: Mapping[str, Any], ignore: Collection[str] = ()) -> ModelCo
     more: dict[str, Any] = {"rope_theta": theta, "rope_scaling": scaling}
     if family is _GLM:
         more["model_type"] = family.model_types[0]
-    if "aux_loss_alpha" in given:
-        more["moe_aux_loss_coeff"] = float(given["aux_loss_alpha"])
-    return ModelConfig(**{key: given[key] for key in _SAME_KEYS}, **more)
+    sizes = ModelConfig(**{key: given[key] for key in _SAME_KEYS}, **more)
+    if "aux_loss_alpha" in given and has_experts(sizes):
+        return replace(sizes, moe_aux_loss_coeff=float(given["aux_loss_alpha"]))
+    return sizes
 
 
 def _family(hf: Mapping[str, Any]) -> Family:
