@@ -170,9 +170,10 @@ def job_of_run(run: RunConfig, gpus: int) -> Job:
         layout.dp_replicate,
     )
     precision = str(run.trainer.precision)
+    once = model.moe_ranks_per_node is not None or model.moe_token_dispatcher_type == "deepep"
     system = replace(
         OURS,
-        every_copy=model.moe_ranks_per_node is None,
+        every_copy=not once,
         pairs_passes=model.overlap_moe_expert_parallel_comm,
         dedicated_sms=DEDICATED if model.overlap_moe_expert_parallel_comm else 0.0,
         dispatches_fp8=model.moe_dispatch_fp8,
