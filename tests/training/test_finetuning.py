@@ -180,6 +180,7 @@ def test_adapters_on_two_processes(micro: MicroRuns, adapted: str) -> None:
     micro.cli("generate", "two", "--max-new-tokens", 2).assert_done()
 
 
+@pytest.mark.framework
 def test_adapters_on_packed_weights(micro: MicroRuns, adapted: str) -> None:
     """Nearly as on the weights themselves, the same on two processes, and merged into what was
     never packed."""
@@ -193,6 +194,9 @@ def test_adapters_on_packed_weights(micro: MicroRuns, adapted: str) -> None:
     found, wide = losses(micro, "packed"), losses(micro, adapted)[:4]
     assert losses(micro, "packed_two") == pytest.approx(found, rel=1e-5)
     assert found == pytest.approx(wide, rel=0.1) and found != pytest.approx(wide, rel=1e-4)
+    fp8 = ("model.peft.base_dtype=fp8", "trainer.max_steps=2")
+    micro.train("packed_fp8", *given, *fp8).assert_done()
+    assert losses(micro, "packed_fp8") == pytest.approx(wide[:2], rel=0.02)
     assert micro.tensors("packed").keys() == micro.tensors(adapted).keys()
     micro.cli("lora", "merge", "packed", "packed_merged").assert_done()
     merged, weights = micro.tensors("packed_merged"), micro.tensors("tuned_base")
