@@ -157,7 +157,8 @@ class Transformer(nn.Module):
             config.rope_scaling,
             torch.float64 if is_fp64 else torch.float32,
         )
-        tells = config.optim.qk_clip_threshold is not None  # as FlexAttention alone does
+        # FlexAttention alone tells the logits that a step asks for.
+        tells = config.optim.qk_clip_threshold is not None and torch.is_grad_enabled()
         blocks = chunk_blocks(tokens_BS, documents_BS, self.chunks, tells)
         return TokenContext(cos_BSA, sin_BSA, documents_BS, real_BS, balance_scale, blocks)
 
