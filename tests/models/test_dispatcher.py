@@ -110,7 +110,8 @@ def test_the_way_back_undoes_the_way_there() -> None:
 def test_results_are_added_in_fp32() -> None:
     """256 + 1 would be 256 if added in bf16, one by one."""
     dispatcher, ids_TK = LocalDispatcher(4), torch.arange(4).unsqueeze(0)
-    sent = dispatcher.dispatch(torch.ones(1, 1), torch.ones(1, 4), ids_TK)
+    x_TD = torch.ones(1, 1, dtype=torch.bfloat16)
+    sent = dispatcher.dispatch(x_TD, torch.ones(1, 4), ids_TK)
     y_RD = torch.tensor([[256.0], [1.0], [1.0], [0.0]], dtype=torch.bfloat16)
     got = dispatcher.combine(y_RD, sent)
     assert got.dtype == torch.bfloat16 and got.item() == 258.0

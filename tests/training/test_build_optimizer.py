@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,8 +12,10 @@ from torch import Tensor, nn
 from deepseek.config.schema import ModelConfig, OptimConfig
 from deepseek.models.transformer import Transformer
 from deepseek.training import adamw
+from deepseek.training.adamw import AdamW
 from deepseek.training.muon import Muon
 from deepseek.training.optim import build_optimizer
+from support.kernels import without_kernels
 
 
 def model() -> Transformer:
@@ -64,10 +69,39 @@ def test_every_parameter_once_and_norms_not_decayed(name: str) -> None:
 def test_adamw() -> None:
     config = OptimConfig(name="adamw", lr=0.01, betas=[0.8, 0.7], eps=1e-6)
     optimizer = build_optimizer(model().named_parameters(), config)
-    assert type(optimizer) is torch.optim.AdamW
+    assert type(optimizer) is AdamW
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (0.01, (0.8, 0.7), 1e-6)
-        assert not group["amsgrad"] and not group["maximize"]
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_adamw_is_torchs(kernels: bool) -> None:
+    """Of many sizes, in several steps, of which each parameter counts its own."""
+    shapes, generator = [(3, 5), (7,), (40, 500), (1, 1), (0, 4)], torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=generator) for shape in shapes]
+    sides = [[start.clone().requires_grad_() for start in starts] for _ in range(2)]
+    settings: dict[str, Any] = dict(lr=0.01, betas=(0.8, 0.7), eps=1e-6)
+    groups = [
+        [
+            {"params": side[:3], "weight_decay": 0.3},
+            {"params": side[3:], "weight_decay": 0.0},
+        ]
+        for side in sides
+    ]
+    optimizers = AdamW(groups[0], **settings), torch.optim.AdamW(groups[1], fused=True, **settings)
+    with nullcontext() if kernels else without_kernels():
+        for step in range(3):
+            for parameters in zip(*sides, strict=True):
+                gradient = torch.randn(parameters[0].shape, generator=generator)
+                for parameter in parameters:
+                    is_late = step == 0 and parameter.dim() == 1
+                    parameter.grad = None if is_late else gradient.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+    for one, other in zip(*sides, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+        for name, value in optimizers[1].state[other].items():
+            torch.testing.assert_close(optimizers[0].state[one][name], value, rtol=1e-6, atol=1e-7)
 
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:

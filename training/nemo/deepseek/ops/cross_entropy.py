@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.config.cost import CHUNK_TOKENS
+from deepseek.ops.native.build import kernel
 from deepseek.ops.rows import row_blocks
 
 IGNORE_INDEX = -100
@@ -32,7 +33,17 @@ where there is no label."""
 
 
 def softmax_loss(logits_tV: Tensor, labels_t: Tensor, needs_gradient: bool) -> Tensor:
-    """``SoftmaxLoss`` of a head that is here in whole."""
+    """``SoftmaxLoss`` of a head that is here in whole; on a CPU one kernel."""
+    run = _kernel(logits_tV, labels_t)
+    if run is None:
+        return softmax_loss_slow(logits_tV, labels_t, needs_gradient)
+    loss_t, sizes = logits_tV.new_empty(len(logits_tV)), logits_tV.shape
+    run(loss_t, logits_tV, labels_t, *sizes, int(needs_gradient), torch.get_num_threads())
+    return loss_t
+
+
+def softmax_loss_slow(logits_tV: Tensor, labels_t: Tensor, needs_gradient: bool) -> Tensor:
+    """Reference implementation of ``softmax_loss``."""
     labelled_t1 = (labels_t != IGNORE_INDEX).unsqueeze(-1)
     index_t1 = labels_t.unsqueeze(-1).where(labelled_t1, 0)
     # Less the largest, so that no exponential overflows.
@@ -47,9 +58,17 @@ def softmax_loss(logits_tV: Tensor, labels_t: Tensor, needs_gradient: bool) -> T
     return loss_t
 
 
-def _blocks(logits_tV: Tensor, softmax_loss: SoftmaxLoss) -> Iterator[slice]:
-    """Rows that ``softmax_loss`` is given at one time; all, where it waits for other ranks."""
-    return row_blocks(logits_tV) if softmax_loss is _WHOLE_HEAD else iter((slice(None),))
+def _kernel(logits_tV: Tensor, labels_t: Tensor) -> Callable[..., None] | None:
+    is_one_piece = logits_tV.is_contiguous() and labels_t.is_contiguous()
+    return kernel("softmax_loss", "pppnnnn", logits_tV, labels_t) if is_one_piece else None
+
+
+def _blocks(logits_tV: Tensor, labels_t: Tensor, softmax_loss: SoftmaxLoss) -> Iterator[slice]:
+    """Rows that ``softmax_loss`` is given at one time; all, where it waits for other ranks, or goes
+    row by row itself."""
+    if softmax_loss is not _WHOLE_HEAD or _kernel(logits_tV, labels_t):
+        return iter((slice(None),))
+    return row_blocks(logits_tV)
 
 
 _WHOLE_HEAD = softmax_loss
@@ -118,7 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 h_tD = hidden_TD[chunk].to(product_dtype)
                 logits_tV, labels_t = F.linear(h_tD, w_VD), labels_T[chunk]
                 losses: list[Tensor] = []
-                for rows in _blocks(logits_tV, softmax_loss):
+                for rows in _blocks(logits_tV, labels_t, softmax_loss):
                     logits_rV = logits_tV[rows]
                     grad_rV = logits_rV.to(sum_dtype)  # becomes it; mostly where it lies
                     losses.append(

@@ -1,5 +1,5 @@
 """RMSNorm (arXiv:1910.07467) with a backward pass of its own: fewer passes over memory, and one
-tensor kept where autograd keeps three.
+tensor kept where autograd keeps three. On a CPU each pass is one kernel (``native/rms_norm.c``).
 
 What is narrower than its weight, as bf16 in training, is made wide some rows at a time, which stay
 in the caches meanwhile.
@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek.ops.rows import as_rows, row_blocks
+from deepseek.ops.native.build import kernel
+from deepseek.ops.rows import as_rows, row_blocks, row_step
+
+_BLOCK = 32
+"""Rows whose part of the weight's gradient the kernel adds up by itself."""
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -49,13 +53,31 @@ def _scale(x: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        scale = _scale(x, eps)
+        run, step = kernel("rms_norm", "ppppnnnfn", x, weight_D), row_step(x)
+        if run is None or step is None:
+            scale = _scale(x, eps)
+            y = (x * scale).mul_(weight_D)
+        else:
+            width = x.shape[-1]
+            y, scale = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1)
+            rows = scale.numel()
+            run(y, scale, x, weight_D, rows, width, step, eps, torch.get_num_threads())
         ctx.save_for_backward(x, weight_D, scale)
-        return (x * scale).mul_(weight_D)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight_D, scale = ctx.saved_tensors
+        run, step = kernel("rms_norm_backward", "pppppppnnnn", grad, x, weight_D), row_step(x)
+        if run is not None and step is not None:
+            rows, width = scale.numel(), x.shape[-1]
+            by_x, parts_bD = x.new_empty(x.shape), x.new_empty(-(-rows // _BLOCK), width)
+            by_weight_D = torch.empty_like(weight_D) if ctx.needs_input_grad[1] else None
+            run(
+                by_x, by_weight_D, parts_bD, grad.contiguous(), x, weight_D, scale,
+                rows, width, step, torch.get_num_threads(),
+            )  # fmt: skip
+            return by_x, by_weight_D, None
         by_x = grad * x
         # How much the gradient would change rms(x), for each row.
         along = (by_x * weight_D).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(-x.shape[-1])

@@ -17,6 +17,7 @@ Nothing here waits for the device: sizes come from shapes, or from bounds on wha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.config.activations import ROW_ALIGNMENT
+from deepseek.ops.native.build import kernel
 
 ALIGNMENT = ROW_ALIGNMENT
 """Every expert's row count becomes a multiple of this, and none is 0."""
@@ -39,11 +41,61 @@ def as_rows(x: Tensor) -> Tensor:
     return x.unsqueeze(0).flatten(0, -2)
 
 
+def row_step(x: Tensor) -> int | None:
+    """Numbers from a row of ``x`` (..., F) to the next; None if they are not evenly apart, or the
+    numbers of a row not side by side."""
+    if x.is_contiguous():
+        return x.shape[-1]
+    *strides, last = x.stride()
+    if last != 1:
+        return None
+    expected = strides[-1]
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(strides), strict=True):
+        if stride != expected:
+            return None
+        expected *= size
+    return strides[-1]
+
+
 def row_blocks(x_RF: Tensor) -> Iterator[slice]:
     """Rows that are computed with at one time: on a CPU few, elsewhere all."""
     rows, width = x_RF.shape
     size = max(1, BLOCK_NUMBERS // max(width, 1) if x_RF.is_cpu else rows)
     return (slice(start, start + size) for start in range(0, rows, size))
+
+
+def sort_by_expert(expert_ids_R: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A stable sort: its order and the inverse (R,), and how many rows each expert gets (E,); all
+    int64."""
+    if run := kernel("sort_rows", "ppppnn", expert_ids_R):
+        order_R, inverse_R = torch.empty_like(expert_ids_R), torch.empty_like(expert_ids_R)
+        counts_E = expert_ids_R.new_empty(num_experts)
+        run(order_R, inverse_R, counts_E, expert_ids_R, len(order_R), num_experts)
+        return order_R, inverse_R, counts_E
+    order_R = expert_ids_R.argsort(stable=True)
+    return order_R, inverse_permutation(order_R), count_rows(expert_ids_R, num_experts)
+
+
+def sort_to_slots(
+    expert_ids_R: Tensor, num_experts: int, x_TD: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``sort_by_expert`` and ``aligned_slots`` in one, so that rows are copied once.
+
+    The row in each slot (P,), -1 for none, the slot of each row (R,), and slots of each expert
+    (E,); all int64.
+
+    What takes an order and its inverse takes the first two, and has zeros where there is no row.
+    None without kernels for ``x``, the tokens, and for what experts make of it, or without
+    gradients, where slots are fewer.
+    """
+    run = kernel("place_rows", "ppppnnnn", expert_ids_R, x_TD)
+    if run is None or torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled():
+        return None
+    num_slots = most_slots(len(expert_ids_R), num_experts)
+    held_P, padded_E = (expert_ids_R.new_empty(size) for size in (num_slots, num_experts))
+    slots_R, sizes = torch.empty_like(expert_ids_R), (len(expert_ids_R), num_experts, num_slots)
+    run(slots_R, held_P, padded_E, expert_ids_R, *sizes, ALIGNMENT)
+    return held_P, slots_R, padded_E
 
 
 def inverse_permutation(order_R: Tensor) -> Tensor:
@@ -103,6 +155,13 @@ def aligned_slots(
         skip_empty: an expert without rows gets none: its weights are not read.
     """
     least_rows = 0 if skip_empty else 1
+    if run := kernel("align_rows", "pppnnn", counts_e):
+        assert int(counts_e.sum()) == num_rows, (
+            "a kernel writes a slot for every row that is counted"
+        )
+        padded_e, slots_R = torch.empty_like(counts_e), counts_e.new_empty(num_rows)
+        run(padded_e, slots_R, counts_e.contiguous(), len(counts_e), ALIGNMENT, least_rows)
+        return padded_e, slots_R
     padded_e = (counts_e.clamp(min=least_rows) + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     added_e = padded_e - counts_e
     shift_e = added_e.cumsum(0) - added_e
@@ -175,19 +234,19 @@ class _PermuteRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
         ctx.inverse_R = inverse_R  # not saved: nothing is recomputed for it
-        return x_RD.index_select(0, order_R)
+        return _taken(x_RD, order_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        return grad_RD.index_select(0, ctx.inverse_R), None, None
+        return _taken(grad_RD, ctx.inverse_R), None, None
 
 
 class _ExpandRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_R)
-        ctx.num_choices = order_R.numel() // max(x_TD.shape[0], 1)  # there may be no token
-        return _repeated(x_TD, order_R, ctx.num_choices)
+        ctx.num_choices = inverse_R.numel() // max(x_TD.shape[0], 1)  # there may be no token
+        return _taken(x_TD, order_R, ctx.num_choices)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
@@ -205,15 +264,28 @@ class _CombineRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None, None]:
-        return _repeated(grad_TD, ctx.order_R, ctx.num_choices), None, None, None
+        return _taken(grad_TD, ctx.order_R, ctx.num_choices), None, None, None
 
 
-def _repeated(x_TD: Tensor, order_R: Tensor, num_choices: int) -> Tensor:
-    return x_TD.index_select(0, torch.div(order_R, num_choices, rounding_mode="floor"))
+def _taken(x_TD: Tensor, index_R: Tensor, copies: int = 1) -> Tensor:
+    """Rows ``index // copies``, of one dim or two; a kernel takes zeros where there is no index."""
+    if x_TD.is_floating_point() and (run := kernel("take_rows", "pppnnnn", x_TD, index_R)):
+        y_RD, width = x_TD.new_empty(len(index_R), *x_TD.shape[1:]), math.prod(x_TD.shape[1:])
+        threads = torch.get_num_threads()
+        run(y_RD, x_TD.contiguous(), index_R, len(index_R), width, copies, threads)
+        return y_RD
+    if copies > 1:
+        index_R = torch.div(index_R, copies, rounding_mode="floor")
+    return x_TD.index_select(0, index_R)
 
 
 def _summed(x_RD: Tensor, inverse_R: Tensor, num_choices: int) -> Tensor:
-    """On a CPU as the bags of an embedding, which gather and add in one pass."""
+    """On a CPU in one pass, which gathers and adds: by operators as the bags of an embedding."""
+    if num_choices and (run := kernel("add_rows", "pppnnnn", x_RD, inverse_R)):
+        tokens, width = len(inverse_R) // num_choices, x_RD.shape[1]
+        y_TD, threads = x_RD.new_empty(tokens, width), torch.get_num_threads()
+        run(y_TD, x_RD.contiguous(), inverse_R, tokens, num_choices, width, threads)
+        return y_TD
     if x_RD.is_cpu and x_RD.numel() and not torch.compiler.is_compiling():
         return F.embedding_bag(inverse_R.view(-1, num_choices), x_RD.contiguous(), mode="sum")
     if not num_choices:  # there is no token
@@ -230,14 +302,14 @@ class _SpreadRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:
         (slots_R,) = ctx.saved_tensors
-        return grad_PD.index_select(0, slots_R), None, None
+        return _taken(grad_PD, slots_R), None, None
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_PD: Tensor, slots_R: Tensor) -> Tensor:
         ctx.slots_R, ctx.num_slots = slots_R, x_PD.shape[0]
-        return x_PD.index_select(0, slots_R)
+        return _taken(x_PD, slots_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
@@ -246,6 +318,11 @@ class _GatherRows(torch.autograd.Function):
 
 def _in_slots(x_RD: Tensor, slots_R: Tensor, num_slots: int) -> Tensor:
     """Zeros where no row goes; on a CPU, whose memory is slow, they alone are filled in."""
+    if run := kernel("spread_rows", "pppnnnn", x_RD, slots_R):
+        rows, width = x_RD.shape
+        x_PD, threads = x_RD.new_empty(num_slots, width), torch.get_num_threads()
+        run(x_PD, x_RD.contiguous(), slots_R, rows, num_slots, width, threads)
+        return x_PD
     if not x_RD.is_cpu or torch.compiler.is_compiling():
         return x_RD.new_zeros(num_slots, x_RD.shape[1]).index_copy_(0, slots_R, x_RD)
     empty_P = torch.ones(num_slots, dtype=torch.bool).index_fill_(0, slots_R, False)

@@ -1,14 +1,17 @@
 """SwiGLU's product of gate and up, with a backward pass of its own: it keeps gate and up alone, and
-computes the rest again, some rows at a time, which stay in the caches meanwhile."""
+computes the rest again. On a CPU in one kernel (``native/swiglu.c``), or by operators some rows at
+a time, which stay in the caches meanwhile."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek.ops.native.build import kernel
 from deepseek.ops.rows import as_rows, row_blocks
 
 
@@ -36,10 +39,20 @@ def swiglu_slow(gate: Tensor, up: Tensor, weights: Tensor | None = None) -> Tens
 _silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
+def _kernel(name: str, arguments: str, *given: Tensor | None) -> Callable[..., None] | None:
+    tensors = [x for x in given if x is not None]
+    return kernel(name, arguments, *tensors) if all(x.is_contiguous() for x in tensors) else None
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weights: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, weights)
+        if run := _kernel("swiglu", "ppppnnn", gate, up, weights):
+            hidden, width = torch.empty_like(gate), gate.shape[-1]
+            sizes = gate.numel() // max(width, 1), width
+            run(hidden, gate, up, weights, *sizes, torch.get_num_threads())
+            return hidden
         gate_RF, up_RF = as_rows(gate), as_rows(up)
         hidden_RF = torch.empty_like(gate_RF)
         for rows in row_blocks(gate_RF):
@@ -53,6 +66,12 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate, up, weights = ctx.saved_tensors
+        if run := _kernel("swiglu_backward", "pppppppnnn", gate, up, weights, grad):
+            width, by = gate.shape[-1], (torch.empty_like(gate), torch.empty_like(up))
+            sizes = gate.numel() // max(width, 1), width
+            by_weights = None if weights is None else torch.empty_like(weights)
+            run(*by, by_weights, grad, gate, up, weights, *sizes, torch.get_num_threads())
+            return *by, by_weights
         gate_RF, up_RF, grad_RF = map(as_rows, (gate, up, grad))
         grad_gate, grad_up = (
             torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up)

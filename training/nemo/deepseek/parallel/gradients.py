@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from deepseek.config.layout import split_layers, stage_rank
 from deepseek.models.transformer import COPIES, Transformer
+from deepseek.ops.squares import square_sums
 from deepseek.parallel.mesh import Meshes, SingleProcess, local
 
 
@@ -37,38 +39,32 @@ class GradientNorms(NamedTuple, Generic[Number]):
     """Of the routers."""
 
 
-def gradient_norms(model: Transformer, meshes: Meshes | SingleProcess) -> GradientNorms[Tensor]:
-    """Norms of all gradients, and of each kind of weight.
+def gradient_norms(
+    named: Sequence[tuple[str, Tensor]], meshes: Meshes | SingleProcess
+) -> GradientNorms[Tensor]:
+    """Norms of all gradients, and of each kind of weight, of parameters with their names.
 
     ``torch.nn.utils.get_total_norm`` refuses gradients of several meshes. Each rank squares what
     it holds and divides by the number of ranks that hold the same.
     """
-    norms: tuple[list[Tensor], ...] = ([], [], [])
-    for name, parameter in model.named_parameters():
+    kinds: tuple[list[tuple[Tensor, int]], ...] = ([], [], [])
+    for name, parameter in named:
         if parameter.grad is None or name in COPIES:  # count once
             continue
         kind = 1 if ".experts." in name else 2 if name.endswith("gate.weight") else 0
-        gradient = local(parameter.grad)
-        if gradient.dim() < 2:
-            gradient = gradient.double()
-        # Row by row, then in fp64: a sum over all of a large matrix in fp32 is off by 1e-4, and a
-        # copy in fp64 takes twenty times as long.
-        norms_R = torch.linalg.vector_norm(gradient, dim=-1).flatten().double()
-        holders = _holders(parameter, meshes)
-        norms[kind].append(norms_R / math.sqrt(holders) if holders > 1 else norms_R)
-    none = torch.zeros(1, dtype=torch.float64, device=next(model.parameters()).device)
-    squares = torch.stack([torch.cat([none, *rows]).square().sum() for rows in norms])
+        kinds[kind].append((local(parameter.grad), _holders(parameter, meshes)))
+    squares = square_sums(kinds, named[0][1].device)
     sum_over(squares, meshes.world)
     return GradientNorms(squares.sum().sqrt(), *squares.sqrt())
 
 
-def clip_gradients(model: Transformer, largest: float, norm: float) -> None:
+def clip_gradients(named: Sequence[tuple[str, Tensor]], largest: float, norm: float) -> None:
     """Scale all gradients so that their norm is at most ``largest``; 0: whatever it is.
 
     As ``torch.nn.utils.clip_grad_norm_`` rounds. Gradients within the limit are left alone.
     """
     factor = largest / (norm + 1e-6)
-    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    gradients = [local(p.grad) for _, p in named if p.grad is not None]
     if 0 < factor < 1 and gradients:  # a stage without a layer has none, if adapters are trained
         torch._foreach_mul_(gradients, factor)
 

@@ -1,6 +1,7 @@
 """AdamW whose moments may take fewer bytes than its parameters, and may lie on the host.
 
-torch's keeps them in the parameters' dtype, on their device. DeepSeek-V3 was trained with bf16
+torch's keeps them in the parameters' dtype, on their device; so does this one, if not asked for
+more, and computes what torch's fused one does. DeepSeek-V3 was trained with bf16
 moments (arXiv:2412.19437 section 3.3.3): 4 bytes a parameter instead of 8.
 
 On the host they visit the device one parameter at a time, so that every update is computed where it
@@ -11,6 +12,7 @@ pinned memory (no GPU has run it yet); on a CPU they are plain copies.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from deepseek.models.components.offload import aside, copy_stream
+from deepseek.ops.native.build import kernel
 from deepseek.parallel.mesh import local, placed
 
 
@@ -113,9 +116,12 @@ class AdamW(torch.optim.Optimizer):
         steps: list[Tensor],
         group: dict[str, Any],
     ) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if adamw_kernel(parameters, gradients, moments, steps, group):
+            return
         adamw(
             parameters,
-            [p.grad for p in parameters if p.grad is not None],
+            gradients,
             [first for first, _ in moments],
             [second for _, second in moments],
             [],
@@ -129,6 +135,30 @@ class AdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def adamw_kernel(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    moments: list[tuple[Tensor, Tensor]],
+    steps: list[Tensor],
+    group: dict[str, Any],
+) -> bool:
+    """On a CPU one call for all parameters, where torch makes several for each, small as they may
+    be. False: they are not such, and nothing is done."""
+    firsts, seconds = zip(*moments, strict=True)
+    updated = [[local(x) for x in part] for part in (parameters, gradients, firsts, seconds)]
+    flat = [tensor for part in updated for tensor in part]
+    run = kernel("adamw", "pppndddddn", *flat, *steps)
+    if run is None or not all(x.dtype == torch.float32 and x.is_contiguous() for x in flat):
+        return False
+    sizes = [x.numel() for x in updated[0]]
+    addresses = [x.data_ptr() for x in flat], [x.data_ptr() for x in steps]
+    tables = [array("q", numbers) for numbers in (*addresses, sizes)]
+    settings = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+    given = [table.buffer_info()[0] for table in tables]
+    run(*given, len(sizes), *settings, torch.get_num_threads())
+    return True
 
 
 class _Visit:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +61,14 @@ def build_optimizer(
         {"params": hidden + lookup, "weight_decay": decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    settings: dict[str, Any] = dict(lr=config.lr, betas=betas, eps=config.eps)
-    if moments is not None or config.cpu_offload:
-        return AdamW(groups, moments=moments, on_host=config.cpu_offload, **settings)
-    return torch.optim.AdamW(groups, fused=True, **settings)
+    return AdamW(
+        groups,
+        moments=moments,
+        on_host=config.cpu_offload,
+        lr=config.lr,
+        betas=betas,
+        eps=config.eps,
+    )
 
 
 def learning_rate(step: int, peak: float, sched: SchedConfig, trainer_steps: int) -> float:

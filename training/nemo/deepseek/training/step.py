@@ -89,6 +89,8 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         self.meshes: Meshes | SingleProcess = SingleProcess()
         if not parallelize_later:
             self.parallelize(self.meshes, torch.device("cpu"))
+        self.named: list[tuple[str, torch.nn.Parameter]] = []
+        """What is optimised, by name: finding it takes longer than a norm."""
         self.phases = Phases()
         self.finished_steps = 0
         self.skipped_in_a_row = 0
@@ -144,13 +146,13 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         with self.phases("optimizer"):
             # 3. global gradient norm
             finish_gradients(self.model, self.meshes)
-            norms = gradient_norms(self.model, self.meshes)
+            norms = gradient_norms(self.named, self.meshes)
             self._count_everywhere(routers)
             # 4. what the host must know: the one wait for the device, but for the exchanges of EP
             self.stop_agreed, told = self._to_host(sums, routers, norms, counts_2, qk_clip)
             # 5. clip and update, unless a gradient is not finite: then no weight changes
             if isfinite(told.norms.total):
-                clip_gradients(self.model, self.gradient_clip_val, told.norms.total)
+                clip_gradients(self.named, self.gradient_clip_val, told.norms.total)
                 optimizer.step()
                 if qk_clip:
                     qk_clip.scale_weights(self.model)
@@ -317,9 +319,8 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimiser alone: the learning rate is set by the step."""
-        return build_optimizer(
-            self.model.named_parameters(), self.config.optim, whole_matrices(newton_schulz)
-        )
+        self.named = list(self.model.named_parameters())
+        return build_optimizer(self.named, self.config.optim, whole_matrices(newton_schulz))
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Next-token logits (B, S, V)."""

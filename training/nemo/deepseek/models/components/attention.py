@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from deepseek.models.components.feed_forward import Linear, RMSNorm
+from deepseek.models.components.heads import head_keys, head_queries
 from deepseek.models.components.rope import rotate
 from deepseek.ops.causal_attention import causal_attention
+from deepseek.ops.short_attention import short_attention, takes_short
 
 
 class LatentStore(Protocol):
@@ -100,26 +102,26 @@ class MultiHeadLatentAttention(nn.Module):
             real_BS: False for padding; None: all real.
             blocks: see ``TokenContext``.
         """
-        q_nope_BSNH, q_rope_BSNH = self._queries(x_BSD, cos_BSA, sin_BSA)
+        q_BSNH = self._queries(x_BSD)
         latent_BSC, k_rope_BSH = self._latents(x_BSD, cos_BSA, sin_BSA)
         if cache is None:
             keys = self.whole_sequence(latent_BSC, k_rope_BSH)
             seen = documents_BS, blocks
-            y_BSNU = self._expanded(q_nope_BSNH, q_rope_BSNH, *keys, seen, real_BS)
+            y_BSNU = self._expanded(q_BSNH, (cos_BSA, sin_BSA), *keys, seen, real_BS)
         else:
+            q_nope, q_rope = q_BSNH.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
             kept_BMX, visible_BSM = cache.append(latent_BSC, k_rope_BSH)
-            y_BSNU = self._absorbed(q_nope_BSNH, q_rope_BSNH, kept_BMX, visible_BSM)
+            q_rope = rotate(q_rope, cos_BSA, sin_BSA)
+            y_BSNU = self._absorbed(q_nope, q_rope, kept_BMX, visible_BSM)
         return self.wo(y_BSNU.flatten(2))
 
-    def _queries(self, x_BSD: Tensor, cos_BSA: Tensor, sin_BSA: Tensor) -> tuple[Tensor, Tensor]:
-        """eq 6-9: compressed query, expanded per head, its rotary part rotated."""
+    def _queries(self, x_BSD: Tensor) -> Tensor:
+        """eq 6-8: compressed query, expanded per head, not rotated yet; (B, S, N, H)."""
         if self.q_lora_rank is None:
             q = self.wq(x_BSD)
         else:
             q = self.wq_b(self.q_norm(self.wq_a(x_BSD)))
-        q_BSNH = q.unflatten(-1, (-1, self.qk_nope_head_dim + self.qk_rope_head_dim))
-        q_nope, q_rope = q_BSNH.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        return q_nope, rotate(q_rope, cos_BSA, sin_BSA)
+        return q.unflatten(-1, (-1, self.qk_nope_head_dim + self.qk_rope_head_dim))
 
     def _latents(self, x_BSD: Tensor, cos_BSA: Tensor, sin_BSA: Tensor) -> tuple[Tensor, Tensor]:
         """eq 1 and 3: what is cached, C + H numbers a token."""
@@ -129,34 +131,39 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _expanded(
         self,
-        q_nope_BSNH: Tensor,
-        q_rope_BSNH: Tensor,
+        q_BSNH: Tensor,
+        angles: tuple[Tensor, Tensor],
         latent_BSC: Tensor,
         k_rope_BSH: Tensor,
         seen: tuple[Tensor | None, Sequence[BlockMask | None]],
         real_BS: Tensor | None,
     ) -> Tensor:
-        """eq 2, 4, 5, 10: keys and values per head, then ordinary attention."""
+        """eq 2, 4, 5, 9, 10: keys and values per head, then ordinary attention."""
         kv_BSNH = self.wkv_b(latent_BSC).unflatten(
             -1, (-1, self.qk_nope_head_dim + self.v_head_dim)
         )
-        k_nope, v_BSNU = kv_BSNH.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        k_rope_BSNH = k_rope_BSH.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)
-        # Joined head by head, since that is how attention reads them.
-        q, k = (
-            torch.cat((nope.transpose(1, 2), rope.transpose(1, 2)), dim=-1)
-            for nope, rope in ((q_nope_BSNH, q_rope_BSNH), (k_nope, k_rope_BSNH))
-        )
-        arguments = q, k, v_BSNU.transpose(1, 2), self.softmax_scale, *seen
-        if self.largest_logit_N is None or not torch.is_grad_enabled():
-            return self.attend(*arguments).transpose(1, 2)
-        largest_BNS = self.largest_logit_N.new_empty(q.shape[:3])
-        y_BNSU = self.attend(*arguments, largest_BNS)
-        if real_BS is not None:
-            largest_BNS.masked_fill_(~real_BS.unsqueeze(1), float("-inf"))
-        # A maximum: recomputation may raise it twice.
-        self.largest_logit_N.copy_(self.largest_logit_N.maximum(largest_BNS.amax(dim=(0, 2))))
-        return y_BNSU.transpose(1, 2)
+        largest_BNS: Tensor | None = None
+        if self.largest_logit_N is not None and torch.is_grad_enabled():
+            sizes = q_BSNH.shape[0], q_BSNH.shape[2], q_BSNH.shape[1]
+            largest_BNS = self.largest_logit_N.new_empty(sizes)
+        scale = self.softmax_scale
+        if self.attend is _attend_here and takes_short(q_BSNH, kv_BSNH):
+            y_BSNU = short_attention(
+                q_BSNH, kv_BSNH, k_rope_BSH, *angles, scale, seen[0], largest_BNS
+            )
+        else:
+            q_BNSH = head_queries(q_BSNH, *angles)
+            k_BNSH, v_BNSU = head_keys(kv_BSNH, k_rope_BSH, self.v_head_dim)
+            heads = q_BNSH, k_BNSH, v_BNSU
+            y_BSNU = self.attend(*heads, scale, *seen, largest_BNS).transpose(1, 2)
+        if largest_BNS is not None:
+            assert self.largest_logit_N is not None
+            if real_BS is not None:
+                largest_BNS.masked_fill_(~real_BS.unsqueeze(1), float("-inf"))
+            # A maximum: recomputation may raise it twice.
+            largest_N = self.largest_logit_N.maximum(largest_BNS.amax(dim=(0, 2)))
+            self.largest_logit_N.copy_(largest_N)
+        return y_BSNU
 
     def _absorbed(
         self,

@@ -15,7 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from deepseek.ops.native.build import kernel
+from deepseek.ops.routing import sequence_sums
 
 SumOverSequence = Callable[[Tensor], Tensor]
 """Adds up what the ranks that share a sequence have found in their parts of it; its backward pass
@@ -39,18 +43,8 @@ def sequence_balance(
         real_BS: bool, False for padding.
         sum_over_sequence: where a rank has only a part of each sequence.
     """
-    num_experts = scores_BSE.shape[-1]
-    real_BS1 = real_BS.unsqueeze(-1)
-    best_BSK = scores_BSE.detach().topk(top_k, dim=-1).indices
-    chosen_BSE = torch.zeros_like(scores_BSE).scatter_(-1, best_BSK, 1.0)
-    share_BSE = scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)
-    parts = (chosen_BSE * real_BS1, share_BSE * real_BS1, real_BS1.to(scores_BSE.dtype))
-    sums = sum_over_sequence(torch.cat([part.sum(dim=1) for part in parts], dim=-1))
-    chosen_BE, share_BE, length_B1 = sums.split([num_experts, num_experts, 1], dim=-1)
-    length_B1 = length_B1.clamp(min=1)
-    f_BE = chosen_BE * (num_experts / (top_k * length_B1))
-    p_BE = share_BE / length_B1
-    return (length_B1 * f_BE * p_BE).sum()
+    sums = sum_over_sequence(sequence_sums(scores_BSE, top_k, real_BS))
+    return _Products.apply(sums, scores_BSE.shape[-1], top_k)
 
 
 def router_z(
@@ -64,6 +58,11 @@ def router_z(
 
 def count_assignments(expert_ids_TK: Tensor, real_T: Tensor, num_experts: int) -> Tensor:
     """How many real tokens chose each expert, int64 (E,)."""
+    if run := kernel("count_experts", "pppnnn", expert_ids_TK, real_T):
+        counts_E = expert_ids_TK.new_empty(num_experts)
+        tokens, top_k = expert_ids_TK.shape
+        run(counts_E, expert_ids_TK, real_T.contiguous(), tokens, num_experts, top_k)
+        return counts_E
     real_TK = real_T.to(torch.int64).unsqueeze(-1).expand_as(expert_ids_TK)
     counts_E = expert_ids_TK.new_zeros(num_experts)
     return counts_E.scatter_add_(0, expert_ids_TK.flatten(), real_TK.flatten())
@@ -82,6 +81,23 @@ def attach(
         total_counts_E: running sum, in place.
     """
     return _Attach.apply(weights_TK, loss, counts_E, total_loss, total_counts_E)
+
+
+class _Products(torch.autograd.Function):
+    """T * sum_i f_i P_i of all sequences. With f_i = chosen_i E / (K T) and P_i = share_i / T one T
+    is left to divide by, and the gradient by a share is what it is multiplied with."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, num_experts: int, top_k: int) -> Tensor:
+        chosen_BE, share_BE, length_B1 = sums.split([num_experts, num_experts, 1], dim=-1)
+        by_share_BE = chosen_BE / length_B1.clamp(min=1) * (num_experts / top_k)
+        ctx.save_for_backward(by_share_BE)
+        return (by_share_BE * share_BE).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (by_share_BE,) = ctx.saved_tensors
+        return F.pad(by_share_BE * grad, (by_share_BE.shape[1], 1)), None, None
 
 
 class _Attach(torch.autograd.Function):

@@ -83,7 +83,7 @@ class MoE(nn.Module):
             lambda: None if shared is None else shared(x_BSD),
         )
         # 3. compute; the routed experts last: what follows them needs nothing of theirs again
-        y_RD = self.experts(sent.rows_RD, sent.weights_R, sent.counts_e, decodes)
+        y_RD = self.experts(sent.rows_RD, sent.weights_R, sent.counts_e, decodes, sent.held)
         # 4. bring results back
         y_BSD = self.dispatcher.combine(y_RD, sent).view_as(x_BSD)
         return y_BSD if shared is None else y_BSD + sent.meanwhile
@@ -129,13 +129,18 @@ class GroupedExperts(nn.Module):
         self.grouped: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_linear
 
     def forward(
-        self, rows_RD: Tensor, weights_R: Tensor, counts_e: Tensor, decodes: bool = False
+        self,
+        rows_RD: Tensor,
+        weights_R: Tensor,
+        counts_e: Tensor,
+        decodes: bool = False,
+        held: int | None = None,
     ) -> Tensor:
         """Rows sorted by expert (R, D), their weights, rows per expert (e,) -> (R, D).
 
         The weights multiply the hidden values, in the wider dtype: these are fewer than results.
         Tokens that are decoded are few: padding would be most of the work, and bitwise isolation
-        of sequences is not promised there.
+        of sequences is not promised there. For ``held`` see ``Dispatched``.
         """
         device = rows_RD.device.type
         rows_RD = as_products(rows_RD)  # grouped products are not on autocast's list
@@ -144,13 +149,17 @@ class GroupedExperts(nn.Module):
         if decodes and skip:
             gate_RF, up_RF = (self.product(name, rows_RD, counts_e) for name in ("w1", "w3"))
             return self.product("w2", swiglu(gate_RF, up_RF, weights_R.unsqueeze(1)), counts_e)
+        if held is not None:
+            return self._weighted(rows_RD, weights_R.unsqueeze(1), counts_e)
         padded_e, slots_R = aligned_slots(counts_e, num_rows, skip)
         num_slots = most_slots(num_rows, num_experts, skip)
         x_PD = spread_rows(rows_RD, slots_R, num_slots)
         weights_P1 = spread_rows(weights_R.unsqueeze(1), slots_R, num_slots)
+        return gather_rows(self._weighted(x_PD, weights_P1, padded_e), slots_R)
+
+    def _weighted(self, x_PD: Tensor, weights_P1: Tensor, padded_e: Tensor) -> Tensor:
         gate_PF, up_PF = (self.product(name, x_PD, padded_e) for name in ("w1", "w3"))
-        hidden_PF = swiglu(gate_PF, up_PF, weights_P1)
-        return gather_rows(self.product("w2", hidden_PF, padded_e), slots_R)
+        return self.product("w2", swiglu(gate_PF, up_PF, weights_P1), padded_e)
 
     def product(self, name: str, x_PI: Tensor, padded_e: Tensor) -> Tensor:
         """Rows sorted by expert (P, I), with the stack ``name`` -> (P, O)."""

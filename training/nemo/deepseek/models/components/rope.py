@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deepseek.config.schema import RopeScaling
+from deepseek.ops.native.build import kernel
 
 
 def rotation(
@@ -50,11 +51,13 @@ def rotation(
 def rotate(x_BSNH: Tensor, cos_BSA: Tensor, sin_BSA: Tensor) -> Tensor:
     """Rotate the pairs (0, 1), (2, 3), ... of the last dim; returns the dtype of ``x``.
 
-    A pair is a complex number, and turning it one multiplication: bitwise as ``rotate_slow``, in a
-    third of its time.
+    By a kernel on a CPU, or: a pair is a complex number, and turning it one multiplication: bitwise
+    as ``rotate_slow``, in a third of its time.
     """
     if torch.compiler.is_compiling():  # the compiler fuses real numbers, but knows no complex ones
         return rotate_slow(x_BSNH, cos_BSA, sin_BSA)
+    if can_turn(x_BSNH, cos_BSA):
+        return turn(x_BSNH, cos_BSA, sin_BSA)
     turn_BS1A = torch.complex(cos_BSA, sin_BSA).unsqueeze(2)
     if not torch.is_grad_enabled():
         return _rotated(x_BSNH, turn_BS1A)
@@ -68,6 +71,22 @@ def rotate_slow(x_BSNH: Tensor, cos_BSA: Tensor, sin_BSA: Tensor) -> Tensor:
     cos, sin = cos_BSA.unsqueeze(2), sin_BSA.unsqueeze(2)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return rotated.flatten(-2).to(x_BSNH.dtype)
+
+
+def can_turn(x_BSNH: Tensor, cos_BSA: Tensor) -> bool:
+    """Whether there is a kernel for these."""
+    return kernel(*_TURN, x_BSNH, cos_BSA) is not None
+
+
+def turn(x_BSNH: Tensor, cos_BSA: Tensor, sin_BSA: Tensor, by_head: bool = False) -> Tensor:
+    """``x`` whose last 2A dims are rotated, the others as they are, in one pass of a kernel.
+
+    Args:
+        x_BSNH: see ``can_turn``.
+        cos_BSA, sin_BSA: of the positions.
+        by_head: the result is (B, N, S, H), as attention reads it.
+    """
+    return _Turn.apply(x_BSNH, cos_BSA, sin_BSA, by_head)
 
 
 def softmax_scale(qk_head_dim: int, scaling: RopeScaling | None) -> float:
@@ -87,6 +106,47 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     if factor <= 1 or mscale == 0:
         return 1.0
     return 0.1 * mscale * math.log(factor) + 1.0
+
+
+_TURN = "turn_heads", "ppppnnnnnnnnnnnfn"
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_BSNH: Tensor, cos_BSA: Tensor, sin_BSA: Tensor, by_head: bool
+    ) -> Tensor:
+        cos_BSA, sin_BSA = cos_BSA.contiguous(), sin_BSA.contiguous()
+        ctx.save_for_backward(cos_BSA, sin_BSA)
+        ctx.by_head = by_head
+        sequences, tokens, heads, width = x_BSNH.shape
+        sizes = (sequences, heads, tokens, width) if by_head else x_BSNH.shape
+        y = x_BSNH.new_empty(sizes)
+        y_BSNH = y.transpose(1, 2) if by_head else y
+        _turn_into(y_BSNH, x_BSNH, cos_BSA, sin_BSA, 1.0)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        grad_BSNH = grad.transpose(1, 2) if ctx.by_head else grad
+        by_x_BSNH = grad.new_empty(grad_BSNH.shape)
+        cos_BSA, sin_BSA = ctx.saved_tensors
+        _turn_into(by_x_BSNH, grad_BSNH, cos_BSA, sin_BSA, -1.0)
+        return by_x_BSNH, None, None, None
+
+
+def _turn_into(
+    y_BSNH: Tensor, x_BSNH: Tensor, cos_BSA: Tensor, sin_BSA: Tensor, sign: float
+) -> None:
+    sequences, tokens, heads, width = x_BSNH.shape
+    if x_BSNH.stride(3) != 1:
+        x_BSNH = x_BSNH.contiguous()
+    run, pairs = kernel(*_TURN, x_BSNH, cos_BSA), cos_BSA.shape[-1]
+    assert run is not None, "asked before"
+    run(
+        y_BSNH, x_BSNH, cos_BSA, sin_BSA, sequences, tokens, heads, width - 2 * pairs, pairs,
+        *y_BSNH.stride()[:3], *x_BSNH.stride()[:3], sign, torch.get_num_threads(),
+    )  # fmt: skip
 
 
 class _Rotate(torch.autograd.Function):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deepseek.models.components.recompute import keep
 from deepseek.ops.few_rows import linear
+from deepseek.ops.routing import expert_weights, largest_places
 
 
 class Routing(NamedTuple):
@@ -83,10 +84,9 @@ class Router(nn.Module):
             )
             expert_ids_TK = keep(lambda: self._choose(scores_TE.detach()))
             # The bias chooses but does not weigh: the weights come from the unbiased scores.
-            weights_TK = scores_TE.gather(1, expert_ids_TK)
-            if self.normalise:
-                weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-            weights_TK = weights_TK * self.scaling_factor
+            weights_TK = expert_weights(
+                scores_TE, expert_ids_TK, self.normalise, self.scaling_factor
+            )
         return Routing(weights_TK, expert_ids_TK, scores_TE, logits_TE)
 
     @torch.no_grad()
@@ -116,7 +116,7 @@ class Router(nn.Module):
 
     def _choose(self, scores_TE: Tensor) -> Tensor:
         """The chosen experts, (T, K)."""
-        return self.choice_scores(scores_TE).topk(self.top_k, dim=-1, sorted=False).indices
+        return largest_places(self.choice_scores(scores_TE), self.top_k)
 
     def _mask_groups(self, choice_TE: Tensor) -> Tensor:
         """Keep only the experts of each token's best groups."""

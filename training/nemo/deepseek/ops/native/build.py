@@ -28,6 +28,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ FLAGS = (
 SECONDS = 120
 """That a compiler may take."""
 ROOT = 0
-_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float}
+_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 
 
 class Unavailable(Exception):
@@ -59,7 +60,8 @@ def function(name: str, arguments: str) -> Callable[..., None] | None:
 
     Args:
         name: of the function, which returns nothing.
-        arguments: a letter each: ``p`` an address, ``n`` an int64, ``f`` a float.
+        arguments: a letter each: ``p`` an address, or a tensor that has it, or None; ``n`` an
+            int64, ``f`` a float, ``d`` a double.
     """
     library = _library()
     return None if isinstance(library, str) else _bound(library, name, arguments)
@@ -70,12 +72,26 @@ def takes(*tensors: Tensor) -> bool:
     nobody asks for gradients, and whose operators nobody watches or casts."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
+    return all(x.dtype == torch.float32 for x in tensors) and _plain(*tensors)
+
+
+def kernel(name: str, arguments: str, *tensors: Tensor) -> Callable[..., None] | None:
+    """``function``; None, too, where a tensor is none that it takes: plain and on the CPU, of fp32,
+    int64 or bool. For the passes of autograd's functions, and for what has no gradient."""
+    return function(name, arguments) if _plain(*tensors) else None
+
+
+def _plain(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
-    return all(
-        x.dtype == torch.float32 and x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
-        for x in tensors
-    )
+    for x in tensors:  # not all(...): asked for hundreds of times a step
+        if type(x) not in _KINDS or not x.is_cpu or x.dtype not in _DTYPES:
+            return False
+    return True
+
+
+_KINDS = Tensor, torch.nn.Parameter
+_DTYPES = torch.float32, torch.int64, torch.bool
 
 
 def why_not() -> str | None:
@@ -97,7 +113,11 @@ def _library() -> ctypes.CDLL | str:
 def _bound(library: ctypes.CDLL, name: str, arguments: str) -> Callable[..., None]:
     found = getattr(library, name)
     found.argtypes, found.restype = [_TYPES[letter] for letter in arguments], None
-    return found
+
+    def call(*given: Any) -> None:
+        found(*[x.data_ptr() if isinstance(x, Tensor) else x for x in given])
+
+    return call
 
 
 def _load() -> ctypes.CDLL:

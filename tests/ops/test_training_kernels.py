@@ -1,0 +1,341 @@
+"""The kernels of a training step against their twins in fp64: values, gradients, order of sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deepseek.models.components import dispatcher
+from deepseek.models.components.balance import count_assignments
+from deepseek.models.components.dispatcher import LocalDispatcher
+from deepseek.models.components.heads import (
+    head_keys,
+    head_keys_slow,
+    head_queries,
+    head_queries_slow,
+)
+from deepseek.models.components.moe import GroupedExperts
+from deepseek.models.components.rope import rotate, rotate_slow, rotation
+from deepseek.ops import routing, rows
+from deepseek.ops.causal_attention import causal_attention_slow
+from deepseek.ops.cross_entropy import IGNORE_INDEX, softmax_loss, softmax_loss_slow
+from deepseek.ops.native import build
+from deepseek.ops.rms_norm import rms_norm, rms_norm_slow
+from deepseek.ops.short_attention import MOST_NUMBERS, short_attention, takes_short
+from deepseek.ops.squares import square_sums, square_sums_slow
+from deepseek.ops.swiglu import swiglu, swiglu_slow
+from support.kernels import without_kernels
+
+Compute = Callable[..., Tensor | tuple[Tensor, ...]]
+WIDTHS = st.sampled_from([1, 2, 7, 16, 33, 64])
+
+
+def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return scale * torch.randn(*shape, generator=generator)
+
+
+def passes(compute: Compute, given: Sequence[Tensor]) -> list[Tensor]:
+    """Results, and gradients of what was given."""
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in given]
+    made = compute(*leaves)
+    results = made if isinstance(made, tuple) else (made,)
+    upstream = [drawn(*y.shape, seed=7).to(y.dtype) for y in results]
+    torch.autograd.backward(results, upstream)
+    return [*(y.detach() for y in results), *(x.grad for x in leaves if x.grad is not None)]
+
+
+def compare(
+    fast: Compute, slow: Compute, *given: Tensor, kernel: str, tolerance: float = 2e-6
+) -> None:
+    """Kernel against the twin in fp64, relative to the largest number; and on three threads the
+    same, bit by bit."""
+    wide = [x.double() if x.is_floating_point() else x for x in given]
+    with asked_for(kernel):
+        got = passes(fast, given)
+    for one, other in zip(got, passes(slow, wide), strict=True):
+        assert one.shape == other.shape
+        largest = other.abs().max().item() if other.numel() else 1.0
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=tolerance * (largest + 1))
+    try:
+        torch.set_num_threads(3)
+        assert all(map(torch.equal, passes(fast, given), got))
+    finally:
+        torch.set_num_threads(1)
+
+
+class asked_for:  # noqa: N801  # reads as a sentence
+    """The kernel must be called inside."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        self.names, self.patch = set[str](), pytest.MonkeyPatch()
+        asked = build.function
+
+        def noted(name: str, arguments: str) -> Any:
+            self.names.add(name)
+            return asked(name, arguments)
+
+        self.patch.setattr(build, "function", noted)
+
+    def __exit__(self, *error: object) -> None:
+        self.patch.undo()
+        if error == (None, None, None):
+            assert build.why_not() is None
+            assert self.name in self.names
+
+
+@given(count=st.integers(1, 70), width=st.sampled_from([7, 16, 33, 64]), strided=st.booleans())
+def test_rms_norm(count: int, width: int, strided: bool) -> None:
+    x, weight = drawn(count, 2, width + 3 * strided), drawn(width, seed=1)
+
+    def fast(x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x[..., :width], weight, 1e-6)
+
+    def slow(x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm_slow(x[..., :width], weight, 1e-6)
+
+    compare(fast, slow, x, weight, kernel="rms_norm_backward", tolerance=1e-5)
+
+
+@given(count=st.integers(1, 40), width=WIDTHS, scale=st.sampled_from([1.0, 40.0]))
+@pytest.mark.parametrize("weighted", [False, True])
+def test_swiglu(count: int, width: int, scale: float, weighted: bool) -> None:
+    gate, up = drawn(count, width, scale=scale), drawn(count, width, seed=1)
+    weights = [drawn(count, 1, seed=2)] * weighted
+    compare(swiglu, swiglu_slow, gate, up, *weights, kernel="swiglu_backward", tolerance=5e-6)
+
+
+def test_swiglu_of_extremes() -> None:
+    gate = torch.tensor([[-1e4, -100.0, -88.5, -87.0, 0.0, 87.0, 88.5, 100.0, 1e4, float("nan")]])
+    with asked_for("swiglu"):
+        got, wanted = swiglu(gate, torch.ones_like(gate)), torch.nn.functional.silu(gate)
+    torch.testing.assert_close(got, wanted, equal_nan=True)
+
+
+@given(tokens=st.integers(0, 20), choices=st.integers(1, 4), width=WIDTHS, data=st.data())
+def test_rows_to_experts_and_back(
+    tokens: int, choices: int, width: int, data: st.DataObject
+) -> None:
+    experts = data.draw(st.integers(1, 6))
+    drawn_ids = st.lists(st.integers(0, experts - 1), min_size=tokens * choices)
+    ids_R = torch.tensor(data.draw(drawn_ids)[: tokens * choices], dtype=torch.int64)
+    sorts = [rows.sort_by_expert(ids_R, experts)]
+    for least in (False, True):
+        sorts.append(rows.aligned_slots(sorts[0][2], len(ids_R), least))
+    with without_kernels():
+        twins = [rows.sort_by_expert(ids_R, experts)]
+        for least in (False, True):
+            twins.append(rows.aligned_slots(twins[0][2], len(ids_R), least))
+    for one, other in zip(sorts, twins, strict=True):
+        assert all(map(torch.equal, one, other))
+    order_R, inverse_R, _ = sorts[0]
+    _, slots_R = sorts[1]
+    num_slots = rows.most_slots(len(ids_R), experts)
+
+    def way(x_TD: Tensor) -> Tensor:
+        x_RD = rows.expand_rows(x_TD, order_R, inverse_R)
+        x_RD = rows.gather_rows(rows.spread_rows(x_RD, slots_R, num_slots) * 2, slots_R)
+        return rows.combine_rows(
+            rows.permute_rows(x_RD, order_R, inverse_R), inverse_R, inverse_R, choices
+        )
+
+    def twin(x_TD: Tensor) -> Tensor:
+        with without_kernels():
+            return way(x_TD)
+
+    if tokens:
+        compare(way, twin, drawn(tokens, width), kernel="spread_rows")
+    wide_PD = rows.spread_rows(drawn(len(ids_R), width), slots_R, num_slots)
+    assert not wide_PD[torch.ones(num_slots).index_fill(0, slots_R, 0).bool()].any()
+
+
+@given(tokens=st.integers(1, 40), choices=st.integers(1, 3), top=st.integers(1, 5))
+def test_rows_straight_to_slots(tokens: int, choices: int, top: int) -> None:
+    """Bit by bit as sorted first and spread then; experts without rows too."""
+    experts, dim = GroupedExperts(5, 16, 8), 16
+    for seed, parameter in enumerate(experts.parameters()):
+        parameter.data.copy_(drawn(*parameter.shape, seed=seed))
+    ids_TK = torch.stack([(torch.arange(choices) + t * t) % top for t in range(tokens)])
+
+    def way(x_TD: Tensor, weights_TK: Tensor) -> Tensor:
+        local = LocalDispatcher(5)
+        sent = local.dispatch(x_TD, weights_TK, ids_TK)
+        y = experts(sent.rows_RD, sent.weights_R, sent.counts_e, False, sent.held)
+        return local.combine(y, sent)
+
+    given_ = drawn(tokens, dim), drawn(tokens, choices, seed=9)
+    with asked_for("place_rows"):
+        got = passes(way, given_)
+    gradients = [parameter.grad for parameter in experts.parameters()]
+    experts.zero_grad()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatcher, "sort_to_slots", lambda *_: None)
+        assert all(map(torch.equal, got, passes(way, given_)))
+    for one, parameter in zip(gradients, experts.parameters(), strict=True):
+        assert one is not None and parameter.grad is not None
+        assert torch.equal(one, parameter.grad)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 3)),
+    plain=st.integers(0, 9),
+    pairs=st.integers(1, 9),
+    values=st.integers(1, 17),
+)
+def test_heads(shape: tuple[int, int, int], plain: int, pairs: int, values: int) -> None:
+    sequences, tokens, _ = shape
+    cos, sin = rotation(torch.arange(tokens).expand(sequences, tokens), 2 * pairs, 1e4, None)
+
+    def with_angles(compute: Compute) -> Compute:
+        return lambda x: compute(x, cos.to(x.dtype), sin.to(x.dtype))
+
+    q = drawn(*shape, plain + 2 * pairs)
+    compare(with_angles(head_queries), with_angles(head_queries_slow), q, kernel="turn_heads")
+    compare(
+        with_angles(lambda x, *angles: rotate(x[..., plain:], *angles)),
+        with_angles(lambda x, *angles: rotate_slow(x[..., plain:], *angles)),
+        q,
+        kernel="turn_heads",
+    )
+    compare(
+        lambda *given: head_keys(*given, values),
+        lambda *given: head_keys_slow(*given, values),
+        drawn(*shape, plain + values),
+        drawn(sequences, tokens, 2 * pairs),
+        kernel="lay_keys_backward",
+    )
+
+
+def attention_slow(
+    q_BSNH: Tensor, kv_BSNH: Tensor, k_rope_BSH: Tensor, *rest: Any, values: int
+) -> Tensor:
+    """Reference of ``short_attention``."""
+    cos, sin, *others = rest
+    k, v = head_keys_slow(kv_BSNH, k_rope_BSH, values)
+    q = head_queries_slow(q_BSNH, cos.to(q_BSNH.dtype), sin.to(q_BSNH.dtype))
+    return causal_attention_slow(q, k, v, *others).transpose(1, 2)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 80), st.integers(1, 3)),
+    plain=st.integers(0, 40),
+    pairs=st.integers(1, 9),
+    values=st.integers(1, 40),
+    documents=st.integers(1, 4),
+)
+def test_short_attention(
+    shape: tuple[int, int, int], plain: int, pairs: int, values: int, documents: int
+) -> None:
+    sequences, tokens, heads = shape
+    ids = torch.randint(documents, (sequences, tokens)).sort(dim=1).values
+    documents_BS = ids if documents > 1 else None
+    largest, wanted = drawn(sequences, heads, tokens), drawn(sequences, heads, tokens).double()
+    angles = rotation(torch.arange(tokens).expand(sequences, tokens), 2 * pairs, 1e4, None)
+    compare(
+        lambda *given: short_attention(*given, *angles, 0.3, documents_BS, largest),
+        lambda *given: attention_slow(*given, *angles, 0.3, documents_BS, wanted, values=values),
+        drawn(*shape, plain + 2 * pairs),
+        drawn(*shape, plain + values, seed=1),
+        drawn(sequences, tokens, 2 * pairs, seed=2),
+        kernel="attention_backward",
+        tolerance=1e-5,
+    )
+    torch.testing.assert_close(largest.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_document_does_not_see_another_bit_by_bit() -> None:
+    """Whatever the other holds, and however many sequences and heads there are."""
+    documents_BS = torch.arange(50).div(20, rounding_mode="floor").expand(2, -1)
+    given_ = [drawn(2, 50, 3, 24), drawn(2, 50, 3, 30), drawn(2, 50, 8)]
+    angles = rotation(torch.arange(50).expand(2, -1), 8, 1e4, None)
+
+    def middle(given: Sequence[Tensor], heads: int = 3) -> list[Tensor]:
+        part = [x[1:, :, :heads] if x.dim() == 4 else x[1:] for x in given]
+        one = [*(x[1:] for x in angles), 0.3, documents_BS[1:]]
+        found = passes(lambda *inputs: short_attention(*inputs, *one), part)
+        return [x[:, 20:40] for x in found[: 3 if heads == 3 else 2]]
+
+    other = [torch.cat((x[:, :20] * 3, x[:, 20:40], x[:, 40:] - 1), dim=1) for x in given_]
+    assert all(map(torch.equal, middle(given_), middle(other)))
+    everything = short_attention(*given_, *angles, 0.3, documents_BS)
+    assert torch.equal(everything[1:, 20:40], middle(given_)[0])
+    assert torch.equal(everything[1:, 20:40, :1], middle(given_, heads=1)[0])
+
+
+def test_attention_of_long_sequences_goes_by_blocks() -> None:
+    """What the kernel needs would not lie in the caches."""
+    most = MOST_NUMBERS // 24
+    assert takes_short(drawn(1, most, 1, 8), drawn(1, most, 1, 16))
+    assert not takes_short(drawn(1, most + 1, 1, 8), drawn(1, most + 1, 1, 16))
+    assert not takes_short(drawn(1, 3, 1, 8), drawn(1, 4, 1, 16)), "of the last tokens"
+    with without_kernels():
+        assert not takes_short(drawn(1, most, 1, 8), drawn(1, most, 1, 16))
+
+
+@given(tokens=st.integers(1, 30), experts=st.sampled_from([2, 4, 6, 16]), data=st.data())
+def test_routing(tokens: int, experts: int, data: st.DataObject) -> None:
+    choices = data.draw(st.integers(1, experts))
+    scores_TE = drawn(tokens, experts).sigmoid()
+    ids_TK = routing.largest_places(scores_TE, choices)
+    assert torch.equal(ids_TK, scores_TE.topk(choices).indices)
+    normalises = data.draw(st.booleans())
+    compare(
+        lambda scores: routing.expert_weights(scores, ids_TK, normalises, 2.5),
+        lambda scores: routing.expert_weights_slow(scores, ids_TK, normalises, 2.5),
+        scores_TE,
+        kernel="weigh_experts_backward",
+    )
+    real_BS = drawn(2, tokens) > -0.5
+    compare(
+        lambda scores: routing.sequence_sums(scores, choices, real_BS),
+        lambda scores: routing.sequence_sums_slow(scores, choices, real_BS),
+        drawn(2, tokens, experts).sigmoid(),
+        kernel="sequence_sums_backward",
+    )
+    counts_E = count_assignments(ids_TK, real_BS[0], experts)
+    with without_kernels():
+        assert torch.equal(counts_E, count_assignments(ids_TK, real_BS[0], experts))
+
+
+def test_places_of_equal_scores_and_of_none() -> None:
+    """The first of equal ones; NaN before all, as torch's."""
+    nan, less = float("nan"), float("-inf")
+    scores_TE = torch.tensor([[1.0, 2.0, 2.0, 0.0], [less, 0.0, nan, 5.0], [less] * 4])
+    assert routing.largest_places(scores_TE, 2).tolist()[:2] == [[1, 2], [2, 3]]
+    every = routing.largest_places(scores_TE, 4)
+    assert all(sorted(row) == [0, 1, 2, 3] for row in every.tolist())
+
+
+@given(count=st.integers(1, 9), width=st.sampled_from([1, 5, 64, 1500]), wants=st.booleans())
+def test_softmax_loss(count: int, width: int, wants: bool) -> None:
+    logits = drawn(count, width, scale=5.0)
+    labels = torch.arange(count) % width
+    labels[::3] = IGNORE_INDEX
+    labelled = labels != IGNORE_INDEX
+    fast, slow = logits.clone(), logits.double()
+    with asked_for("softmax_loss"):
+        losses = softmax_loss(fast, labels, wants)
+    wanted = softmax_loss_slow(slow, labels, wants)
+    torch.testing.assert_close(losses.double()[labelled], wanted[labelled], rtol=2e-6, atol=2e-6)
+    if wants:
+        torch.testing.assert_close(fast.double(), slow, rtol=2e-6, atol=2e-6)
+
+
+def test_square_sums() -> None:
+    shapes = [[(3, 4), (5,), (2, 600, 3)], [], [(0, 4), (1, 1)]]
+    groups = [[(drawn(*shape), 1 + i) for i, shape in enumerate(group)] for group in shapes]
+    with asked_for("sums_of_squares"):
+        sums = square_sums(groups, torch.device("cpu"))
+    wanted = square_sums_slow(groups, torch.device("cpu"))
+    torch.testing.assert_close(sums, wanted, rtol=1e-7, atol=0)
+    with without_kernels():
+        assert torch.equal(square_sums(groups, torch.device("cpu")), wanted)

@@ -1,0 +1,116 @@
+"""Small steps of a router, each one kernel on a CPU (``native/routing.c``): which experts, with
+what weights, and what the balance loss adds up. Shapes: ``models/__init__.py``.
+
+Of equal scores the kernel takes the first expert, torch any.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek.ops.native.build import kernel
+
+
+def largest_places(choice_TE: Tensor, count: int) -> Tensor:
+    """The experts with the largest numbers, int64 (T, count), in any order; no gradient."""
+    if choice_TE.is_contiguous() and (run := kernel("largest_places", "ppnnnn", choice_TE)):
+        places_TK = choice_TE.new_empty(len(choice_TE), count, dtype=torch.int64)
+        run(places_TK, choice_TE, *choice_TE.shape, count, torch.get_num_threads())
+        return places_TK
+    return choice_TE.topk(count, dim=-1, sorted=False).indices
+
+
+def expert_weights(
+    scores_TE: Tensor, expert_ids_TK: Tensor, normalises: bool, factor: float
+) -> Tensor:
+    """Weights of the chosen experts, (T, K): their scores, over the sum of these if ``normalises``,
+    times ``factor`` (arXiv:2412.19437 eq 13)."""
+    if kernel(*_WEIGH, scores_TE, expert_ids_TK):
+        return _ExpertWeights.apply(scores_TE, expert_ids_TK, normalises, factor)
+    return expert_weights_slow(scores_TE, expert_ids_TK, normalises, factor)
+
+
+def expert_weights_slow(
+    scores_TE: Tensor, expert_ids_TK: Tensor, normalises: bool, factor: float
+) -> Tensor:
+    """Reference implementation of ``expert_weights``."""
+    weights_TK = scores_TE.gather(1, expert_ids_TK)
+    if normalises:
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    return weights_TK * factor
+
+
+def sequence_sums(scores_BSE: Tensor, top_k: int, real_BS: Tensor) -> Tensor:
+    """What the balance loss of a sequence is made of, (B, 2E + 1).
+
+    Over its real tokens: how many have an expert among their K largest scores (no gradient), the
+    sum of each expert's share of their scores, and how many tokens there are.
+    """
+    if kernel(*_SUMS, scores_BSE, real_BS):
+        return _SequenceSums.apply(scores_BSE, top_k, real_BS)
+    return sequence_sums_slow(scores_BSE, top_k, real_BS)
+
+
+def sequence_sums_slow(scores_BSE: Tensor, top_k: int, real_BS: Tensor) -> Tensor:
+    """Reference implementation of ``sequence_sums``."""
+    real_BS1 = real_BS.unsqueeze(-1)
+    best_BSK = scores_BSE.detach().topk(top_k, dim=-1).indices
+    chosen_BSE = torch.zeros_like(scores_BSE).scatter_(-1, best_BSK, 1.0)
+    share_BSE = scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)
+    parts = (chosen_BSE * real_BS1, share_BSE * real_BS1, real_BS1.to(scores_BSE.dtype))
+    return torch.cat([part.sum(dim=1) for part in parts], dim=-1)
+
+
+_WEIGH, _WEIGH_BACK = ("weigh_experts", "pppnnnnf"), ("weigh_experts_backward", "ppppnnnnf")
+_SUMS, _SUMS_BACK = ("sequence_sums", "pppnnnnn"), ("sequence_sums_backward", "ppppnnnn")
+
+
+class _ExpertWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, scores_TE: Tensor, expert_ids_TK: Tensor, normalises: bool, factor: float
+    ) -> Tensor:
+        scores_TE, expert_ids_TK = scores_TE.contiguous(), expert_ids_TK.contiguous()
+        ctx.save_for_backward(scores_TE, expert_ids_TK)
+        ctx.sizes = *scores_TE.shape, expert_ids_TK.shape[1], int(normalises), factor
+        weights_TK = scores_TE.new_empty(expert_ids_TK.shape)
+        run = kernel(*_WEIGH)
+        assert run is not None, "asked before"
+        run(weights_TK, scores_TE, expert_ids_TK, *ctx.sizes)
+        return weights_TK
+
+    @staticmethod
+    def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None, None, None]:
+        scores_TE, expert_ids_TK = ctx.saved_tensors
+        by_scores_TE = torch.empty_like(scores_TE)
+        run = kernel(*_WEIGH_BACK)
+        assert run is not None, "asked before"
+        run(by_scores_TE, grad_TK.contiguous(), scores_TE, expert_ids_TK, *ctx.sizes)
+        return by_scores_TE, None, None, None
+
+
+class _SequenceSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores_BSE: Tensor, top_k: int, real_BS: Tensor) -> Tensor:
+        scores_BSE, real_BS = scores_BSE.contiguous(), real_BS.contiguous()
+        ctx.save_for_backward(scores_BSE, real_BS)
+        sequences, tokens, experts = scores_BSE.shape
+        sums = scores_BSE.new_empty(sequences, 2 * experts + 1)
+        run = kernel(*_SUMS)
+        assert run is not None, "asked before"
+        sizes = sequences, tokens, experts, top_k
+        run(sums, scores_BSE, real_BS, *sizes, torch.get_num_threads())
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        scores_BSE, real_BS = ctx.saved_tensors
+        by_scores_BSE = torch.empty_like(scores_BSE)
+        run = kernel(*_SUMS_BACK)
+        assert run is not None, "asked before"
+        given = grad.contiguous(), scores_BSE, real_BS
+        run(by_scores_BSE, *given, *scores_BSE.shape, torch.get_num_threads())
+        return by_scores_BSE, None, None
