@@ -253,3 +253,35 @@ def test_a_compiled_graph_has_the_same(isolated: bool) -> None:
         found.append((y_BNSU, largest_BNS, q.grad, k.grad, v.grad))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+# -- on GPUs: no GPU has run these yet --
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("without", [0, 512])
+def test_on_a_gpu(isolated: bool, without: int) -> None:
+    """V3's unequal dims, documents, late queries and the largest scores, forward and backward."""
+    length, shape = 1024, (2, 4, 1024)
+    q, k, v = (x.detach().bfloat16().cuda() for x in tensors(shape, (192, 128), torch.float32))
+    ids_BS = (torch.arange(length, device="cuda") // 300).expand(2, -1) if isolated else None
+    chunks = Chunks() if without == 0 else Chunks(2, (1,))
+    (blocks,) = chunk_blocks(ids_BS if isolated else q[:, 0, :, 0], ids_BS, chunks, always=False)
+    found = []
+    for function in (causal_attention, causal_attention_slow):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        given = (leaves[0][:, :, without:], *leaves[1:], 0.07, ids_BS)
+        y_BNSU = (
+            function(*given, blocks=blocks) if function is causal_attention else function(*given)
+        )
+        y_BNSU.sum().backward()
+        found.append([y_BNSU.float(), *(x.grad.float() for x in leaves)])
+    for fast, slow in zip(*found, strict=True):
+        assert (fast - slow).norm() < 2e-2 * slow.norm()
+    if blocks is not None:
+        told = [q.new_empty(2, 4, length - without, dtype=torch.float32) for _ in range(2)]
+        causal_attention(q[:, :, without:], k, v, 0.07, ids_BS, told[0], blocks)
+        causal_attention_slow(q[:, :, without:], k, v, 0.07, ids_BS, told[1])
+        torch.testing.assert_close(told[0], told[1], rtol=2e-2, atol=2e-2)
