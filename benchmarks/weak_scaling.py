@@ -9,7 +9,8 @@ slowest rank.
 
 ``scaling`` is the tokens per second of two processes over twice those of one: 1 would be no cost at
 all. ``machine`` is the same of two processes that know nothing of each other: what cores, caches
-and memory leave of it before any parallel code does anything. The median of the rounds' own ratios
+and memory leave of it before any parallel code does anything; ``of_machine`` is the layout against
+these two. The median of the rounds' own ratios
 counts, so that a machine whose speed drifts slows both sides alike; the rounds' fastest times give
 a second figure, which what else runs on the machine disturbs least.
 
@@ -26,15 +27,17 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist  # noqa: TID251
 import torch.multiprocessing as mp
 from torch import Tensor
+from train_step import FINE, WIDE
 
 from deepseek.config.layout import Layout
 from deepseek.config.schema import DataConfig, ModelConfig
@@ -53,7 +56,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "fsdp2_ep2_balanced": {"expert_model_parallel_size": 2},
 }
 
-MODEL = ModelConfig(
+SMALL = ModelConfig(
     vocab_size=8192,
     hidden_size=512,
     num_hidden_layers=8,
@@ -72,6 +75,12 @@ MODEL = ModelConfig(
     global_batch_size=4,
     data=DataConfig(seq_length=256),
 )
+MODELS = {
+    "small": SMALL,
+    # The experts of ``train_step.py``, fewer layers, so that a step takes a few seconds.
+    "S": replace(WIDE, num_hidden_layers=3, data=DataConfig(seq_length=512)),
+    "F": replace(FINE, num_hidden_layers=4, data=DataConfig(seq_length=512)),
+}
 
 
 def main() -> None:
@@ -79,30 +88,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     asked = parser.parse_args()
-    load = os.getloadavg()[0]
+    load, config = os.getloadavg()[0], MODELS[asked.model]
     result = {
-        "what": f"{MODEL.num_hidden_layers} layers, {MODEL.hidden_size} wide, "
-        f"{MODEL.n_routed_experts} experts top-{MODEL.num_experts_per_tok}, fp32, AdamW, "
+        "what": f"{config.num_hidden_layers} layers, {config.hidden_size} wide, "
+        f"{config.n_routed_experts} experts top-{config.num_experts_per_tok}, fp32, AdamW, "
         "1 thread a process",
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "rounds": asked.rounds,
         "load": load,
         "tokens_of_a_process": {
-            batch * MODEL.data.seq_length: measured(asked.rounds, batch) for batch in asked.batches
+            batch * config.data.seq_length: measured(config, asked.layouts, asked.rounds, batch)
+            for batch in asked.batches
         },
         "load_after": os.getloadavg()[0],
     }
     print(json.dumps(result, indent=1))
 
 
-def measured(rounds: int, batch: int) -> dict[str, Any]:
+def measured(
+    config: ModelConfig, layouts: Sequence[str], rounds: int, batch: int
+) -> dict[str, Any]:
     """Of each layout, with so many sequences a process."""
     found = {}
-    for name in LAYOUTS:
+    for name in layouts:
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(one_rank, args=(folder, rounds, batch, name), nprocs=RANKS)
+            mp.spawn(one_rank, args=(folder, config, rounds, batch, name), nprocs=RANKS)
             with open(os.path.join(folder, "result")) as file:
                 one, beside, two, busiest = json.load(file)
             found[name] = scaling(one, beside, two) | {"busiest_rank": round(busiest, 3)}
@@ -116,6 +130,8 @@ def scaling(one: list[float], beside: list[float], two: list[float]) -> dict[str
         "scaling_of_fastest": round(min(one) / min(two), 3),
         "machine": round(ratio(one, beside), 3),
         "machine_of_fastest": round(min(one) / min(beside), 3),
+        "of_machine": round(ratio(beside, two), 3),
+        "of_machine_of_fastest": round(min(beside) / min(two), 3),
         "seconds_of_one": round(statistics.median(one), 4),
         "seconds_of_two": round(statistics.median(two), 4),
     }
@@ -126,14 +142,16 @@ def ratio(one: list[float], other: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(one, other, strict=True))
 
 
-def one_rank(rank: int, folder: str, rounds: int, batch: int, layout: str) -> None:
+def one_rank(
+    rank: int, folder: str, config: ModelConfig, rounds: int, batch: int, layout: str
+) -> None:
     """Rank 0 leaves the seconds of every round in a file: of one process, of two of them, of two
     that work together. And how many rows the busiest EP rank has."""
     torch.set_num_threads(1)
     keep_freed_memory()  # as ``deepseek train`` does
     store = dist.FileStore(os.path.join(folder, "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    alone = replace(MODEL, micro_batch_size=batch, global_batch_size=batch)
+    alone = replace(config, micro_batch_size=batch, global_batch_size=batch)
     together = replace(alone, global_batch_size=RANKS * batch, **LAYOUTS[layout])
     meshes = Meshes(Layout.of(together, RANKS), "cpu", timedelta(minutes=5))
     balanced = layout.endswith("balanced")
@@ -158,25 +176,24 @@ def model(config: ModelConfig, meshes: Meshes | SingleProcess, balanced: bool) -
     module: Any = DeepSeekModel(config, max_steps=1000, parallelize_later=True)
     module.parallelize(meshes, torch.device("cpu"))
     for router in module.model.routers().values() if balanced else ():
-        router._choose = all_in_turn
+        router._choose = partial(all_in_turn, top_k=config.num_experts_per_tok)
     return module
 
 
-def all_in_turn(scores_TE: Tensor) -> Tensor:
+def all_in_turn(scores_TE: Tensor, top_k: int) -> Tensor:
     """(T, K) experts, of which each gets as many tokens as any other."""
     number, num_experts = scores_TE.shape
-    top_k = MODEL.num_experts_per_tok
     return torch.arange(number * top_k).remainder(num_experts).view(number, top_k)
 
 
 def steps(module: Any, batch: int) -> Callable[[], None]:
     """Takes one optimiser step, each on other tokens."""
     chance = torch.Generator().manual_seed(module.meshes.data_rank)
-    shape = (batch, MODEL.data.seq_length)
+    shape = (batch, module.config.data.seq_length)
     optimizer = module.configure_optimizers()
 
     def step() -> None:
-        tokens_BS = torch.randint(MODEL.vocab_size, shape, generator=chance)
+        tokens_BS = torch.randint(module.config.vocab_size, shape, generator=chance)
         module.train_step(whole_batch(tokens_BS), optimizer)
 
     return step

@@ -13,6 +13,7 @@ from deepseek.ops.fp8 import (
     dequantise_blocks_plainly,
     quantise_blocks,
     quantise_blocks_plainly,
+    widened,
 )
 from support.profiles import fewer
 
@@ -57,6 +58,18 @@ def test_every_number_of_the_format() -> None:
     weight_IJ = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(2, 128)
     out_IJ = dequantise_blocks(weight_IJ, torch.tensor([[1.0]]))
     assert torch.equal(out_IJ.nan_to_num(-1.0), weight_IJ.float().nan_to_num(-1.0))
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_are_widened_as_a_cast_widens_them(kind: torch.dtype, dtype: torch.dtype) -> None:
+    """Every number, more of them than are widened at a time, in any order in memory; none at all."""
+    numbers = torch.arange(256, dtype=torch.uint8).repeat(300, 1).view(kind)
+    for some in (numbers, numbers.mT, numbers[:, 3:7], numbers[:0]):
+        wide, wanted = widened(some, dtype), some.to(dtype)
+        assert wide.dtype == dtype and wide.shape == some.shape
+        assert torch.equal(wide.isnan(), wanted.isnan())
+        assert torch.equal(wide.nan_to_num(-1.0), wanted.nan_to_num(-1.0))
 
 
 def test_scales_must_be_one_per_block() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deepseek.config.weights import PACKED_BLOCKS, UNPACKED_AT_ONCE, packed_row_bytes
 from deepseek.ops.autocast import as_products
-from deepseek.ops.fp8 import E4M3
+from deepseek.ops.fp8 import E4M3, widened
 from deepseek.ops.grouped_linear import grouped_linear
 
 _LARGEST = {"nf4": 1.0, "fp8": 448.0}
@@ -71,7 +71,7 @@ def _unpacked(packed: Tensor, columns: int, kind: str) -> Tensor:
         codes = torch.stack((bits >> 4, bits & 15), dim=-1).flatten(-2)
         numbers = torch.tensor(NF4, device=packed.device)[codes.int()]
     else:
-        numbers = bits.contiguous().view(E4M3).float()
+        numbers = widened(bits.contiguous().view(E4M3), torch.float32)
     return (numbers * scale).flatten(-2)[..., :columns]
 
 
