@@ -63,7 +63,7 @@ def test_every_number_of_the_format() -> None:
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_numbers_are_widened_as_a_cast_widens_them(kind: torch.dtype, dtype: torch.dtype) -> None:
-    """Every number, more of them than are widened at a time, in any order in memory; none at all."""
+    """Every number, more than are widened at a time, in any order in memory; and none at all."""
     numbers = torch.arange(256, dtype=torch.uint8).repeat(300, 1).view(kind)
     for some in (numbers, numbers.mT, numbers[:, 3:7], numbers[:0]):
         wide, wanted = widened(some, dtype), some.to(dtype)
