@@ -146,6 +146,8 @@ def adamw_kernel(
 ) -> bool:
     """On a CPU one call for all parameters, where torch makes several for each, small as they may
     be. False: they are not such, and nothing is done."""
+    if not parameters[0].is_cpu:
+        return False
     firsts, seconds = zip(*moments, strict=True)
     updated = [[local(x) for x in part] for part in (parameters, gradients, firsts, seconds)]
     flat = [tensor for part in updated for tensor in part]
