@@ -281,15 +281,15 @@ def _taken(x_TD: Tensor, index_R: Tensor, copies: int = 1) -> Tensor:
 
 def _summed(x_RD: Tensor, inverse_R: Tensor, num_choices: int) -> Tensor:
     """On a CPU in one pass, which gathers and adds: by operators as the bags of an embedding."""
-    if num_choices and (run := kernel("add_rows", "pppnnnn", x_RD, inverse_R)):
+    if not num_choices:  # there is no token
+        return x_RD[:0]
+    if run := kernel("add_rows", "pppnnnn", x_RD, inverse_R):
         tokens, width = len(inverse_R) // num_choices, x_RD.shape[1]
         y_TD, threads = x_RD.new_empty(tokens, width), torch.get_num_threads()
         run(y_TD, x_RD.contiguous(), inverse_R, tokens, num_choices, width, threads)
         return y_TD
     if x_RD.is_cpu and x_RD.numel() and not torch.compiler.is_compiling():
         return F.embedding_bag(inverse_R.view(-1, num_choices), x_RD.contiguous(), mode="sum")
-    if not num_choices:  # there is no token
-        return x_RD
     return combine_rows_slow(x_RD, inverse_R, num_choices)
 
 
