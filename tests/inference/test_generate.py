@@ -13,6 +13,7 @@ from deepseek.config.schema import ModelConfig, RopeScaling
 from deepseek.inference import generation as module
 from deepseek.inference.generation import LatentCache, Sampling, generate, stream_tokens
 from deepseek.models.transformer import Transformer
+from support.kernels import without_kernels
 from support.profiles import fewer
 
 GREEDY = Sampling(temperature=0.0)
@@ -89,6 +90,20 @@ def test_fp32() -> None:
     prompts = [[1, 2, 3, 4, 5, 6], [7], [8, 9, 10]]
     got = generate(made, prompts, 8, GREEDY, ())
     assert got == [plain_loop(made, prompt, 8) for prompt in prompts]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_give_the_same_text(case: str) -> None:
+    """Prompts of several lengths in one batch, in chunks that kernels take and that they do not."""
+    prompts = [[1, 2, 3, 4, 5, 6], [7], [8, 9, 10]]
+    made = model(torch.float32, **CASES[case])
+    for prefill in (2, 512):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "PREFILL_TOKENS", prefill)
+            got = generate(made, prompts, 12, GREEDY, ())
+            with without_kernels():
+                assert generate(made, prompts, 12, GREEDY, ()) == got
+    assert got == [plain_loop(made, prompt, 12) for prompt in prompts]
 
 
 def test_bf16() -> None:

@@ -15,6 +15,7 @@ from deepseek.inference import generation
 from deepseek.inference.generation import Sampling, generate
 from deepseek.inference.speculative import Acceptance, Guesser, stream_speculative
 from deepseek.models.transformer import Transformer
+from support.kernels import without_kernels
 from support.profiles import fewer
 from support.tiny_models import tiny_config, tiny_model
 
@@ -66,6 +67,15 @@ def test_greedy_tokens_are_those_without(
         for eos in set(wanted):
             (cut,) = generate(made, [prompt], count, GREEDY, (eos,))
             assert list(stream_speculative(made, prompt, count, GREEDY, (eos,))) == cut
+
+
+def test_kernels_give_the_same_text() -> None:
+    """Drafts are several new tokens of a sequence."""
+    made = model(2, dtype=torch.float32)
+    fast = list(stream_speculative(made, [1, 2, 3], 16, GREEDY, ()))
+    with without_kernels():
+        assert list(stream_speculative(made, [1, 2, 3], 16, GREEDY, ())) == fast
+    assert fast == generate(made, [[1, 2, 3]], 16, GREEDY, ())[0]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

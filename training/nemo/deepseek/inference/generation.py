@@ -14,6 +14,7 @@ from torch import Tensor
 from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig
 from deepseek.models.transformer import Transformer
+from deepseek.ops.latent_attention import Room
 
 PREFILL_TOKENS = 512
 """Prompt tokens read at one time: bounds the score matrix of a long prompt."""
@@ -195,10 +196,10 @@ class LatentCache:
     def append(self, latent_BSC: Tensor, k_rope_BSH: Tensor) -> tuple[Tensor, Tensor | None]:
         """Store the new tokens; return everything stored (B, M, X), latents first, and who may see
         what (bool (B, S, M); None: each new token all)."""
-        start, end = self.length, self.length + latent_BSC.shape[1]
+        start = self.reserve(latent_BSC.shape[1]).start
+        end = self.length
         self.kept_BMX[:, start:end, : self.latent_dims] = latent_BSC
         self.kept_BMX[:, start:end, self.latent_dims :] = k_rope_BSH
-        self.length = end
         if end == start + 1 and not self._is_padded:
             return self.kept_BMX[:, :end], None
         slots_M = torch.arange(end, device=self.padding_B.device)
@@ -207,6 +208,12 @@ class LatentCache:
         # A padding slot sees itself: a row of the softmax with nothing in it would be NaN.
         visible_BSM = visible_BSM | (slots_M == new_S1)
         return self.kept_BMX[:, :end], visible_BSM
+
+    def reserve(self, count: int) -> Room:
+        """Room for so many new tokens, which the caller stores."""
+        room = Room(self.kept_BMX, self.length, self.padding_B)
+        self.length += count
+        return room
 
 
 def _read(

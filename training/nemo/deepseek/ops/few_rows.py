@@ -22,7 +22,7 @@ from torch import Tensor
 from deepseek.config.processor import processor
 from deepseek.ops.native import build
 
-_OURS = 16
+OURS = 16
 """Rows from which on the libraries' ways are as fast as our kernel: products take longest then."""
 FEW = 32
 """Rows from which on the usual way is as fast everywhere."""
@@ -49,7 +49,7 @@ def linear(x: Tensor, w_OI: Tensor) -> Tensor:
     Returns:
         (..., O).
     """
-    if not takes_few(x, w_OI) or not 0 < x.numel() < FEW * x.shape[-1]:
+    if not 0 < x.numel() < FEW * x.shape[-1] or not takes_few(x, w_OI):
         return F.linear(x, w_OI)
     return few_rows(x.reshape(-1, x.shape[-1]), w_OI).reshape(*x.shape[:-1], w_OI.shape[0])
 
@@ -64,12 +64,10 @@ def few_rows(x_RI: Tensor, w_OI: Tensor) -> Tensor:
     rows, inputs = x_RI.shape
     if w_OI.numel() < _IN_CACHES or not w_OI.is_contiguous():
         return F.linear(x_RI, w_OI)  # other strides take both of the following many times as long
-    kernel = build.function("linear", "pppnnnn") if rows < _OURS else None
+    kernel = build.function("linear", "pppnnnn") if rows < OURS else None
     if kernel is not None:
         x_RI, y_RO = x_RI.contiguous(), x_RI.new_empty(rows, len(w_OI))
-        sizes = rows, len(w_OI), inputs
-        addresses = y_RO.data_ptr(), x_RI.data_ptr(), w_OI.data_ptr()
-        kernel(*addresses, *sizes, torch.get_num_threads())
+        kernel(y_RO, x_RI, w_OI, rows, len(w_OI), inputs, torch.get_num_threads())
         return y_RO
     if processor().get("vendor_id") == "GenuineIntel":
         return F.linear(x_RI, w_OI) if rows < _INTEL_ROWS else torch.mm(w_OI, x_RI.t()).t()

@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     wide = x.dtype == weight_D.dtype and x.dtype in (torch.float32, torch.float64)
     if torch.is_grad_enabled():
         return (_RMSNorm if wide else _NarrowRMSNorm).apply(x, weight_D, eps)
-    return x * _scale(x, eps) * weight_D if wide else rms_norm_slow(x, weight_D, eps)
+    return _normed(x, weight_D, eps)[0] if wide else rms_norm_slow(x, weight_D, eps)
 
 
 def rms_norm_slow(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -50,18 +50,22 @@ def _scale(x: Tensor, eps: float) -> Tensor:
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
+def _normed(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm, and 1 / rms(x), (..., 1)."""
+    run, step = kernel("rms_norm", "ppppnnnfn", x, weight_D), row_step(x)
+    if run is None or step is None:
+        scale = _scale(x, eps)
+        return (x * scale).mul_(weight_D), scale
+    width = x.shape[-1]
+    y, scale = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1)
+    run(y, scale, x, weight_D, scale.numel(), width, step, eps, torch.get_num_threads())
+    return y, scale
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        run, step = kernel("rms_norm", "ppppnnnfn", x, weight_D), row_step(x)
-        if run is None or step is None:
-            scale = _scale(x, eps)
-            y = (x * scale).mul_(weight_D)
-        else:
-            width = x.shape[-1]
-            y, scale = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1)
-            rows = scale.numel()
-            run(y, scale, x, weight_D, rows, width, step, eps, torch.get_num_threads())
+        y, scale = _normed(x, weight_D, eps)
         ctx.save_for_backward(x, weight_D, scale)
         return y
 

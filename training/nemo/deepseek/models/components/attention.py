@@ -23,6 +23,7 @@ from deepseek.models.components.feed_forward import Linear, RMSNorm
 from deepseek.models.components.heads import head_keys, head_queries
 from deepseek.models.components.rope import rotate
 from deepseek.ops.causal_attention import causal_attention
+from deepseek.ops.latent_attention import Room, latent_attention, takes_latents
 from deepseek.ops.short_attention import short_attention, takes_short
 
 
@@ -32,6 +33,10 @@ class LatentStore(Protocol):
     def append(self, latent_BSC: Tensor, k_rope_BSH: Tensor) -> tuple[Tensor, Tensor | None]:
         """Store the new tokens; return all latents with their rotary keys behind them
         (B, M, C + H), and which of them each new token may see (bool (B, S, M); None: all)."""
+        ...
+
+    def reserve(self, count: int) -> Room:
+        """Room for so many new tokens, which the caller stores."""
         ...
 
 
@@ -102,8 +107,14 @@ class MultiHeadLatentAttention(nn.Module):
             real_BS: False for padding; None: all real.
             blocks: see ``TokenContext``.
         """
-        q_BSNH = self._queries(x_BSD)
-        latent_BSC, k_rope_BSH = self._latents(x_BSD, cos_BSA, sin_BSA)
+        q_BSNH, kv_BSX = self._queries(x_BSD), self.wkv_a(x_BSD)
+        if cache is not None:
+            norm, w = self.kv_norm, self.wkv_b.weight
+            if takes_latents(q_BSNH, kv_BSX, norm.weight, cos_BSA, w):
+                room, turned = cache.reserve(x_BSD.shape[1]), (cos_BSA, sin_BSA)
+                given = q_BSNH, kv_BSX, norm.weight, norm.eps, turned, w, room, self.softmax_scale
+                return self.wo(latent_attention(*given).flatten(2))
+        latent_BSC, k_rope_BSH = self._latents(kv_BSX, cos_BSA, sin_BSA)
         if cache is None:
             keys = self.whole_sequence(latent_BSC, k_rope_BSH)
             seen = documents_BS, blocks
@@ -123,9 +134,9 @@ class MultiHeadLatentAttention(nn.Module):
             q = self.wq_b(self.q_norm(self.wq_a(x_BSD)))
         return q.unflatten(-1, (-1, self.qk_nope_head_dim + self.qk_rope_head_dim))
 
-    def _latents(self, x_BSD: Tensor, cos_BSA: Tensor, sin_BSA: Tensor) -> tuple[Tensor, Tensor]:
+    def _latents(self, kv_BSX: Tensor, cos_BSA: Tensor, sin_BSA: Tensor) -> tuple[Tensor, Tensor]:
         """eq 1 and 3: what is cached, C + H numbers a token."""
-        latent, k_rope = self.wkv_a(x_BSD).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        latent, k_rope = kv_BSX.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         k_rope_BSH = rotate(k_rope.unsqueeze(2), cos_BSA, sin_BSA).squeeze(2)
         return self.kv_norm(latent), k_rope_BSH
 

@@ -18,6 +18,7 @@ from deepseek.models.components.dispatcher import LocalDispatcher, TokenDispatch
 from deepseek.models.components.feed_forward import Expert, FeedForward
 from deepseek.models.components.router import Router, Routing
 from deepseek.ops.autocast import as_products
+from deepseek.ops.few_experts import few_experts
 from deepseek.ops.grouped_linear import grouped_linear
 from deepseek.ops.rows import aligned_slots, gather_rows, most_slots, spread_rows
 from deepseek.ops.swiglu import swiglu
@@ -69,13 +70,17 @@ class MoE(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         # 1. choose experts
         routing = self.gate(x_TD)
-        weights_TK = routing.weights_TK
+        weights_TK, shared = routing.weights_TK, self.shared_experts
+        if decodes and type(self.dispatcher) is LocalDispatcher:
+            y_TD = self.experts.few(x_TD, weights_TK, routing.expert_ids_TK)
+            if y_TD is not None:
+                y_BSD = y_TD.view_as(x_BSD)
+                return y_BSD if shared is None else y_BSD + shared(x_BSD)
         if balance_scale is not None:
             if real_BS is None:
                 real_BS = torch.ones(x_BSD.shape[:2], dtype=torch.bool, device=x_BSD.device)
             weights_TK = self._with_balance(routing, real_BS, balance_scale)
         # 2. bring rows to their experts, and meanwhile compute the experts that all tokens share
-        shared = self.shared_experts
         sent = self.dispatcher.dispatch(
             x_TD,
             weights_TK,
@@ -160,6 +165,14 @@ class GroupedExperts(nn.Module):
     def _weighted(self, x_PD: Tensor, weights_P1: Tensor, padded_e: Tensor) -> Tensor:
         gate_PF, up_PF = (self.product(name, x_PD, padded_e) for name in ("w1", "w3"))
         return self.product("w2", swiglu(gate_PF, up_PF, weights_P1), padded_e)
+
+    def few(self, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor) -> Tensor | None:
+        """What few tokens get from their experts, without bringing rows there and back; None where
+        this can't be done, see ``few_experts``, or products are not those of the stacks alone."""
+        if type(self) is not GroupedExperts or self.grouped is not grouped_linear:
+            return None
+        w1, w3, w2 = (self.local(stack) for stack in (self.w1, self.w3, self.w2))
+        return few_experts(x_TD, expert_ids_TK, weights_TK, w1, w3, w2)
 
     def product(self, name: str, x_PI: Tensor, padded_e: Tensor) -> Tensor:
         """Rows sorted by expert (P, I), with the stack ``name`` -> (P, O)."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deepseek.models.components.recompute import keep
 from deepseek.ops.few_rows import linear
+from deepseek.ops.route import route
 from deepseek.ops.routing import expert_weights, largest_places
 
 
@@ -76,6 +77,18 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Route each row; everything is computed in fp32 (fp64 for fp64 input)."""
+        found = route(
+            x_TD,
+            self.weight,
+            self.bias,
+            self.top_k,
+            self.scoring == "softmax",
+            self._groups(),
+            self.normalise,
+            self.scaling_factor,
+        )
+        if found is not None:
+            return Routing(*found)
         dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = linear(x_TD.to(dtype), self.weight.to(dtype))
@@ -110,9 +123,14 @@ class Router(nn.Module):
     def choice_scores(self, scores_TE: Tensor) -> Tensor:
         """What experts are chosen by, (T, E): biased scores, -inf outside a token's groups."""
         choice_TE = scores_TE if self.bias is None else scores_TE + self.bias
-        if self.num_groups > 1 and self.topk_method != "greedy":
+        if self._groups()[0] > 1:
             choice_TE = self._mask_groups(choice_TE)
         return choice_TE
+
+    def _groups(self) -> tuple[int, int, int]:
+        """Groups of experts, how many a token goes to, and how many scores make a group's."""
+        groups = 1 if self.topk_method == "greedy" else self.num_groups
+        return groups, self.top_k_groups, 2 if self.topk_method == "noaux_tc" else 1
 
     def _choose(self, scores_TE: Tensor) -> Tensor:
         """The chosen experts, (T, K)."""
@@ -121,10 +139,7 @@ class Router(nn.Module):
     def _mask_groups(self, choice_TE: Tensor) -> Tensor:
         """Keep only the experts of each token's best groups."""
         choice_TGe = choice_TE.unflatten(1, (self.num_groups, -1))
-        if self.topk_method == "noaux_tc":
-            score_TG = choice_TGe.topk(2, dim=-1).values.sum(dim=-1)
-        else:
-            score_TG = choice_TGe.amax(dim=-1)
+        score_TG = choice_TGe.topk(self._groups()[2], dim=-1).values.sum(dim=-1)
         kept_TG = torch.zeros_like(score_TG, dtype=torch.bool)
         kept_TG.scatter_(1, score_TG.topk(self.top_k_groups, dim=-1).indices, True)
         # -inf, not 0: a masked group must lose against a negative biased score too.

@@ -41,12 +41,18 @@ INLINE void dots_tile(const int rows, const int outputs, const int first, int64_
             for (int o = 0; o < outputs; o++) sum[r][o] += x_i * w_i[o];
         }
     }
-    for (int r = 0; r < rows; r++)
-        for (int o = 0; o < outputs; o++) {
-            float rest = 0;
-            for (int64_t j = i; j < inputs; j++) rest += x[r * x_step + j] * w[o * w_step + j];
-            y[r * y_step + o] = total(sum[r][o]) + rest;
+    for (int r = 0; r < rows; r++) {
+        float *y_r = y + r * y_step;
+        if (outputs == TILE_WIDTH) {
+            quad four = totals(sum[r]);
+            memcpy(y_r, &four, sizeof four);
+        } else {
+            for (int o = 0; o < outputs; o++) y_r[o] = total(sum[r][o]);
         }
+        if (i == inputs) continue;
+        for (int o = 0; o < outputs; o++)
+            for (int64_t j = i; j < inputs; j++) y_r[o] += x[r * x_step + j] * w[o * w_step + j];
+    }
 }
 
 /* Numbers of rows and outputs as constants, so that every tile is a loop of its own whose sums are
@@ -82,6 +88,53 @@ static inline void dots(int64_t rows, int64_t outputs, int64_t inputs, const flo
             dots_rows(1, outputs - o, r == 0, inputs, x + r * x_step, x_step, w, w_step,
                       y + r * y_step, y_step);
     }
+}
+
+INLINE void sums_tile(const int rows, const int vectors, int64_t inputs, const float *a,
+                      int64_t a_step, const float *b, int64_t b_step, float *y, int64_t y_step,
+                      const int adds) {
+    lanes sum[TILE_ROWS][TILE_WIDTH];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++)
+            sum[r][v] = adds ? load(y + r * y_step + v * LANES) : (lanes){0};
+    for (int64_t i = 0; i < inputs; i++) {
+        lanes b_i[TILE_WIDTH];
+        for (int v = 0; v < vectors; v++) b_i[v] = load(b + i * b_step + v * LANES);
+        for (int r = 0; r < rows; r++) {
+            float a_i = a[r * a_step + i];
+            for (int v = 0; v < vectors; v++) sum[r][v] += a_i * b_i[v];
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) store(y + r * y_step + v * LANES, sum[r][v]);
+}
+
+INLINE void sums_rows(const int rows, int64_t outputs, int64_t inputs, const float *a,
+                      int64_t a_step, const float *b, int64_t b_step, float *y, int64_t y_step,
+                      const int adds) {
+    int64_t o = 0;
+    for (; o + TILE_WIDTH * LANES <= outputs; o += TILE_WIDTH * LANES)
+        sums_tile(rows, TILE_WIDTH, inputs, a, a_step, b + o, b_step, y + o, y_step, adds);
+    for (; o + LANES <= outputs; o += LANES)
+        sums_tile(rows, 1, inputs, a, a_step, b + o, b_step, y + o, y_step, adds);
+    for (; o < outputs; o++)
+        for (int r = 0; r < rows; r++) {
+            float sum = adds ? y[r * y_step + o] : 0;
+            for (int64_t i = 0; i < inputs; i++) sum += a[r * a_step + i] * b[i * b_step + o];
+            y[r * y_step + o] = sum;
+        }
+}
+
+/* y[r][o] = sum over i of a[r][i] b[i][o], or added to y: rows of b lie together. */
+INLINE void sums(int64_t rows, int64_t outputs, int64_t inputs, const float *a, int64_t a_step,
+                 const float *b, int64_t b_step, float *y, int64_t y_step, const int adds) {
+    int64_t r = 0;
+    for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
+        sums_rows(TILE_ROWS, outputs, inputs, a + r * a_step, a_step, b, b_step, y + r * y_step,
+                  y_step, adds);
+    for (; r < rows; r++)
+        sums_rows(1, outputs, inputs, a + r * a_step, a_step, b, b_step, y + r * y_step, y_step,
+                  adds);
 }
 
 #endif
