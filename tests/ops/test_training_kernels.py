@@ -27,7 +27,12 @@ from deepseek.ops.causal_attention import causal_attention_slow
 from deepseek.ops.cross_entropy import IGNORE_INDEX, softmax_loss, softmax_loss_slow
 from deepseek.ops.native import build
 from deepseek.ops.rms_norm import rms_norm, rms_norm_slow
-from deepseek.ops.short_attention import MOST_NUMBERS, short_attention, takes_short
+from deepseek.ops.short_attention import (
+    MOST_NUMBERS,
+    MOST_OF_DOCUMENTS,
+    short_attention,
+    takes_short,
+)
 from deepseek.ops.squares import square_sums, square_sums_slow
 from deepseek.ops.swiglu import swiglu, swiglu_slow
 from support.kernels import without_kernels
@@ -227,7 +232,9 @@ def attention_slow(
 
 
 @given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 80), st.integers(1, 3)),
+    shape=st.tuples(
+        st.integers(1, 3), st.one_of(st.integers(1, 80), st.just(300)), st.integers(1, 3)
+    ),
     plain=st.integers(0, 40),
     pairs=st.integers(1, 9),
     values=st.integers(1, 40),
@@ -273,13 +280,15 @@ def test_a_document_does_not_see_another_bit_by_bit() -> None:
 
 
 def test_attention_of_long_sequences_goes_by_blocks() -> None:
-    """What the kernel needs would not lie in the caches."""
-    most = MOST_NUMBERS // 24
-    assert takes_short(drawn(1, most, 1, 8), drawn(1, most, 1, 16))
-    assert not takes_short(drawn(1, most + 1, 1, 8), drawn(1, most + 1, 1, 16))
+    """What the kernel needs would not lie in the caches; or most keys are of other documents."""
+    for most, documents_BS in ((MOST_NUMBERS, None), (MOST_OF_DOCUMENTS, torch.zeros(1, 1))):
+        tokens = most // 24
+        q, kv = drawn(1, tokens + 1, 1, 8), drawn(1, tokens + 1, 1, 16)
+        assert takes_short(q[:, :-1], kv[:, :-1], documents_BS)
+        assert not takes_short(q, kv, documents_BS)
+        with without_kernels():
+            assert not takes_short(q[:, :-1], kv[:, :-1], documents_BS)
     assert not takes_short(drawn(1, 3, 1, 8), drawn(1, 4, 1, 16)), "of the last tokens"
-    with without_kernels():
-        assert not takes_short(drawn(1, most, 1, 8), drawn(1, most, 1, 16))
 
 
 @given(tokens=st.integers(1, 30), experts=st.sampled_from([2, 4, 6, 16]), data=st.data())

@@ -158,7 +158,7 @@ class MultiHeadLatentAttention(nn.Module):
             sizes = q_BSNH.shape[0], q_BSNH.shape[2], q_BSNH.shape[1]
             largest_BNS = self.largest_logit_N.new_empty(sizes)
         scale = self.softmax_scale
-        if self.attend is _attend_here and takes_short(q_BSNH, kv_BSNH):
+        if self.attend is _attend_here and takes_short(q_BSNH, kv_BSNH, seen[0]):
             y_BSNU = short_attention(
                 q_BSNH, kv_BSNH, k_rope_BSH, *angles, scale, seen[0], largest_BNS
             )
