@@ -2,7 +2,7 @@
 
     python benchmarks/precision_curves.py FOLDER --sides bf16 fp8 again --pairs 8
     python benchmarks/precision_curves.py FOLDER --sides fp32 bf16 again --pairs 8
-    python benchmarks/precision_curves.py FOLDER --branch 800 --trunks 3 --pairs 15
+    python benchmarks/precision_curves.py FOLDER --small --branch 800 --trunks 3 --pairs 15
 
 Training is chaotic: a last bit that differs comes to some percent of the loss of single steps, so
 that one pair of runs says nothing. Here each pair has a seed of its own, which gives its start
@@ -10,9 +10,15 @@ weights and its data; all its runs begin alike and read the same batches. ``agai
 first side once more, its start weights times 1 + 2^-20. What a precision does to the loss is a mean
 over pairs that lies further from zero than its standard error, and than the null's.
 
-Every run leaves a file in FOLDER. The command goes on with those that are missing, may run several
-times side by side, and prints means over the pairs that are complete: of the training loss in each
-window of steps and of the validation loss at the end, in percent of the first side's.
+Runs that have gone their own ways for a thousand steps differ by a percent whatever they compute.
+With ``--branch`` all runs of a pair go on from one run of the first side, its optimiser included,
+for ``--length`` steps, too few to part by chance. Pairs beyond ``--trunks`` share such a run with
+others, and have data of their own from there.
+
+Every run leaves a file in FOLDER, which is for runs of the same settings. The command goes on with
+those that are missing, may run several times side by side, and prints means over the pairs that are
+complete: of the training loss in each window of steps, and of the validation loss at the end, in
+percent of the first side's.
 """
 
 from __future__ import annotations
@@ -39,6 +45,14 @@ from deepseek.files import atomic_open
 from deepseek.parallel.cpu_memory import keep_freed_memory
 from deepseek.training.step import DeepSeekModel
 
+SMALL = """
+    model.hidden_size=128 model.num_hidden_layers=3 model.num_attention_heads=4
+    model.intermediate_size=384 model.moe_intermediate_size=128 model.n_routed_experts=8
+    model.num_experts_per_tok=2 model.num_nextn_predict_layers=0 model.vocab_size=512
+    model.tokenizer.vocab_size=262 model.data.seq_length=128 trainer.max_steps=1000
+    trainer.limit_val_batches=40
+""".split()
+"""Of ``--small``: 4 sequences of 128 bytes a step, which takes 45 ms in fp32."""
 PRECISIONS = ("fp32", "bf16", "fp8")
 AGAIN = "again"
 DISTURBED = 1 + 2**-20
@@ -73,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--config", default="deepseek_v3_tiny")
+    parser.add_argument("--small", action="store_true", help="half as wide, of bytes")
     parser.add_argument("--sides", nargs="+", default=["bf16", "fp8", AGAIN], metavar="SIDE")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--window", type=int, default=100, help="steps")
@@ -84,7 +99,7 @@ def main() -> None:
     first, *others = args.sides
     if first not in PRECISIONS or not {*others} <= {*PRECISIONS, AGAIN}:
         parser.error(f"--sides: one of {', '.join(PRECISIONS)}, then others of them or {AGAIN}")
-    run = load_config(args.config, args.overrides)
+    run = load_config(args.config, [*SMALL, *args.overrides] if args.small else args.overrides)
     plan = Plan(
         args.folder,
         run,
