@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pwd
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -83,6 +86,7 @@ def test_one_openmp_runtime_and_its_threads() -> None:
         ("/does/not/exist -O1", "CC=/does/not/exist -O1: there is no such program"),
         ("false", "/false cannot compile them: exit status 1"),
         ("cc -include none.h", "cc cannot compile them: "),
+        ("cc -DNAME='half", "No closing quotation"),
     ],
 )
 def test_without_a_compiler(
@@ -107,6 +111,40 @@ def test_a_cache_folder_that_cannot_be_written(
     fresh.parent.write_text("a file where the folder should be")
     assert str(fresh) in (build.why_not() or "")
     product()
+
+
+def test_a_user_without_a_home(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under any number."""
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert "home" in (build.why_not() or "")
+    product()
+
+
+def test_a_disk_that_is_full_leaves_no_library(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(stream: IO[bytes]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", stream.name)
+
+    monkeypatch.setattr(build, "sync", full)
+    assert "No space left on device" in (build.why_not() or "")
+    assert not list(fresh.iterdir())
+
+
+def test_a_compiler_whose_words_are_no_text(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\nprintf 'error: \\377' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert "cannot compile them: error: \ufffd" in (build.why_not() or "")
 
 
 def test_a_library_of_another_user(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

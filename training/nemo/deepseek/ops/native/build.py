@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from deepseek.config.processor import processor
-from deepseek.files import user_cache
+from deepseek.files import sync, user_cache
 
 SOURCES = Path(__file__).parent
 COMPILERS = "cc", "gcc", "clang"
@@ -105,7 +105,9 @@ def _library() -> ctypes.CDLL | str:
     """The kernels, or why there are none."""
     try:
         return _load()
-    except (OSError, Unavailable) as reason:
+    except (OSError, RuntimeError, ValueError, Unavailable) as reason:
+        # RuntimeError: a user without a home; ValueError: $CC with half a quotation, a name in
+        # /proc that is no text.
         return str(reason)
 
 
@@ -183,14 +185,17 @@ def _compile(compiler: list[str], runtime: str, library: Path) -> None:
         objects = sorted(str(path) for path in Path(folder).glob("*.o"))
         linked = ["-shared", "-Wl,-z,defs", "-o", str(made), *objects, runtime, "-lm"]
         _run([*compiler, *linked], folder)
+        with open(made, "rb") as stream:
+            sync(stream)  # what a full disk or a crash cuts short ends the processes that load it
         made.replace(library)
 
 
 def _run(command: list[str], folder: str) -> None:
     try:
         done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False
-        )
+            command, cwd=folder, capture_output=True, text=True, errors="replace",
+            timeout=SECONDS, check=False,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise Unavailable(f"{command[0]} took more than {SECONDS} s") from None
     if done.returncode != 0:
