@@ -340,6 +340,22 @@ def test_softmax_loss(count: int, width: int, wants: bool) -> None:
         torch.testing.assert_close(fast.double(), slow, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("label", [3, 1 << 40, -1, -(1 << 40)])
+@pytest.mark.parametrize("wants", [False, True])
+def test_a_label_outside_of_the_head_touches_nothing_else(label: int, wants: bool) -> None:
+    memory = drawn(6, 3)
+    before, labels = memory.clone(), torch.tensor([0, label, IGNORE_INDEX, 2])
+    losses = softmax_loss(memory[1:5], labels, wants)
+    assert losses.isnan().tolist() == [False, True, False, False]
+    assert torch.equal(memory[[0, 5]], before[[0, 5]])
+
+
+def test_square_sums_of_nothing_lie_on_the_device_that_is_asked_for() -> None:
+    """A stage without gradients adds zeros to the others', which may lie on GPUs."""
+    assert square_sums([[], []], torch.device("meta")).device.type == "meta"
+    assert square_sums([[], []], torch.device("cpu")).tolist() == [0, 0]
+
+
 def test_square_sums() -> None:
     shapes = [[(3, 4), (5,), (2, 600, 3)], [], [(0, 4), (1, 1)]]
     groups = [[(drawn(*shape), 1 + i) for i, shape in enumerate(group)] for group in shapes]

@@ -27,14 +27,14 @@ def square_sums(groups: Sequence[Sequence[tuple[Tensor, int]]], device: torch.de
         device: of the tensors.
     """
     tensors = [tensor for group in groups for tensor, _ in group]
-    run = kernel("sums_of_squares", "pppppnn", *tensors)
+    # Without tensors nothing tells the kernel that they would lie on a GPU.
+    run = kernel("sums_of_squares", "pppppnn", *tensors) if tensors else None
     if run is None or not all(x.is_contiguous() and x.is_floating_point() for x in tensors):
         return square_sums_slow(groups, device)
     widths = [max(x.shape[-1], 1) if x.dim() > 1 else 1 for x in tensors]
     rows = [x.numel() // width for x, width in zip(tensors, widths, strict=True)]
     sums, room = (
-        torch.empty(size, dtype=torch.float64)
-        for size in (len(tensors), -(-max(rows, default=0) // _ROWS))
+        torch.empty(size, dtype=torch.float64) for size in (len(tensors), -(-max(rows) // _ROWS))
     )
     tables = [array("q", numbers) for numbers in ([x.data_ptr() for x in tensors], rows, widths)]
     given = [table.buffer_info()[0] for table in tables]

@@ -8,16 +8,18 @@
 
 /* Numbers of a row that are added up in fp32; the sums of these in fp64. */
 enum { STRETCH = 1024, EXPONENTIAL = 8 };
+/* The label of a row that has none. */
+enum { NONE = -100 };
 
-/* losses[r] = -log softmax(logits[r])[labels[r]]; a label below 0 is none: its loss is 0. The
- * logits (rows, width) are overwritten, if `needs_gradient` by the gradient of the loss. */
+/* losses[r] = -log softmax(logits[r])[labels[r]]; 0 for NONE, and NaN for any other label that is no
+ * place in a row: nothing is read or written there. The logits (rows, width) are overwritten, if `needs_gradient` by the gradient of the loss. */
 void softmax_loss(float *restrict losses, float *restrict logits, const int64_t *restrict labels,
                   int64_t rows, int64_t width, int64_t needs_gradient, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(worth(threads, EXPONENTIAL *rows *width))
     for (int64_t r = 0; r < rows; r++) {
         float *x = logits + r * width, most = -INFINITY;
-        if (labels[r] < 0) {
-            losses[r] = 0;
+        if (labels[r] < 0 || labels[r] >= width) {
+            losses[r] = labels[r] == NONE ? 0 : NAN;
             if (needs_gradient) memset(x, 0, width * sizeof *x);
             continue;
         }
