@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deepseek.config.schema import ModelConfig
 from deepseek.inference.generation import LatentCache
 from deepseek.models.components.attention import MultiHeadLatentAttention
-from deepseek.models.components.feed_forward import FeedForward, RMSNorm
+from deepseek.models.components.feed_forward import FeedForward, Linear, RMSNorm
 from deepseek.models.components.moe import MoE
 from deepseek.models.components.rope import rotation
 from deepseek.models.components.router import Router
@@ -254,6 +254,36 @@ def test_attention_of_sizes_that_are_vectors(q_lora_rank: int | None) -> None:
     with without_kernels():
         slow, _ = attended(made, [0, 0], 200, 1)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_cache_without_room_is_not_written_to(dtype: torch.dtype) -> None:
+    made, config = attention(2), ModelConfig(kv_lora_rank=21, qk_rope_head_dim=6)
+    capacity = 3 if dtype == torch.float32 else 9
+    cache = LatentCache(1, capacity, config, torch.zeros(1, dtype=torch.int64), dtype)
+    angles = rotation(torch.arange(4).unsqueeze(0), 6, 100.0, None)
+    with torch.no_grad(), pytest.raises(AssertionError, match="has room for them"):
+        made(random(1, 4, 24), *angles, cache=cache)
+
+
+def test_inputs_of_another_width_are_an_error() -> None:
+    """A kernel would read what lies behind them."""
+    layer = MoE(
+        dim=20, hidden_dim=8, num_shared_experts=0, router=router(), balance_coeff=0, z_coeff=0
+    )
+    with torch.no_grad():
+        for compute in (
+            filled(Linear(256, 300)),
+            filled(FeedForward(20, 8)),
+            router(),
+            lambda x: (
+                layer.experts.few(x, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64))
+                or x @ layer.gate.weight.mT
+            ),
+        ):
+            for width in (10, 40):
+                with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                    compute(random(2, width))
 
 
 def test_many_new_tokens_take_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:

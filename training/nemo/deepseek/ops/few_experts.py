@@ -27,7 +27,7 @@ def feed_forward(x: Tensor, w1_FD: Tensor, w3_FD: Tensor, w2_DF: Tensor) -> Tens
     width, dim = w1_FD.shape
     rows = x.numel() // dim
     weights = w1_FD, w3_FD, w2_DF
-    if not 0 < rows < OURS or not build.takes(x, *weights):
+    if not 0 < rows < OURS or x.shape[-1] != dim or not build.takes(x, *weights):
         return None
     kernel = build.function("feed_forward", "ppppppnnnn")
     if kernel is None or not all(w.is_contiguous() for w in weights):
@@ -55,7 +55,9 @@ def few_experts(
     experts, width, dim = w1_EFD.shape
     tokens, choices = expert_ids_TK.shape
     stacks, rows = (w1_EFD, w3_EFD, w2_EDF), tokens * choices
-    if not 0 < rows < OURS * experts or not build.takes(x_TD, weights_TK, *stacks):
+    if not 0 < rows < OURS * experts or x_TD.shape != (tokens, dim):
+        return None
+    if not build.takes(x_TD, weights_TK, *stacks):
         return None
     kernel = build.function("few_experts", "pppppppppnnnnnn")
     if kernel is None or not all(w.is_contiguous() for w in stacks):

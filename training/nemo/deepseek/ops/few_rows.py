@@ -62,7 +62,8 @@ def takes_few(x: Tensor, w: Tensor) -> bool:
 def few_rows(x_RI: Tensor, w_OI: Tensor) -> Tensor:
     """``linear`` of R rows, at least one: (R, O), strided. Reference: ``F.linear``."""
     rows, inputs = x_RI.shape
-    if w_OI.numel() < _IN_CACHES or not w_OI.is_contiguous():
+    fits = w_OI.shape[-1] == inputs  # F.linear tells what does not
+    if w_OI.numel() < _IN_CACHES or not fits or not w_OI.is_contiguous():
         return F.linear(x_RI, w_OI)  # other strides take both of the following many times as long
     kernel = build.function("linear", "pppnnnn") if rows < OURS else None
     if kernel is not None:

@@ -69,6 +69,10 @@ def latent_attention(
         (B, S, N, U).
     """
     sequences, tokens, heads, q_width = q_BSNH.shape
+    slots = room.slots_BMX
+    assert slots.dtype == q_BSNH.dtype and room.start + tokens <= slots.shape[1], (
+        "a kernel writes new tokens where the cache has room for them"
+    )
     cos_BSA, sin_BSA = (x.contiguous() for x in rotation)
     latent, rope = norm_C.shape[0], 2 * cos_BSA.shape[-1]
     nope = q_width - rope
@@ -83,8 +87,8 @@ def latent_attention(
     kernel = build.function("latent_attention", "p" * 10 + "n" * 11 + "ffn")
     assert kernel is not None, "asked before"
     known = q_BSNH.contiguous(), kv_BSX.contiguous(), norm_C, cos_BSA, sin_BSA, wkv_b.contiguous()
-    given = (y_BSNU, *known, room.slots_BMX, room.padding_B, work)
+    given = (y_BSNU, *known, slots, room.padding_B, work)
     sizes = sequences, tokens, heads, nope, rope, latent, values
-    steps = room.slots_BMX.stride()[:2]
+    steps = slots.stride()[:2]
     kernel(*given, *sizes, room.start, *steps, splits, eps, scale, threads)
     return y_BSNU

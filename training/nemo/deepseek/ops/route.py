@@ -39,7 +39,7 @@ def route(
     if not 0 < tokens < FEW or not build.takes(*known):
         return None
     kernel = build.function("route", "p" * 7 + "n" * 9 + "fn")
-    if kernel is None or not w_ED.is_contiguous():
+    if kernel is None or w_ED.shape[1] != dim or not w_ED.is_contiguous():
         return None
     x_TD, experts = x_TD.contiguous(), len(w_ED)
     logits_TE, scores_TE = x_TD.new_empty(2, tokens, experts)
