@@ -322,6 +322,15 @@ def test_positions() -> None:
         assert (model(tokens, positions * 2) - logits).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_positions_of_one_row_are_those_of_all(grad: bool) -> None:
+    """In fp32, where kernels read angles row by row."""
+    model, tokens = tiny_model(tiny_config(), torch.float32), random_batch().tokens
+    with torch.set_grad_enabled(grad):
+        logits = model(tokens, torch.arange(5, 12).expand(2, 7))
+        assert torch.equal(model(tokens, torch.arange(5, 12).unsqueeze(0)), logits)
+
+
 def test_causality() -> None:
     """Logits i change with token j exactly for j <= i."""
     model = tiny_model(tiny_config())
