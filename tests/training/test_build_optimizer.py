@@ -104,6 +104,17 @@ def test_adamw_is_torchs(kernels: bool) -> None:
             torch.testing.assert_close(optimizers[0].state[one][name], value, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_rate_in_a_tensor(kernels: bool) -> None:
+    sides = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    for parameter, rate in zip(sides, (0.1, torch.tensor(0.1)), strict=True):
+        parameter.grad = torch.arange(3.0)
+        optimizer = AdamW([{"params": [parameter]}], lr=rate, betas=(0.9, 0.99), eps=1e-8)
+        with nullcontext() if kernels else without_kernels():
+            optimizer.step()
+    torch.testing.assert_close(*sides)
+
+
 def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
     config = OptimConfig(name="muon", lr=0.01, betas=[0.8, 0.7], eps=1e-6, muon_momentum=0.6)
     made = model()

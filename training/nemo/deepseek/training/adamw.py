@@ -152,7 +152,11 @@ def adamw_kernel(
     updated = [[local(x) for x in part] for part in (parameters, gradients, firsts, seconds)]
     flat = [tensor for part in updated for tensor in part]
     run = kernel("adamw", "pppndddddn", *flat, *steps)
-    if run is None or not all(x.dtype == torch.float32 and x.is_contiguous() for x in flat):
+    if (
+        run is None
+        or isinstance(group["lr"], Tensor)
+        or not all(x.dtype == torch.float32 and x.is_contiguous() for x in flat)
+    ):
         return False
     sizes = [x.numel() for x in updated[0]]
     addresses = [x.data_ptr() for x in flat], [x.data_ptr() for x in steps]
