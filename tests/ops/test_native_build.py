@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from deepseek.config import UserError
+from deepseek.files import user_cache
 from deepseek.ops import few_rows
 from deepseek.ops.native import build
 
@@ -122,8 +124,10 @@ def test_a_user_without_a_home(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name)
     monkeypatch.setattr(pwd, "getpwuid", nobody)
-    assert "home" in (build.why_not() or "")
+    assert "has no home folder to keep a cache in; set XDG_CACHE_HOME" in (build.why_not() or "")
     product()
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME to a folder of yours"):
+        user_cache()
 
 
 def test_a_disk_that_is_full_leaves_no_library(

@@ -82,8 +82,20 @@ class HashingWriter(io.BufferedWriter):
 
 
 def user_cache() -> Path:
-    """Folder of what is made once for a user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek"
+    """Folder of what is made once for a user.
+
+    Raises:
+        UserError: the user has no home, as in a container that runs under any number.
+    """
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "deepseek"
+    try:
+        return Path.home() / ".cache" / "deepseek"
+    except RuntimeError:
+        raise UserError(
+            f"this user (number {os.getuid()}) has no home folder to keep a cache in; set "
+            "XDG_CACHE_HOME to a folder of yours"
+        ) from None
 
 
 def write_durably(path: Path, content: bytes) -> FileEntry:

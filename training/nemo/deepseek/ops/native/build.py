@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepseek.config.errors import UserError
 from deepseek.config.processor import processor
 from deepseek.files import sync, user_cache
 
@@ -105,9 +106,8 @@ def _library() -> ctypes.CDLL | str:
     """The kernels, or why there are none."""
     try:
         return _load()
-    except (OSError, RuntimeError, ValueError, Unavailable) as reason:
-        # RuntimeError: a user without a home; ValueError: $CC with half a quotation, a name in
-        # /proc that is no text.
+    except (OSError, ValueError, UserError, Unavailable) as reason:
+        # ValueError: $CC with half a quotation, a name in /proc that is no text.
         return str(reason)
 
 
