@@ -316,6 +316,14 @@ def test_routing(tokens: int, experts: int, data: st.DataObject) -> None:
         assert torch.equal(counts_E, count_assignments(ids_TK, real_BS[0], experts))
 
 
+def test_second_derivatives_are_refused() -> None:
+    """What a kernel has filled has no history: they would miss a part, and nobody would notice."""
+    x, weight = drawn(2, 8).requires_grad_(), drawn(8, seed=1).requires_grad_()
+    y = rms_norm(x, weight, 1e-6).square().sum()
+    with pytest.raises(RuntimeError, match="rms_norm_backward: a kernel has no second derivative"):
+        torch.autograd.grad(y, x, create_graph=True)
+
+
 def test_places_of_equal_scores_and_of_none() -> None:
     """The first of equal ones; NaN before all, as torch's."""
     nan, less = float("nan"), float("-inf")

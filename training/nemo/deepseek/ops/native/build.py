@@ -117,6 +117,13 @@ def _bound(library: ctypes.CDLL, name: str, arguments: str) -> Callable[..., Non
     found.argtypes, found.restype = [_TYPES[letter] for letter in arguments], None
 
     def call(*given: Any) -> None:
+        # In an autograd function only a backward pass that is to be differentiated has it on.
+        if torch.is_grad_enabled() and any(
+            isinstance(x, Tensor) and x.requires_grad for x in given
+        ):
+            raise RuntimeError(
+                f"{name}: a kernel has no second derivative, and create_graph=True asks for one"
+            )
         found(*[x.data_ptr() if isinstance(x, Tensor) else x for x in given])
 
     return call
