@@ -323,12 +323,15 @@ def test_positions() -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_positions_of_one_row_are_those_of_all(grad: bool) -> None:
+def test_positions_and_documents_of_one_row_are_those_of_all(grad: bool) -> None:
     """In fp32, where kernels read angles row by row."""
     model, tokens = tiny_model(tiny_config(), torch.float32), random_batch().tokens
     with torch.set_grad_enabled(grad):
-        logits = model(tokens, torch.arange(5, 12).expand(2, 7))
-        assert torch.equal(model(tokens, torch.arange(5, 12).unsqueeze(0)), logits)
+        for documents in (None, torch.tensor([[0, 0, 0, 1, 1, 2, 2]])):
+            positions = torch.arange(5, 12).unsqueeze(0)
+            every = None if documents is None else documents.expand(2, 7)
+            logits = model(tokens, positions.expand(2, 7), every)
+            assert torch.equal(model(tokens, positions, documents), logits)
 
 
 def test_causality() -> None:

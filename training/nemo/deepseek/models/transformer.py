@@ -149,6 +149,8 @@ class Transformer(nn.Module):
         if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
         positions_BS = positions_BS.expand_as(tokens_BS)  # kernels read those of every row
+        if documents_BS is not None:
+            documents_BS = documents_BS.expand_as(tokens_BS)
         is_fp64 = next(self.parameters()).dtype == torch.float64
         cos_BSA, sin_BSA = rotation(
             positions_BS,
