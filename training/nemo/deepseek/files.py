@@ -93,7 +93,7 @@ def user_cache() -> Path:
         return Path.home() / ".cache" / "deepseek"
     except RuntimeError:
         raise UserError(
-            f"this user (number {os.getuid()}) has no home folder to keep a cache in; set "
+            "this user has no home folder to keep a cache in; set "
             "XDG_CACHE_HOME to a folder of yours"
         ) from None
 
