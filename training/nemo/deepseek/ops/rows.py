@@ -155,12 +155,11 @@ def aligned_slots(
         skip_empty: an expert without rows gets none: its weights are not read.
     """
     least_rows = 0 if skip_empty else 1
-    if run := kernel("align_rows", "pppnnn", counts_e):
-        assert int(counts_e.sum()) == num_rows, (
-            "a kernel writes a slot for every row that is counted"
+    if run := kernel("align_rows", "pppnnnn", counts_e):
+        padded_e, slots_R = torch.empty_like(counts_e), counts_e.new_zeros(num_rows)
+        run(
+            padded_e, slots_R, counts_e.contiguous(), num_rows, len(counts_e), ALIGNMENT, least_rows
         )
-        padded_e, slots_R = torch.empty_like(counts_e), counts_e.new_empty(num_rows)
-        run(padded_e, slots_R, counts_e.contiguous(), len(counts_e), ALIGNMENT, least_rows)
         return padded_e, slots_R
     padded_e = (counts_e.clamp(min=least_rows) + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     added_e = padded_e - counts_e

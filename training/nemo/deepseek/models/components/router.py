@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from deepseek.models.components.recompute import keep
 from deepseek.ops.few_rows import linear
-from deepseek.ops.route import route
-from deepseek.ops.routing import expert_weights, largest_places
+from deepseek.ops.routing import expert_weights, largest_places, route
 
 
 class Routing(NamedTuple):

@@ -1,8 +1,9 @@
-/* The router's small steps, token by token; all tensors are contiguous. */
+/* What a router decides, token by token; all tensors are contiguous. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
+#include "products.h"
 #include "threads.h"
 
 /* NaN is larger than all, as to torch. */
@@ -112,4 +113,64 @@ void count_experts(int64_t *restrict counts, const int64_t *restrict chosen,
     memset(counts, 0, experts * sizeof *counts);
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t k = 0; k < choices; k++) counts[chosen[t * choices + k]] += real[t];
+}
+
+/* -inf for all experts outside of the best groups. Those with the largest score, or the largest
+ * sum of their two largest. */
+static void mask_groups(float *choice, int64_t experts, int64_t groups, int64_t kept, int64_t best) {
+    int64_t size = experts / groups, places[best > kept ? best : kept];
+    float score[groups];
+    char chosen[groups];
+    memset(chosen, 0, groups);
+    for (int64_t g = 0; g < groups; g++) {
+        const float *choice_g = choice + g * size;
+        find_largest(places, choice_g, size, best);
+        score[g] = 0;
+        for (int64_t i = 0; i < best; i++) score[g] += choice_g[places[i]];
+    }
+    find_largest(places, score, groups, kept);
+    for (int64_t i = 0; i < kept; i++) chosen[places[i]] = 1;
+    for (int64_t e = 0; e < experts; e++)
+        if (!chosen[e / size]) choice[e] = -INFINITY;
+}
+
+/* The whole decision for few tokens: logits and scores (tokens, experts), ids and weights (tokens, choices), of x (tokens, dim), w
+ * (experts, dim) and bias (experts) or NULL; contiguous.
+ *
+ *   softmax: how scores are made; 0: sigmoid.
+ *   groups, kept: only the experts of so many groups; one group: all.
+ *   best: numbers of a group that are its score.
+ *   normalise: weights sum to `factor`; 0: they are scores times it. */
+void route(float *logits, float *scores, int64_t *ids, float *weights, const float *x,
+           const float *w, const float *bias, int64_t tokens, int64_t experts, int64_t choices,
+           int64_t dim, int64_t softmax, int64_t groups, int64_t kept, int64_t best,
+           int64_t normalise, float factor, int64_t threads) {
+#pragma omp parallel num_threads(worth(threads, tokens *experts *dim))
+    {
+        part mine = my_part(experts, TILE_WIDTH);
+        dots(tokens, mine.end - mine.begin, dim, x, dim, w + mine.begin * dim, dim,
+             logits + mine.begin, experts);
+#pragma omp barrier
+#pragma omp for
+        for (int64_t t = 0; t < tokens; t++) {
+            const float *logits_t = logits + t * experts;
+            float *scores_t = scores + t * experts, choice[experts], sum = 0;
+            int64_t *ids_t = ids + t * choices;
+            if (softmax) {
+                int64_t most_at;
+                find_largest(&most_at, logits_t, experts, 1);
+                float most = logits_t[most_at];
+                for (int64_t e = 0; e < experts; e++) sum += scores_t[e] = expf(logits_t[e] - most);
+                for (int64_t e = 0; e < experts; e++) scores_t[e] /= sum;
+            } else {
+                for (int64_t e = 0; e < experts; e++) scores_t[e] = 1 / (1 + expf(-logits_t[e]));
+            }
+            for (int64_t e = 0; e < experts; e++) choice[e] = scores_t[e] + (bias ? bias[e] : 0);
+            if (groups > 1) mask_groups(choice, experts, groups, kept, best);
+            find_largest(ids_t, choice, experts, choices);
+            /* The bias chooses, but does not weigh. */
+            weigh_experts(weights + t * choices, scores_t, ids_t, 1, experts, choices, normalise,
+                          factor);
+        }
+    }
 }

@@ -23,14 +23,15 @@ void sort_rows(int64_t *restrict order, int64_t *restrict inverse, int64_t *rest
     for (int64_t e = experts - 1; e > 0; e--) counts[e] -= counts[e - 1];
 }
 
-/* Padded counts, and the slots of the rows: see `aligned_slots`. */
+/* Padded counts, and the slots of the rows: see `aligned_slots`. Counts that do not add up to
+ * `rows` write no slot beyond them. */
 void align_rows(int64_t *restrict padded, int64_t *restrict slots, const int64_t *restrict counts,
-                int64_t experts, int64_t alignment, int64_t least) {
+                int64_t rows, int64_t experts, int64_t alignment, int64_t least) {
     int64_t slot = 0, row = 0;
     for (int64_t e = 0; e < experts; e++) {
         const int64_t held = counts[e] < least ? least : counts[e];
         padded[e] = (held + alignment - 1) / alignment * alignment;
-        for (int64_t i = 0; i < counts[e]; i++) slots[row++] = slot + i;
+        for (int64_t i = 0; i < counts[e] && row < rows; i++) slots[row++] = slot + i;
         slot += padded[e];
     }
 }
