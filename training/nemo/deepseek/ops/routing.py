@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from deepseek.ops.few_rows import FEW
-from deepseek.ops.native.build import function, kernel, takes
+from deepseek.ops.native import build
+from deepseek.ops.native.build import kernel
 
 
 def route(
@@ -42,9 +43,9 @@ def route(
     """
     tokens, dim = x_TD.shape
     known = (x_TD, w_ED) if bias_E is None else (x_TD, w_ED, bias_E)
-    if not 0 < tokens < FEW or not takes(*known):
+    if not 0 < tokens < FEW or not build.takes(*known):
         return None
-    run = function("route", "p" * 7 + "n" * 9 + "fn")
+    run = build.function("route", "p" * 7 + "n" * 9 + "fn")
     if run is None or w_ED.shape[1] != dim or not w_ED.is_contiguous():
         return None
     x_TD, experts = x_TD.contiguous(), len(w_ED)

@@ -157,7 +157,7 @@ void route(float *logits, float *scores, int64_t *ids, float *weights, const flo
             float *scores_t = scores + t * experts, choice[experts], sum = 0;
             int64_t *ids_t = ids + t * choices;
             if (softmax) {
-                int64_t most_at;
+                int64_t most_at = 0;
                 find_largest(&most_at, logits_t, experts, 1);
                 float most = logits_t[most_at];
                 for (int64_t e = 0; e < experts; e++) sum += scores_t[e] = expf(logits_t[e] - most);
