@@ -3,7 +3,7 @@
 PyTorch's operators are too large or too small for some steps on a CPU: a token that is decoded
 takes hundreds of them, each of a few microseconds before it computes anything, and reads its
 experts one by one. These steps are plain C here, with no header but the C library's, so that
-compiling takes a second or two, and are called through ``ctypes`` by address.
+compiling takes some seconds, and are called through ``ctypes`` by address.
 
 Compiled for the very processor, since vectors of 512 bits are twice those of 256, in the user's
 cache folder under a name that holds sources, flags, compiler and processor: none of them can meet

@@ -14,6 +14,17 @@ INLINE lanes either(whole_lanes mask, lanes one, lanes other) {
     return (lanes)(((whole_lanes)one & mask) | ((whole_lanes)other & ~mask));
 }
 
+/* p, which holds the first coefficient, becomes e^r: of a number or a vector. */
+#define TO_POWER_R(p, r)              \
+    do {                              \
+        p = p * r + 1.3981999507e-3f; \
+        p = p * r + 8.3334519073e-3f; \
+        p = p * r + 4.1665795894e-2f; \
+        p = p * r + 1.6666665459e-1f; \
+        p = p * r + 5.0000001201e-1f; \
+        p = p * r * r + r + 1.0f;     \
+    } while (0)
+
 /* Within 2 units in the last place, of what is representable; 0 below -87, where numbers lose theirs.
  * x = n log 2 + r: 2^n is made of its bits, e^r of a polynomial (Cephes' expf, its coefficients). */
 static inline float exponential(float x) {
@@ -23,12 +34,7 @@ static inline float exponential(float x) {
     const float n = (x * 1.44269504f + to_whole) - to_whole;
     const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    TO_POWER_R(p, r);
     const int32_t bits = ((int32_t)n + 127) << 23;
     float power;
     memcpy(&power, &bits, sizeof power);
@@ -44,14 +50,11 @@ INLINE lanes exponentials(lanes x) {
     const lanes n = (x * 1.44269504f + to_whole) - to_whole;
     const lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;
     lanes p = zero + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    TO_POWER_R(p, r);
     const whole_lanes bits = (__builtin_convertvector(n, whole_lanes) + 127) << 23;
     return either(is_nothing, zero, p * (lanes)bits);
 }
+
+#undef TO_POWER_R
 
 #endif

@@ -11,6 +11,7 @@
 #include "exponential.h"
 #include "products.h"
 #include "threads.h"
+#include "turn.h"
 
 /* Tokens of a block. */
 enum { BLOCK = 64 };
@@ -28,16 +29,6 @@ typedef struct {
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* Pairs (0, 1), (2, 3), ... turned by their angles, times `scale`. */
-static void rotate(float *y, const float *x, const float *cos, const float *sin, int64_t dims,
-                   float scale) {
-    for (int64_t a = 0; a < dims / 2; a++) {
-        float even = x[2 * a], odd = x[2 * a + 1];
-        y[2 * a] = (even * cos[a] - odd * sin[a]) * scale;
-        y[2 * a + 1] = (even * sin[a] + odd * cos[a]) * scale;
-    }
-}
-
 /* A new token's latent, normed, and its rotated key, to their place in the cache. */
 static void keep(float *kept, const float *kv, const float *norm, const float *cos,
                  const float *sin, const sizes *n, float eps) {
@@ -46,7 +37,7 @@ static void keep(float *kept, const float *kv, const float *norm, const float *c
     for (int64_t c = 0; c < n->latent; c++) squares += kv[c] * kv[c];
     float factor = 1 / sqrtf(squares / n->latent + eps);
     for (int64_t c = 0; c < n->latent; c++) kept[c] = kv[c] * factor * norm[c];
-    rotate(kept + n->latent, kv + n->latent, cos, sin, n->rope, 1);
+    turn(kept + n->latent, kv + n->latent, cos, sin, n->rope / 2, 1);
 }
 
 /* Attention of all heads of one sequence's new tokens to the slots `begin` to `end` of its cache:
@@ -140,9 +131,11 @@ void latent_attention(float *y, const float *q, const float *kv, const float *no
             int64_t slot = t / tokens * sequence_step + (start + t % tokens) * token_step;
             const float *cos_t = cos + t * rope / 2, *sin_t = sin + t * rope / 2;
             keep(cache + slot, kv + t * width, norm, cos_t, sin_t, &n, eps);
-            for (int64_t h = 0; h < heads; h++)
-                rotate(absorbed + (t * heads + h) * width + latent,
-                       q + (t * heads + h) * q_head + nope, cos_t, sin_t, rope, scale);
+            for (int64_t h = 0; h < heads; h++) {
+                float *turned = absorbed + (t * heads + h) * width + latent;
+                turn(turned, q + (t * heads + h) * q_head + nope, cos_t, sin_t, rope / 2, 1);
+                for (int64_t i = 0; i < rope; i++) turned[i] *= scale;
+            }
         }
         int64_t columns = (latent + COLUMNS - 1) / COLUMNS;
 #pragma omp for
