@@ -107,7 +107,7 @@ def _library() -> ctypes.CDLL | str:
     try:
         return _load()
     except (OSError, ValueError, UserError, Unavailable) as reason:
-        # ValueError: $CC with half a quotation, a name in /proc that is no text.
+        # ValueError: a name in /proc that is no text.
         return str(reason)
 
 
@@ -146,7 +146,11 @@ def _load() -> ctypes.CDLL:
 
 def _compiler() -> list[str]:
     """The command, with its path first."""
-    named = shlex.split(os.environ.get("CC", ""))
+    given = os.environ.get("CC", "")
+    try:
+        named = shlex.split(given)
+    except ValueError as reason:
+        raise Unavailable(f"CC={given}: {reason}") from None
     for command in [named] if named else [[name] for name in COMPILERS]:
         if path := shutil.which(command[0]):
             return [path, *command[1:]]
