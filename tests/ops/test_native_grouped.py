@@ -1,0 +1,112 @@
+"""The kernels of experts' products against loops in fp64: any sizes, any rows, any threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deepseek.ops.native import build
+
+SIZES = st.sampled_from([1, 2, 5, 15, 16, 17, 31, 32, 33, 48, 70])
+COUNTS = st.lists(st.sampled_from([0, 1, 2, 3, 6, 7, 13, 14, 15, 29, 40]), min_size=1, max_size=5)
+
+
+def kernel(name: str, arguments: str) -> Callable[..., None]:
+    found = build.function(name, arguments)
+    assert found is not None, build.why_not()
+    return found
+
+
+def products(
+    y_grad_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, counts: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Results, the rows' gradients and the stack's, filled with what no product may leave."""
+    starts = torch.tensor([0, *accumulate(counts)])
+    sizes = [*w_EOI.shape, torch.get_num_threads()]
+    y_RO = torch.full_like(y_grad_RO, torch.nan)
+    x_grad_RI, w_grad_EOI = torch.full_like(x_RI, torch.nan), torch.full_like(w_EOI, torch.nan)
+    kernel("grouped_linear", "ppppnnnn")(y_RO, x_RI, w_EOI, starts, *sizes)
+    kernel("grouped_linear_back", "ppppnnnn")(x_grad_RI, y_grad_RO, w_EOI, starts, *sizes)
+    kernel("grouped_outer", "ppppnnnnn")(
+        w_grad_EOI, y_grad_RO, x_RI, starts, *sizes[:3], 0, sizes[3]
+    )
+    return y_RO, x_grad_RI, w_grad_EOI
+
+
+def drawn(counts: Sequence[int], outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(sum(counts) + outputs)
+    return (
+        torch.randn(sum(counts), outputs, generator=generator),
+        torch.randn(sum(counts), inputs, generator=generator),
+        torch.randn(len(counts), outputs, inputs, generator=generator),
+    )
+
+
+def close(one: Tensor, wide: Tensor, terms: int) -> None:
+    torch.testing.assert_close(one.double(), wide, rtol=1e-6, atol=3e-6 * (terms + 1) ** 0.5)
+
+
+def hold_against_loops(counts: Sequence[int], outputs: int, inputs: int) -> None:
+    y_grad_RO, x_RI, w_EOI = drawn(counts, outputs, inputs)
+    y_RO, x_grad_RI, w_grad_EOI = products(y_grad_RO, x_RI, w_EOI, counts)
+    rows = zip(
+        *(x.split(list(counts)) for x in (y_grad_RO.double(), x_RI.double(), y_RO, x_grad_RI)),
+        strict=True,
+    )
+    added_EOI = w_EOI.clone()
+    kernel("grouped_outer", "ppppnnnnn")(
+        added_EOI, y_grad_RO, x_RI, torch.tensor([0, *accumulate(counts)]), *w_EOI.shape, 1, 1
+    )
+    for e, (y_grad, x, y, x_grad) in enumerate(rows):
+        w = w_EOI[e].double()
+        close(y, x @ w.T, inputs)
+        close(x_grad, y_grad @ w, outputs)
+        close(w_grad_EOI[e], y_grad.T @ x, len(x))
+        close(added_EOI[e], w + y_grad.T @ x, len(x))
+
+
+@given(counts=COUNTS, outputs=SIZES, inputs=SIZES)
+def test_equal_loops_of_any_sizes(counts: list[int], outputs: int, inputs: int) -> None:
+    hold_against_loops(counts, outputs, inputs)
+
+
+@pytest.mark.parametrize(
+    ("counts", "outputs", "inputs"),
+    [([600, 0, 3], 40, 24), ([5, 90], 300, 1100), ([33], 2100, 50), ([1, 0, 20], 30, 2500)],
+)
+def test_equal_loops_of_several_blocks(counts: list[int], outputs: int, inputs: int) -> None:
+    """More rows, outputs and inputs than lie in a cache at once."""
+    hold_against_loops(counts, outputs, inputs)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(48, 64), (37, 70), (600, 17)])
+def test_no_result_depends_on_other_rows(outputs: int, inputs: int) -> None:
+    counts = [21, 0, 50, 2]
+    y_grad_RO, x_RI, w_EOI = drawn(counts, outputs, inputs)
+    y_RO, x_grad_RI, _ = products(y_grad_RO, x_RI, w_EOI, counts)
+    for row, e in [(0, 0), (20, 0), (21, 2), (40, 2), (70, 2), (72, 3)]:
+        one = slice(row, row + 1)
+        alone = products(y_grad_RO[one], x_RI[one], w_EOI[e : e + 1], [1])
+        assert torch.equal(alone[0], y_RO[one]) and torch.equal(alone[1], x_grad_RI[one])
+
+
+@pytest.mark.parametrize(
+    ("counts", "outputs", "inputs"),
+    [([70, 3, 0, 0, 25], 80, 100), ([200], 67, 130), ([0, 0, 1, 300], 256, 33)],
+)
+def test_the_same_on_any_threads(counts: list[int], outputs: int, inputs: int) -> None:
+    """Shared by rows and by parts of a matrix: skewed experts, and one alone."""
+    given = drawn(counts, outputs, inputs)
+    wanted = products(*given, counts)
+    try:
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, products(*given, counts), wanted))
+    finally:
+        torch.set_num_threads(1)
