@@ -198,7 +198,7 @@ class Driven:
         return {name: tensor[rows] for name, tensor in batch.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, buffers, the last step's gradients, and the optimiser's state."""
+        """Weights, buffers, the last step's gradients before clipping, the optimiser's state."""
         named = dict(self.module.model.named_parameters())
         tensors = {f"weight.{name}": _detached(p) for name, p in named.items()}
         tensors |= {f"buffer.{n}": b for n, b in self.module.model.named_buffers() if ".bias" in n}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from deepseek.config.schema import ModelConfig, OptimConfig
 from deepseek.models.transformer import Transformer
+from deepseek.ops.native.build import why_not
+from deepseek.parallel.gradients import multiply_gradients
 from deepseek.training import adamw
 from deepseek.training.adamw import AdamW
 from deepseek.training.muon import Muon
-from deepseek.training.optim import build_optimizer
+from deepseek.training.optim import build_optimizer, multiply_in_update
 from support.kernels import without_kernels
 
 
@@ -102,6 +105,91 @@ def test_adamw_is_torchs(kernels: bool) -> None:
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
         for name, value in optimizers[1].state[other].items():
             torch.testing.assert_close(optimizers[0].state[one][name], value, rtol=1e-6, atol=1e-7)
+
+
+def updated(
+    name: str, moments: str, factors: Sequence[float], in_update: bool, on_host: bool = False
+) -> list[Tensor]:
+    """Weights and states after an update for each factor, by which gradients are multiplied in it
+    or before it."""
+    made = model()
+    config = OptimConfig(name=name, lr=0.1, moments_dtype=moments, cpu_offload=on_host)
+    optimizer = build_optimizer(made.named_parameters(), config)
+    generator = torch.Generator().manual_seed(0)
+    for factor in factors:
+        for parameter in made.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        if in_update:
+            multiply_in_update(optimizer, factor)
+        else:
+            multiply_gradients(list(made.parameters()), factor)
+        optimizer.step()
+    states = [x for p in made.parameters() for _, x in sorted(optimizer.state[p].items())]
+    return [*(p.detach() for p in made.parameters()), *states]
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_gradients_are_multiplied_in_the_update(
+    name: str, moments: str, on_host: bool, kernels: bool
+) -> None:
+    """Bit by bit as if they had been before it; once, and in the one that it was asked for."""
+    with nullcontext() if kernels else without_kernels():
+        sides = [
+            updated(name, moments, (0.3, 1.0, 1e-5, 0.77), in_update, on_host)
+            for in_update in (True, False)
+        ]
+    assert all(map(torch.equal, *sides))
+    other = updated(name, moments, (1.0, 1.0, 1.0, 1.0), True, on_host)
+    assert not any(torch.equal(a, b) for a, b in zip(other, sides[0], strict=True) if a.dim() > 1)
+
+
+def test_a_factor_is_of_one_update() -> None:
+    parameter = torch.ones(2, requires_grad=True)
+    optimizer = AdamW([{"params": [parameter]}], lr=0.1, betas=(0.9, 0.99), eps=1e-8)
+    multiply_in_update(optimizer, 0.5)
+    for wanted in (0.05, 0.05 * 0.9 + 0.1):
+        parameter.grad = torch.ones(2)
+        optimizer.step()
+        torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], torch.full((2,), wanted))
+
+
+def test_another_optimiser_gets_multiplied_gradients() -> None:
+    parameter = torch.ones(2, requires_grad=True)
+    parameter.grad = torch.full((2,), 4.0)
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    multiply_in_update(optimizer, 0.25)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((2,), 0.9))
+
+
+def test_bf16_moments_are_rounded_after_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's numbers are those of fp32 moments that are made for the update and rounded when
+    it is done, bit by bit; infinite ones, tiny ones and NaN, too."""
+    taken: list[bool] = []
+    kernel = adamw.adamw_kernel
+    monkeypatch.setattr(adamw, "adamw_kernel", lambda *a: taken.append(kernel(*a)) or taken[-1])
+    start = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    gradient = start.clone()
+    gradient[:6] = torch.tensor([3.4e38, -3.4e38, torch.inf, torch.nan, 1e-42, 0.0])
+    sides = []
+    for on_host in (False, True):  # on the host moments are copied for the update
+        parameter = start.clone().requires_grad_()
+        groups = [{"params": [parameter]}]
+        settings: dict[str, Any] = dict(lr=0.1, betas=(0.9, 0.99), eps=1e-8)
+        optimizer = AdamW(groups, moments=torch.bfloat16, on_host=on_host, **settings)
+        for sign in (1.0, -0.7, 0.01):
+            parameter.grad = gradient * sign
+            optimizer.step()
+        state = optimizer.state[parameter]
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
+        sides.append([parameter.detach(), state["exp_avg"], state["exp_avg_sq"]])
+    assert all(taken) == (why_not() is None)
+    for one, other in zip(*sides, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 @pytest.mark.parametrize("kernels", [True, False])

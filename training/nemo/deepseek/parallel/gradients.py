@@ -1,4 +1,4 @@
-"""Gradients after the backward pass: what several ranks hold is added up, measured and clipped."""
+"""Gradients after the backward pass: what several ranks hold is added up; norm and clipping."""
 
 from __future__ import annotations
 
@@ -58,14 +58,16 @@ def gradient_norms(
     return GradientNorms(squares.sum().sqrt(), *squares.sqrt())
 
 
-def clip_gradients(named: Sequence[tuple[str, Tensor]], largest: float, norm: float) -> None:
-    """Scale all gradients so that their norm is at most ``largest``; 0: whatever it is.
-
-    As ``torch.nn.utils.clip_grad_norm_`` rounds. Gradients within the limit are left alone.
-    """
+def clip_factor(largest: float, norm: float) -> float:
+    """What brings gradients of this norm to a norm of at most ``largest``; 0: whatever it is."""
     factor = largest / (norm + 1e-6)
-    gradients = [local(p.grad) for _, p in named if p.grad is not None]
-    if 0 < factor < 1 and gradients:  # a stage without a layer has none, if adapters are trained
+    return factor if 0 < factor < 1 else 1.0
+
+
+def multiply_gradients(parameters: Sequence[Tensor], factor: float) -> None:
+    """In place, as ``torch.nn.utils.clip_grad_norm_`` rounds. Times 1 they are left alone."""
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    if factor != 1 and gradients:  # a stage without a layer has none, if adapters are trained
         torch._foreach_mul_(gradients, factor)
 
 

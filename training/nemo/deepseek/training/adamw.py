@@ -4,6 +4,9 @@ torch's keeps them in the parameters' dtype, on their device; so does this one, 
 more, and computes what torch's fused one does. DeepSeek-V3 was trained with bf16
 moments (arXiv:2412.19437 section 3.3.3): 4 bytes a parameter instead of 8.
 
+Clipping is part of the update: gradients count ``gradient_factor`` times. A kernel multiplies them
+as it reads them, where a pass before it would read and write all of them once more.
+
 On the host they visit the device one parameter at a time, so that every update is computed where it
 was before, and is the same: 16 bytes go to and fro for each parameter (8 of bf16 moments). On a GPU
 those of the next parameter travel beside the update of this one, on a stream of their own and from
@@ -22,13 +25,16 @@ from torch.optim.adamw import adamw
 
 from deepseek.models.components.offload import aside, copy_stream
 from deepseek.ops.native.build import kernel
+from deepseek.parallel.gradients import multiply_gradients
 from deepseek.parallel.mesh import local, placed
 
 
 class AdamW(torch.optim.Optimizer):
     """Computes in the parameters' dtype, whatever the moments are kept in.
 
-    State per parameter: ``step``, ``exp_avg``, ``exp_avg_sq``.
+    State per parameter: ``step``, ``exp_avg``, ``exp_avg_sq``. Each group has a
+    ``gradient_factor``, by which its gradients are multiplied in the next update alone; what is in
+    ``grad`` afterwards may be multiplied or not.
 
     Args:
         groups: parameters and ``weight_decay``.
@@ -46,7 +52,7 @@ class AdamW(torch.optim.Optimizer):
         **defaults: Any,
     ) -> None:
         self.moments, self.on_host = moments, on_host
-        super().__init__(groups, dict(weight_decay=0.0) | defaults)
+        super().__init__(groups, dict(weight_decay=0.0, gradient_factor=1.0) | defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -59,22 +65,24 @@ class AdamW(torch.optim.Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
                 self.update(parameters, group)
+            group["gradient_factor"] = 1.0
         return loss
 
     def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Move the parameters of a group; in one call, or with moments that are kept otherwise one
-        by one, so that those of few parameters at a time are as large as them."""
+        """Move the parameters of a group; in one call, or with moments that are kept otherwise (and
+        without a kernel) one by one, so that those of few at a time are as large as parameters."""
         names, states = ("exp_avg", "exp_avg_sq"), [self.state_of(p) for p in parameters]
         steps = [state["step"] for state in states]
-        if self.moments is None and not self.on_host:
-            moments = [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
-            self._adamw(parameters, moments, steps, group)
-            return
         kept = [[state[name] for name in names] for state in states]
+        if self.moments is None and not self.on_host:
+            self._adamw(parameters, kept, steps, group)
+            return
+        if not self.on_host and adamw_kernel(parameters, kept, steps, group):
+            return
         for parameter, step, (first, second) in zip(
             parameters, steps, self.at_work(parameters, kept), strict=True
         ):
-            self._adamw([parameter], [(first, second)], [step], group)
+            self._adamw([parameter], [[first, second]], [step], group)
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """State of one parameter, zeros at its first step."""
@@ -112,16 +120,16 @@ class AdamW(torch.optim.Optimizer):
     def _adamw(
         self,
         parameters: list[Tensor],
-        moments: list[tuple[Tensor, Tensor]],
+        moments: list[list[Tensor]],
         steps: list[Tensor],
         group: dict[str, Any],
     ) -> None:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if adamw_kernel(parameters, gradients, moments, steps, group):
+        if adamw_kernel(parameters, moments, steps, group):
             return
+        multiply_gradients(parameters, group["gradient_factor"])
         adamw(
             parameters,
-            gradients,
+            [p.grad for p in parameters if p.grad is not None],
             [first for first, _ in moments],
             [second for _, second in moments],
             [],
@@ -139,8 +147,7 @@ class AdamW(torch.optim.Optimizer):
 
 def adamw_kernel(
     parameters: list[Tensor],
-    gradients: list[Tensor],
-    moments: list[tuple[Tensor, Tensor]],
+    moments: list[list[Tensor]],
     steps: list[Tensor],
     group: dict[str, Any],
 ) -> bool:
@@ -148,22 +155,29 @@ def adamw_kernel(
     be. False: they are not such, and nothing is done."""
     if not parameters[0].is_cpu:
         return False
+    gradients = [p.grad for p in parameters if p.grad is not None]
     firsts, seconds = zip(*moments, strict=True)
-    updated = [[local(x) for x in part] for part in (parameters, gradients, firsts, seconds)]
-    flat = [tensor for part in updated for tensor in part]
-    run = kernel("adamw", "pppndddddn", *flat, *steps)
+    updated, kept = (
+        [local(x) for part in parts for x in part]
+        for parts in ((parameters, gradients), (firsts, seconds))
+    )
+    run = kernel("adamw", "pppndddddfnn", *updated, *steps)
     if (
         run is None
         or isinstance(group["lr"], Tensor)
-        or not all(x.dtype == torch.float32 and x.is_contiguous() for x in flat)
+        or (dtypes := {x.dtype for x in kept}) not in ({torch.float32}, {torch.bfloat16})
+        or not all(x.dtype == torch.float32 for x in updated)
+        or not all(x.is_cpu and x.is_contiguous() for x in updated + kept)
     ):
         return False
-    sizes = [x.numel() for x in updated[0]]
-    addresses = [x.data_ptr() for x in flat], [x.data_ptr() for x in steps]
+    sizes = [x.numel() for x in updated[: len(parameters)]]
+    addresses = [x.data_ptr() for x in updated + kept], [x.data_ptr() for x in steps]
     tables = [array("q", numbers) for numbers in (*addresses, sizes)]
     settings = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
     given = [table.buffer_info()[0] for table in tables]
-    run(*given, len(sizes), *settings, torch.get_num_threads())
+    halves = torch.bfloat16 in dtypes
+    threads = torch.get_num_threads()
+    run(*given, len(sizes), *settings, group["gradient_factor"], halves, threads)
     return True
 
 

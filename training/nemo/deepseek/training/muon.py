@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepseek.parallel.gradients import multiply_gradients
 from deepseek.training.adamw import AdamW
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -49,6 +50,7 @@ class Muon(AdamW):
         if not group["muon"]:
             super().update(parameters, group)
             return
+        multiply_gradients(parameters, group["gradient_factor"])
         for parameter in parameters:
             state = self.state[parameter]
             if not state:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek.config.schema import OptimConfig, SchedConfig
+from deepseek.parallel.gradients import multiply_gradients
 from deepseek.training.adamw import AdamW
 from deepseek.training.muon import Muon
 
@@ -69,6 +70,19 @@ def build_optimizer(
         betas=betas,
         eps=config.eps,
     )
+
+
+def multiply_in_update(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Have the next update of ``optimizer`` count gradients ``factor`` times.
+
+    AdamW and Muon multiply what they read. For an optimiser of somebody else gradients are
+    multiplied here.
+    """
+    for group in optimizer.param_groups:
+        if "gradient_factor" in group:
+            group["gradient_factor"] = factor
+        else:
+            multiply_gradients(group["params"], factor)
 
 
 def learning_rate(step: int, peak: float, sched: SchedConfig, trainer_steps: int) -> float:

@@ -24,7 +24,7 @@ from deepseek.models.components.router import Router
 from deepseek.ops.cross_entropy import IGNORE_INDEX
 from deepseek.parallel.gradients import (
     GradientNorms,
-    clip_gradients,
+    clip_factor,
     finish_gradients,
     gradient_norms,
     sum_over,
@@ -33,7 +33,7 @@ from deepseek.parallel.mesh import Meshes, SingleProcess, whole_matrices
 from deepseek.parallel.parallelize import parallelize
 from deepseek.parallel.pipeline import Batch
 from deepseek.training.muon import newton_schulz
-from deepseek.training.optim import build_optimizer, learning_rate
+from deepseek.training.optim import build_optimizer, learning_rate, multiply_in_update
 from deepseek.training.phases import Memory, Phases
 from deepseek.training.qk_clip import QueryKeyClip
 
@@ -152,7 +152,8 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
             self.stop_agreed, told = self._to_host(sums, routers, norms, counts_2, qk_clip)
             # 5. clip and update, unless a gradient is not finite: then no weight changes
             if isfinite(told.norms.total):
-                clip_gradients(self.named, self.gradient_clip_val, told.norms.total)
+                factor = clip_factor(self.gradient_clip_val, told.norms.total)
+                multiply_in_update(optimizer, factor)
                 optimizer.step()
                 if qk_clip:
                     qk_clip.scale_weights(self.model)

@@ -4,34 +4,97 @@
 
 #include "threads.h"
 
-/* A part of a parameter, so that the threads have equal shares of large ones. */
-enum { PART = 1 << 14, UPDATE = 4 };
+/* A part of a parameter, so that the threads have equal shares of large ones; and what of it is
+ * changed at a time, so that copies of it stay in the nearest cache. */
+enum { PART = 1 << 14, PIECE = 1 << 10, UPDATE = 4 };
 
-/* `addresses` (4, count): of parameters, gradients and both moments, of sizes[i] numbers each.
- * `steps` are the updates before this one, and are counted. */
+typedef struct {
+    float size, root, keep, epsilon, to_first, to_second, of_second;
+} rule;
+
+static void update(float *restrict p, const float *restrict g, float *restrict m, float *restrict v,
+                   int64_t count, rule r) {
+    for (int64_t j = 0; j < count; j++) {
+        m[j] += (g[j] - m[j]) * r.to_first;
+        v[j] = v[j] * r.of_second + g[j] * g[j] * r.to_second;
+        p[j] = p[j] * r.keep - r.size * m[j] / (sqrtf(v[j]) * r.root + r.epsilon);
+    }
+}
+
+/* bf16: the upper half of a float. */
+static float *widened(float *restrict wide, const uint16_t *restrict half, int64_t count) {
+    union {
+        uint32_t bits;
+        float number;
+    } x;
+    for (int64_t j = 0; j < count; j++) {
+        x.bits = (uint32_t)half[j] << 16;
+        wide[j] = x.number;
+    }
+    return wide;
+}
+
+/* To the nearest, of two as near to the even one; as torch rounds, NaN too. */
+static void narrowed(uint16_t *restrict half, const float *restrict wide, int64_t count) {
+    union {
+        float number;
+        uint32_t bits;
+    } x;
+    for (int64_t j = 0; j < count; j++) {
+        x.number = wide[j];
+        uint32_t rounded = (x.bits + 0x7FFF + (x.bits >> 16 & 1)) >> 16;
+        half[j] = (uint16_t)(x.number != x.number ? 0x7FC0 : rounded);
+    }
+}
+
+/* Gradients as they would be if they had been multiplied before: in memory of their own, since a
+ * product that is only used becomes part of an fma, which does not round it. */
+static const float *multiplied(float *restrict room, const float *restrict g, float factor,
+                               int64_t count) {
+    for (int64_t j = 0; j < count; j++) room[j] = g[j] * factor;
+    return room;
+}
+
+/* `addresses` (4, count): of parameters, gradients and both moments, of sizes[i] numbers each; the
+ * moments are bf16 if `halves`. `steps` are the updates before this one, and are counted.
+ * Gradients count `factor` times. */
 void adamw(const int64_t *restrict addresses, const int64_t *restrict step_addresses,
            const int64_t *restrict sizes, int64_t count, double rate, double first_decay,
-           double second_decay, double epsilon, double weight_decay, int64_t threads) {
+           double second_decay, double epsilon, double weight_decay, float factor, int64_t halves,
+           int64_t threads) {
     for (int64_t i = 0; i < count; i++) {
-        float *restrict p = (float *)addresses[i], *restrict m = (float *)addresses[2 * count + i];
-        float *restrict v = (float *)addresses[3 * count + i];
-        const float *restrict g = (const float *)addresses[count + i];
+        float *p = (float *)addresses[i];
+        const float *g = (const float *)addresses[count + i];
+        void *m = (void *)addresses[2 * count + i], *v = (void *)addresses[3 * count + i];
         float *step = (float *)step_addresses[i];
         *step += 1;
         const double first = 1 - pow(first_decay, *step), second = 1 - pow(second_decay, *step);
-        const float size = (float)(rate / first), root = (float)(1 / sqrt(second));
-        const float keep = (float)(1 - rate * weight_decay), eps = (float)epsilon;
-        const float to_first = (float)(1 - first_decay), to_second = (float)(1 - second_decay);
-        const float of_second = (float)second_decay;
+        const rule r = {
+            .size = (float)(rate / first),
+            .root = (float)(1 / sqrt(second)),
+            .keep = (float)(1 - rate * weight_decay),
+            .epsilon = (float)epsilon,
+            .to_first = (float)(1 - first_decay),
+            .to_second = (float)(1 - second_decay),
+            .of_second = (float)second_decay,
+        };
         const int64_t parts = (sizes[i] + PART - 1) / PART;
 #pragma omp parallel for schedule(static) num_threads(worth(threads, UPDATE *sizes[i]))
         for (int64_t part = 0; part < parts; part++) {
-            const int64_t begin = part * PART;
-            const int64_t end = begin + PART < sizes[i] ? begin + PART : sizes[i];
-            for (int64_t j = begin; j < end; j++) {
-                m[j] += (g[j] - m[j]) * to_first;
-                v[j] = v[j] * of_second + g[j] * g[j] * to_second;
-                p[j] = p[j] * keep - size * m[j] / (sqrtf(v[j]) * root + eps);
+            const int64_t end = (part + 1) * PART < sizes[i] ? (part + 1) * PART : sizes[i];
+            float room[PIECE], firsts[PIECE], seconds[PIECE];
+            for (int64_t at = part * PART; at < end; at += PIECE) {
+                const int64_t n = at + PIECE < end ? PIECE : end - at;
+                const float *here = factor == 1 ? g + at : multiplied(room, g + at, factor, n);
+                if (halves) {
+                    uint16_t *half_m = (uint16_t *)m + at, *half_v = (uint16_t *)v + at;
+                    update(p + at, here, widened(firsts, half_m, n), widened(seconds, half_v, n), n,
+                           r);
+                    narrowed(half_m, firsts, n);
+                    narrowed(half_v, seconds, n);
+                } else {
+                    update(p + at, here, (float *)m + at, (float *)v + at, n, r);
+                }
             }
         }
     }
