@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from torch import Tensor
 from deepseek.models.components.feed_forward import Expert
 from deepseek.models.components.moe import GroupedExperts
 from deepseek.ops.grouped_linear import grouped_linear
+from deepseek.ops.native import build
+from support.kernels import without_kernels
 
 
 def experts(
@@ -89,6 +92,22 @@ def test_idle_experts(counts: list[int], dtype: torch.dtype) -> None:
             assert bool(gradient.any()) == (count > 0)
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+def test_rows_are_padded_where_products_ask_for_it(kernels: bool) -> None:
+    """Our own kernels ask for nothing: neither zeros between rows nor rows for idle experts."""
+    counts_e, seen = torch.tensor([3, 0, 18]), []
+
+    def product(x_RI: Tensor, w_EOI: Tensor, counts_e: Tensor) -> Tensor:
+        seen.append((len(x_RI), counts_e.tolist()))
+        return grouped_linear(x_RI, w_EOI, counts_e)
+
+    stack = experts(3, torch.float32)
+    stack.grouped = product
+    with nullcontext() if kernels else without_kernels():
+        weighted(stack, rows(21, torch.float32), counts_e)
+    assert seen == 3 * [(21, [3, 0, 18]) if kernels else (64, [16, 16, 32])]
+
+
 class _Poisoned(torch.autograd.Function):
     """``grouped_mm`` as Blackwell's may be: an empty group has any weight gradient, and rows of no
     group hold anything, forward and backward (pytorch issues 172439 and 193633)."""
@@ -118,6 +137,9 @@ class _Poisoned(torch.autograd.Function):
 def test_what_kernels_leave_in_empty_groups_and_rows_reaches_nothing(
     counts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As on a machine without kernels of ours."""
+    monkeypatch.setattr(build, "_library", lambda: "switched off")
+
     def gradients() -> list[Tensor]:
         stack, rows_RD = experts(4, torch.float32), rows(sum(counts), torch.float32)
         weights_R = torch.linspace(0.1, 1, sum(counts)).requires_grad_()

@@ -1,25 +1,37 @@
-"""``grouped_linear`` against its loop over experts."""
+"""``grouped_linear`` against its loop over experts, by kernels and by grouped_mm."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek.ops import few_rows as few
 from deepseek.ops import grouped_linear as module
 from deepseek.ops.few_rows import few_rows
-from deepseek.ops.grouped_linear import grouped_linear, grouped_linear_loop
+from deepseek.ops.grouped_linear import grouped_linear, grouped_linear_loop, takes_any_counts
 from deepseek.ops.native import build
+from support.kernels import without_kernels
 
 TOLERANCE = {
     torch.float64: dict(rtol=1e-12, atol=1e-12),
     torch.float32: dict(rtol=1e-5, atol=1e-5),
     torch.bfloat16: dict(rtol=2e-2, atol=2e-2),
 }
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "grouped_mm"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether there are any."""
+    with nullcontext() if request.param else without_kernels():
+        assert takes_any_counts(torch.ones(1, 1)) == request.param
+        yield request.param
 
 
 def tensors(counts: list[int], dims: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -50,7 +62,10 @@ def compare(counts: list[int], dims: tuple[int, int], dtype: torch.dtype) -> Non
     dims=st.tuples(st.sampled_from([1, 3, 4, 8, 20]), st.sampled_from([1, 5, 8, 12])),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_equals_the_loop(counts: list[int], dims: tuple[int, int], dtype: torch.dtype) -> None:
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_equals_the_loop(
+    counts: list[int], dims: tuple[int, int], dtype: torch.dtype, kernels: bool
+) -> None:
     compare(counts, dims, dtype)
 
 
@@ -88,7 +103,7 @@ def test_equals_the_loop_in_bf16(counts: list[int], dims: tuple[int, int]) -> No
     compare(counts, dims, torch.bfloat16)
 
 
-def test_every_row_meets_its_own_expert() -> None:
+def test_every_row_meets_its_own_expert(kernels: bool) -> None:
     """The loop itself against one product per row."""
     counts = [2, 0, 3, 1]
     x_RI, w_EOI = tensors(counts, (4, 8), torch.float32)
@@ -99,7 +114,7 @@ def test_every_row_meets_its_own_expert() -> None:
             torch.testing.assert_close(y_RO[row], w_EOI[expert] @ x_RI[row])
 
 
-def test_expanded_gradient() -> None:
+def test_expanded_gradient(kernels: bool) -> None:
     """``sum().backward()`` hands back a gradient with zero strides, which grouped_mm refuses."""
     counts = [3, 0, 2]
     gradients = []
@@ -112,7 +127,7 @@ def test_expanded_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rows_of_no_expert_touch_nothing(dtype: torch.dtype) -> None:
+def test_rows_of_no_expert_touch_nothing(dtype: torch.dtype, kernels: bool) -> None:
     """Rows behind the last expert's, whatever they and their gradients hold."""
     counts_E = torch.tensor([3, 0, 2])
     gradients = []
@@ -127,7 +142,7 @@ def test_rows_of_no_expert_touch_nothing(dtype: torch.dtype) -> None:
         assert torch.equal(longer, alone)
 
 
-def test_strided_rows() -> None:
+def test_strided_rows(kernels: bool) -> None:
     counts = [3, 2]
     x_RI, w_EOI = tensors(counts, (8, 8), torch.float32)
     strided_RI = x_RI.detach().t().contiguous().t()
@@ -136,7 +151,7 @@ def test_strided_rows() -> None:
     torch.testing.assert_close(y_RO, grouped_linear_loop(x_RI, w_EOI, torch.tensor(counts)))
 
 
-def test_an_idle_expert_gets_a_zero_gradient() -> None:
+def test_an_idle_expert_gets_a_zero_gradient(kernels: bool) -> None:
     """Zero and not None: the optimiser and the collectives then treat every expert alike."""
     for counts in ([4, 0, 1], [0, 0, 0]):
         for dtype in (torch.float32, torch.float64):
@@ -145,8 +160,8 @@ def test_an_idle_expert_gets_a_zero_gradient() -> None:
             assert w_EOI.grad is not None and not w_EOI.grad[1].any()
 
 
-def test_the_fast_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One grouped product, not a loop: 1e-3 of the launches with 256 experts."""
+def test_without_kernels_one_grouped_product_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a loop: 1e-3 of the launches with 256 experts."""
     calls = []
     grouped_mm = F.grouped_mm
 
@@ -157,4 +172,78 @@ def test_the_fast_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.F, "grouped_mm", counted)
     x_RI, w_EOI = tensors([2, 3], (8, 8), torch.float32)
     grouped_linear(x_RI, w_EOI, torch.tensor([2, 3]))
+    assert not calls
+    with without_kernels():
+        grouped_linear(x_RI, w_EOI, torch.tensor([2, 3]))
     assert len(calls) == 1
+
+
+@given(
+    counts=st.lists(st.sampled_from([0, 1, 2, 7, 30, 61]), min_size=1, max_size=5),
+    dims=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    data=st.data(),
+)
+def test_a_row_is_the_same_wherever_it_lies(
+    counts: list[int], dims: tuple[int, int], data: st.DataObject
+) -> None:
+    """Bit by bit, forward and backward: alone, among others, on three threads."""
+    x_RI, w_EOI = tensors(counts, dims, torch.float32)
+    starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    upstream_RO = torch.linspace(-1, 1, len(x_RI) * dims[1]).view(-1, dims[1]).sin()
+
+    def passes(rows: slice, counts: list[int]) -> tuple[Tensor, Tensor]:
+        part_RI = x_RI[rows].detach().requires_grad_()
+        y_RO = grouped_linear(part_RI, w_EOI, torch.tensor(counts))
+        (grad_RI,) = torch.autograd.grad(y_RO, part_RI, upstream_RO[rows])
+        return y_RO, grad_RI
+
+    every = passes(slice(None), counts)
+    torch.set_num_threads(3)
+    try:
+        assert all(map(torch.equal, passes(slice(None), counts), every))
+    finally:
+        torch.set_num_threads(1)
+    for expert, count in enumerate(counts):
+        if count:
+            some = data.draw(st.integers(1, count))
+            rows = slice(starts[expert] + count - some, starts[expert + 1])
+            alone = passes(rows, [some * (e == expert) for e in range(len(counts))])
+            assert all(
+                torch.equal(one, other[rows]) for one, other in zip(alone, every, strict=True)
+            )
+
+
+@pytest.mark.parametrize("case", ["width", "experts", "strides"])
+def test_kernels_are_given_what_fits_alone(case: str) -> None:
+    """They check nothing. PyTorch tells of what fits nowhere, and takes other strides."""
+    x_RI, w_EOI = tensors([2, 3], (8, 8), torch.float32)
+    counts_E = torch.tensor([2, 3])
+    if case == "strides":
+        strided_EOI = torch.cat((w_EOI, w_EOI), dim=-1)[..., :8]
+        y_RO = grouped_linear(x_RI, strided_EOI, counts_E)
+        torch.testing.assert_close(y_RO, grouped_linear_loop(x_RI, w_EOI, counts_E))
+        return
+    given = (x_RI[:, :4], w_EOI) if case == "width" else (x_RI, w_EOI[:1])
+    with pytest.raises((RuntimeError, ValueError)):
+        grouped_linear(*given, counts_E)
+
+
+def test_counts_of_more_rows_than_there_are() -> None:
+    """Reach no memory behind them: of what is missing nothing is computed."""
+    x_RI, w_EOI = tensors([2, 3], (8, 8), torch.float32)
+    y_RO = grouped_linear(x_RI, w_EOI, torch.tensor([4, 1 << 40]))
+    torch.testing.assert_close(y_RO, grouped_linear_loop(x_RI, w_EOI, torch.tensor([4, 1])))
+
+
+@pytest.mark.parametrize("counts", [[2, 0, 3], [1, 1, 1], [0, 0, 40]])
+def test_stacks_that_lie_transposed(counts: list[int], kernels: bool) -> None:
+    """As the backward pass of packed rows gives them."""
+    found = []
+    for function in (grouped_linear, grouped_linear_loop):
+        x_RI, w_EOI = tensors(counts, (12, 8), torch.float32)
+        lies_EIO = w_EOI.detach().mT.contiguous().requires_grad_()
+        y_RO = function(x_RI, lies_EIO.mT, torch.tensor(counts))
+        y_RO.square().sum().backward()
+        found.append((y_RO, x_RI.grad, lies_EIO.grad))
+    for fast, slow in zip(*found, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-4)

@@ -11,16 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek.models.components import dispatcher
 from deepseek.models.components.balance import count_assignments
-from deepseek.models.components.dispatcher import LocalDispatcher
 from deepseek.models.components.heads import (
     head_keys,
     head_keys_slow,
     head_queries,
     head_queries_slow,
 )
-from deepseek.models.components.moe import GroupedExperts
 from deepseek.models.components.rope import rotate, rotate_slow, rotation
 from deepseek.ops import routing, rows
 from deepseek.ops.causal_attention import causal_attention_slow
@@ -161,34 +158,6 @@ def test_rows_to_experts_and_back(
         compare(way, twin, drawn(tokens, width), kernel="spread_rows")
     wide_PD = rows.spread_rows(drawn(len(ids_R), width), slots_R, num_slots)
     assert not wide_PD[torch.ones(num_slots).index_fill(0, slots_R, 0).bool()].any()
-
-
-@given(tokens=st.integers(0, 40), choices=st.integers(1, 3), top=st.integers(1, 5))
-def test_rows_straight_to_slots(tokens: int, choices: int, top: int) -> None:
-    """Bit by bit as sorted first and spread then; experts without rows too."""
-    experts, dim = GroupedExperts(5, 16, 8), 16
-    for seed, parameter in enumerate(experts.parameters()):
-        parameter.data.copy_(drawn(*parameter.shape, seed=seed))
-    tokens_T1 = torch.arange(tokens).unsqueeze(1)
-    ids_TK = (torch.arange(choices) + tokens_T1.square()) % top
-
-    def way(x_TD: Tensor, weights_TK: Tensor) -> Tensor:
-        local = LocalDispatcher(5)
-        sent = local.dispatch(x_TD, weights_TK, ids_TK)
-        y = experts(sent.rows_RD, sent.weights_R, sent.counts_e, False, sent.held)
-        return local.combine(y, sent)
-
-    given_ = drawn(tokens, dim), drawn(tokens, choices, seed=9)
-    with asked_for("place_rows"):
-        got = passes(way, given_)
-    gradients = [parameter.grad for parameter in experts.parameters()]
-    experts.zero_grad()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatcher, "sort_to_slots", lambda *_: None)
-        assert all(map(torch.equal, got, passes(way, given_)))
-    for one, parameter in zip(gradients, experts.parameters(), strict=True):
-        assert one is not None and parameter.grad is not None
-        assert torch.equal(one, parameter.grad)
 
 
 @given(

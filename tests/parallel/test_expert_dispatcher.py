@@ -268,7 +268,7 @@ def through(
     x_TD, weights_TK = x_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         sent = dispatcher.dispatch(x_TD, weights_TK, ids_TK)
-        y_RD = part(sent.rows_RD, sent.weights_R, sent.counts_e, False, sent.held)
+        y_RD = part(sent.rows_RD, sent.weights_R, sent.counts_e)
         y_TD = dispatcher.combine(y_RD, sent)
     y_TD.float().square().sum().backward()
     assert x_TD.grad is not None and weights_TK.grad is not None

@@ -96,8 +96,8 @@ MUTATIONS = (
              "models/test_experts.py"
              "::test_what_kernels_leave_in_empty_groups_and_rows_reaches_nothing"),
     Mutation("dispatch: results are put back by the order of sending",
-             "models/components/dispatcher.py", "(order, inverse_R, expert_ids_TK.shape[1])",
-             "(inverse_R, order, expert_ids_TK.shape[1])",
+             "models/components/dispatcher.py", "(order_R, inverse_R, expert_ids_TK.shape[1])",
+             "(inverse_R, order_R, expert_ids_TK.shape[1])",
              "models/test_dispatcher.py::test_equals_a_dense_loop"),
     Mutation("dispatch: the sizes of the way back are those of the way there", COLLECTIVES,
              "back = partial(_exchange, send_counts=receive_counts, receive_counts=send_counts,",

@@ -238,9 +238,8 @@ def _pieces() -> Iterator[Measured]:
         stack = nn.Parameter(torch.randn(count, outer, inner))
         x = torch.randn(rows, inner, requires_grad=True)
         counts = torch.full((count,), rows // count)
-        exact = rows - 7.5 * count
         yield (
-            grouped(exact, Product(inner, outer), count),
+            grouped(rows, Product(inner, outer), count),
             _both_ways(partial(grouped_linear, x, stack, counts)),
         )
     for sequences, heads, length, width, values in ATTENTION:

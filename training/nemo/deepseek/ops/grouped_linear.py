@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.ops.few_rows import FEW, few_rows, takes_few
+from deepseek.ops.native.build import kernel
+from deepseek.ops.rows import row_starts
 
 
 def grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
@@ -24,6 +26,8 @@ def grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _compiled_linear(x_RI, w_EOI, counts_E)
+    if takes_any_counts(x_RI, w_EOI) and _fits(x_RI, w_EOI, counts_E):
+        return _GroupedLinear.apply(x_RI, w_EOI, row_starts(counts_E, len(x_RI)))
     if 0 < x_RI.shape[0] < FEW * w_EOI.shape[0] and takes_few(x_RI, w_EOI):
         return _few_rows(x_RI, w_EOI, counts_E)
     if x_RI.shape[0] == 0 or not _grouped_mm_takes(w_EOI):
@@ -32,6 +36,13 @@ def grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
     if y_RO.requires_grad:
         y_RO.register_hook(Tensor.contiguous)  # grouped_mm refuses an expanded gradient
     return y_RO
+
+
+def takes_any_counts(*tensors: Tensor) -> bool:
+    """Whether a row's product depends on that row alone, however many others its expert has and
+    whatever comes before it: so it is with fp32 on CPUs, by kernels (``native/grouped.c``)."""
+    taken = kernel(*_FORWARD, *tensors) is not None
+    return taken and all(x.dtype == torch.float32 for x in tensors)
 
 
 def grouped_linear_loop(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
@@ -63,6 +74,54 @@ def _grouped_mm_takes(w_EOI: Tensor) -> bool:
     """grouped_mm has no fp64, and asks for rows of a multiple of 16 bytes on both sides."""
     row_bytes = (dim * w_EOI.element_size() for dim in w_EOI.shape[1:])
     return w_EOI.dtype != torch.float64 and all(size % 16 == 0 for size in row_bytes)
+
+
+_FORWARD, _TRANSPOSED = (("grouped_linear" + end, "ppppnnnn") for end in ("", "_back"))
+_OUTER = "grouped_outer", "ppppnnnnn"
+
+
+def _fits(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> bool:
+    """Whether shapes and strides are those that kernels go by."""
+    has_strides = w_EOI.is_contiguous() or w_EOI.mT.is_contiguous()
+    return has_strides and w_EOI.shape == (*counts_E.shape, w_EOI.shape[1], x_RI.shape[1])
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """By kernels; ``starts`` (E + 1,) is where each expert's rows begin, and where the last end."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, w_EOI: Tensor, starts: Tensor) -> Tensor:
+        x_RI = x_RI.contiguous()
+        ctx.save_for_backward(x_RI, w_EOI, starts)
+        return _product(x_RI, w_EOI, starts)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_RI, w_EOI, starts = ctx.saved_tensors
+        grad_RO, (needs_x, needs_w, _) = grad_RO.contiguous(), ctx.needs_input_grad
+        grad_RI = _product(grad_RO, w_EOI.mT, starts) if needs_x else None
+        return grad_RI, _outer(grad_RO, x_RI, starts) if needs_w else None, None
+
+
+def _product(x_RI: Tensor, w_EOI: Tensor, starts: Tensor) -> Tensor:
+    """``w`` is contiguous, or its transpose is."""
+    experts, outputs, inputs = w_EOI.shape
+    y_RO = x_RI.new_empty(len(x_RI), outputs)
+    name, w, sizes = _FORWARD, w_EOI, (experts, outputs, inputs)
+    if not w_EOI.is_contiguous():
+        name, w, sizes = _TRANSPOSED, w_EOI.mT, (experts, inputs, outputs)
+    run = kernel(*name)
+    assert run is not None, "asked before"
+    run(y_RO, x_RI, w, starts, *sizes, torch.get_num_threads())
+    return y_RO
+
+
+def _outer(grad_RO: Tensor, x_RI: Tensor, starts: Tensor) -> Tensor:
+    sizes = len(starts) - 1, grad_RO.shape[1], x_RI.shape[1]
+    grad_EOI, run = x_RI.new_empty(sizes), kernel(*_OUTER)
+    assert run is not None, "asked before"
+    run(grad_EOI, grad_RO, x_RI, starts, *sizes, False, torch.get_num_threads())
+    return grad_EOI
 
 
 # -- for the compiler: one operator without insides, since its shape check of grouped_mm refuses

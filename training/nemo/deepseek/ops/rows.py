@@ -1,4 +1,4 @@
-"""Rows on their way to experts: sorted, padded to aligned counts, and brought back.
+"""Rows on their way to experts: sorted, padded where products ask for it, and brought back.
 
 Autograd's own backward of ``x[index]`` scatters with atomic adds, whose order (and so whose last
 bit) depends on the threads. A permutation needs no scatter: its backward is the inverse gather.
@@ -6,8 +6,9 @@ bit) depends on the threads. A permutation needs no scatter: its backward is the
 A matrix product over 3 rows takes another path through the kernel than one over 300, and the same
 row then differs in its last bits. With every expert's rows padded to a multiple of ``ALIGNMENT``, a
 token's result depends on the token alone: a change in one document leaves another's bitwise as it
-was. (Found so on CPUs for fp32 with dims that are a multiple of 4, and for fp64 on one thread; the
-kernels promise it nowhere.) An expert without rows gets a block of zeros too: on Blackwell, the
+was. (Found so on CPUs for bf16, for fp32 with dims that are a multiple of 4, and for fp64 on one
+thread; libraries promise it nowhere. Our own kernels do, and take rows as they come:
+``takes_any_counts``.) An expert without rows gets a block of zeros too: on Blackwell, the
 weight gradient of an empty group of a grouped product is whatever the memory held
 (github.com/pytorch/pytorch/issues/172439). Only where no gradient is asked for, on a CPU, are such
 experts left out: a token that is decoded then reads the weights of its own K alone.
@@ -76,28 +77,6 @@ def sort_by_expert(expert_ids_R: Tensor, num_experts: int) -> tuple[Tensor, Tens
     return order_R, inverse_permutation(order_R), count_rows(expert_ids_R, num_experts)
 
 
-def sort_to_slots(
-    expert_ids_R: Tensor, num_experts: int, x_TD: Tensor
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """``sort_by_expert`` and ``aligned_slots`` in one, so that rows are copied once.
-
-    The row in each slot (P,), -1 for none, the slot of each row (R,), and slots of each expert
-    (E,); all int64.
-
-    What takes an order and its inverse takes the first two, and has zeros where there is no row.
-    None without kernels for ``x``, the tokens, and for what experts make of it, or without
-    gradients, where slots are fewer.
-    """
-    run = kernel("place_rows", "ppppnnnn", expert_ids_R, x_TD)
-    if run is None or torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled():
-        return None
-    num_slots = most_slots(len(expert_ids_R), num_experts)
-    held_P, padded_E = (expert_ids_R.new_empty(size) for size in (num_slots, num_experts))
-    slots_R, sizes = torch.empty_like(expert_ids_R), (len(expert_ids_R), num_experts, num_slots)
-    run(slots_R, held_P, padded_E, expert_ids_R, *sizes, ALIGNMENT)
-    return held_P, slots_R, padded_E
-
-
 def inverse_permutation(order_R: Tensor) -> Tensor:
     """``inverse[order[i]] = i``; int64 (R,)."""
     inverse_R = torch.empty_like(order_R)
@@ -142,6 +121,16 @@ def count_rows(expert_ids_R: Tensor, num_experts: int) -> Tensor:
     counts_E = expert_ids_R.new_zeros(num_experts)
     # not bincount: on CUDA it waits for the device
     return counts_E.scatter_add_(0, expert_ids_R, torch.ones_like(expert_ids_R))
+
+
+def row_starts(counts_E: Tensor, num_rows: int) -> Tensor:
+    """Where each expert's rows begin, and where the last one's end, int64 (E + 1,): none of them
+    beyond ``num_rows``. By a kernel, for kernels."""
+    starts = counts_E.new_empty(len(counts_E) + 1)
+    run = kernel("row_starts", "ppnn", counts_E)
+    assert run is not None, "asked before"
+    run(starts, counts_E.contiguous(), len(counts_E), num_rows)
+    return starts
 
 
 def aligned_slots(
@@ -267,7 +256,7 @@ class _CombineRows(torch.autograd.Function):
 
 
 def _taken(x_TD: Tensor, index_R: Tensor, copies: int = 1) -> Tensor:
-    """Rows ``index // copies``, of one dim or two; a kernel takes zeros where there is no index."""
+    """Rows ``index // copies``, of one dim or two."""
     if x_TD.is_floating_point() and (run := kernel("take_rows", "pppnnnn", x_TD, index_R)):
         y_RD, width = x_TD.new_empty(len(index_R), *x_TD.shape[1:]), math.prod(x_TD.shape[1:])
         threads = torch.get_num_threads()

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from deepseek.config.activations import ROW_ALIGNMENT
 from deepseek.config.cost import CHUNK_TOKENS
 from deepseek.planner.architecture import Architecture, Product
 from deepseek.planner.job import Job
@@ -110,11 +109,10 @@ def product(rows: float, matrix: Product, split: float = 1, parts: float = 1) ->
 
 def grouped(rows: float, matrix: Product, experts: float) -> tuple[Work, Work]:
     """Rows of some experts through a matrix of each."""
-    padded = max(ROW_ALIGNMENT * experts, rows + (ROW_ALIGNMENT - 1) / 2 * experts)
     forward = Work(
-        flop=2 * padded * matrix.size,
+        flop=2 * rows * matrix.size,
         weight=experts * matrix.size,
-        row=padded * (matrix.inner + matrix.outer),
+        row=rows * (matrix.inner + matrix.outer),
         expert=experts,
     )
     return forward, forward * 2
@@ -164,9 +162,7 @@ def block(
         for matrix in (wide_in, wide_in, out):
             there, back = grouped(routed, matrix, count)
             rows = rows[0] + there, rows[1] + back
-        slots = routed + ROW_ALIGNMENT * count
-        numbers = 10 * routed * arch.hidden + 3 * slots * arch.hidden + 8 * slots * arch.expert_ffn
-        numbers += (6 * routed * arch.hidden) * (ep > 1)
+        numbers = routed * ((16 if ep > 1 else 10) * arch.hidden + 8 * arch.expert_ffn)
         glue += Work(number=numbers, choice=here * arch.experts, row_order=routed)
         host += Work(moe=1)
     return (

@@ -13,7 +13,6 @@ from deepseek.ops.rows import (
     expand_rows,
     permute_rows,
     sort_by_expert,
-    sort_to_slots,
 )
 
 
@@ -31,9 +30,6 @@ class Dispatched:
     """What ``combine`` needs to bring results back; opaque to the caller."""
     meanwhile: Any = None
     """What the caller has computed while the rows were under way."""
-    held: int | None = None
-    """The rows lie in aligned slots already, which are what ``counts`` counts, zeros between them;
-    and how many they are. None: one after the other."""
 
 
 class TokenDispatcher(Protocol):
@@ -72,16 +68,13 @@ class LocalDispatcher:
         meanwhile: Callable[[], Any] = lambda: None,
     ) -> Dispatched:
         """Group the tokens by expert."""
-        expert_ids_R = expert_ids_TK.flatten()
-        in_slots = sort_to_slots(expert_ids_R, self.num_experts, x_TD)
-        order, inverse_R, counts_E = in_slots or sort_by_expert(expert_ids_R, self.num_experts)
+        order_R, inverse_R, counts_E = sort_by_expert(expert_ids_TK.flatten(), self.num_experts)
         return Dispatched(
-            expand_rows(x_TD, order, inverse_R),
-            permute_rows(weights_TK.flatten(), order, inverse_R),
+            expand_rows(x_TD, order_R, inverse_R),
+            permute_rows(weights_TK.flatten(), order_R, inverse_R),
             counts_E,
-            (order, inverse_R, expert_ids_TK.shape[1]),
+            (order_R, inverse_R, expert_ids_TK.shape[1]),
             meanwhile(),
-            held=None if in_slots is None else len(expert_ids_R),
         )
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:

@@ -19,7 +19,7 @@ from deepseek.models.components.feed_forward import Expert, FeedForward
 from deepseek.models.components.router import Router, Routing
 from deepseek.ops.autocast import as_products
 from deepseek.ops.few_experts import few_experts
-from deepseek.ops.grouped_linear import grouped_linear
+from deepseek.ops.grouped_linear import grouped_linear, takes_any_counts
 from deepseek.ops.rows import aligned_slots, gather_rows, most_slots, spread_rows
 from deepseek.ops.swiglu import swiglu
 
@@ -88,7 +88,7 @@ class MoE(nn.Module):
             lambda: None if shared is None else shared(x_BSD),
         )
         # 3. compute; the routed experts last: what follows them needs nothing of theirs again
-        y_RD = self.experts(sent.rows_RD, sent.weights_R, sent.counts_e, decodes, sent.held)
+        y_RD = self.experts(sent.rows_RD, sent.weights_R, sent.counts_e, decodes)
         # 4. bring results back
         y_BSD = self.dispatcher.combine(y_RD, sent).view_as(x_BSD)
         return y_BSD if shared is None else y_BSD + sent.meanwhile
@@ -134,28 +134,20 @@ class GroupedExperts(nn.Module):
         self.grouped: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_linear
 
     def forward(
-        self,
-        rows_RD: Tensor,
-        weights_R: Tensor,
-        counts_e: Tensor,
-        decodes: bool = False,
-        held: int | None = None,
+        self, rows_RD: Tensor, weights_R: Tensor, counts_e: Tensor, decodes: bool = False
     ) -> Tensor:
         """Rows sorted by expert (R, D), their weights, rows per expert (e,) -> (R, D).
 
         The weights multiply the hidden values, in the wider dtype: these are fewer than results.
-        Tokens that are decoded are few: padding would be most of the work, and bitwise isolation
-        of sequences is not promised there. For ``held`` see ``Dispatched``.
+        Rows are padded, see ``ops/rows.py``, but where products need none. Tokens that are decoded
+        are few: padding would be most of the work, and bitwise isolation of sequences is not
+        promised there.
         """
-        device = rows_RD.device.type
         rows_RD = as_products(rows_RD)  # grouped products are not on autocast's list
-        num_rows, num_experts = rows_RD.shape[0], counts_e.shape[0]
-        skip = device == "cpu" and not torch.is_grad_enabled()
-        if decodes and skip:
-            gate_RF, up_RF = (self.product(name, rows_RD, counts_e) for name in ("w1", "w3"))
-            return self.product("w2", swiglu(gate_RF, up_RF, weights_R.unsqueeze(1)), counts_e)
-        if held is not None:
+        skip = rows_RD.device.type == "cpu" and not torch.is_grad_enabled()
+        if takes_any_counts(rows_RD) or (decodes and skip):
             return self._weighted(rows_RD, weights_R.unsqueeze(1), counts_e)
+        num_rows, num_experts = rows_RD.shape[0], counts_e.shape[0]
         padded_e, slots_R = aligned_slots(counts_e, num_rows, skip)
         num_slots = most_slots(num_rows, num_experts, skip)
         x_PD = spread_rows(rows_RD, slots_R, num_slots)

@@ -379,7 +379,6 @@ class ReceivedRows:
     def _hear(self, module: nn.Module, args: Any) -> None:
         if torch._C._current_graph_task_id() != -1:  # inside a backward pass: recomputation
             return
-        held: int | None = args[4]
-        rows = len(args[0]) if held is None else held
+        rows = len(args[0])
         self.total += rows
         self.largest = max(self.largest, rows)

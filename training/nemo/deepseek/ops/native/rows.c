@@ -36,35 +36,23 @@ void align_rows(int64_t *restrict padded, int64_t *restrict slots, const int64_t
     }
 }
 
-/* Sorted straight into the slots that `align_rows` gives: row r comes to slots[r], and held[s] is the
- * row in a slot, -1 for none; `padded` (experts) slots of each expert, one row or more. */
-void place_rows(int64_t *restrict slots, int64_t *restrict held, int64_t *restrict padded,
-                const int64_t *restrict experts_of_rows, int64_t rows, int64_t experts,
-                int64_t num_slots, int64_t alignment) {
-    int64_t next[experts], slot = 0;
-    memset(next, 0, sizeof next);
-    for (int64_t r = 0; r < rows; r++) next[experts_of_rows[r]]++;
-    for (int64_t e = 0; e < experts; e++) { /* now the first slot of each */
-        const int64_t count = next[e] < 1 ? 1 : next[e];
-        padded[e] = (count + alignment - 1) / alignment * alignment;
-        next[e] = slot;
-        slot += padded[e];
-    }
-    memset(held, -1, num_slots * sizeof *held);
-    for (int64_t r = 0; r < rows; r++) {
-        slots[r] = next[experts_of_rows[r]]++;
-        held[slots[r]] = r;
+/* starts (experts + 1): where each expert's rows begin, and where the last one's end; no counts lead
+ * beyond `rows`. */
+void row_starts(int64_t *restrict starts, const int64_t *restrict counts, int64_t experts,
+                int64_t rows) {
+    starts[0] = 0;
+    for (int64_t e = 0; e < experts; e++) {
+        const int64_t rest = rows - starts[e];
+        starts[e + 1] = starts[e] + (counts[e] < rest ? counts[e] : rest);
     }
 }
 
-/* y[r] = x[index[r] / copies], zeros where the index is below 0 */
+/* y[r] = x[index[r] / copies] */
 void take_rows(float *restrict y, const float *restrict x, const int64_t *restrict index,
                int64_t rows, int64_t width, int64_t copies, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(worth(threads, rows *width))
-    for (int64_t r = 0; r < rows; r++) {
-        if (index[r] < 0) memset(y + r * width, 0, width * sizeof *y);
-        else memcpy(y + r * width, x + index[r] / copies * width, width * sizeof *y);
-    }
+    for (int64_t r = 0; r < rows; r++)
+        memcpy(y + r * width, x + index[r] / copies * width, width * sizeof *y);
 }
 
 /* y[slots[r]] = x[r], and zeros elsewhere; slots ascend, of `num_slots`. */
