@@ -7,8 +7,6 @@
 
 #include "lanes.h"
 
-typedef int32_t whole_lanes __attribute__((vector_size(4 * LANES)));
-
 /* Of each place the first number where the mask's bits are set, else the second. */
 INLINE lanes either(whole_lanes mask, lanes one, lanes other) {
     return (lanes)(((whole_lanes)one & mask) | ((whole_lanes)other & ~mask));

@@ -1,58 +1,372 @@
 /* Products of rows, sorted by expert, with each expert's own matrix, and the gradients of both.
  *
  * All is contiguous. Rows starts[e] to starts[e + 1] are those of expert e; `starts` has one number
- * more than there are experts. Each sum is added up in an order of its own: no result depends on
- * other rows, on where its row lies, nor on threads. */
-#include "multiply.h"
-#include "products.h"
+ * more than there are experts.
+ *
+ * Of a product c = a b, a block of b is laid out in panels, as many columns as a tile of sums is wide,
+ * which stay in a core's cache while all rows of a pass by. An expert's matrix comes from memory and
+ * is needed for a few rows only, so the next block is asked for while this one is multiplied. Each
+ * sum is added up in the order of its terms: no result depends on other rows, on where its row lies,
+ * nor on threads. */
+#include "lanes.h"
 #include "threads.h"
 
-static int64_t rows_of_all(const int64_t *starts, int64_t experts) {
-    return starts[experts] - starts[0];
+/* A tile of sums: as many as there are registers, less those for what is multiplied. */
+#if defined(__AVX512F__) || defined(__aarch64__)
+enum { TILE = 14 };
+#else
+enum { TILE = 6 };
+#endif
+enum {
+    WIDTH = 2,
+    PANEL = WIDTH * LANES,
+    LINE = 16,          /* floats in a line of the caches */
+    ROOM = 1 << 17,     /* floats of a block in panels: a quarter of a large second cache */
+    DEPTH = 2048,       /* most terms of a block */
+    READING = 16        /* reading a matrix takes as long as multiplying so many rows, about */
+};
+
+/* Memory that will be read next, `rows` of `width`, asked for line by line, one in `gap` steps. */
+typedef struct {
+    const float *at;
+    int64_t rows, width, step, done, gap;
+} wanted;
+
+INLINE void ask(wanted *next) {
+    if (next->rows <= 0) return;
+    __builtin_prefetch(next->at + next->done);
+    next->done += LINE;
+    if (next->done < next->width) return;
+    next->done = 0;
+    next->at += next->step;
+    next->rows--;
+}
+
+/* c (rows, width vectors) = a (rows, depth) b (depth, width vectors), or added to it. */
+INLINE void tile(const int rows, const int width, int64_t depth, float *c, int64_t c_step,
+                 const float *a, int64_t a_row, int64_t a_depth, const float *b, int adds,
+                 int streams, wanted *next) {
+    lanes sum[TILE][WIDTH];
+    if (adds) {
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < width; v++) sum[r][v] = load(c + r * c_step + v * LANES);
+    } else {
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < width; v++) sum[r][v] = (lanes){0};
+    }
+    while (depth > 0) {
+        const int64_t steps = depth < next->gap ? depth : next->gap;
+        ask(next);
+        for (int64_t k = 0; k < steps; k++) {
+            lanes b_k[WIDTH];
+            for (int v = 0; v < width; v++) b_k[v] = load(b + k * width * LANES + v * LANES);
+            for (int r = 0; r < rows; r++) {
+                const float a_rk = a[r * a_row + k * a_depth];
+                for (int v = 0; v < width; v++) sum[r][v] += a_rk * b_k[v];
+            }
+        }
+        depth -= steps;
+        a += steps * a_depth;
+        b += steps * width * LANES;
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < width; v++) {
+            if (streams)
+                stream(c + r * c_step + v * LANES, sum[r][v]);
+            else
+                store(c + r * c_step + v * LANES, sum[r][v]);
+        }
+}
+
+/* Numbers of rows as constants, so that every tile is a loop whose sums are registers. */
+#define OF_ROWS(rows)                                                                            \
+    case rows:                                                                                   \
+        tile(rows, width, depth, c, c_step, a, a_row, a_depth, b, adds, streams, next);          \
+        break;
+INLINE void tile_of_rows(int64_t rows, const int width, int64_t depth, float *c, int64_t c_step,
+                         const float *a, int64_t a_row, int64_t a_depth, const float *b, int adds,
+                         int streams, wanted *next) {
+    switch (rows) {
+        OF_ROWS(1) OF_ROWS(2) OF_ROWS(3) OF_ROWS(4) OF_ROWS(5) OF_ROWS(6)
+#if defined(__AVX512F__) || defined(__aarch64__)
+        OF_ROWS(7) OF_ROWS(8) OF_ROWS(9) OF_ROWS(10) OF_ROWS(11) OF_ROWS(12) OF_ROWS(13) OF_ROWS(14)
+#endif
+    }
+}
+#undef OF_ROWS
+
+static void any_tile(int64_t rows, int64_t columns, int64_t depth, float *c, int64_t c_step,
+                     const float *a, int64_t a_row, int64_t a_depth, const float *b, int adds,
+                     int streams, wanted *next) {
+    float edge[TILE * PANEL];
+    const int64_t step = c_step;
+    float *to = c;
+    if (columns % LANES) { /* no whole vectors: beside c, and copied */
+        c = edge, c_step = PANEL, streams = 0;
+        for (int64_t r = 0; adds && r < rows; r++)
+            for (int64_t i = 0; i < columns; i++) edge[r * PANEL + i] = to[r * step + i];
+    }
+    if (columns > LANES)
+        tile_of_rows(rows, 2, depth, c, c_step, a, a_row, a_depth, b, adds, streams, next);
+    else
+        tile_of_rows(rows, 1, depth, c, c_step, a, a_row, a_depth, b, adds, streams, next);
+    for (int64_t r = 0; to != c && r < rows; r++)
+        for (int64_t i = 0; i < columns; i++) to[r * step + i] = edge[r * PANEL + i];
+}
+
+/* The vectors of the panel that begins at `begin`, of so many columns. */
+INLINE int64_t panel_step(int64_t begin, int64_t columns) {
+    return columns - begin > LANES ? PANEL : LANES;
+}
+
+/* Panels [k][column] of b (depth, columns). */
+static void lay_rows(float *panels, const float *b, int64_t b_step, int64_t depth,
+                     int64_t columns) {
+    const int64_t whole = columns / PANEL * PANEL;
+    for (int64_t k = 0; k < depth; k++, b += b_step) {
+        for (int64_t n = 0; n < whole; n += PANEL)
+            for (int v = 0; v < WIDTH; v++)
+                store(panels + n * depth + k * PANEL + v * LANES, load(b + n + v * LANES));
+        if (whole == columns) continue;
+        const int64_t step = panel_step(whole, columns);
+        float *to = panels + whole * depth + k * step;
+        for (int64_t n = 0; n < step; n++) to[n] = whole + n < columns ? b[whole + n] : 0;
+    }
+}
+
+/* Four vectors, each of quarters of rows: four numbers of LANES rows become four columns. */
+INLINE void turn_quarters(lanes x[4]) {
+    whole_lanes low, high, first, second;
+    for (int i = 0; i < LANES; i++) {
+        const int one = i / 4 * 4, half = i % 4 / 2, other = i % 2 ? LANES : 0;
+        low[i] = one + half + other, high[i] = one + 2 + half + other;
+        first[i] = one + i % 2 + half * LANES, second[i] = first[i] + 2;
+    }
+    const lanes a = shuffled(x[0], x[1], low), b = shuffled(x[2], x[3], low);
+    const lanes c = shuffled(x[0], x[1], high), d = shuffled(x[2], x[3], high);
+    x[0] = shuffled(a, b, first);
+    x[1] = shuffled(a, b, second);
+    x[2] = shuffled(c, d, first);
+    x[3] = shuffled(c, d, second);
+}
+
+/* Panels [k][column] of b^T, b (columns, depth). */
+static void lay_columns(float *panels, const float *b, int64_t b_step, int64_t depth,
+                        int64_t columns) {
+    for (int64_t n = 0; n < columns; n += LANES, b += LANES * b_step) {
+        const int64_t begin = n / PANEL * PANEL, step = panel_step(begin, columns);
+        float *to = panels + begin * depth + (n - begin);
+        int64_t k = 0;
+        for (; n + LANES <= columns && k + 4 <= depth; k += 4) {
+            lanes x[4];
+            for (int j = 0; j < 4; j++) x[j] = load_quads(b + j * b_step + k, 4 * b_step);
+            turn_quarters(x);
+            for (int j = 0; j < 4; j++) store(to + (k + j) * step, x[j]);
+        }
+        for (; k < depth; k++)
+            for (int64_t i = 0; i < LANES; i++)
+                to[k * step + i] = n + i < columns ? b[i * b_step + k] : 0;
+    }
+}
+
+/* What a thread works with. */
+static _Thread_local float panels_of_thread[ROOM + PANEL * DEPTH] __attribute__((aligned(64)));
+static _Thread_local float side_of_thread[LINE * DEPTH] __attribute__((aligned(64)));
+
+/* [k][row] of some rows of a, which lies (depth, rows), `whole` numbers from here. */
+static void lay_side(const float *a, int64_t a_step, int64_t depth, int64_t rows, int64_t whole) {
+    float *side = side_of_thread;
+    for (int64_t k = 0, at = 0; k < depth; k++, at += a_step, side += LINE) {
+        if (at + LINE <= whole)
+            memcpy(side, a + at, LINE * sizeof *side); /* those behind are not used */
+        else
+            for (int64_t r = 0; r < rows; r++) side[r] = a[at + r];
+    }
+}
+
+/* c (rows, columns) = a (rows, depth) b (depth, columns), b in panels, or added to it. */
+static void multiply_panels(int64_t rows, int64_t columns, int64_t depth, float *c, int64_t c_step,
+                            const float *a, int64_t a_row, int64_t a_depth, const float *panels,
+                            int adds, int streams, wanted *next) {
+    const int64_t tiles = (rows + TILE - 1) / TILE;
+    for (int64_t t = 0; t < tiles; t++) {
+        const int64_t begin = t * rows / tiles, here = (t + 1) * rows / tiles - begin;
+        const float *a_t = a + begin * a_row;
+        int64_t row = a_row, step = a_depth;
+        if (a_row == 1) { /* the rows lie in columns: those of a tile together */
+            lay_side(a_t, a_depth, depth, here, (depth - 1) * a_depth + rows - begin);
+            a_t = side_of_thread, step = LINE;
+        }
+        for (int64_t n = 0; n < columns; n += PANEL)
+            any_tile(here, columns - n < PANEL ? columns - n : PANEL, depth, c + begin * c_step + n,
+                     c_step, a_t, row, step, panels + n * depth, adds, streams, next);
+    }
+}
+
+INLINE int64_t parts_of(int64_t all, int64_t most) { return (all + most - 1) / most; }
+
+/* c (rows, columns) = a (rows, depth) b (depth, columns), or added to c; b lies (columns, depth) if
+ * `turned`. */
+typedef struct {
+    float *c;
+    const float *a, *b;
+    int64_t rows, columns, depth, a_row, a_depth, b_step;
+    int turned, adds, streams; /* streams: c is written once, and not read soon */
+} product;
+
+/* The part of a product that is made of one block of b. */
+typedef struct {
+    int64_t n, columns, k, depth;
+} block;
+
+/* Block `i` of some columns of a product; without columns: there is no such. */
+static block block_at(const product *p, part mine, int64_t i) {
+    const int64_t deep = p->depth > DEPTH ? parts_of(p->depth, DEPTH) : 1;
+    const int64_t depth = parts_of(p->depth, deep);
+    int64_t most = ROOM / (depth ? depth : 1) / PANEL * PANEL;
+    if (most < PANEL) most = PANEL;
+    const int64_t panels = parts_of(mine.end - mine.begin, PANEL);
+    const int64_t wide = parts_of(panels * PANEL, most), n = i / deep, k = i % deep * depth;
+    block b = {mine.end, 0, k, 0};
+    if (n >= wide) return b;
+    const int64_t end = mine.begin + (n + 1) * panels / wide * PANEL;
+    b.n = mine.begin + n * panels / wide * PANEL;
+    b.columns = (end < mine.end ? end : mine.end) - b.n;
+    b.depth = p->depth - k < depth ? p->depth - k : depth;
+    return b;
+}
+
+INLINE const float *block_of(const product *p, block b) {
+    return p->turned ? p->b + b.n * p->b_step + b.k : p->b + b.k * p->b_step + b.n;
+}
+
+static void lay_block(float *panels, const product *p, block b) {
+    if (p->turned)
+        lay_columns(panels, block_of(p, b), p->b_step, b.depth, b.columns);
+    else
+        lay_rows(panels, block_of(p, b), p->b_step, b.depth, b.columns);
+}
+
+/* Some columns of a product; meanwhile its next block is asked for, and then that of `after`. */
+static void multiply_columns(const product *p, part mine, const product *after, part its) {
+    float *panels = panels_of_thread;
+    const int aligned = (uintptr_t)p->c % sizeof(lanes) == 0 && p->columns % LANES == 0;
+    block next = block_at(p, mine, 0);
+    for (int64_t i = 0; next.columns; i++) {
+        const block now = next;
+        const int last_terms = now.k + now.depth == p->depth;
+        lay_block(panels, p, now);
+        next = block_at(p, mine, i + 1);
+        const product *then = next.columns ? p : after;
+        const block its_block = next.columns ? next : block_at(after, its, 0);
+        wanted ahead = {block_of(then, its_block), its_block.depth, its_block.columns,
+                        then->b_step, 0, 1};
+        if (then->turned) ahead.rows = its_block.columns, ahead.width = its_block.depth;
+        const int64_t lines = ahead.rows * parts_of(ahead.width, LINE) + 1;
+        const int64_t steps = parts_of(p->rows, TILE) * parts_of(now.columns, PANEL) * now.depth;
+        ahead.gap = steps / lines > 1 ? steps / lines : 1;
+        multiply_panels(p->rows, now.columns, now.depth, p->c + now.n, p->columns,
+                        p->a + now.k * p->a_depth, p->a_row, p->a_depth, panels,
+                        p->adds || now.k > 0, aligned && last_terms && p->streams, &ahead);
+    }
+}
+
+enum kind { LINEAR, BACK, OUTER };
+
+/* Products of all experts: c of a and b, each by expert or by row. */
+typedef struct {
+    enum kind kind;
+    float *c;
+    const float *a, *b;
+    const int64_t *starts;
+    int64_t experts, outputs, inputs, adds;
+} products;
+
+static product product_of(const products *all, int64_t e) {
+    const int64_t begin = all->starts[e], rows = all->starts[e + 1] - begin;
+    const int64_t o = all->outputs, i = all->inputs;
+    if (all->kind == LINEAR)
+        return (product){all->c + begin * o, all->a + begin * i, all->b + e * o * i,
+                         rows, o, i, i, 1, i, 1, 0, 0};
+    if (all->kind == BACK)
+        return (product){all->c + begin * i, all->a + begin * o, all->b + e * o * i,
+                         rows, i, o, o, 1, i, 0, 0, 0};
+    return (product){all->c + e * o * i, all->a + begin * o, all->b + begin * i,
+                     o, i, rows, 1, o, i, 0, all->adds != 0, all->adds == 0};
+}
+
+/* An expert, this thread's columns of its product, and the work before them. */
+typedef struct {
+    int64_t e, before;
+    part mine;
+} turn_of_thread;
+
+/* How long an expert takes, in rows; 0: there is nothing to do. */
+INLINE int64_t work_of(const products *all, int64_t e) {
+    const int64_t rows = all->starts[e + 1] - all->starts[e];
+    return rows || (all->kind == OUTER && !all->adds) ? rows + READING : 0;
+}
+
+INLINE int64_t panel_at(int64_t work, int64_t of_panel, int64_t panels) {
+    const int64_t panel = work > 0 ? parts_of(work, of_panel) : 0;
+    return panel < panels ? panel : panels;
+}
+
+/* Threads take experts in turn, and share those between them by columns. */
+static void next_turn(turn_of_thread *turn, const products *all, int64_t work) {
+    const int64_t columns = all->kind == LINEAR ? all->outputs : all->inputs;
+    const int64_t panels = parts_of(columns, PANEL), thread = omp_get_thread_num();
+    const int64_t threads = omp_get_num_threads(), of_all = work * panels;
+    const int64_t begin = of_all * thread / threads, end = of_all * (thread + 1) / threads;
+    for (turn->e++; turn->e < all->experts; turn->e++) {
+        const int64_t of_panel = work_of(all, turn->e), before = turn->before * panels;
+        turn->before += of_panel;
+        if (!of_panel) continue;
+        turn->mine.begin = panel_at(begin - before, of_panel, panels) * PANEL;
+        turn->mine.end = panel_at(end - before, of_panel, panels) * PANEL;
+        if (turn->mine.end > columns) turn->mine.end = columns;
+        if (turn->mine.begin < turn->mine.end) return;
+    }
+    turn->mine.begin = turn->mine.end = 0;
+}
+
+static void multiply_all(const products *all, int64_t threads) {
+    int64_t work = 0;
+    for (int64_t e = 0; e < all->experts; e++) work += work_of(all, e);
+#pragma omp parallel num_threads(worth(threads, work *all->outputs *all->inputs))
+    {
+        turn_of_thread now = {-1, 0, {0, 0}}, next;
+        next_turn(&now, all, work);
+        for (; now.e < all->experts; now = next) {
+            next = now;
+            next_turn(&next, all, work);
+            const product here = product_of(all, now.e);
+            const product after = product_of(all, next.e < all->experts ? next.e : now.e);
+            multiply_columns(&here, now.mine, &after, next.mine);
+        }
+        streamed();
+    }
 }
 
 /* y[r] = w[e(r)] x[r]; w (experts, outputs, inputs). */
 void grouped_linear(float *y, const float *x, const float *w, const int64_t *starts,
                     int64_t experts, int64_t outputs, int64_t inputs, int64_t threads) {
-    const int64_t work = rows_of_all(starts, experts) * outputs * inputs;
-#pragma omp parallel for schedule(dynamic) num_threads(worth(threads, work))
-    for (int64_t e = 0; e < experts; e++)
-        dots(starts[e + 1] - starts[e], outputs, inputs, x + starts[e] * inputs, inputs,
-             w + e * outputs * inputs, inputs, y + starts[e] * outputs, outputs);
+    const products all = {LINEAR, y, x, w, starts, experts, outputs, inputs, 0};
+    multiply_all(&all, threads);
 }
 
 /* x_grad[r] = y_grad[r] w[e(r)]. */
 void grouped_linear_back(float *x_grad, const float *y_grad, const float *w,
                          const int64_t *starts, int64_t experts, int64_t outputs, int64_t inputs,
                          int64_t threads) {
-    const int64_t work = rows_of_all(starts, experts) * outputs * inputs;
-#pragma omp parallel for schedule(dynamic) num_threads(worth(threads, work))
-    for (int64_t e = 0; e < experts; e++)
-        sums(starts[e + 1] - starts[e], inputs, outputs, y_grad + starts[e] * outputs, outputs,
-             w + e * outputs * inputs, inputs, x_grad + starts[e] * inputs, inputs, 0);
+    const products all = {BACK, x_grad, y_grad, w, starts, experts, outputs, inputs, 0};
+    multiply_all(&all, threads);
 }
 
 /* w_grad[e] = y_grad[rows of e]^T x[rows of e], or added to it. */
 void grouped_outer(float *w_grad, const float *y_grad, const float *x, const int64_t *starts,
                    int64_t experts, int64_t outputs, int64_t inputs, int64_t adds,
                    int64_t threads) {
-    const int64_t work = rows_of_all(starts, experts) * outputs * inputs;
-    const int64_t whole = inputs / LANES * LANES;
-#pragma omp parallel for schedule(dynamic) num_threads(worth(threads, work))
-    for (int64_t e = 0; e < experts; e++) {
-        const int64_t rows = starts[e + 1] - starts[e];
-        const float *y_grad_e = y_grad + starts[e] * outputs, *x_e = x + starts[e] * inputs;
-        float *w_grad_e = w_grad + e * outputs * inputs;
-        if (adds)
-            multiply(outputs, whole, rows, w_grad_e, inputs, y_grad_e, 1, outputs, x_e, inputs, 1);
-        else
-            multiply(outputs, whole, rows, w_grad_e, inputs, y_grad_e, 1, outputs, x_e, inputs, 0);
-        for (int64_t o = 0; o < outputs; o++)
-            for (int64_t i = whole; i < inputs; i++) {
-                float sum = adds ? w_grad_e[o * inputs + i] : 0;
-                for (int64_t r = 0; r < rows; r++)
-                    sum += y_grad_e[r * outputs + o] * x_e[r * inputs + i];
-                w_grad_e[o * inputs + i] = sum;
-            }
-    }
+    const products all = {OUTER, w_grad, y_grad, x, starts, experts, outputs, inputs, adds};
+    multiply_all(&all, threads);
 }

@@ -17,6 +17,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t whole_lanes __attribute__((vector_size(4 * LANES)));
 typedef float quad __attribute__((vector_size(16)));
 
 /* memcpy, since a cast pointer would promise an alignment that tensors do not have. */
@@ -27,6 +28,56 @@ INLINE lanes load(const float *x) {
 }
 
 INLINE void store(float *x, lanes v) { memcpy(x, &v, sizeof v); }
+
+/* Four numbers each from LANES / 4 places. */
+INLINE lanes load_quads(const float *x, int64_t step) {
+    quad q[LANES / 4];
+    lanes v;
+    for (int k = 0; k < LANES / 4; k++) memcpy(q + k, x + k * step, sizeof *q);
+#if LANES == 16 && (defined(__clang__) || __GNUC__ >= 12)
+    typedef float half __attribute__((vector_size(32)));
+    const half one = __builtin_shufflevector(q[0], q[1], 0, 1, 2, 3, 4, 5, 6, 7);
+    const half other = __builtin_shufflevector(q[2], q[3], 0, 1, 2, 3, 4, 5, 6, 7);
+    v = __builtin_shufflevector(one, other, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    memcpy(&v, q, sizeof v);
+#endif
+    return v;
+}
+
+/* Numbers of two vectors, LANES more for those of the second. */
+INLINE lanes shuffled(lanes one, lanes other, whole_lanes from) {
+#if defined(__clang__)
+    lanes v;
+    for (int k = 0; k < LANES; k++)
+        v[k] = from[k] < LANES ? one[from[k]] : other[from[k] - LANES];
+    return v;
+#else
+    return __builtin_shuffle(one, other, from);
+#endif
+}
+
+/* Past the caches, where the processor can: what is written in whole lines and not read soon need not
+ * be fetched first. Only where `x` is aligned to a vector; `streamed` before another thread reads. */
+INLINE void stream(float *x, lanes v) {
+#if defined(__clang__)
+    __builtin_nontemporal_store(v, (lanes *)x);
+#elif defined(__AVX512F__)
+    __builtin_ia32_movntps512(x, v);
+#elif defined(__AVX__)
+    __builtin_ia32_movntps256(x, v);
+#elif defined(__SSE__)
+    __builtin_ia32_movntps(x, v);
+#else
+    store(x, v);
+#endif
+}
+
+INLINE void streamed(void) {
+#if defined(__SSE__)
+    __builtin_ia32_sfence();
+#endif
+}
 
 /* The sum of a vector's quarters, eighths or whatever four numbers are of it. */
 INLINE quad folded(lanes v) {
