@@ -22,14 +22,9 @@ from deepseek.models.components.rope import rotate, rotate_slow, rotation
 from deepseek.ops import routing, rows
 from deepseek.ops.causal_attention import causal_attention_slow
 from deepseek.ops.cross_entropy import IGNORE_INDEX, softmax_loss, softmax_loss_slow
+from deepseek.ops.fused_attention import fused_attention, takes_heads
 from deepseek.ops.native import build
 from deepseek.ops.rms_norm import rms_norm, rms_norm_slow
-from deepseek.ops.short_attention import (
-    MOST_NUMBERS,
-    MOST_OF_DOCUMENTS,
-    short_attention,
-    takes_short,
-)
 from deepseek.ops.squares import square_sums, square_sums_slow
 from deepseek.ops.swiglu import swiglu, swiglu_slow
 from support.kernels import without_kernels
@@ -193,7 +188,7 @@ def test_heads(shape: tuple[int, int, int], plain: int, pairs: int, values: int)
 def attention_slow(
     q_BSNH: Tensor, kv_BSNH: Tensor, k_rope_BSH: Tensor, *rest: Any, values: int
 ) -> Tensor:
-    """Reference of ``short_attention``."""
+    """Reference of ``fused_attention``."""
     cos, sin, *others = rest
     k, v = head_keys_slow(kv_BSNH, k_rope_BSH, values)
     q = head_queries_slow(q_BSNH, cos.to(q_BSNH.dtype), sin.to(q_BSNH.dtype))
@@ -208,17 +203,19 @@ def attention_slow(
     pairs=st.integers(1, 9),
     values=st.integers(1, 40),
     documents=st.integers(1, 4),
+    packed=st.booleans(),
 )
-def test_short_attention(
-    shape: tuple[int, int, int], plain: int, pairs: int, values: int, documents: int
+def test_fused_attention(
+    shape: tuple[int, int, int], plain: int, pairs: int, values: int, documents: int, packed: bool
 ) -> None:
     sequences, tokens, heads = shape
-    ids = torch.randint(documents, (sequences, tokens)).sort(dim=1).values
+    ids = torch.randint(documents, (sequences, tokens))
+    ids = ids.sort(dim=1).values if packed else ids
     documents_BS = ids if documents > 1 else None
     largest, wanted = drawn(sequences, heads, tokens), drawn(sequences, heads, tokens).double()
     angles = rotation(torch.arange(tokens).expand(sequences, tokens), 2 * pairs, 1e4, None)
     compare(
-        lambda *given: short_attention(*given, *angles, 0.3, documents_BS, largest),
+        lambda *given: fused_attention(*given, *angles, 0.3, documents_BS, largest),
         lambda *given: attention_slow(*given, *angles, 0.3, documents_BS, wanted, values=values),
         drawn(*shape, plain + 2 * pairs),
         drawn(*shape, plain + values, seed=1),
@@ -227,6 +224,20 @@ def test_short_attention(
         tolerance=1e-5,
     )
     torch.testing.assert_close(largest.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_follows_scores_that_grow_without_end() -> None:
+    """Each token's own key outweighs all before, by more than numbers can tell."""
+    tokens = 200
+    q, k = torch.zeros(1, tokens, 1, 2), torch.ones(1, tokens, 1, 1)
+    kv = torch.cat((100.0 * torch.arange(tokens).view(1, -1, 1, 1) * k, drawn(1, tokens, 1, 3)), -1)
+    q = torch.cat((k, q), -1)
+    turned = drawn(1, tokens, 2), torch.ones(1, tokens, 1), torch.zeros(1, tokens, 1)
+    y, by_q, by_kv = passes(lambda *given: fused_attention(*given, *turned, 1.0), (q, kv))
+    assert torch.equal(y, kv[..., 1:])
+    nothing = torch.zeros(1, tokens, 1, 3)
+    torch.testing.assert_close(by_q, nothing, rtol=0, atol=1e-2)
+    torch.testing.assert_close(by_kv[..., :1], nothing[..., :1], rtol=0, atol=1e-5)
 
 
 def test_a_document_does_not_see_another_bit_by_bit() -> None:
@@ -238,26 +249,22 @@ def test_a_document_does_not_see_another_bit_by_bit() -> None:
     def middle(given: Sequence[Tensor], heads: int = 3) -> list[Tensor]:
         part = [x[1:, :, :heads] if x.dim() == 4 else x[1:] for x in given]
         one = [*(x[1:] for x in angles), 0.3, documents_BS[1:]]
-        found = passes(lambda *inputs: short_attention(*inputs, *one), part)
+        found = passes(lambda *inputs: fused_attention(*inputs, *one), part)
         return [x[:, 20:40] for x in found[: 3 if heads == 3 else 2]]
 
     other = [torch.cat((x[:, :20] * 3, x[:, 20:40], x[:, 40:] - 1), dim=1) for x in given_]
     assert all(map(torch.equal, middle(given_), middle(other)))
-    everything = short_attention(*given_, *angles, 0.3, documents_BS)
+    everything = fused_attention(*given_, *angles, 0.3, documents_BS)
     assert torch.equal(everything[1:, 20:40], middle(given_)[0])
     assert torch.equal(everything[1:, 20:40, :1], middle(given_, heads=1)[0])
 
 
-def test_attention_of_long_sequences_goes_by_blocks() -> None:
-    """What the kernel needs would not lie in the caches; or most keys are of other documents."""
-    for most, documents_BS in ((MOST_NUMBERS, None), (MOST_OF_DOCUMENTS, torch.zeros(1, 1))):
-        tokens = most // 24
-        q, kv = drawn(1, tokens + 1, 1, 8), drawn(1, tokens + 1, 1, 16)
-        assert takes_short(q[:, :-1], kv[:, :-1], documents_BS)
-        assert not takes_short(q, kv, documents_BS)
-        with without_kernels():
-            assert not takes_short(q[:, :-1], kv[:, :-1], documents_BS)
-    assert not takes_short(drawn(1, 3, 1, 8), drawn(1, 4, 1, 16)), "of the last tokens"
+def test_attention_of_the_last_tokens_goes_by_blocks() -> None:
+    q, kv = drawn(1, 3, 1, 8), drawn(1, 3, 1, 8)
+    assert takes_heads(q, kv)
+    assert not takes_heads(q[:, 1:], kv)
+    with without_kernels():
+        assert not takes_heads(q, kv)
 
 
 @given(tokens=st.integers(1, 30), experts=st.sampled_from([2, 4, 6, 16]), data=st.data())

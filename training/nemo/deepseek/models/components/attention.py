@@ -23,8 +23,8 @@ from deepseek.models.components.feed_forward import Linear, RMSNorm
 from deepseek.models.components.heads import head_keys, head_queries
 from deepseek.models.components.rope import rotate
 from deepseek.ops.causal_attention import causal_attention
+from deepseek.ops.fused_attention import fused_attention, takes_heads
 from deepseek.ops.latent_attention import Room, latent_attention, takes_latents
-from deepseek.ops.short_attention import short_attention, takes_short
 
 
 class LatentStore(Protocol):
@@ -158,8 +158,8 @@ class MultiHeadLatentAttention(nn.Module):
             sizes = q_BSNH.shape[0], q_BSNH.shape[2], q_BSNH.shape[1]
             largest_BNS = self.largest_logit_N.new_empty(sizes)
         scale = self.softmax_scale
-        if self.attend is _attend_here and takes_short(q_BSNH, kv_BSNH, seen[0]):
-            y_BSNU = short_attention(
+        if self.attend is _attend_here and takes_heads(q_BSNH, kv_BSNH):
+            y_BSNU = fused_attention(
                 q_BSNH, kv_BSNH, k_rope_BSH, *angles, scale, seen[0], largest_BNS
             )
         else:

@@ -1,16 +1,18 @@
-/* Causal attention of short sequences, head by head: all that a head needs lies in the caches.
+/* Causal attention, head by head, of which one block of scores exists at a time.
  *
- * Scores of TILE queries at a time are made, against the keys that one of them may see, and dropped
- * after use; the backward pass makes them again from the largest and the sum that the forward pass
- * has kept of each query. Each sum is added up in an order of its own, whatever the number of
- * sequences, heads and threads.
+ * A block of queries passes the blocks of keys that one of them may see. Its scores lie key by key,
+ * a vector of them being of neighbouring queries: so the largest and the sum of each query are made
+ * without a look across a vector, and products read whole vectors. Where a larger score comes, what
+ * was added up before is made smaller. The backward pass makes scores again, from the largest and
+ * the sum that the forward pass has kept of each query. Each sum is added up in an order of its
+ * own, whatever the number of sequences, heads and threads.
  *
  * Everything comes and goes token by token, contiguous: queries (B, S, N, plain + 2 pairs), whose
  * pairs are turned here by the angles of `cosines` and `sines` (B, S, pairs); what is made of
  * latents, (B, S, N, plain + values): keys without position, and values; `shared` (B, S, 2 pairs),
  * the rest of all heads' keys, turned already; the result and its gradient (B, S, N, values).
- * `documents` (B, S) or NULL: a query sees the keys of its own alone. Rows are padded to whole
- * vectors by zeros in `room`, of `room_size` numbers for each thread. */
+ * `documents` (B, S) or NULL: a query sees the keys of its own alone. `room` is what a thread needs
+ * besides, `room_size` numbers for each. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -20,134 +22,233 @@
 #include "threads.h"
 #include "turn.h"
 
-enum { TILE = 4 * SUM_ROWS };
+/* Of a block: whole panels, whole tiles; and numbers of a cache line. */
+enum { QUERIES = 64, KEYS = 96, LINE = 16 };
 
 typedef struct {
     int64_t sequences, heads, tokens, plain, pairs, values;
 } sizes;
 
-INLINE int64_t whole(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+INLINE int64_t whole(int64_t count, int64_t of) { return (count + of - 1) / of * of; }
 
-/* y (columns, `step`) = x (rows, columns), with `x_step` from a row of x to the next; zeros behind. */
-static void transpose(float *restrict y, int64_t step, const float *restrict x, int64_t x_step,
-                      int64_t rows, int64_t columns) {
-    for (int64_t c = 0; c < columns; c++) {
-        for (int64_t r = 0; r < rows; r++) y[c * step + r] = x[r * x_step + c];
-        for (int64_t r = rows; r < step; r++) y[c * step + r] = 0;
-    }
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* From a row to the next, an odd number of cache lines: rows at an even one share few of the first
+ * cache's places, and drive each other out. */
+INLINE int64_t step_of(int64_t columns) { return (whole(columns, LINE) / LINE | 1) * LINE; }
+
+/* `count` numbers of the room, whole lines. */
+INLINE float *taken(float **room, int64_t count) {
+    float *mine = *room;
+    *room += whole(count, LINE);
+    return mine;
 }
 
-/* Rows from x to y, each with its own step from a row to the next; zeros from `columns` to `width`. */
+/* y (4, `y_step`) = x (4, `x_step`), transposed. */
+INLINE void transpose_square(float *y, int64_t y_step, const float *x, int64_t x_step) {
+#if defined(__clang__) || __GNUC__ >= 12
+    quad row[4], ab[2], cd[2], column[4];
+    for (int k = 0; k < 4; k++) memcpy(&row[k], x + k * x_step, sizeof(quad));
+    ab[0] = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+    ab[1] = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+    cd[0] = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+    cd[1] = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+    for (int k = 0; k < 2; k++) {
+        column[2 * k] = __builtin_shufflevector(ab[k], cd[k], 0, 1, 4, 5);
+        column[2 * k + 1] = __builtin_shufflevector(ab[k], cd[k], 2, 3, 6, 7);
+    }
+    for (int k = 0; k < 4; k++) memcpy(y + k * y_step, &column[k], sizeof(quad));
+#else
+    for (int k = 0; k < 4; k++)
+        for (int j = 0; j < 4; j++) y[k * y_step + j] = x[j * x_step + k];
+#endif
+}
+
+/* x (rows, `x_step`) in panels (columns, PANEL) of so many rows; columns are a multiple of 4. */
+static void transpose_panels(float *restrict y, const float *restrict x, int64_t x_step,
+                             int64_t rows, int64_t columns) {
+    for (; rows > 0; rows -= PANEL, x += PANEL * x_step, y += PANEL * columns)
+        for (int64_t c = 0; c < columns; c += 4)
+            for (int64_t r = 0; r < PANEL; r += 4)
+                transpose_square(y + c * PANEL + r, PANEL, x + r * x_step + c, x_step);
+}
+
+/* Rows from x to y, each with its own step from a row to the next. */
 static void copy_rows(float *restrict y, int64_t y_step, const float *restrict x, int64_t x_step,
-                      int64_t rows, int64_t columns, int64_t width) {
-    for (int64_t r = 0; r < rows; r++) {
+                      int64_t rows, int64_t columns) {
+    for (int64_t r = 0; r < rows; r++)
         memcpy(y + r * y_step, x + r * x_step, columns * sizeof *y);
-        for (int64_t c = columns; c < width; c++) y[r * y_step + c] = 0;
+}
+
+/* Zeros behind `rows` and `columns` of (`all_rows`, `step`). */
+static void pad(float *restrict y, int64_t step, int64_t rows, int64_t columns, int64_t all_rows) {
+    for (int64_t r = 0; r < all_rows; r++) {
+        const int64_t from = r < rows ? columns : 0;
+        memset(y + r * step + from, 0, (step - from) * sizeof *y);
     }
 }
 
-/* Queries from `begin` to `end` of a head, turned. */
-static void turned_queries(float *restrict y, const float *restrict q, const float *restrict cosines,
-                           const float *restrict sines, sizes n, int64_t b, int64_t head,
-                           int64_t begin, int64_t end) {
-    const int64_t width = n.plain + 2 * n.pairs, h = whole(width);
-    for (int64_t i = begin; i < end; i++) {
-        const int64_t token = b * n.tokens + i;
+/* Keys (whole lines of tokens, `k_step`) and values (the same, `v_step`) of a head. */
+static void lay_keys(float *restrict k, int64_t k_step, float *restrict v, int64_t v_step,
+                     const float *restrict made, const float *restrict shared, sizes n, int64_t b,
+                     int64_t head) {
+    const int64_t made_width = n.plain + n.values, turned = 2 * n.pairs;
+    const float *made_n = made + (b * n.tokens * n.heads + head) * made_width;
+    const int64_t rows = whole(n.tokens, LINE);
+    copy_rows(k, k_step, made_n, n.heads * made_width, n.tokens, n.plain);
+    copy_rows(k + n.plain, k_step, shared + b * n.tokens * turned, turned, n.tokens, turned);
+    copy_rows(v, v_step, made_n + n.plain, n.heads * made_width, n.tokens, n.values);
+    pad(k, k_step, n.tokens, n.plain + turned, rows);
+    pad(v, v_step, n.tokens, n.values, rows);
+}
+
+/* Queries of a head from `begin` on, turned and scaled: (QUERIES, `step`), and in panels. */
+static void lay_queries(float *restrict y, int64_t step, float *restrict panels,
+                        const float *restrict q, const float *restrict cosines,
+                        const float *restrict sines, sizes n, float scale, int64_t b, int64_t head,
+                        int64_t begin, int64_t count) {
+    const int64_t width = n.plain + 2 * n.pairs;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t token = b * n.tokens + begin + i;
         const float *from = q + (token * n.heads + head) * width;
-        float *to = y + (i - begin) * h;
+        float *to = y + i * step;
         memcpy(to, from, n.plain * sizeof *y);
         turn(to + n.plain, from + n.plain, cosines + token * n.pairs, sines + token * n.pairs,
              n.pairs, 1);
-        for (int64_t c = width; c < h; c++) to[c] = 0;
+        for (int64_t c = 0; c < width; c++) to[c] *= scale;
     }
+    pad(y, step, count, width, QUERIES);
+    transpose_panels(panels, y, step, count, whole(width, 4));
 }
 
-/* Which keys of a vector, the first of them `key`, a query sees; if documents are isolated, `own` is
- * its document, and `documents` have whole vectors. */
-INLINE whole_lanes sees(int32_t query, int32_t key, const int32_t *documents, int32_t own) {
-    whole_lanes keys, of;
-    for (int k = 0; k < LANES; k++) keys[k] = key + k;
-    whole_lanes mask = keys <= query;
-    if (documents) {
-        memcpy(&of, documents + key, sizeof of);
-        mask &= of == own;
+/* The documents of a sequence in whole lines; NULL: they are not isolated. */
+INLINE const int32_t *lay_documents(float *room, const int32_t *documents, sizes n, int64_t b) {
+    if (!documents) return NULL;
+    memcpy(room, documents + b * n.tokens, n.tokens * sizeof *documents);
+    memset(room + n.tokens, -1, (whole(n.tokens, LINE) - n.tokens) * sizeof *documents);
+    return (const int32_t *)room;
+}
+
+/* Some queries and some keys of a head. */
+typedef struct {
+    int64_t query, queries, key, keys;
+    const int32_t *documents; /* of all tokens; NULL: not isolated */
+    int hides, hides_all;     /* whether some query does not see some key; no query any key */
+} block;
+
+INLINE block block_of(int64_t query, int64_t queries, int64_t key, int64_t keys,
+                      const int32_t *documents) {
+    const int ahead = key + whole(keys, ROW_STEP) > query + 1;
+    if (!documents) return (block){query, queries, key, keys, documents, ahead, 0};
+    int32_t low_q = INT32_MAX, high_q = INT32_MIN, low_k = INT32_MAX, high_k = INT32_MIN;
+    for (int64_t i = query; i < query + queries; i++) {
+        low_q = documents[i] < low_q ? documents[i] : low_q;
+        high_q = documents[i] > high_q ? documents[i] : high_q;
+    }
+    for (int64_t i = key; i < key + keys; i++) {
+        low_k = documents[i] < low_k ? documents[i] : low_k;
+        high_k = documents[i] > high_k ? documents[i] : high_k;
+    }
+    const int one = low_q == high_q && low_k == high_k && low_q == low_k;
+    const int apart = low_q > high_k || low_k > high_q;
+    return (block){query, queries, key, keys, documents, ahead || !one, apart};
+}
+
+/* The block's keys that are not ahead of the last query of a vector, the first of which is the
+ * block's `c`th: whole steps of rows. */
+INLINE int64_t keys_before(block x, int64_t c) {
+    const int64_t keys = smaller(x.keys, x.query + c + LANES - x.key);
+    return keys > 0 ? whole(keys, ROW_STEP) : 0;
+}
+
+/* Which queries of a vector see the block's key `k`. */
+INLINE whole_lanes sees(block x, int64_t k, int64_t c) {
+    whole_lanes queries, of;
+    for (int i = 0; i < LANES; i++) queries[i] = (int32_t)(x.query + c) + i;
+    whole_lanes mask = queries >= (int32_t)(x.key + k);
+    if (x.documents) {
+        memcpy(&of, x.documents + x.query + c, sizeof of);
+        mask &= of == x.documents[x.key + k];
     }
     return mask;
 }
 
-INLINE float largest_of(lanes v) {
-    quad part[LANES / 4];
-    memcpy(part, &v, sizeof v);
-    quad most = part[0];
-    for (int k = 1; k < LANES / 4; k++) {
-        typedef int32_t quad_mask __attribute__((vector_size(16)));
-        const quad_mask larger = part[k] > most;
-        most = (quad)(((quad_mask)part[k] & larger) | ((quad_mask)most & ~larger));
-    }
-    const float one = most[0] > most[1] ? most[0] : most[1];
-    const float other = most[2] > most[3] ? most[2] : most[3];
-    return one > other ? one : other;
-}
-
-/* Scores of a query become the shares of its keys, whole vectors of them; those that it may not see
- * get 0. */
-INLINE void share(float *scores, int32_t query, int32_t keys, const int32_t *documents,
-                  float scale, float *largest, float *sum_of_all) {
-    const int32_t own = documents ? documents[query] : 0, end = query / LANES * LANES + LANES;
-    const int32_t plain = documents ? 0 : (query + 1) / LANES * LANES; /* all of them are seen */
-    const lanes zero = {0};
-    lanes most = zero - INFINITY, sum = zero;
-    for (int32_t j = 0; j < plain; j += LANES) {
-        const lanes s = load(scores + j);
-        most = either(s > most, s, most);
-    }
-    for (int32_t j = plain; j < end; j += LANES) {
-        const lanes s = either(sees(query, j, documents, own), load(scores + j), zero - INFINITY);
-        most = either(s > most, s, most);
-    }
-    const float highest = largest_of(most);
-    for (int32_t j = 0; j < end; j += LANES) {
-        lanes e = exponentials((load(scores + j) - highest) * scale);
-        if (j >= plain) e = either(sees(query, j, documents, own), e, zero);
-        store(scores + j, e);
-        sum += e;
-    }
-    *largest = highest * scale;
-    *sum_of_all = total(sum);
-    const float by = 1 / *sum_of_all;
-    for (int32_t j = 0; j < end; j += LANES) store(scores + j, load(scores + j) * by);
-    for (int32_t j = end; j < keys; j += LANES) store(scores + j, zero);
-}
-
-/* Scores become shares again, and what the shares' gradients were the gradients of scores. */
-INLINE void share_backward(float *scores, float *by, int32_t query, int32_t keys,
-                           const int32_t *documents, float scale, float largest, float sum) {
-    const int32_t own = documents ? documents[query] : 0, end = query / LANES * LANES + LANES;
-    const int32_t plain = documents ? 0 : (query + 1) / LANES * LANES;
-    const float by_sum = 1 / sum;
-    const lanes zero = {0};
-    lanes along = zero;
-    for (int32_t j = 0; j < end; j += LANES) {
-        lanes e = exponentials(load(scores + j) * scale - largest) * by_sum;
-        if (j >= plain) e = either(sees(query, j, documents, own), e, zero);
-        store(scores + j, e);
-        along += e * load(by + j);
-    }
-    const float mean = total(along);
-    for (int32_t j = 0; j < end; j += LANES)
-        store(by + j, load(scores + j) * (load(by + j) - mean) * scale);
-    for (int32_t j = end; j < keys; j += LANES) {
-        store(scores + j, zero);
-        store(by + j, zero);
+/* y (keys, QUERIES) = a (keys, depth) b, which is panels; nothing of keys ahead of a vector. */
+INLINE void scores_of(float *y, block x, const float *a, int64_t a_step, const float *b,
+                      int64_t depth) {
+    for (int64_t c = 0; c < x.queries; c += PANEL, b += PANEL * depth) {
+        const int64_t both = keys_before(x, c), more = keys_before(x, c + LANES) - both;
+        multiply(both, PANEL, depth, y + c, QUERIES, a, a_step, 1, b, PANEL, 0, EVERYTHING);
+        multiply(more, LANES, depth, y + both * QUERIES + c + LANES, QUERIES, a + both * a_step,
+                 a_step, 1, b + LANES, PANEL, 0, EVERYTHING);
     }
 }
 
-/* The documents of a sequence in whole vectors; NULL: they are not isolated. */
-INLINE const int32_t *padded(void *room, const int32_t *documents, int64_t tokens) {
-    if (!documents) return NULL;
-    memcpy(room, documents, tokens * sizeof *documents);
-    memset((int32_t *)room + tokens, -1, (whole(tokens) - tokens) * sizeof *documents);
-    return room;
+/* Zeros for the keys ahead of a vector: tiles of the products that follow are wider than one. */
+INLINE void clear_ahead(float *y, block x, int64_t c) {
+    for (int64_t k = keys_before(x, c); k < whole(x.keys, ROW_STEP); k++)
+        store(y + k * QUERIES + c, (lanes){0});
+}
+
+INLINE lanes larger(lanes a, lanes b) { return either(a > b, a, b); }
+
+/* A vector of queries: their scores become e^(score - largest); `largest` and `sum` take in the
+ * block's. `factor` gets what the sums before are to be multiplied by. */
+INLINE void take_in(float *scores, const int hides, block x, int64_t c, float *largest, float *sum,
+                    float *factor) {
+    const lanes zero = {0}, nothing = zero - INFINITY, before = load(largest + c);
+    const int64_t keys = keys_before(x, c);
+    lanes most[ROW_STEP], all[ROW_STEP]; /* several, since each waits for the one before */
+    for (int i = 0; i < ROW_STEP; i++) most[i] = before, all[i] = zero;
+    for (int64_t k = 0; k < keys; k += ROW_STEP)
+        for (int i = 0; i < ROW_STEP; i++) {
+            float *s = scores + (k + i) * QUERIES + c;
+            if (hides) store(s, either(sees(x, k + i, c), load(s), nothing));
+            most[i] = larger(load(s), most[i]);
+        }
+    for (int i = 1; i < ROW_STEP; i++) most[0] = larger(most[i], most[0]);
+    /* A query that has seen nothing yet has no largest to be taken off. */
+    const lanes highest = hides ? either(most[0] == nothing, zero, most[0]) : most[0];
+    for (int64_t k = 0; k < keys; k += ROW_STEP)
+        for (int i = 0; i < ROW_STEP; i++) {
+            float *s = scores + (k + i) * QUERIES + c;
+            const lanes e = exponentials(load(s) - highest);
+            store(s, e);
+            all[i] += e;
+        }
+    for (int i = 1; i < ROW_STEP; i++) all[0] += all[i];
+    const lanes by = exponentials(before - highest);
+    store(factor + c, by);
+    store(largest + c, most[0]);
+    store(sum + c, load(sum + c) * by + all[0]);
+}
+
+/* A vector of queries: their scores become shares again, and what the shares' gradients were the
+ * gradients of scores. `mean`: of the shares' gradients. */
+INLINE void share_backward(float *scores, float *by, const int hides, block x, int64_t c,
+                           const float *largest, const float *sum, const float *mean) {
+    const lanes zero = {0}, most = load(largest + c), by_sum = 1 / load(sum + c);
+    const lanes mean_c = load(mean + c);
+    for (int64_t k = 0; k < keys_before(x, c); k++) {
+        float *s = scores + k * QUERIES + c, *b = by + k * QUERIES + c;
+        lanes e = exponentials(load(s) - most) * by_sum, g = e * (load(b) - mean_c);
+        if (hides) {
+            const whole_lanes seen = sees(x, k, c);
+            e = either(seen, e, zero), g = either(seen, g, zero);
+        }
+        store(s, e);
+        store(b, g);
+    }
+}
+
+/* The sum of x[i] y[i]. */
+INLINE float along(const float *x, const float *y, int64_t count) {
+    lanes sums = {0};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) sums += load(x + i) * load(y + i);
+    float sum = total(sums);
+    for (; i < count; i++) sum += x[i] * y[i];
+    return sum;
 }
 
 /* `largest` (B, N, S) gets the largest score of each query, `sums` the sum of its exponentials. */
@@ -158,104 +259,149 @@ void attention(float *restrict y, float *restrict largest, float *restrict sums,
                int64_t heads, int64_t tokens, int64_t plain, int64_t pairs, int64_t values,
                float scale, int64_t room_size, int64_t threads) {
     const sizes all = {sequences, heads, tokens, plain, pairs, values};
-    const int64_t width = plain + 2 * pairs, made_width = plain + values;
+    const int64_t width = plain + 2 * pairs, depth = whole(width, 4);
     const int64_t work = sequences * heads * tokens * tokens * (width + values) / 2;
-    const int64_t t = whole(tokens), h = whole(width), u = whole(values);
-#pragma omp parallel for schedule(static) num_threads(worth(threads, work))
+    const int64_t rows = whole(tokens, LINE), u = whole(values, LANES);
+    const int64_t k_step = step_of(width), v_step = step_of(values);
+#pragma omp parallel for schedule(dynamic) num_threads(worth(threads, work))
     for (int64_t n = 0; n < sequences * heads; n++) {
         const int64_t b = n / heads, head = n % heads;
-        const float *made_n = made + (b * tokens * heads + head) * made_width;
         float *mine = room + omp_get_thread_num() * room_size;
-        const int32_t *documents_b = padded(mine, documents ? documents + b * tokens : NULL, tokens);
-        float *k_t = mine + t, *v_u = k_t + width * t;
-        float *scores = v_u + tokens * u, *q_h = scores + TILE * t, *y_u = q_h + TILE * h;
-        transpose(k_t, t, made_n, heads * made_width, tokens, plain);
-        transpose(k_t + plain * t, t, shared + b * tokens * 2 * pairs, 2 * pairs, tokens, 2 * pairs);
-        copy_rows(v_u, u, made_n + plain, heads * made_width, tokens, values, u);
-        for (int64_t begin = 0; begin < tokens; begin += TILE) {
-            const int64_t end = begin + TILE < tokens ? begin + TILE : tokens, keys = whole(end);
-            turned_queries(q_h, q, cosines, sines, all, b, head, begin, end);
-            multiply(end - begin, keys, width, scores, t, q_h, h, 1, k_t, t, 0);
-            for (int64_t i = begin; i < end; i++) {
-                float *s = scores + (i - begin) * t;
-                float *most = largest + n * tokens + i, *sum = sums + n * tokens + i;
-                share(s, i, keys, documents_b, scale, most, sum);
+        const int32_t *of = lay_documents(taken(&mine, rows), documents, all, b);
+        float *k = taken(&mine, rows * k_step), *v = taken(&mine, rows * v_step);
+        float *q_h = taken(&mine, QUERIES * k_step), *q_t = taken(&mine, QUERIES * depth);
+        float *scores = taken(&mine, KEYS * QUERIES), *y_u = taken(&mine, QUERIES * v_step);
+        float most[QUERIES], sum[QUERIES], factor[QUERIES];
+        lay_keys(k, k_step, v, v_step, made, shared, all, b, head);
+        for (int64_t begin = 0; begin < tokens; begin += QUERIES) {
+            const int64_t count = smaller(QUERIES, tokens - begin), end = begin + count;
+            lay_queries(q_h, k_step, q_t, q, cosines, sines, all, scale, b, head, begin, count);
+            for (int i = 0; i < QUERIES; i++) most[i] = -INFINITY, sum[i] = 0;
+            int adds = 0;
+            for (int64_t key = 0; key < end; key += KEYS) {
+                const block x = block_of(begin, count, key, smaller(KEYS, end - key), of);
+                const band before = {EVERYTHING.first, begin + 1 - key};
+                if (x.hides_all) continue;
+                scores_of(scores, x, k + key * k_step, k_step, q_t, depth);
+                for (int64_t c = 0; c < count; c += LANES) {
+                    if (x.hides) {
+                        take_in(scores, 1, x, c, most, sum, factor);
+                        clear_ahead(scores, x, c);
+                    } else
+                        take_in(scores, 0, x, c, most, sum, factor);
+                }
+                for (int64_t i = 0; adds && i < count; i++) {
+                    float *y_i = y_u + i * v_step;
+                    for (int64_t c = 0; factor[i] != 1 && c < u; c += LANES)
+                        store(y_i + c, load(y_i + c) * factor[i]);
+                }
+                multiply(whole(count, ROW_STEP), u, x.keys, y_u, v_step, scores, 1, QUERIES,
+                         v + key * v_step, v_step, adds, before);
+                adds = 1;
             }
-            multiply(end - begin, u, end, y_u, u, scores, t, 1, v_u, u, 0);
-            copy_rows(y + ((b * tokens + begin) * heads + head) * values, heads * values, y_u, u,
-                      end - begin, values, values);
+            memcpy(largest + n * tokens + begin, most, count * sizeof *most);
+            memcpy(sums + n * tokens + begin, sum, count * sizeof *sum);
+            for (int64_t i = 0; i < count; i++) {
+                float *to = y + ((b * tokens + begin + i) * heads + head) * values;
+                const float by = 1 / sum[i];
+                for (int64_t c = 0; c < values; c++) to[c] = y_u[i * v_step + c] * by;
+            }
         }
     }
 }
 
 /* Gradients laid out as what was given; `shares_of_heads` (B, N, S, 2 pairs) is used for that of
- * the shared part, which is added up in the order of the heads. */
+ * the shared part, which is added up in the order of the heads. `y`, `largest` and `sums` are what
+ * `attention` has made. */
 void attention_backward(float *restrict by_q, float *restrict by_made, float *restrict by_shared,
                         float *restrict shares_of_heads, float *restrict room,
-                        const float *restrict grad, const float *restrict largest,
-                        const float *restrict sums, const float *restrict q,
-                        const float *restrict made, const float *restrict shared,
-                        const float *restrict cosines, const float *restrict sines,
-                        const int32_t *restrict documents, int64_t sequences, int64_t heads,
-                        int64_t tokens, int64_t plain, int64_t pairs, int64_t values, float scale,
-                        int64_t room_size, int64_t threads) {
+                        const float *restrict grad, const float *restrict y,
+                        const float *restrict largest, const float *restrict sums,
+                        const float *restrict q, const float *restrict made,
+                        const float *restrict shared, const float *restrict cosines,
+                        const float *restrict sines, const int32_t *restrict documents,
+                        int64_t sequences, int64_t heads, int64_t tokens, int64_t plain,
+                        int64_t pairs, int64_t values, float scale, int64_t room_size,
+                        int64_t threads) {
     const sizes all = {sequences, heads, tokens, plain, pairs, values};
     const int64_t turned = 2 * pairs, width = plain + turned, made_width = plain + values;
     const int64_t work = sequences * heads * tokens * tokens * (width + values);
-    const int64_t t = whole(tokens), h = whole(width), u = whole(values);
-#pragma omp parallel for schedule(static) num_threads(worth(threads, work))
+    const int64_t rows = whole(tokens, LINE), h = whole(width, LANES), u = whole(values, LANES);
+    const int64_t depth = whole(width, 4), v_depth = whole(values, 4);
+    const int64_t k_step = step_of(width), v_step = step_of(values);
+#pragma omp parallel for schedule(dynamic) num_threads(worth(threads, work))
     for (int64_t n = 0; n < sequences * heads; n++) {
         const int64_t b = n / heads, head = n % heads;
-        const float *made_n = made + (b * tokens * heads + head) * made_width;
-        const float *shared_b = shared + b * tokens * turned;
         float *mine = room + omp_get_thread_num() * room_size;
-        const int32_t *documents_b = padded(mine, documents ? documents + b * tokens : NULL, tokens);
-        float *k_t = mine + t, *v_t = k_t + width * t;
-        float *k_h = v_t + values * t, *by_k_h = k_h + tokens * h, *by_v_u = by_k_h + tokens * h;
-        float *shares = by_v_u + tokens * u, *by_scores = shares + TILE * t;
-        float *q_h = by_scores + TILE * t, *by_q_h = q_h + TILE * h, *grad_u = by_q_h + TILE * h;
-        transpose(k_t, t, made_n, heads * made_width, tokens, plain);
-        transpose(k_t + plain * t, t, shared_b, turned, tokens, turned);
-        transpose(v_t, t, made_n + plain, heads * made_width, tokens, values);
-        copy_rows(k_h, h, made_n, heads * made_width, tokens, plain, plain);
-        copy_rows(k_h + plain, h, shared_b, turned, tokens, turned, h - plain);
-        memset(by_k_h, 0, tokens * (h + u) * sizeof *by_k_h);
-        for (int64_t begin = 0; begin < tokens; begin += TILE) {
-            const int64_t end = begin + TILE < tokens ? begin + TILE : tokens, keys = whole(end);
-            const int64_t rows = end - begin;
-            turned_queries(q_h, q, cosines, sines, all, b, head, begin, end);
-            copy_rows(grad_u, u, grad + ((b * tokens + begin) * heads + head) * values,
-                      heads * values, rows, values, u);
-            multiply(rows, keys, width, shares, t, q_h, h, 1, k_t, t, 0);
-            multiply(rows, keys, values, by_scores, t, grad_u, u, 1, v_t, t, 0);
-            for (int64_t i = begin; i < end; i++) {
-                float *s = shares + (i - begin) * t, *by = by_scores + (i - begin) * t;
-                const float most = largest[n * tokens + i], sum = sums[n * tokens + i];
-                share_backward(s, by, i, keys, documents_b, scale, most, sum);
+        const int32_t *of = lay_documents(taken(&mine, rows), documents, all, b);
+        float *k = taken(&mine, rows * k_step), *v = taken(&mine, rows * v_step);
+        float *by_k = taken(&mine, rows * k_step), *by_v = taken(&mine, rows * v_step);
+        float *q_h = taken(&mine, QUERIES * k_step), *q_t = taken(&mine, QUERIES * depth);
+        float *grad_u = taken(&mine, QUERIES * v_step), *grad_t = taken(&mine, QUERIES * v_depth);
+        float *shares = taken(&mine, KEYS * QUERIES), *by_scores = taken(&mine, KEYS * QUERIES);
+        float *by_q_h = taken(&mine, QUERIES * k_step);
+        float most[QUERIES] = {0}, sum[QUERIES] = {0}, mean[QUERIES] = {0};
+        lay_keys(k, k_step, v, v_step, made, shared, all, b, head);
+        memset(by_k, 0, rows * k_step * sizeof *by_k);
+        memset(by_v, 0, rows * v_step * sizeof *by_v);
+        for (int64_t begin = 0; begin < tokens; begin += QUERIES) {
+            const int64_t count = smaller(QUERIES, tokens - begin), end = begin + count;
+            const int64_t first = (b * tokens + begin) * heads + head;
+            lay_queries(q_h, k_step, q_t, q, cosines, sines, all, scale, b, head, begin, count);
+            copy_rows(grad_u, v_step, grad + first * values, heads * values, count, values);
+            pad(grad_u, v_step, count, values, QUERIES);
+            transpose_panels(grad_t, grad_u, v_step, count, v_depth);
+            memcpy(most, largest + n * tokens + begin, count * sizeof *most);
+            memcpy(sum, sums + n * tokens + begin, count * sizeof *sum);
+            for (int64_t i = 0; i < count; i++)
+                mean[i] = along(y + (first + i * heads) * values, grad_u + i * v_step, values);
+            int adds = 0;
+            for (int64_t key = 0; key < end; key += KEYS) {
+                const block x = block_of(begin, count, key, smaller(KEYS, end - key), of);
+                const int64_t keys = whole(x.keys, ROW_STEP);
+                const band later = {key - begin, EVERYTHING.end};
+                const band before = {EVERYTHING.first, begin + 1 - key};
+                if (x.hides_all) continue;
+                scores_of(shares, x, k + key * k_step, k_step, q_t, depth);
+                scores_of(by_scores, x, v + key * v_step, v_step, grad_t, v_depth);
+                for (int64_t c = 0; c < count; c += LANES) {
+                    if (x.hides) {
+                        share_backward(shares, by_scores, 1, x, c, most, sum, mean);
+                        clear_ahead(shares, x, c);
+                        clear_ahead(by_scores, x, c);
+                    } else
+                        share_backward(shares, by_scores, 0, x, c, most, sum, mean);
+                }
+                multiply(keys, u, count, by_v + key * v_step, v_step, shares, QUERIES, 1, grad_u,
+                         v_step, 1, later);
+                multiply(keys, h, count, by_k + key * k_step, k_step, by_scores, QUERIES, 1, q_h,
+                         k_step, 1, later);
+                multiply(whole(count, ROW_STEP), h, x.keys, by_q_h, k_step, by_scores, 1, QUERIES,
+                         k + key * k_step, k_step, adds, before);
+                adds = 1;
             }
-            multiply(end, u, rows, by_v_u, u, shares, 1, t, grad_u, u, 1);
-            multiply(end, h, rows, by_k_h, h, by_scores, 1, t, q_h, h, 1);
-            multiply(rows, h, end, by_q_h, h, by_scores, t, 1, k_h, h, 0);
-            for (int64_t i = begin; i < end; i++) {
-                const int64_t token = b * tokens + i;
-                const float *from = by_q_h + (i - begin) * h;
-                float *to = by_q + (token * heads + head) * width;
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t token = b * tokens + begin + i;
+                float *from = by_q_h + i * k_step, *to = by_q + (first + i * heads) * width;
+                for (int64_t c = 0; c < width; c++) from[c] *= scale;
                 memcpy(to, from, plain * sizeof *to);
                 turn(to + plain, from + plain, cosines + token * pairs, sines + token * pairs,
                      pairs, -1);
             }
         }
         float *by_made_n = by_made + (b * tokens * heads + head) * made_width;
-        copy_rows(by_made_n, heads * made_width, by_k_h, h, tokens, plain, plain);
-        copy_rows(by_made_n + plain, heads * made_width, by_v_u, u, tokens, values, values);
-        copy_rows(shares_of_heads + n * tokens * turned, turned, by_k_h + plain, h, tokens, turned,
+        copy_rows(by_made_n, heads * made_width, by_k, k_step, tokens, plain);
+        copy_rows(by_made_n + plain, heads * made_width, by_v, v_step, tokens, values);
+        copy_rows(shares_of_heads + n * tokens * turned, turned, by_k + plain, k_step, tokens,
                   turned);
     }
-    for (int64_t b = 0; b < sequences; b++)
-        for (int64_t i = 0; i < tokens * turned; i++) {
-            float sum = 0;
-            for (int64_t n = b * heads; n < (b + 1) * heads; n++)
-                sum += shares_of_heads[n * tokens * turned + i];
-            by_shared[b * tokens * turned + i] = sum;
-        }
+#pragma omp parallel for num_threads(worth(threads, sequences * heads * tokens * turned))
+    for (int64_t token = 0; token < sequences * tokens; token++) {
+        const int64_t b = token / tokens, i = token % tokens;
+        float *to = by_shared + token * turned;
+        for (int64_t c = 0; c < turned; c++) to[c] = 0;
+        for (int64_t n = b * heads; n < (b + 1) * heads; n++)
+            for (int64_t c = 0; c < turned; c++)
+                to[c] += shares_of_heads[(n * tokens + i) * turned + c];
+    }
 }

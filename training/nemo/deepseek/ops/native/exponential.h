@@ -39,18 +39,17 @@ static inline float exponential(float x) {
     return is_nothing ? 0 : p * power;
 }
 
-/* The same of a vector. */
+/* The same of a vector, none of whose numbers is larger than 88; what is none remains so. */
 INLINE lanes exponentials(lanes x) {
-    const lanes zero = {0}, low = zero - 87.0f, high = zero + 88.0f;
-    const whole_lanes is_nothing = x < low;
-    x = either(is_nothing, low, either(x > high, high, x));
-    const float to_whole = 12582912.0f;
-    const lanes n = (x * 1.44269504f + to_whole) - to_whole;
+    const lanes zero = {0};
+    /* As above, but n + 127, which are the power's bits, in the last places of `n`. */
+    const float to_whole = 12582912.0f + 127.0f;
+    const lanes shifted = x * 1.44269504f + to_whole, n = shifted - to_whole;
     const lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;
     lanes p = zero + 1.9875691500e-4f;
     TO_POWER_R(p, r);
-    const whole_lanes bits = (__builtin_convertvector(n, whole_lanes) + 127) << 23;
-    return either(is_nothing, zero, p * (lanes)bits);
+    const lanes power = (lanes)((whole_lanes)shifted << 23);
+    return (lanes)((whole_lanes)(p * power) & ~(x < zero - 87.0f));
 }
 
 #undef TO_POWER_R

@@ -6,13 +6,22 @@
 
 #include "lanes.h"
 
-/* Rows of a tile of sums, and vectors: as many as there are registers, less those for what is
- * multiplied. */
+/* Rows of a tile of sums, of two vectors each: as many as there are registers, less those for what
+ * is multiplied. Two vectors are a panel of b, so narrow that its rows stay in the first cache
+ * while all tiles pass by. */
 #if defined(__AVX512F__) || defined(__aarch64__)
-enum { SUM_ROWS = 6, SUM_WIDTH = 4 };
+enum { SUM_ROWS = 12 };
 #else
-enum { SUM_ROWS = 4, SUM_WIDTH = 2 };
+enum { SUM_ROWS = 6 };
 #endif
+enum { SUM_WIDTH = 2, PANEL = SUM_WIDTH * LANES, ROW_STEP = SUM_ROWS / 3 };
+
+/* Which numbers of a matrix count: of row r those from `first` + r to before `end` + r. */
+typedef struct {
+    int64_t first, end;
+} band;
+
+static const band EVERYTHING = {INT64_MIN / 2, INT64_MAX / 2};
 
 INLINE void multiply_tile(const int rows, const int width, int64_t depth, float *y, int64_t y_step,
                           const float *a, int64_t a_row, int64_t a_depth, const float *b,
@@ -33,41 +42,44 @@ INLINE void multiply_tile(const int rows, const int width, int64_t depth, float 
         for (int c = 0; c < width; c++) store(y + r * y_step + c * LANES, sum[r][c]);
 }
 
-INLINE void multiply_rows(const int rows, int64_t columns, int64_t depth, float *y, int64_t y_step,
-                          const float *a, int64_t a_row, int64_t a_depth, const float *b,
-                          int64_t b_step, const int adds) {
-    int64_t c = 0;
-    for (; c + SUM_WIDTH * LANES <= columns; c += SUM_WIDTH * LANES)
-        multiply_tile(rows, SUM_WIDTH, depth, y + c, y_step, a, a_row, a_depth, b + c, b_step, adds);
-#if defined(__AVX512F__) || defined(__aarch64__)
-    if (c + 3 * LANES <= columns) {
-        multiply_tile(rows, 3, depth, y + c, y_step, a, a_row, a_depth, b + c, b_step, adds);
-        c += 3 * LANES;
+/* A tile of so many rows, from row r on. */
+#define TILE_OF(rows)                                                                              \
+    multiply_tile(rows, width, last - first, y + r * y_step, y_step,                               \
+                  a + r * a_row + first * a_depth, a_row, a_depth, b + first * b_step, b_step,     \
+                  adds)
+
+INLINE void multiply_panel(const int width, int64_t rows, int64_t depth, float *y, int64_t y_step,
+                           const float *a, int64_t a_row, int64_t a_depth, const float *b,
+                           int64_t b_step, const int adds, band counts) {
+    for (int64_t r = 0, of_tile; r < rows; r += of_tile) {
+        const int64_t left = rows - r;
+        of_tile = left < 2 * ROW_STEP ? ROW_STEP : left < SUM_ROWS ? 2 * ROW_STEP : SUM_ROWS;
+        const int64_t first = counts.first + r > 0 ? counts.first + r : 0;
+        const int64_t end = counts.end + r + of_tile - 1, last = end < depth ? end : depth;
+        if (of_tile == SUM_ROWS)
+            TILE_OF(SUM_ROWS);
+        else if (of_tile == 2 * ROW_STEP)
+            TILE_OF(2 * ROW_STEP);
+        else
+            TILE_OF(ROW_STEP);
     }
-    if (c + 2 * LANES <= columns) {
-        multiply_tile(rows, 2, depth, y + c, y_step, a, a_row, a_depth, b + c, b_step, adds);
-        c += 2 * LANES;
-    }
-#endif
-    if (c + LANES <= columns)
-        multiply_tile(rows, 1, depth, y + c, y_step, a, a_row, a_depth, b + c, b_step, adds);
 }
 
-/* y (rows, columns) = a (rows, depth) b (depth, columns), or added to it. Columns are a multiple of
- * LANES; y and b have their steps from a row to the next, a may lie in any way. */
+#undef TILE_OF
+
+/* y (rows, columns) = a (rows, depth) b (depth, columns), or added to it. Rows are a multiple of
+ * ROW_STEP, columns of LANES; y and b have their steps from a row to the next, a may lie in any
+ * way. Of a tile of a, what counts in none of its rows is not read. */
 INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, float *y, int64_t y_step,
                      const float *a, int64_t a_row, int64_t a_depth, const float *b,
-                     int64_t b_step, const int adds) {
-    int64_t r = 0;
-    for (; r + SUM_ROWS <= rows; r += SUM_ROWS)
-        multiply_rows(SUM_ROWS, columns, depth, y + r * y_step, y_step, a + r * a_row, a_row,
-                      a_depth, b, b_step, adds);
-    for (; r + 2 <= rows; r += 2)
-        multiply_rows(2, columns, depth, y + r * y_step, y_step, a + r * a_row, a_row, a_depth, b,
-                      b_step, adds);
-    for (; r < rows; r++)
-        multiply_rows(1, columns, depth, y + r * y_step, y_step, a + r * a_row, a_row, a_depth, b,
-                      b_step, adds);
+                     int64_t b_step, const int adds, band counts) {
+    int64_t c = 0;
+    for (; c + PANEL <= columns; c += PANEL)
+        multiply_panel(SUM_WIDTH, rows, depth, y + c, y_step, a, a_row, a_depth, b + c, b_step,
+                       adds, counts);
+    if (c < columns)
+        multiply_panel(1, rows, depth, y + c, y_step, a, a_row, a_depth, b + c, b_step, adds,
+                       counts);
 }
 
 #endif

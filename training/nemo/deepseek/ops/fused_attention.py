@@ -1,0 +1,124 @@
+"""Attention on a CPU in fp32, from projected heads to the output projection's input, one kernel
+each way (``native/attention.c``).
+
+Heads laid out for batched products are copies, and blocks of scores come and go through memory
+between the products. Here a head's part is copied where it stays in a core's caches, and scores
+never leave them. What is kept is what the projections have made, the result, and of each query the
+largest score and the sum of exponentials. A angles, H = H' + 2A dims of queries and keys, U of
+values.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepseek.ops.native.build import kernel
+
+
+def takes_heads(q_BSNH: Tensor, kv_BSNH: Tensor) -> bool:
+    """Whether these are of the same tokens, and there is a kernel for them."""
+    if q_BSNH.shape[:3] != kv_BSNH.shape[:3] or not q_BSNH.numel():
+        return False
+    return kernel(*_FORWARD, q_BSNH, kv_BSNH) is not None
+
+
+def fused_attention(
+    q_BSNH: Tensor,
+    kv_BSNH: Tensor,
+    k_rope_BSH: Tensor,
+    cos_BSA: Tensor,
+    sin_BSA: Tensor,
+    scale: float,
+    documents_BS: Tensor | None = None,
+    largest_BNS: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of what ``takes_heads``, (B, S, N, U).
+
+    Args:
+        q_BSNH: queries as projected: their last 2A dims are rotated here.
+        kv_BSNH: made of the latents: the keys' other dims, and the values.
+        k_rope_BSH: the keys' last 2A dims, rotated, shared by all heads.
+        cos_BSA, sin_BSA: of the positions.
+        scale: multiplies the scores.
+        documents_BS: document id of each token; a token then sees only its own document.
+        largest_BNS: filled with the largest score of each query, scaled; None: not asked for.
+    """
+    tensors = q_BSNH, kv_BSNH, k_rope_BSH, cos_BSA, sin_BSA
+    return _FusedAttention.apply(*tensors, scale, documents_BS, largest_BNS)
+
+
+_FORWARD, _BACKWARD = (
+    (name, "p" * addresses + "nnnnnnfnn")
+    for name, addresses in (("attention", 10), ("attention_backward", 15))
+)
+
+
+class _Room(NamedTuple):
+    numbers: Tensor
+    size: int
+    """Of a thread's part."""
+    threads: int
+
+
+_QUERIES, _KEYS, _LINE = 64, 96, 16
+"""As in the kernels: of a block, and numbers of a cache line."""
+
+
+def _room(like: Tensor, heads: int, tokens: int, width: int, values: int, copies: int) -> _Room:
+    """What the kernels use besides; ``copies``: of keys and values, 2 with their gradients."""
+    rows, keys, of_values = (-(-n // _LINE) * _LINE for n in (tokens, width, values))
+    keys, of_values = keys + _LINE, of_values + _LINE
+    size = rows * (1 + copies * (keys + of_values))
+    size += _QUERIES * (3 * keys + 2 * of_values + 2 * _KEYS)
+    threads = min(torch.get_num_threads(), heads)
+    return _Room(like.new_empty(size * threads), size, threads)
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BSNH: Tensor,
+        kv_BSNH: Tensor,
+        k_rope_BSH: Tensor,
+        cos_BSA: Tensor,
+        sin_BSA: Tensor,
+        scale: float,
+        documents_BS: Tensor | None,
+        largest_BNS: Tensor | None,
+    ) -> Tensor:
+        tensors = q_BSNH, kv_BSNH, k_rope_BSH, cos_BSA, sin_BSA
+        given = [x.contiguous() for x in tensors]
+        if documents_BS is not None:
+            documents_BS = documents_BS.to(torch.int32).contiguous()
+        sequences, tokens, heads, width = q_BSNH.shape
+        pairs = cos_BSA.shape[-1]
+        values = kv_BSNH.shape[-1] - width + 2 * pairs
+        ctx.sizes = sequences, heads, tokens, width - 2 * pairs, pairs, values, scale
+        y_BSNU = q_BSNH.new_empty(sequences, tokens, heads, values)
+        largest, sums = (q_BSNH.new_empty(sequences, heads, tokens) for _ in range(2))
+        room, run = _room(q_BSNH, sequences * heads, tokens, width, values, 1), kernel(*_FORWARD)
+        assert run is not None, "asked before"
+        rest = *ctx.sizes, room.size, room.threads
+        run(y_BSNU, largest, sums, room.numbers, *given, documents_BS, *rest)
+        ctx.save_for_backward(y_BSNU, largest, sums, *given, documents_BS)
+        if largest_BNS is not None:
+            largest_BNS.copy_(largest)
+        return y_BSNU
+
+    @staticmethod
+    def backward(ctx: Any, grad_BSNU: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors
+        q_BSNH, kv_BSNH, k_rope_BSH = kept[3:6]
+        sequences, heads, tokens, _, pairs, values, _ = ctx.sizes
+        by = [torch.empty_like(x) for x in (q_BSNH, kv_BSNH, k_rope_BSH)]
+        of_heads = q_BSNH.new_empty(sequences, heads, tokens, 2 * pairs)
+        width = q_BSNH.shape[-1]
+        room, run = _room(q_BSNH, sequences * heads, tokens, width, values, 2), kernel(*_BACKWARD)
+        assert run is not None, "asked before"
+        rest = *ctx.sizes, room.size, room.threads
+        run(*by, of_heads, room.numbers, grad_BSNU.contiguous(), *kept, *rest)
+        return *by, None, None, None, None, None
