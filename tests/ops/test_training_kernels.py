@@ -23,6 +23,7 @@ from deepseek.ops import routing, rows
 from deepseek.ops.causal_attention import causal_attention_slow
 from deepseek.ops.cross_entropy import IGNORE_INDEX, softmax_loss, softmax_loss_slow
 from deepseek.ops.fused_attention import fused_attention, takes_heads
+from deepseek.ops.grouped_feed_forward import grouped_feed_forward, grouped_feed_forward_slow
 from deepseek.ops.native import build
 from deepseek.ops.rms_norm import rms_norm, rms_norm_slow
 from deepseek.ops.squares import square_sums, square_sums_slow
@@ -153,6 +154,53 @@ def test_rows_to_experts_and_back(
         compare(way, twin, drawn(tokens, width), kernel="spread_rows")
     wide_PD = rows.spread_rows(drawn(len(ids_R), width), slots_R, num_slots)
     assert not wide_PD[torch.ones(num_slots).index_fill(0, slots_R, 0).bool()].any()
+
+
+@given(
+    counts=st.lists(st.sampled_from([0, 0, 1, 2, 15, 40]), min_size=1, max_size=4),
+    sizes=st.tuples(WIDTHS, WIDTHS),
+    frozen=st.sets(st.sampled_from([1, 2, 3, 4])),
+)
+def test_feed_forward_of_experts(
+    counts: list[int], sizes: tuple[int, int], frozen: set[int]
+) -> None:
+    """Any of what is given may ask for no gradient."""
+    dim, width = sizes
+    counts_E, rows_of_all = torch.tensor(counts), sum(counts)
+    stacks = [(len(counts), width, dim)] * 2 + [(len(counts), dim, width)]
+    weights = [drawn(*shape, seed=i, scale=shape[2] ** -0.5) for i, shape in enumerate(stacks)]
+    given_ = drawn(rows_of_all, dim), drawn(rows_of_all, seed=1), *weights
+
+    def way(compute: Any) -> Compute:
+        def run(*tensors: Tensor) -> Tensor:
+            x_RD, weights_R, w1, w3, w2 = (
+                x.detach() if i in frozen else x for i, x in enumerate(tensors)
+            )
+            return compute(x_RD, weights_R, counts_E, w1, w3, w2)
+
+        return run
+
+    fast, slow = way(grouped_feed_forward), way(grouped_feed_forward_slow)
+    if rows_of_all:
+        compare(fast, slow, *given_, kernel="swiglu_backward", tolerance=1e-5)
+    else:
+        assert fast(*given_).shape == (0, dim)
+
+
+def test_feed_forward_of_experts_takes_what_fits_alone() -> None:
+    """Kernels check nothing: other shapes, strides and dtypes go the way where PyTorch does."""
+    x_RD, weights_R, counts_E = drawn(5, 8), drawn(5), torch.tensor([2, 3])
+    w1, w3, w2 = drawn(2, 4, 8), drawn(2, 4, 8), drawn(2, 8, 4)
+    fits = [x_RD, weights_R, counts_E, w1, w3, w2]
+    assert grouped_feed_forward(*fits) is not None
+    strided = torch.cat((w1, w1), dim=-1)[..., :8]
+    others = {0: [x_RD[:, :4], x_RD[:4], x_RD.double()], 1: [weights_R[:4], weights_R.double()]}
+    others |= {2: [counts_E[:1]], 3: [w1[:1], w1[:, :3], strided], 4: [w3[:, :3], w3[..., :4]]}
+    others |= {5: [w2.mT, w2[:1], w2.mT.contiguous().mT]}
+    for place, tensors in others.items():
+        for tensor in tensors:
+            given_ = [tensor if i == place else x for i, x in enumerate(fits)]
+            assert grouped_feed_forward(*given_) is None, (place, tensor.shape)
 
 
 @given(

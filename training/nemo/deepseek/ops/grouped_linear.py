@@ -26,7 +26,7 @@ def grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _compiled_linear(x_RI, w_EOI, counts_E)
-    if takes_any_counts(x_RI, w_EOI) and _fits(x_RI, w_EOI, counts_E):
+    if takes_any_counts(x_RI, w_EOI) and fits(x_RI, w_EOI, counts_E):
         return _GroupedLinear.apply(x_RI, w_EOI, row_starts(counts_E, len(x_RI)))
     if 0 < x_RI.shape[0] < FEW * w_EOI.shape[0] and takes_few(x_RI, w_EOI):
         return _few_rows(x_RI, w_EOI, counts_E)
@@ -80,7 +80,7 @@ _FORWARD, _TRANSPOSED = (("grouped_linear" + end, "ppppnnnn") for end in ("", "_
 _OUTER = "grouped_outer", "ppppnnnnn"
 
 
-def _fits(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> bool:
+def fits(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> bool:
     """Whether shapes and strides are those that kernels go by."""
     has_strides = w_EOI.is_contiguous() or w_EOI.mT.is_contiguous()
     return has_strides and w_EOI.shape == (*counts_E.shape, w_EOI.shape[1], x_RI.shape[1])
@@ -93,17 +93,17 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x_RI: Tensor, w_EOI: Tensor, starts: Tensor) -> Tensor:
         x_RI = x_RI.contiguous()
         ctx.save_for_backward(x_RI, w_EOI, starts)
-        return _product(x_RI, w_EOI, starts)
+        return product(x_RI, w_EOI, starts)
 
     @staticmethod
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_RI, w_EOI, starts = ctx.saved_tensors
         grad_RO, (needs_x, needs_w, _) = grad_RO.contiguous(), ctx.needs_input_grad
-        grad_RI = _product(grad_RO, w_EOI.mT, starts) if needs_x else None
-        return grad_RI, _outer(grad_RO, x_RI, starts) if needs_w else None, None
+        grad_RI = product(grad_RO, w_EOI.mT, starts) if needs_x else None
+        return grad_RI, outer(grad_RO, x_RI, starts) if needs_w else None, None
 
 
-def _product(x_RI: Tensor, w_EOI: Tensor, starts: Tensor) -> Tensor:
+def product(x_RI: Tensor, w_EOI: Tensor, starts: Tensor) -> Tensor:
     """``w`` is contiguous, or its transpose is."""
     experts, outputs, inputs = w_EOI.shape
     y_RO = x_RI.new_empty(len(x_RI), outputs)
@@ -116,7 +116,7 @@ def _product(x_RI: Tensor, w_EOI: Tensor, starts: Tensor) -> Tensor:
     return y_RO
 
 
-def _outer(grad_RO: Tensor, x_RI: Tensor, starts: Tensor) -> Tensor:
+def outer(grad_RO: Tensor, x_RI: Tensor, starts: Tensor) -> Tensor:
     sizes = len(starts) - 1, grad_RO.shape[1], x_RI.shape[1]
     grad_EOI, run = x_RI.new_empty(sizes), kernel(*_OUTER)
     assert run is not None, "asked before"

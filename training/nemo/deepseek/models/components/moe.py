@@ -19,6 +19,7 @@ from deepseek.models.components.feed_forward import Expert, FeedForward
 from deepseek.models.components.router import Router, Routing
 from deepseek.ops.autocast import as_products
 from deepseek.ops.few_experts import few_experts
+from deepseek.ops.grouped_feed_forward import grouped_feed_forward
 from deepseek.ops.grouped_linear import grouped_linear, takes_any_counts
 from deepseek.ops.rows import aligned_slots, gather_rows, most_slots, spread_rows
 from deepseek.ops.swiglu import swiglu
@@ -144,6 +145,11 @@ class GroupedExperts(nn.Module):
         promised there.
         """
         rows_RD = as_products(rows_RD)  # grouped products are not on autocast's list
+        if self._is_plain():
+            w1, w3, w2 = (self.local(stack) for stack in (self.w1, self.w3, self.w2))
+            y_RD = grouped_feed_forward(rows_RD, weights_R, counts_e, w1, w3, w2)
+            if y_RD is not None:
+                return y_RD
         skip = rows_RD.device.type == "cpu" and not torch.is_grad_enabled()
         if takes_any_counts(rows_RD) or (decodes and skip):
             return self._weighted(rows_RD, weights_R.unsqueeze(1), counts_e)
@@ -161,10 +167,14 @@ class GroupedExperts(nn.Module):
     def few(self, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor) -> Tensor | None:
         """What few tokens get from their experts, without bringing rows there and back; None where
         this can't be done, see ``few_experts``, or products are not those of the stacks alone."""
-        if type(self) is not GroupedExperts or self.grouped is not grouped_linear:
+        if not self._is_plain():
             return None
         w1, w3, w2 = (self.local(stack) for stack in (self.w1, self.w3, self.w2))
         return few_experts(x_TD, expert_ids_TK, weights_TK, w1, w3, w2)
+
+    def _is_plain(self) -> bool:
+        """Whether products are those of the stacks alone."""
+        return type(self) is GroupedExperts and self.grouped is grouped_linear
 
     def product(self, name: str, x_PI: Tensor, padded_e: Tensor) -> Tensor:
         """Rows sorted by expert (P, I), with the stack ``name`` -> (P, O)."""

@@ -1,0 +1,114 @@
+"""SwiGLU of all experts over rows sorted by expert, by kernels; shapes: ``models/__init__.py``.
+
+One node of autograd's graph, where an operator at a time makes five. It keeps gate and up, and
+makes the hidden values again; the gradients of rows that gate and up give are added in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek.ops.grouped_linear import (
+    fits,
+    grouped_linear_loop,
+    outer,
+    product,
+    takes_any_counts,
+)
+from deepseek.ops.native.build import kernel
+from deepseek.ops.rows import row_starts
+from deepseek.ops.swiglu import swiglu_slow
+
+
+def grouped_feed_forward(
+    x_RD: Tensor,
+    weights_R: Tensor,
+    counts_E: Tensor,
+    w1_EFD: Tensor,
+    w3_EFD: Tensor,
+    w2_EDF: Tensor,
+) -> Tensor | None:
+    """``w2(silu(w1 x) * w3 x * weight)`` of each row with the matrices of its expert; None: there
+    is no kernel, or it does not take these.
+
+    Args:
+        x_RD: rows sorted by expert, ``counts[e]`` of them for expert ``e``.
+        weights_R: of each row.
+        counts_E: int64 rows per expert; zeros allowed.
+        w1_EFD, w3_EFD, w2_EDF: stacks.
+
+    Returns:
+        (R, D).
+    """
+    given = x_RD, weights_R, w1_EFD, w3_EFD, w2_EDF
+    if not takes_any_counts(*given) or not all(x.is_contiguous() for x in given[1:]):
+        return None
+    if not fits(x_RD, w1_EFD, counts_E) or w3_EFD.shape != w1_EFD.shape:
+        return None
+    if w2_EDF.shape != w1_EFD.mT.shape or weights_R.shape != x_RD.shape[:1]:
+        return None
+    return _FeedForward.apply(*given, row_starts(counts_E, len(x_RD)))
+
+
+def grouped_feed_forward_slow(
+    x_RD: Tensor,
+    weights_R: Tensor,
+    counts_E: Tensor,
+    w1_EFD: Tensor,
+    w3_EFD: Tensor,
+    w2_EDF: Tensor,
+) -> Tensor:
+    """Reference implementation of ``grouped_feed_forward``."""
+    gate_RF, up_RF = (grouped_linear_loop(x_RD, w, counts_E) for w in (w1_EFD, w3_EFD))
+    hidden_RF = swiglu_slow(gate_RF, up_RF, weights_R.unsqueeze(1))
+    return grouped_linear_loop(hidden_RF, w2_EDF, counts_E)
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RD: Tensor,
+        weights_R: Tensor,
+        w1_EFD: Tensor,
+        w3_EFD: Tensor,
+        w2_EDF: Tensor,
+        starts: Tensor,
+    ) -> Tensor:
+        x_RD = x_RD.contiguous()
+        gate_RF, up_RF = (product(x_RD, w, starts) for w in (w1_EFD, w3_EFD))
+        stacks, values = (w1_EFD, w3_EFD, w2_EDF), (gate_RF, up_RF)
+        ctx.save_for_backward(x_RD, weights_R, *stacks, starts, *values)
+        return product(_hidden(gate_RF, up_RF, weights_R), w2_EDF, starts)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, weights_R, w1_EFD, w3_EFD, w2_EDF, starts, gate_RF, up_RF = ctx.saved_tensors
+        needs_x, _, *needs_w, _ = ctx.needs_input_grad
+        grad_RD, by_w2 = grad_RD.contiguous(), None
+        if needs_w[2]:
+            by_w2 = outer(grad_RD, _hidden(gate_RF, up_RF, weights_R), starts)
+        by_hidden_RF = product(grad_RD, w2_EDF.mT, starts)
+        by_gate_RF, by_up_RF, by_weights_R = map(torch.empty_like, (gate_RF, up_RF, weights_R))
+        run = kernel("swiglu_backward", "pppppppnnn")
+        assert run is not None, "asked before"
+        given = by_hidden_RF, gate_RF, up_RF, weights_R
+        run(by_gate_RF, by_up_RF, by_weights_R, *given, *gate_RF.shape, torch.get_num_threads())
+        del by_hidden_RF, given
+        by_w1 = outer(by_gate_RF, x_RD, starts) if needs_w[0] else None
+        by_w3 = outer(by_up_RF, x_RD, starts) if needs_w[1] else None
+        by_x = None
+        if needs_x:
+            by_x = product(by_gate_RF, w1_EFD.mT, starts)
+            by_x += product(by_up_RF, w3_EFD.mT, starts)
+        return by_x, by_weights_R, by_w1, by_w3, by_w2, None
+
+
+def _hidden(gate_RF: Tensor, up_RF: Tensor, weights_R: Tensor) -> Tensor:
+    hidden_RF, run = torch.empty_like(gate_RF), kernel("swiglu", "ppppnnn")
+    assert run is not None, "asked before"
+    run(hidden_RF, gate_RF, up_RF, weights_R, *gate_RF.shape, torch.get_num_threads())
+    return hidden_RF
