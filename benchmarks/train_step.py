@@ -9,9 +9,14 @@ figure is the median of the ratios, pair by pair. The peer runs as it is best on
 experts and SDPA attention; ``shipped`` leaves the C library's allocator as it is, ``tuned`` gives
 the peer the setting that we make for ourselves. A whole step is timed: forward, backward, global
 norm, clipping, AdamW. ``benchmarks/results.json`` keeps what is printed, with the machine, its load
-and its rates of products in the same run. Two shares of a rate are given, both in CPU time:
-``share`` is of a large square product, ``own`` of the model's own matrices, each with the rows that
-it has in a step, forward and backward, one after the other.
+and its rates of products in the same run.
+
+Two shares of a rate are given, both in CPU time: ``share`` is of a large square product, ``own`` of
+the model's own matrices, each with the rows that it has in a step, forward and backward, one after
+the other. Memory is the most that was resident within a run, ours / theirs. ``besides`` is that
+ratio without what both must have: what was resident before the model was made, and weights,
+gradients and AdamW's moments, 16 bytes a parameter. What is left are activations, room that
+kernels work in, and freed memory in pieces that nothing fits in.
 """
 
 from __future__ import annotations
@@ -33,17 +38,18 @@ import torch
 from torch import Tensor
 
 from deepseek.config.cost import flops_per_token
+from deepseek.config.memory import state_memory
 from deepseek.config.schema import ModelConfig
 from deepseek.inference.generation import LatentCache
 from deepseek.models.transformer import Transformer
 from deepseek.parallel.cpu_memory import keep_freed_memory
-from deepseek.training.phases import resident_peak_bytes, restart_resident_peak
+from deepseek.training.phases import resident_bytes, resident_peak_bytes, restart_resident_peak
 from deepseek.training.step import DeepSeekModel
 
 RESULTS = Path(__file__).with_name("results.json")
 DECODED = 8
 """Tokens of one measurement of decoding."""
-SHARES = ("share_of_rate", "share_of_own_rate")
+SHARES = ("share_of_rate", "share_of_own_rate", "besides")
 CLIP = 1.0
 
 SMALL = ModelConfig(
@@ -152,7 +158,7 @@ def main() -> None:
     dtypes = [d for d, rate in rates.items() if rate > rates["float32"] / 4]  # some have no bf16
     print(
         f"{'case':<20} {'dtype':<9} {'peer':<8} {'ours':>9} {'theirs':>9}"
-        "  times  share    own  memory"
+        "  times  share    own besides memory"
     )
     for case in chosen:
         for row in measure(case, dtypes, args.threads, rounds, args.quick):
@@ -169,7 +175,8 @@ def main() -> None:
 
 
 def show(row: dict[str, Any]) -> None:
-    """One line; tokens a second, shares of the rates of products, peak memory ours / theirs."""
+    """One line; tokens a second, shares of the rates of products and of the peer's memory besides
+    states, peak memory ours / theirs."""
     shares = [f"{row[s]:6.2f}" if s in row else "     -" for s in SHARES]
     print(
         f"{row['case']:<20} {row['dtype']:<9} {row['peer']:<8} {row['ours_tok_s']:>9,.1f} "
@@ -184,16 +191,16 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Both sides in turn, in fp32 and where asked in bf16, against the peer as shipped and tuned.
 
-    Our process is the same for all of it. Decoding has one peer, in fp32: it allocates little.
+    Both begin anew for each peer, whose memory and ours then hold the same history. Decoding has
+    one peer, in fp32: it allocates little.
     """
     once = quick or case.decodes
-    with worker(True, case, True, threads) as ours:
-        for tuned in (True,) if once else (False, True):
-            with worker(False, case, tuned, threads) as theirs:
-                for dtype in dtypes if case.half else dtypes[:1]:
-                    half = dtype == "bfloat16"
-                    pairs = [(ours(half), theirs(half)) for _ in range(rounds + 1)]
-                    yield compared(case, dtype, tuned, pairs)
+    for tuned in (True,) if once else (False, True):
+        with worker(True, case, True, threads) as ours, worker(False, case, tuned, threads) as peer:
+            for dtype in dtypes if case.half else dtypes[:1]:
+                half = dtype == "bfloat16"
+                pairs = [(ours(half), peer(half)) for _ in range(rounds + 1)]
+                yield compared(case, dtype, tuned, pairs)
 
 
 def compared(case: Case, dtype: str, tuned: bool, pairs: list[tuple[Run, Run]]) -> dict[str, Any]:
@@ -217,6 +224,10 @@ def compared(case: Case, dtype: str, tuned: bool, pairs: list[tuple[Run, Run]]) 
     found["times_faster_cpu"] = round(
         statistics.median(b.cpu_seconds / a.cpu_seconds for a, b in pairs), 3
     )
+    if not case.decodes:
+        most = [max(run.besides_bytes for run in runs) for runs in sides.values()]
+        found |= {f"{n}_besides_gib": round(b / 2**30, 3) for n, b in zip(sides, most, strict=True)}
+        found["besides"] = round(most[0] / most[1], 3)
     mine, peer = first[0].first_loss, first[1].first_loss
     assert abs(mine - peer) <= 1e-4 * abs(peer), f"{case.name}: losses {mine} and {peer}"
     return found
@@ -277,6 +288,8 @@ class Run:
     seconds: float
     cpu_seconds: float
     peak_bytes: int
+    besides_bytes: int
+    """The same without imports and the states of training."""
     first_loss: float
     """Of the first run of all, in fp32, when both sides had the same weights and tokens."""
 
@@ -310,6 +323,9 @@ def serve(pipe: Any, ours: bool, case: Case, tuned: bool, threads: int) -> None:
     if tuned:
         keep_freed_memory()
     torch.set_num_threads(threads)
+    if not ours:
+        import transformers.models.deepseek_v3.modeling_deepseek_v3  # noqa: F401
+    owed = resident_bytes() + state_memory(case.model).total
     if case.decodes:
         call = our_decode(case) if ours else their_decode(case)
     else:
@@ -328,7 +344,7 @@ def serve(pipe: Any, ours: bool, case: Case, tuned: bool, threads: int) -> None:
         seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
         first_loss = loss if first_loss is None else first_loss
         peak = max(peak, resident_peak_bytes())
-        pipe.send(asdict(Run(seconds, cpu_seconds, peak, first_loss)))
+        pipe.send(asdict(Run(seconds, cpu_seconds, peak, peak - owed, first_loss)))
 
 
 def batches(case: Case) -> Iterator[Tensor]:

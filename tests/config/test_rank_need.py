@@ -326,7 +326,7 @@ TERMS: dict[str, tuple[dict[str, Any], bool]] = {
         ),
         False,
     ),
-    "a chunk of logits is made while the one before is there": (
+    "a chunk of logits is gone when the next is made": (
         dict(peft=ADAPTERS, vocab_size=131072, data=replace(V3.data, seq_length=1024)), True,
     ),
     "frozen experts have no scaled gradient of an adapter's": (
@@ -409,7 +409,7 @@ TERMS: dict[str, tuple[dict[str, Any], bool]] = {
         ),
         True,
     ),
-    "logits of adapters' models, and of the chunk before": (
+    "logits of adapters' models": (
         dict(peft=ADAPTERS, vocab_size=65536, activations_checkpoint_granularity="full"), True,
     ),
     "of adapters' models embedding and head are gathered in two places": (

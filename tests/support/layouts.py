@@ -163,6 +163,9 @@ class Driven:
     def param_groups(self) -> Any:
         return self.optimizer.param_groups
 
+    def make_room(self) -> None:
+        self.optimizer.make_room()
+
     def step(self) -> None:
         self.gradients = {  # zero_grad drops them, so they need no copy
             name: parameter.grad

@@ -34,7 +34,7 @@ from deepseek.config.memory import rank_memory
 from deepseek.config.schema import ModelConfig
 from deepseek.models.components import attention, offload, recompute
 from deepseek.models.transformer import Transformer
-from deepseek.ops import grouped_linear
+from deepseek.ops import fp8_linear, grouped_linear, packed
 from deepseek.ops import rows as row_ops
 from deepseek.parallel import context, cpu_memory, expert_dispatcher, overlap, parallelize
 from deepseek.parallel.expert_dispatcher import AllToAllDispatcher
@@ -288,6 +288,8 @@ def _as_on_gpus(config: ModelConfig, mode: FakeTensorMode, live: LiveBytes) -> I
         patch.setattr(recompute, "ATTENTION", {torch.ops.support.flash.default})
         patch.setattr(row_ops, "BLOCK_NUMBERS", 1 << 62)  # blocks of rows are for caches of CPUs
         patch.setattr(row_ops, "_summed", row_ops.combine_rows_slow)  # and so are bags of rows
+        for owner in (fp8_linear, packed):  # a CPU looks up a piece at a time
+            patch.setattr(owner, "widened", Tensor.to)
         for owner in (attention, context):
             patch.setattr(owner, "causal_attention", lambda q, k, v, *_: _Attention.apply(q, k, v))
         # The product with the first matrix alone: as large, and what it keeps is kept before it is

@@ -161,6 +161,21 @@ def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_are_made_before_the_first_forward_pass(name: str) -> None:
+    driven = Driven(replace(CONFIG, optim=replace(CONFIG.optim, name=name)))
+    train, made = driven.module.micro_batches.train, []
+
+    def noted(*given: Any) -> Tensor:
+        made.append({p: sorted(state) for p, state in driven.optimizer.state.items()})
+        return train(*given)
+
+    driven.module.micro_batches.train = noted
+    driven.run([batch(1)])
+    assert set(made[0]) == set(driven.module.parameters())
+    assert made[0] == {p: sorted(state) for p, state in driven.optimizer.state.items()}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("recomputed", [None, "full"])
 def test_a_step_waits_once_for_the_device(name: str, recomputed: str | None) -> None:
     """Over two micro-batches, for all that the host must know: losses, norms, the counts."""

@@ -248,13 +248,12 @@ class _Moments:
         self.of_embedding = self.of_table * stays
 
     def _logits(self) -> int:
-        """In bf16 and what becomes of them in fp32; those of the chunk before are still there when
-        they are made. Or the first ones, and the summand of the head's gradient."""
+        """In bf16 and what becomes of them in fp32; or in bf16, beside what they have become and
+        the summand of the head's gradient."""
         half, numbers = self.half, self.numbers_of_head
         tokens = tokens_of_part(self.model, self.layout)
         logits = self.model.vocab_size // self.layout.tp * min(tokens, CHUNK_TOKENS)
-        made_anew = (10 if half else 8) if tokens > CHUNK_TOKENS else 6 if half else 4
-        chunk = max(made_anew * logits, (6 * logits + 2 * numbers * self.trains) * half)
+        chunk = (6 * logits + 2 * numbers * self.trains) if half else 4 * logits
         chunk += 2 * numbers * (not self.parted) * half  # the head in bf16
         # of all tokens, gathered
         return chunk + self.hidden * self.layout.tp * (self.layout.tp > 1)

@@ -155,6 +155,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         grad_weight_VD.addmm_(logits_tV.t(), h_tD)
                     else:
                         grad_weight_VD += logits_tV.t() @ h_tD
+                del logits_tV, logits_rV, grad_rV  # before the next chunk makes its own
         if needs_weight and grad_weight_VD is None:  # no token
             grad_weight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype)
         # Saved, not attributes: those live as long as the loss does, which the schedule of a

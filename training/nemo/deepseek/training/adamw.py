@@ -71,7 +71,7 @@ class AdamW(torch.optim.Optimizer):
     def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Move the parameters of a group; in one call, or with moments that are kept otherwise (and
         without a kernel) one by one, so that those of few at a time are as large as parameters."""
-        names, states = ("exp_avg", "exp_avg_sq"), [self.state_of(p) for p in parameters]
+        names, states = ("exp_avg", "exp_avg_sq"), [self.state_of(p, group) for p in parameters]
         steps = [state["step"] for state in states]
         kept = [[state[name] for name in names] for state in states]
         if self.moments is None and not self.on_host:
@@ -84,8 +84,16 @@ class AdamW(torch.optim.Optimizer):
         ):
             self._adamw([parameter], [[first, second]], [step], group)
 
-    def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        """State of one parameter, zeros at its first step."""
+    def make_room(self) -> None:
+        """State of every parameter. A CPU's should be made before the first forward pass: behind
+        it they lie between freed activations, whose memory then stays in pieces that no gradient
+        fits in."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state_of(parameter, group)
+
+    def state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """State of one parameter of a group, zeros at its first step."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)

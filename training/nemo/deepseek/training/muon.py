@@ -45,18 +45,22 @@ class Muon(AdamW):
         defaults = dict(muon=False) | defaults
         super().__init__(groups, moments=moments, on_host=on_host, **defaults)
 
+    def state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """State of one parameter of a group, zeros at its first step."""
+        if not group["muon"]:
+            return super().state_of(parameter, group)
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = self.room(parameter, self.moments or parameter.dtype)
+        return state
+
     def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Move the parameters of a group."""
         if not group["muon"]:
             super().update(parameters, group)
             return
         multiply_gradients(parameters, group["gradient_factor"])
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                dtype = self.moments or parameter.dtype
-                state["momentum_buffer"] = self.room(parameter, dtype)
-        kept = [[self.state[parameter]["momentum_buffer"]] for parameter in parameters]
+        kept = [[self.state_of(parameter, group)["momentum_buffer"]] for parameter in parameters]
         for parameter, (momentum,) in zip(parameters, self.at_work(parameters, kept), strict=True):
             self._muon_step(parameter, momentum, group)
 

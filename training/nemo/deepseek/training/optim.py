@@ -18,7 +18,7 @@ def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     config: OptimConfig,
     orthogonalise: Callable[[Tensor], Tensor] | None = None,
-) -> torch.optim.Optimizer:
+) -> AdamW:
     """AdamW or Muon over the trainable parameters.
 
     Matrices are decayed; norms (one dim) are not. Under Muon the embedding and the head stay with

@@ -32,6 +32,7 @@ from deepseek.parallel.gradients import (
 from deepseek.parallel.mesh import Meshes, SingleProcess, whole_matrices
 from deepseek.parallel.parallelize import parallelize
 from deepseek.parallel.pipeline import Batch
+from deepseek.training.adamw import AdamW
 from deepseek.training.muon import newton_schulz
 from deepseek.training.optim import build_optimizer, learning_rate, multiply_in_update
 from deepseek.training.phases import Memory, Phases
@@ -110,7 +111,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
 
     # -- the step --
 
-    def train_step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> StepRecord:
+    def train_step(self, batch: Batch, optimizer: AdamW) -> StepRecord:
         """One optimiser step over the whole batch of this rank; needs no trainer.
 
         Args:
@@ -122,6 +123,8 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
             NonFiniteError: this and the steps before it had no finite gradient.
         """
         self.meshes.expect_steps(self.step_record is not None)  # the first connects and compiles
+        if self.step_record is None:
+            optimizer.make_room()
         self.phases.start_step(batch["tokens"].device)
         lr = learning_rate(
             self.finished_steps, self.config.optim.lr, self.config.optim.sched, self.max_steps
@@ -318,7 +321,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
             return []
         return self.validation_loader(0, self.meshes.data_rank, self.meshes.layout.dp)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> AdamW:
         """The optimiser alone: the learning rate is set by the step."""
         self.named = list(self.model.named_parameters())
         return build_optimizer(self.named, self.config.optim, whole_matrices(newton_schulz))
