@@ -12,11 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek.ops import few_rows as few
 from deepseek.ops import grouped_linear as module
-from deepseek.ops.few_rows import few_rows
 from deepseek.ops.grouped_linear import grouped_linear, grouped_linear_loop, takes_any_counts
-from deepseek.ops.native import build
 from support.kernels import without_kernels
 
 TOLERANCE = {
@@ -67,34 +64,6 @@ def test_equals_the_loop(
     counts: list[int], dims: tuple[int, int], dtype: torch.dtype, kernels: bool
 ) -> None:
     compare(counts, dims, dtype)
-
-
-@pytest.mark.parametrize("counts", [[0, 0], [1], [0, 1, 1, 0], [2, 0, 3], [0, 15, 1, 17, 0, 0]])
-@pytest.mark.parametrize("onednn", [True, False])
-@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
-def test_few_rows_go_expert_by_expert(
-    counts: list[int], onednn: bool, vendor: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without gradient; rows of no expert behind them."""
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
-    monkeypatch.setattr(few, "processor", lambda: {"vendor_id": vendor})
-    monkeypatch.setattr(build, "_library", lambda: "switched off")
-    monkeypatch.setattr(few, "_IN_CACHES", 0)
-    monkeypatch.setattr(few, "_STREAMED_WIDTH", 12 if onednn else 11)
-    monkeypatch.setattr(torch.nn.functional, "grouped_mm", None)
-    for outputs in (8, 5):
-        x_RI, w_EOI = tensors(counts, (12, outputs), torch.float32)
-        x_RI = torch.cat((x_RI, x_RI.new_ones(3, 12)))
-        with torch.no_grad():
-            y_RO = grouped_linear(x_RI, w_EOI, torch.tensor(counts))
-            slow_RO = grouped_linear_loop(x_RI, w_EOI, torch.tensor(counts))
-            one_by_one = torch.cat([few_rows(x_RI[:n], w_EOI[0]) for n in range(1, len(x_RI) + 1)])
-        torch.testing.assert_close(y_RO, slow_RO)
-        every = torch.cat([x_RI[:n] for n in range(1, len(x_RI) + 1)])
-        torch.testing.assert_close(one_by_one, F.linear(every, w_EOI[0]))
-        strided_OI = w_EOI[0].detach().t().contiguous().t()
-        for rows in (x_RI[:1], every[:9]):  # by either library
-            torch.testing.assert_close(few_rows(rows, strided_OI), F.linear(rows, w_EOI[0]))
 
 
 @pytest.mark.parametrize("counts", [[0, 0], [1], [1, 1, 1], [0, 6, 0], [2, 0, 3]])

@@ -1,4 +1,4 @@
-"""The kernel for few rows against ``F.linear``."""
+"""Few rows by the kernel, and by libraries where there is none, against ``F.linear``."""
 
 from __future__ import annotations
 
@@ -32,6 +32,29 @@ def test_equals_the_usual_way(rows: int, outputs: int, inputs: int) -> None:
             torch.testing.assert_close(y_RO, linear(x_RI, w_OI), rtol=1e-5, atol=1e-5)
     wide_RO = F.linear(x_RI.double(), w_OI.double())
     torch.testing.assert_close(y_RO.double(), wide_RO, rtol=1e-6, atol=1e-6 * inputs**0.5)
+
+
+@pytest.mark.parametrize("most", [1, 16, 33])
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
+def test_by_libraries(
+    most: int, onednn: bool, vendor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever suits so many rows: a machine without a compiler has no kernel."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    monkeypatch.setattr(module, "processor", lambda: {"vendor_id": vendor})
+    monkeypatch.setattr(module, "_IN_CACHES", 0)
+    monkeypatch.setattr(module, "_STREAMED_WIDTH", 12 if onednn else 11)
+    generator = torch.Generator().manual_seed(most)
+    for outputs in (8, 5):
+        x_RI = torch.randn(most, 12, generator=generator)
+        w_OI = torch.randn(outputs, 12, generator=generator)
+        strided_OI = w_OI.t().contiguous().t()
+        with torch.no_grad(), without_kernels():
+            for rows in range(1, most + 1):
+                wanted_RO = F.linear(x_RI[:rows], w_OI)
+                torch.testing.assert_close(linear(x_RI[:rows], w_OI), wanted_RO)
+                torch.testing.assert_close(linear(x_RI[:rows], strided_OI), wanted_RO)
 
 
 def test_threads_share_the_outputs() -> None:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepseek.ops.few_rows import FEW, few_rows, takes_few
 from deepseek.ops.native.build import kernel
 from deepseek.ops.rows import row_starts
 
@@ -28,8 +27,6 @@ def grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
         return _compiled_linear(x_RI, w_EOI, counts_E)
     if takes_any_counts(x_RI, w_EOI) and fits(x_RI, w_EOI, counts_E):
         return _GroupedLinear.apply(x_RI, w_EOI, row_starts(counts_E, len(x_RI)))
-    if 0 < x_RI.shape[0] < FEW * w_EOI.shape[0] and takes_few(x_RI, w_EOI):
-        return _few_rows(x_RI, w_EOI, counts_E)
     if x_RI.shape[0] == 0 or not _grouped_mm_takes(w_EOI):
         return grouped_linear_loop(x_RI, w_EOI, counts_E)
     y_RO = F.grouped_mm(x_RI.contiguous(), w_EOI.transpose(-2, -1), offs=_offsets(counts_E))
@@ -52,18 +49,6 @@ def grouped_linear_loop(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor
     *owned, rest_RI = x_RI.split([*counts, x_RI.shape[0] - sum(counts)])
     y = [F.linear(x, w) for x, w in zip(owned, w_EOI.unbind(0), strict=True)]
     return torch.cat([*y, rest_RI.new_zeros(rest_RI.shape[0], w_EOI.shape[1])])
-
-
-def _few_rows(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """The chosen experts one by one, each as ``linear`` takes few rows."""
-    chosen = [(expert, count) for expert, count in enumerate(counts_E.tolist()) if count]
-    sizes = [count for _, count in chosen]
-    owned = x_RI.split([*sizes, x_RI.shape[0] - sum(sizes)])
-    y = [
-        few_rows(x, w_EOI[expert]) if count < FEW else F.linear(x, w_EOI[expert])
-        for x, (expert, count) in zip(owned, chosen, strict=False)
-    ]
-    return torch.cat([*y, x_RI.new_zeros(owned[-1].shape[0], w_EOI.shape[1])])
 
 
 def _offsets(counts_E: Tensor) -> Tensor:
