@@ -37,6 +37,7 @@ MAGIC = b"DSA1"
 _LENGTHS = struct.Struct("<II")
 _PREFIX = struct.Struct("<4sIIII")
 _LARGEST_HEADER = 1 << 24
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 _WINDOW = 1 << 26
 """Bytes after a damaged header in which the next record is looked for."""
 
@@ -191,9 +192,7 @@ def cut_torn_record(path: Path) -> None:
 def _record(step: int, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> bytes:
     packed = [(name, *_packed(array)) for name, array in arrays.items()]
     listed = [[name, dtype, shape, len(data)] for name, dtype, shape, data in packed]
-    header = json.dumps(
-        {"step": int(step), "arrays": listed, "meta": meta}, separators=(",", ":")
-    ).encode()
+    header = _ENCODER.encode({"step": int(step), "arrays": listed, "meta": meta}).encode()
     payload = b"".join(data for _, _, _, data in packed)
     lengths = _LENGTHS.pack(len(header), len(payload))
     crc = zlib.crc32(header, zlib.crc32(lengths))

@@ -7,10 +7,12 @@ of each trouble once. Detectors know numbers and the configuration alone: no tra
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -323,10 +325,11 @@ class LossSpike(Detector):
             elif seen.step - self._told[None] >= SPIKE_WINDOW:  # the new level is what is usual now
                 yield self._over(None, f"loss {seen.loss:.4f} has stayed, before it {median:.4f}")
         elif len(self._losses) >= SPIKE_LEAST:
-            losses = np.array(self._losses)
-            median = float(np.median(losses))
+            losses = list(self._losses)  # of so few, numpy's median takes longer
+            median = statistics.median(losses)
             # Of the differences from step to step: a loss that falls quickly does not hide a spike.
-            sigma = 1.4826 * float(np.median(np.abs(np.diff(losses)))) / math.sqrt(2)
+            steps = [abs(one - other) for one, other in pairwise(losses)]
+            sigma = 1.4826 * statistics.median(steps) / math.sqrt(2)
             far = max(SPIKE_SIGMA * sigma, SPIKE_NATS)
             if seen.loss - median > far:
                 self._told[None], self._before = seen.step, (median, far)
@@ -369,12 +372,9 @@ class RouterCollapse(Detector):
         most = COLLAPSED_SHARE if is_settled else COMPLETE_SHARE
         needed = COLLAPSED_RECORDS if is_settled else self._settling.records
         effective_L = effective_experts(record.tokens_LE) * experts
-        hottest_LK = np.sort(np.argsort(-record.tokens_LE, axis=1)[:, :top_k], axis=1)
+        moved = dict.fromkeys(record.layers, False) if is_settled else self._moved(record)
         for row, layer in enumerate(record.layers):
             way = (experts - effective_L[row]) / (experts - top_k)
-            hot = tuple(hottest_LK[row].tolist())
-            moved = not is_settled and hot != self._hot.get(layer, hot)
-            self._hot[layer] = hot
             if record.tokens_LE[row].sum() < LEAST_LOAD * experts or not way > most:
                 self._in_a_row[layer] = 0
                 self._calm[layer] += 1
@@ -383,10 +383,17 @@ class RouterCollapse(Detector):
                     yield self._over(layer, now, layer=layer)
                 continue
             self._calm[layer] = 0
-            self._in_a_row[layer] = 1 if moved else self._in_a_row[layer] + 1
+            self._in_a_row[layer] = 1 if moved[layer] else self._in_a_row[layer] + 1
             if self._in_a_row[layer] >= needed and layer not in self._told:
                 self._told[layer] = seen.step
                 yield self._alarm(record, row, float(effective_L[row]))
+
+    def _moved(self, record: ExpertRecord) -> dict[str, bool]:
+        """Whether a layer's hottest experts are others than in the record before."""
+        hottest_LK = np.sort(np.argsort(-record.tokens_LE, axis=1)[:, : record.top_k], axis=1)
+        hot = dict(zip(record.layers, map(tuple, hottest_LK.tolist()), strict=True))
+        before, self._hot = self._hot, hot
+        return {layer: hot[layer] != before.get(layer, hot[layer]) for layer in hot}
 
     def _alarm(self, record: ExpertRecord, row: int, effective: float) -> Alarm:
         tokens_E = record.tokens_LE[row]

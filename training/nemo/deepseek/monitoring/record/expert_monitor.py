@@ -6,6 +6,7 @@ L layers with experts, E experts per layer, T tokens, K chosen per token.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,25 +117,17 @@ class ExpertMonitor(DeepSeekCallback):
 
     def _collect(self, module: DeepSeekModel, step: int, layers: list[str]) -> ExpertRecord:
         """All layers, on every rank: one sum of a table with a row for each."""
-        num_experts = module.config.n_routed_experts
-        coordinate, routers = module.meshes.coordinate, self._routers
+        num_experts, coordinate = module.config.n_routed_experts, module.meshes.coordinate
         device = next(module.model.parameters()).device
-        table = torch.zeros(
-            len(layers), 2 * num_experts + 2, dtype=torch.float64, device=device
-        )  # counts below 2^53 are exact
-        measured = dict(zip(self._margins, sums_of(list(self._margins.values())), strict=True))
         # Counts and bias are equal on all ranks of a stage: one of them tells.
         tells = (coordinate.dp_replicate, coordinate.dp_shard, coordinate.tp) == (0, 0, 0)
-        for row, name in enumerate(layers):
-            router = routers.get(name)
-            if router is None:
-                continue
-            if tells:
-                table[row, :num_experts] = router.tokens_per_expert
-                if router.bias is not None:
-                    table[row, num_experts : 2 * num_experts] = router.bias
-            if name in measured:
-                table[row, -2:] = measured[name]
+        routers = [self._routers.get(name) if tells else None for name in layers]
+        none_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
+        told = [none_E if router is None else router.tokens_per_expert for router in routers]
+        told += [none_E if r is None or r.bias is None else r.bias for r in routers]
+        told_2LE = torch.cat(told).double().view(2, len(layers), num_experts)
+        sums = sums_of([self._margins.get(name) for name in layers]).to(device)
+        table = torch.cat((*told_2LE, sums), dim=1)  # counts below 2^53 are exact
         found = sum_over(table, module.meshes.world).cpu().numpy()
         return ExpertRecord(
             step,
@@ -263,21 +256,24 @@ class RouterMargin:
 
 
 @torch.no_grad()
-def sums_of(margins: list[RouterMargin]) -> Tensor:
-    """Sum of the margins and number of tokens of each, fp64 (n, 2); all layers at once, since small
-    operations cost by their number."""
-    found = [margin.take() for margin in margins]
-    taken = [(n, *measured) for n, measured in enumerate(found) if measured is not None]
+def sums_of(margins: Sequence[RouterMargin | None]) -> Tensor:
+    """Sum of the margins and number of tokens of each, fp64 (n, 2), 0 where there is none; all
+    layers at once, since small operations cost by their number."""
+    found = [margin.take() if margin else None for margin in margins]
+    taken = {n: measured for n, measured in enumerate(found) if measured is not None}
     sums = torch.zeros(len(margins), 2, dtype=torch.float64)
     if not taken:
         return sums
-    which, choices, ids, reals = zip(*taken, strict=True)
-    choice_TE, ids_TK, real_T = torch.cat(choices), torch.cat(ids), torch.cat(reals)
-    last_T = choice_TE.gather(1, ids_TK).amin(dim=1)
-    next_T = choice_TE.scatter(1, ids_TK, -torch.inf).amax(dim=1)  # sorting takes longer
-    margin_T = (last_T - next_T).double()
-    counted_T = margin_T.isfinite() & real_T  # not where a token's groups have no further expert
-    values = torch.stack([margin_T.where(counted_T, 0.0), counted_T.double()], dim=1)
-    lengths = torch.tensor([len(choice) for choice in choices])
-    layer_T = torch.tensor(which).repeat_interleave(lengths).to(values.device)
-    return sums.to(values.device).index_add_(0, layer_T, values)
+    # Layers see the same tokens.
+    choice_LTE, ids_LTK, real_LT = (torch.stack(part) for part in zip(*taken.values(), strict=True))
+    last_LT = choice_LTE.gather(2, ids_LTK).amin(dim=2)
+    next_LT = choice_LTE.scatter_(2, ids_LTK, -torch.inf).amax(dim=2)  # sorting takes longer
+    margin_LT = last_LT.sub_(next_LT)
+    real_LT &= margin_LT.isfinite()  # not where a token's groups have no further expert
+    numbers = margin_LT.where(real_LT, 0.0), real_LT
+    sums_L2 = torch.stack([x_LT.sum(dim=1, dtype=torch.float64) for x_LT in numbers], dim=1)
+    if len(taken) == len(margins):
+        return sums_L2
+    sums = sums.to(sums_L2.device)
+    sums[list(taken)] = sums_L2
+    return sums

@@ -130,6 +130,7 @@ class RankMonitor(DeepSeekCallback):
         self._files = _Files(folder, ranks_per_node) if leads else None
         self._recorder: CommunicationRecorder | None = None
         self._rows: ReceivedRows | None = None
+        self._stages: list[int] = []
         self._clock = 0.0
         self._cost = 0.0
         """Seconds that watching took in the newest recorded step, writing included."""
@@ -138,6 +139,8 @@ class RankMonitor(DeepSeekCallback):
         """Get ready to record, where there is something to record."""
         if isinstance(module.meshes, Meshes):
             self._recorder = CommunicationRecorder(module.meshes)
+        layout = module.meshes.layout
+        self._stages = [layout.coordinate(rank).pp for rank in range(layout.world_size)]
         self._rows = ReceivedRows(module.model)
 
     def on_train_batch_start(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
@@ -194,22 +197,19 @@ class RankMonitor(DeepSeekCallback):
         # One collective: each rank fills its row of one table; at its end what it sent to whom in
         # its EP group, which are neighbours: a row of all ranks would make it size x size.
         width = len(COLUMNS) + len(kinds) * len(NUMBERS) + 1 + ep
-        device = next(module.model.parameters()).device
-        table = torch.zeros(size, width, dtype=torch.float64, device=device)
         mine = [own]
         if summary is not None:
             mine += [summary.numbers.get(kind, np.zeros(len(NUMBERS))) for kind in kinds]
             mine += [np.array([float(summary.row_bytes)]), summary.expert_bytes.astype(np.float64)]
         else:
             mine.append(np.zeros(1 + ep))
-        table[rank] = torch.from_numpy(np.concatenate(mine))
-        sum_over(table, module.meshes.world)
+        table = np.zeros((size, width))
+        table[rank] = np.concatenate(mine)
+        found = _summed(table, module)
         if not self._leads:
             return
-        found = table.cpu().numpy()
         ranks_RM = found[:, : len(COLUMNS)]
-        stages = [layout.coordinate(rank).pp for rank in range(size)]
-        self.latest = RankRecord(row.step, stages, ranks_RM)
+        self.latest = RankRecord(row.step, self._stages, ranks_RM)
         peak = self.latest.column("peak_memory_bytes")
         row.memory_bytes = int(peak.max())
         numbers_RKN = found[:, len(COLUMNS) : width - ep - 1].reshape(
@@ -235,8 +235,20 @@ def _largest_of_all_ranks(module: DeepSeekModel, *values: float) -> list[float]:
     Not a cost of watching: who is early waits now instead of at the next step's first collective.
     What the monitors' own collectives take afterwards is their cost.
     """
+    if module.meshes.world is None:
+        return list(values)
     device = next(module.model.parameters()).device
     return max_over(torch.tensor(values, device=device), module.meshes.world).tolist()
+
+
+def _summed(table: np.ndarray, module: DeepSeekModel) -> np.ndarray:
+    """Over all ranks."""
+    if module.meshes.world is None:
+        return table
+    device = next(module.model.parameters()).device
+    total = torch.from_numpy(table).to(device)
+    sum_over(total, module.meshes.world)
+    return total.cpu().numpy()
 
 
 def _measurements(
