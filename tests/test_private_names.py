@@ -57,6 +57,16 @@ def softmax_backward_data() -> None:
     assert torch.equal(x.grad, torch._softmax_backward_data(grad, y.detach(), -1, x.dtype))
 
 
+def hooks_of_a_leaf() -> None:
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        leaf = torch.ones(1, requires_grad=True)
+        assert not leaf._backward_hooks and not leaf._post_accumulate_grad_hooks
+        handle = getattr(leaf, register)(lambda _: None)
+        assert leaf._backward_hooks or leaf._post_accumulate_grad_hooks
+        handle.remove()
+        assert not leaf._backward_hooks and not leaf._post_accumulate_grad_hooks
+
+
 def mkldnn_linear() -> None:
     x, w = torch.ones(2, 3), torch.ones(4, 3)
     product = torch.ops.mkldnn._linear_pointwise
@@ -198,6 +208,7 @@ NAMES: dict[str, Callable[[], None]] = {
     "torch._dynamo.config.nested_graph_breaks": nested_graph_breaks,
     "torch._softmax_backward_data": softmax_backward_data,
     "torch.ops.mkldnn._linear_pointwise": mkldnn_linear,
+    "Tensor._backward_hooks, ._post_accumulate_grad_hooks": hooks_of_a_leaf,
     "DTensor(local, tensor._spec)": dtensor_of_a_spec,
     "tensor._utils.compute_local_shape_and_global_offset": local_shape_and_global_offset,
     "distributed_c10d._set_pg_timeout": set_pg_timeout,

@@ -17,6 +17,9 @@ SIZES = st.sampled_from([1, 2, 5, 15, 16, 17, 31, 32, 33, 48, 70])
 COUNTS = st.lists(st.sampled_from([0, 1, 2, 3, 6, 7, 13, 14, 15, 29, 40]), min_size=1, max_size=5)
 
 
+NAMES = "grouped_linear", "grouped_linear_back", "grouped_outer"
+
+
 def kernel(name: str, arguments: str) -> Callable[..., None]:
     found = build.function(name, arguments)
     assert found is not None, build.why_not()
@@ -28,14 +31,12 @@ def products(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Results, the rows' gradients and the stack's, filled with what no product may leave."""
     starts = torch.tensor([0, *accumulate(counts)])
-    sizes = [*w_EOI.shape, torch.get_num_threads()]
+    sizes = *w_EOI.shape, False, torch.get_num_threads()
     y_RO = torch.full_like(y_grad_RO, torch.nan)
     x_grad_RI, w_grad_EOI = torch.full_like(x_RI, torch.nan), torch.full_like(w_EOI, torch.nan)
-    kernel("grouped_linear", "ppppnnnn")(y_RO, x_RI, w_EOI, starts, *sizes)
-    kernel("grouped_linear_back", "ppppnnnn")(x_grad_RI, y_grad_RO, w_EOI, starts, *sizes)
-    kernel("grouped_outer", "ppppnnnnn")(
-        w_grad_EOI, y_grad_RO, x_RI, starts, *sizes[:3], 0, sizes[3]
-    )
+    given = (y_RO, x_RI, w_EOI), (x_grad_RI, y_grad_RO, w_EOI), (w_grad_EOI, y_grad_RO, x_RI)
+    for name, tensors in zip(NAMES, given, strict=True):
+        kernel(name, "ppppnnnnn")(*tensors, starts, *sizes)
     return y_RO, x_grad_RI, w_grad_EOI
 
 
@@ -59,10 +60,14 @@ def hold_against_loops(counts: Sequence[int], outputs: int, inputs: int) -> None
         *(x.split(list(counts)) for x in (y_grad_RO.double(), x_RI.double(), y_RO, x_grad_RI)),
         strict=True,
     )
-    added_EOI = w_EOI.clone()
-    kernel("grouped_outer", "ppppnnnnn")(
-        added_EOI, y_grad_RO, x_RI, torch.tensor([0, *accumulate(counts)]), *w_EOI.shape, 1, 1
-    )
+    starts, sizes = torch.tensor([0, *accumulate(counts)]), (*w_EOI.shape, True, 1)
+    added = y_grad_RO.clone(), x_RI.clone(), w_EOI.clone()
+    given = (x_RI, w_EOI), (y_grad_RO, w_EOI), (y_grad_RO, x_RI)
+    for name, to, tensors in zip(NAMES, added, given, strict=True):
+        kernel(name, "ppppnnnnn")(to, *tensors, starts, *sizes)
+    more_y_RO, more_x_RI, added_EOI = added
+    close(more_y_RO, y_grad_RO.double() + y_RO.double(), inputs)
+    close(more_x_RI, x_RI.double() + x_grad_RI.double(), outputs)
     for e, (y_grad, x, y, x_grad) in enumerate(rows):
         w = w_EOI[e].double()
         close(y, x @ w.T, inputs)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from deepseek.config.schema import DataConfig, ModelConfig, OptimConfig, SchedConfig
+from deepseek.models.components.moe import MoE
 from deepseek.models.transformer import loss_sums
+from deepseek.ops import grouped_linear
 from deepseek.training.step import (
     MAX_SKIPPED_IN_A_ROW,
     DeepSeekModel,
@@ -99,6 +101,26 @@ def test_the_cut_of_the_batch_changes_nothing(change: dict[str, Any], optimizer:
     assert_same(whole, cut)
     biases = [router.bias for router in whole.module.model.routers().values()]
     assert all(bias.abs().max() > 0 for bias in biases)
+
+
+def test_gradients_of_later_micro_batches_are_added_where_they_lie(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of experts, in fp32, by kernels: the same step as of one micro-batch."""
+    asked, added = grouped_linear.gradient_to_add_to, []
+
+    def noted(weight: Tensor) -> Tensor | None:
+        added.append(asked(weight))
+        return added[-1]
+
+    monkeypatch.setattr(grouped_linear, "gradient_to_add_to", noted)
+    records = []
+    for size in (4, 1):
+        module = DeepSeekModel(replace(CONFIG, micro_batch_size=size), seed=3, max_steps=20)
+        records.append(module.train_step(batch(0), module.configure_optimizers()))
+    assert records[0].grad_norm == pytest.approx(records[1].grad_norm, rel=1e-5)
+    stacks = 3 * sum(isinstance(part, MoE) for part in module.modules())
+    assert [x is None for x in added] == [True] * 2 * stacks + [False] * 3 * stacks
 
 
 def test_padding_changes_nothing() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from deepseek.ops.grouped_linear import (
     fits,
     grouped_linear_loop,
-    outer,
     product,
+    stack_gradient,
     takes_any_counts,
 )
 from deepseek.ops.native.build import kernel
@@ -88,9 +88,11 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, weights_R, w1_EFD, w3_EFD, w2_EDF, starts, gate_RF, up_RF = ctx.saved_tensors
         needs_x, _, *needs_w, _ = ctx.needs_input_grad
-        grad_RD, by_w2 = grad_RD.contiguous(), None
+        grad_RD, by_w1, by_w3, by_w2 = grad_RD.contiguous(), None, None, None
         if needs_w[2]:
-            by_w2 = outer(grad_RD, _hidden(gate_RF, up_RF, weights_R), starts)
+            hidden_RF = _hidden(gate_RF, up_RF, weights_R)
+            by_w2 = stack_gradient(w2_EDF, grad_RD, hidden_RF, starts)
+            del hidden_RF
         by_hidden_RF = product(grad_RD, w2_EDF.mT, starts)
         by_gate_RF, by_up_RF, by_weights_R = map(torch.empty_like, (gate_RF, up_RF, weights_R))
         run = kernel("swiglu_backward", "pppppppnnn")
@@ -98,12 +100,14 @@ class _FeedForward(torch.autograd.Function):
         given = by_hidden_RF, gate_RF, up_RF, weights_R
         run(by_gate_RF, by_up_RF, by_weights_R, *given, *gate_RF.shape, torch.get_num_threads())
         del by_hidden_RF, given
-        by_w1 = outer(by_gate_RF, x_RD, starts) if needs_w[0] else None
-        by_w3 = outer(by_up_RF, x_RD, starts) if needs_w[1] else None
+        if needs_w[0]:
+            by_w1 = stack_gradient(w1_EFD, by_gate_RF, x_RD, starts)
+        if needs_w[1]:
+            by_w3 = stack_gradient(w3_EFD, by_up_RF, x_RD, starts)
         by_x = None
         if needs_x:
             by_x = product(by_gate_RF, w1_EFD.mT, starts)
-            by_x += product(by_up_RF, w3_EFD.mT, starts)
+            product(by_up_RF, w3_EFD.mT, starts, added_RO=by_x)
         return by_x, by_weights_R, by_w1, by_w3, by_w2, None
 
 

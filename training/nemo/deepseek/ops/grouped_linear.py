@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepseek.ops.added_gradients import gradient_to_add_to
 from deepseek.ops.native.build import kernel
 from deepseek.ops.rows import row_starts
 
@@ -61,8 +62,9 @@ def _grouped_mm_takes(w_EOI: Tensor) -> bool:
     return w_EOI.dtype != torch.float64 and all(size % 16 == 0 for size in row_bytes)
 
 
-_FORWARD, _TRANSPOSED = (("grouped_linear" + end, "ppppnnnn") for end in ("", "_back"))
-_OUTER = "grouped_outer", "ppppnnnnn"
+_FORWARD, _TRANSPOSED, _OUTER = (
+    (name, "ppppnnnnn") for name in ("grouped_linear", "grouped_linear_back", "grouped_outer")
+)
 
 
 def fits(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> bool:
@@ -85,28 +87,37 @@ class _GroupedLinear(torch.autograd.Function):
         x_RI, w_EOI, starts = ctx.saved_tensors
         grad_RO, (needs_x, needs_w, _) = grad_RO.contiguous(), ctx.needs_input_grad
         grad_RI = product(grad_RO, w_EOI.mT, starts) if needs_x else None
-        return grad_RI, outer(grad_RO, x_RI, starts) if needs_w else None, None
+        return grad_RI, stack_gradient(w_EOI, grad_RO, x_RI, starts) if needs_w else None, None
 
 
-def product(x_RI: Tensor, w_EOI: Tensor, starts: Tensor) -> Tensor:
-    """``w`` is contiguous, or its transpose is."""
+def product(x_RI: Tensor, w_EOI: Tensor, starts: Tensor, added_RO: Tensor | None = None) -> Tensor:
+    """Rows and their experts' matrices, by kernels; added to ``added``, if that is given.
+
+    Args:
+        x_RI: contiguous.
+        w_EOI: contiguous, or its transpose is.
+        starts: see ``row_starts``.
+    """
     experts, outputs, inputs = w_EOI.shape
-    y_RO = x_RI.new_empty(len(x_RI), outputs)
+    y_RO = x_RI.new_empty(len(x_RI), outputs) if added_RO is None else added_RO
     name, w, sizes = _FORWARD, w_EOI, (experts, outputs, inputs)
     if not w_EOI.is_contiguous():
         name, w, sizes = _TRANSPOSED, w_EOI.mT, (experts, inputs, outputs)
     run = kernel(*name)
     assert run is not None, "asked before"
-    run(y_RO, x_RI, w, starts, *sizes, torch.get_num_threads())
+    run(y_RO, x_RI, w, starts, *sizes, added_RO is not None, torch.get_num_threads())
     return y_RO
 
 
-def outer(grad_RO: Tensor, x_RI: Tensor, starts: Tensor) -> Tensor:
-    sizes = len(starts) - 1, grad_RO.shape[1], x_RI.shape[1]
-    grad_EOI, run = x_RI.new_empty(sizes), kernel(*_OUTER)
+def stack_gradient(w_EOI: Tensor, grad_RO: Tensor, x_RI: Tensor, starts: Tensor) -> Tensor | None:
+    """Gradient of a stack for autograd, by a kernel; None: it has been added to ``w.grad``."""
+    added_EOI, run = gradient_to_add_to(w_EOI), kernel(*_OUTER)
     assert run is not None, "asked before"
-    run(grad_EOI, grad_RO, x_RI, starts, *sizes, False, torch.get_num_threads())
-    return grad_EOI
+    sizes = len(starts) - 1, grad_RO.shape[1], x_RI.shape[1]
+    grad_EOI = x_RI.new_empty(sizes) if added_EOI is None else added_EOI
+    adds = added_EOI is not None
+    run(grad_EOI, grad_RO, x_RI, starts, *sizes, adds, torch.get_num_threads())
+    return None if adds else grad_EOI
 
 
 # -- for the compiler: one operator without insides, since its shape check of grouped_mm refuses

@@ -10,6 +10,7 @@ B batch, S sequence, D model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,7 @@ from deepseek.config.layout import (
 )
 from deepseek.config.schema import ModelConfig
 from deepseek.models.transformer import Stage
+from deepseek.ops.added_gradients import added_in_place
 from deepseek.parallel import overlap
 from deepseek.parallel.mesh import Meshes
 
@@ -87,7 +89,7 @@ class Sequential:
     def train(self, batch: Batch, loss: Loss, balance_scale: Tensor) -> Tensor:
         """See ``MicroBatches``."""
         total = balance_scale.new_zeros(2, dtype=torch.float64)
-        rows = batch["tokens"].shape[0]
+        rows, divided = batch["tokens"].shape[0], isinstance(self.stage, FSDPModule)
         for start in range(0, rows, self.size):
             if isinstance(self.stage, FSDPModule):
                 last = start + self.size >= rows
@@ -98,7 +100,8 @@ class Sequential:
                 torch.clear_autocast_cache()
             micro = {name: tensor[start : start + self.size] for name, tensor in batch.items()}
             sums = self.stage(micro["tokens"], **_arguments(micro, balance_scale))
-            loss(sums).backward()
+            with nullcontext() if divided else added_in_place():
+                loss(sums).backward()
             total = total + sums.detach()
         return total
 

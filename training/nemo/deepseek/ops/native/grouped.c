@@ -287,10 +287,10 @@ static product product_of(const products *all, int64_t e) {
     const int64_t o = all->outputs, i = all->inputs;
     if (all->kind == LINEAR)
         return (product){all->c + begin * o, all->a + begin * i, all->b + e * o * i,
-                         rows, o, i, i, 1, i, 1, 0, 0};
+                         rows, o, i, i, 1, i, 1, all->adds != 0, 0};
     if (all->kind == BACK)
         return (product){all->c + begin * i, all->a + begin * o, all->b + e * o * i,
-                         rows, i, o, o, 1, i, 0, 0, 0};
+                         rows, i, o, o, 1, i, 0, all->adds != 0, 0};
     return (product){all->c + e * o * i, all->a + begin * o, all->b + begin * i,
                      o, i, rows, 1, o, i, 0, all->adds != 0, all->adds == 0};
 }
@@ -348,18 +348,19 @@ static void multiply_all(const products *all, int64_t threads) {
     }
 }
 
-/* y[r] = w[e(r)] x[r]; w (experts, outputs, inputs). */
+/* y[r] = w[e(r)] x[r], or added to it; w (experts, outputs, inputs). */
 void grouped_linear(float *y, const float *x, const float *w, const int64_t *starts,
-                    int64_t experts, int64_t outputs, int64_t inputs, int64_t threads) {
-    const products all = {LINEAR, y, x, w, starts, experts, outputs, inputs, 0};
+                    int64_t experts, int64_t outputs, int64_t inputs, int64_t adds,
+                    int64_t threads) {
+    const products all = {LINEAR, y, x, w, starts, experts, outputs, inputs, adds};
     multiply_all(&all, threads);
 }
 
-/* x_grad[r] = y_grad[r] w[e(r)]. */
+/* x_grad[r] = y_grad[r] w[e(r)], or added to it. */
 void grouped_linear_back(float *x_grad, const float *y_grad, const float *w,
                          const int64_t *starts, int64_t experts, int64_t outputs, int64_t inputs,
-                         int64_t threads) {
-    const products all = {BACK, x_grad, y_grad, w, starts, experts, outputs, inputs, 0};
+                         int64_t adds, int64_t threads) {
+    const products all = {BACK, x_grad, y_grad, w, starts, experts, outputs, inputs, adds};
     multiply_all(&all, threads);
 }
 
