@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -13,7 +14,15 @@ import pytest
 import torch
 
 from deepseek.launch import health
-from deepseek.launch.health import Check, disk_check, kernel_check, local_checks, worst
+from deepseek.launch.health import (
+    Check,
+    compile_kernels,
+    disk_check,
+    kernel_check,
+    local_checks,
+    worst,
+)
+from deepseek.ops.native import build
 from support.forked import FORK_WORKERS
 from support.kernels import without_kernels
 from support.micro_runs import MicroRuns
@@ -87,6 +96,34 @@ def test_the_kernels() -> None:
         (check,) = kernel_check()
     assert (check.verdict, check.value) == ("warn", "none")
     assert check.way_out.startswith("switched off by a test; without them")
+
+
+def test_compiling_kernels_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build.why_not() is None
+    library = build._file(build._compiler(), build._openmp())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "_compile", lambda *given: shutil.copy(library, given[-1]))
+    told = list[str]()
+    try:
+        build._library.cache_clear()
+        for _ in range(2):
+            compile_kernels(told.append)
+        assert told == ["kernels      for this CPU are compiled, once"]
+    finally:
+        build._library.cache_clear()
+
+
+def test_kernels_that_cannot_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "false")
+    told = list[str]()
+    try:
+        build._library.cache_clear()
+        compile_kernels(told.append)
+    finally:
+        build._library.cache_clear()
+    assert len(told) == 2 and told[1].startswith("note         kernels: none; ")
+    assert "false cannot compile them: exit status 1; without them small steps" in told[1]
 
 
 def test_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

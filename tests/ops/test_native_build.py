@@ -48,7 +48,9 @@ def product() -> torch.Tensor:
 def test_compiled_once_and_without_warnings(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = build.FLAGS
     monkeypatch.setattr(build, "FLAGS", (*ours, "-Wall", "-Wextra", "-Werror"))
+    assert build.must_compile()
     assert build.why_not() is None
+    assert not build.must_compile()
     (library,) = fresh.iterdir()  # nothing else is left there
     assert library.suffix == ".so"
     monkeypatch.setattr(build, "_compile", None)
@@ -103,6 +105,7 @@ def test_without_a_compiler(
 def test_no_compiler_at_all(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
+    assert not build.must_compile()
     assert build.why_not() == ("no C compiler: install gcc, or set CC (looked for cc, gcc, clang)")
     product()
 
@@ -149,6 +152,17 @@ def test_a_compiler_whose_words_are_no_text(
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     assert "cannot compile them: error: \ufffd" in (build.why_not() or "")
+
+
+def test_a_compiler_of_another_openmp(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """clang's, beside the GNU runtime of torch's wheels."""
+    compiler = tmp_path / "clang"
+    compiler.write_text("#!/bin/sh\necho 'undefined reference to `__kmpc_fork_call' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert "torch has loaded GNU's; install gcc, or set CC" in (build.why_not() or "")
 
 
 def test_a_library_of_another_user(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

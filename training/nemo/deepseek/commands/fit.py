@@ -37,7 +37,7 @@ from deepseek.frameworks import (
     framework_name,
     remote_loggers,
 )
-from deepseek.launch.health import local_checks, worst
+from deepseek.launch.health import compile_kernels, local_checks, worst
 from deepseek.launch.processes import Processes, join, record_flights, remember, remembers
 from deepseek.launch.strategy import DeepSeekStrategy
 from deepseek.monitoring.record.run_record import peak_of
@@ -114,6 +114,8 @@ def _fit(
     say(f"run folder   {folder}")
     say(f"framework    {framework_name()}")
     _say_health(run, processes, on_gpu)
+    compiles = processes.local_rank == 0 and not on_gpu  # the machine's others wait for it
+    Ranks().together((lambda: compile_kernels(say)) if compiles else lambda: None)
     if together and on_gpu:
         record_flights(folder / FLIGHT_RECORDER, processes.attempt)
     data = _open_data_in_turn(run, processes)

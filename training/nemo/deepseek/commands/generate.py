@@ -135,6 +135,7 @@ def generate_text(
 def open_model(source: Path, tokenizer: Path | None = None) -> tuple[Transformer, Tokenizer]:
     """The model in whatever holds one, and its tokenizer; no data are needed."""
     from deepseek.interop.open_weights import open_checkpoint
+    from deepseek.launch.health import compile_kernels
 
     if (source / "config.json").is_file():
         return _opened_hf(source, tokenizer)
@@ -144,7 +145,10 @@ def open_model(source: Path, tokenizer: Path | None = None) -> tuple[Transformer
         place = opened.run / TOKENIZER if opened.run is not None else opened.path
         gone = "does not exist" if opened.run is not None else "has no tokenizer beside it"
         raise UserError(f"{place} {gone}; give --tokenizer, a tokenizer.json or its folder")
-    return opened.model(), read
+    model = opened.model()
+    if next(model.parameters()).is_cpu:
+        compile_kernels(complain)
+    return model, read
 
 
 def sampling_for(

@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -79,6 +79,20 @@ def kernel_check() -> list[Check]:
     return [
         Check.judged("kernels", "none" if reason else "compiled", way_out, "warn", bool(reason))
     ]
+
+
+def compile_kernels(tell: Callable[[str], None]) -> None:
+    """Those for CPUs, if nobody has: it takes seconds, in which a program would say nothing.
+
+    Args:
+        tell: is given a line, and another one if it fails.
+    """
+    if not build.must_compile():
+        return
+    tell("kernels      for this CPU are compiled, once")
+    for check in kernel_check():
+        if check.verdict != "ok":
+            tell(f"note         {check.name}: {check.value}; {check.way_out}")
 
 
 def worst(of_ranks: Sequence[Sequence[Check]]) -> list[Check]:

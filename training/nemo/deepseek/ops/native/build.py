@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -101,14 +102,25 @@ def why_not() -> str | None:
     return library if isinstance(library, str) else None
 
 
+def must_compile() -> bool:
+    """Whether there is a compiler that nobody has used yet: who asks for a kernel waits for it."""
+    try:
+        return not _file(_compiler(), _openmp()).exists()
+    except _REASONS:
+        return False
+
+
 @cache
 def _library() -> ctypes.CDLL | str:
     """The kernels, or why there are none."""
     try:
         return _load()
-    except (OSError, ValueError, UserError, Unavailable) as reason:
-        # ValueError: a name in /proc that is no text.
+    except _REASONS as reason:
         return str(reason)
+
+
+_REASONS = OSError, ValueError, UserError, Unavailable
+"""``ValueError``: a name in /proc that is no text."""
 
 
 @cache
@@ -133,7 +145,7 @@ def _load() -> ctypes.CDLL:
     if sys.platform != "linux":
         raise Unavailable(f"they are compiled on Linux only, and this is {sys.platform}")
     compiler, runtime = _compiler(), _openmp()
-    library = user_cache() / "kernels" / f"{_fingerprint(compiler, runtime)}.so"
+    library = _file(compiler, runtime)
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         _compile(compiler, runtime, library)
@@ -174,6 +186,11 @@ def _openmp() -> str:
     return (of_torch or runtimes)[0]
 
 
+def _file(compiler: list[str], runtime: str) -> Path:
+    """Where the library is kept."""
+    return user_cache() / "kernels" / f"{_fingerprint(compiler, runtime)}.so"
+
+
 def _fingerprint(compiler: list[str], runtime: str) -> str:
     """Of all that decides what the library holds."""
     program, cpu = Path(compiler[0]).resolve(), processor()
@@ -189,10 +206,15 @@ def _fingerprint(compiler: list[str], runtime: str) -> str:
 
 def _compile(compiler: list[str], runtime: str, library: Path) -> None:
     """Objects first: given ``-fopenmp``, a linker would take a runtime of its own choice."""
-    sources = [str(source) for source in sorted(SOURCES.glob("*.c"))]
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".making-") as folder:
+    sources = sorted(SOURCES.glob("*.c"), key=lambda source: -source.stat().st_size)
+    workers = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".making-") as folder, workers:
         made = Path(folder) / library.name
-        _run([*compiler, *FLAGS, "-c", *sources], folder)
+        for done in [
+            workers.submit(_run, [*compiler, *FLAGS, "-c", str(source)], folder)
+            for source in sources
+        ]:
+            done.result()
         objects = sorted(str(path) for path in Path(folder).glob("*.o"))
         linked = ["-shared", "-Wl,-z,defs", "-o", str(made), *objects, runtime, "-lm"]
         _run([*compiler, *linked], folder)
@@ -212,4 +234,8 @@ def _run(command: list[str], folder: str) -> None:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         first = next((line for line in lines if "error" in line), lines[0])
+        if "__kmpc_" in done.stderr:
+            first = (
+                "its OpenMP is LLVM's runtime, and torch has loaded GNU's; install gcc, or set CC"
+            )
         raise Unavailable(f"{command[0]} cannot compile them: {first}")
