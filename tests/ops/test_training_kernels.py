@@ -388,6 +388,16 @@ def test_square_sums_of_nothing_lie_on_the_device_that_is_asked_for() -> None:
     assert square_sums([[], []], torch.device("cpu")).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4, 255, 256, 263, 600])
+@pytest.mark.parametrize("width", [1, 15, 16, 100])
+def test_square_sums_of_any_rows(rows: int, width: int) -> None:
+    """Some are read beside others, and what is left of rows and of vectors alone."""
+    x = drawn(rows, width)
+    with asked_for("sums_of_squares"):
+        (found,) = square_sums([[(x, 1)]], torch.device("cpu"))
+    torch.testing.assert_close(found, x.double().square().sum(), rtol=1e-6, atol=0)
+
+
 def test_square_sums() -> None:
     shapes = [[(3, 4), (5,), (2, 600, 3)], [], [(0, 4), (1, 1)]]
     groups = [[(drawn(*shape), 1 + i) for i, shape in enumerate(group)] for group in shapes]
