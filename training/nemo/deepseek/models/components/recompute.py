@@ -15,6 +15,10 @@ many multiplications as its inner dim is wide; latents and experts' hidden value
 Decisions are kept for another reason too: what has been exchanged must fit what is exchanged in the
 backward pass, whether or not a router decides alike twice; and the host need not wait for sizes
 once more. Nothing behind the experts' last product is made again: its backward pass needs nothing.
+
+``selective`` sees the operators of torch. What our kernels compute in fp32 on CPUs, attention and
+the experts' products, is made again as in ``full``; the last of these products, too, since the
+experts are one node of the graph there.
 """
 
 from __future__ import annotations
