@@ -23,8 +23,13 @@ enum {
     LINE = 16,          /* floats in a line of the caches */
     ROOM = 1 << 17,     /* floats of a block in panels: a quarter of a large second cache */
     DEPTH = 2048,       /* most terms of a block */
+    ROWS = 256,         /* as many, where the rows of a lie in columns */
+    SIDE = 1 << 15,     /* floats of tiles' rows that lie in columns */
+    APART = 4,          /* steps at least from one request to the next: few can be under way */
     READING = 16        /* reading a matrix takes as long as multiplying so many rows, about */
 };
+
+INLINE int64_t parts_of(int64_t all, int64_t most) { return (all + most - 1) / most; }
 
 /* Memory that will be read next, `rows` of `width`, asked for line by line, one in `gap` steps. */
 typedef struct {
@@ -122,15 +127,17 @@ INLINE int64_t panel_step(int64_t begin, int64_t columns) {
 /* Panels [k][column] of b (depth, columns). */
 static void lay_rows(float *panels, const float *b, int64_t b_step, int64_t depth,
                      int64_t columns) {
-    const int64_t whole = columns / PANEL * PANEL;
-    for (int64_t k = 0; k < depth; k++, b += b_step) {
-        for (int64_t n = 0; n < whole; n += PANEL)
-            for (int v = 0; v < WIDTH; v++)
-                store(panels + n * depth + k * PANEL + v * LANES, load(b + n + v * LANES));
-        if (whole == columns) continue;
-        const int64_t step = panel_step(whole, columns);
-        float *to = panels + whole * depth + k * step;
-        for (int64_t n = 0; n < step; n++) to[n] = whole + n < columns ? b[whole + n] : 0;
+    for (int64_t n = 0; n < columns; n += PANEL) {
+        const int64_t step = panel_step(n, columns), here = columns - n < step ? columns - n : step;
+        float *to = panels + n * depth;
+        if (here == PANEL)
+            for (int64_t k = 0; k < depth; k++)
+                for (int v = 0; v < WIDTH; v++)
+                    store(to + k * PANEL + v * LANES, load(b + k * b_step + n + v * LANES));
+        else
+            for (int64_t k = 0; k < depth; k++)
+                for (int64_t i = 0; i < step; i++)
+                    to[k * step + i] = i < here ? b[k * b_step + n + i] : 0;
     }
 }
 
@@ -171,39 +178,47 @@ static void lay_columns(float *panels, const float *b, int64_t b_step, int64_t d
 
 /* What a thread works with. */
 static _Thread_local float panels_of_thread[ROOM + PANEL * DEPTH] __attribute__((aligned(64)));
-static _Thread_local float side_of_thread[LINE * DEPTH] __attribute__((aligned(64)));
+static _Thread_local float side_of_thread[SIDE] __attribute__((aligned(64)));
 
-/* [k][row] of some rows of a, which lies (depth, rows), `whole` numbers from here. */
-static void lay_side(const float *a, int64_t a_step, int64_t depth, int64_t rows, int64_t whole) {
-    float *side = side_of_thread;
-    for (int64_t k = 0, at = 0; k < depth; k++, at += a_step, side += LINE) {
-        if (at + LINE <= whole)
-            memcpy(side, a + at, LINE * sizeof *side); /* those behind are not used */
-        else
-            for (int64_t r = 0; r < rows; r++) side[r] = a[at + r];
-    }
+/* Where tile `t` of so many begins. */
+INLINE int64_t tile_begin(int64_t t, int64_t tiles, int64_t rows) { return t * rows / tiles; }
+
+/* [tile][k][row] of some tiles of a, which lies (depth, rows). */
+static void lay_side(const float *a, int64_t a_step, int64_t depth, int64_t rows, int64_t tiles,
+                     int64_t first, int64_t end) {
+    const int64_t whole = (depth - 1) * a_step + rows;
+    for (int64_t k = 0; k < depth; k++)
+        for (int64_t t = first; t < end; t++) {
+            float *side = side_of_thread + ((t - first) * depth + k) * LINE;
+            const int64_t begin = tile_begin(t, tiles, rows), at = k * a_step + begin;
+            const int64_t here = tile_begin(t + 1, tiles, rows) - begin;
+            if (at + LINE <= whole)
+                memcpy(side, a + at, LINE * sizeof *side); /* those behind are not used */
+            else
+                memcpy(side, a + at, here * sizeof *side);
+        }
 }
 
 /* c (rows, columns) = a (rows, depth) b (depth, columns), b in panels, or added to it. */
 static void multiply_panels(int64_t rows, int64_t columns, int64_t depth, float *c, int64_t c_step,
                             const float *a, int64_t a_row, int64_t a_depth, const float *panels,
                             int adds, int streams, wanted *next) {
-    const int64_t tiles = (rows + TILE - 1) / TILE;
+    const int64_t tiles = parts_of(rows, TILE), beside = depth ? SIDE / (LINE * depth) : tiles;
     for (int64_t t = 0; t < tiles; t++) {
-        const int64_t begin = t * rows / tiles, here = (t + 1) * rows / tiles - begin;
+        const int64_t begin = tile_begin(t, tiles, rows);
+        const int64_t here = tile_begin(t + 1, tiles, rows) - begin;
         const float *a_t = a + begin * a_row;
-        int64_t row = a_row, step = a_depth;
-        if (a_row == 1) { /* the rows lie in columns: those of a tile together */
-            lay_side(a_t, a_depth, depth, here, (depth - 1) * a_depth + rows - begin);
-            a_t = side_of_thread, step = LINE;
+        int64_t step = a_depth;
+        if (a_row == 1) { /* the rows lie in columns, those of some tiles are laid side by side */
+            const int64_t place = t % beside, end = t + beside < tiles ? t + beside : tiles;
+            if (place == 0) lay_side(a, a_depth, depth, rows, tiles, t, end);
+            a_t = side_of_thread + place * depth * LINE, step = LINE;
         }
         for (int64_t n = 0; n < columns; n += PANEL)
             any_tile(here, columns - n < PANEL ? columns - n : PANEL, depth, c + begin * c_step + n,
-                     c_step, a_t, row, step, panels + n * depth, adds, streams, next);
+                     c_step, a_t, a_row, step, panels + n * depth, adds, streams, next);
     }
 }
-
-INLINE int64_t parts_of(int64_t all, int64_t most) { return (all + most - 1) / most; }
 
 /* c (rows, columns) = a (rows, depth) b (depth, columns), or added to c; b lies (columns, depth) if
  * `turned`. */
@@ -221,7 +236,8 @@ typedef struct {
 
 /* Block `i` of some columns of a product; without columns: there is no such. */
 static block block_at(const product *p, part mine, int64_t i) {
-    const int64_t deep = p->depth > DEPTH ? parts_of(p->depth, DEPTH) : 1;
+    const int64_t deepest = p->a_row == 1 ? ROWS : DEPTH;
+    const int64_t deep = p->depth > deepest ? parts_of(p->depth, deepest) : 1;
     const int64_t depth = parts_of(p->depth, deep);
     int64_t most = ROOM / (depth ? depth : 1) / PANEL * PANEL;
     if (most < PANEL) most = PANEL;
@@ -264,7 +280,7 @@ static void multiply_columns(const product *p, part mine, const product *after, 
         if (then->turned) ahead.rows = its_block.columns, ahead.width = its_block.depth;
         const int64_t lines = ahead.rows * parts_of(ahead.width, LINE) + 1;
         const int64_t steps = parts_of(p->rows, TILE) * parts_of(now.columns, PANEL) * now.depth;
-        ahead.gap = steps / lines > 1 ? steps / lines : 1;
+        ahead.gap = steps / lines > APART ? steps / lines : APART;
         multiply_panels(p->rows, now.columns, now.depth, p->c + now.n, p->columns,
                         p->a + now.k * p->a_depth, p->a_row, p->a_depth, panels,
                         p->adds || now.k > 0, aligned && last_terms && p->streams, &ahead);
