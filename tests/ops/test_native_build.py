@@ -30,6 +30,13 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     build._library.cache_clear()
 
 
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel in place of all, which take seconds to compile."""
+    (tmp_path / "small.c").write_text("int small(void) { return 1; }\n")
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+
+
 def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
@@ -134,7 +141,7 @@ def test_a_user_without_a_home(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_disk_that_is_full_leaves_no_library(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch
+    fresh: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(stream: IO[bytes]) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", stream.name)
@@ -165,7 +172,9 @@ def test_a_compiler_of_another_openmp(
     assert "torch has loaded GNU's; install gcc, or set CC" in (build.why_not() or "")
 
 
-def test_a_library_of_another_user(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_of_another_user(
+    fresh: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever can write there would have his code run."""
     owner = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
