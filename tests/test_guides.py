@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.forked import SOURCE, TESTS
+from support.kernels import cache_with_kernels
 from support.micro_runs import MicroRuns
 
 ROOT = TESTS.parent
@@ -67,7 +68,7 @@ def run(micro: MicroRuns, folder: Path, lines: list[str]) -> None:
         assert program in ("deepseek", "python"), line
         if program == "python":
             words[0] = str(scripts_from / words[0])
-        cache = {"XDG_CACHE_HOME": str(folder / "cache")}
+        cache = cache_with_kernels(folder / "cache")
         ran = micro.cli.start(*words, cwd=folder, program=program, env=cache).wait()
         assert ran.code == 0, f"{line}\n{ran.out}\n{ran.err}"
         assert "Traceback" not in ran.err, line

@@ -48,6 +48,7 @@ from deepseek.planner.cpu_time import (
 )
 from deepseek.planner.step_time import predict_step
 from deepseek.training.step import DeepSeekModel
+from support.kernels import cache_with_kernels
 from support.micro_runs import MicroRuns
 
 COSTS = Work(
@@ -221,8 +222,7 @@ def test_estimate_and_plan_take_the_file(
 def test_train_tells_what_it_expected_beside_what_it_took(
     micro: MicroRuns, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    file = tmp_path / "deepseek" / "cpu.json"
-    file.parent.mkdir()
+    file, cache = tmp_path / "deepseek" / "cpu.json", cache_with_kernels(tmp_path)
     threads = int(os.environ.get("OMP_NUM_THREADS") or cores())
     here = replace(
         MACHINE, name=machine_name(), cores=cores(), crews=(replace(crew(1), threads=threads),)
@@ -241,7 +241,7 @@ def test_train_tells_what_it_expected_beside_what_it_took(
     assert [forecast(changed(run, change), None) for change in otherwise] == [None] * 3
     assert forecast(run, "an unknown GPU") is None and forecast(run, "NVIDIA H100 80GB") is not None
     words = micro.words("forecast", *settings)
-    started = micro.cli.start(*words, env={"XDG_CACHE_HOME": str(tmp_path)})
+    started = micro.cli.start(*words, env=cache)
     ran = started.wait().assert_done().out
     assert re.search(r"expected +\S+ s a step, .* as predicted", ran)
     assert re.search(r"took +\S+ s a step, .*; predicted .* of the time", ran)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
+from deepseek.files import user_cache
 from deepseek.ops.native import build
 
 
@@ -16,3 +18,14 @@ def without_kernels() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "_library", lambda: "switched off by a test")
         yield
+
+
+def cache_with_kernels(folder: Path) -> dict[str, str]:
+    """A process's environment with an empty cache in ``folder``, but for the kernels, which it
+    would compile anew for ten seconds."""
+    ours, cache = user_cache() / "kernels", folder / "deepseek"
+    ours.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    if not (cache / "kernels").exists():
+        (cache / "kernels").symlink_to(ours)
+    return {"XDG_CACHE_HOME": str(folder)}

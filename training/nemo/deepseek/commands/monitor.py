@@ -126,6 +126,7 @@ class ReportServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = MOST_CLIENTS  # with the library's 5, the sixth at once waits for a second
 
     def __init__(self, run: RunLog, port: int, every: float) -> None:
         super().__init__((HOST, port), _Handler)
