@@ -156,6 +156,17 @@ def test_a_factor_is_of_one_update() -> None:
         torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], torch.full((2,), wanted))
 
 
+def test_a_state_of_torchs_adamw_has_no_factor() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    ours, theirs = AdamW([weight], lr=0.1), torch.optim.AdamW([weight], lr=0.1)
+    weight.grad = torch.ones(3)
+    theirs.step()
+    ours.load_state_dict(theirs.state_dict())
+    multiply_in_update(ours, 0.5)
+    ours.step()
+    assert ours.state[weight]["exp_avg"].tolist() == pytest.approx([0.9 * 0.1 + 0.1 * 0.5] * 3)
+
+
 def test_another_optimiser_gets_multiplied_gradients() -> None:
     parameter = torch.ones(2, requires_grad=True)
     parameter.grad = torch.full((2,), 4.0)

@@ -123,6 +123,16 @@ def test_gradients_of_later_micro_batches_are_added_where_they_lie(
     assert [x is None for x in added] == [True] * 2 * stacks + [False] * 3 * stacks
 
 
+def test_a_step_takes_another_optimiser() -> None:
+    module = DeepSeekModel(CONFIG, seed=3, max_steps=20, gradient_clip_val=0.1)
+    before = module.model.head.weight.clone()
+    record = module.train_step(batch(0), torch.optim.SGD(module.model.parameters(), lr=1.0))
+    moved = before - module.model.head.weight
+    gradient = module.model.head.weight.grad
+    assert record.grad_norm > 0.1 and moved.norm() <= 0.1 * record.lr * 1.001
+    assert gradient is None or gradient.norm() <= 0.1 * 1.001
+
+
 def test_padding_changes_nothing() -> None:
     plain, padded = Driven(CONFIG), Driven(CONFIG)
     first = plain.run([batch(seed) for seed in range(3)])

@@ -54,6 +54,12 @@ class AdamW(torch.optim.Optimizer):
         self.moments, self.on_host = moments, on_host
         super().__init__(groups, dict(weight_decay=0.0, gradient_factor=1.0) | defaults)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What ``load_state_dict`` ends with; groups that others saved have no factor."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["gradient_factor"] = 1.0
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""

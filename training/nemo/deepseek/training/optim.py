@@ -72,6 +72,13 @@ def build_optimizer(
     )
 
 
+def make_room(optimizer: torch.optim.Optimizer) -> None:
+    """Have moments made, by an optimiser that can do so before its first update."""
+    make = getattr(optimizer, "make_room", None)
+    if make is not None:
+        make()
+
+
 def multiply_in_update(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Have the next update of ``optimizer`` count gradients ``factor`` times.
 

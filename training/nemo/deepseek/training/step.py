@@ -34,7 +34,12 @@ from deepseek.parallel.parallelize import parallelize
 from deepseek.parallel.pipeline import Batch
 from deepseek.training.adamw import AdamW
 from deepseek.training.muon import newton_schulz
-from deepseek.training.optim import build_optimizer, learning_rate, multiply_in_update
+from deepseek.training.optim import (
+    build_optimizer,
+    learning_rate,
+    make_room,
+    multiply_in_update,
+)
 from deepseek.training.phases import Memory, Phases
 from deepseek.training.qk_clip import QueryKeyClip
 
@@ -111,7 +116,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
 
     # -- the step --
 
-    def train_step(self, batch: Batch, optimizer: AdamW) -> StepRecord:
+    def train_step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> StepRecord:
         """One optimiser step over the whole batch of this rank; needs no trainer.
 
         Args:
@@ -124,7 +129,8 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         """
         self.meshes.expect_steps(self.step_record is not None)  # the first connects and compiles
         if self.step_record is None:
-            optimizer.make_room()
+            self.named = list(self.model.named_parameters())
+            make_room(optimizer)
         self.phases.start_step(batch["tokens"].device)
         lr = learning_rate(
             self.finished_steps, self.config.optim.lr, self.config.optim.sched, self.max_steps
@@ -323,8 +329,9 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
 
     def configure_optimizers(self) -> AdamW:
         """The optimiser alone: the learning rate is set by the step."""
-        self.named = list(self.model.named_parameters())
-        return build_optimizer(self.named, self.config.optim, whole_matrices(newton_schulz))
+        return build_optimizer(
+            self.model.named_parameters(), self.config.optim, whole_matrices(newton_schulz)
+        )
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Next-token logits (B, S, V)."""
