@@ -72,6 +72,12 @@ def test_equals_the_loop_in_bf16(counts: list[int], dims: tuple[int, int]) -> No
     compare(counts, dims, torch.bfloat16)
 
 
+def test_counts_in_int32(kernels: bool) -> None:
+    x_RI, w_EOI = tensors([2, 0, 3], (8, 8), torch.float32)
+    y_RO = grouped_linear(x_RI, w_EOI, torch.tensor([2, 0, 3], dtype=torch.int32))
+    torch.testing.assert_close(y_RO, grouped_linear_loop(x_RI, w_EOI, torch.tensor([2, 0, 3])))
+
+
 def test_every_row_meets_its_own_expert(kernels: bool) -> None:
     """The loop itself against one product per row."""
     counts = [2, 0, 3, 1]

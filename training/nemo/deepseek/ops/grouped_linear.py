@@ -68,7 +68,9 @@ _FORWARD, _TRANSPOSED, _OUTER = (
 
 
 def fits(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> bool:
-    """Whether shapes and strides are those that kernels go by."""
+    """Whether shapes, strides and counts are those that kernels go by."""
+    if counts_E.dtype != torch.int64:
+        return False
     has_strides = w_EOI.is_contiguous() or w_EOI.mT.is_contiguous()
     return has_strides and w_EOI.shape == (*counts_E.shape, w_EOI.shape[1], x_RI.shape[1])
 
