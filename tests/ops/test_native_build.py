@@ -109,6 +109,22 @@ def test_without_a_compiler(
     assert not fresh.exists() or not list(fresh.iterdir())
 
 
+def test_a_compiler_that_takes_too_long_is_waited_for_once(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("begun", *(f"{number}.c" for number in range(5))):
+        (tmp_path / name).touch()
+    slow = tmp_path / "slow"
+    slow.write_text(f"#!/bin/sh\necho >>{tmp_path}/begun\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("CC", str(slow))
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    monkeypatch.setattr(build, "SECONDS", 0.2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert "slow took more than 0.2 s" in (build.why_not() or "")
+    assert len((tmp_path / "begun").read_text()) <= 2  # the next may begin before it is known
+
+
 def test_no_compiler_at_all(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")

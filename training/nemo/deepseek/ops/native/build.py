@@ -208,13 +208,16 @@ def _compile(compiler: list[str], runtime: str, library: Path) -> None:
     """Objects first: given ``-fopenmp``, a linker would take a runtime of its own choice."""
     sources = sorted(SOURCES.glob("*.c"), key=lambda source: -source.stat().st_size)
     workers = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".making-") as folder, workers:
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".making-") as folder:
         made = Path(folder) / library.name
-        for done in [
-            workers.submit(_run, [*compiler, *FLAGS, "-c", str(source)], folder)
-            for source in sources
-        ]:
-            done.result()
+        try:
+            for done in [
+                workers.submit(_run, [*compiler, *FLAGS, "-c", str(source)], folder)
+                for source in sources
+            ]:
+                done.result()
+        finally:  # of what has not begun nothing is of use once one has failed
+            workers.shutdown(cancel_futures=True)
         objects = sorted(str(path) for path in Path(folder).glob("*.o"))
         linked = ["-shared", "-Wl,-z,defs", "-o", str(made), *objects, runtime, "-lm"]
         _run([*compiler, *linked], folder)
