@@ -167,8 +167,9 @@ class Driven:
         self.optimizer.make_room()
 
     def step(self) -> None:
-        self.gradients = {  # zero_grad drops them, so they need no copy
-            name: parameter.grad
+        clips = any(group["gradient_factor"] != 1 for group in self.param_groups)
+        self.gradients = {  # zero_grad drops them: no copy, unless the update clips
+            name: parameter.grad.clone() if clips else parameter.grad
             for name, parameter in self.module.model.named_parameters()
             if parameter.grad is not None
         }
