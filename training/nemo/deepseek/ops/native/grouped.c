@@ -22,8 +22,8 @@ enum {
     PANEL = WIDTH * LANES,
     LINE = 16,          /* floats in a line of the caches */
     ROOM = 1 << 17,     /* floats of a block in panels: a quarter of a large second cache */
-    DEPTH = 2048,       /* most terms of a block */
-    ROWS = 256,         /* as many, where the rows of a lie in columns */
+    DEPTH = 2048,       /* most terms of a block of b that lies (columns, depth) */
+    ROWS = 256,         /* of one that lies (depth, columns): few long rows, not many short pieces */
     SIDE = 1 << 15,     /* floats of tiles' rows that lie in columns */
     APART = 4,          /* steps at least from one request to the next: few can be under way */
     READING = 16        /* reading a matrix takes as long as multiplying so many rows, about */
@@ -236,7 +236,7 @@ typedef struct {
 
 /* Block `i` of some columns of a product; without columns: there is no such. */
 static block block_at(const product *p, part mine, int64_t i) {
-    const int64_t deepest = p->a_row == 1 ? ROWS : DEPTH;
+    const int64_t deepest = p->turned ? DEPTH : ROWS;
     const int64_t deep = p->depth > deepest ? parts_of(p->depth, deepest) : 1;
     const int64_t depth = parts_of(p->depth, deep);
     int64_t most = ROOM / (depth ? depth : 1) / PANEL * PANEL;
