@@ -133,6 +133,15 @@ def test_a_step_takes_another_optimiser() -> None:
     assert gradient is None or gradient.norm() <= 0.1 * 1.001
 
 
+def test_norms_are_those_of_a_model_made_anew() -> None:
+    module = DeepSeekModel(CONFIG, seed=3, max_steps=20)
+    records = []
+    for _ in range(2):
+        module.parallelize(module.meshes, torch.device("cpu"))
+        records.append(module.train_step(batch(0), module.configure_optimizers()))
+    assert records[0].grad_norm == records[1].grad_norm > 0
+
+
 def test_padding_changes_nothing() -> None:
     plain, padded = Driven(CONFIG), Driven(CONFIG)
     first = plain.run([batch(seed) for seed in range(3)])

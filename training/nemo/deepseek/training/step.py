@@ -95,7 +95,6 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         self.meshes: Meshes | SingleProcess = SingleProcess()
         if not parallelize_later:
             self.parallelize(self.meshes, torch.device("cpu"))
-        self.named: list[tuple[str, torch.nn.Parameter]] = []
         """What is optimised, by name: finding it takes longer than a norm."""
         self.phases = Phases()
         self.finished_steps = 0
@@ -129,7 +128,6 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         """
         self.meshes.expect_steps(self.step_record is not None)  # the first connects and compiles
         if self.step_record is None:
-            self.named = list(self.model.named_parameters())
             make_room(optimizer)
         self.phases.start_step(batch["tokens"].device)
         lr = learning_rate(
@@ -298,7 +296,9 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         self.model, self.micro_batches = parallelize(
             self.config, meshes, device, self.seed, dtype, products
         )
-        self.routers = list(self.model.routers().values())  # finding them takes as long as a norm
+        # Finding them takes as long as a norm.
+        self.named = list(self.model.named_parameters())
+        self.routers = list(self.model.routers().values())
 
     def configure_model(self) -> None:
         """Divide the model over the ranks of the trainer's strategy; Lightning calls it once."""
