@@ -218,3 +218,15 @@ def test_what_kernels_are_not_given() -> None:
         assert not build.takes(torch.Tensor._make_subclass(type("Mine", (torch.Tensor,), {}), x))
         with torch.autocast("cpu", torch.bfloat16):
             assert not build.takes(x)
+
+
+def test_an_openmp_runtime_of_another_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside torch's, as sentencepiece's wheels bring one."""
+    maps = tmp_path / "maps"
+    own = Path(torch.__file__).resolve().parent
+    names = own.parent / "sentencepiece.libs/libgomp-1.so", own / "lib/libgomp.so.1"
+    maps.write_text("".join(f"0-1 r-xp 0 00:0 1  {name}\n" for name in names))
+    monkeypatch.setattr(build, "Path", lambda p: maps if p == "/proc/self/maps" else Path(p))
+    assert build._openmp() == str(names[1])

@@ -178,8 +178,10 @@ def _openmp() -> str:
     runtimes = sorted(
         f for f in loaded if Path(f).name.startswith(("libgomp", "libiomp", "libomp"))
     )
-    # Another package may have brought one of its own.
-    of_torch = [f for f in runtimes if Path(f).is_relative_to(Path(torch.__file__).parents[1])]
+    # Another package may have brought one of its own, into a folder beside torch's.
+    folder = Path(torch.__file__).resolve().parent  # as the maps name it
+    torchs = folder, folder.with_name("torch.libs")
+    of_torch = [f for f in runtimes if any(Path(f).is_relative_to(own) for own in torchs)]
     if len(of_torch or runtimes) != 1:
         found = ", ".join(runtimes) or "none"
         raise Unavailable(f"which OpenMP runtime torch uses is not clear (loaded: {found})")
