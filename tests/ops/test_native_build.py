@@ -167,25 +167,25 @@ def test_a_disk_that_is_full_leaves_no_library(
     assert not list(fresh.iterdir())
 
 
-def test_a_compiler_whose_words_are_no_text(
-    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param("error: \\377", "cannot compile them: error: \ufffd", id="no text"),
+        pytest.param(  # clang's, beside the GNU runtime of torch's wheels
+            "undefined reference to `__kmpc_fork_call",
+            "torch has loaded GNU's; install gcc, or set CC",
+            id="another openmp",
+        ),
+    ],
+)
+def test_what_a_compiler_says(
+    words: str, message: str, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\nprintf 'error: \\377' >&2\nexit 1\n")
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\nprintf '{words}' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
-    assert "cannot compile them: error: \ufffd" in (build.why_not() or "")
-
-
-def test_a_compiler_of_another_openmp(
-    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """clang's, beside the GNU runtime of torch's wheels."""
-    compiler = tmp_path / "clang"
-    compiler.write_text("#!/bin/sh\necho 'undefined reference to `__kmpc_fork_call' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
-    assert "torch has loaded GNU's; install gcc, or set CC" in (build.why_not() or "")
+    assert message in (build.why_not() or "")
 
 
 def test_a_library_of_another_user(
