@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -19,8 +20,7 @@ from deepseek.models.components.moe import MoE
 from deepseek.models.components.rope import rotation
 from deepseek.models.components.router import Router
 from deepseek.ops import latent_attention as attention_module
-from deepseek.ops.native import build
-from support.kernels import without_kernels
+from support.kernels import kernels_asked_for, without_kernels
 
 CLOSE = dict(rtol=1e-5, atol=3e-6)
 
@@ -40,26 +40,18 @@ def random(*sizes: int, seed: int = 1) -> Tensor:
 
 
 @contextmanager
-def only_by(monkeypatch: pytest.MonkeyPatch, *names: str):
+def only_by(*names: str) -> Iterator[None]:
     """Fails unless these kernels are called, and no others."""
-    called = set()
-    asked = build.function
-
-    def function(name: str, arguments: str):
-        called.add(name)
-        return asked(name, arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(build, "function", function)
+    with kernels_asked_for() as called:
         yield
     assert called == set(names)
 
 
 @pytest.mark.parametrize("sizes", [(1, 16), (3, 7), (2, 3, 130), (40, 512)])
-def test_norm(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norm(sizes: tuple[int, ...]) -> None:
     norm, x = filled(RMSNorm(sizes[-1], 1e-6)), random(*sizes)
     with torch.no_grad():
-        with only_by(monkeypatch, "rms_norm"):
+        with only_by("rms_norm"):
             y = norm(x)
         assert torch.equal(y.flatten(0, -2)[:1], norm(x.flatten(0, -2)[:1]))
         with without_kernels():
@@ -73,18 +65,18 @@ def test_norm(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_feed_forward(rows: int, dim: int, width: int) -> None:
     module, x = filled(FeedForward(dim, width)), random(rows, dim)
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        with only_by(patch, "feed_forward"):
+    with torch.no_grad():
+        with only_by("feed_forward"):
             y = module(x)
         assert torch.equal(y[:1], module(x[:1]))
         with without_kernels():
             torch.testing.assert_close(y, module(x), **CLOSE)
 
 
-def test_feed_forward_that_is_watched_goes_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feed_forward_that_is_watched_goes_step_by_step() -> None:
     module, seen = filled(FeedForward(8, 8)), []
     module.w3.register_forward_hook(lambda *_: seen.append(1))
-    with torch.no_grad(), only_by(monkeypatch):
+    with torch.no_grad(), only_by():
         module(random(2, 8))
     assert seen == [1]
 
@@ -125,10 +117,10 @@ def by_expert(ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("case", ROUTERS)
 @pytest.mark.parametrize("tokens", [1, 7, 31])
-def test_route(case: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_route(case: str, tokens: int) -> None:
     made, x_TD = router(**ROUTERS[case]), random(tokens, 20)
     with torch.no_grad():
-        with only_by(monkeypatch, "route"):
+        with only_by("route"):
             fast = made(x_TD)
         with without_kernels():
             slow = made(x_TD)
@@ -170,10 +162,10 @@ def test_experts(tokens: int, dim: int, width: int, shared: int) -> None:
         z_coeff=0.0,
     )
     x_BSD = random(tokens, 1, dim)
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+    with torch.no_grad():
         filled(layer)
         names = ("feed_forward",) if shared and tokens < 16 else ()
-        with only_by(patch, "few_experts", "route", *names):
+        with only_by("few_experts", "route", *names):
             y_BSD = layer(x_BSD, decodes=True)
         with without_kernels():
             torch.testing.assert_close(y_BSD, layer(x_BSD, decodes=True), **CLOSE)
@@ -235,7 +227,7 @@ def test_attention(
         patch.setattr(attention_module, "_LEAST_PART", least)
         torch.set_num_threads(threads)
         try:
-            with only_by(patch, "latent_attention", "rms_norm"):
+            with only_by("latent_attention", "rms_norm"):
                 fast, cached = attended(made, padding, before, new)
         finally:
             torch.set_num_threads(1)
@@ -286,6 +278,6 @@ def test_inputs_of_another_width_are_an_error() -> None:
                     compute(random(2, width))
 
 
-def test_many_new_tokens_take_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    with only_by(monkeypatch, "rms_norm", "turn_heads"):
+def test_many_new_tokens_take_the_usual_way() -> None:
+    with only_by("rms_norm", "turn_heads"):
         attended(attention(2), [0], 5, 9)

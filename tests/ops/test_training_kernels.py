@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from deepseek.ops.native import build
 from deepseek.ops.rms_norm import rms_norm, rms_norm_slow
 from deepseek.ops.squares import square_sums, square_sums_slow
 from deepseek.ops.swiglu import swiglu, swiglu_slow
-from support.kernels import without_kernels
+from support.kernels import kernels_asked_for, without_kernels
 
 Compute = Callable[..., Tensor | tuple[Tensor, ...]]
 WIDTHS = st.sampled_from([1, 2, 7, 16, 33, 64])
@@ -68,27 +69,13 @@ def compare(
         torch.set_num_threads(1)
 
 
-class asked_for:  # noqa: N801  # reads as a sentence
+@contextmanager
+def asked_for(name: str) -> Iterator[None]:
     """The kernel must be called inside."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        self.names, self.patch = set[str](), pytest.MonkeyPatch()
-        asked = build.function
-
-        def noted(name: str, arguments: str) -> Any:
-            self.names.add(name)
-            return asked(name, arguments)
-
-        self.patch.setattr(build, "function", noted)
-
-    def __exit__(self, *error: object) -> None:
-        self.patch.undo()
-        if error == (None, None, None):
-            assert build.why_not() is None
-            assert self.name in self.names
+    with kernels_asked_for() as names:
+        yield
+    assert build.why_not() is None
+    assert name in names
 
 
 @given(count=st.integers(1, 70), width=st.sampled_from([7, 16, 33, 64]), strided=st.booleans())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,20 @@ def without_kernels() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "_library", lambda: "switched off by a test")
         yield
+
+
+@contextmanager
+def kernels_asked_for() -> Iterator[set[str]]:
+    """The names of kernels that are asked for inside, by this thread or another."""
+    asked, names = build.function, set[str]()
+
+    def noted(name: str, arguments: str) -> Any:
+        names.add(name)
+        return asked(name, arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "function", noted)
+        yield names
 
 
 def cache_with_kernels(folder: Path) -> dict[str, str]:

@@ -307,12 +307,12 @@ def compare_all(cases: list[Case], timeout: float = 120.0) -> list[dict[str, flo
         in_one_process(case)  # first: its ranks are forks, and have what it has brought into memory
     ranks = run_ranks(world, work_of_rank, cases, timeout=timeout * len(cases))
     return [
-        _errors(case, results)
+        errors_of(case, results)
         for case, results in zip(cases, zip(*ranks, strict=True), strict=True)
     ]
 
 
-def _errors(case: Case, results: tuple[tuple[list[Any], list[Any]], ...]) -> dict[str, float]:
+def errors_of(case: Case, results: tuple[tuple[list[Any], list[Any]], ...]) -> dict[str, float]:
     """What ``compare`` returns, of what each rank returned."""
     alone = in_one_process(case)
     wanted = alone.tensors()
