@@ -47,11 +47,41 @@ def test_a_machine_that_is_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.process_time()
     checks = found(monkeypatch, FILES)
     assert time.process_time() - began < 0.1
-    assert list(checks) == ["versions", "devices", "CPU", "memory", "/dev/shm", "open files"]
+    assert list(checks) == [
+        "versions",
+        "devices",
+        "CPU",
+        "threads",
+        "memory",
+        "/dev/shm",
+        "open files",
+    ]
     assert f"torch {torch.__version__}" in checks["versions"].value
     assert "bf16 by amx_bf16" in checks["CPU"].value
     assert checks["memory"] == Check("memory", "ok", "6.14 GB of 8.19 GB free")
     assert all(check.way_out == "" for check in checks.values() if check.verdict == "ok")
+
+
+@pytest.mark.parametrize(
+    ("threads", "processes", "way_out"),
+    [
+        (4, 1, ""),
+        (2, 2, ""),
+        (1, 6, ""),
+        (3, 2, "set trainer.num_threads=2, or OMP_NUM_THREADS=2"),
+        (5, 1, "set trainer.num_threads=4, or OMP_NUM_THREADS=4"),
+        (2, 6, "set trainer.num_threads=1, or OMP_NUM_THREADS=1"),
+    ],
+)
+def test_more_threads_than_cores(
+    monkeypatch: pytest.MonkeyPatch, threads: int, processes: int, way_out: str
+) -> None:
+    monkeypatch.setattr(health, "cores", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    check = found(monkeypatch, FILES, local_world_size=processes)["threads"]
+    assert check.value == f"{threads} a process, {processes} x {threads} on 4 cores"
+    assert check.way_out.endswith(way_out) and check.verdict == ("warn" if way_out else "ok")
+    assert health._threads(processes, on_gpu=True).verdict == "ok"
 
 
 def test_a_container_with_little_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from deepseek.commands.estimate import estimate
 from deepseek.commands.forecast import forecast
 from deepseek.commands.plan import plan
 from deepseek.config import UserError, load_config
+from deepseek.config.processor import cores
 from deepseek.config.schema import changed
 from deepseek.models.components.block import DeepSeekBlock
 from deepseek.ops.causal_attention import BLOCK
@@ -29,7 +30,6 @@ from deepseek.planner.architecture import Architecture, Product
 from deepseek.planner.cpu import (
     CpuMachine,
     Crew,
-    cores,
     machine_name,
     machine_text,
     read_machine,

@@ -67,7 +67,9 @@ def test_it_starts_its_processes_itself(micro: MicroRuns, whole: str, sizes: lis
     # One voice: nothing is said twice, and it is what one process says, and what the layout is.
     lines = ran.out.splitlines()
     assert len([line for line in lines if line.startswith("step  ")]) == 1 + 12 + 3
-    assert lines[0] == f"processes    {sizes[0][-1]}, started and watched by this one"
+    processes, _, threads = lines[0].partition("; threads of each: ")
+    assert processes == f"processes    {sizes[0][-1]}, started and watched by this one"
+    assert threads == "1"
     assert len([line for line in lines if line.startswith("layout  ")]) == 1
     assert lines[-1].startswith("sample it    deepseek generate")
     again = by_itself(micro, name, *sizes).wait().assert_done()

@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from deepseek.commands.device import calibration_file
+from deepseek.config.processor import cores
 from deepseek.console import say
 from deepseek.files import atomic_open, write_new
 from deepseek.launch.processes import Processes, join, leave, quiet
@@ -24,7 +25,6 @@ from deepseek.planner.cpu import (
     DISTURBED,
     CpuMachine,
     Crew,
-    cores,
     crew_of,
     machine_name,
     machine_text,

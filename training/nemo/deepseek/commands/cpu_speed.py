@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from deepseek.commands.fit import fit
 from deepseek.config import RunConfig, load_config
 from deepseek.config.layout import Layout
+from deepseek.config.processor import cores
 from deepseek.config.rank_need import rank_needs
 from deepseek.config.schema import ModelConfig
 from deepseek.launch.processes import Processes
@@ -38,7 +39,7 @@ from deepseek.parallel.link_speed import (
 )
 from deepseek.parallel.mesh import Meshes
 from deepseek.planner.architecture import Architecture, Product
-from deepseek.planner.cpu import CpuMachine, Crew, cores, flat_bytes
+from deepseek.planner.cpu import CpuMachine, Crew, flat_bytes
 from deepseek.planner.cpu_time import (
     Links,
     Outside,

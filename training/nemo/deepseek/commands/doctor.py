@@ -54,6 +54,8 @@ def doctor(
 
     from deepseek.launch.health import disk_check, group_checks, kernel_check, local_checks, worst
 
+    if trainer.num_threads:
+        torch.set_num_threads(trainer.num_threads)
     on_gpu = torch.cuda.is_available() and trainer.accelerator != "cpu"
     local_world_size = max(processes.local_world_size, 1)
     world_size = max(trainer.devices * trainer.num_nodes, processes.world_size)

@@ -12,9 +12,10 @@ from deepseek.commands.device import this_machine
 from deepseek.commands.validate import size_text
 from deepseek.config import RunConfig, UserError
 from deepseek.config.layout import world_size
+from deepseek.config.processor import cores
 from deepseek.console import say
 from deepseek.monitoring.run_log import RunLog
-from deepseek.planner.cpu import DISTURBED, cores, resident_bytes
+from deepseek.planner.cpu import DISTURBED, resident_bytes
 from deepseek.planner.hardware import Device, gpu_named
 from deepseek.planner.step_time import predict_step
 

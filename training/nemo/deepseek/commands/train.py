@@ -26,7 +26,7 @@ from deepseek.console import complain, say
 from deepseek.files import disk_errors
 from deepseek.launch.processes import Processes, check_world, leave, quiet
 from deepseek.launch.signals import stopped_at_once
-from deepseek.launch.supervisor import supervise, worker_command
+from deepseek.launch.supervisor import supervise, worker_command, worker_threads
 from deepseek.run_folder import CONFIG_FILE, SAMPLES_FILE, TOKENIZER
 
 SAMPLE_TOKENS = 160
@@ -216,7 +216,11 @@ def _train_in_others(
     if run.exp_manager.resume_if_exists and resume_from is None and complete:
         _say_complete(folder, run, sample, report, leads=True)
         return folder
-    say(f"processes    {trainer.devices}, started and watched by this one")
+    threads = trainer.num_threads or worker_threads(trainer.devices)
+    say(
+        f"processes    {trainer.devices}, started and watched by this one; "
+        f"threads of each: {threads}"
+    )
     os.environ[RUN_FOLDER] = str(folder)
     try:
         with made_folder(folder):

@@ -1,7 +1,8 @@
-"""What Linux tells of the processor."""
+"""What the system tells of the processor."""
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -14,3 +15,8 @@ def processor() -> dict[str, str]:
     except OSError:
         return {}
     return {name.strip(): text.strip() for name, _, text in (x.partition(":") for x in lines)}
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from deepseek import __version__
+from deepseek.config.processor import cores
 from deepseek.files import disk_errors
 from deepseek.launch.processes import USUAL_FILES, store_files
 from deepseek.ops.native import build
@@ -67,7 +68,8 @@ def local_checks(
         workers: of each one's data loader.
         ranks: of all machines.
     """
-    found = [_versions(), _devices(local_world_size, on_gpu), _cpu(), _memory()]
+    found = [_versions(), _devices(local_world_size, on_gpu), _cpu()]
+    found += [_threads(local_world_size, on_gpu), _memory()]
     shares = workers > 0 or (local_world_size > 1 and on_gpu)
     return [*found, *_shared_memory(shares), *_open_files(ranks)]
 
@@ -266,9 +268,20 @@ def _driver() -> str | None:
 def _cpu() -> Check:
     flags = set(next((line.split() for line in _lines("/proc/cpuinfo", "flags")), []))
     fast = [flag for flag in ("amx_bf16", "avx512_bf16", "avx_ne_convert") if flag in flags]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     bf16 = f"bf16 by {fast[0]}" if fast else "no bf16: trainer.precision=32 is faster here"
-    return Check("CPU", "ok", f"{cores} cores, {bf16 if flags else 'kind unknown'}")
+    return Check("CPU", "ok", f"{cores()} cores, {bf16 if flags else 'kind unknown'}")
+
+
+def _threads(local_world_size: int, on_gpu: bool) -> Check:
+    """More of them than cores wait for each other, after each small step."""
+    threads, fair = torch.get_num_threads(), max(1, cores() // local_world_size)
+    return Check.judged(
+        "threads",
+        f"{threads} a process, {local_world_size} x {threads} on {cores()} cores",
+        f"they take turns: set trainer.num_threads={fair}, or OMP_NUM_THREADS={fair}",
+        "warn",
+        not on_gpu and threads > fair,
+    )
 
 
 def _memory() -> Check:

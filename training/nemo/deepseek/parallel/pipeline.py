@@ -89,18 +89,19 @@ class Sequential:
     def train(self, batch: Batch, loss: Loss, balance_scale: Tensor) -> Tensor:
         """See ``MicroBatches``."""
         total = balance_scale.new_zeros(2, dtype=torch.float64)
-        rows, divided = batch["tokens"].shape[0], isinstance(self.stage, FSDPModule)
+        rows = batch["tokens"].shape[0]
+        divided = self.stage if isinstance(self.stage, FSDPModule) else None
         for start in range(0, rows, self.size):
-            if isinstance(self.stage, FSDPModule):
+            if divided is not None:
                 last = start + self.size >= rows
-                self.stage.set_requires_gradient_sync(last or self.reduces)
-                self.stage.set_reshard_after_backward(last or self.reshards)
+                divided.set_requires_gradient_sync(last or self.reduces)
+                divided.set_reshard_after_backward(last or self.reshards)
                 # A weight that autocast has cast for an earlier micro-batch would get its gradient
                 # late, when FSDP has sent what there was. (Lightning 2.4 has the cache on.)
                 torch.clear_autocast_cache()
             micro = {name: tensor[start : start + self.size] for name, tensor in batch.items()}
             sums = self.stage(micro["tokens"], **_arguments(micro, balance_scale))
-            with nullcontext() if divided else added_in_place():
+            with added_in_place() if divided is None else nullcontext():
                 loss(sums).backward()
             total = total + sums.detach()
         return total

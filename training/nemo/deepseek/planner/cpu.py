@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -19,7 +18,7 @@ from typing import Any
 from deepseek.config.errors import UserError
 from deepseek.config.layout import Layout
 from deepseek.config.memory import gathered_bytes, reshards
-from deepseek.config.processor import processor
+from deepseek.config.processor import cores, processor
 from deepseek.config.rank_need import rank_needs
 from deepseek.config.schema import RunConfig
 from deepseek.planner.cpu_time import NUMBER, Links, Outside, Share, Work
@@ -128,11 +127,6 @@ def flat_bytes(run: RunConfig) -> int:
     if reshards(model, layout) or layout.pp > 1 and layout.dp_shard == 1:
         numbers //= max(1, model.num_hidden_layers // layout.pp)
     return 3 * numbers
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine_name() -> str:

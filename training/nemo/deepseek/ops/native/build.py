@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from deepseek.config.errors import UserError
-from deepseek.config.processor import processor
+from deepseek.config.processor import cores, processor
 from deepseek.files import sync, user_cache
 
 SOURCES = Path(__file__).parent
@@ -209,7 +209,7 @@ def _fingerprint(compiler: list[str], runtime: str) -> str:
 def _compile(compiler: list[str], runtime: str, library: Path) -> None:
     """Objects first: given ``-fopenmp``, a linker would take a runtime of its own choice."""
     sources = sorted(SOURCES.glob("*.c"), key=lambda source: -source.stat().st_size)
-    workers = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    workers = ThreadPoolExecutor(cores())
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".making-") as folder:
         made = Path(folder) / library.name
         try:
