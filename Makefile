@@ -4,7 +4,7 @@
 # Others take hours, or measure:
 #   make test-all the suite in its long version: more layouts, kills, drawn examples and planted faults
 #   make sweep    400 random parallel layouts against one process, and checkpoints between layouts
-#   make bench    training and decoding against Hugging Face transformers
+#   make bench    training and decoding against transformers and AutoModel, and where our time goes
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 # What is never imported need not be compiled: an environment takes half the time.
 PIP_FLAGS := --quiet --disable-pip-version-check --no-compile

@@ -1,15 +1,20 @@
-"""Training steps and decoding against Hugging Face transformers, same weights: a table.
+"""Training steps and decoding beside what others train DeepSeek-V3 with, same weights: a table.
 
     make bench                                  all of it; a quarter of an hour on two free cores
     python benchmarks/train_step.py --quick     one small model; a minute
 
 Each side runs in a process of its own, so that its allocator setting and its peak memory are its
 own, and the two take turns, A B A B ..., so that a machine whose speed drifts slows both alike; the
-figure is the median of the ratios, pair by pair. The peer runs as it is best on a CPU: grouped_mm
-experts and SDPA attention; ``shipped`` leaves the C library's allocator as it is, ``tuned`` gives
-the peer the setting that we make for ourselves. A whole step is timed: forward, backward, global
-norm, clipping, AdamW. ``benchmarks/results.json`` keeps what is printed, with the machine, its load
-and its rates of products in the same run.
+figure is the median of the ratios, pair by pair. Hugging Face transformers runs as it is best on a
+CPU: grouped_mm experts and SDPA attention; ``shipped`` leaves the C library's allocator as it is,
+``tuned`` gives it the setting that we make for ourselves. ``automodel`` is NVIDIA's AutoModel in
+NeMo's environment (``make .venv-nemo/.ready``), tuned, with its fastest experts, in one case. What
+is not installed is told, and left out. torchtitan has no training step on a CPU: its attention has
+no backward pass there, and its experts multiply in bf16 alone; ``make gpu-check`` has it on a GPU.
+
+A whole step is timed: forward, backward, global norm, clipping, AdamW. ``benchmarks/results.json``
+keeps what is printed, with the machine, its load and its rates of products in the same run, and
+where our steps' time goes (``breakdown.py``).
 
 Two shares of a rate are given, both in CPU time: ``share`` is of a large square product, ``own`` of
 the model's own matrices, each with the rows that it has in a step, forward and backward, one after
@@ -23,14 +28,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
+import logging
 import os
 import statistics
+import subprocess
+import sys
 import time
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import date
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +54,15 @@ from deepseek.config.schema import ModelConfig
 from deepseek.inference.generation import LatentCache
 from deepseek.models.transformer import Transformer
 from deepseek.parallel.cpu_memory import keep_freed_memory
+from deepseek.planner.cpu import machine_name
 from deepseek.training.phases import resident_bytes, resident_peak_bytes, restart_resident_peak
 from deepseek.training.step import DeepSeekModel
 
 RESULTS = Path(__file__).with_name("results.json")
+ROOT = Path(__file__).parents[1]
+PYTHON = {"automodel": ROOT / ".venv-nemo/bin/python"}
+"""Of peers that have an environment of their own."""
+PACKAGE = {"automodel": "nemo_automodel"}
 DECODED = 8
 """Tokens of one measurement of decoding."""
 SHARES = ("share_of_rate", "share_of_own_rate", "besides")
@@ -111,20 +127,24 @@ class Case:
     decodes: bool = False
     half: bool = False
     """In bf16 too."""
+    peers: tuple[str, ...] = ()
+    """Others than transformers."""
+    apart: bool = False
+    """Where the time of our step goes is told."""
 
 
 CASES = [
-    Case("S: 32 wide experts", WIDE, 2, 512, half=True),
-    Case("F: 64 fine experts", FINE, 4, 512, half=True),
+    Case("S: 32 wide experts", WIDE, 2, 512, half=True, apart=True),
+    Case("F: 64 fine experts", FINE, 4, 512, half=True, peers=("automodel",), apart=True),
     Case("sequence of 4,096", SMALL, 1, 4096),
     Case("8 experts", EIGHT, 2, 512),
-    Case("128 experts", replace(EIGHT, n_routed_experts=128), 2, 512),
+    Case("128 experts", replace(EIGHT, n_routed_experts=128), 2, 512, apart=True),
     Case("decode, batch 1", SMALL, 1, 1024, decodes=True),
     Case("decode, batch 8", SMALL, 8, 1024, decodes=True),
     Case("decode, batch 32", SMALL, 32, 1024, decodes=True),
 ]
 QUICK = [
-    Case("small", SMALL, 2, 256, half=True),
+    Case("small", SMALL, 2, 256, half=True, peers=("automodel",), apart=True),
     Case("decode, batch 4", SMALL, 4, 256, decodes=True),
 ]
 
@@ -137,7 +157,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve:
+        return serve(**json.loads(args.serve))
     cases = QUICK if args.quick else CASES
     if not (chosen := [case for case in cases if case.name.startswith(args.only)]):
         parser.error(f"--only {args.only!r}: there are {', '.join(case.name for case in cases)}")
@@ -145,23 +168,28 @@ def main() -> None:
     rounds = 2 if args.quick else args.rounds
     rates = {dtype: product_rate(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
     result: dict[str, Any] = {
-        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        "machine": machine_name(),
         "threads": args.threads,
         "load": os.getloadavg()[0],
         "gflops": {dtype: round(rate / 1e9, 1) for dtype, rate in rates.items()},
+        "left_out": left_out(),
         "cases": [],
+        "breakdown": {},
     }
     print(
-        f"{args.threads} threads, load {result['load']:.1f}, "
+        f"{result['machine']}: {args.threads} threads, load {result['load']:.1f}, "
         f"GFLOP in a CPU second {result['gflops']}"
     )
     dtypes = [d for d, rate in rates.items() if rate > rates["float32"] / 4]  # some have no bf16
+    for peer, why in result["left_out"].items():
+        print(f"{peer} is left out: {why}")
     print(
-        f"{'case':<20} {'dtype':<9} {'peer':<8} {'ours':>9} {'theirs':>9}"
+        f"{'case':<20} {'dtype':<9} {'peer':<9} {'ours':>9} {'theirs':>9}"
         "  times  share    own besides memory"
     )
     for case in chosen:
-        for row in measure(case, dtypes, args.threads, rounds, args.quick):
+        for row in measure(case, dtypes, args.threads, rounds, args.quick, result["left_out"]):
             if not case.decodes:
                 flops = case.batch * case.length * flops_per_token(case.model, case.length, False)
                 dtype, rate = row["dtype"], flops / row["ours_cpu_s"]
@@ -169,9 +197,34 @@ def main() -> None:
                 row["share_of_own_rate"] = round(rate / own_rate(case, dtype), 3)
             result["cases"].append(row)
             show(row)
+    for case in chosen:
+        if case.apart:
+            result["breakdown"][case.name] = breakdown(case, args.threads)
     result["load_after"] = os.getloadavg()[0]
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"kept in {args.output}")
+
+
+def left_out() -> dict[str, str]:
+    """Peers that are not installed, and the way out."""
+    found = {}
+    for peer, python in PYTHON.items():
+        asks = f"import importlib.util as u; exit(u.find_spec('{PACKAGE[peer]}') is None)"
+        if not python.exists() or subprocess.run([python, "-c", asks], check=False).returncode:
+            folder = python.parents[1].name
+            found[peer] = f"{folder} has no {PACKAGE[peer]}; make {folder}/.ready installs it"
+    return found
+
+
+def breakdown(case: Case, threads: int) -> Any:
+    """Printed, and as it is kept: one step of ours, by what takes the time."""
+    command = [sys.executable, ROOT / "benchmarks/breakdown.py", case.name]
+    done = subprocess.run(
+        [*command, "--threads", str(threads)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    *table, found = done.stdout.splitlines()
+    print("\n".join(table), flush=True)
+    return json.loads(found)
 
 
 def show(row: dict[str, Any]) -> None:
@@ -179,42 +232,48 @@ def show(row: dict[str, Any]) -> None:
     states, peak memory ours / theirs."""
     shares = [f"{row[s]:6.2f}" if s in row else "     -" for s in SHARES]
     print(
-        f"{row['case']:<20} {row['dtype']:<9} {row['peer']:<8} {row['ours_tok_s']:>9,.1f} "
-        f"{row['transformers_tok_s']:>9,.1f} {row['times_faster']:6.2f} {' '.join(shares)}  "
-        f"{row['ours_peak_gib']:.2f} / {row['transformers_peak_gib']:.2f} GiB",
+        f"{row['case']:<20} {row['dtype']:<9} {row['peer']:<9} {row['ours_tok_s']:>9,.1f} "
+        f"{row['theirs_tok_s']:>9,.1f} {row['times_faster']:6.2f} {' '.join(shares)}  "
+        f"{row['ours_peak_gib']:.2f} / {row['theirs_peak_gib']:.2f} GiB",
         flush=True,
     )
 
 
 def measure(
-    case: Case, dtypes: list[str], threads: int, rounds: int, quick: bool
+    case: Case,
+    dtypes: list[str],
+    threads: int,
+    rounds: int,
+    quick: bool,
+    left_out: Container[str],
 ) -> Iterator[dict[str, Any]]:
-    """Both sides in turn, in fp32 and where asked in bf16, against the peer as shipped and tuned.
+    """Both sides in turn, in fp32 and where asked in bf16, against each peer.
 
-    Both begin anew for each peer, whose memory and ours then hold the same history. Decoding has
-    one peer, in fp32: it allocates little.
+    Both begin anew for each, whose memory and ours then hold the same history. Decoding has one
+    peer, in fp32: it allocates little.
     """
-    once = quick or case.decodes
-    for tuned in (True,) if once else (False, True):
-        with worker(True, case, True, threads) as ours, worker(False, case, tuned, threads) as peer:
-            for dtype in dtypes if case.half else dtypes[:1]:
+    peers = ("tuned",) if quick or case.decodes else ("shipped", "tuned")
+    for peer in [*peers, *(other for other in case.peers if other not in left_out)]:
+        with worker("ours", case, threads) as ours, worker(peer, case, threads) as theirs:
+            for dtype in dtypes if case.half and peer in peers else dtypes[:1]:
                 half = dtype == "bfloat16"
-                pairs = [(ours(half), peer(half)) for _ in range(rounds + 1)]
-                yield compared(case, dtype, tuned, pairs)
+                pairs = [(ours(half), theirs(half)) for _ in range(rounds + 1)]
+                yield compared(case, dtype, peer, pairs)
 
 
-def compared(case: Case, dtype: str, tuned: bool, pairs: list[tuple[Run, Run]]) -> dict[str, Any]:
+def compared(case: Case, dtype: str, peer: str, pairs: list[tuple[Run, Run]]) -> dict[str, Any]:
     """A row of the table."""
     tokens = case.batch * (DECODED if case.decodes else case.length)
     first, *pairs = pairs  # the first warms up
     sides: dict[str, list[Run]] = {
         "ours": [run for run, _ in pairs],
-        "transformers": [run for _, run in pairs],
+        "theirs": [run for _, run in pairs],
     }
     found: dict[str, Any] = {
         "case": case.name,
         "dtype": dtype,
-        "peer": "tuned" if tuned else "shipped",
+        "peer": peer,
+        "load": os.getloadavg()[0],
     }
     for name, runs in sides.items():
         found[f"{name}_tok_s"] = round(tokens / statistics.median(run.seconds for run in runs), 2)
@@ -299,12 +358,19 @@ Call = Callable[[], tuple[float, int]]
 
 
 @contextmanager
-def worker(ours: bool, case: Case, tuned: bool, threads: int) -> Iterator[Callable[[bool], Run]]:
-    """A process that does one run whenever it is called, under autocast or not."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, ours, case, tuned, threads))
-    process.start()
+def worker(side: str, case: Case, threads: int) -> Iterator[Callable[[bool], Run]]:
+    """A process that does one run whenever it is called, under autocast or not.
+
+    Args:
+        side: ``ours``, or a peer.
+    """
+    here, there = Pipe()
+    told = {"file": there.fileno(), "side": side, "name": case.name, "threads": threads}
+    process = subprocess.Popen(
+        [PYTHON.get(side, sys.executable), __file__, "--serve", json.dumps(told)],
+        pass_fds=[there.fileno()],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "training/nemo")},
+    )
     there.close()
 
     def run(half: bool) -> Run:
@@ -315,21 +381,18 @@ def worker(ours: bool, case: Case, tuned: bool, threads: int) -> Iterator[Callab
         yield run
     finally:
         here.close()
-        process.join()
+        process.wait()
 
 
-def serve(pipe: Any, ours: bool, case: Case, tuned: bool, threads: int) -> None:
+def serve(file: int, side: str, name: str, threads: int) -> None:
     """Run when told, until the pipe is closed."""
-    if tuned:
+    pipe, case = Connection(file), next(case for case in CASES + QUICK if case.name == name)
+    if side != "shipped":
         keep_freed_memory()
     torch.set_num_threads(threads)
-    if not ours:
-        import transformers.models.deepseek_v3.modeling_deepseek_v3  # noqa: F401
+    make = import_side(side, case)
     owed = resident_bytes() + state_memory(case.model).total
-    if case.decodes:
-        call = our_decode(case) if ours else their_decode(case)
-    else:
-        call = our_step(case) if ours else their_step(case)
+    call = make()
     assert torch.get_num_threads() == threads, "a library has changed the number of threads"
     first_loss = None
     while True:
@@ -345,6 +408,21 @@ def serve(pipe: Any, ours: bool, case: Case, tuned: bool, threads: int) -> None:
         first_loss = loss if first_loss is None else first_loss
         peak = max(peak, resident_peak_bytes())
         pipe.send(asdict(Run(seconds, cpu_seconds, peak, peak - owed, first_loss)))
+
+
+def import_side(side: str, case: Case) -> Callable[[], Call]:
+    """What makes the runs of a side; its library is imported."""
+    if side == "ours":
+        return lambda: our_decode(case) if case.decodes else our_step(case)
+    if side == "automodel":
+        logging.disable(logging.WARNING)  # of kernels for GPUs that it does not find
+        warnings.simplefilter("ignore")
+        from nemo_automodel.components.models.deepseek_v3 import model  # noqa: F401
+
+        return lambda: their_step(case, automodel(case.model))
+    import transformers.models.deepseek_v3.modeling_deepseek_v3  # noqa: F401
+
+    return lambda: their_decode(case) if case.decodes else their_step(case)
 
 
 def batches(case: Case) -> Iterator[Tensor]:
@@ -375,6 +453,34 @@ def their_model(model: ModelConfig) -> Any:
     return theirs
 
 
+def automodel(model: ModelConfig) -> Any:
+    """AutoModel's with our weights: of its experts on a CPU the fastest, in one grouped product."""
+    from nemo_automodel.components.models.common import BackendConfig
+    from nemo_automodel.components.models.deepseek_v3.model import DeepseekV3ForCausalLM
+    from transformers import DeepseekV3Config
+
+    from deepseek.interop.hf_config import hf_config
+    from deepseek.interop.huggingface import to_hf
+
+    ours = Transformer(model)
+    ours.init_weights(seed=1)
+    theirs = DeepseekV3ForCausalLM.from_config(
+        DeepseekV3Config(**hf_config(model), dtype="float32"),
+        backend=BackendConfig(
+            attn="sdpa",
+            linear="torch",
+            rms_norm="torch_fp32",
+            experts="torch_mm",
+            dispatcher="torch",
+            rope_fusion=False,
+            enable_hf_state_dict_adapter=True,
+        ),
+        moe_overrides={"gate_bias_update_factor": model.moe_router_bias_update_rate},
+    )
+    theirs.load_state_dict(theirs.state_dict_adapter.from_hf(to_hf(ours.state_dict(), model)))
+    return theirs.float().train()
+
+
 def our_step(case: Case) -> Call:
     """The training step as ``train`` runs it."""
     data = replace(case.model.data, seq_length=case.length)
@@ -397,9 +503,9 @@ def our_step(case: Case) -> Call:
     return step
 
 
-def their_step(case: Case) -> Call:
-    """The same with torch's own pieces."""
-    model, tokens = their_model(case.model), batches(case)
+def their_step(case: Case, model: Any = None) -> Call:
+    """The same with torch's own pieces; ``model`` is transformers', unless it is given."""
+    model, tokens = model or their_model(case.model), batches(case)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> tuple[float, int]:

@@ -1,0 +1,146 @@
+"""Where a training step's time goes, by component, and how near each comes to its limit.
+
+    python benchmarks/breakdown.py "S: 32 wide experts" [--threads 2]
+
+Steps of a case of ``train_step.py``, in fp32 on a CPU, after some that warm up, under torch's
+profiler: what an operator or a kernel takes is counted once, for its component. The limit of
+products is the rate of a large square one, that of AdamW and of the gradients' norm what memory
+gives to an addition of two large tensors, both timed here with as many threads. ``of limit`` is the
+time that these allow over the time that was taken; what has few products and few bytes has none.
+The table is for people, the last line is the same as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from train_step import CASES, QUICK, Case, our_step, product_rate
+
+from deepseek.config.cost import count_parameters, flops_per_token
+from deepseek.config.schema import ModelConfig
+from deepseek.parallel import gradients
+from deepseek.parallel.cpu_memory import keep_freed_memory
+
+WARM, STEPS = 2, 2
+NORM = "norm of gradients"
+COMPONENTS = {
+    "dense products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "routed experts": ("_FeedForward", "_GroupedLinear"),
+    "attention": ("_FusedAttention", "_BlockAttention"),
+    "AdamW": ("Optimizer.step",),
+    NORM: (NORM,),
+    "softmax of the head": ("_LinearCrossEntropy",),
+    "rows to and from experts": ("_ExpandRows", "_CombineRows", "_PermuteRows"),
+    "norms, SwiGLU, heads": ("_RMSNorm", "_SwiGLU", "_Turn", "_Rotate", "_HeadKeys"),
+}
+"""By how the profiler's names begin; the head's products are among the dense ones, and SwiGLU of
+routed experts is theirs."""
+REST = "rest"
+"""Additions, gradients that are added up, the router's choice, Python."""
+ADAMW_BYTES, NORM_BYTES = 28, 4
+"""Of a parameter: weight, gradient and two moments are read, all but the gradient written."""
+
+
+def main() -> None:
+    """Print the table, and the same as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cases = {case.name: case for case in CASES + QUICK if not case.decodes}
+    parser.add_argument("case", choices=cases)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    case = cases[args.case]
+    seconds, whole = taken(case)
+    least = limits(case, args.threads * product_rate(torch.float32), memory_rate())
+    rows = {
+        name: {
+            "ms": round(1e3 * took, 1),
+            "share": round(took / whole, 3),
+            "of_limit": round(least[name] / took, 2) if name in least and took else None,
+        }
+        for name, took in seconds.items()
+    }
+    print(f"{case.name}: a step of {1e3 * whole:,.0f} ms, {args.threads} threads")
+    for name, row in rows.items():
+        of_limit = "     -" if row["of_limit"] is None else f"{row['of_limit']:6.2f}"
+        print(f"  {name:<26}{row['ms']:>9,.1f} ms {row['share']:6.1%} of limit {of_limit}")
+    print(json.dumps(rows))
+
+
+def taken(case: Case) -> tuple[dict[str, float], float]:
+    """Seconds of each component and of the whole, means of some steps."""
+    gradients.square_sums = named(NORM, gradients.square_sums)
+    step = our_step(case)
+    for _ in range(WARM):
+        step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        begin = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        whole = (time.perf_counter() - begin) / STEPS
+    seconds = dict.fromkeys(COMPONENTS, 0.0)
+    for event in profiled.key_averages():
+        for name, starts in COMPONENTS.items():
+            if event.key.startswith(starts):
+                seconds[name] += event.self_cpu_time_total / 1e6 / STEPS
+    return seconds | {REST: whole - sum(seconds.values())}, whole
+
+
+def named(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, as a span of the profile."""
+
+    def recorded(*args: Any) -> Any:
+        with record_function(name):
+            return call(*args)
+
+    return recorded
+
+
+def limits(case: Case, flops: float, bytes_: float) -> dict[str, float]:
+    """The least seconds of what has a limit, at so many FLOP and bytes a second."""
+    model, tokens = case.model, case.batch * case.length
+    products = tokens * flops_per_token(model, case.length, False)
+    experts, scores = tokens * expert_flops(model), tokens * score_flops(model, case.length)
+    parameters = count_parameters(model).trained
+    return {
+        "dense products": (products - experts - scores) / flops,
+        "routed experts": experts / flops,
+        "attention": scores / flops,
+        "AdamW": ADAMW_BYTES * parameters / bytes_,
+        NORM: NORM_BYTES * parameters / bytes_,
+    }
+
+
+def expert_flops(model: ModelConfig) -> float:
+    """Of a token, forward and backward, in its routed experts."""
+    layers = model.num_hidden_layers - model.first_k_dense_replace
+    matrices = 3 * model.hidden_size * model.moe_intermediate_size
+    return 6.0 * layers * model.num_experts_per_tok * matrices
+
+
+def score_flops(model: ModelConfig, length: int) -> float:
+    """Of a token, forward and backward, of causal scores and of the sum they weigh."""
+    widths = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
+    return 3.0 * model.num_hidden_layers * model.num_attention_heads * widths * length
+
+
+def memory_rate() -> float:
+    """Bytes a second of an addition: two tensors are read, one is written."""
+    a, b, c = torch.ones(3, 1 << 24).unbind()
+    best = float("inf")
+    for _ in range(5):
+        begin = time.perf_counter()
+        torch.add(a, b, out=c)
+        best = min(best, time.perf_counter() - begin)
+    return 3 * a.nbytes / best
+
+
+if __name__ == "__main__":
+    main()
