@@ -83,19 +83,29 @@ def test_equal_loops_of_any_sizes(counts: list[int], outputs: int, inputs: int) 
 
 @pytest.mark.parametrize(
     ("counts", "outputs", "inputs"),
-    [([600, 0, 3], 40, 24), ([5, 90], 300, 1100), ([33], 2100, 50), ([1, 0, 20], 30, 2500)],
+    [
+        ([600, 0, 3], 40, 24),
+        ([5, 90], 300, 1100),
+        ([33], 2100, 50),
+        ([1, 0, 20], 30, 2500),
+        ([255, 0, 256, 257], 320, 96),
+    ],
 )
 def test_equal_loops_of_several_blocks(counts: list[int], outputs: int, inputs: int) -> None:
     """More rows, outputs and inputs than lie in a cache at once."""
     hold_against_loops(counts, outputs, inputs)
 
 
-@pytest.mark.parametrize(("outputs", "inputs"), [(48, 64), (37, 70), (600, 17)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(48, 64), (37, 70), (600, 17), (64, 2100), (150, 1024)]
+)
 def test_no_result_depends_on_other_rows(outputs: int, inputs: int) -> None:
-    counts = [21, 0, 50, 2]
+    """Nor on how many there are: a matrix is laid out for many, and read as it lies for few."""
+    counts = [21, 0, 50, 2, 300, 256, 257]
     y_grad_RO, x_RI, w_EOI = drawn(counts, outputs, inputs)
     y_RO, x_grad_RI, _ = products(y_grad_RO, x_RI, w_EOI, counts)
-    for row, e in [(0, 0), (20, 0), (21, 2), (40, 2), (70, 2), (72, 3)]:
+    places = [(0, 0), (20, 0), (21, 2), (40, 2), (70, 2), (72, 3), (73, 4), (372, 4), (885, 6)]
+    for row, e in places:
         one = slice(row, row + 1)
         alone = products(y_grad_RO[one], x_RI[one], w_EOI[e : e + 1], [1])
         assert torch.equal(alone[0], y_RO[one]) and torch.equal(alone[1], x_grad_RI[one])

@@ -23,8 +23,9 @@ INLINE lanes either(whole_lanes mask, lanes one, lanes other) {
         p = p * r * r + r + 1.0f;     \
     } while (0)
 
-/* Within 2 units in the last place, of what is representable; 0 below -87, where numbers lose theirs.
- * x = n log 2 + r: 2^n is made of its bits, e^r of a polynomial (Cephes' expf, its coefficients). */
+/* Within 2 units in the last place, of what is representable; 0 below -87, where numbers lose
+ * theirs. x = n log 2 + r: 2^n is made of its bits, e^r of a polynomial (Cephes' expf, its
+ * coefficients). */
 static inline float exponential(float x) {
     const int is_nothing = x < -87.0f;
     x = is_nothing ? -87.0f : x > 88.0f ? 88.0f : x;

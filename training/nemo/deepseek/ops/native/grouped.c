@@ -3,11 +3,11 @@
  * All is contiguous. Rows starts[e] to starts[e + 1] are those of expert e; `starts` has one number
  * more than there are experts.
  *
- * Of a product c = a b, a block of b is laid out in panels, as many columns as a tile of sums is wide,
- * which stay in a core's cache while all rows of a pass by. An expert's matrix comes from memory and
- * is needed for a few rows only, so the next block is asked for while this one is multiplied. Each
- * sum is added up in the order of its terms: no result depends on other rows, on where its row lies,
- * nor on threads. */
+ * Of a product c = a b, b is read where it lies, if a has few rows; for many, a block of it is laid
+ * out in panels, as many columns as a tile of sums is wide, which stay in a core's cache while all
+ * rows pass by (see `way`). An expert's matrix comes from memory, so what is read next is asked for
+ * meanwhile. Each sum is added up in the order of its terms, whichever the way: no result depends
+ * on other rows, on where its row lies, nor on threads. */
 #include "lanes.h"
 #include "threads.h"
 
@@ -23,34 +23,45 @@ enum {
     LINE = 16,          /* floats in a line of the caches */
     ROOM = 1 << 17,     /* floats of a block in panels: a quarter of a large second cache */
     DEPTH = 2048,       /* most terms of a block of b that lies (columns, depth) */
-    ROWS = 256,         /* of one that lies (depth, columns): few long rows, not many short pieces */
-    SIDE = 1 << 15,     /* floats of tiles' rows that lie in columns */
-    APART = 4,          /* steps at least from one request to the next: few can be under way */
+    ROWS = 256,         /* of one that lies (depth, columns): few long rows, no short pieces */
+    PLACE = 64,         /* of one that is read there: it and the next are in the cache */
+    SIDE = 1 << 15,     /* floats of tiles' rows that lie in columns; LANES * DEPTH at least */
+    FEW = 256,          /* rows for which b is not laid out */
+    STRIP = 96,         /* columns of c that are turned at a time: panels */
     READING = 16        /* reading a matrix takes as long as multiplying so many rows, about */
 };
 
 INLINE int64_t parts_of(int64_t all, int64_t most) { return (all + most - 1) / most; }
 
-/* Memory that will be read next, `rows` of `width`, asked for line by line, one in `gap` steps. */
+INLINE int64_t whole(int64_t count, int64_t of) { return parts_of(count, of) * of; }
+
+/* Memory that will be read next, `rows` of `width`; each step of a tile asks for it `pace` numbers
+ * further on: evenly, since a core has few requests under way. */
 typedef struct {
     const float *at;
-    int64_t rows, width, step, done, gap;
+    int64_t rows, width, step, done, pace;
 } wanted;
 
-INLINE void ask(wanted *next) {
-    if (next->rows <= 0) return;
-    __builtin_prefetch(next->at + next->done);
-    next->done += LINE;
-    if (next->done < next->width) return;
+/* What a tile of so many steps asks for, all of one row. */
+INLINE const float *asked(wanted *next, int64_t steps, int64_t *pace) {
+    const float *at = next->at + next->done;
+    *pace = next->rows > 0 ? next->pace : 0;
+    const int64_t end = next->done + steps * *pace;
+    if (!steps || !*pace || end < next->width) {
+        next->done = end;
+        return at;
+    }
+    *pace = parts_of(next->width - next->done, steps);
     next->done = 0;
     next->at += next->step;
     next->rows--;
+    return at;
 }
 
 /* c (rows, width vectors) = a (rows, depth) b (depth, width vectors), or added to it. */
 INLINE void tile(const int rows, const int width, int64_t depth, float *c, int64_t c_step,
-                 const float *a, int64_t a_row, int64_t a_depth, const float *b, int adds,
-                 int streams, wanted *next) {
+                 const float *a, int64_t a_row, int64_t a_depth, const float *b, int64_t b_step,
+                 int adds, int streams, wanted *next) {
     lanes sum[TILE][WIDTH];
     if (adds) {
         for (int r = 0; r < rows; r++)
@@ -59,20 +70,16 @@ INLINE void tile(const int rows, const int width, int64_t depth, float *c, int64
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < width; v++) sum[r][v] = (lanes){0};
     }
-    while (depth > 0) {
-        const int64_t steps = depth < next->gap ? depth : next->gap;
-        ask(next);
-        for (int64_t k = 0; k < steps; k++) {
-            lanes b_k[WIDTH];
-            for (int v = 0; v < width; v++) b_k[v] = load(b + k * width * LANES + v * LANES);
-            for (int r = 0; r < rows; r++) {
-                const float a_rk = a[r * a_row + k * a_depth];
-                for (int v = 0; v < width; v++) sum[r][v] += a_rk * b_k[v];
-            }
+    int64_t pace;
+    const float *ahead = asked(next, depth, &pace);
+    for (int64_t k = 0; k < depth; k++) {
+        lanes b_k[WIDTH];
+        __builtin_prefetch(ahead + k * pace, 0, 2); /* the second cache: the first has no room */
+        for (int v = 0; v < width; v++) b_k[v] = load(b + k * b_step + v * LANES);
+        for (int r = 0; r < rows; r++) {
+            const float a_rk = a[r * a_row + k * a_depth];
+            for (int v = 0; v < width; v++) sum[r][v] += a_rk * b_k[v];
         }
-        depth -= steps;
-        a += steps * a_depth;
-        b += steps * width * LANES;
     }
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < width; v++) {
@@ -86,11 +93,11 @@ INLINE void tile(const int rows, const int width, int64_t depth, float *c, int64
 /* Numbers of rows as constants, so that every tile is a loop whose sums are registers. */
 #define OF_ROWS(rows)                                                                            \
     case rows:                                                                                   \
-        tile(rows, width, depth, c, c_step, a, a_row, a_depth, b, adds, streams, next);          \
+        tile(rows, width, depth, c, c_step, a, a_row, a_depth, b, b_step, adds, streams, next);  \
         break;
 INLINE void tile_of_rows(int64_t rows, const int width, int64_t depth, float *c, int64_t c_step,
-                         const float *a, int64_t a_row, int64_t a_depth, const float *b, int adds,
-                         int streams, wanted *next) {
+                         const float *a, int64_t a_row, int64_t a_depth, const float *b,
+                         int64_t b_step, int adds, int streams, wanted *next) {
     switch (rows) {
         OF_ROWS(1) OF_ROWS(2) OF_ROWS(3) OF_ROWS(4) OF_ROWS(5) OF_ROWS(6)
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -101,8 +108,8 @@ INLINE void tile_of_rows(int64_t rows, const int width, int64_t depth, float *c,
 #undef OF_ROWS
 
 static void any_tile(int64_t rows, int64_t columns, int64_t depth, float *c, int64_t c_step,
-                     const float *a, int64_t a_row, int64_t a_depth, const float *b, int adds,
-                     int streams, wanted *next) {
+                     const float *a, int64_t a_row, int64_t a_depth, const float *b, int64_t b_step,
+                     int adds, int streams, wanted *next) {
     float edge[TILE * PANEL];
     const int64_t step = c_step;
     float *to = c;
@@ -112,9 +119,9 @@ static void any_tile(int64_t rows, int64_t columns, int64_t depth, float *c, int
             for (int64_t i = 0; i < columns; i++) edge[r * PANEL + i] = to[r * step + i];
     }
     if (columns > LANES)
-        tile_of_rows(rows, 2, depth, c, c_step, a, a_row, a_depth, b, adds, streams, next);
+        tile_of_rows(rows, 2, depth, c, c_step, a, a_row, a_depth, b, b_step, adds, streams, next);
     else
-        tile_of_rows(rows, 1, depth, c, c_step, a, a_row, a_depth, b, adds, streams, next);
+        tile_of_rows(rows, 1, depth, c, c_step, a, a_row, a_depth, b, b_step, adds, streams, next);
     for (int64_t r = 0; to != c && r < rows; r++)
         for (int64_t i = 0; i < columns; i++) to[r * step + i] = edge[r * PANEL + i];
 }
@@ -157,28 +164,41 @@ INLINE void turn_quarters(lanes x[4]) {
     x[3] = shuffled(c, d, second);
 }
 
-/* Panels [k][column] of b^T, b (columns, depth). */
-static void lay_columns(float *panels, const float *b, int64_t b_step, int64_t depth,
-                        int64_t columns) {
-    for (int64_t n = 0; n < columns; n += LANES, b += LANES * b_step) {
-        const int64_t begin = n / PANEL * PANEL, step = panel_step(begin, columns);
-        float *to = panels + begin * depth + (n - begin);
-        int64_t k = 0;
-        for (; n + LANES <= columns && k + 4 <= depth; k += 4) {
-            lanes x[4];
-            for (int j = 0; j < 4; j++) x[j] = load_quads(b + j * b_step + k, 4 * b_step);
-            turn_quarters(x);
-            for (int j = 0; j < 4; j++) store(to + (k + j) * step, x[j]);
-        }
-        for (; k < depth; k++)
-            for (int64_t i = 0; i < LANES; i++)
-                to[k * step + i] = n + i < columns ? b[i * b_step + k] : 0;
+/* to (depth, LANES) = b^T, b (LANES, depth), each with its step from a row to the next. */
+INLINE void turn_rows(float *to, int64_t to_step, const float *b, int64_t b_step, int64_t depth) {
+    int64_t k = 0;
+    for (; k + 4 <= depth; k += 4) {
+        lanes x[4];
+        for (int j = 0; j < 4; j++) x[j] = load_quads(b + j * b_step + k, 4 * b_step);
+        turn_quarters(x);
+        for (int j = 0; j < 4; j++) store(to + (k + j) * to_step, x[j]);
     }
+    for (; k < depth; k++)
+        for (int64_t i = 0; i < LANES; i++) to[k * to_step + i] = b[i * b_step + k];
 }
 
 /* What a thread works with. */
 static _Thread_local float panels_of_thread[ROOM + PANEL * DEPTH] __attribute__((aligned(64)));
 static _Thread_local float side_of_thread[SIDE] __attribute__((aligned(64)));
+
+/* Panels [k][column] of b^T, b (columns, depth). */
+static void lay_columns(float *panels, const float *b, int64_t b_step, int64_t depth,
+                        int64_t columns) {
+    for (int64_t n = 0; n < columns; n += LANES, b += LANES * b_step) {
+        const int64_t begin = n / PANEL * PANEL, step = panel_step(begin, columns);
+        const float *rows = b;
+        int64_t rows_step = b_step;
+        if (n + LANES > columns) { /* no whole vector: zeros beside the rest */
+            rows = side_of_thread, rows_step = depth;
+            memset(side_of_thread, 0, LANES * depth * sizeof *b);
+            for (int64_t i = 0; n + i < columns; i++)
+                memcpy(side_of_thread + i * depth, b + i * b_step, depth * sizeof *b);
+        }
+        turn_rows(panels + begin * depth + (n - begin), step, rows, rows_step, depth);
+    }
+}
+
+static _Thread_local float turned_of_thread[STRIP * FEW] __attribute__((aligned(64)));
 
 /* Where tile `t` of so many begins. */
 INLINE int64_t tile_begin(int64_t t, int64_t tiles, int64_t rows) { return t * rows / tiles; }
@@ -199,10 +219,17 @@ static void lay_side(const float *a, int64_t a_step, int64_t depth, int64_t rows
         }
 }
 
-/* c (rows, columns) = a (rows, depth) b (depth, columns), b in panels, or added to it. */
+/* Where b (depth, columns) lies: the panel of column n begins at n * `panel`; `step` from a row to
+ * the next, 0: as wide as the panel. */
+typedef struct {
+    const float *at;
+    int64_t panel, step;
+} laid;
+
+/* c (rows, columns) = a (rows, depth) b (depth, columns), or added to it. */
 static void multiply_panels(int64_t rows, int64_t columns, int64_t depth, float *c, int64_t c_step,
-                            const float *a, int64_t a_row, int64_t a_depth, const float *panels,
-                            int adds, int streams, wanted *next) {
+                            const float *a, int64_t a_row, int64_t a_depth, laid b, int adds,
+                            int streams, wanted *next) {
     const int64_t tiles = parts_of(rows, TILE), beside = depth ? SIDE / (LINE * depth) : tiles;
     for (int64_t t = 0; t < tiles; t++) {
         const int64_t begin = tile_begin(t, tiles, rows);
@@ -216,7 +243,8 @@ static void multiply_panels(int64_t rows, int64_t columns, int64_t depth, float 
         }
         for (int64_t n = 0; n < columns; n += PANEL)
             any_tile(here, columns - n < PANEL ? columns - n : PANEL, depth, c + begin * c_step + n,
-                     c_step, a_t, a_row, step, panels + n * depth, adds, streams, next);
+                     c_step, a_t, a_row, step, b.at + n * b.panel,
+                     b.step ? b.step : panel_step(n, columns), adds, streams, next);
     }
 }
 
@@ -229,6 +257,17 @@ typedef struct {
     int turned, adds, streams; /* streams: c is written once, and not read soon */
 } product;
 
+/* How c = a b is made. PANELS: b is laid out. IN_PLACE: b, which lies by rows of whole vectors, is
+ * read there. TURNED: as c^T = b^T a^T, where b lies by columns; a is laid out. To turn a few rows
+ * is cheaper than to turn a matrix, though their vectors are not full. */
+typedef enum { PANELS, IN_PLACE, TURNED } way;
+
+static way way_of(const product *p) {
+    if (p->a_row == 1 || p->rows > FEW) return PANELS; /* a's rows in columns: b are rows, too */
+    if (!p->turned) return p->columns % LANES ? PANELS : IN_PLACE;
+    return p->depth <= DEPTH && whole(p->rows, LANES) * p->depth <= ROOM ? TURNED : PANELS;
+}
+
 /* The part of a product that is made of one block of b. */
 typedef struct {
     int64_t n, columns, k, depth;
@@ -236,10 +275,11 @@ typedef struct {
 
 /* Block `i` of some columns of a product; without columns: there is no such. */
 static block block_at(const product *p, part mine, int64_t i) {
-    const int64_t deepest = p->turned ? DEPTH : ROWS;
+    const way how = way_of(p);
+    const int64_t deepest = how == IN_PLACE ? PLACE : p->turned ? DEPTH : ROWS;
     const int64_t deep = p->depth > deepest ? parts_of(p->depth, deepest) : 1;
     const int64_t depth = parts_of(p->depth, deep);
-    int64_t most = ROOM / (depth ? depth : 1) / PANEL * PANEL;
+    int64_t most = how == TURNED ? STRIP : ROOM / (depth ? depth : 1) / PANEL * PANEL;
     if (most < PANEL) most = PANEL;
     const int64_t panels = parts_of(mine.end - mine.begin, PANEL);
     const int64_t wide = parts_of(panels * PANEL, most), n = i / deep, k = i % deep * depth;
@@ -256,34 +296,64 @@ INLINE const float *block_of(const product *p, block b) {
     return p->turned ? p->b + b.n * p->b_step + b.k : p->b + b.k * p->b_step + b.n;
 }
 
-static void lay_block(float *panels, const product *p, block b) {
-    if (p->turned)
-        lay_columns(panels, block_of(p, b), p->b_step, b.depth, b.columns);
-    else
-        lay_rows(panels, block_of(p, b), p->b_step, b.depth, b.columns);
+/* b of a block, where a tile reads it; if TURNED: a, which has been laid out for all blocks. */
+static laid lay_block(const product *p, block b, way how) {
+    const laid in_place = {block_of(p, b), 1, p->b_step}, panels = {panels_of_thread, b.depth, 0};
+    if (how == IN_PLACE) return in_place;
+    if (how == PANELS && p->turned)
+        lay_columns(panels_of_thread, block_of(p, b), p->b_step, b.depth, b.columns);
+    if (how == PANELS && !p->turned)
+        lay_rows(panels_of_thread, block_of(p, b), p->b_step, b.depth, b.columns);
+    return panels;
+}
+
+/* c^T of a block, and turned back; `panels`: of a^T. */
+static void multiply_turned(const product *p, block now, laid panels, wanted *next) {
+    const int64_t step = whole(p->rows, LANES);
+    float *c = p->c + now.n, *c_t = turned_of_thread;
+    for (int64_t r = 0; p->adds && r < p->rows; r++)
+        for (int64_t i = 0; i < now.columns; i++) c_t[i * step + r] = c[r * p->columns + i];
+    multiply_panels(now.columns, step, p->depth, c_t, step, block_of(p, now), p->b_step, 1, panels,
+                    p->adds, 0, next);
+    int64_t i = 0;
+    for (; i + LANES <= now.columns; i += LANES)
+        turn_rows(c + i, p->columns, c_t + i * step, step, p->rows);
+    for (; i < now.columns; i++)
+        for (int64_t r = 0; r < p->rows; r++) c[r * p->columns + i] = c_t[i * step + r];
+}
+
+/* A block of a product that follows on one of so many steps. */
+static wanted wanted_of(const product *p, block b, int64_t steps) {
+    wanted next = {block_of(p, b), b.depth, b.columns, p->b_step, 0, LINE};
+    if (p->turned) next.rows = b.columns, next.width = b.depth;
+    if (next.width == next.step) next.width *= next.rows, next.rows = 1;
+    const int64_t pace = steps ? parts_of(next.rows * next.width, steps) : LINE;
+    if (pace < LINE) next.pace = pace;
+    return next;
 }
 
 /* Some columns of a product; meanwhile its next block is asked for, and then that of `after`. */
 static void multiply_columns(const product *p, part mine, const product *after, part its) {
-    float *panels = panels_of_thread;
     const int aligned = (uintptr_t)p->c % sizeof(lanes) == 0 && p->columns % LANES == 0;
+    const way how = way_of(p);
     block next = block_at(p, mine, 0);
+    if (how == TURNED) lay_columns(panels_of_thread, p->a, p->a_row, p->depth, p->rows);
     for (int64_t i = 0; next.columns; i++) {
         const block now = next;
         const int last_terms = now.k + now.depth == p->depth;
-        lay_block(panels, p, now);
+        const int64_t rows = how == TURNED ? now.columns : p->rows;
+        const int64_t columns = how == TURNED ? p->rows : now.columns;
+        const int64_t steps = parts_of(rows, TILE) * parts_of(columns, PANEL) * now.depth;
+        const laid b = lay_block(p, now, how);
         next = block_at(p, mine, i + 1);
-        const product *then = next.columns ? p : after;
-        const block its_block = next.columns ? next : block_at(after, its, 0);
-        wanted ahead = {block_of(then, its_block), its_block.depth, its_block.columns,
-                        then->b_step, 0, 1};
-        if (then->turned) ahead.rows = its_block.columns, ahead.width = its_block.depth;
-        const int64_t lines = ahead.rows * parts_of(ahead.width, LINE) + 1;
-        const int64_t steps = parts_of(p->rows, TILE) * parts_of(now.columns, PANEL) * now.depth;
-        ahead.gap = steps / lines > APART ? steps / lines : APART;
-        multiply_panels(p->rows, now.columns, now.depth, p->c + now.n, p->columns,
-                        p->a + now.k * p->a_depth, p->a_row, p->a_depth, panels,
-                        p->adds || now.k > 0, aligned && last_terms && p->streams, &ahead);
+        wanted ahead = next.columns ? wanted_of(p, next, steps)
+                                    : wanted_of(after, block_at(after, its, 0), steps);
+        if (how == TURNED)
+            multiply_turned(p, now, b, &ahead);
+        else
+            multiply_panels(p->rows, now.columns, now.depth, p->c + now.n, p->columns,
+                            p->a + now.k * p->a_depth, p->a_row, p->a_depth, b,
+                            p->adds || now.k > 0, aligned && last_terms && p->streams, &ahead);
     }
 }
 

@@ -57,8 +57,9 @@ INLINE lanes shuffled(lanes one, lanes other, whole_lanes from) {
 #endif
 }
 
-/* Past the caches, where the processor can: what is written in whole lines and not read soon need not
- * be fetched first. Only where `x` is aligned to a vector; `streamed` before another thread reads. */
+/* Past the caches, where the processor can: what is written in whole lines and not read soon need
+ * not be fetched first. Only where `x` is aligned to a vector; `streamed` before another thread
+ * reads. */
 INLINE void stream(float *x, lanes v) {
 #if defined(__clang__)
     __builtin_nontemporal_store(v, (lanes *)x);
@@ -100,7 +101,8 @@ INLINE quad totals(const lanes *v) {
     quad a = folded(v[0]), b = folded(v[1]), c = folded(v[2]), d = folded(v[3]);
     quad ab = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
     quad cd = __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
-    return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+    return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) +
+           __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
 #else
     return (quad){total(v[0]), total(v[1]), total(v[2]), total(v[3])};
 #endif

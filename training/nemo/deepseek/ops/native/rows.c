@@ -36,7 +36,7 @@ void align_rows(int64_t *restrict padded, int64_t *restrict slots, const int64_t
     }
 }
 
-/* starts (experts + 1): where each expert's rows begin, and where the last one's end; no counts lead
+/* starts (experts + 1): where each expert's rows begin, and where the last one's end; no counts
  * beyond `rows`. */
 void row_starts(int64_t *restrict starts, const int64_t *restrict counts, int64_t experts,
                 int64_t rows) {
