@@ -327,6 +327,22 @@ def test_routing(tokens: int, experts: int, data: st.DataObject) -> None:
         assert torch.equal(counts_E, count_assignments(ids_TK, real_BS[0], experts))
 
 
+@pytest.mark.parametrize("layers, tokens, experts, choices", [(1, 1, 2, 1), (3, 65, 40, 8)])
+def test_margins_of_routers(layers: int, tokens: int, experts: int, choices: int) -> None:
+    """Also where a token's groups have no other expert, and of scores that are no numbers."""
+    choice_LTE = drawn(layers, tokens, experts)
+    choice_LTE[0, ::3, :2] = float("nan")
+    ids_LTK = choice_LTE.topk(choices, dim=2, sorted=False).indices
+    few_TE = torch.full((tokens, experts), -torch.inf).scatter(1, ids_LTK[-1], 1.0)
+    choice_LTE[-1, 1::2] = few_TE[1::2]
+    given = choice_LTE, ids_LTK, drawn(layers, tokens) > -0.5
+    with asked_for("margin_sums"):
+        sums_L2 = routing.margin_sums(*given)
+    torch.testing.assert_close(sums_L2, routing.margin_sums_slow(*given), rtol=1e-12, atol=0)
+    with without_kernels():
+        assert torch.equal(routing.margin_sums(*given), routing.margin_sums_slow(*given))
+
+
 def test_second_derivatives_are_refused() -> None:
     """What a kernel has filled has no history: they would miss a part, and nobody would notice."""
     x, weight = drawn(2, 8).requires_grad_(), drawn(8, seed=1).requires_grad_()

@@ -33,6 +33,7 @@ from deepseek.data.open_data import OpenedData, open_data
 from deepseek.files import user_cache
 from deepseek.frameworks import (
     Trainer,
+    Unprofiled,
     attach_loggers,
     framework_name,
     remote_loggers,
@@ -198,6 +199,7 @@ def _fit(
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
+            profiler=Unprofiled(),
             enable_model_summary=False,
             use_distributed_sampler=False,
         )

@@ -204,9 +204,10 @@ def _record(step: int, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> b
 def _packed(array: np.ndarray) -> tuple[str, list[int], bytes]:
     if array.dtype.kind not in "biufc":
         raise TypeError(f"an array of {array.dtype} is no array of numbers")
-    flat = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1)
-    grouped = flat.view(np.uint8).reshape(flat.size, flat.itemsize).T
-    return flat.dtype.str, list(array.shape), zlib.compress(grouped.tobytes(), 1)
+    if array.dtype.str[0] == ">":
+        array = array.astype(array.dtype.newbyteorder("<"))
+    grouped = np.frombuffer(array.tobytes(), np.uint8).reshape(array.size, array.itemsize).T
+    return array.dtype.str, list(array.shape), zlib.compress(grouped.tobytes(), 1)
 
 
 def _unpacked(data: bytes, dtype: str, shape: list[int]) -> np.ndarray:

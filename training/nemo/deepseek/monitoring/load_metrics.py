@@ -2,12 +2,14 @@
 
 ``tokens`` is always [..., E]: assignments of real tokens of the whole global batch to each of E
 experts, for any leading axes such as [steps, layers]. n is one count, m the mean over experts,
-p = n / sum(n). Where no token reached a layer the shares are undefined and come back as NaN.
+p = n / sum(n). Where no token reached a layer the shares are undefined and come back as NaN. Who
+asks several formulas of the same counts hands them over as ``Loads``, which takes each sum once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -15,42 +17,87 @@ STARVED_BELOW = 0.1
 """An expert is starved below this share of the mean load."""
 
 
-def utilisation(tokens: np.ndarray) -> np.ndarray:
+class Loads:
+    """Counts, and the sums over experts that formulas share; each is taken when it is first asked.
+
+    Args:
+        tokens: [..., E].
+    """
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens = tokens
+        self.experts = tokens.shape[-1]
+
+    @staticmethod
+    def of(tokens: np.ndarray | Loads) -> Loads:
+        """``tokens``, if they are ``Loads`` already."""
+        return tokens if isinstance(tokens, Loads) else Loads(tokens)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """n, float64 [..., E]: exact below 2^53."""
+        return self.tokens.astype(np.float64)
+
+    @cached_property
+    def total(self) -> np.ndarray:
+        """sum(n), float64 [...], NaN where there is no token."""
+        total = self.counts.sum(axis=-1)
+        return np.where(total > 0, total, np.nan)
+
+    @cached_property
+    def mean(self) -> np.ndarray:
+        """m, float64 [...], NaN where there is no token."""
+        return self.total / self.experts
+
+    @cached_property
+    def nats(self) -> np.ndarray:
+        """Entropy of p, float64 [...]: ln(sum n) - sum(n ln n) / sum(n), which needs no p."""
+        weighted = (self.counts * np.log(np.maximum(self.counts, 1.0))).sum(axis=-1)
+        return np.log(self.total) - weighted / self.total
+
+
+def utilisation(tokens: np.ndarray | Loads) -> np.ndarray:
     """u = n / m, float64 [..., E]; 1: a fair share."""
-    return _ratio(tokens, _mean(tokens)[..., None])
+    loads = Loads.of(tokens)
+    return loads.counts / loads.mean[..., None]
 
 
-def variation(tokens: np.ndarray) -> np.ndarray:
+def variation(tokens: np.ndarray | Loads) -> np.ndarray:
     """Coefficient of variation sigma / m with the population's sigma (ddof 0), [...]."""
-    return _ratio(np.std(tokens, axis=-1, dtype=np.float64), _mean(tokens))
+    loads = Loads.of(tokens)
+    off = loads.counts - loads.mean[..., None]
+    return np.sqrt((off * off).sum(axis=-1) / loads.experts) / loads.mean
 
 
-def max_violation(tokens: np.ndarray) -> np.ndarray:
+def max_violation(tokens: np.ndarray | Loads) -> np.ndarray:
     """MaxVio = max(n) / m - 1, [...]; 0: balanced (arXiv:2408.15664)."""
-    return _ratio(tokens.max(axis=-1), _mean(tokens)) - 1.0
+    loads = Loads.of(tokens)
+    return loads.counts.max(axis=-1) / loads.mean - 1.0
 
 
-def entropy(tokens: np.ndarray) -> np.ndarray:
+def entropy(tokens: np.ndarray | Loads) -> np.ndarray:
     """-sum(p ln p) / ln E, [...], from 0 (one expert takes all) to 1 (balanced); E = 1: 1."""
-    experts = tokens.shape[-1]
-    if experts == 1:
-        return np.where(tokens[..., 0] > 0, 1.0, np.nan)
-    return _nats(tokens) / np.log(experts)
+    loads = Loads.of(tokens)
+    if loads.experts == 1:
+        return np.where(loads.total > 0, 1.0, np.nan)
+    return loads.nats / np.log(loads.experts)
 
 
-def effective_experts(tokens: np.ndarray) -> np.ndarray:
+def effective_experts(tokens: np.ndarray | Loads) -> np.ndarray:
     """exp(-sum(p ln p)) / E, [...]: the share of experts a balanced layer of that entropy has."""
-    return np.exp(_nats(tokens)) / tokens.shape[-1]
+    loads = Loads.of(tokens)
+    return np.exp(loads.nats) / loads.experts
 
 
-def dead(tokens: np.ndarray) -> np.ndarray:
+def dead(tokens: np.ndarray | Loads) -> np.ndarray:
     """How many experts got no token, int64 [...]."""
-    return np.count_nonzero(tokens == 0, axis=-1)
+    return np.count_nonzero(Loads.of(tokens).tokens == 0, axis=-1)
 
 
-def starved(tokens: np.ndarray) -> np.ndarray:
+def starved(tokens: np.ndarray | Loads) -> np.ndarray:
     """How many experts got less than a tenth of the mean, dead ones included, int64 [...]."""
-    return np.count_nonzero(tokens < STARVED_BELOW * _mean(tokens)[..., None], axis=-1)
+    loads = Loads.of(tokens)
+    return np.count_nonzero(loads.counts < STARVED_BELOW * loads.mean[..., None], axis=-1)
 
 
 def turns(before: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -60,7 +107,8 @@ def turns(before: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     where the load has crossed the mean. Near 1: it only trembles, and its rate is what limits the
     balance; 0: it is still on its way.
     """
-    signs = [np.sign(_mean(counts)[..., None] - counts) for counts in (before, tokens)]
+    loads = [Loads(counts) for counts in (before, tokens)]
+    signs = [np.sign(one.mean[..., None] - one.counts) for one in loads]
     return np.count_nonzero(signs[0] * signs[1] < 0, axis=-1) / tokens.shape[-1]
 
 
@@ -73,7 +121,7 @@ def lorenz(tokens: np.ndarray) -> np.ndarray:
     """Share of the tokens that the k least loaded experts take, [..., E + 1] for k = 0..E."""
     ordered = np.sort(tokens, axis=-1).astype(np.float64)
     total = np.cumsum(ordered, axis=-1)
-    shares = _ratio(total, total[..., -1:])
+    shares = total / np.where(total[..., -1:] > 0, total[..., -1:], np.nan)
     return np.concatenate([np.zeros((*tokens.shape[:-1], 1)), shares], axis=-1)
 
 
@@ -92,7 +140,8 @@ def rank_load(tokens: np.ndarray, ranks: int) -> np.ndarray:
 
 def imbalance(load: np.ndarray) -> np.ndarray:
     """max / mean over the last axis, [...]; 1: balanced. Of ranks: how much longer all wait."""
-    return _ratio(load.max(axis=-1), _mean(load))
+    loads = Loads(load)
+    return loads.counts.max(axis=-1) / loads.mean
 
 
 def replicated_imbalance(tokens: np.ndarray, ranks: int, replicas: int) -> np.ndarray:
@@ -148,22 +197,22 @@ class DeadSince:
     def add(self, step: int, tokens: np.ndarray) -> None:
         """One logged step, [L, E]; steps ascend."""
         if self._since is None or self._since.shape != tokens.shape:
-            self._since = np.full(tokens.shape, -1, np.int64)
+            self._since = np.full(tokens.shape, -1, np.int64)  # of those that are dead now
             self._count = np.zeros(tokens.shape, np.int64)
             self._longest_since = np.full(tokens.shape, -1, np.int64)
             self._longest_count = np.zeros(tokens.shape, np.int64)
-        without = tokens == 0
-        self._since = np.where(without, np.where(self._since < 0, step, self._since), -1)
-        self._count = np.where(without, self._count + 1, 0)
+        self._count += 1
+        self._count *= tokens == 0
+        self._since[self._count == 1] = step
         longer = self._count > self._longest_count
-        self._longest_since = np.where(longer, self._since, self._longest_since)
-        self._longest_count = np.where(longer, self._count, self._longest_count)
+        np.copyto(self._longest_since, self._since, where=longer)
+        np.copyto(self._longest_count, self._count, where=longer)
 
     def experts(self) -> list[DeadExpert]:
         """Those dead now, the longest dead first."""
         if self._since is None:
             return []
-        found = _dead_experts(np.argwhere(self._since >= 0), self._since, self._count)
+        found = _dead_experts(np.argwhere(self._count > 0), self._since, self._count)
         return sorted(found, key=lambda one: (one.since, one.layer, one.expert))
 
     def longest(self, most: int) -> list[DeadExpert]:
@@ -185,20 +234,3 @@ def _slots(load: np.ndarray, copies: np.ndarray, count: int) -> np.ndarray:
     """Load of every slot, hottest first, [L, count]."""
     rows = [np.repeat(load[layer], copies[layer]) for layer in range(len(load))]
     return -np.sort(-np.array(rows).reshape(len(load), count), axis=1)
-
-
-def _mean(tokens: np.ndarray) -> np.ndarray:
-    return tokens.mean(axis=-1, dtype=np.float64)
-
-
-def _nats(tokens: np.ndarray) -> np.ndarray:
-    """Entropy of p in nats: ln(sum n) - sum(n ln n) / sum(n), which needs no p."""
-    counts = tokens.astype(np.float64)
-    total = counts.sum(axis=-1)
-    weighted = (counts * np.log(np.maximum(counts, 1.0))).sum(axis=-1)
-    return np.log(np.where(total > 0, total, np.nan)) - _ratio(weighted, total)
-
-
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """above / below, NaN where below is 0."""
-    return above / np.where(below > 0, below, np.nan)

@@ -108,6 +108,28 @@ def sequence_sums_slow(scores_BSE: Tensor, top_k: int, real_BS: Tensor) -> Tenso
     return torch.cat([part.sum(dim=1) for part in parts], dim=-1)
 
 
+def margin_sums(choice_LTE: Tensor, expert_ids_LTK: Tensor, real_LT: Tensor) -> Tensor:
+    """Of each layer, fp64 (L, 2): how far the last chosen expert lies above the best other one,
+    over real tokens that have another one, and how many tokens these are. No gradient."""
+    given = choice_LTE, expert_ids_LTK, real_LT
+    run = kernel("margin_sums", "ppppnnnn", *given)
+    if run is None or not all(x.is_contiguous() for x in given):
+        return margin_sums_slow(*given)
+    sums_L2 = choice_LTE.new_empty(len(choice_LTE), 2, dtype=torch.float64)
+    run(sums_L2, *given, *choice_LTE.shape, expert_ids_LTK.shape[2])
+    return sums_L2
+
+
+def margin_sums_slow(choice_LTE: Tensor, expert_ids_LTK: Tensor, real_LT: Tensor) -> Tensor:
+    """Reference implementation of ``margin_sums``."""
+    last_LT = choice_LTE.gather(2, expert_ids_LTK).amin(dim=2)
+    next_LT = choice_LTE.scatter(2, expert_ids_LTK, -torch.inf).amax(dim=2)  # sorting takes longer
+    margin_LT = last_LT - next_LT
+    found_LT = real_LT & margin_LT.isfinite()  # not where a token's groups have no other expert
+    numbers = margin_LT.where(found_LT, 0.0), found_LT
+    return torch.stack([x_LT.sum(dim=1, dtype=torch.float64) for x_LT in numbers], dim=1)
+
+
 _WEIGH, _WEIGH_BACK = ("weigh_experts", "pppnnnnf"), ("weigh_experts_backward", "ppppnnnnf")
 _SUMS, _SUMS_BACK = ("sequence_sums", "pppnnnnn"), ("sequence_sums_backward", "ppppnnnn")
 

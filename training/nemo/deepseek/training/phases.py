@@ -7,13 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-_STATM = Path("/proc/self/statm")
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATM = "/proc/self/statm"
+_STATUS = "/proc/self/status"
+_CLEAR_REFS = "/proc/self/clear_refs"
 
 
 @dataclass(frozen=True)
@@ -116,21 +115,25 @@ def measured_memory(device: torch.device) -> Iterator[list[Memory]]:
 def restart_resident_peak() -> None:
     """Let the system look for the largest resident size anew, where it can."""
     with suppress(OSError):
-        _CLEAR_REFS.write_text("5")
+        with open(_CLEAR_REFS, "wb", buffering=0) as file:
+            file.write(b"5")
 
 
 def resident_peak_bytes() -> int:
     """Largest resident size since ``restart_resident_peak``; 0 where the system does not say."""
-    with suppress(OSError, ValueError):
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    with suppress(OSError, IndexError, ValueError):
+        return int(_read(_STATUS).partition(b"VmHWM:")[2].split(maxsplit=1)[0]) * 1024
     return 0
 
 
 def resident_bytes() -> int:
     """Memory of this process that is in RAM; 0 where the system does not say."""
-    try:
-        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError, ValueError):
-        return 0
+    with suppress(OSError, IndexError, ValueError):
+        return int(_read(_STATM).split(maxsplit=2)[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def _read(path: str) -> bytes:
+    """What the system tells, in one call: it is asked several times a step."""
+    with open(path, "rb", buffering=0) as file:
+        return file.read(1 << 14)

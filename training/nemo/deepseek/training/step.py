@@ -431,12 +431,18 @@ class StepRecord:
 
     def row(self) -> dict[str, Any]:
         """What the log keeps of it: seconds to the microsecond, nothing that was not measured."""
-        values = {
-            name: round(value, 6) if name.endswith("seconds") and value is not None else value
-            for name, value in ((f.name, getattr(self, f.name)) for f in fields(self))
-        }
-        always = ("mtp_loss", "mfu")  # None says something there
-        return {n: value for n, value in values.items() if value is not None or n in always}
+        found = {}
+        for name in _STEP_FIELDS:
+            value = getattr(self, name)
+            if value is not None:
+                found[name] = round(value, 6) if name in _STEP_SECONDS else value
+            elif name in ("mtp_loss", "mfu"):  # None says something there
+                found[name] = None
+        return found
+
+
+_STEP_FIELDS = tuple(field.name for field in fields(StepRecord))
+_STEP_SECONDS = frozenset(name for name in _STEP_FIELDS if name.endswith("seconds"))
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,9 @@ class Alarms(DeepSeekCallback):
                 self._log.event("alarm", seen.step, **told, remedy=one.remedy, **one.numbers)
             else:
                 self._log.event("alarm_over", seen.step, **told, since=one.since, **one.place)
-        for line in shown(seen.step, found):
-            say(line)
+        if found:
+            for line in shown(seen.step, found):
+                say(line)
         self._log.add_cost(time.perf_counter() - begin)
 
 
@@ -327,14 +328,18 @@ class LossSpike(Detector):
         elif len(self._losses) >= SPIKE_LEAST:
             losses = list(self._losses)  # of so few, numpy's median takes longer
             median = statistics.median(losses)
-            # Of the differences from step to step: a loss that falls quickly does not hide a spike.
-            steps = [abs(one - other) for one, other in pairwise(losses)]
-            sigma = 1.4826 * statistics.median(steps) / math.sqrt(2)
-            far = max(SPIKE_SIGMA * sigma, SPIKE_NATS)
-            if seen.loss - median > far:
-                self._told[None], self._before = seen.step, (median, far)
-                yield self._alarm(seen, median, sigma, len(losses))
+            if seen.loss - median > SPIKE_NATS:
+                yield from self._spike(seen, losses, median)
         self._losses.append(seen.loss)
+
+    def _spike(self, seen: Seen, losses: list[float], median: float) -> Iterator[Alarm]:
+        # Of the differences from step to step: a loss that falls quickly does not hide a spike.
+        steps = [abs(one - other) for one, other in pairwise(losses)]
+        sigma = 1.4826 * statistics.median(steps) / math.sqrt(2)
+        far = max(SPIKE_SIGMA * sigma, SPIKE_NATS)
+        if seen.loss - median > far:
+            self._told[None], self._before = seen.step, (median, far)
+            yield self._alarm(seen, median, sigma, len(losses))
 
     def _alarm(self, seen: Seen, median: float, sigma: float, steps: int) -> Alarm:
         times = f", {(seen.loss - median) / sigma:.1f} sigma above it" if sigma else ""
@@ -357,7 +362,7 @@ class RouterCollapse(Detector):
     def __init__(self, settling: Settling = Settling(), balance: str = BALANCE) -> None:
         super().__init__()
         self._settling, self._balance = settling, balance
-        self._hot: dict[str, tuple[int, ...]] = {}
+        self._before: ExpertRecord | None = None
         self._in_a_row: Counter[str] = Counter()  # collapsed records
         self._calm: Counter[str] = Counter()  # others
 
@@ -371,11 +376,14 @@ class RouterCollapse(Detector):
         is_settled = seen.step > self._settling.until_step
         most = COLLAPSED_SHARE if is_settled else COMPLETE_SHARE
         needed = COLLAPSED_RECORDS if is_settled else self._settling.records
-        effective_L = effective_experts(record.tokens_LE) * experts
-        moved = dict.fromkeys(record.layers, False) if is_settled else self._moved(record)
-        for row, layer in enumerate(record.layers):
-            way = (experts - effective_L[row]) / (experts - top_k)
-            if record.tokens_LE[row].sum() < LEAST_LOAD * experts or not way > most:
+        before, self._before = self._before, record
+        effective_L = effective_experts(record.loads) * experts
+        way_L = (experts - effective_L) / (experts - top_k)
+        collapsed_L = (way_L > most) & (record.loads.total >= LEAST_LOAD * experts)
+        for row, (layer, is_collapsed) in enumerate(
+            zip(record.layers, collapsed_L.tolist(), strict=True)
+        ):
+            if not is_collapsed:
                 self._in_a_row[layer] = 0
                 self._calm[layer] += 1
                 if layer in self._told and self._calm[layer] >= CALM_RECORDS:
@@ -383,17 +391,11 @@ class RouterCollapse(Detector):
                     yield self._over(layer, now, layer=layer)
                 continue
             self._calm[layer] = 0
-            self._in_a_row[layer] = 1 if moved[layer] else self._in_a_row[layer] + 1
+            goes_on = is_settled or before is None or _hottest(before, row) == _hottest(record, row)
+            self._in_a_row[layer] = self._in_a_row[layer] + 1 if goes_on else 1
             if self._in_a_row[layer] >= needed and layer not in self._told:
                 self._told[layer] = seen.step
                 yield self._alarm(record, row, float(effective_L[row]))
-
-    def _moved(self, record: ExpertRecord) -> dict[str, bool]:
-        """Whether a layer's hottest experts are others than in the record before."""
-        hottest_LK = np.sort(np.argsort(-record.tokens_LE, axis=1)[:, : record.top_k], axis=1)
-        hot = dict(zip(record.layers, map(tuple, hottest_LK.tolist()), strict=True))
-        before, self._hot = self._hot, hot
-        return {layer: hot[layer] != before.get(layer, hot[layer]) for layer in hot}
 
     def _alarm(self, record: ExpertRecord, row: int, effective: float) -> Alarm:
         tokens_E = record.tokens_LE[row]
@@ -410,6 +412,11 @@ class RouterCollapse(Detector):
             "model.optim.lr",
             {"layer": layer, "effective_experts": round(effective, 2), "experts": experts},
         )
+
+
+def _hottest(record: ExpertRecord, row: int) -> set[int]:
+    """The experts of a layer that most tokens go to, as many as a token has."""
+    return set(np.argsort(-record.tokens_LE[row])[: record.top_k].tolist())
 
 
 @dataclass
@@ -442,8 +449,8 @@ class DeadExperts(Detector):
         if self._missed_LE.shape != tokens_LE.shape:
             self._missed_LE = np.zeros(tokens_LE.shape)
         self._since.add(record.step, tokens_LE)
-        fair_L1 = tokens_LE.mean(axis=1, keepdims=True)
-        self._missed_LE = np.where(tokens_LE == 0, self._missed_LE + fair_L1, 0.0)
+        self._missed_LE += tokens_LE.sum(axis=1, keepdims=True) / tokens_LE.shape[1]
+        self._missed_LE *= tokens_LE == 0
         for place in [place for place in self._dead if self._is_back(tokens_LE, place)]:
             experts, layer = self._dead.pop(place).experts, record.layers[place[0]]
             verb = "have" if len(experts) > 1 else "has"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from deepseek.models.components.router import Router, Routing
 from deepseek.monitoring import load_metrics
 from deepseek.monitoring.array_log import ArrayLog
 from deepseek.monitoring.record.rank_monitor import RecordSchedule
+from deepseek.ops.routing import margin_sums
 from deepseek.parallel.gradients import sum_over
 from deepseek.training.step import DeepSeekCallback, DeepSeekModel, StepRecord
 
@@ -42,6 +44,11 @@ class ExpertRecord:
     """fp32: correction bias, after its update by this step; zeros where there is none."""
     margin_L: np.ndarray
     """fp32: how far the last chosen expert lay above the next one, mean over a sample."""
+
+    @cached_property
+    def loads(self) -> load_metrics.Loads:
+        """The assignments, as formulas take them."""
+        return load_metrics.Loads(self.tokens_LE)
 
 
 class ExpertMonitor(DeepSeekCallback):
@@ -64,16 +71,23 @@ class ExpertMonitor(DeepSeekCallback):
         self.latest: ExpertRecord | None = None
         self._leads = leads
         self._log: ArrayLog | None = ArrayLog(path) if leads else None
+        self._layers: list[str] = []
         self._margins: dict[str, RouterMargin] = {}
-        self._routers: dict[str, Router] = {}
+        self._routers: list[Router | None] = []  # of each layer, where this rank tells of it
+        self._none_E = torch.zeros(0, dtype=torch.int64)
 
     def on_train_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Listen to the routers that are here."""
         self._forget()
         owners = {id(m.gate): m for m in module.model.modules() if isinstance(m, MoE)}
-        self._routers = module.model.routers()
-        for name, router in self._routers.items():
-            self._margins[name] = RouterMargin(owners[id(router)])
+        routers, coordinate = module.model.routers(), module.meshes.coordinate
+        self._margins = {name: RouterMargin(owners[id(r)]) for name, r in routers.items()}
+        self._layers = expert_layers(module.config)
+        # Counts and bias are equal on all ranks of a stage: one of them tells.
+        tells = (coordinate.dp_replicate, coordinate.dp_shard, coordinate.tp) == (0, 0, 0)
+        self._routers = [routers.get(name) if tells else None for name in self._layers]
+        device = next(module.model.parameters()).device
+        self._none_E = torch.zeros(module.config.n_routed_experts, dtype=torch.int64, device=device)
 
     def on_train_batch_start(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Measure margins only in steps that are recorded."""
@@ -84,17 +98,15 @@ class ExpertMonitor(DeepSeekCallback):
     def on_train_batch_end(self, trainer: Trainer, module: DeepSeekModel, *args: Any) -> None:
         """Collect, on every rank; write, on rank 0."""
         step, config = module.finished_steps, module.config
-        layers = expert_layers(config)
-        if not layers or not self.schedule.is_due(step):
+        if not self._layers or not self.schedule.is_due(step):
             return
         begin = time.perf_counter()
-        record = self._collect(module, step, layers)
+        record = self._collect(module, step)
         row = module.step_record
         assert row is not None
         if self._leads:
             self.latest = record
-            if record.tokens_LE.any():
-                add_loads(row, record, config.expert_model_parallel_size)
+            add_loads(row, record, config.expert_model_parallel_size)
             self._write(record, config)
         spent = sum(margin.take_seconds() for margin in self._margins.values())
         spent += time.perf_counter() - begin
@@ -115,25 +127,21 @@ class ExpertMonitor(DeepSeekCallback):
             margin.remove()
         self._margins.clear()
 
-    def _collect(self, module: DeepSeekModel, step: int, layers: list[str]) -> ExpertRecord:
+    def _collect(self, module: DeepSeekModel, step: int) -> ExpertRecord:
         """All layers, on every rank: one sum of a table with a row for each."""
-        num_experts, coordinate = module.config.n_routed_experts, module.meshes.coordinate
-        device = next(module.model.parameters()).device
-        # Counts and bias are equal on all ranks of a stage: one of them tells.
-        tells = (coordinate.dp_replicate, coordinate.dp_shard, coordinate.tp) == (0, 0, 0)
-        routers = [self._routers.get(name) if tells else None for name in layers]
-        none_E = torch.zeros(num_experts, dtype=torch.float64, device=device)
-        told = [none_E if router is None else router.tokens_per_expert for router in routers]
-        told += [none_E if r is None or r.bias is None else r.bias for r in routers]
-        told_2LE = torch.cat(told).double().view(2, len(layers), num_experts)
-        sums = sums_of([self._margins.get(name) for name in layers]).to(device)
-        table = torch.cat((*told_2LE, sums), dim=1)  # counts below 2^53 are exact
+        none_E, num_experts = self._none_E, len(self._none_E)
+        routers = self._routers
+        counts = [none_E if router is None else router.tokens_per_expert for router in routers]
+        biases = [none_E if r is None or r.bias is None else r.bias for r in routers]
+        sums = sums_of([self._margins.get(name) for name in self._layers]).to(none_E.device)
+        # In the dtype of the sums, fp64: counts below 2^53 are exact.
+        table = torch.cat((torch.stack(counts), torch.stack(biases), sums), dim=1)
         found = sum_over(table, module.meshes.world).cpu().numpy()
         return ExpertRecord(
             step,
-            layers,
+            self._layers,
             module.config.num_experts_per_tok,
-            found[:, :num_experts].round().astype(np.int64),
+            found[:, :num_experts].astype(np.int64),
             found[:, num_experts:-2].astype(np.float32),
             (found[:, -2] / np.maximum(found[:, -1], 1)).astype(np.float32),
         )
@@ -156,21 +164,27 @@ def add_loads(row: StepRecord, record: ExpertRecord, ranks: int) -> None:
     """Put a record into the row of its step, in few numbers; layers without tokens are left out.
 
     Args:
-        row: gets the numbers; ``load_metrics`` has their formulas.
-        record: with tokens in some layer.
+        row: gets the numbers, if there is a token in some layer; ``load_metrics`` has formulas.
+        record: of the step.
         ranks: that the experts are divided over.
     """
-    used = record.tokens_LE.sum(axis=1) > 0
-    tokens_LE = record.tokens_LE[used]
-    load = load_metrics.rank_load(tokens_LE, ranks)
-    row.load_max_over_mean = _rounded(load_metrics.max_violation(tokens_LE).max() + 1)
-    row.load_cv = _rounded(load_metrics.variation(tokens_LE).mean())
-    row.load_entropy = _rounded(load_metrics.entropy(tokens_LE).mean())
-    row.rank_load_max_over_mean = _rounded(load_metrics.imbalance(load).max())
+    loads, margin_L = record.loads, record.margin_L
+    used = loads.total > 0
+    if not used.any():
+        return
+    if not used.all():
+        loads, margin_L = load_metrics.Loads(record.tokens_LE[used]), margin_L[used]
+    row.load_max_over_mean = _rounded(load_metrics.max_violation(loads).max() + 1)
+    row.load_cv = _rounded(load_metrics.variation(loads).mean())
+    row.load_entropy = _rounded(load_metrics.entropy(loads).mean())
+    row.rank_load_max_over_mean = 1.0
+    if ranks > 1:
+        load = load_metrics.rank_load(loads.tokens, ranks)
+        row.rank_load_max_over_mean = _rounded(load_metrics.imbalance(load).max())
     row.bias_range = _rounded(load_metrics.bias_range(record.bias_LE).max())
-    row.router_margin = _rounded(record.margin_L[used].mean())
-    row.dead_experts = int(load_metrics.dead(tokens_LE).sum())
-    row.starved_experts = int(load_metrics.starved(tokens_LE).sum())
+    row.router_margin = _rounded(margin_L.mean())
+    row.dead_experts = int(load_metrics.dead(loads).sum())
+    row.starved_experts = int(load_metrics.starved(loads).sum())
 
 
 def _rounded(value: np.floating) -> float:
@@ -247,8 +261,9 @@ class RouterMargin:
         begin = time.perf_counter()
         rows = slice(None, None, -(-len(routing.scores_TE) // MARGIN_TOKENS))
         choice_TE = module.choice_scores(routing.scores_TE[rows])  # with the bias of this step
-        real_T = choice_TE.new_ones(len(choice_TE), dtype=torch.bool)
-        if self._real_T is not None:
+        if self._real_T is None:
+            real_T = choice_TE.new_ones(len(choice_TE), dtype=torch.bool)
+        else:
             real_T = self._real_T[rows].clone()
         self._sample = choice_TE, routing.expert_ids_TK[rows].clone(), real_T
         self._real_T = None
@@ -265,13 +280,7 @@ def sums_of(margins: Sequence[RouterMargin | None]) -> Tensor:
     if not taken:
         return sums
     # Layers see the same tokens.
-    choice_LTE, ids_LTK, real_LT = (torch.stack(part) for part in zip(*taken.values(), strict=True))
-    last_LT = choice_LTE.gather(2, ids_LTK).amin(dim=2)
-    next_LT = choice_LTE.scatter_(2, ids_LTK, -torch.inf).amax(dim=2)  # sorting takes longer
-    margin_LT = last_LT.sub_(next_LT)
-    real_LT &= margin_LT.isfinite()  # not where a token's groups have no further expert
-    numbers = margin_LT.where(real_LT, 0.0), real_LT
-    sums_L2 = torch.stack([x_LT.sum(dim=1, dtype=torch.float64) for x_LT in numbers], dim=1)
+    sums_L2 = margin_sums(*(torch.stack(part) for part in zip(*taken.values(), strict=True)))
     if len(taken) == len(margins):
         return sums_L2
     sums = sums.to(sums_L2.device)

@@ -29,6 +29,8 @@ from deepseek.training.step import (
 SCALARS = {field.name for record in (StepRecord, ValidationRecord) for field in fields(record)}
 SCALARS -= {"step", "time"}
 """What loggers get, whatever the size of the model; matrices stay in the local log."""
+_JSON = json.JSONEncoder(allow_nan=False)
+_NUMBERS = (int, float)
 _BLOCK = 1 << 16
 
 
@@ -69,7 +71,11 @@ class MetricsLog(DeepSeekCallback):
         Raises:
             UserError: the file cannot be written; of the line nothing stays.
         """
-        line = (json.dumps({key: _finite(value) for key, value in row.items()}) + "\n").encode()
+        try:
+            text = _JSON.encode(row)
+        except ValueError:  # rare, and looked for where it is looked at anyway
+            text = json.dumps({key: _finite(value) for key, value in row.items()})
+        line = (text + "\n").encode()
         with _reported(self.path):
             with open(self.path, "ab", buffering=0) as file:
                 if (count := file.write(line)) < len(line):
@@ -182,7 +188,7 @@ class MetricsLog(DeepSeekCallback):
             scalars = {
                 key: value
                 for key, value in row.items()
-                if key in SCALARS and isinstance(value, int | float)
+                if key in SCALARS and isinstance(value, _NUMBERS)
             }
             for mirror in self._mirrors:
                 mirror.tell(scalars, row["step"])

@@ -271,26 +271,27 @@ def _measurements(
     if device.type == "cuda":
         now = torch.cuda.memory_allocated(device)
         reserved = torch.cuda.memory_reserved(device)
-    values = {
-        "step_seconds": step_seconds,
-        "data_seconds": row.data_seconds or 0.0,
-        "compute_seconds": max(0.0, step_seconds - exposed),
-        "wait_seconds": seconds - transfer,
-        "transfer_seconds": transfer,
-        "optimizer_seconds": row.optimizer_seconds or 0.0,
-        "memory_bytes": now,
-        "peak_memory_bytes": max(now, row.memory_bytes or 0),
-        "reserved_bytes": reserved,
-        "received_rows": rows.total if rows else 0,
-        "largest_received_rows": rows.largest if rows else 0,
-    }
     saved = module.save_record
     memory: dict[str, Memory | None] = {**module.phases.memory}
     memory["checkpoint"] = saved.memory if saved else None
-    for phase, used in memory.items():
-        for kind in ("allocated", "reserved", "peak"):
-            values[f"{phase}_{kind}_bytes"] = getattr(used, kind) if used else 0
-    return np.array([values[name] for name in COLUMNS])
+    used = [memory[phase] or Memory(0, 0, 0) for phase in MEASURED_PHASES]
+    return np.array(
+        [  # in the order of COLUMNS
+            step_seconds,
+            row.data_seconds or 0.0,
+            max(0.0, step_seconds - exposed),
+            seconds - transfer,
+            transfer,
+            row.optimizer_seconds or 0.0,
+            now,
+            max(now, row.memory_bytes or 0),
+            reserved,
+            rows.total if rows else 0,
+            rows.largest if rows else 0,
+            *(n for one in used for n in (one.allocated, one.reserved, one.peak)),
+        ],
+        np.float64,
+    )
 
 
 class _Files:

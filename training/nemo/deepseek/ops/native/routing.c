@@ -107,6 +107,32 @@ void sequence_sums_backward(float *restrict by_scores, const float *restrict by_
     }
 }
 
+/* Of each layer, `sums` (layers, 2): how far the last of a real token's chosen experts lies above the
+ * best other one, over the tokens of which that is a finite number, and how many these are. */
+void margin_sums(double *restrict sums, const float *restrict choice,
+                 const int64_t *restrict chosen, const char *restrict real, int64_t layers,
+                 int64_t tokens, int64_t experts, int64_t choices) {
+    char is_chosen[experts];
+    memset(is_chosen, 0, experts);
+    memset(sums, 0, 2 * layers * sizeof *sums);
+    for (int64_t t = 0; t < layers * tokens; t++) {
+        if (!real[t]) continue;
+        const float *x = choice + t * experts;
+        const int64_t *places = chosen + t * choices;
+        float last = INFINITY, next = -INFINITY;
+        for (int64_t k = 0; k < choices; k++) {
+            is_chosen[places[k]] = 1;
+            if (x[places[k]] < last || isnan(x[places[k]])) last = x[places[k]];
+        }
+        for (int64_t e = 0; e < experts; e++)
+            if (!is_chosen[e] && is_larger(x[e], next)) next = x[e];
+        for (int64_t k = 0; k < choices; k++) is_chosen[places[k]] = 0;
+        if (!isfinite(last - next)) continue;
+        sums[t / tokens * 2] += last - next;
+        sums[t / tokens * 2 + 1] += 1;
+    }
+}
+
 /* How many real tokens have chosen each expert. */
 void count_experts(int64_t *restrict counts, const int64_t *restrict chosen,
                    const char *restrict real, int64_t tokens, int64_t experts, int64_t choices) {
