@@ -208,11 +208,11 @@ class DeadSince:
         np.copyto(self._longest_since, self._since, where=longer)
         np.copyto(self._longest_count, self._count, where=longer)
 
-    def experts(self) -> list[DeadExpert]:
-        """Those dead now, the longest dead first."""
+    def experts(self, least: int = 1) -> list[DeadExpert]:
+        """Those dead now, and for so many steps at least, the longest dead first."""
         if self._since is None:
             return []
-        found = _dead_experts(np.argwhere(self._count > 0), self._since, self._count)
+        found = _dead_experts(np.argwhere(self._count >= least), self._since, self._count)
         return sorted(found, key=lambda one: (one.since, one.layer, one.expert))
 
     def longest(self, most: int) -> list[DeadExpert]:

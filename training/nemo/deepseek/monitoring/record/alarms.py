@@ -456,15 +456,15 @@ class DeadExperts(Detector):
             verb = "have" if len(experts) > 1 else "has"
             now = f"{layer}: {_listed(experts)} {verb} tokens again"
             yield self._over(place, now, layer=layer)
-        if not (self._missed_LE >= DEAD_MISSED).any():
-            return
         is_settled = seen.step > self._settling.until_step
         needed = DEAD_RECORDS if is_settled else self._settling.records
         dead = {
             (one.layer, one.expert): one.since
-            for one in self._since.experts()
-            if one.steps >= needed and self._missed_LE[one.layer, one.expert] >= DEAD_MISSED
+            for one in self._since.experts(needed)
+            if self._missed_LE[one.layer, one.expert] >= DEAD_MISSED
         }
+        if not dead:
+            return
         if not is_settled:
             count = Counter(layer for layer, _ in dead)
             least = tokens_LE.shape[1] - record.top_k
