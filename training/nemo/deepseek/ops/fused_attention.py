@@ -77,6 +77,70 @@ def _room(like: Tensor, heads: int, tokens: int, width: int, values: int, copies
     return _Room(like.new_empty(size * threads), size, threads)
 
 
+class Attended(NamedTuple):
+    """What the backward pass is given again."""
+
+    y_BSNU: Tensor
+    largest_BNS: Tensor
+    """Of each query the largest score, scaled."""
+    sums_BNS: Tensor
+    """And the sum of exponentials."""
+    q_BSNH: Tensor
+    kv_BSNH: Tensor
+    k_rope_BSH: Tensor
+    cos_BSA: Tensor
+    sin_BSA: Tensor
+    documents_BS: Tensor | None
+
+
+def attend(
+    q_BSNH: Tensor,
+    kv_BSNH: Tensor,
+    k_rope_BSH: Tensor,
+    cos_BSA: Tensor,
+    sin_BSA: Tensor,
+    scale: float,
+    documents_BS: Tensor | None,
+) -> Attended:
+    """``fused_attention`` without gradient."""
+    tensors = q_BSNH, kv_BSNH, k_rope_BSH, cos_BSA, sin_BSA
+    given = [x.contiguous() for x in tensors]
+    if documents_BS is not None:
+        documents_BS = documents_BS.to(torch.int32).contiguous()
+    sequences, tokens, heads, width = q_BSNH.shape
+    sizes = _sizes(q_BSNH, kv_BSNH, cos_BSA)
+    y_BSNU = q_BSNH.new_empty(sequences, tokens, heads, sizes[-1])
+    largest, sums = (q_BSNH.new_empty(sequences, heads, tokens) for _ in range(2))
+    room, run = _room(q_BSNH, sequences * heads, tokens, width, sizes[-1], 1), kernel(*_FORWARD)
+    assert run is not None, "asked before"
+    rest = *sizes, scale, room.size, room.threads
+    run(y_BSNU, largest, sums, room.numbers, *given, documents_BS, *rest)
+    q, kv, k_rope, cos, sin = given
+    return Attended(y_BSNU, largest, sums, q, kv, k_rope, cos, sin, documents_BS)
+
+
+def attend_back(grad_BSNU: Tensor, kept: Attended, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, of what is made of the latents, and of the rotary keys."""
+    q_BSNH, kv_BSNH, k_rope_BSH = kept.q_BSNH, kept.kv_BSNH, kept.k_rope_BSH
+    sequences, tokens, heads, width = q_BSNH.shape
+    sizes = _sizes(q_BSNH, kv_BSNH, kept.cos_BSA)
+    by = torch.empty_like(q_BSNH), torch.empty_like(kv_BSNH), torch.empty_like(k_rope_BSH)
+    of_heads = q_BSNH.new_empty(sequences, heads, tokens, 2 * kept.cos_BSA.shape[-1])
+    room, run = _room(q_BSNH, sequences * heads, tokens, width, sizes[-1], 2), kernel(*_BACKWARD)
+    assert run is not None, "asked before"
+    rest = *sizes, scale, room.size, room.threads
+    run(*by, of_heads, room.numbers, grad_BSNU.contiguous(), *kept, *rest)
+    return by
+
+
+def _sizes(q_BSNH: Tensor, kv_BSNH: Tensor, cos_BSA: Tensor) -> tuple[int, ...]:
+    """B, N, S, H', A, U."""
+    sequences, tokens, heads, width = q_BSNH.shape
+    pairs = cos_BSA.shape[-1]
+    plain = width - 2 * pairs
+    return sequences, heads, tokens, plain, pairs, kv_BSNH.shape[-1] - plain
+
+
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -91,34 +155,14 @@ class _FusedAttention(torch.autograd.Function):
         largest_BNS: Tensor | None,
     ) -> Tensor:
         tensors = q_BSNH, kv_BSNH, k_rope_BSH, cos_BSA, sin_BSA
-        given = [x.contiguous() for x in tensors]
-        if documents_BS is not None:
-            documents_BS = documents_BS.to(torch.int32).contiguous()
-        sequences, tokens, heads, width = q_BSNH.shape
-        pairs = cos_BSA.shape[-1]
-        values = kv_BSNH.shape[-1] - width + 2 * pairs
-        ctx.sizes = sequences, heads, tokens, width - 2 * pairs, pairs, values, scale
-        y_BSNU = q_BSNH.new_empty(sequences, tokens, heads, values)
-        largest, sums = (q_BSNH.new_empty(sequences, heads, tokens) for _ in range(2))
-        room, run = _room(q_BSNH, sequences * heads, tokens, width, values, 1), kernel(*_FORWARD)
-        assert run is not None, "asked before"
-        rest = *ctx.sizes, room.size, room.threads
-        run(y_BSNU, largest, sums, room.numbers, *given, documents_BS, *rest)
-        ctx.save_for_backward(y_BSNU, largest, sums, *given, documents_BS)
+        kept = attend(*tensors, scale, documents_BS)
+        ctx.scale = scale
+        ctx.save_for_backward(*kept)
         if largest_BNS is not None:
-            largest_BNS.copy_(largest)
-        return y_BSNU
+            largest_BNS.copy_(kept.largest_BNS)
+        return kept.y_BSNU
 
     @staticmethod
     def backward(ctx: Any, grad_BSNU: Tensor) -> tuple[Tensor | None, ...]:
-        kept = ctx.saved_tensors
-        q_BSNH, kv_BSNH, k_rope_BSH = kept[3:6]
-        sequences, heads, tokens, _, pairs, values, _ = ctx.sizes
-        by = [torch.empty_like(x) for x in (q_BSNH, kv_BSNH, k_rope_BSH)]
-        of_heads = q_BSNH.new_empty(sequences, heads, tokens, 2 * pairs)
-        width = q_BSNH.shape[-1]
-        room, run = _room(q_BSNH, sequences * heads, tokens, width, values, 2), kernel(*_BACKWARD)
-        assert run is not None, "asked before"
-        rest = *ctx.sizes, room.size, room.threads
-        run(*by, of_heads, room.numbers, grad_BSNU.contiguous(), *kept, *rest)
+        by = attend_back(grad_BSNU, Attended(*ctx.saved_tensors), ctx.scale)
         return *by, None, None, None, None, None

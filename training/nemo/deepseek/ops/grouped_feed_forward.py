@@ -18,9 +18,8 @@ from deepseek.ops.grouped_linear import (
     stack_gradient,
     takes_any_counts,
 )
-from deepseek.ops.native.build import kernel
 from deepseek.ops.rows import row_starts
-from deepseek.ops.swiglu import swiglu_slow
+from deepseek.ops.swiglu import swiglu_backward, swiglu_forward, swiglu_slow
 
 
 def grouped_feed_forward(
@@ -82,24 +81,22 @@ class _FeedForward(torch.autograd.Function):
         gate_RF, up_RF = (product(x_RD, w, starts) for w in (w1_EFD, w3_EFD))
         stacks, values = (w1_EFD, w3_EFD, w2_EDF), (gate_RF, up_RF)
         ctx.save_for_backward(x_RD, weights_R, *stacks, starts, *values)
-        return product(_hidden(gate_RF, up_RF, weights_R), w2_EDF, starts)
+        return product(swiglu_forward(gate_RF, up_RF, weights_R), w2_EDF, starts)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, weights_R, w1_EFD, w3_EFD, w2_EDF, starts, gate_RF, up_RF = ctx.saved_tensors
         needs_x, _, *needs_w, _ = ctx.needs_input_grad
         grad_RD, by_w1, by_w3, by_w2 = grad_RD.contiguous(), None, None, None
+        by_hidden_RF = product(grad_RD, w2_EDF.mT, starts)
+        by_gate_RF, by_up_RF, by_weights_R = swiglu_backward(
+            by_hidden_RF, gate_RF, up_RF, weights_R, makes_hidden=needs_w[2]
+        )
         if needs_w[2]:
-            hidden_RF = _hidden(gate_RF, up_RF, weights_R)
+            hidden_RF = by_hidden_RF  # has become them
             by_w2 = stack_gradient(w2_EDF, grad_RD, hidden_RF, starts)
             del hidden_RF
-        by_hidden_RF = product(grad_RD, w2_EDF.mT, starts)
-        by_gate_RF, by_up_RF, by_weights_R = map(torch.empty_like, (gate_RF, up_RF, weights_R))
-        run = kernel("swiglu_backward", "pppppppnnn")
-        assert run is not None, "asked before"
-        given = by_hidden_RF, gate_RF, up_RF, weights_R
-        run(by_gate_RF, by_up_RF, by_weights_R, *given, *gate_RF.shape, torch.get_num_threads())
-        del by_hidden_RF, given
+        del by_hidden_RF
         if needs_w[0]:
             by_w1 = stack_gradient(w1_EFD, by_gate_RF, x_RD, starts)
         if needs_w[1]:
@@ -109,10 +106,3 @@ class _FeedForward(torch.autograd.Function):
             by_x = product(by_gate_RF, w1_EFD.mT, starts)
             product(by_up_RF, w3_EFD.mT, starts, added_RO=by_x)
         return by_x, by_weights_R, by_w1, by_w3, by_w2, None
-
-
-def _hidden(gate_RF: Tensor, up_RF: Tensor, weights_R: Tensor) -> Tensor:
-    hidden_RF, run = torch.empty_like(gate_RF), kernel("swiglu", "ppppnnn")
-    assert run is not None, "asked before"
-    run(hidden_RF, gate_RF, up_RF, weights_R, *gate_RF.shape, torch.get_num_threads())
-    return hidden_RF

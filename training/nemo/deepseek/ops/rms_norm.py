@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     wide = x.dtype == weight_D.dtype and x.dtype in (torch.float32, torch.float64)
     if torch.is_grad_enabled():
         return (_RMSNorm if wide else _NarrowRMSNorm).apply(x, weight_D, eps)
-    return _normed(x, weight_D, eps)[0] if wide else rms_norm_slow(x, weight_D, eps)
+    return normed(x, weight_D, eps)[0] if wide else rms_norm_slow(x, weight_D, eps)
 
 
 def rms_norm_slow(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -50,8 +50,8 @@ def _scale(x: Tensor, eps: float) -> Tensor:
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-def _normed(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm, and 1 / rms(x), (..., 1)."""
+def normed(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``rms_norm`` without gradient, of one dtype, and 1 / rms(x), (..., 1)."""
     run, step = kernel("rms_norm", "ppppnnnfn", x, weight_D), row_step(x)
     if run is None or step is None:
         scale = _scale(x, eps)
@@ -62,32 +62,39 @@ def _normed(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, scale
 
 
+def norm_gradients(
+    grad: Tensor, x: Tensor, weight_D: Tensor, scale: Tensor, trained: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of what ``normed`` was given, which has told ``scale``; None for a weight that is
+    not trained."""
+    run, step = kernel("rms_norm_backward", "pppppppnnnn", grad, x, weight_D), row_step(x)
+    if run is not None and step is not None:
+        rows, width = scale.numel(), x.shape[-1]
+        by_x, parts_bD = x.new_empty(x.shape), x.new_empty(-(-rows // _BLOCK), width)
+        by_weight_D = torch.empty_like(weight_D) if trained else None
+        run(
+            by_x, by_weight_D, parts_bD, grad.contiguous(), x, weight_D, scale,
+            rows, width, step, torch.get_num_threads(),
+        )  # fmt: skip
+        return by_x, by_weight_D
+    by_x = grad * x
+    # How much the gradient would change rms(x), for each row.
+    along = (by_x * weight_D).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(-x.shape[-1])
+    grad_weight_D = by_x.mul_(scale).unsqueeze(0).flatten(0, -2).sum(0) if trained else None
+    return (grad * weight_D).mul_(scale).addcmul_(x, along), grad_weight_D
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        y, scale = _normed(x, weight_D, eps)
+        y, scale = normed(x, weight_D, eps)
         ctx.save_for_backward(x, weight_D, scale)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight_D, scale = ctx.saved_tensors
-        run, step = kernel("rms_norm_backward", "pppppppnnnn", grad, x, weight_D), row_step(x)
-        if run is not None and step is not None:
-            rows, width = scale.numel(), x.shape[-1]
-            by_x, parts_bD = x.new_empty(x.shape), x.new_empty(-(-rows // _BLOCK), width)
-            by_weight_D = torch.empty_like(weight_D) if ctx.needs_input_grad[1] else None
-            run(
-                by_x, by_weight_D, parts_bD, grad.contiguous(), x, weight_D, scale,
-                rows, width, step, torch.get_num_threads(),
-            )  # fmt: skip
-            return by_x, by_weight_D, None
-        by_x = grad * x
-        # How much the gradient would change rms(x), for each row.
-        along = (by_x * weight_D).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(-x.shape[-1])
-        trained = ctx.needs_input_grad[1]
-        grad_weight_D = by_x.mul_(scale).unsqueeze(0).flatten(0, -2).sum(0) if trained else None
-        return (grad * weight_D).mul_(scale).addcmul_(x, along), grad_weight_D, None
+        return *norm_gradients(grad, x, weight_D, scale, ctx.needs_input_grad[1]), None
 
 
 class _NarrowRMSNorm(torch.autograd.Function):

@@ -36,6 +36,38 @@ def swiglu_slow(gate: Tensor, up: Tensor, weights: Tensor | None = None) -> Tens
     return hidden if weights is None else (hidden * weights).to(gate.dtype)
 
 
+def swiglu_forward(gate: Tensor, up: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``swiglu`` by its kernel; all are contiguous, and plain tensors."""
+    hidden, run, width = torch.empty_like(gate), kernel(*_FORWARD), gate.shape[-1]
+    assert run is not None, "asked before"
+    sizes = gate.numel() // max(width, 1), width
+    run(hidden, gate, up, weights, *sizes, torch.get_num_threads())
+    return hidden
+
+
+def swiglu_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    weights: Tensor | None = None,
+    makes_hidden: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of gate, up and weights by a kernel, of what ``swiglu_forward`` takes.
+
+    Args:
+        grad: of the hidden values, contiguous.
+        makes_hidden: ``grad`` becomes the hidden values themselves: nobody has kept them.
+    """
+    by_gate, by_up, run = torch.empty_like(gate), torch.empty_like(up), kernel(*_BACKWARD)
+    assert run is not None, "asked before"
+    by_weights, width = None if weights is None else torch.empty_like(weights), gate.shape[-1]
+    made, sizes = grad if makes_hidden else None, (gate.numel() // max(width, 1), width)
+    threads = torch.get_num_threads()
+    run(by_gate, by_up, by_weights, made, grad, gate, up, weights, *sizes, threads)
+    return by_gate, by_up, by_weights
+
+
+_FORWARD, _BACKWARD = ("swiglu", "ppppnnn"), ("swiglu_backward", "ppppppppnnn")
 _silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
@@ -48,11 +80,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weights: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, weights)
-        if run := _kernel("swiglu", "ppppnnn", gate, up, weights):
-            hidden, width = torch.empty_like(gate), gate.shape[-1]
-            sizes = gate.numel() // max(width, 1), width
-            run(hidden, gate, up, weights, *sizes, torch.get_num_threads())
-            return hidden
+        if _kernel(*_FORWARD, gate, up, weights):
+            return swiglu_forward(gate, up, weights)
         gate_RF, up_RF = as_rows(gate), as_rows(up)
         hidden_RF = torch.empty_like(gate_RF)
         for rows in row_blocks(gate_RF):
@@ -66,12 +95,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         gate, up, weights = ctx.saved_tensors
-        if run := _kernel("swiglu_backward", "pppppppnnn", gate, up, weights, grad):
-            width, by = gate.shape[-1], (torch.empty_like(gate), torch.empty_like(up))
-            sizes = gate.numel() // max(width, 1), width
-            by_weights = None if weights is None else torch.empty_like(weights)
-            run(*by, by_weights, grad, gate, up, weights, *sizes, torch.get_num_threads())
-            return *by, by_weights
+        if _kernel(*_BACKWARD, gate, up, weights, grad):
+            return swiglu_backward(grad, gate, up, weights)
         gate_RF, up_RF, grad_RF = map(as_rows, (gate, up, grad))
         grad_gate, grad_up = (
             torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from deepseek.models.components.attention_node import LayerSizes, attention_node
 from deepseek.models.components.feed_forward import Linear, RMSNorm
 from deepseek.models.components.heads import head_keys, head_queries
 from deepseek.models.components.rope import rotate
@@ -83,7 +84,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_norm = RMSNorm(kv_lora_rank, norm_eps)
         self.wkv_b = Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim))
         self.wo = Linear(num_heads * v_head_dim, dim)
-        self.whole_sequence: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda *part: part
+        self.whole_sequence: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _whole_here
         self.attend: Callable[..., Tensor] = _attend_here
         self.largest_logit_N: Tensor | None = None
 
@@ -107,6 +108,10 @@ class MultiHeadLatentAttention(nn.Module):
             real_BS: False for padding; None: all real.
             blocks: see ``TokenContext``.
         """
+        if cache is None and self._is_plain():
+            y_BSD = self._in_one(x_BSD, (cos_BSA, sin_BSA), documents_BS, real_BS)
+            if y_BSD is not None:
+                return y_BSD
         q_BSNH, kv_BSX = self._queries(x_BSD), self.wkv_a(x_BSD)
         if cache is not None:
             norm, w = self.kv_norm, self.wkv_b.weight
@@ -125,6 +130,44 @@ class MultiHeadLatentAttention(nn.Module):
             q_rope = rotate(q_rope, cos_BSA, sin_BSA)
             y_BSNU = self._absorbed(q_nope, q_rope, kept_BMX, visible_BSM)
         return self.wo(y_BSNU.flatten(2))
+
+    def _is_plain(self) -> bool:
+        """Whether it is its weights and no more, and all of each sequence is here."""
+        if self.whole_sequence is not _whole_here or self.attend is not _attend_here:
+            return False
+        linear, norms = [self.wkv_a, self.wkv_b, self.wo], [self.kv_norm]
+        if self.q_lora_rank is None:
+            linear += [self.wq]
+        else:
+            linear, norms = [*linear, self.wq_a, self.wq_b], [*norms, self.q_norm]
+        return all(x.is_plain for x in linear) and all(x.is_plain for x in norms)
+
+    def _in_one(
+        self,
+        x_BSD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        documents_BS: Tensor | None,
+        real_BS: Tensor | None,
+    ) -> Tensor | None:
+        """The expanded form by ``attention_node``; None, where that takes none of these."""
+        if self.q_lora_rank is None:
+            of_queries: tuple[Tensor, ...] = (self.wq.weight,)
+        else:
+            of_queries = self.wq_a.weight, self.q_norm.weight, self.wq_b.weight
+        heads = len(of_queries[-1]) // (self.qk_nope_head_dim + self.qk_rope_head_dim)
+        sizes = LayerSizes(
+            self.kv_lora_rank,
+            self.qk_nope_head_dim + self.qk_rope_head_dim,
+            self.kv_norm.eps,
+            self.softmax_scale,
+        )
+        of_latents = self.wkv_a.weight, self.kv_norm.weight, self.wkv_b.weight, self.wo.weight
+        largest_BNS = self._room_for_logits(x_BSD.shape[0], heads, x_BSD.shape[1])
+        seen = documents_BS, largest_BNS
+        y_BSD = attention_node(x_BSD, rotation, *seen, sizes, of_latents, of_queries)
+        if y_BSD is not None and largest_BNS is not None:
+            self._note_logits(largest_BNS, real_BS)
+        return y_BSD
 
     def _queries(self, x_BSD: Tensor) -> Tensor:
         """eq 6-8: compressed query, expanded per head, not rotated yet; (B, S, N, H)."""
@@ -153,10 +196,8 @@ class MultiHeadLatentAttention(nn.Module):
         kv_BSNH = self.wkv_b(latent_BSC).unflatten(
             -1, (-1, self.qk_nope_head_dim + self.v_head_dim)
         )
-        largest_BNS: Tensor | None = None
-        if self.largest_logit_N is not None and torch.is_grad_enabled():
-            sizes = q_BSNH.shape[0], q_BSNH.shape[2], q_BSNH.shape[1]
-            largest_BNS = self.largest_logit_N.new_empty(sizes)
+        sizes = q_BSNH.shape[0], q_BSNH.shape[2], q_BSNH.shape[1]
+        largest_BNS = self._room_for_logits(*sizes)
         scale = self.softmax_scale
         if self.attend is _attend_here and takes_heads(q_BSNH, kv_BSNH):
             y_BSNU = fused_attention(
@@ -168,13 +209,22 @@ class MultiHeadLatentAttention(nn.Module):
             heads = q_BNSH, k_BNSH, v_BNSU
             y_BSNU = self.attend(*heads, scale, *seen, largest_BNS).transpose(1, 2)
         if largest_BNS is not None:
-            assert self.largest_logit_N is not None
-            if real_BS is not None:
-                largest_BNS.masked_fill_(~real_BS.unsqueeze(1), float("-inf"))
-            # A maximum: recomputation may raise it twice.
-            largest_N = self.largest_logit_N.maximum(largest_BNS.amax(dim=(0, 2)))
-            self.largest_logit_N.copy_(largest_N)
+            self._note_logits(largest_BNS, real_BS)
         return y_BSNU
+
+    def _room_for_logits(self, sequences: int, heads: int, tokens: int) -> Tensor | None:
+        """(B, N, S) for the largest logit of each query; None: they are not asked for."""
+        if self.largest_logit_N is None or not torch.is_grad_enabled():
+            return None
+        return self.largest_logit_N.new_empty(sequences, heads, tokens)
+
+    def _note_logits(self, largest_BNS: Tensor, real_BS: Tensor | None) -> None:
+        assert self.largest_logit_N is not None
+        if real_BS is not None:
+            largest_BNS.masked_fill_(~real_BS.unsqueeze(1), float("-inf"))
+        # A maximum: recomputation may raise it twice.
+        largest_N = self.largest_logit_N.maximum(largest_BNS.amax(dim=(0, 2)))
+        self.largest_logit_N.copy_(largest_N)
 
     def _absorbed(
         self,
@@ -203,6 +253,11 @@ class MultiHeadLatentAttention(nn.Module):
         y_BPC = torch.bmm(probs_BPM.to(latent_BMC.dtype), latent_BMC)
         y_NTC = y_BPC.view(-1, sizes[2], self.kv_lora_rank).transpose(0, 1)
         return torch.bmm(y_NTC, w_uv_NUC.mT).transpose(0, 1).unflatten(0, sizes[:2])
+
+
+def _whole_here(latent_BSC: Tensor, k_rope_BSH: Tensor) -> tuple[Tensor, Tensor]:
+    """Of sequences that no other rank has a part of."""
+    return latent_BSC, k_rope_BSH
 
 
 def _attend_here(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from deepseek.ops.feed_forward_node import feed_forward_node
 from deepseek.ops.few_experts import feed_forward
 from deepseek.ops.few_rows import linear
 from deepseek.ops.rms_norm import rms_norm
@@ -31,8 +32,7 @@ class Linear(nn.Linear):
     @property
     def is_plain(self) -> bool:
         """Whether it is its matrix and no more: no adapter, no part of a matrix, nobody watches."""
-        watched = self._forward_hooks or self._forward_pre_hooks
-        return type(self) is Linear and self.product is linear and not watched
+        return type(self) is Linear and self.product is linear and not _is_watched(self)
 
 
 class FeedForward(nn.Module):
@@ -47,7 +47,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         if self.w1.is_plain and self.w2.is_plain and self.w3.is_plain:
-            y = feed_forward(x, self.w1.weight, self.w3.weight, self.w2.weight)
+            given = x, self.w1.weight, self.w3.weight, self.w2.weight
+            y = feed_forward_node(*given) if torch.is_grad_enabled() else feed_forward(*given)
             if y is not None:
                 return y
         return self.w2(swiglu(self.w1(x), self.w3(x)))
@@ -71,3 +72,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dim; any leading shape; returns the dtype of ``x``."""
         return rms_norm(x, self.weight, self.eps)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is its weight and no more: nobody watches."""
+        return type(self) is RMSNorm and not _is_watched(self)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks
+    return any((*hooks, module._backward_hooks, module._backward_pre_hooks))

@@ -123,7 +123,7 @@ class _Turn(torch.autograd.Function):
         sizes = (sequences, heads, tokens, width) if by_head else x_BSNH.shape
         y = x_BSNH.new_empty(sizes)
         y_BSNH = y.transpose(1, 2) if by_head else y
-        _turn_into(y_BSNH, x_BSNH, cos_BSA, sin_BSA, 1.0)
+        turn_into(y_BSNH, x_BSNH, cos_BSA, sin_BSA, 1.0)
         return y
 
     @staticmethod
@@ -131,13 +131,14 @@ class _Turn(torch.autograd.Function):
         grad_BSNH = grad.transpose(1, 2) if ctx.by_head else grad
         by_x_BSNH = grad.new_empty(grad_BSNH.shape)
         cos_BSA, sin_BSA = ctx.saved_tensors
-        _turn_into(by_x_BSNH, grad_BSNH, cos_BSA, sin_BSA, -1.0)
+        turn_into(by_x_BSNH, grad_BSNH, cos_BSA, sin_BSA, -1.0)
         return by_x_BSNH, None, None, None
 
 
-def _turn_into(
+def turn_into(
     y_BSNH: Tensor, x_BSNH: Tensor, cos_BSA: Tensor, sin_BSA: Tensor, sign: float
 ) -> None:
+    """``turn`` into ``y``, without gradient; by -1 times the angles if ``sign`` is -1."""
     sequences, tokens, heads, width = x_BSNH.shape
     if x_BSNH.stride(3) != 1:
         x_BSNH = x_BSNH.contiguous()

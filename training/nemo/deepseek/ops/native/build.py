@@ -77,6 +77,15 @@ def takes(*tensors: Tensor) -> bool:
     return all(x.dtype == torch.float32 for x in tensors) and _plain(*tensors)
 
 
+def takes_in_training(*tensors: Tensor) -> bool:
+    """Whether autograd functions made of kernels and products may be given these: plain fp32
+    tensors in this machine's memory, whose operators nobody casts, in training."""
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    is_fp32 = all(x.dtype == torch.float32 for x in tensors)
+    return is_fp32 and _plain(*tensors) and not isinstance(_library(), str)
+
+
 def kernel(name: str, arguments: str, *tensors: Tensor) -> Callable[..., None] | None:
     """``function``; None, too, where a tensor is none that it takes: plain and on the CPU, of fp32,
     int64 or bool. For the passes of autograd's functions, and for what has no gradient."""

@@ -19,9 +19,10 @@ void swiglu(float *restrict hidden, const float *restrict gate, const float *res
     }
 }
 
-/* Gradients of gate, up and weights; `by_weights` is NULL if these are. */
+/* Gradients of gate, up and weights; `by_weights` is NULL if these are. `hidden`, which may be `grad`, gets
+ * what the forward pass has made; NULL: it is not wanted. */
 void swiglu_backward(float *restrict by_gate, float *restrict by_up, float *restrict by_weights,
-                     const float *restrict grad, const float *restrict gate,
+                     float *hidden, const float *grad, const float *restrict gate,
                      const float *restrict up, const float *restrict weights, int64_t rows,
                      int64_t width, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(worth(threads, EXPONENTIAL *rows *width))
@@ -29,14 +30,15 @@ void swiglu_backward(float *restrict by_gate, float *restrict by_up, float *rest
         const float weight = weights ? weights[r] : 1;
         const float *gate_r = gate + r * width, *up_r = up + r * width, *grad_r = grad + r * width;
         float *by_gate_r = by_gate + r * width, *by_up_r = by_up + r * width, by_weight = 0;
+        float *hidden_r = hidden ? hidden + r * width : by_gate_r; /* overwritten there */
 #pragma omp simd reduction(+ : by_weight)
         for (int64_t i = 0; i < width; i++) {
-            const float open = 1 / (1 + exponential(-gate_r[i]));
-            const float by_product = gate_r[i] * open * grad_r[i];
+            const float open = 1 / (1 + exponential(-gate_r[i])), grad_i = grad_r[i];
+            const float silu = gate_r[i] * open, by_product = silu * grad_i;
             by_weight += by_product * up_r[i];
+            hidden_r[i] = silu * up_r[i] * weight;
             by_up_r[i] = by_product * weight;
-            by_gate_r[i] =
-                grad_r[i] * up_r[i] * weight * open * (1 + gate_r[i] * (1 - open));
+            by_gate_r[i] = grad_i * up_r[i] * weight * open * (1 + gate_r[i] * (1 - open));
         }
         if (by_weights) by_weights[r] = by_weight;
     }

@@ -1,0 +1,114 @@
+"""Layers that are one node of autograd's graph on a CPU, against the same layers in fp64, which go
+operator by operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deepseek.models.components.attention import MultiHeadLatentAttention
+from deepseek.models.components.feed_forward import FeedForward
+from deepseek.models.components.rope import rotation
+
+TOLERANCE = 1e-6
+"""Of gradients, of the largest number in each."""
+
+
+def attention(q_lora_rank: int | None) -> MultiHeadLatentAttention:
+    """Three heads of odd sizes."""
+    torch.manual_seed(0)
+    layer = MultiHeadLatentAttention(
+        dim=24,
+        num_heads=3,
+        q_lora_rank=q_lora_rank,
+        kv_lora_rank=10,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=4,
+        v_head_dim=7,
+        norm_eps=1e-6,
+        softmax_scale=0.4,
+    )
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return layer
+
+
+def attended(layer: MultiHeadLatentAttention, x_BSD: Tensor, isolated: bool) -> Tensor:
+    positions_BS = torch.arange(x_BSD.shape[1]).expand(x_BSD.shape[:2])
+    angles = rotation(positions_BS, 4, 10000.0, None, x_BSD.dtype)
+    documents_BS = (positions_BS >= 5).to(torch.int32) if isolated else None
+    return layer(x_BSD, *angles, documents_BS)
+
+
+def both_passes(layer: nn.Module, compute: Callable[..., Tensor], x: Tensor) -> list[Tensor]:
+    """Result, and gradients of the input and of every weight that has one."""
+    x = x.clone().requires_grad_()
+    y = compute(layer, x)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape))
+    assert x.grad is not None
+    by_weights = [p.grad for p in layer.parameters() if p.grad is not None]
+    return [y.detach(), x.grad, *by_weights]
+
+
+def compare(layer: nn.Module, compute: Callable[..., Tensor], x: Tensor, node: str) -> None:
+    """In fp32 a node of this name, and close to what fp64 gives."""
+    y = compute(layer, x.clone().requires_grad_())
+    assert y.grad_fn is not None and y.grad_fn.name() == node
+    twin = deepcopy(layer).double()
+    pairs = zip(both_passes(layer, compute, x), both_passes(twin, compute, x.double()), strict=True)
+    for one, other in pairs:
+        assert one.shape == other.shape
+        largest = other.abs().max().item()
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=TOLERANCE * (largest + 1))
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 9])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_attention(q_lora_rank: int | None, isolated: bool) -> None:
+    compare(
+        attention(q_lora_rank),
+        lambda layer, x: attended(layer, x, isolated),
+        torch.randn(2, 11, 24, generator=torch.Generator().manual_seed(1)),
+        "_AttentionBackward",
+    )
+
+
+def test_feed_forward() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 24)
+    compare(FeedForward(24, 40), lambda layer, x: layer(x), x, "_FeedForwardBackward")
+
+
+def test_what_is_frozen_gets_no_gradient() -> None:
+    layers = attention(9), FeedForward(24, 40)
+    computes = (lambda layer, x: attended(layer, x, False), lambda layer, x: layer(x))
+    for layer, compute in zip(layers, computes, strict=True):
+        for frozen in layer.parameters():
+            frozen.requires_grad_(False)
+            layer.zero_grad()
+            whole = both_passes(layer, compute, torch.ones(1, 4, 24))
+            assert frozen.grad is None
+            assert len(whole) == 1 + len(list(layer.parameters()))
+            frozen.requires_grad_(True)
+
+
+@pytest.mark.parametrize("watched", ["wq", "wkv_a", "kv_norm", "wkv_b", "wo"])
+def test_a_module_that_somebody_watches_is_called(watched: str) -> None:
+    layer, seen = attention(None), list[Tensor]()
+    getattr(layer, watched).register_forward_hook(lambda module, given, y: seen.append(y))
+    attended(layer, torch.ones(1, 4, 24), False)
+    assert len(seen) == 1
+
+
+def test_the_largest_logits_are_those_of_the_operators() -> None:
+    layer, x = attention(None), torch.randn(2, 6, 24)
+    layer.largest_logit_N = torch.full((3,), float("-inf"))
+    twin = deepcopy(layer).double()
+    attended(layer, x, False)
+    attended(twin, x.double(), False)
+    got, wanted = layer.largest_logit_N, twin.largest_logit_N
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
