@@ -17,7 +17,16 @@ import pytest
 import torch
 
 from deepseek.commands import calibrate as calibration
-from deepseek.commands.cpu_speed import ATTENTION, BLOCKS, GROUPED, HEADS, LINEAR, TINY, explained
+from deepseek.commands.cpu_speed import (
+    ATTENTION,
+    BLOCKS,
+    GROUPED,
+    HEADS,
+    LINEAR,
+    TINY,
+    attention_of,
+    explained,
+)
 from deepseek.commands.estimate import estimate
 from deepseek.commands.forecast import forecast
 from deepseek.commands.plan import plan
@@ -48,7 +57,7 @@ from deepseek.planner.cpu_time import (
 )
 from deepseek.planner.step_time import predict_step
 from deepseek.training.step import DeepSeekModel
-from support.kernels import cache_with_kernels
+from support.kernels import cache_with_kernels, kernels_asked_for, without_kernels
 from support.micro_runs import MicroRuns
 
 COSTS = Work(
@@ -119,6 +128,17 @@ def test_work_is_that_of_the_real_block(moe: bool) -> None:
     parted, _ = block(Architecture.of_model(model), moe, 3, 64, 2, 1, 1)
     assert passes.products.flop / 2 <= parted.products.flop < passes.products.flop
     assert QUERIES == BLOCK
+
+
+def test_attention_is_timed_as_a_step_takes_it() -> None:
+    sequences, heads, length, _, values = ATTENTION[0]
+    with kernels_asked_for() as names:
+        attention_of(*ATTENTION[0])().sum().backward()
+    assert names == {"attention", "attention_backward"}
+    with without_kernels():
+        y_BNSU = attention_of(*ATTENTION[0])()
+        y_BNSU.sum().backward()
+    assert y_BNSU.shape == (sequences, heads, length, values)
 
 
 def test_calibrate_writes_what_was_measured(

@@ -27,9 +27,11 @@ from deepseek.config.rank_need import rank_needs
 from deepseek.config.schema import ModelConfig
 from deepseek.launch.processes import Processes
 from deepseek.models.components.block import DeepSeekBlock, TokenContext
+from deepseek.models.components.heads import head_keys
 from deepseek.models.components.rope import rotation
 from deepseek.models.transformer import Head
 from deepseek.ops.causal_attention import causal_attention
+from deepseek.ops.fused_attention import fused_attention, takes_heads
 from deepseek.ops.grouped_linear import grouped_linear
 from deepseek.parallel.link_speed import (
     begun_together,
@@ -76,6 +78,8 @@ GROUPED = ((4, 256, 256, 128), (16, 1024, 256, 128), (64, 1024, 128, 64), (16, 5
 """Experts, rows of all of them, inputs and outputs."""
 ATTENTION = ((1, 4, 64, 48, 32), (4, 8, 256, 48, 32), (1, 6, 1024, 96, 64), (2, 2, 512, 192, 128))
 """Sequences, heads, length, width of queries and of values."""
+SCALE = 0.1
+"""Of their scores."""
 BLOCKS: tuple[tuple[int, int, tuple[str, ...]], ...] = (
     (1, 64, ()),
     (2, 256, ()),
@@ -244,12 +248,8 @@ def _pieces() -> Iterator[Measured]:
             _both_ways(partial(grouped_linear, x, stack, counts)),
         )
     for sequences, heads, length, width, values in ATTENTION:
-        q, k, v = (
-            torch.randn(sequences, heads, length, size, requires_grad=True)
-            for size in (width, width, values)
-        )
         work = scores(sequences, length, length, heads, width + values)
-        yield (work, work), _both_ways(partial(causal_attention, q, k, v, 0.1))
+        yield (work, work), _both_ways(attention_of(sequences, heads, length, width, values))
     for sequences, length, changes in BLOCKS:
         model = _run(1, *changes, f"model.data.seq_length={length}").model
         arch = Architecture.of_model(model)
@@ -264,6 +264,24 @@ def _pieces() -> Iterator[Measured]:
 
 def _totals(works: tuple[Passes, Passes]) -> tuple[Work, Work]:
     return works[0].total, works[1].total
+
+
+def attention_of(
+    sequences: int, heads: int, length: int, width: int, values: int
+) -> Callable[[], Tensor]:
+    """Its core as a step takes it: by the kernel where there is one, else by blocks of products."""
+    rope = width // 3 // 2 * 2
+    tokens = sequences, length
+    q, kv, k_rope = (
+        torch.randn(*tokens, *sizes, requires_grad=True)
+        for sizes in ((heads, width), (heads, width - rope + values), (rope,))
+    )
+    angles = torch.ones(*tokens, rope // 2), torch.zeros(*tokens, rope // 2)
+    if takes_heads(q, kv):
+        return partial(fused_attention, q, kv, k_rope, *angles, SCALE)
+    k, v = head_keys(kv.detach(), k_rope.detach(), values)
+    q, k, v = (x.contiguous().requires_grad_() for x in (q.detach().transpose(1, 2), k, v))
+    return partial(causal_attention, q, k, v, SCALE)
 
 
 def _block_of(model: ModelConfig, moe: bool, sequences: int, length: int) -> Callable[[], Tensor]:
