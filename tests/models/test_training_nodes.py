@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.feed_forward import FeedForward
+from deepseek.models.components.moe import MoE
 from deepseek.models.components.rope import rotation
+from deepseek.models.components.router import Router
 
 TOLERANCE = 1e-6
 """Of gradients, of the largest number in each."""
@@ -58,7 +61,13 @@ def compare(layer: nn.Module, compute: Callable[..., Tensor], x: Tensor, node: s
     """In fp32 a node of this name, and close to what fp64 gives."""
     y = compute(layer, x.clone().requires_grad_())
     assert y.grad_fn is not None and y.grad_fn.name() == node
-    twin = deepcopy(layer).double()
+    compare_passes(layer, deepcopy(layer).double(), compute, x)
+
+
+def compare_passes(
+    layer: nn.Module, twin: nn.Module, compute: Callable[..., Tensor], x: Tensor
+) -> None:
+    """Of a layer in fp32 and in fp64."""
     pairs = zip(both_passes(layer, compute, x), both_passes(twin, compute, x.double()), strict=True)
     for one, other in pairs:
         assert one.shape == other.shape
@@ -112,3 +121,60 @@ def test_the_largest_logits_are_those_of_the_operators() -> None:
     attended(twin, x.double(), False)
     got, wanted = layer.largest_logit_N, twin.largest_logit_N
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+
+
+def mixture(coefficient: float, **changes: Any) -> MoE:
+    torch.manual_seed(0)
+    settings = dict(
+        dim=24,
+        num_experts=6,
+        top_k=2,
+        num_groups=3,
+        top_k_groups=2,
+        scoring="sigmoid",
+        topk_method="noaux_tc",
+        normalise=True,
+        scaling_factor=1.5,
+    )
+    layer = MoE(
+        dim=24,
+        hidden_dim=16,
+        num_shared_experts=1,
+        router=Router(**(settings | changes)),
+        balance_coeff=coefficient,
+        z_coeff=0.0,
+    )
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    if layer.gate.bias is not None:
+        layer.gate.bias.copy_(torch.linspace(-0.2, 0.2, 6))
+    return layer
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"scoring": "softmax", "topk_method": "greedy", "normalise": False},
+        {"num_groups": 1, "top_k_groups": 1},
+    ],
+)
+def test_mixture(coefficient: float, changes: dict[str, Any]) -> None:
+    real_BS = torch.arange(10).view(2, 5) < 8
+    layer = mixture(coefficient, **changes)
+    twin = deepcopy(layer).double()
+    x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
+    compare_passes(layer, twin, lambda layer, x: layer(x, real_BS, torch.tensor(0.2)), x)
+    one, other = layer.gate, twin.gate
+    assert one.tokens_per_expert.equal(other.tokens_per_expert)
+    assert one.tokens_per_expert.sum() == 8 * 2
+    torch.testing.assert_close(one.balance_loss, other.balance_loss, rtol=1e-6, atol=0)
+    assert (one.balance_loss > 0) == (coefficient > 0)
+
+
+def test_a_router_that_somebody_watches_is_called() -> None:
+    layer, seen = mixture(0.1), list[Any]()
+    layer.gate.register_forward_hook(lambda module, given, y: seen.append(y))
+    layer(torch.ones(1, 4, 24), None, torch.tensor(0.2))
+    assert len(seen) == 1

@@ -21,7 +21,7 @@ from deepseek.training.step import DeepSeekModel
 from deepseek.monitoring.record import alarms
 
 alarms.CREEP_RECORDS = 4  # ten blocks of 4 records instead of 50
-kept, choose, train = [], Router._choose, DeepSeekModel.training_step
+kept, choose, train = [], Router.choose, DeepSeekModel.training_step
 
 def chosen(self, scores_TE):
     ids_TK = choose(self, scores_TE)
@@ -44,7 +44,7 @@ def planted(self, batch, index):
         self.model.head.weight.data /= 30
     kept.append(torch.ones(2 * 2**20))  # 8 MiB that nobody lets go
 
-Router._choose, DeepSeekModel.training_step = chosen, planted
+Router.choose, DeepSeekModel.training_step = chosen, planted
 """
 SLOW = (
     FORK_WORKERS

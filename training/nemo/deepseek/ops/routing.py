@@ -134,6 +134,26 @@ _WEIGH, _WEIGH_BACK = ("weigh_experts", "pppnnnnf"), ("weigh_experts_backward", 
 _SUMS, _SUMS_BACK = ("sequence_sums", "pppnnnnn"), ("sequence_sums_backward", "ppppnnnn")
 
 
+def weigh(scores_TE: Tensor, expert_ids_TK: Tensor, normalises: bool, factor: float) -> Tensor:
+    """``expert_weights`` by its kernel, without gradient; what is given is contiguous."""
+    weights_TK, run = scores_TE.new_empty(expert_ids_TK.shape), kernel(*_WEIGH)
+    assert run is not None, "asked before"
+    sizes = *scores_TE.shape, expert_ids_TK.shape[1], int(normalises), factor
+    run(weights_TK, scores_TE, expert_ids_TK, *sizes)
+    return weights_TK
+
+
+def weigh_back(
+    grad_TK: Tensor, scores_TE: Tensor, expert_ids_TK: Tensor, normalises: bool, factor: float
+) -> Tensor:
+    """Gradient of the scores that ``weigh`` was given."""
+    by_scores_TE, run = torch.empty_like(scores_TE), kernel(*_WEIGH_BACK)
+    assert run is not None, "asked before"
+    sizes = *scores_TE.shape, expert_ids_TK.shape[1], int(normalises), factor
+    run(by_scores_TE, grad_TK.contiguous(), scores_TE, expert_ids_TK, *sizes)
+    return by_scores_TE
+
+
 class _ExpertWeights(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -141,21 +161,31 @@ class _ExpertWeights(torch.autograd.Function):
     ) -> Tensor:
         scores_TE, expert_ids_TK = scores_TE.contiguous(), expert_ids_TK.contiguous()
         ctx.save_for_backward(scores_TE, expert_ids_TK)
-        ctx.sizes = *scores_TE.shape, expert_ids_TK.shape[1], int(normalises), factor
-        weights_TK = scores_TE.new_empty(expert_ids_TK.shape)
-        run = kernel(*_WEIGH)
-        assert run is not None, "asked before"
-        run(weights_TK, scores_TE, expert_ids_TK, *ctx.sizes)
-        return weights_TK
+        ctx.settings = normalises, factor
+        return weigh(scores_TE, expert_ids_TK, normalises, factor)
 
     @staticmethod
     def backward(ctx: Any, grad_TK: Tensor) -> tuple[Tensor, None, None, None]:
-        scores_TE, expert_ids_TK = ctx.saved_tensors
-        by_scores_TE = torch.empty_like(scores_TE)
-        run = kernel(*_WEIGH_BACK)
-        assert run is not None, "asked before"
-        run(by_scores_TE, grad_TK.contiguous(), scores_TE, expert_ids_TK, *ctx.sizes)
-        return by_scores_TE, None, None, None
+        return weigh_back(grad_TK, *ctx.saved_tensors, *ctx.settings), None, None, None
+
+
+def add_up(scores_BSE: Tensor, top_k: int, real_BS: Tensor) -> Tensor:
+    """``sequence_sums`` by its kernel, without gradient; what is given is contiguous."""
+    sequences, tokens, experts = scores_BSE.shape
+    sums, run = scores_BSE.new_empty(sequences, 2 * experts + 1), kernel(*_SUMS)
+    assert run is not None, "asked before"
+    sizes = sequences, tokens, experts, top_k
+    run(sums, scores_BSE, real_BS, *sizes, torch.get_num_threads())
+    return sums
+
+
+def add_up_back(by_sums: Tensor, scores_BSE: Tensor, real_BS: Tensor) -> Tensor:
+    """Gradient of the scores that ``add_up`` was given."""
+    by_scores_BSE, run = torch.empty_like(scores_BSE), kernel(*_SUMS_BACK)
+    assert run is not None, "asked before"
+    given = by_sums.contiguous(), scores_BSE, real_BS
+    run(by_scores_BSE, *given, *scores_BSE.shape, torch.get_num_threads())
+    return by_scores_BSE
 
 
 class _SequenceSums(torch.autograd.Function):
@@ -163,20 +193,8 @@ class _SequenceSums(torch.autograd.Function):
     def forward(ctx: Any, scores_BSE: Tensor, top_k: int, real_BS: Tensor) -> Tensor:
         scores_BSE, real_BS = scores_BSE.contiguous(), real_BS.contiguous()
         ctx.save_for_backward(scores_BSE, real_BS)
-        sequences, tokens, experts = scores_BSE.shape
-        sums = scores_BSE.new_empty(sequences, 2 * experts + 1)
-        run = kernel(*_SUMS)
-        assert run is not None, "asked before"
-        sizes = sequences, tokens, experts, top_k
-        run(sums, scores_BSE, real_BS, *sizes, torch.get_num_threads())
-        return sums
+        return add_up(scores_BSE, top_k, real_BS)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        scores_BSE, real_BS = ctx.saved_tensors
-        by_scores_BSE = torch.empty_like(scores_BSE)
-        run = kernel(*_SUMS_BACK)
-        assert run is not None, "asked before"
-        given = grad.contiguous(), scores_BSE, real_BS
-        run(by_scores_BSE, *given, *scores_BSE.shape, torch.get_num_threads())
-        return by_scores_BSE, None, None
+        return add_up_back(grad, *ctx.saved_tensors), None, None

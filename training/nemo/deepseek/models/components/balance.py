@@ -26,11 +26,16 @@ SumOverSequence = Callable[[Tensor], Tensor]
 hands the gradient of the sum to each part. On one rank: the identity."""
 
 
+def whole(part: Tensor) -> Tensor:
+    """``SumOverSequence`` of a rank that has all of each sequence."""
+    return part
+
+
 def sequence_balance(
     scores_BSE: Tensor,
     top_k: int,
     real_BS: Tensor,
-    sum_over_sequence: SumOverSequence = lambda part: part,
+    sum_over_sequence: SumOverSequence = whole,
 ) -> Tensor:
     """Sum over sequences of T_seq * sum_i f_i P_i (eq 17-20, without alpha), scalar.
 
@@ -50,7 +55,7 @@ def sequence_balance(
 def router_z(
     logits_BSE: Tensor,
     real_BS: Tensor,
-    sum_over_sequence: SumOverSequence = lambda part: part,
+    sum_over_sequence: SumOverSequence = whole,
 ) -> Tensor:
     """Sum over real tokens of logsumexp(logits)^2, scalar (arXiv:2202.08906 eq 5)."""
     return sum_over_sequence((logits_BSE.logsumexp(dim=-1).square() * real_BS).sum())
@@ -83,21 +88,32 @@ def attach(
     return _Attach.apply(weights_TK, loss, counts_E, total_loss, total_counts_E)
 
 
-class _Products(torch.autograd.Function):
-    """T * sum_i f_i P_i of all sequences. With f_i = chosen_i E / (K T) and P_i = share_i / T one T
-    is left to divide by, and the gradient by a share is what it is multiplied with."""
+def loss_of_sums(sums: Tensor, num_experts: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """T * sum_i f_i P_i of all sequences, and its gradient by ``sums``, a number each.
 
+    With f_i = chosen_i E / (K T) and P_i = share_i / T one T is left to divide by, and the gradient
+    by a share is what it is multiplied with.
+    """
+    if run := kernel("balance_loss", "pppnnn", sums):
+        loss, by_sums = sums.new_empty(()), torch.empty_like(sums)
+        run(loss, by_sums, sums.contiguous(), len(sums), num_experts, top_k)
+        return loss, by_sums
+    chosen_BE, share_BE, length_B1 = sums.split([num_experts, num_experts, 1], dim=-1)
+    by_share_BE = chosen_BE / length_B1.clamp(min=1) * (num_experts / top_k)
+    return (by_share_BE * share_BE).sum(), F.pad(by_share_BE, (num_experts, 1))
+
+
+class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sums: Tensor, num_experts: int, top_k: int) -> Tensor:
-        chosen_BE, share_BE, length_B1 = sums.split([num_experts, num_experts, 1], dim=-1)
-        by_share_BE = chosen_BE / length_B1.clamp(min=1) * (num_experts / top_k)
-        ctx.save_for_backward(by_share_BE)
-        return (by_share_BE * share_BE).sum()
+        loss, by_sums = loss_of_sums(sums, num_experts, top_k)
+        ctx.save_for_backward(by_sums)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (by_share_BE,) = ctx.saved_tensors
-        return F.pad(by_share_BE * grad, (by_share_BE.shape[1], 1)), None, None
+        (by_sums,) = ctx.saved_tensors
+        return by_sums * grad, None, None
 
 
 class _Attach(torch.autograd.Function):

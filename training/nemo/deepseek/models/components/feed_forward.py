@@ -32,7 +32,7 @@ class Linear(nn.Linear):
     @property
     def is_plain(self) -> bool:
         """Whether it is its matrix and no more: no adapter, no part of a matrix, nobody watches."""
-        return type(self) is Linear and self.product is linear and not _is_watched(self)
+        return type(self) is Linear and self.product is linear and not is_watched(self)
 
 
 class FeedForward(nn.Module):
@@ -76,9 +76,10 @@ class RMSNorm(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether it is its weight and no more: nobody watches."""
-        return type(self) is RMSNorm and not _is_watched(self)
+        return type(self) is RMSNorm and not is_watched(self)
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody is told when it is called, as adapters' and FSDP's hooks are."""
     hooks = module._forward_hooks, module._forward_pre_hooks
     return any((*hooks, module._backward_hooks, module._backward_pre_hooks))

@@ -13,10 +13,12 @@ from deepseek.models.components.balance import (
     count_assignments,
     router_z,
     sequence_balance,
+    whole,
 )
 from deepseek.models.components.dispatcher import LocalDispatcher, TokenDispatcher
 from deepseek.models.components.feed_forward import Expert, FeedForward
 from deepseek.models.components.router import Router, Routing
+from deepseek.models.components.router_node import router_node
 from deepseek.ops.autocast import as_products
 from deepseek.ops.few_experts import few_experts
 from deepseek.ops.grouped_feed_forward import grouped_feed_forward
@@ -50,7 +52,7 @@ class MoE(nn.Module):
             FeedForward(dim, num_shared_experts * hidden_dim) if num_shared_experts else None
         )
         self.dispatcher: TokenDispatcher = LocalDispatcher(router.num_experts)
-        self.sum_over_sequence: SumOverSequence = lambda part: part
+        self.sum_over_sequence: SumOverSequence = whole
         self.balance_coeff = balance_coeff
         self.z_coeff = z_coeff
 
@@ -70,22 +72,18 @@ class MoE(nn.Module):
         """
         x_TD = x_BSD.flatten(0, 1)
         # 1. choose experts
-        routing = self.gate(x_TD)
-        weights_TK, shared = routing.weights_TK, self.shared_experts
+        weights_TK, ids_TK = self._route(x_TD, x_BSD.shape[:2], real_BS, balance_scale)
+        shared = self.shared_experts
         if decodes and type(self.dispatcher) is LocalDispatcher:
-            y_TD = self.experts.few(x_TD, weights_TK, routing.expert_ids_TK)
+            y_TD = self.experts.few(x_TD, weights_TK, ids_TK)
             if y_TD is not None:
                 y_BSD = y_TD.view_as(x_BSD)
                 return y_BSD if shared is None else y_BSD + shared(x_BSD)
-        if balance_scale is not None:
-            if real_BS is None:
-                real_BS = torch.ones(x_BSD.shape[:2], dtype=torch.bool, device=x_BSD.device)
-            weights_TK = self._with_balance(routing, real_BS, balance_scale)
         # 2. bring rows to their experts, and meanwhile compute the experts that all tokens share
         sent = self.dispatcher.dispatch(
             x_TD,
             weights_TK,
-            routing.expert_ids_TK,
+            ids_TK,
             lambda: None if shared is None else shared(x_BSD),
         )
         # 3. compute; the routed experts last: what follows them needs nothing of theirs again
@@ -93,6 +91,26 @@ class MoE(nn.Module):
         # 4. bring results back
         y_BSD = self.dispatcher.combine(y_RD, sent).view_as(x_BSD)
         return y_BSD if shared is None else y_BSD + sent.meanwhile
+
+    def _route(
+        self,
+        x_TD: Tensor,
+        sizes: torch.Size,
+        real_BS: Tensor | None,
+        balance_scale: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Weights and ids of each token's experts; in training with balance losses and counts."""
+        if balance_scale is None:
+            routing = self.gate(x_TD)
+            return routing.weights_TK, routing.expert_ids_TK
+        if real_BS is None:
+            real_BS = torch.ones(sizes, dtype=torch.bool, device=x_TD.device)
+        if self.sum_over_sequence is whole and not self.z_coeff and self.gate.is_plain:
+            found = router_node(self.gate, x_TD, real_BS, self.balance_coeff, balance_scale)
+            if found is not None:
+                return found
+        routing = self.gate(x_TD)
+        return self._with_balance(routing, real_BS, balance_scale), routing.expert_ids_TK
 
     def _with_balance(self, routing: Routing, real_BS: Tensor, balance_scale: Tensor) -> Tensor:
         """The routing weights, with balance losses and counts attached to their backward pass."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deepseek.models.components.feed_forward import is_watched
 from deepseek.models.components.recompute import keep
 from deepseek.ops.few_rows import linear
 from deepseek.ops.routing import expert_weights, largest_places, route
@@ -94,12 +95,17 @@ class Router(nn.Module):
             scores_TE = (
                 logits_TE.sigmoid() if self.scoring == "sigmoid" else logits_TE.softmax(dim=-1)
             )
-            expert_ids_TK = keep(lambda: self._choose(scores_TE.detach()))
+            expert_ids_TK = keep(lambda: self.choose(scores_TE.detach()))
             # The bias chooses but does not weigh: the weights come from the unbiased scores.
             weights_TK = expert_weights(
                 scores_TE, expert_ids_TK, self.normalise, self.scaling_factor
             )
         return Routing(weights_TK, expert_ids_TK, scores_TE, logits_TE)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nobody watches it, or has replaced it."""
+        return type(self) is Router and not is_watched(self)
 
     @torch.no_grad()
     def update_bias(self, counts_E: Tensor, rate: float) -> None:
@@ -131,7 +137,7 @@ class Router(nn.Module):
         groups = 1 if self.topk_method == "greedy" else self.num_groups
         return groups, self.top_k_groups, 2 if self.topk_method == "noaux_tc" else 1
 
-    def _choose(self, scores_TE: Tensor) -> Tensor:
+    def choose(self, scores_TE: Tensor) -> Tensor:
         """The chosen experts, (T, K)."""
         return largest_places(self.choice_scores(scores_TE), self.top_k)
 

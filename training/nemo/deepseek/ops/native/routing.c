@@ -133,6 +133,23 @@ void margin_sums(double *restrict sums, const float *restrict choice,
     }
 }
 
+/* The balance loss of sums (sequences, 2 experts + 1), and its gradient by them. */
+void balance_loss(float *restrict loss, float *restrict by_sums, const float *restrict sums,
+                  int64_t sequences, int64_t experts, int64_t choices) {
+    double all = 0;
+    memset(by_sums, 0, sequences * (2 * experts + 1) * sizeof *by_sums);
+    for (int64_t b = 0; b < sequences; b++) {
+        const float *chosen = sums + b * (2 * experts + 1), *share = chosen + experts;
+        float *by_share = by_sums + b * (2 * experts + 1) + experts;
+        const float length = share[experts] < 1 ? 1 : share[experts];
+        for (int64_t e = 0; e < experts; e++) {
+            by_share[e] = chosen[e] / length * ((float)experts / choices);
+            all += by_share[e] * share[e];
+        }
+    }
+    *loss = (float)all;
+}
+
 /* How many real tokens have chosen each expert. */
 void count_experts(int64_t *restrict counts, const int64_t *restrict chosen,
                    const char *restrict real, int64_t tokens, int64_t experts, int64_t choices) {
