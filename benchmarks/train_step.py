@@ -2,6 +2,7 @@
 
     make bench                                  all of it; a quarter of an hour on two free cores
     python benchmarks/train_step.py --quick     one small model; a minute
+    python benchmarks/train_step.py --decoding  decoding alone, with more lengths of context
 
 Each side runs in a process of its own, so that its allocator setting and its peak memory are its
 own, and the two take turns, A B A B ..., so that a machine whose speed drifts slows both alike; the
@@ -112,6 +113,7 @@ FINE = replace(
     n_routed_experts=64,
     num_experts_per_tok=6,
 )
+LONG = replace(SMALL, max_position_embeddings=16384)
 EIGHT = replace(SMALL, n_routed_experts=8, num_experts_per_tok=4, n_group=1, topk_group=1)
 
 
@@ -147,12 +149,19 @@ QUICK = [
     Case("small", SMALL, 2, 256, half=True, peers=("automodel",), apart=True),
     Case("decode, batch 4", SMALL, 4, 256, decodes=True),
 ]
+DECODING = [
+    Case(f"decode {length:,} x {batch}", LONG, batch, length, decodes=True)
+    for length in (128, 1024, 8192)
+    for batch in (1, 8, 32)
+]
+"""Context and batch."""
 
 
 def main() -> None:
     """Print the table, keep it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one small model, two rounds")
+    parser.add_argument("--decoding", action="store_true", help="decoding at more lengths")
     parser.add_argument("--only", metavar="WORDS", default="", help="cases whose name begins so")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)
@@ -161,7 +170,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve:
         return serve(**json.loads(args.serve))
-    cases = QUICK if args.quick else CASES
+    cases = QUICK if args.quick else DECODING if args.decoding else CASES
     if not (chosen := [case for case in cases if case.name.startswith(args.only)]):
         parser.error(f"--only {args.only!r}: there are {', '.join(case.name for case in cases)}")
     torch.set_num_threads(args.threads)
@@ -386,7 +395,10 @@ def worker(side: str, case: Case, threads: int) -> Iterator[Callable[[bool], Run
 
 def serve(file: int, side: str, name: str, threads: int) -> None:
     """Run when told, until the pipe is closed."""
-    pipe, case = Connection(file), next(case for case in CASES + QUICK if case.name == name)
+    pipe, case = (
+        Connection(file),
+        next(case for case in CASES + QUICK + DECODING if case.name == name),
+    )
     if side != "shipped":
         keep_freed_memory()
     torch.set_num_threads(threads)
@@ -553,7 +565,7 @@ def their_decode(case: Case) -> Call:
     model, tokens_BS = their_model(case.model), next(batches(case))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(tokens_BS, past_key_values=cache, use_cache=True)
+        model(tokens_BS, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     @torch.no_grad()
     def decode() -> tuple[float, int]:

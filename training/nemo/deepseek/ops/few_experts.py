@@ -29,7 +29,7 @@ def feed_forward(x: Tensor, w1_FD: Tensor, w3_FD: Tensor, w2_DF: Tensor) -> Tens
     weights = w1_FD, w3_FD, w2_DF
     if not 0 < rows < OURS or x.shape[-1] != dim or not build.takes(x, *weights):
         return None
-    kernel = build.function("feed_forward", "ppppppnnnn")
+    kernel = build.kernel("feed_forward", "ppppppnnnn")
     if kernel is None or not all(w.is_contiguous() for w in weights):
         return None
     x = x.contiguous()
@@ -59,7 +59,7 @@ def few_experts(
         return None
     if not build.takes(x_TD, weights_TK, *stacks):
         return None
-    kernel = build.function("few_experts", "pppppppppnnnnnn")
+    kernel = build.kernel("few_experts", "pppppppppnnnnnn")
     if kernel is None or not all(w.is_contiguous() for w in stacks):
         return None
     x_TD, expert_ids_TK, weights_TK = (t.contiguous() for t in (x_TD, expert_ids_TK, weights_TK))

@@ -65,7 +65,7 @@ def few_rows(x_RI: Tensor, w_OI: Tensor) -> Tensor:
     fits = w_OI.shape[-1] == inputs  # F.linear tells what does not
     if w_OI.numel() < _IN_CACHES or not fits or not w_OI.is_contiguous():
         return F.linear(x_RI, w_OI)  # other strides take both of the following many times as long
-    kernel = build.function("linear", "pppnnnn") if rows < OURS else None
+    kernel = build.kernel("linear", "pppnnnn") if rows < OURS else None
     if kernel is not None:
         x_RI, y_RO = x_RI.contiguous(), x_RI.new_empty(rows, len(w_OI))
         kernel(y_RO, x_RI, w_OI, rows, len(w_OI), inputs, torch.get_num_threads())

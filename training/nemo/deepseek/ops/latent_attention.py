@@ -84,7 +84,7 @@ def latent_attention(
     numbers = rows * (latent + rope) + rows * latent + splits * rows * (latent + 2)
     work = q_BSNH.new_empty(numbers + threads * tokens * heads * _BLOCK)
     y_BSNU = q_BSNH.new_empty(sequences, tokens, heads, values)
-    kernel = build.function("latent_attention", "p" * 10 + "n" * 11 + "ffn")
+    kernel = build.kernel("latent_attention", "p" * 10 + "n" * 11 + "ffn")
     assert kernel is not None, "asked before"
     known = q_BSNH.contiguous(), kv_BSX.contiguous(), norm_C, cos_BSA, sin_BSA, wkv_b.contiguous()
     given = (y_BSNU, *known, slots, room.padding_B, work)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from deepseek.ops.few_rows import FEW
-from deepseek.ops.native import build
-from deepseek.ops.native.build import kernel
+from deepseek.ops.native.build import kernel, takes
 
 
 def route(
@@ -43,9 +42,9 @@ def route(
     """
     tokens, dim = x_TD.shape
     known = (x_TD, w_ED) if bias_E is None else (x_TD, w_ED, bias_E)
-    if not 0 < tokens < FEW or not build.takes(*known):
+    if not 0 < tokens < FEW or not takes(*known):
         return None
-    run = build.function("route", "p" * 7 + "n" * 9 + "fn")
+    run = kernel("route", "p" * 7 + "n" * 9 + "fn")
     if run is None or w_ED.shape[1] != dim or not w_ED.is_contiguous():
         return None
     x_TD, experts = x_TD.contiguous(), len(w_ED)

@@ -57,16 +57,20 @@ class Unavailable(Exception):
     """Why there are no kernels on this machine."""
 
 
-def function(name: str, arguments: str) -> Callable[..., None] | None:
-    """A kernel by its name in C; None where there are none.
+def kernel(name: str, arguments: str, *tensors: Tensor) -> Callable[..., None] | None:
+    """A kernel by its name in C; None where there are none, or a tensor is none that they take:
+    plain and on the CPU, of fp32, int64 or bool.
+
+    As it is for the passes of autograd's functions, and for what has no gradient; who computes what
+    may have one asks ``takes`` before.
 
     Args:
         name: of the function, which returns nothing.
         arguments: a letter each: ``p`` an address, or a tensor that has it, or None; ``n`` an
             int64, ``f`` a float, ``d`` a double.
+        tensors: among those that it will be given.
     """
-    library = _library()
-    return None if isinstance(library, str) else _bound(library, name, arguments)
+    return function(name, arguments) if _plain(*tensors) else None
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -86,10 +90,10 @@ def takes_in_training(*tensors: Tensor) -> bool:
     return is_fp32 and _plain(*tensors) and not isinstance(_library(), str)
 
 
-def kernel(name: str, arguments: str, *tensors: Tensor) -> Callable[..., None] | None:
-    """``function``; None, too, where a tensor is none that it takes: plain and on the CPU, of fp32,
-    int64 or bool. For the passes of autograd's functions, and for what has no gradient."""
-    return function(name, arguments) if _plain(*tensors) else None
+def function(name: str, arguments: str) -> Callable[..., None] | None:
+    """``kernel``, whatever it is to be given: called by it alone, so that tests watch all here."""
+    library = _library()
+    return None if isinstance(library, str) else _bound(library, name, arguments)
 
 
 def _plain(*tensors: Tensor) -> bool:
