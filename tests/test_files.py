@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from deepseek.config.errors import UserError
-from deepseek.files import Lock, atomic_open, require_room, sync_folder
+from deepseek.files import atomic_open, require_room, sync_folder
+from deepseek.locks import Lock
 
 
 def hold(path: Path, log: Path, name: str, seconds: float) -> None:

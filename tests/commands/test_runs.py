@@ -13,7 +13,7 @@ import pytest
 
 from deepseek.commands.runs import RunState, runs_below, size_of, state_of
 from deepseek.config.load import load_config
-from deepseek.files import LOCK, Lock, is_locked
+from deepseek.locks import LOCK, Lock, is_locked
 from deepseek.monitoring.run_log import LogEnd
 from support.forked import Forked
 from support.micro_runs import MicroRuns

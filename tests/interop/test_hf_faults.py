@@ -506,7 +506,7 @@ def test_checkpoints_that_are_not_the_model(source: Path) -> None:
 
 def test_two_at_once(source: Path) -> None:
     """The second one leaves the first one's work alone."""
-    from deepseek.files import LOCK, Lock
+    from deepseek.locks import LOCK, Lock
 
     target = source.with_name("run")
     partial(target).mkdir()

@@ -10,8 +10,8 @@ import torch
 
 from deepseek.config.changes import with_new_keys
 from deepseek.config.schema import FIELDS
-from deepseek.files import Lock
 from deepseek.frameworks import USES_NEMO
+from deepseek.locks import Lock
 from support.log_rows import latest_rows
 from support.micro_runs import MicroRuns, by_step
 

@@ -26,8 +26,9 @@ from deepseek.config.load import stored_config
 from deepseek.config.memory import checkpoint_bytes
 from deepseek.config.schema import CheckpointConfig, RunConfig
 from deepseek.data.digests import Verification
-from deepseek.files import LOCK, Lock, disk_errors, megabytes, require_room
+from deepseek.files import disk_errors, megabytes, require_room
 from deepseek.frameworks import Trainer
+from deepseek.locks import LOCK, Lock
 from deepseek.run_folder import CONFIG_FILE
 from deepseek.training.optim import learning_rate
 from deepseek.training.phases import measured_memory

@@ -29,7 +29,7 @@ from deepseek.checkpoint.metadata import read_metadata
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.shards import read_shards
 from deepseek.config.errors import UserError
-from deepseek.files import Hold
+from deepseek.locks import Hold
 
 _NAMED = 8
 """How many tensors an error names before it counts the rest."""

@@ -52,16 +52,8 @@ from deepseek.checkpoint.manifest import (
 from deepseek.checkpoint.ranks import Ranks
 from deepseek.checkpoint.shards import Planner, write_shards
 from deepseek.config.errors import UserError
-from deepseek.files import (
-    LOCK,
-    FileEntry,
-    Lock,
-    disk_errors,
-    require_room,
-    sync_folder,
-    unless_held,
-    write_durably,
-)
+from deepseek.files import FileEntry, disk_errors, require_room, sync_folder, write_durably
+from deepseek.locks import LOCK, Lock, unless_held
 from deepseek.parallel.mesh import local, placed
 from deepseek.run_folder import GOING_BACK
 

@@ -24,7 +24,8 @@ from deepseek.checkpoint.manifest import MANIFEST, damage_of, step_folders, step
 from deepseek.config.errors import UserError
 from deepseek.config.yaml_file import read_yaml_file
 from deepseek.console import printable, say, table
-from deepseek.files import LOCK, Lock, disk_errors, is_locked, megabytes, unless_held
+from deepseek.files import disk_errors, megabytes
+from deepseek.locks import LOCK, Lock, is_locked, unless_held
 from deepseek.monitoring.run_log import SILENT_SECONDS, LogEnd
 from deepseek.run_folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE
 

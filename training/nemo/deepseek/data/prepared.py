@@ -15,7 +15,8 @@ from deepseek.console import complain
 from deepseek.data.corpus import Corpus, digest_lines, kinds
 from deepseek.data.digests import DataFile, FileDigest, damaged
 from deepseek.data.indexed import IndexedDataset
-from deepseek.files import Lock, add_suffix, atomic_open, sha256_of
+from deepseek.files import add_suffix, atomic_open, sha256_of
+from deepseek.locks import Lock
 
 FORMAT = "deepseek-data/1"
 
