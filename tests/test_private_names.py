@@ -67,6 +67,18 @@ def hooks_of_a_leaf() -> None:
         assert not leaf._backward_hooks and not leaf._post_accumulate_grad_hooks
 
 
+def storage_use_count() -> None:
+    tensor = torch.ones(2)
+
+    def users() -> int:
+        return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+    alone, other = users(), tensor.detach()
+    assert users() == alone + 1
+    del other
+    assert users() == alone == 2
+
+
 def mkldnn_linear() -> None:
     x, w = torch.ones(2, 3), torch.ones(4, 3)
     product = torch.ops.mkldnn._linear_pointwise
@@ -209,6 +221,7 @@ NAMES: dict[str, Callable[[], None]] = {
     "torch._softmax_backward_data": softmax_backward_data,
     "torch.ops.mkldnn._linear_pointwise": mkldnn_linear,
     "Tensor._backward_hooks, ._post_accumulate_grad_hooks": hooks_of_a_leaf,
+    "torch._C._storage_Use_Count": storage_use_count,
     "DTensor(local, tensor._spec)": dtensor_of_a_spec,
     "tensor._utils.compute_local_shape_and_global_offset": local_shape_and_global_offset,
     "distributed_c10d._set_pg_timeout": set_pg_timeout,

@@ -1,7 +1,8 @@
 """SwiGLU of all experts over rows sorted by expert, by kernels; shapes: ``models/__init__.py``.
 
 One node of autograd's graph, where an operator at a time makes five. It keeps gate and up, and
-makes the hidden values again; the gradients of rows that gate and up give are added in place.
+makes the hidden values again; the gradients of rows that gate and up give are added in place. What
+it keeps lies in the rooms of its gradients, if these have some (``ops/gradient_rooms.py``).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepseek.ops.gradient_rooms import lent_room
 from deepseek.ops.grouped_linear import (
     fits,
     grouped_linear_loop,
@@ -78,7 +80,8 @@ class _FeedForward(torch.autograd.Function):
         starts: Tensor,
     ) -> Tensor:
         x_RD = x_RD.contiguous()
-        gate_RF, up_RF = (product(x_RD, w, starts) for w in (w1_EFD, w3_EFD))
+        sizes = len(x_RD), w1_EFD.shape[1]
+        gate_RF, up_RF = (product(x_RD, w, starts, lent_room(w, sizes)) for w in (w1_EFD, w3_EFD))
         stacks, values = (w1_EFD, w3_EFD, w2_EDF), (gate_RF, up_RF)
         ctx.save_for_backward(x_RD, weights_R, *stacks, starts, *values)
         return product(swiglu_forward(gate_RF, up_RF, weights_R), w2_EDF, starts)
@@ -87,22 +90,21 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         x_RD, weights_R, w1_EFD, w3_EFD, w2_EDF, starts, gate_RF, up_RF = ctx.saved_tensors
         needs_x, _, *needs_w, _ = ctx.needs_input_grad
-        grad_RD, by_w1, by_w3, by_w2 = grad_RD.contiguous(), None, None, None
+        grad_RD, by_x, by_w1, by_w3, by_w2 = grad_RD.contiguous(), None, None, None, None
         by_hidden_RF = product(grad_RD, w2_EDF.mT, starts)
         by_gate_RF, by_up_RF, by_weights_R = swiglu_backward(
             by_hidden_RF, gate_RF, up_RF, weights_R, makes_hidden=needs_w[2]
         )
-        if needs_w[2]:
-            hidden_RF = by_hidden_RF  # has become them
-            by_w2 = stack_gradient(w2_EDF, grad_RD, hidden_RF, starts)
-            del hidden_RF
+        hidden_RF = by_hidden_RF if needs_w[2] else None  # has become them
         del by_hidden_RF
+        # Gradients may come to lie where gate and up were, and the last one where the rows were.
         if needs_w[0]:
-            by_w1 = stack_gradient(w1_EFD, by_gate_RF, x_RD, starts)
+            by_w1 = stack_gradient(w1_EFD, by_gate_RF, x_RD, starts, gate_RF)
         if needs_w[1]:
-            by_w3 = stack_gradient(w3_EFD, by_up_RF, x_RD, starts)
-        by_x = None
+            by_w3 = stack_gradient(w3_EFD, by_up_RF, x_RD, starts, up_RF)
         if needs_x:
             by_x = product(by_gate_RF, w1_EFD.mT, starts)
-            product(by_up_RF, w3_EFD.mT, starts, added_RO=by_x)
+            product(by_up_RF, w3_EFD.mT, starts, by_x, adds=True)
+        if hidden_RF is not None:
+            by_w2 = stack_gradient(w2_EDF, grad_RD, hidden_RF, starts, x_RD)
         return by_x, by_weights_R, by_w1, by_w3, by_w2, None

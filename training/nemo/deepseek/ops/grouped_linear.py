@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.ops.added_gradients import gradient_to_add_to
+from deepseek.ops.gradient_rooms import gradient_room
 from deepseek.ops.native.build import kernel
 from deepseek.ops.rows import row_starts
 
@@ -92,32 +93,41 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_RI, stack_gradient(w_EOI, grad_RO, x_RI, starts) if needs_w else None, None
 
 
-def product(x_RI: Tensor, w_EOI: Tensor, starts: Tensor, added_RO: Tensor | None = None) -> Tensor:
-    """Rows and their experts' matrices, by kernels; added to ``added``, if that is given.
+def product(
+    x_RI: Tensor, w_EOI: Tensor, starts: Tensor, into_RO: Tensor | None = None, adds: bool = False
+) -> Tensor:
+    """Rows and their experts' matrices, by kernels.
 
     Args:
         x_RI: contiguous.
         w_EOI: contiguous, or its transpose is.
         starts: see ``row_starts``.
+        into_RO: memory for the result; None: new one.
+        adds: to what is there.
     """
     experts, outputs, inputs = w_EOI.shape
-    y_RO = x_RI.new_empty(len(x_RI), outputs) if added_RO is None else added_RO
+    y_RO = x_RI.new_empty(len(x_RI), outputs) if into_RO is None else into_RO
     name, w, sizes = _FORWARD, w_EOI, (experts, outputs, inputs)
     if not w_EOI.is_contiguous():
         name, w, sizes = _TRANSPOSED, w_EOI.mT, (experts, inputs, outputs)
     run = kernel(*name)
     assert run is not None, "asked before"
-    run(y_RO, x_RI, w, starts, *sizes, added_RO is not None, torch.get_num_threads())
+    run(y_RO, x_RI, w, starts, *sizes, adds, torch.get_num_threads())
     return y_RO
 
 
-def stack_gradient(w_EOI: Tensor, grad_RO: Tensor, x_RI: Tensor, starts: Tensor) -> Tensor | None:
-    """Gradient of a stack for autograd, by a kernel; None: it has been added to ``w.grad``."""
+def stack_gradient(
+    w_EOI: Tensor, grad_RO: Tensor, x_RI: Tensor, starts: Tensor, kept: Tensor | None = None
+) -> Tensor | None:
+    """Gradient of a stack for autograd, by a kernel; None: it has been added to ``w.grad``.
+    ``kept`` of the caller may lie where it comes to lie, see ``gradient_room``."""
     added_EOI, run = gradient_to_add_to(w_EOI), kernel(*_OUTER)
     assert run is not None, "asked before"
-    sizes = len(starts) - 1, grad_RO.shape[1], x_RI.shape[1]
-    grad_EOI = x_RI.new_empty(sizes) if added_EOI is None else added_EOI
     adds = added_EOI is not None
+    grad_EOI = added_EOI if adds else gradient_room(w_EOI, kept)
+    sizes = len(starts) - 1, grad_RO.shape[1], x_RI.shape[1]
+    if grad_EOI is None:
+        grad_EOI = x_RI.new_empty(sizes)
     run(grad_EOI, grad_RO, x_RI, starts, *sizes, adds, torch.get_num_threads())
     return None if adds else grad_EOI
 

@@ -19,7 +19,7 @@ Nothing here waits for the device: sizes come from shapes, or from bounds on wha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -89,12 +89,24 @@ def permute_rows(x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
     return _PermuteRows.apply(x_RD, order_R, inverse_R)
 
 
-def expand_rows(x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+Room = Callable[[Sequence[int]], Tensor | None]
+"""From the sizes of a tensor to memory for it; None: it needs its own."""
+
+
+def expand_rows(
+    x_TD: Tensor, order_R: Tensor, inverse_R: Tensor, room: Room | None = None
+) -> Tensor:
     """Repeat each row K = R/T times (row-major), then permute: row ``i`` is ``x[order[i] // K]``.
 
     The backward pass adds each token's K gradients in the order of its choices.
+
+    Args:
+        x_TD: rows.
+        order_R: of the K T rows.
+        inverse_R: of the order.
+        room: where a kernel lays the result.
     """
-    return _ExpandRows.apply(x_TD, order_R, inverse_R)
+    return _ExpandRows.apply(x_TD, order_R, inverse_R, room)
 
 
 def expand_rows_slow(x_TD: Tensor, order_R: Tensor) -> Tensor:
@@ -231,15 +243,17 @@ class _PermuteRows(torch.autograd.Function):
 
 class _ExpandRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_TD: Tensor, order_R: Tensor, inverse_R: Tensor, room: Room | None
+    ) -> Tensor:
         ctx.save_for_backward(inverse_R)
         ctx.num_choices = inverse_R.numel() // max(x_TD.shape[0], 1)  # there may be no token
-        return _taken(x_TD, order_R, ctx.num_choices)
+        return _taken(x_TD, order_R, ctx.num_choices, room)
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse_R,) = ctx.saved_tensors
-        return _summed(grad_RD, inverse_R, ctx.num_choices), None, None
+        return _summed(grad_RD, inverse_R, ctx.num_choices), None, None, None
 
 
 class _CombineRows(torch.autograd.Function):
@@ -255,10 +269,12 @@ class _CombineRows(torch.autograd.Function):
         return _taken(grad_TD, ctx.order_R, ctx.num_choices), None, None, None
 
 
-def _taken(x_TD: Tensor, index_R: Tensor, copies: int = 1) -> Tensor:
+def _taken(x_TD: Tensor, index_R: Tensor, copies: int = 1, room: Room | None = None) -> Tensor:
     """Rows ``index // copies``, of one dim or two."""
     if x_TD.is_floating_point() and (run := kernel("take_rows", "pppnnnn", x_TD, index_R)):
-        y_RD, width = x_TD.new_empty(len(index_R), *x_TD.shape[1:]), math.prod(x_TD.shape[1:])
+        sizes, width = (len(index_R), *x_TD.shape[1:]), math.prod(x_TD.shape[1:])
+        lent = room(sizes) if room is not None else None
+        y_RD = x_TD.new_empty(sizes) if lent is None else lent
         threads = torch.get_num_threads()
         run(y_RD, x_TD.contiguous(), index_R, len(index_R), width, copies, threads)
         return y_RD

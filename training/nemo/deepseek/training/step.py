@@ -20,6 +20,7 @@ from deepseek.config.layout import compiles
 from deepseek.config.schema import ModelConfig
 from deepseek.data.loader import TimedLoader
 from deepseek.frameworks import USES_NEMO, Callback, ModelBase, Trainer, model_config, nemo_config
+from deepseek.models.components.moe import GroupedExperts
 from deepseek.models.components.router import Router
 from deepseek.ops.cross_entropy import IGNORE_INDEX
 from deepseek.parallel.gradients import (
@@ -129,6 +130,9 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         self.meshes.expect_steps(self.step_record is not None)  # the first connects and compiles
         if self.step_record is None:
             make_room(optimizer)
+            for module in self.model.modules():
+                if isinstance(module, GroupedExperts):
+                    module.make_gradient_rooms()
         self.phases.start_step(batch["tokens"].device)
         lr = learning_rate(
             self.finished_steps, self.config.optim.lr, self.config.optim.sched, self.max_steps

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from deepseek.ops.rows import (
+    Room,
     combine_rows,
     expand_rows,
     permute_rows,
@@ -55,10 +56,16 @@ class TokenDispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """All experts on this device: a stable sort by expert, and its inverse."""
+    """All experts on this device: a stable sort by expert, and its inverse.
 
-    def __init__(self, num_experts: int) -> None:
+    Args:
+        num_experts: sizes what is counted.
+        room: memory for rows; None: they are given their own.
+    """
+
+    def __init__(self, num_experts: int, room: Room | None = None) -> None:
         self.num_experts = num_experts
+        self.room = room
 
     def dispatch(
         self,
@@ -70,7 +77,7 @@ class LocalDispatcher:
         """Group the tokens by expert."""
         order_R, inverse_R, counts_E = sort_by_expert(expert_ids_TK.flatten(), self.num_experts)
         return Dispatched(
-            expand_rows(x_TD, order_R, inverse_R),
+            expand_rows(x_TD, order_R, inverse_R, self.room),
             permute_rows(weights_TK.flatten(), order_R, inverse_R),
             counts_E,
             (order_R, inverse_R, expert_ids_TK.shape[1]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from deepseek.models.components.router import Router, Routing
 from deepseek.models.components.router_node import router_node
 from deepseek.ops.autocast import as_products
 from deepseek.ops.few_experts import few_experts
+from deepseek.ops.gradient_rooms import lent_room, make_gradient_room
 from deepseek.ops.grouped_feed_forward import grouped_feed_forward
 from deepseek.ops.grouped_linear import grouped_linear, takes_any_counts
 from deepseek.ops.rows import aligned_slots, gather_rows, most_slots, spread_rows
@@ -51,7 +52,9 @@ class MoE(nn.Module):
         self.shared_experts = (
             FeedForward(dim, num_shared_experts * hidden_dim) if num_shared_experts else None
         )
-        self.dispatcher: TokenDispatcher = LocalDispatcher(router.num_experts)
+        self.dispatcher: TokenDispatcher = LocalDispatcher(
+            router.num_experts, self.experts.room_for_rows
+        )
         self.sum_over_sequence: SumOverSequence = whole
         self.balance_coeff = balance_coeff
         self.z_coeff = z_coeff
@@ -189,6 +192,20 @@ class GroupedExperts(nn.Module):
             return None
         w1, w3, w2 = (self.local(stack) for stack in (self.w1, self.w3, self.w2))
         return few_experts(x_TD, expert_ids_TK, weights_TK, w1, w3, w2)
+
+    def make_gradient_rooms(self) -> None:
+        """Memory for gradients, in which rows and hidden values lie till these are made; where our
+        kernels make them, and they are given to nobody else."""
+        stacks = self.w1, self.w2, self.w3
+        if not self._is_plain() or not takes_any_counts(*stacks):
+            return
+        for stack in stacks:
+            if self.local(stack) is stack and stack.is_leaf and stack.requires_grad:
+                make_gradient_room(stack)
+
+    def room_for_rows(self, sizes: Sequence[int]) -> Tensor | None:
+        """Memory for rows sorted by expert, where there is some; see ``make_gradient_rooms``."""
+        return lent_room(self.w2, sizes)
 
     def _is_plain(self) -> bool:
         """Whether products are those of the stacks alone."""
