@@ -25,7 +25,7 @@ from deepseek.config.schema import (
 )
 from deepseek.models.components import offload
 from deepseek.models.transformer import global_name
-from deepseek.parallel.mesh import Meshes, SingleProcess, local, local_slices
+from deepseek.parallel.mesh import Meshes, SingleProcess, local, local_slices, placed
 from deepseek.training.step import DeepSeekModel
 from support.ranks import run_ranks
 
@@ -169,7 +169,7 @@ class Driven:
     def step(self) -> None:
         clips = any(group["gradient_factor"] != 1 for group in self.param_groups)
         self.gradients = {  # zero_grad drops them: no copy, unless the update clips
-            name: parameter.grad.clone() if clips else parameter.grad
+            name: placed(local(parameter.grad).clone(), parameter) if clips else parameter.grad
             for name, parameter in self.module.model.named_parameters()
             if parameter.grad is not None
         }

@@ -109,9 +109,9 @@ class AdamW(torch.optim.Optimizer):
 
     def room(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """Zeros where what is kept of a parameter lies, divided over ranks as it is."""
-        if not self.on_host:
-            return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
         part = local(parameter)
+        if not self.on_host:
+            return placed(torch.zeros_like(part, dtype=dtype, requires_grad=False), parameter)
         zeros = torch.zeros(part.shape, dtype=dtype, device="cpu", pin_memory=part.is_cuda)
         return placed(zeros, parameter)
 
@@ -141,11 +141,13 @@ class AdamW(torch.optim.Optimizer):
         if adamw_kernel(parameters, moments, steps, group):
             return
         multiply_gradients(parameters, group["gradient_factor"])
+        # Element by element, so on the parts that are here: how a call is divided over ranks takes
+        # DTensor longer to find than a small model its step.
         adamw(
-            parameters,
-            [p.grad for p in parameters if p.grad is not None],
-            [first for first, _ in moments],
-            [second for _, second in moments],
+            [local(p) for p in parameters],
+            [local(p.grad) for p in parameters if p.grad is not None],
+            [local(first) for first, _ in moments],
+            [local(second) for _, second in moments],
             [],
             steps,
             fused=True,

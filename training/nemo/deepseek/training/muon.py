@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deepseek.parallel.gradients import multiply_gradients
+from deepseek.parallel.mesh import local, placed
 from deepseek.training.adamw import AdamW
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -66,13 +67,15 @@ class Muon(AdamW):
 
     def _muon_step(self, parameter: Tensor, momentum: Tensor, group: dict[str, Any]) -> None:
         assert parameter.grad is not None
-        momentum.lerp_(parameter.grad, 1 - group["momentum"])
-        nesterov = parameter.grad.lerp(momentum, group["momentum"])
-        update = self._orthogonalise(nesterov)
+        # What goes element by element, on the parts that are here, as AdamW.
+        weight, gradient, kept = local(parameter), local(parameter.grad), local(momentum)
+        kept.lerp_(gradient, 1 - group["momentum"])
+        nesterov = gradient.lerp(kept, group["momentum"])
+        update = local(self._orthogonalise(placed(nesterov, parameter)))
         # Moonlight eq 4: the update gets the root mean square that AdamW's typically has
         scale = 0.2 * max(parameter.shape[-2:]) ** 0.5
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(update.to(weight.dtype), alpha=-group["lr"] * scale)
 
 
 def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
