@@ -28,7 +28,8 @@ from deepseek.config.weights import lora_targets
 
 ROW_ALIGNMENT = 16
 """Rows of every routed expert are padded to a multiple of this; ``ops/rows.py`` says why. Our own
-kernels of CPUs need no such rows, and what is told of these is the most."""
+kernels of CPUs need no such rows, and experts of one process keep theirs in the room of gradients:
+what is told of these is the most."""
 
 
 def blocks_of_stage(model: ModelConfig, part: StageSlice) -> tuple[int, int]:
