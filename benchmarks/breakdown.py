@@ -3,11 +3,12 @@
     python benchmarks/breakdown.py "S: 32 wide experts" [--threads 2]
 
 Steps of a case of ``train_step.py``, in fp32 on a CPU, after some that warm up, under torch's
-profiler: what an operator or a kernel takes is counted once, for its component. The limit of
-products is the rate of a large square one, that of AdamW and of the gradients' norm what memory
-gives to an addition of two large tensors, both timed here with as many threads. ``of limit`` is the
-time that these allow over the time that was taken; what has few products and few bytes has none.
-The table is for people, the last line is the same as JSON.
+profiler: what an operator or a kernel takes is counted once, for its component. The kernels must be
+there (``deepseek doctor``): they are what tells the components apart. The limit of products is the
+rate of a large square one, that of AdamW and of the gradients' norm what memory gives to an
+addition of two large tensors, both timed here with as many threads. ``of limit`` is the time that
+these allow over the time that was taken; what has few products and few bytes has none. The table is
+for people, the last line is the same as JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,25 +26,25 @@ from train_step import CASES, QUICK, Case, our_step, product_rate
 
 from deepseek.config.cost import count_parameters, flops_per_token
 from deepseek.config.schema import ModelConfig
-from deepseek.parallel import gradients
+from deepseek.ops.native import build
 from deepseek.parallel.cpu_memory import keep_freed_memory
 
 WARM, STEPS = 2, 2
 NORM = "norm of gradients"
 COMPONENTS = {
     "dense products": ("aten::mm", "aten::addmm", "aten::bmm"),
-    "routed experts": ("_FeedForward", "_GroupedLinear"),
-    "attention": ("_FusedAttention", "_BlockAttention"),
-    "AdamW": ("Optimizer.step",),
-    NORM: (NORM,),
-    "softmax of the head": ("_LinearCrossEntropy",),
-    "rows to and from experts": ("_ExpandRows", "_CombineRows", "_PermuteRows"),
-    "norms, SwiGLU, heads": ("_RMSNorm", "_SwiGLU", "_Turn", "_Rotate", "_HeadKeys"),
+    "routed experts": ("grouped_",),
+    "attention": ("attention",),
+    "AdamW": ("adamw", "Optimizer.step"),
+    NORM: ("sums_of_squares",),
+    "softmax of the head": ("softmax_loss",),
+    "rows to and from experts": ("take_", "add_rows", "spread_", "sort_", "row_starts", "align_"),
+    "norms, SwiGLU, heads": ("rms_norm", "swiglu", "turn_heads", "lay_keys"),
+    "router": ("largest_places", "weigh_experts", "sequence_sums", "count_experts", "balance_loss"),
 }
-"""By how the profiler's names begin; the head's products are among the dense ones, and SwiGLU of
-routed experts is theirs."""
+"""By how names of kernels and operators begin; the head's products are among the dense ones."""
 REST = "rest"
-"""Additions, gradients that are added up, the router's choice, Python."""
+"""Additions, gradients that are added up, Python."""
 ADAMW_BYTES, NORM_BYTES = 28, 4
 """Of a parameter: weight, gradient and two moments are read, all but the gradient written."""
 
@@ -76,7 +78,8 @@ def main() -> None:
 
 def taken(case: Case) -> tuple[dict[str, float], float]:
     """Seconds of each component and of the whole, means of some steps."""
-    gradients.square_sums = named(NORM, gradients.square_sums)
+    assert build.why_not() is None, build.why_not()
+    build.function = spans(build.function)
     step = our_step(case)
     for _ in range(WARM):
         step()
@@ -90,17 +93,25 @@ def taken(case: Case) -> tuple[dict[str, float], float]:
         for name, starts in COMPONENTS.items():
             if event.key.startswith(starts):
                 seconds[name] += event.self_cpu_time_total / 1e6 / STEPS
+    missing = [name for name, took in seconds.items() if not took]
+    assert not missing, f"no span begins as these do: {missing}"
     return seconds | {REST: whole - sum(seconds.values())}, whole
 
 
-def named(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, as a span of the profile."""
+def spans(find: Callable[..., Any]) -> Callable[..., Any]:
+    """What finds kernels, each of whose calls is a span of the profile."""
 
-    def recorded(*args: Any) -> Any:
-        with record_function(name):
-            return call(*args)
+    @cache
+    def found(name: str, arguments: str) -> Callable[..., None]:
+        run = find(name, arguments)
 
-    return recorded
+        def recorded(*given: Any) -> None:
+            with record_function(name):
+                run(*given)
+
+        return recorded
+
+    return found
 
 
 def limits(case: Case, flops: float, bytes_: float) -> dict[str, float]:
