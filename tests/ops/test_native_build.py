@@ -69,6 +69,12 @@ def test_compiled_once_and_without_warnings(fresh: Path, monkeypatch: pytest.Mon
         build.why_not()
 
 
+def test_lines_are_as_wide_as_those_of_python() -> None:
+    for source in build.SOURCES.glob("*.[ch]"):
+        for number, line in enumerate(source.read_text().splitlines(), 1):
+            assert len(line) <= 100, f"{source.name}:{number}"
+
+
 def test_one_openmp_runtime_and_its_threads() -> None:
     """torch's: with one thread no other is started, with two no third."""
     y_RO = product()

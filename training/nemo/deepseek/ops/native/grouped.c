@@ -26,8 +26,10 @@ enum {
     ROWS = 256,         /* of one that lies (depth, columns): few long rows, no short pieces */
     PLACE = 64,         /* of one that is read there: it and the next are in the cache */
     SIDE = 1 << 15,     /* floats of tiles' rows that lie in columns; LANES * DEPTH at least */
-    FEW = 256,          /* rows for which b is not laid out */
+    FEW = 256,          /* rows for which b is not laid out, */
+    FEWER = 96,         /* if it would be turned */
     STRIP = 96,         /* columns of c that are turned at a time: panels */
+    SLOWEST = LINE / 4, /* numbers a step: no line is asked for often */
     READING = 16        /* reading a matrix takes as long as multiplying so many rows, about */
 };
 
@@ -42,19 +44,12 @@ typedef struct {
     int64_t rows, width, step, done, pace;
 } wanted;
 
-/* What a tile of so many steps asks for, all of one row. */
-INLINE const float *asked(wanted *next, int64_t steps, int64_t *pace) {
+/* Where a tile of so many steps begins to ask, all in one row; NULL: nothing is left. */
+INLINE const float *asked(wanted *next, int64_t steps) {
+    if (next->rows <= 0) return NULL;
     const float *at = next->at + next->done;
-    *pace = next->rows > 0 ? next->pace : 0;
-    const int64_t end = next->done + steps * *pace;
-    if (!steps || !*pace || end < next->width) {
-        next->done = end;
-        return at;
-    }
-    *pace = parts_of(next->width - next->done, steps);
-    next->done = 0;
-    next->at += next->step;
-    next->rows--;
+    next->done += steps * next->pace;
+    if (next->done >= next->width) next->done = 0, next->at += next->step, next->rows--;
     return at;
 }
 
@@ -70,8 +65,8 @@ INLINE void tile(const int rows, const int width, int64_t depth, float *c, int64
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < width; v++) sum[r][v] = (lanes){0};
     }
-    int64_t pace;
-    const float *ahead = asked(next, depth, &pace);
+    const float *asks = asked(next, depth), *ahead = asks ? asks : b; /* b is there already */
+    const int64_t pace = asks ? next->pace : 0;
     for (int64_t k = 0; k < depth; k++) {
         lanes b_k[WIDTH];
         __builtin_prefetch(ahead + k * pace, 0, 2); /* the second cache: the first has no room */
@@ -198,7 +193,7 @@ static void lay_columns(float *panels, const float *b, int64_t b_step, int64_t d
     }
 }
 
-static _Thread_local float turned_of_thread[STRIP * FEW] __attribute__((aligned(64)));
+static _Thread_local float turned_of_thread[STRIP * FEWER] __attribute__((aligned(64)));
 
 /* Where tile `t` of so many begins. */
 INLINE int64_t tile_begin(int64_t t, int64_t tiles, int64_t rows) { return t * rows / tiles; }
@@ -265,7 +260,8 @@ typedef enum { PANELS, IN_PLACE, TURNED } way;
 static way way_of(const product *p) {
     if (p->a_row == 1 || p->rows > FEW) return PANELS; /* a's rows in columns: b are rows, too */
     if (!p->turned) return p->columns % LANES ? PANELS : IN_PLACE;
-    return p->depth <= DEPTH && whole(p->rows, LANES) * p->depth <= ROOM ? TURNED : PANELS;
+    const int fits = p->depth <= DEPTH && whole(p->rows, LANES) * p->depth <= ROOM;
+    return fits && p->rows <= FEWER ? TURNED : PANELS;
 }
 
 /* The part of a product that is made of one block of b. */
@@ -327,8 +323,8 @@ static wanted wanted_of(const product *p, block b, int64_t steps) {
     wanted next = {block_of(p, b), b.depth, b.columns, p->b_step, 0, LINE};
     if (p->turned) next.rows = b.columns, next.width = b.depth;
     if (next.width == next.step) next.width *= next.rows, next.rows = 1;
-    const int64_t pace = steps ? parts_of(next.rows * next.width, steps) : LINE;
-    if (pace < LINE) next.pace = pace;
+    const int64_t even = steps ? parts_of(next.rows * next.width, steps) : LINE;
+    if (even < LINE) next.pace = even > SLOWEST ? even : SLOWEST;
     return next;
 }
 

@@ -107,8 +107,8 @@ void sequence_sums_backward(float *restrict by_scores, const float *restrict by_
     }
 }
 
-/* Of each layer, `sums` (layers, 2): how far the last of a real token's chosen experts lies above the
- * best other one, over the tokens of which that is a finite number, and how many these are. */
+/* Of each layer, `sums` (layers, 2): how far the last of a real token's chosen experts lies above
+ * the best other one, over the tokens of which that is a finite number, and how many these are. */
 void margin_sums(double *restrict sums, const float *restrict choice,
                  const int64_t *restrict chosen, const char *restrict real, int64_t layers,
                  int64_t tokens, int64_t experts, int64_t choices) {
@@ -160,7 +160,8 @@ void count_experts(int64_t *restrict counts, const int64_t *restrict chosen,
 
 /* -inf for all experts outside of the best groups. Those with the largest score, or the largest
  * sum of their two largest. */
-static void mask_groups(float *choice, int64_t experts, int64_t groups, int64_t kept, int64_t best) {
+static void mask_groups(float *choice, int64_t experts, int64_t groups, int64_t kept,
+                        int64_t best) {
     int64_t size = experts / groups, places[best > kept ? best : kept];
     float score[groups];
     char chosen[groups];
@@ -177,8 +178,8 @@ static void mask_groups(float *choice, int64_t experts, int64_t groups, int64_t 
         if (!chosen[e / size]) choice[e] = -INFINITY;
 }
 
-/* The whole decision for few tokens: logits and scores (tokens, experts), ids and weights (tokens, choices), of x (tokens, dim), w
- * (experts, dim) and bias (experts) or NULL; contiguous.
+/* The whole decision for few tokens: logits and scores (tokens, experts), ids and weights (tokens,
+ * choices), of x (tokens, dim), w (experts, dim) and bias (experts) or NULL; contiguous.
  *
  *   softmax: how scores are made; 0: sigmoid.
  *   groups, kept: only the experts of so many groups; one group: all.

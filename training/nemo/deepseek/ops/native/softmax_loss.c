@@ -11,8 +11,8 @@ enum { STRETCH = 1024, EXPONENTIAL = 8 };
 /* The label of a row that has none. */
 enum { NONE = -100 };
 
-/* losses[r] = -log softmax(logits[r])[labels[r]]; 0 for NONE, and NaN for any other label that is no
- * place in a row: nothing is read or written there. The logits (rows, width) are overwritten, if
+/* losses[r] = -log softmax(logits[r])[labels[r]]; 0 for NONE, and NaN for any other label that is
+ * no place in a row: nothing is read or written there. The logits (rows, width) are overwritten, if
  * `needs_gradient` by the gradient of the loss. */
 void softmax_loss(float *restrict losses, float *restrict logits, const int64_t *restrict labels,
                   int64_t rows, int64_t width, int64_t needs_gradient, int64_t threads) {

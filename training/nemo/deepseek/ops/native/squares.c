@@ -5,8 +5,9 @@
 #include "threads.h"
 
 /* Rows whose squares are added up by themselves: a sum's order does not depend on the threads. They
- * are read in STREAMS at a time, far apart: the processor looks ahead in each of them. */
-enum { SQUARED_ROWS = 256, STREAMS = 4 };
+ * are read in STREAMS at a time, far apart: the processor looks ahead in each of them, but no
+ * further than a page, so they are asked for so many numbers AHEAD. */
+enum { SQUARED_ROWS = 256, STREAMS = 4, AHEAD = 1024 };
 
 /* Adds the squares of STREAMS rows, `step` numbers apart: of a row in fp32, of the rows in fp64. */
 INLINE double squares_of_rows(const float *x, int64_t step, int64_t width) {
@@ -15,6 +16,7 @@ INLINE double squares_of_rows(const float *x, int64_t step, int64_t width) {
     for (; j + LANES <= width; j += LANES)
         for (int s = 0; s < STREAMS; s++) {
             const lanes v = load(x + s * step + j);
+            __builtin_prefetch(x + s * step + j + AHEAD);
             sums[s] += v * v;
         }
     double squares = 0;
@@ -34,8 +36,8 @@ static float squares_of_row(const float *x, int64_t width) {
     return squares;
 }
 
-/* sums[i] = the squares of a tensor of rows[i] rows of widths[i] numbers at addresses[i]. `room` has
- * a number for each SQUARED_ROWS of the longest. */
+/* sums[i] = the squares of a tensor of rows[i] rows of widths[i] numbers at addresses[i]. `room`
+ * has a number for each SQUARED_ROWS of the longest. */
 void sums_of_squares(double *restrict sums, double *restrict room,
                      const float *const *restrict addresses, const int64_t *restrict rows,
                      const int64_t *restrict widths, int64_t count, int64_t threads) {
@@ -49,7 +51,8 @@ void sums_of_squares(double *restrict sums, double *restrict room,
             double sum = 0;
             for (int64_t r = 0; r < each; r++)
                 sum += squares_of_rows(x + r * width, each * width, width);
-            for (int64_t r = STREAMS * each; r < here; r++) sum += squares_of_row(x + r * width, width);
+            for (int64_t r = STREAMS * each; r < here; r++)
+                sum += squares_of_row(x + r * width, width);
             room[b] = sum;
         }
         sums[i] = 0;

@@ -19,8 +19,8 @@ void swiglu(float *restrict hidden, const float *restrict gate, const float *res
     }
 }
 
-/* Gradients of gate, up and weights; `by_weights` is NULL if these are. `hidden`, which may be `grad`, gets
- * what the forward pass has made; NULL: it is not wanted. */
+/* Gradients of gate, up and weights; `by_weights` is NULL if these are. `hidden`, which may be
+ * `grad`, gets what the forward pass has made; NULL: it is not wanted. */
 void swiglu_backward(float *restrict by_gate, float *restrict by_up, float *restrict by_weights,
                      float *hidden, const float *grad, const float *restrict gate,
                      const float *restrict up, const float *restrict weights, int64_t rows,
