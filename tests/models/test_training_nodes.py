@@ -173,6 +173,18 @@ def test_mixture(coefficient: float, changes: dict[str, Any]) -> None:
     assert (one.balance_loss > 0) == (coefficient > 0)
 
 
+def test_a_token_is_counted_once_where_gradients_of_inputs_and_weights_are_asked_for_apart() -> (
+    None
+):
+    layer, x = mixture(0.3), torch.ones(1, 4, 24, requires_grad=True)
+    y = layer(x, None, torch.tensor(0.2)).sum()
+    torch.autograd.grad(y, x, retain_graph=True)
+    once = layer.gate.balance_loss.clone()
+    torch.autograd.grad(y, layer.gate.weight)
+    assert layer.gate.tokens_per_expert.sum() == 4 * 2
+    assert once > 0 and torch.equal(layer.gate.balance_loss, once)
+
+
 def test_a_router_that_somebody_watches_is_called() -> None:
     layer, seen = mixture(0.1), list[Any]()
     layer.gate.register_forward_hook(lambda module, given, y: seen.append(y))

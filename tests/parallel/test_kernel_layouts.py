@@ -18,17 +18,24 @@ from support.ranks import run_ranks
 
 ROUNDING = 5e-6
 """Relative, of each tensor as a whole; the largest that is found is a fifth of it."""
-AXES = "tensor_model_parallel_size", "expert_model_parallel_size", "context_parallel_size"
+SPLIT = {"pipeline_schedule": "ZBVZeroBubble", "num_hidden_layers": 4, "moe_z_loss_coeff": 0.0}
+"""Gradients of inputs and of weights are computed apart, and a router is one node of the graph."""
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    {"tensor_model_parallel_size": 2},
+    {"expert_model_parallel_size": 2},
+    {"context_parallel_size": 2},
+    {"pipeline_model_parallel_size": 2, **SPLIT},
+)
 EACH = {"rms_norm_backward", "swiglu_backward", "grouped_outer", "sums_of_squares", "adamw"}
 """Kernels of every layout. Some are for what not all have: under tensor parallelism the vocabulary
 is in parts, and queries that do not begin their sequence meet its keys in blocks."""
 
 
-def case_of(axis: str) -> Case:
+def case_of(layout: dict[str, Any]) -> Case:
     """Widths and lengths that fill no vector and no tile; one micro-batch of a rank has weights'
     gradients added to those of another."""
     sched = SchedConfig(min_lr=1e-3)
-    config = small_config(
+    sizes: dict[str, Any] = dict(
         hidden_size=24,
         moe_intermediate_size=20,
         num_hidden_layers=2,
@@ -36,9 +43,8 @@ def case_of(axis: str) -> Case:
         initializer_range=WEIGHTS[torch.float32],
         optim=OptimConfig(lr=1e-2, eps=ADAM_EPS[torch.float32], sched=sched),
         data=DataConfig(seq_length=20),
-        **{axis: 2},
     )
-    case = Case(config, 2, torch.float32, seed=1)
+    case = Case(small_config(**sizes | layout), 2, torch.float32, seed=1)
     assert case.problems() == []
     return case
 
@@ -55,7 +61,7 @@ def worked(rank: int, cases: list[Case]) -> list[tuple[Any, set[str]]]:
 
 def test_two_ranks_by_kernels() -> None:
     """Losses, gradients, weights and AdamW's moments after two steps."""
-    cases = [case_of(axis) for axis in AXES]
+    cases = [case_of(layout) for layout in LAYOUTS]
     with kernels_asked_for() as alone:
         for case in cases:
             in_one_process(case)

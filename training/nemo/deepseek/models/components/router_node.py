@@ -28,7 +28,7 @@ def router_node(
     take these.
 
     The backward pass differentiates the balance loss, too, and adds loss and counts to the totals
-    of ``router``, see ``attach``.
+    of ``router``, see ``attach``: once, since pipelines whose backward pass is split come by twice.
 
     Args:
         real_BS: False for padding.
@@ -65,7 +65,7 @@ class _Router(torch.autograd.Function):
             loss, by_sums = loss_of_sums(sums, router.num_experts, router.top_k)
             scale = scale * coefficient
             ctx.loss, by_sums = loss * scale, by_sums.mul_(scale)
-        ctx.router = router
+        ctx.router, ctx.is_counted = router, False
         ctx.counts_E = count_assignments(ids_TK, real_BS.flatten(), router.num_experts)
         ctx.save_for_backward(x_TD, w_ED, scores_TE, ids_TK, real_BS, by_sums)
         ctx.mark_non_differentiable(ids_TK)
@@ -78,8 +78,11 @@ class _Router(torch.autograd.Function):
         if by_sums is not None:
             scores_BSE = scores_TE.view(*real_BS.shape, -1)
             by_scores_TE += add_up_back(by_sums, scores_BSE, real_BS).view(by_scores_TE.shape)
-            ctx.router.balance_loss += ctx.loss
-        ctx.router.tokens_per_expert += ctx.counts_E
+        if not ctx.is_counted:
+            ctx.is_counted = True
+            ctx.router.tokens_per_expert += ctx.counts_E
+            if ctx.loss is not None:
+                ctx.router.balance_loss += ctx.loss
         if ctx.sigmoid:
             by_logits_TE = _aten.sigmoid_backward(by_scores_TE, scores_TE)
         else:
