@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.modules import module
 
 from deepseek.frameworks import Trainer
 from deepseek.parallel import cpu_memory
@@ -77,6 +78,15 @@ def storage_use_count() -> None:
     assert users() == alone + 1
     del other
     assert users() == alone == 2
+
+
+def any_global_hook() -> None:
+    assert not module._has_any_global_hook()
+    handle = module.register_module_forward_hook(lambda *given: None)
+    try:
+        assert module._has_any_global_hook()
+    finally:
+        handle.remove()
 
 
 def mkldnn_linear() -> None:
@@ -222,6 +232,7 @@ NAMES: dict[str, Callable[[], None]] = {
     "torch.ops.mkldnn._linear_pointwise": mkldnn_linear,
     "Tensor._backward_hooks, ._post_accumulate_grad_hooks": hooks_of_a_leaf,
     "torch._C._storage_Use_Count": storage_use_count,
+    "torch.nn.modules.module._has_any_global_hook": any_global_hook,
     "DTensor(local, tensor._spec)": dtensor_of_a_spec,
     "tensor._utils.compute_local_shape_and_global_offset": local_shape_and_global_offset,
     "distributed_c10d._set_pg_timeout": set_pg_timeout,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from deepseek.models.components.attention import MultiHeadLatentAttention
 from deepseek.models.components.feed_forward import FeedForward
@@ -111,6 +112,31 @@ def test_a_module_that_somebody_watches_is_called(watched: str) -> None:
     getattr(layer, watched).register_forward_hook(lambda module, given, y: seen.append(y))
     attended(layer, torch.ones(1, 4, 24), False)
     assert len(seen) == 1
+
+
+def test_who_watches_all_modules_is_told_of_each() -> None:
+    seen = list[nn.Module]()
+    handle = register_module_forward_hook(lambda module, given, y: seen.append(module))
+    try:
+        layers = attention(9), mixture(0.1)
+        attended(layers[0], torch.ones(1, 4, 24), False)
+        layers[1](torch.ones(1, 4, 24), None, torch.tensor(0.2))
+    finally:
+        handle.remove()
+    assert set(seen) == {module for layer in layers for module in layer.modules()}
+
+
+def test_a_pass_that_somebody_has_replaced_is_called() -> None:
+    layer, x = attention(9), torch.randn(1, 4, 24)
+    layer.wo.forward = torch.zeros_like
+    assert not attended(layer, x, False).any()
+
+
+def test_sequences_may_share_a_rotation() -> None:
+    layer, x = attention(9), torch.randn(3, 5, 24)
+    angles = rotation(torch.arange(5).unsqueeze(0), 4, 10000.0, None)
+    shared = layer(x, *(angle.expand(3, -1, -1) for angle in angles))
+    assert torch.equal(shared, attended(layer, x, False))
 
 
 def test_the_largest_logits_are_those_of_the_operators() -> None:

@@ -97,6 +97,15 @@ def test_a_gradient_that_somebody_has_kept_stays() -> None:
     assert not {g.data_ptr() for g in kept} & {w.grad.data_ptr() for w in stacks(moe)}
 
 
+def test_rows_that_a_hook_is_shown_stay() -> None:
+    moe, shown = layer(rooms=True), list[Tensor]()
+    moe.experts.register_forward_pre_hook(lambda module, given: shown.append(given[0]))
+    forward = loss(moe, 0)
+    before = shown[0].clone()
+    forward.backward()
+    assert torch.equal(shown[0], before)
+
+
 def test_who_goes_back_twice_is_told() -> None:
     forward = loss(layer(rooms=True), 0)
     forward.backward(retain_graph=True)

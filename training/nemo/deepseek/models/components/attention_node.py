@@ -50,8 +50,9 @@ def attention_node(
         return None
     if not x_BSD.numel():
         return None
+    cos_BSA, sin_BSA = (x.contiguous() for x in rotation)
     return _Attention.apply(
-        x_BSD, *rotation, documents_BS, largest_BNS, sizes, *of_latents, *of_queries
+        x_BSD, cos_BSA, sin_BSA, documents_BS, largest_BNS, sizes, *of_latents, *of_queries
     )
 
 

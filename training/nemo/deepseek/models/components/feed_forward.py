@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from deepseek.ops.feed_forward_node import feed_forward_node
 from deepseek.ops.few_experts import feed_forward
@@ -80,6 +81,9 @@ class RMSNorm(nn.Module):
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether somebody is told when it is called, as adapters' and FSDP's hooks are."""
+    """Whether somebody is told when it is called, as adapters' and FSDP's hooks are and those of
+    all modules, or has replaced what is called."""
     hooks = module._forward_hooks, module._forward_pre_hooks
-    return any((*hooks, module._backward_hooks, module._backward_pre_hooks))
+    if any((*hooks, module._backward_hooks, module._backward_pre_hooks)):
+        return True
+    return "forward" in module.__dict__ or bool(_has_any_global_hook())

@@ -16,7 +16,7 @@ from deepseek.models.components.balance import (
     whole,
 )
 from deepseek.models.components.dispatcher import LocalDispatcher, TokenDispatcher
-from deepseek.models.components.feed_forward import Expert, FeedForward
+from deepseek.models.components.feed_forward import Expert, FeedForward, is_watched
 from deepseek.models.components.router import Router, Routing
 from deepseek.models.components.router_node import router_node
 from deepseek.ops.autocast import as_products
@@ -204,8 +204,9 @@ class GroupedExperts(nn.Module):
                 make_gradient_room(stack)
 
     def room_for_rows(self, sizes: Sequence[int]) -> Tensor | None:
-        """Memory for rows sorted by expert, where there is some; see ``make_gradient_rooms``."""
-        return lent_room(self.w2, sizes)
+        """Memory for rows sorted by expert, where there is some, and no hook is shown the rows,
+        which may keep them; see ``make_gradient_rooms``."""
+        return None if is_watched(self) else lent_room(self.w2, sizes)
 
     def _is_plain(self) -> bool:
         """Whether products are those of the stacks alone."""
