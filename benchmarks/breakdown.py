@@ -6,9 +6,9 @@ Steps of a case of ``train_step.py``, in fp32 on a CPU, after some that warm up,
 profiler: what an operator or a kernel takes is counted once, for its component. The kernels must be
 there (``deepseek doctor``): they are what tells the components apart. The limit of products is the
 rate of a large square one, that of AdamW and of the gradients' norm what memory gives to an
-addition of two large tensors, both timed here with as many threads. ``of limit`` is the time that
-these allow over the time that was taken; what has few products and few bytes has none. The table is
-for people, the last line is the same as JSON.
+addition in place of two large tensors, both timed here with as many threads. ``of limit`` is the
+time that these allow over the time that was taken; what has few products and few bytes has none.
+The table is for people, the last line is the same as JSON.
 """
 
 from __future__ import annotations
@@ -143,12 +143,13 @@ def score_flops(model: ModelConfig, length: int) -> float:
 
 
 def memory_rate() -> float:
-    """Bytes a second of an addition: two tensors are read, one is written."""
-    a, b, c = torch.ones(3, 1 << 24).unbind()
+    """Bytes a second of an addition in place, as AdamW's updates are: two tensors are read, one is
+    written. What is written elsewhere would be read, too."""
+    a, b = torch.ones(2, 1 << 24).unbind()
     best = float("inf")
     for _ in range(5):
         begin = time.perf_counter()
-        torch.add(a, b, out=c)
+        a.add_(b)
         best = min(best, time.perf_counter() - begin)
     return 3 * a.nbytes / best
 

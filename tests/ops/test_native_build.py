@@ -86,13 +86,13 @@ def test_one_openmp_runtime_and_its_threads() -> None:
     ]
     before = threads()
     product()
-    assert threads() == before
+    assert threads() <= before  # fewer, where a test before had more, which end now
     torch.set_num_threads(2)
     try:
         torch.ones(1 << 20).mul_(2)  # torch's own second thread
         before = threads()
         assert torch.equal(product(), y_RO)
-        assert threads() == before
+        assert threads() <= before
     finally:
         torch.set_num_threads(1)
 

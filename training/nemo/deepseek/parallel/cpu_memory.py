@@ -3,7 +3,8 @@
 gloo sends between processes of one machine through its sockets: every byte is copied four times, by
 the same cores that should compute, and its reduce-scatter is a whole all-reduce of which each rank
 throws most away. In shared memory a byte is written by the rank that has it and read by those that
-need it. (gloo's all-to-all is as fast as this would be, and stays.)
+need it. (gloo's all-to-all stays, which may go on beside products. It is the faster one up to half
+a MiB; 2 and 8 MiB take it 1.4 and 1.7 times as long as shared memory would.)
 
 GPUs, and ranks of several machines, never come here: ``all_gather`` and ``reduce_scatter`` then are
 those of the group's backend. Who reads how the model is parallelised may take them for just that.
