@@ -1,7 +1,6 @@
 """Workers that crash, are killed, give up or hang: small scripts, no training."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,8 +12,14 @@ import pytest
 
 import deepseek
 from deepseek.config.errors import UserError
+from deepseek.config.processor import cores
 from deepseek.launch import supervisor
-from deepseek.launch.supervisor import supervise, worker_command
+from deepseek.launch.supervisor import (
+    supervise,
+    worker_command,
+    worker_environment,
+    worker_threads,
+)
 
 PRELUDE = """
 import json, os, pathlib, signal, sys, time
@@ -89,8 +94,7 @@ def test_workers_that_end_well(worker: Worker, monkeypatch: pytest.MonkeyPatch) 
     assert {env["WORLD_SIZE"] + env["LOCAL_WORLD_SIZE"] for env in envs} == {"33"}
     assert {env["MASTER_ADDR"] for env in envs} == {"127.0.0.1"}
     assert len({env["MASTER_PORT"] for env in envs}) == 1
-    cores = len(os.sched_getaffinity(0))
-    assert {env["OMP_NUM_THREADS"] for env in envs} == {str(max(1, cores // 3))}
+    assert {env["OMP_NUM_THREADS"] for env in envs} == {str(max(1, cores() // 3))}
 
 
 def test_the_users_number_of_threads_stays(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +102,16 @@ def test_the_users_number_of_threads_stays(worker: Worker, monkeypatch: pytest.M
     command = worker('note("threads" + os.environ["OMP_NUM_THREADS"])')
     assert supervise(command, 1, 0, print) == 0
     assert noted("threads7") == ["0.0"]
+
+
+@pytest.mark.parametrize("told", ["", "0", "-1", "two", "3,1", "3"])
+def test_threads_that_openmp_would_not_heed_are_an_equal_share(
+    told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    threads = 3 if "3" in told else max(1, cores() // 2)
+    assert worker_threads(2) == threads
+    assert worker_environment(0, 2, 0, 1)["OMP_NUM_THREADS"] == str(threads)
 
 
 def test_a_killed_worker_brings_all_back_at_another_port(worker: Worker) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from deepseek.commands.device import this_machine
 from deepseek.commands.validate import size_text
 from deepseek.config import RunConfig, UserError
 from deepseek.config.layout import world_size
-from deepseek.config.processor import cores
+from deepseek.config.processor import cores, told_threads
 from deepseek.console import say
 from deepseek.monitoring.run_log import RunLog
 from deepseek.planner.cpu import DISTURBED, resident_bytes
@@ -76,7 +75,7 @@ def _device(run: RunConfig, gpu_name: str | None) -> Device | None:
     trainer, model = run.trainer, run.model
     usual = str(trainer.precision) == "32" and not trainer.num_threads and trainer.num_nodes == 1
     usual = usual and model.optim.name == "adamw" and not (model.peft or model.torch_compile)
-    threads = int(os.environ.get("OMP_NUM_THREADS") or cores())
+    threads = told_threads() or cores()
     world = world_size(run)
     crew = machine.crew(world)
     if (

@@ -20,3 +20,9 @@ def processor() -> dict[str, str]:
 def cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def told_threads() -> int | None:
+    """What ``OMP_NUM_THREADS`` says of a process; None: nothing that OpenMP heeds."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return (int(first) or None) if first.isdecimal() else None

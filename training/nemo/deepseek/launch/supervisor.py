@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deepseek.config.errors import UserError
-from deepseek.config.processor import cores
+from deepseek.config.processor import cores, told_threads
 from deepseek.launch.processes import LOST_PEER_EXIT_CODE, STARTED_BY, STORE_FD
 from deepseek.launch.signals import StopRequests, signal_name
 
@@ -346,14 +346,14 @@ class _WorkerGroup:
             worker.process.wait()
 
 
-def worker_threads(num_processes: int) -> str:
+def worker_threads(num_processes: int) -> int:
     """Of each process: what the user says, or an equal share of the cores."""
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // num_processes))
+    return told_threads() or max(1, cores() // num_processes)
 
 
 def worker_environment(rank: int, num_processes: int, attempt: int, port: int) -> dict[str, str]:
     """This process's environment, and what torchrun would set."""
-    env = dict(os.environ, OMP_NUM_THREADS=worker_threads(num_processes))
+    env = dict(os.environ, OMP_NUM_THREADS=str(worker_threads(num_processes)))
     env.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     return env | {
         "RANK": str(rank),
