@@ -56,7 +56,7 @@ def normed(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if run is None or step is None:
         scale = _scale(x, eps)
         return (x * scale).mul_(weight_D), scale
-    width = x.shape[-1]
+    width, weight_D = x.shape[-1], weight_D.contiguous()
     y, scale = x.new_empty(x.shape), x.new_empty(*x.shape[:-1], 1)
     run(y, scale, x, weight_D, scale.numel(), width, step, eps, torch.get_num_threads())
     return y, scale
@@ -69,7 +69,7 @@ def norm_gradients(
     not trained."""
     run, step = kernel("rms_norm_backward", "pppppppnnnn", grad, x, weight_D), row_step(x)
     if run is not None and step is not None:
-        rows, width = scale.numel(), x.shape[-1]
+        rows, width, weight_D = scale.numel(), x.shape[-1], weight_D.contiguous()
         by_x, parts_bD = x.new_empty(x.shape), x.new_empty(-(-rows // _BLOCK), width)
         by_weight_D = torch.empty_like(weight_D) if trained else None
         run(
