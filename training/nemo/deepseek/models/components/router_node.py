@@ -1,8 +1,7 @@
 """A router in training, on a CPU in fp32, as one node of autograd's graph.
 
 Scores, the choice, weights, balance loss and counts are ten nodes of little arithmetic, operator by
-operator. The twin is ``Router`` with
-``sequence_balance`` and ``attach``, whose kernels these are.
+operator. The twin is ``Router`` with ``sequence_balance`` and ``attach``, whose kernels these are.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from deepseek.models.components.recompute import keep
 from deepseek.models.components.router import Router
 from deepseek.ops.native import build
 from deepseek.ops.routing import add_up, add_up_back, weigh, weigh_back
-
-_aten = torch.ops.aten
 
 
 def router_node(
@@ -84,9 +81,10 @@ class _Router(torch.autograd.Function):
             if ctx.loss is not None:
                 ctx.router.balance_loss += ctx.loss
         if ctx.sigmoid:
-            by_logits_TE = _aten.sigmoid_backward(by_scores_TE, scores_TE)
+            by_logits_TE = torch.ops.aten.sigmoid_backward(by_scores_TE, scores_TE)
         else:
-            by_logits_TE = _aten._softmax_backward_data(by_scores_TE, scores_TE, -1, torch.float32)
+            given = by_scores_TE, scores_TE, -1, torch.float32
+            by_logits_TE = torch._softmax_backward_data(*given)
         needs_x, needs_w = ctx.needs_input_grad[:2]
         by_x = by_logits_TE @ w_ED if needs_x else None
         by_w = by_logits_TE.t() @ x_TD if needs_w else None
