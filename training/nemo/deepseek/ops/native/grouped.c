@@ -10,16 +10,9 @@
  * on other rows, on where its row lies, nor on threads. */
 #include "lanes.h"
 #include "threads.h"
+#include "tile.h"
 
-/* A tile of sums: as many as there are registers, less those for what is multiplied. */
-#if defined(__AVX512F__) || defined(__aarch64__)
-enum { TILE = 14 };
-#else
-enum { TILE = 6 };
-#endif
 enum {
-    WIDTH = 2,
-    PANEL = WIDTH * LANES,
     LINE = 16,          /* floats in a line of the caches */
     ROOM = 1 << 17,     /* floats of a block in panels: a quarter of a large second cache */
     DEPTH = 2048,       /* most terms of a block of b that lies (columns, depth) */
@@ -58,24 +51,12 @@ INLINE void tile(const int rows, const int width, int64_t depth, float *c, int64
                  const float *a, int64_t a_row, int64_t a_depth, const float *b, int64_t b_step,
                  int adds, int streams, wanted *next) {
     lanes sum[TILE][WIDTH];
-    if (adds) {
-        for (int r = 0; r < rows; r++)
-            for (int v = 0; v < width; v++) sum[r][v] = load(c + r * c_step + v * LANES);
-    } else {
-        for (int r = 0; r < rows; r++)
-            for (int v = 0; v < width; v++) sum[r][v] = (lanes){0};
-    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < width; v++)
+            sum[r][v] = adds ? load(c + r * c_step + v * LANES) : (lanes){0};
     const float *asks = asked(next, depth), *ahead = asks ? asks : b; /* b is there already */
-    const int64_t pace = asks ? next->pace : 0;
-    for (int64_t k = 0; k < depth; k++) {
-        lanes b_k[WIDTH];
-        __builtin_prefetch(ahead + k * pace, 0, 2); /* the second cache: the first has no room */
-        for (int v = 0; v < width; v++) b_k[v] = load(b + k * b_step + v * LANES);
-        for (int r = 0; r < rows; r++) {
-            const float a_rk = a[r * a_row + k * a_depth];
-            for (int v = 0; v < width; v++) sum[r][v] += a_rk * b_k[v];
-        }
-    }
+    add_products(sum, rows, width, depth, a, a_row, a_depth, b, b_step, 1, ahead,
+                 asks ? next->pace : 0);
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < width; v++) {
             if (streams)

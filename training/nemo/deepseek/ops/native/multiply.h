@@ -5,16 +5,11 @@
 #include <stdint.h>
 
 #include "lanes.h"
+#include "tile.h"
 
-/* Rows of a tile of sums, of two vectors each: as many as there are registers, less those for what
- * is multiplied. Two vectors are a panel of b, so narrow that its rows stay in the first cache
- * while all tiles pass by. */
-#if defined(__AVX512F__) || defined(__aarch64__)
-enum { SUM_ROWS = 12 };
-#else
-enum { SUM_ROWS = 6 };
-#endif
-enum { SUM_WIDTH = 2, PANEL = SUM_WIDTH * LANES, ROW_STEP = SUM_ROWS / 3 };
+/* Rows of a tile, a multiple of ROW_STEP. Its two vectors are a panel of b, so narrow that its rows
+ * stay in the first cache while all tiles pass by. */
+enum { SUM_ROWS = TILE / 6 * 6, ROW_STEP = SUM_ROWS / 3 };
 
 /* Which numbers of a matrix count: of row r those from `first` + r to before `end` + r. */
 typedef struct {
@@ -26,18 +21,11 @@ static const band EVERYTHING = {INT64_MIN / 2, INT64_MAX / 2};
 INLINE void multiply_tile(const int rows, const int width, int64_t depth, float *y, int64_t y_step,
                           const float *a, int64_t a_row, int64_t a_depth, const float *b,
                           int64_t b_step, const int adds) {
-    lanes sum[SUM_ROWS][SUM_WIDTH];
+    lanes sum[TILE][WIDTH];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < width; c++)
             sum[r][c] = adds ? load(y + r * y_step + c * LANES) : (lanes){0};
-    for (int64_t i = 0; i < depth; i++) {
-        lanes b_i[SUM_WIDTH];
-        for (int c = 0; c < width; c++) b_i[c] = load(b + i * b_step + c * LANES);
-        for (int r = 0; r < rows; r++) {
-            const float a_ri = a[r * a_row + i * a_depth];
-            for (int c = 0; c < width; c++) sum[r][c] += a_ri * b_i[c];
-        }
-    }
+    add_products(sum, rows, width, depth, a, a_row, a_depth, b, b_step, 0, NULL, 0);
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < width; c++) store(y + r * y_step + c * LANES, sum[r][c]);
 }
@@ -75,7 +63,7 @@ INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, float *y, int
                      int64_t b_step, const int adds, band counts) {
     int64_t c = 0;
     for (; c + PANEL <= columns; c += PANEL)
-        multiply_panel(SUM_WIDTH, rows, depth, y + c, y_step, a, a_row, a_depth, b + c, b_step,
+        multiply_panel(WIDTH, rows, depth, y + c, y_step, a, a_row, a_depth, b + c, b_step,
                        adds, counts);
     if (c < columns)
         multiply_panel(1, rows, depth, y + c, y_step, a, a_row, a_depth, b + c, b_step, adds,
