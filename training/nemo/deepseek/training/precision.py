@@ -35,13 +35,18 @@ def cpu_speedup(cache: Path) -> float:
     """
     file = cache / "precision.json"
     machine = f"{_cpu_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        return float(json.loads(file.read_text())[machine])
+    known: dict[str, float] = {}
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        known = {
+            str(name): float(speedup) for name, speedup in json.loads(file.read_text()).items()
+        }
+    if machine in known:
+        return known[machine]
     speedup = _measured_speedup()
     with suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
         with atomic_open(file) as stream:
-            stream.write(json.dumps({machine: round(speedup, 2)}, indent=1).encode())
+            stream.write(json.dumps(known | {machine: round(speedup, 2)}, indent=1).encode())
     return speedup
 
 
