@@ -91,6 +91,7 @@ browser:
 
 bench: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/train_step.py
+	$(VENV)/bin/python benchmarks/results.py
 
 gpu-check: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/gpu.py --out gpu_check.json

@@ -36,7 +36,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -45,18 +45,19 @@ from typing import Any
 from unittest import mock
 
 import torch
+from cases import Case
+from sides import Call, our_module, our_step, their_step
 from torch import Tensor
 
 from deepseek.config import load_config
 from deepseek.config.cost import flops_per_token
-from deepseek.config.layout import Layout, compiles
+from deepseek.config.layout import Layout
 from deepseek.config.rank_need import rank_need
 from deepseek.config.schema import ModelConfig
 from deepseek.models.transformer import Transformer
 from deepseek.monitoring.record.run_record import peak_of
 from deepseek.parallel.gradients import sum_over
-from deepseek.parallel.mesh import Meshes, SingleProcess
-from deepseek.training.step import DeepSeekModel
+from deepseek.parallel.mesh import Meshes
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 470
@@ -304,24 +305,13 @@ def compile_part(device: torch.device) -> dict[str, Any]:
 
 
 def transformers_part(device: torch.device) -> dict[str, Any]:
-    """Their model in the shape of ``deepseek_v3_base``: forward, backward, AdamW, bf16."""
+    """Their model in the shape of ``deepseek_v3_base``, with our weights, as in ``make bench``."""
     try:
-        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+        import transformers  # noqa: F401
     except ImportError:
         return {"skipped": "transformers is not installed"}
-    from deepseek.interop.hf_config import hf_config
-
-    model = replace(_base(device), num_nextn_predict_layers=0)
-    with device:
-        theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**hf_config(model)))
-    theirs.set_experts_implementation("grouped_mm")
-    tokens_BS = _batch(model, device)["tokens"]
-
-    def loss() -> Tensor:
-        found: Tensor = theirs(tokens_BS, labels=tokens_BS, use_cache=False).loss
-        return found
-
-    return _beside(theirs, loss, model, device)
+    case = _case(replace(_base(device), num_nextn_predict_layers=0))
+    return _beside(their_step(case, device), case, device)
 
 
 def torchtitan_part(device: torch.device) -> dict[str, Any]:
@@ -336,19 +326,20 @@ def torchtitan_part(device: torch.device) -> dict[str, Any]:
     with device:
         theirs = titan.build()
     theirs.init_states(buffer_device=device)
-    batch = _batch(model, device)
-    masks = theirs.get_attention_masks(batch["positions"])
+    case = _case(model)
+    positions_BS = torch.arange(case.length, device=device).expand(case.batch, -1)
+    masks = theirs.get_attention_masks(positions_BS)
 
-    def loss() -> Tensor:
-        logits_BSV = theirs(batch["tokens"], batch["positions"], masks)
-        labels_BS = batch["labels"]
-        return torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten())
+    def logits(tokens_BS: Tensor) -> Tensor:
+        found: Tensor = theirs(tokens_BS, positions_BS, masks)
+        return found
 
     if device.type == "cpu":
         train_step(model, device, half=False)
         with torch.no_grad():
-            return {"skipped": "flex attention has no backward pass", "loss": loss().item()}
-    return _beside(theirs, loss, model, device)
+            mean = float(logits(next(case.batches())).mean())
+            return {"skipped": "flex attention has no backward pass", "mean_logit": mean}
+    return _beside(their_step(case, device, theirs, logits), case, device)
 
 
 def as_titan(titan: Any) -> ModelConfig:
@@ -381,22 +372,17 @@ def as_titan(titan: Any) -> ModelConfig:
     )
 
 
-def _beside(
-    theirs: torch.nn.Module, loss_of: Callable[[], Tensor], model: ModelConfig, device: torch.device
-) -> dict[str, Any]:
-    """Seconds of their step and of ours: forward, backward, AdamW, products in bf16."""
-    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)
+def _case(model: ModelConfig) -> Case:
+    """One micro-batch a step."""
+    return Case("", model, model.micro_batch_size, model.data.seq_length)
 
-    def step() -> float:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = loss_of()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
 
-    ours, _ = train_step(model, device, half=True)
-    theirs_s, ours_s = _seconds(step, device), _seconds(ours, device)
+def _beside(theirs: Call, case: Case, device: torch.device) -> dict[str, Any]:
+    """Seconds of their step and of ours, products in bf16."""
+    with _quick_start(case.model):
+        ours = our_step(case, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        theirs_s, ours_s = (_seconds(lambda r=r: r()[0], device) for r in (theirs, ours))
     return {"theirs_s": theirs_s, "ours_s": ours_s, "times_faster": theirs_s / ours_s}
 
 
@@ -452,14 +438,8 @@ def speed(model: ModelConfig, device: torch.device) -> dict[str, Any]:
 
 def train_step(model: ModelConfig, device: torch.device, half: bool) -> tuple[Step, int]:
     """The product's own optimiser step without a trainer, and its tokens."""
-    module = DeepSeekModel(model, parallelize_later=True)
-    quick = model.hidden_size > 1024  # drawing 10^10 numbers on the CPU takes minutes
-    with mock.patch.object(
-        Transformer, "init_weights", _fill if quick else Transformer.init_weights
-    ):
-        module.parallelize(SingleProcess(), device)
-    if compiles(model, device.type == "cuda"):
-        module.model.compile_blocks()
+    with _quick_start(model):
+        module = our_module(model, device)
     optimizer = module.configure_optimizers()
     batch = _batch(model, device)
 
@@ -468,6 +448,13 @@ def train_step(model: ModelConfig, device: torch.device, half: bool) -> tuple[St
             return module.train_step(batch, optimizer).loss
 
     return step, batch["tokens"].numel()
+
+
+def _quick_start(model: ModelConfig) -> AbstractContextManager[Any]:
+    """Inside, large models get start values on their device: drawing 10^10 numbers on the CPU takes
+    minutes."""
+    init = _fill if model.hidden_size > 1024 else Transformer.init_weights
+    return mock.patch.object(Transformer, "init_weights", init)
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from train_step import SMALL, Case, our_step
+from cases import SMALL, Case
+from sides import our_step
 
 from deepseek.data.dataset import PackedDataset
 from deepseek.data.indexed import IndexedDataset, IndexedWriter, dtype_for

@@ -1,7 +1,7 @@
 """What recomputation saves and costs on a CPU: peak memory and time of a step under each policy.
 
     python benchmarks/recompute.py                     a minute on two free cores
-    python benchmarks/recompute.py --only F            a case of ``train_step.py``
+    python benchmarks/recompute.py --cases F           a case of ``cases.py``
 
 Every policy has a process of its own, and they take turns, so that a machine whose speed drifts
 slows all alike; times are the medians of the ratios to the policy that keeps everything. Memory is
@@ -11,19 +11,16 @@ the most that was resident within a step, without imports, weights, gradients an
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
-import time
-from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from train_step import CASES, Case, our_step
-
-from deepseek.config.memory import state_memory
-from deepseek.parallel.cpu_memory import keep_freed_memory
-from deepseek.training.phases import resident_bytes
+from cases import CASES, chosen
+from results import RESULTS, conditions, keep
+from sides import Run
+from variants import in_turn, memory
 
 POLICIES: dict[str, dict[str, Any]] = {
     "null": {},
@@ -33,55 +30,48 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Print a line for each policy."""
+    """Print a line for each policy, keep it as JSON."""
+    cases = [case for case in CASES if not case.decodes]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="sequence", help="how the case's name begins")
+    parser.add_argument("--cases", nargs="+", default=["sequence"], help="that begin so")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    case = next(case for case in CASES if case.name.startswith(args.only))
-    context, pipes = multiprocessing.get_context("spawn"), []
-    with ExitStack() as stack:
-        for change in POLICIES.values():
-            here, there = context.Pipe()
-            changed = replace(case, model=replace(case.model, **change))
-            process = context.Process(target=serve, args=(there, changed, args.threads))
-            process.start()
-            stack.callback(process.join)
-            stack.callback(here.close)
-            there.close()
-            pipes.append(here)
-        rounds = [[step(pipe) for pipe in pipes] for _ in range(args.rounds + 1)][1:]
-    print(f"{case.name}, {args.threads} threads")
-    for name, runs in zip(POLICIES, zip(*rounds, strict=True), strict=True):
-        ratio = statistics.median(
-            run[0] / first[0][0] for run, first in zip(runs, rounds, strict=True)
-        )
-        seconds = statistics.median(run[0] for run in runs)
-        most = max(run[1] for run in runs) / 2**30
-        print(f"{name:<10} {seconds:.2f} s, {ratio:.2f} times as long, {most:.2f} GiB")
+    try:
+        asked = chosen(cases, args.cases)
+    except ValueError as error:
+        parser.error(str(error))
+    torch.set_num_threads(args.threads)
+    for case in asked:
+        told = conditions()
+        ways = {
+            name: (replace(case, model=replace(case.model, **change)), as_it_is)
+            for name, change in POLICIES.items()
+        }
+        runs = in_turn(ways, args.threads, args.rounds)
+        found = {name: beside(mine, runs["null"]) for name, mine in runs.items()}
+        print(f"{case.name}, {args.threads} threads, load {told['load']}")
+        for name, row in found.items():
+            print(
+                f"{name:<10} {row['seconds']:.2f} s, {row['times']:.2f} times as long, "
+                f"{row['gib']:.2f} GiB"
+            )
+        keep(args.output, "recompute", case.name, told | {"policies": found})
 
 
-def step(pipe: Any) -> tuple[float, int]:
-    """Seconds and bytes of one."""
-    pipe.send(None)
-    return pipe.recv()
+def beside(runs: list[Run], whole: list[Run]) -> dict[str, float]:
+    """Time and memory of a policy, and its time beside that of keeping everything."""
+    ratios = (a.seconds / b.seconds for a, b in zip(runs, whole, strict=True))
+    return {
+        "seconds": round(statistics.median(run.seconds for run in runs), 3),
+        "times": round(statistics.median(ratios), 3),
+        "gib": memory(whole, runs)["gib"],
+    }
 
 
-def serve(pipe: Any, case: Case, threads: int) -> None:
-    """A step whenever it is asked for, until the pipe is closed."""
-    keep_freed_memory()
-    torch.set_num_threads(threads)
-    owed = resident_bytes() + state_memory(case.model).total
-    call = our_step(case)
-    while True:
-        try:
-            pipe.recv()
-        except EOFError:
-            return
-        begin = time.perf_counter()
-        _, peak = call()
-        pipe.send((time.perf_counter() - begin, peak - owed))
+def as_it_is() -> None:
+    """Nothing to prepare."""
 
 
 if __name__ == "__main__":

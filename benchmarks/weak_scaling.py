@@ -36,8 +36,8 @@ from typing import Any
 import torch
 import torch.distributed as dist  # noqa: TID251
 import torch.multiprocessing as mp
+from cases import FINE, WIDE
 from torch import Tensor
-from train_step import FINE, WIDE
 
 from deepseek.config.layout import Layout
 from deepseek.config.schema import DataConfig, ModelConfig

@@ -1,0 +1,171 @@
+"""``results.json``: what was measured last, by command and case, each with its conditions.
+
+python benchmarks/results.py    writes its tables into docs/performance.md
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepseek.planner.cpu import machine_name
+
+RESULTS = Path(__file__).with_name("results.json")
+GUIDE = Path(__file__).parents[1] / "training/nemo/deepseek/docs/performance.md"
+CPU = "train_step cpu"
+NOTICED_GIB = 0.02
+"""Less is told as nothing."""
+
+
+def conditions(device: str = "cpu") -> dict[str, Any]:
+    """When and where, and what else the machine has to do."""
+    name = torch.cuda.get_device_name() if device == "cuda" else machine_name()
+    return {
+        "date": date.today().isoformat(),
+        "machine": name,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def keep(file: Path, command: str, case: str, found: dict[str, Any]) -> None:
+    """Replace what was found of a case by a command; of others what is there stays.
+
+    Args:
+        found: with its ``conditions``; if these are the same but for the load, it adds to what is
+            there, and its mappings to those.
+    """
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    before = kept.setdefault(command, {}).get(case, {})
+    if all(before.get(name) == found[name] for name in ("date", "machine", "threads", "torch")):
+        both = {name for name, value in found.items() if isinstance(value, dict)} & set(before)
+        found = before | found | {name: before[name] | found[name] for name in both}
+    kept[command][case] = found
+    aside = file.with_suffix(".partial")
+    aside.write_text(json.dumps(kept, indent=1) + "\n")
+    aside.replace(file)
+
+
+# -- tables --
+
+Kept = Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+
+def written(text: str, kept: Kept) -> str:
+    """The guide with each table as ``kept`` has it."""
+
+    def table(found: re.Match[str]) -> str:
+        name, rows, where = found[1], [], "(Not measured yet.)"
+        if COMMANDS[name] in kept:
+            rows, where = list(TABLES[name](kept)), told(kept[COMMANDS[name]].values())
+        return "\n".join([f"<!-- table: {name} -->", *rows, "", where, "<!-- end -->"])
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def told(cases: Iterable[Mapping[str, Any]]) -> str:
+    """Conditions of all that a table tells."""
+    cases = list(cases)
+    each = [sorted({str(c[name]) for c in cases}) for name in ("machine", "threads", "date")]
+    machine, threads, days = (" and ".join(names) for names in each)
+    loads = [case["load"] for case in cases]
+    load = f"load average of the minute before {min(loads):.1f} to {max(loads):.1f}"
+    return f"({machine}; threads: {threads}; fp32; {load}; {days})"
+
+
+def line(*cells: Any) -> str:
+    """Of a table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def head(*cells: str) -> list[str]:
+    """Its first two."""
+    return [line(*cells), "|" + "---|" * len(cells)]
+
+
+def training(kept: Kept) -> Iterable[str]:
+    """Steps beside each peer."""
+    yield from head(
+        "model", "beside", "tokens/s, ours / theirs", "times as fast", "GiB besides states"
+    )
+    for name, case in kept[CPU].items():
+        for row in case["rows"]:
+            if "besides" in row and row["dtype"] == "float32":
+                gib = f"{row['ours_besides_gib']:.2f} / {row['theirs_besides_gib']:.2f}"
+                speed = f"{row['ours_tok_s']:,.0f} / {row['theirs_tok_s']:,.0f}"
+                yield line(name, row["peer"], speed, f"{row['times_faster']:.2f}", gib)
+
+
+def decoding(kept: Kept) -> Iterable[str]:
+    """Tokens a second of all sequences."""
+    yield from head("context and batch", "tokens/s, ours / theirs", "times as fast")
+    for name, case in kept[CPU].items():
+        for row in case["rows"]:
+            if "besides" not in row:
+                speed = f"{row['ours_tok_s']:,.0f} / {row['theirs_tok_s']:,.0f}"
+                yield line(name.removeprefix("decode, "), speed, f"{row['times_faster']:.1f}")
+
+
+def breakdown(kept: Kept) -> Iterable[str]:
+    """Share of a step, and of what the machine can."""
+    apart = {name: case["breakdown"] for name, case in kept[CPU].items() if "breakdown" in case}
+    yield from head("share of a step, of its limit", *apart)
+    for component in next(iter(apart.values())):
+        cells = []
+        for parts in apart.values():
+            limit = parts[component]["of_limit"]
+            cells.append(
+                f"{parts[component]['share']:.0%}" + ("" if limit is None else f", {limit:.2f}")
+            )
+        yield line(component, *cells)
+
+
+def ablations(kept: Kept) -> Iterable[str]:
+    """Times as long without, and memory."""
+    cases = kept["ablations"]
+    parts = {
+        name: [case.get(p, {}) for p in ("steps", "processes")] for name, case in cases.items()
+    }
+    yield from head("without", *cases)
+    rows = [part for both in parts.values() for part in both]
+    for name in dict.fromkeys(name for part in rows for name in part):
+        beside = next(part[name]["beside"] for part in rows if name in part)
+        what = name + (f" (both without {', '.join(beside)})" if beside else "")
+        yield line(what, *(_cell([part.get(name, {}) for part in both]) for both in parts.values()))
+
+
+def _cell(parts: list[Mapping[str, float]]) -> str:
+    found = parts[0] | parts[1]  # what is timed in one process has no times in its own
+    said = [f"{found['times']:.2f} ({found['cpu_times']:.2f})"] if "times" in found else []
+    if "gib" in found and abs(more := found["gib"] - found["with_gib"]) >= NOTICED_GIB:
+        said += [f"{more:+.2f} GiB"]
+    return ", ".join(said)
+
+
+def recompute(kept: Kept) -> Iterable[str]:
+    """Time and memory of each policy."""
+    yield from head("case", "granularity", "seconds of a step", "times as long", "GiB")
+    for name, case in kept["recompute"].items():
+        for policy, row in case["policies"].items():
+            numbers = f"{row['seconds']:.2f}", f"{row['times']:.2f}", f"{row['gib']:.2f}"
+            yield line(name, f"`{policy}`", *numbers)
+
+
+TABLES: dict[str, Callable[[Kept], Iterable[str]]] = {
+    table.__name__: table for table in (training, decoding, breakdown, ablations, recompute)
+}
+COMMANDS = {"training": CPU, "decoding": CPU, "breakdown": CPU} | {
+    name: name for name in ("ablations", "recompute")
+}
+
+
+if __name__ == "__main__":
+    GUIDE.write_text(written(GUIDE.read_text(), json.loads(RESULTS.read_text())))

@@ -1,0 +1,217 @@
+"""The commands that measure, in tiny sizes: what they compare computes the same, in two ways."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from support.kernels import kernels_asked_for
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+Load = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    """Imports a file of ``benchmarks/``; cases are tiny."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    _forget()
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    cases = load("cases")
+    for made in (cases.CASES, cases.QUICK):
+        for place, case in enumerate(made):
+            model = replace(case.model, **TINY, n_group=1, topk_group=1)
+            made[place] = replace(case, model=model, batch=2, length=16)
+    yield load
+    _forget()
+
+
+def _forget() -> None:
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_every_ablation_takes_another_way_to_the_same_loss(
+    benchmark: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ablations, sides = benchmark("ablations"), benchmark("sides")
+    case = replace(sides.CASES[0], model=replace(sides.CASES[0].model, moe_aux_loss_coeff=0.01))
+    called: list[str] = []
+
+    def noting(target: str, stands: Any) -> Any:
+        def noted(*args: Any) -> Any:
+            called.append(target)
+            return stands(*args)
+
+        return noted
+
+    def steps() -> tuple[list[float], set[str]]:
+        called.clear()
+        with kernels_asked_for() as asked:
+            step = sides.our_step(case)
+            return [step()[0] for _ in range(2)], asked
+
+    in_process = {n: each for n, each in ablations.ABLATIONS.items() if n != "kept memory"}
+    for name, each in in_process.items():
+        replaced = {target: noting(target, stands) for target, stands in each.replaced.items()}
+        monkeypatch.setitem(ablations.ABLATIONS, name, replace(each, replaced=replaced))
+    for beside in dict.fromkeys(each.beside for each in in_process.values()):
+        with ablations.switched(*beside):
+            expected, whole = steps()
+        for name, each in in_process.items():
+            if each.beside != beside:
+                continue
+            with ablations.switched(name, *beside):
+                losses, _ = steps()
+            assert losses == pytest.approx(expected, rel=1e-6), name
+            assert set(each.kernels) <= whole, f"{name}: the step does without already"
+            assert set(each.replaced) <= set(called), f"{name}: nobody asks for it"
+
+
+def test_ablations_are_told_and_kept(
+    benchmark: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any
+) -> None:
+    """In processes of their own; a second command leaves what was found of other cases."""
+    ablations = benchmark("ablations")
+    monkeypatch.setattr(sys.modules["variants"], "CONTEXT", multiprocessing.get_context("fork"))
+    file, names = tmp_path / "results.json", ["kernel of AdamW", "kept memory"]
+    settings = ["--rounds", "1", "--threads", "1", "--output", str(file)]
+    ablations.main(["--cases", "8 experts", "--only", *names, *settings])
+    ablations.main(["--cases", "F", "--only", "kernel of rotations", "--part", "steps", *settings])
+    kept = json.loads(file.read_text())["ablations"]
+    assert list(kept) == ["8 experts", "F: 64 fine experts"]
+    steps, processes = (kept["8 experts"][part] for part in ("steps", "processes"))
+    assert list(steps) == names[:1] and list(processes) == names
+    assert steps[names[0]]["times"] > 0 and "times" not in processes[names[0]]
+    assert processes[names[1]]["cpu_times"] > 0 and processes[names[1]]["gib"] >= 0
+    assert "both without node of attention" in capfd.readouterr().out
+    with pytest.raises(SystemExit):
+        ablations.main(["--cases", "T"])
+    assert "no case begins with 'T'" in capfd.readouterr().err
+
+
+def test_an_ablation_with_another_loss_is_an_error(
+    benchmark: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variants, cases = benchmark("variants"), benchmark("cases")
+    monkeypatch.setattr(variants, "CONTEXT", multiprocessing.get_context("fork"))
+    longer = replace(cases.CASES[0], length=24)
+    ways = {"one": (cases.CASES[0], int), "other": (longer, int)}
+    with pytest.raises(ValueError, match="should have one loss"):
+        variants.in_turn(ways, threads=1, rounds=1)
+
+
+def test_the_bench_tells_and_keeps_each_case(
+    benchmark: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    """Both sides in this process; cases of a group are compared with the first of them, too."""
+    train_step, sides = benchmark("train_step"), benchmark("sides")
+    order: list[str] = []
+
+    @contextmanager
+    def here(side: str, case: Any, threads: int, device: str) -> Iterator[Callable[[bool], Any]]:
+        call = sides.import_side(side, case, torch.device(device))()
+
+        def run(half: bool) -> Any:
+            assert not half
+            order.append(f"{side} {case.name}")
+            return sides.Run(float(len(order)), 1.0, 2 << 30, 1 << 30, call()[0])
+
+        yield run
+
+    rates = {torch.float32: 2e9, torch.bfloat16: 1e9}
+    monkeypatch.setattr(train_step, "worker", here)
+    monkeypatch.setattr(train_step, "product_rate", rates.__getitem__)
+    monkeypatch.setattr(train_step, "left_out", lambda: {"automodel": "it is not there"})
+    monkeypatch.setattr(train_step, "breakdown", lambda *_: {"AdamW": 1})
+    file = tmp_path / "results.json"
+    settings = ["--rounds", "1", "--threads", "1", "--output", str(file)]
+    train_step.main(["--cases", "8 experts", "128 experts", *settings])
+    assert order[:4] == [
+        "ours 8 experts",
+        "shipped 8 experts",
+        "ours 128 experts",
+        "shipped 128 experts",
+    ]
+    train_step.main(["--cases", "F", "decode, batch 8", *settings])
+    kept = json.loads(file.read_text())["train_step cpu"]
+    assert list(kept) == ["8 experts", "128 experts", "F: 64 fine experts", "decode, batch 8"]
+    assert "ours_of_first" not in kept["8 experts"]["rows"][0]
+    # The second round's runs took 5, 6, 7 and 8 seconds.
+    row = kept["128 experts"]["rows"][0]
+    assert (row["ours_of_first"], row["theirs_of_first"]) == (0.714, 0.75)
+    assert row["times_faster"] == 1.143 and row["besides"] == 1.0
+    assert kept["128 experts"]["breakdown"] == {"AdamW": 1}
+    assert [row["peer"] for row in kept["F: 64 fine experts"]["rows"]] == ["shipped", "tuned"]
+    assert [row["peer"] for row in kept["decode, batch 8"]["rows"]] == ["tuned"]
+    said = capsys.readouterr().out
+    assert "automodel is left out: it is not there" in said
+    assert "bf16 is left out" in said
+    with pytest.raises(SystemExit):
+        train_step.main(["--cases", "S", "T"])
+    assert "no case begins with 'T'; there are: S: 32 wide experts" in capsys.readouterr().err
+
+
+def test_a_side_measures_itself(benchmark: Load) -> None:
+    """What comes through the pipe, until nobody asks."""
+    sides = benchmark("sides")
+    case, (here, there) = replace(sides.CASES[0], repeats=2), multiprocessing.Pipe()
+    for half in (False, True, None):
+        here.send(half)
+    losses = iter((3.0, 2.0, 1.0, 0.0))
+    sides.answer(there, case, lambda: lambda: (next(losses), 0), sides.CPU)
+    runs = [sides.Run(**here.recv()) for _ in range(2)]
+    assert [run.first_loss for run in runs] == [3.0, 3.0]
+    assert all(run.peak_bytes > run.besides_bytes and run.seconds > 0 for run in runs)
+
+
+def test_the_guide_tells_what_was_measured(benchmark: Load) -> None:
+    results = benchmark("results")
+    guide, kept = results.GUIDE.read_text(), json.loads(results.RESULTS.read_text())
+    assert results.written(guide, kept) == guide, "python benchmarks/results.py writes it anew"
+    assert set(re.findall(r"table: (\w+)", guide)) == set(results.TABLES)
+    assert "| S: 32 wide experts | tuned |" in guide and "| kernel of AdamW |" in guide
+
+
+def test_what_was_found_of_a_case_adds_up_under_the_same_conditions(
+    benchmark: Load, tmp_path: Path
+) -> None:
+    results, file = benchmark("results"), tmp_path / "results.json"
+    told = {"date": "2026-01-01", "machine": "one", "threads": 2, "torch": "2", "load": 0.1}
+    results.keep(file, "ablations", "S", told | {"without": {"a": 1}})
+    results.keep(file, "ablations", "S", told | {"load": 0.2, "without": {"b": 2}})
+    assert json.loads(file.read_text())["ablations"]["S"]["without"] == {"a": 1, "b": 2}
+    results.keep(file, "ablations", "S", told | {"threads": 1, "without": {"c": 3}})
+    assert json.loads(file.read_text())["ablations"]["S"]["without"] == {"c": 3}
