@@ -336,7 +336,7 @@ def test_margins_of_routers(layers: int, tokens: int, experts: int, choices: int
     ids_LTK = choice_LTE.topk(choices, dim=2, sorted=False).indices
     few_TE = torch.full((tokens, experts), -torch.inf).scatter(1, ids_LTK[-1], 1.0)
     choice_LTE[-1, 1::2] = few_TE[1::2]
-    given = choice_LTE, ids_LTK, drawn(layers, tokens) > -0.5
+    given = [list(x) for x in (choice_LTE, ids_LTK, drawn(layers, tokens) > -0.5)]
     with asked_for("margin_sums"):
         sums_L2 = routing.margin_sums(*given)
     torch.testing.assert_close(sums_L2, routing.margin_sums_slow(*given), rtol=1e-12, atol=0)

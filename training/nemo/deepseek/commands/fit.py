@@ -40,7 +40,7 @@ from deepseek.frameworks import (
 )
 from deepseek.launch.health import compile_kernels, local_checks, worst
 from deepseek.launch.processes import Processes, join, record_flights, remember, remembers
-from deepseek.launch.strategy import DeepSeekStrategy
+from deepseek.launch.strategy import DeepSeekStrategy, OneProcess
 from deepseek.monitoring.record.run_record import peak_of
 from deepseek.parallel.cpu_memory import keep_freed_memory
 from deepseek.run_folder import FLIGHT_RECORDER, GOING_BACK, LOGS
@@ -172,7 +172,7 @@ def _fit(
                 processes=processes,
             )
             if together
-            else "auto",
+            else OneProcess(_device(processes, on_gpu)),
             precision=precision,  # type: ignore[arg-type]
             max_steps=run.trainer.max_steps,
             val_check_interval=run.trainer.val_check_interval if validates else None,

@@ -1,4 +1,4 @@
-"""The one Lightning strategy, for PyTorch Lightning and NeMo: processes and meshes, nothing more.
+"""The Lightning strategies, for PyTorch Lightning and NeMo: processes and meshes, nothing more.
 
 How the model is spread is the module's own business (``configure_model``), and checkpoints are
 written by ``deepseek.checkpoint.callback.Checkpointing``.
@@ -31,6 +31,18 @@ _OWN_CHECKPOINTS = (
     "deepseek.checkpoint.callback.Checkpointing: use it, with Trainer(enable_checkpointing=False) "
     "and without ckpt_path"
 )
+
+
+class OneProcess(pl.strategies.SingleDeviceStrategy):  # type: ignore[misc, name-defined]
+    """A run of a ``DeepSeekModel`` without other ranks."""
+
+    def batch_to_device(
+        self, batch: Mapping[str, Tensor], device: Any = None, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """Lightning's own asks three hooks, and looks for tensors in whatever a batch may be, which
+        takes longer than to move the few that there are."""
+        to = self.root_device
+        return {name: tensor.to(to, non_blocking=True) for name, tensor in batch.items()}
 
 
 class DeepSeekStrategy(pl.strategies.ParallelStrategy):  # type: ignore[misc, name-defined]

@@ -53,6 +53,7 @@ class ArrayLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._opened = False
+        self._meta: tuple[dict[str, Any], str] = ({}, "{}")
 
     def append(self, step: int, arrays: dict[str, np.ndarray], **meta: Any) -> None:
         """Write the record of a step in one system call.
@@ -65,7 +66,9 @@ class ArrayLog:
         Raises:
             OSError: the file cannot be written; it is left as it was before the call.
         """
-        record = _record(step, arrays, meta)
+        if meta != self._meta[0]:  # mostly the same in all of a run's records
+            self._meta = meta, _ENCODER.encode(meta)
+        record = _record(step, arrays, self._meta[1])
         if not self._opened:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             cut_torn_record(self.path)
@@ -189,10 +192,12 @@ def cut_torn_record(path: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _record(step: int, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> bytes:
+def _record(step: int, arrays: dict[str, np.ndarray], meta: str) -> bytes:
     packed = [(name, *_packed(array)) for name, array in arrays.items()]
-    listed = [[name, dtype, shape, len(data)] for name, dtype, shape, data in packed]
-    header = _ENCODER.encode({"step": int(step), "arrays": listed, "meta": meta}).encode()
+    listed = _ENCODER.encode(
+        [[name, dtype, shape, len(data)] for name, dtype, shape, data in packed]
+    )
+    header = f'{{"step":{int(step)},"arrays":{listed},"meta":{meta}}}'.encode()
     payload = b"".join(data for _, _, _, data in packed)
     lengths = _LENGTHS.pack(len(header), len(payload))
     crc = zlib.crc32(header, zlib.crc32(lengths))
@@ -206,8 +211,9 @@ def _packed(array: np.ndarray) -> tuple[str, list[int], bytes]:
         raise TypeError(f"an array of {array.dtype} is no array of numbers")
     if array.dtype.str[0] == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
-    grouped = np.frombuffer(array.tobytes(), np.uint8).reshape(array.size, array.itemsize).T
-    return array.dtype.str, list(array.shape), zlib.compress(grouped.tobytes(), 1)
+    plain, size = array.tobytes(), array.itemsize
+    grouped = b"".join([plain[place::size] for place in range(size)])
+    return array.dtype.str, list(array.shape), zlib.compress(grouped, 1)
 
 
 def _unpacked(data: bytes, dtype: str, shape: list[int]) -> np.ndarray:

@@ -2,14 +2,13 @@
 
 ``tokens`` is always [..., E]: assignments of real tokens of the whole global batch to each of E
 experts, for any leading axes such as [steps, layers]. n is one count, m the mean over experts,
-p = n / sum(n). Where no token reached a layer the shares are undefined and come back as NaN. Who
-asks several formulas of the same counts hands them over as ``Loads``, which takes each sum once.
+p = n / sum(n). Where no token reached a layer the shares are undefined and come back as NaN.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -17,87 +16,66 @@ STARVED_BELOW = 0.1
 """An expert is starved below this share of the mean load."""
 
 
-class Loads:
-    """Counts, and the sums over experts that formulas share; each is taken when it is first asked.
-
-    Args:
-        tokens: [..., E].
-    """
-
-    def __init__(self, tokens: np.ndarray) -> None:
-        self.tokens = tokens
-        self.experts = tokens.shape[-1]
-
-    @staticmethod
-    def of(tokens: np.ndarray | Loads) -> Loads:
-        """``tokens``, if they are ``Loads`` already."""
-        return tokens if isinstance(tokens, Loads) else Loads(tokens)
-
-    @cached_property
-    def counts(self) -> np.ndarray:
-        """n, float64 [..., E]: exact below 2^53."""
-        return self.tokens.astype(np.float64)
-
-    @cached_property
-    def total(self) -> np.ndarray:
-        """sum(n), float64 [...], NaN where there is no token."""
-        total = self.counts.sum(axis=-1)
-        return np.where(total > 0, total, np.nan)
-
-    @cached_property
-    def mean(self) -> np.ndarray:
-        """m, float64 [...], NaN where there is no token."""
-        return self.total / self.experts
-
-    @cached_property
-    def nats(self) -> np.ndarray:
-        """Entropy of p, float64 [...]: ln(sum n) - sum(n ln n) / sum(n), which needs no p."""
-        weighted = (self.counts * np.log(np.maximum(self.counts, 1.0))).sum(axis=-1)
-        return np.log(self.total) - weighted / self.total
-
-
-def utilisation(tokens: np.ndarray | Loads) -> np.ndarray:
+def utilisation(tokens: np.ndarray) -> np.ndarray:
     """u = n / m, float64 [..., E]; 1: a fair share."""
-    loads = Loads.of(tokens)
-    return loads.counts / loads.mean[..., None]
+    return tokens / _mean(tokens)[..., None]
 
 
-def variation(tokens: np.ndarray | Loads) -> np.ndarray:
+def variation(tokens: np.ndarray) -> np.ndarray:
     """Coefficient of variation sigma / m with the population's sigma (ddof 0), [...]."""
-    loads = Loads.of(tokens)
-    off = loads.counts - loads.mean[..., None]
-    return np.sqrt((off * off).sum(axis=-1) / loads.experts) / loads.mean
+    mean = _mean(tokens)
+    off = tokens - mean[..., None]
+    return np.sqrt((off * off).sum(axis=-1) / tokens.shape[-1]) / mean
 
 
-def max_violation(tokens: np.ndarray | Loads) -> np.ndarray:
+def max_violation(tokens: np.ndarray) -> np.ndarray:
     """MaxVio = max(n) / m - 1, [...]; 0: balanced (arXiv:2408.15664)."""
-    loads = Loads.of(tokens)
-    return loads.counts.max(axis=-1) / loads.mean - 1.0
+    return tokens.max(axis=-1) / _mean(tokens) - 1.0
 
 
-def entropy(tokens: np.ndarray | Loads) -> np.ndarray:
+def entropy(tokens: np.ndarray) -> np.ndarray:
     """-sum(p ln p) / ln E, [...], from 0 (one expert takes all) to 1 (balanced); E = 1: 1."""
-    loads = Loads.of(tokens)
-    if loads.experts == 1:
-        return np.where(loads.total > 0, 1.0, np.nan)
-    return loads.nats / np.log(loads.experts)
+    if tokens.shape[-1] == 1:
+        return np.where(_total(tokens) > 0, 1.0, np.nan)
+    return _nats(tokens) / np.log(tokens.shape[-1])
 
 
-def effective_experts(tokens: np.ndarray | Loads) -> np.ndarray:
+def effective_experts(tokens: np.ndarray) -> np.ndarray:
     """exp(-sum(p ln p)) / E, [...]: the share of experts a balanced layer of that entropy has."""
-    loads = Loads.of(tokens)
-    return np.exp(loads.nats) / loads.experts
+    return np.exp(_nats(tokens)) / tokens.shape[-1]
 
 
-def dead(tokens: np.ndarray | Loads) -> np.ndarray:
+def dead(tokens: np.ndarray) -> np.ndarray:
     """How many experts got no token, int64 [...]."""
-    return np.count_nonzero(Loads.of(tokens).tokens == 0, axis=-1)
+    return np.count_nonzero(tokens == 0, axis=-1)
 
 
-def starved(tokens: np.ndarray | Loads) -> np.ndarray:
+def starved(tokens: np.ndarray) -> np.ndarray:
     """How many experts got less than a tenth of the mean, dead ones included, int64 [...]."""
-    loads = Loads.of(tokens)
-    return np.count_nonzero(loads.counts < STARVED_BELOW * loads.mean[..., None], axis=-1)
+    return np.count_nonzero(tokens < STARVED_BELOW * _mean(tokens)[..., None], axis=-1)
+
+
+def nats_of(counts: list[int]) -> float:
+    """Entropy of one layer that has tokens, in plain loops, for few experts."""
+    total = sum(counts)
+    return math.log(total) - sum([n * math.log(n) for n in counts if n]) / total
+
+
+def _total(tokens: np.ndarray) -> np.ndarray:
+    """sum(n), float64 [...], exact below 2^53; NaN where there is no token."""
+    total = tokens.sum(axis=-1, dtype=np.float64)
+    return np.where(total > 0, total, np.nan)
+
+
+def _mean(tokens: np.ndarray) -> np.ndarray:
+    """m, float64 [...], NaN where there is no token."""
+    return _total(tokens) / tokens.shape[-1]
+
+
+def _nats(tokens: np.ndarray) -> np.ndarray:
+    """Entropy of p, float64 [...]: ln(sum n) - sum(n ln n) / sum(n), which needs no p."""
+    total = _total(tokens)
+    return np.log(total) - (tokens * np.log(np.maximum(tokens, 1.0))).sum(axis=-1) / total
 
 
 def turns(before: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -107,8 +85,7 @@ def turns(before: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     where the load has crossed the mean. Near 1: it only trembles, and its rate is what limits the
     balance; 0: it is still on its way.
     """
-    loads = [Loads(counts) for counts in (before, tokens)]
-    signs = [np.sign(one.mean[..., None] - one.counts) for one in loads]
+    signs = [np.sign(_mean(counts)[..., None] - counts) for counts in (before, tokens)]
     return np.count_nonzero(signs[0] * signs[1] < 0, axis=-1) / tokens.shape[-1]
 
 
@@ -140,8 +117,7 @@ def rank_load(tokens: np.ndarray, ranks: int) -> np.ndarray:
 
 def imbalance(load: np.ndarray) -> np.ndarray:
     """max / mean over the last axis, [...]; 1: balanced. Of ranks: how much longer all wait."""
-    loads = Loads(load)
-    return loads.counts.max(axis=-1) / loads.mean
+    return load.max(axis=-1) / _mean(load)
 
 
 def replicated_imbalance(tokens: np.ndarray, ranks: int, replicas: int) -> np.ndarray:
@@ -201,6 +177,9 @@ class DeadSince:
             self._count = np.zeros(tokens.shape, np.int64)
             self._longest_since = np.full(tokens.shape, -1, np.int64)
             self._longest_count = np.zeros(tokens.shape, np.int64)
+        if tokens.all():  # as in most steps
+            self._count.fill(0)
+            return
         self._count += 1
         self._count *= tokens == 0
         self._since[self._count == 1] = step
@@ -210,7 +189,7 @@ class DeadSince:
 
     def experts(self, least: int = 1) -> list[DeadExpert]:
         """Those dead now, and for so many steps at least, the longest dead first."""
-        if self._since is None:
+        if self._since is None or not self._count.any():
             return []
         found = _dead_experts(np.argwhere(self._count >= least), self._since, self._count)
         return sorted(found, key=lambda one: (one.since, one.layer, one.expert))

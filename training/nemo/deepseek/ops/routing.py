@@ -7,6 +7,7 @@ Of equal scores the kernels take the first expert, torch any.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -107,20 +108,33 @@ def sequence_sums_slow(scores_BSE: Tensor, top_k: int, real_BS: Tensor) -> Tenso
     return torch.cat([part.sum(dim=1) for part in parts], dim=-1)
 
 
-def margin_sums(choice_LTE: Tensor, expert_ids_LTK: Tensor, real_LT: Tensor) -> Tensor:
+def margin_sums(
+    choices: Sequence[Tensor], expert_ids: Sequence[Tensor], real: Sequence[Tensor]
+) -> Tensor:
     """Of each layer, fp64 (L, 2): how far the last chosen expert lies above the best other one,
-    over real tokens that have another one, and how many tokens these are. No gradient."""
-    given = choice_LTE, expert_ids_LTK, real_LT
+    over real tokens that have another one, and how many tokens these are. No gradient.
+
+    Args:
+        choices: what a layer's experts are chosen by, (T, E).
+        expert_ids: the chosen ones, (T, K).
+        real: False for padding, (T,).
+    """
+    given = *choices, *expert_ids, *real
     run = kernel("margin_sums", "ppppnnnn", *given)
     if run is None or not all(x.is_contiguous() for x in given):
-        return margin_sums_slow(*given)
-    sums_L2 = choice_LTE.new_empty(len(choice_LTE), 2, dtype=torch.float64)
-    run(sums_L2, *given, *choice_LTE.shape, expert_ids_LTK.shape[2])
+        return margin_sums_slow(choices, expert_ids, real)
+    sums_L2 = choices[0].new_empty(len(choices), 2, dtype=torch.float64)
+    addresses = torch.tensor([x.data_ptr() for x in given]).view(3, len(choices))
+    run(sums_L2, *addresses, len(choices), *choices[0].shape, expert_ids[0].shape[1])
     return sums_L2
 
 
-def margin_sums_slow(choice_LTE: Tensor, expert_ids_LTK: Tensor, real_LT: Tensor) -> Tensor:
+def margin_sums_slow(
+    choices: Sequence[Tensor], expert_ids: Sequence[Tensor], real: Sequence[Tensor]
+) -> Tensor:
     """Reference implementation of ``margin_sums``."""
+    given = [torch.stack(list(layers)) for layers in (choices, expert_ids, real)]
+    choice_LTE, expert_ids_LTK, real_LT = given
     last_LT = choice_LTE.gather(2, expert_ids_LTK).amin(dim=2)
     next_LT = choice_LTE.scatter(2, expert_ids_LTK, -torch.inf).amax(dim=2)  # sorting takes longer
     margin_LT = last_LT - next_LT

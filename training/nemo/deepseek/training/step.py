@@ -7,6 +7,7 @@ with or without accumulation. Shapes: ``models/__init__.py``.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from math import isfinite
@@ -47,6 +48,8 @@ from deepseek.training.qk_clip import QueryKeyClip
 MAX_SKIPPED_IN_A_ROW = 10
 """Consecutive steps with a non-finite gradient after which training stops."""
 
+
+_PLAIN = (str, int, float, type(None))
 
 Loader = Callable[[int, int, int], Iterable[Batch]]
 """From the first step, the data-parallel rank and their number to this rank's batches."""
@@ -113,6 +116,14 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         """A signal had reached some rank before this step ended; the same on all ranks."""
         self._loading: TimedLoader | None = None
         self._validation_sums = torch.zeros(2, dtype=torch.float64)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As a module does, without its search for parameters where a plain attribute gets another
+        plain value: Lightning notes each hook here, twenty times a step."""
+        if isinstance(value, _PLAIN) and name in self.__dict__:
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     # -- the step --
 
@@ -287,6 +298,9 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
             progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
             progress.increment_ready()
             progress.increment_completed()
+
+    # Lightning asks for it in each step, and Python would find it out each time.
+    training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
 
     def parallelize(
         self,

@@ -20,7 +20,7 @@ import numpy as np
 from deepseek.config.schema import ModelConfig, RunConfig
 from deepseek.console import say
 from deepseek.frameworks import Trainer
-from deepseek.monitoring.load_metrics import DeadSince, effective_experts
+from deepseek.monitoring.load_metrics import DeadSince, nats_of
 from deepseek.monitoring.record.expert_monitor import ExpertMonitor, ExpertRecord
 from deepseek.monitoring.record.metrics_log import MetricsLog
 from deepseek.monitoring.record.rank_monitor import RankMonitor, RankRecord
@@ -377,17 +377,16 @@ class RouterCollapse(Detector):
         most = COLLAPSED_SHARE if is_settled else COMPLETE_SHARE
         needed = COLLAPSED_RECORDS if is_settled else self._settling.records
         before, self._before = self._before, record
-        effective_L = effective_experts(record.loads) * experts
-        way_L = (experts - effective_L) / (experts - top_k)
-        collapsed_L = (way_L > most) & (record.loads.total >= LEAST_LOAD * experts)
-        for row, (layer, is_collapsed) in enumerate(
-            zip(record.layers, collapsed_L.tolist(), strict=True)
-        ):
+        for row, (layer, counts) in enumerate(zip(record.layers, record.counts, strict=True)):
+            total = sum(counts)
+            effective = math.exp(nats_of(counts)) if total else math.nan
+            way = (experts - effective) / (experts - top_k)
+            is_collapsed = way > most and total >= LEAST_LOAD * experts
             if not is_collapsed:
                 self._in_a_row[layer] = 0
                 self._calm[layer] += 1
                 if layer in self._told and self._calm[layer] >= CALM_RECORDS:
-                    now = f"{layer} uses {effective_L[row]:.1f} of {experts} experts"
+                    now = f"{layer} uses {effective:.1f} of {experts} experts"
                     yield self._over(layer, now, layer=layer)
                 continue
             self._calm[layer] = 0
@@ -395,7 +394,7 @@ class RouterCollapse(Detector):
             self._in_a_row[layer] = self._in_a_row[layer] + 1 if goes_on else 1
             if self._in_a_row[layer] >= needed and layer not in self._told:
                 self._told[layer] = seen.step
-                yield self._alarm(record, row, float(effective_L[row]))
+                yield self._alarm(record, row, effective)
 
     def _alarm(self, record: ExpertRecord, row: int, effective: float) -> Alarm:
         tokens_E = record.tokens_LE[row]
@@ -449,8 +448,11 @@ class DeadExperts(Detector):
         if self._missed_LE.shape != tokens_LE.shape:
             self._missed_LE = np.zeros(tokens_LE.shape)
         self._since.add(record.step, tokens_LE)
-        self._missed_LE += tokens_LE.sum(axis=1, keepdims=True) / tokens_LE.shape[1]
-        self._missed_LE *= tokens_LE == 0
+        if tokens_LE.all():
+            self._missed_LE.fill(0)
+        else:
+            self._missed_LE += tokens_LE.sum(axis=1, keepdims=True) / tokens_LE.shape[1]
+            self._missed_LE *= tokens_LE == 0
         for place in [place for place in self._dead if self._is_back(tokens_LE, place)]:
             experts, layer = self._dead.pop(place).experts, record.layers[place[0]]
             verb = "have" if len(experts) > 1 else "has"

@@ -30,7 +30,7 @@ from deepseek.monitoring.record.recorder import (
 from deepseek.parallel.gradients import max_over, sum_over
 from deepseek.parallel.mesh import Meshes
 from deepseek.run_folder import COLLECTIVES_FILE, RANKS_FILE, TRAFFIC_FILE
-from deepseek.training.phases import Memory, resident_bytes
+from deepseek.training.phases import Memory
 from deepseek.training.step import DeepSeekCallback, DeepSeekModel, StepRecord
 
 MEASURED_PHASES = ("forward_backward", "optimizer", "checkpoint")
@@ -197,14 +197,13 @@ class RankMonitor(DeepSeekCallback):
         # One collective: each rank fills its row of one table; at its end what it sent to whom in
         # its EP group, which are neighbours: a row of all ranks would make it size x size.
         width = len(COLUMNS) + len(kinds) * len(NUMBERS) + 1 + ep
-        mine = [own]
-        if summary is not None:
-            mine += [summary.numbers.get(kind, np.zeros(len(NUMBERS))) for kind in kinds]
-            mine += [np.array([float(summary.row_bytes)]), summary.expert_bytes.astype(np.float64)]
-        else:
-            mine.append(np.zeros(1 + ep))
         table = np.zeros((size, width))
-        table[rank] = np.concatenate(mine)
+        table[rank, : len(own)] = own
+        if summary is not None:
+            mine = [summary.numbers.get(kind, np.zeros(len(NUMBERS))) for kind in kinds]
+            table[rank, len(own) :] = np.concatenate(
+                [*mine, [summary.row_bytes], summary.expert_bytes]
+            )
         found = _summed(table, module)
         if not self._leads:
             return
@@ -257,8 +256,8 @@ def _measurements(
     step_seconds: float,
     summary: Summary | None,
     rows: ReceivedRows | None,
-) -> np.ndarray:
-    """One rank's ``COLUMNS``, fp64."""
+) -> list[float]:
+    """One rank's ``COLUMNS``."""
     seconds = transfer = exposed = 0.0
     if summary is not None:
         numbers = np.array(list(summary.numbers.values()))
@@ -266,32 +265,24 @@ def _measurements(
             numbers[:, NUMBERS.index(name)].sum()
             for name in ("seconds", "transfer_seconds", "exposed_seconds")
         )
-    now, reserved = resident_bytes(), 0
-    device = next(module.model.parameters()).device
-    if device.type == "cuda":
-        now = torch.cuda.memory_allocated(device)
-        reserved = torch.cuda.memory_reserved(device)
-    saved = module.save_record
-    memory: dict[str, Memory | None] = {**module.phases.memory}
-    memory["checkpoint"] = saved.memory if saved else None
-    used = [memory[phase] or Memory(0, 0, 0) for phase in MEASURED_PHASES]
-    return np.array(
-        [  # in the order of COLUMNS
-            step_seconds,
-            row.data_seconds or 0.0,
-            max(0.0, step_seconds - exposed),
-            seconds - transfer,
-            transfer,
-            row.optimizer_seconds or 0.0,
-            now,
-            max(now, row.memory_bytes or 0),
-            reserved,
-            rows.total if rows else 0,
-            rows.largest if rows else 0,
-            *(n for one in used for n in (one.allocated, one.reserved, one.peak)),
-        ],
-        np.float64,
-    )
+    memory, saved = module.phases.memory, module.save_record
+    now = memory["optimizer"]  # which ends the step
+    checkpoint = saved.memory if saved else Memory(0, 0, 0)
+    used = memory["forward_backward"], now, checkpoint  # of MEASURED_PHASES
+    return [  # in the order of COLUMNS
+        step_seconds,
+        row.data_seconds or 0.0,
+        max(0.0, step_seconds - exposed),
+        seconds - transfer,
+        transfer,
+        row.optimizer_seconds or 0.0,
+        now.allocated,
+        max(now.allocated, row.memory_bytes or 0),
+        now.reserved,
+        rows.total if rows else 0,
+        rows.largest if rows else 0,
+        *(n for one in used for n in (one.allocated, one.reserved, one.peak)),
+    ]
 
 
 class _Files:
@@ -312,6 +303,8 @@ class _Files:
     ) -> None:
         """Ranks and collectives of one step."""
         self._ranks.append(step, {"ranks": ranks_RM.astype(np.float32)}, columns=list(COLUMNS))
+        if not kinds:
+            return
         step_seconds = ranks_RM[:, 0].mean()
         rows = [
             _row(step, kind, numbers_RKN[:, k], step_seconds)

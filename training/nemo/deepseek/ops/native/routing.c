@@ -108,17 +108,19 @@ void sequence_sums_backward(float *restrict by_scores, const float *restrict by_
 }
 
 /* Of each layer, `sums` (layers, 2): how far the last of a real token's chosen experts lies above
- * the best other one, over the tokens of which that is a finite number, and how many these are. */
-void margin_sums(double *restrict sums, const float *restrict choice,
-                 const int64_t *restrict chosen, const char *restrict real, int64_t layers,
-                 int64_t tokens, int64_t experts, int64_t choices) {
+ * the best other one, over the tokens of which that is a finite number, and how many these are.
+ * The others have an address for each layer. */
+void margin_sums(double *restrict sums, const float *const *choice, const int64_t *const *chosen,
+                 const char *const *real, int64_t layers, int64_t tokens, int64_t experts,
+                 int64_t choices) {
     char is_chosen[experts];
     memset(is_chosen, 0, experts);
     memset(sums, 0, 2 * layers * sizeof *sums);
-    for (int64_t t = 0; t < layers * tokens; t++) {
-        if (!real[t]) continue;
-        const float *x = choice + t * experts;
-        const int64_t *places = chosen + t * choices;
+    for (int64_t i = 0; i < layers * tokens; i++) {
+        const int64_t layer = i / tokens, t = i % tokens;
+        if (!real[layer][t]) continue;
+        const float *x = choice[layer] + t * experts;
+        const int64_t *places = chosen[layer] + t * choices;
         float last = INFINITY, next = -INFINITY;
         for (int64_t k = 0; k < choices; k++) {
             is_chosen[places[k]] = 1;
@@ -128,8 +130,8 @@ void margin_sums(double *restrict sums, const float *restrict choice,
             if (!is_chosen[e] && is_larger(x[e], next)) next = x[e];
         for (int64_t k = 0; k < choices; k++) is_chosen[places[k]] = 0;
         if (!isfinite(last - next)) continue;
-        sums[t / tokens * 2] += last - next;
-        sums[t / tokens * 2 + 1] += 1;
+        sums[layer * 2] += last - next;
+        sums[layer * 2 + 1] += 1;
     }
 }
 
