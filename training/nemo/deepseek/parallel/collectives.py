@@ -8,9 +8,9 @@ B batch, S sequence, s = S/n part of one of n ranks, D model, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deepseek.models.components.recompute import keep
 from deepseek.ops.fp8_linear import pack_tiles, unpack_tiles
-from deepseek.parallel import cpu_memory, overlap
+from deepseek.parallel import cpu_exchange, cpu_memory, overlap
 
 
 @torch.compiler.disable
@@ -87,8 +87,7 @@ def all_to_all_weighted_rows(
 
     Args:
         x_RD: R = sum(send_counts).
-        weights_R: one or some (R, K) for each row; as wide as the rows' numbers, or a multiple: the
-            bits travel as numbers of rows.
+        weights_R: one or some (R, K) for each row; as wide as the rows' numbers, or a multiple.
         meanwhile: computes something else.
         fp8: rows travel in it, and arrive as what it has left of them; their gradients do not.
         passed_on: what arrives is exchanged once more, and nothing else is done with it: where a
@@ -97,11 +96,10 @@ def all_to_all_weighted_rows(
     Returns:
         (sum(receive_counts), D) and the weights beside them, by source rank; what it has computed.
     """
-    form = _Form(x_RD.shape[1], x_RD.dtype, weights_R.shape[1:], weights_R.dtype)
     trip = _Trip(send_counts, receive_counts, group, passed_on)
-    begun = _Depart.apply(x_RD, weights_R, trip, form, form._replace(fp8=fp8))
+    begun = _Depart.apply(x_RD, weights_R, trip, fp8)
     computed = meanwhile()
-    return *_Arrive.apply(begun, trip, form, form._replace(fp8=fp8)), computed
+    return *_Arrive.apply(begun, trip, x_RD.shape[1], x_RD.dtype, fp8), computed
 
 
 class _Trip:
@@ -121,14 +119,14 @@ class _Trip:
         self.counts, self.group, self.passed_on = (send_counts, receive_counts), group, passed_on
         self.under_way: _UnderWay | None = None
 
-    def begin(self, packed: Tensor, back: bool = False) -> Tensor:
+    def begin(self, *input: Tensor, back: bool = False) -> Tensor:
         """A tensor of nothing, by which autograd knows the order."""
         send, receive = reversed(self.counts) if back else self.counts
-        start = partial(_UnderWay, packed, send, receive, self.group)
+        start = partial(_UnderWay, input, send, receive, self.group)
         self.under_way = start() if back else keep(start, rows=True)
-        return packed.new_empty(0, dtype=torch.float32)  # one that has a gradient
+        return input[0].new_empty(0, dtype=torch.float32)  # one that has a gradient
 
-    def end(self) -> Tensor:
+    def end(self) -> list[Tensor]:
         """What has arrived."""
         assert self.under_way is not None
         under_way, self.under_way = self.under_way, None
@@ -142,40 +140,41 @@ class _UnderWay:
     """One exchange that has begun."""
 
     def __init__(
-        self, packed: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+        self,
+        input: Sequence[Tensor],
+        send: list[int],
+        receive: list[int],
+        group: dist.ProcessGroup,
     ) -> None:
-        self.arrived = packed.new_empty(sum(receive), packed.shape[1])
-        self._sent: Tensor | None = packed
-        self._work = dist.all_to_all_single(
-            self.arrived, packed, receive, send, group=group, async_op=True
-        )
+        sent = [x.contiguous() for x in input]
+        self.arrived: list[Tensor] = []
+        self._exchange: Any = cpu_exchange.all_to_all(sent, receive, send, group)
 
-    def wait(self) -> Tensor:
+    def wait(self) -> list[Tensor]:
         """What has arrived; in a recomputation that keeps it, at once."""
-        if self._sent is not None:
+        if self._exchange is not None:
             overlap.pause()
-            self._work.wait()
-            self._sent = self._work = None
-        return self.arrived
+            self.arrived = self._exchange.wait()
+            self._exchange = None
+        return [x.detach() for x in self.arrived]  # autograd marks what its functions give
 
     def forget(self) -> None:
         """What has arrived, but for its shape."""
-        self.arrived = self.arrived.new_zeros(1).expand_as(self.arrived)
+        self.arrived = [x.new_zeros(1).expand_as(x) for x in self.arrived]
 
 
 class _Depart(torch.autograd.Function):
     """Begins the exchange of rows; its backward pass ends that of their gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_RD: Tensor, weights_R: Tensor, trip: _Trip, wide: _Form, form: _Form
-    ) -> Tensor:
-        ctx.trip, ctx.wide = trip, wide
-        return trip.begin(form.pack(x_RD, weights_R))
+    def forward(ctx: Any, x_RD: Tensor, weights_R: Tensor, trip: _Trip, fp8: bool) -> Tensor:
+        ctx.trip = trip
+        return trip.begin(pack_tiles(x_RD) if fp8 else x_RD, weights_R)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        return *ctx.wide.unpack(ctx.trip.end()), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_RD, grad_R = ctx.trip.end()
+        return grad_RD, grad_R, None, None
 
 
 class _Arrive(torch.autograd.Function):
@@ -183,39 +182,17 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, begun: Tensor, trip: _Trip, wide: _Form, form: _Form
+        ctx: Any, begun: Tensor, trip: _Trip, dim: int, dtype: torch.dtype, fp8: bool
     ) -> tuple[Tensor, Tensor]:
-        ctx.trip, ctx.wide = trip, wide
-        return form.unpack(trip.end())
+        ctx.trip = trip
+        x_QD, weights_Q = trip.end()
+        return unpack_tiles(x_QD, dim, dtype) if fp8 else x_QD, weights_Q
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor, grad_R: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.trip.begin(ctx.wide.pack(grad_RD, grad_R), back=True), None, None, None
-
-
-class _Form(NamedTuple):
-    """How rows and their weights travel: each row with the bits of its weights behind it."""
-
-    dim: int
-    dtype: torch.dtype
-    """Of rows."""
-    weights: torch.Size
-    """Of one row: none, or how many."""
-    weights_dtype: torch.dtype
-    fp8: bool = False
-
-    def pack(self, x_RD: Tensor, weights_R: Tensor) -> Tensor:
-        """One tensor, (R, columns)."""
-        rows = pack_tiles(x_RD) if self.fp8 else x_RD
-        bits = weights_R.reshape(len(rows), self.weights.numel()).contiguous().view(rows.dtype)
-        return torch.cat((rows, bits), dim=1)
-
-    def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and weights; the rows as a view, unless they came in FP8."""
-        width = self.weights.numel() * self.weights_dtype.itemsize // packed.dtype.itemsize
-        rows, bits = packed.split([packed.shape[1] - width, width], dim=1)
-        weights = bits.contiguous().view(self.weights_dtype).reshape(len(packed), *self.weights)
-        return unpack_tiles(rows, self.dim, self.dtype) if self.fp8 else rows, weights
+    def backward(
+        ctx: Any, grad_QD: Tensor, grad_Q: Tensor
+    ) -> tuple[Tensor, None, None, None, None]:
+        return ctx.trip.begin(grad_QD, grad_Q, back=True), None, None, None, None
 
 
 class LinearMap(torch.autograd.Function):
@@ -268,12 +245,7 @@ def _both_ways(
 def _exchange(
     x_RD: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup
 ) -> Tensor:
-    out_RD = x_RD.new_empty(sum(receive_counts), *x_RD.shape[1:])
-    sent, beside = x_RD.contiguous(), overlap.are_in_turn()
-    work = dist.all_to_all_single(
-        out_RD, sent, receive_counts, send_counts, group=group, async_op=beside
-    )
-    if beside:
-        overlap.pause()
-        work.wait()
+    exchange = cpu_exchange.all_to_all([x_RD.contiguous()], receive_counts, send_counts, group)
+    overlap.pause()
+    (out_RD,) = exchange.wait()
     return out_RD

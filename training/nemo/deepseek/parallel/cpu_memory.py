@@ -3,8 +3,7 @@
 gloo sends between processes of one machine through its sockets: every byte is copied four times, by
 the same cores that should compute, and its reduce-scatter is a whole all-reduce of which each rank
 throws most away. In shared memory a byte is written by the rank that has it and read by those that
-need it. (gloo's all-to-all stays, which may go on beside products. It is the faster one up to half
-a MiB; 2 and 8 MiB take it 1.4 and 1.7 times as long as shared memory would.)
+need it. (``cpu_exchange.py`` has the all-to-all, which goes on beside other work.)
 
 GPUs, and ranks of several machines, never come here: ``all_gather`` and ``reduce_scatter`` then are
 those of the group's backend. Who reads how the model is parallelised may take them for just that.
@@ -68,8 +67,8 @@ def all_gather(
         gather = _torch_function("all_gather_single", "all_gather_into_tensor")
         gather(output.flatten(), input.flatten(), group=group)
         return
-    own_b = _bytes(input)
-    parts_nb = _bytes(output).view(memory.size, -1)
+    own_b = bytes_of(input)
+    parts_nb = bytes_of(output).view(memory.size, -1)
     if parts_nb[memory.rank].data_ptr() != own_b.data_ptr():
         parts_nb[memory.rank].copy_(own_b)
     room = memory.region_bytes
@@ -78,7 +77,7 @@ def all_gather(
         length = chunk.stop - chunk.start
         memory.region(memory.rank)[:length].copy_(own_b[chunk])
         memory.barrier()
-        for rank in _others(memory):
+        for rank in memory.others:
             parts_nb[rank, chunk].copy_(memory.region(rank)[:length])
         memory.next_half()
 
@@ -112,7 +111,7 @@ def reduce_scatter(
     room = memory.region_bytes // (memory.size - 1) // input.element_size()  # for each other rank
     for start in range(0, len(total), room):
         chunk = slice(start, min(start + room, len(total)))
-        for rank in _others(memory):
+        for rank in memory.others:
             slot = _slot(memory, memory.rank, rank, room, input.dtype)
             slot[: chunk.stop - start].copy_(parts_nr[rank, chunk])
         memory.barrier()
@@ -143,12 +142,16 @@ def _torch_function(name: str, old_name: str) -> Callable[..., object]:
 
 
 def _memory_of(tensor: Tensor, group: dist.ProcessGroup) -> SharedMemory | None:
-    if tensor.device.type != "cpu" or dist.get_world_size(group) == 1:
-        return None
-    return group_memory(group)
+    return group_memory(group) if may_share(tensor, group) else None
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def may_share(tensor: Tensor, group: dist.ProcessGroup) -> bool:
+    """Whether such tensors go through shared memory, if the ranks have any."""
+    return tensor.device.type == "cpu" and dist.get_world_size(group) > 1
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """uint8 view of a contiguous tensor."""
     return tensor.view(-1).view(torch.uint8)
 
 
@@ -157,11 +160,6 @@ def _slot(memory: SharedMemory, writer: int, reader: int, room: int, dtype: torc
     numbers = room * dtype.itemsize
     start = numbers * (reader - (reader > writer))
     return memory.region(writer)[start : start + numbers].view(dtype)
-
-
-def _others(memory: SharedMemory) -> list[int]:
-    """The ranks after this one and then those before it, so that not all read the same first."""
-    return [(memory.rank + step) % memory.size for step in range(1, memory.size)]
 
 
 # -- the memory --
@@ -176,11 +174,14 @@ class SharedMemory:
     Attributes:
         rank: of this process in the group.
         size: of the group.
+        others: the ranks after this one and then those before it, so that not all read the same
+            first.
         region_bytes: what a rank can write between two barriers.
     """
 
     def __init__(self, group: dist.ProcessGroup, memory: mmap.mmap) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.others = [(self.rank + step) % self.size for step in range(1, self.size)]
         self._group = group
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         self._regions = whole.view(HALVES, self.size, -1)
@@ -199,6 +200,12 @@ class SharedMemory:
         """Wait until every rank has written; then all may read what all have written."""
         dist.barrier(group=self._group)
 
+    def begin_barrier(self) -> dist.Work:
+        """``barrier``, to be waited for later."""
+        work = dist.barrier(group=self._group, async_op=True)
+        assert work is not None  # this rank is in the group
+        return work
+
     def next_half(self) -> None:
         """Go on with the other half, once this rank has read.
 
@@ -215,9 +222,14 @@ _memories: WeakKeyDictionary[dist.ProcessGroup, SharedMemory | None] = WeakKeyDi
 def group_memory(group: dist.ProcessGroup) -> SharedMemory | None:
     """The memory of a group; None if its ranks do not share a machine. A collective at first."""
     if group not in _memories:
-        most = GROUP_BYTES // (HALVES * dist.get_world_size(group)) // ALIGNMENT * ALIGNMENT
-        _memories[group] = open_memory(group, min(REGION_BYTES, most))
+        _memories[group] = open_group_memory(group)
     return _memories[group]
+
+
+def open_group_memory(group: dist.ProcessGroup) -> SharedMemory | None:
+    """``open_memory`` of ``REGION_BYTES``, or less where there are many ranks."""
+    most = GROUP_BYTES // (HALVES * dist.get_world_size(group)) // ALIGNMENT * ALIGNMENT
+    return open_memory(group, min(REGION_BYTES, most))
 
 
 def open_memory(group: dist.ProcessGroup, region_bytes: int) -> SharedMemory | None:

@@ -1,8 +1,8 @@
 """What passes between the ranks: every collective of this process, its bytes and its time.
 
-While it records, the recorder stands in for the collectives of ``torch.distributed`` and for those
-of ``cpu_memory``, so that it sees FSDP's and the pipeline's as well as our own. It changes nothing
-of what they do.
+While it records, the recorder stands in for the collectives of ``torch.distributed``, and for those
+of ``cpu_memory`` and ``cpu_exchange``, so that it sees FSDP's and the pipeline's as well as our
+own. It changes nothing of what they do.
 
 On a CPU a collective blocks: its time is how long this rank stands still in it, waiting for the
 others included. On a GPU it is how long its stream is busy. The pipeline's calls return at once and
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import schedules
 
-from deepseek.parallel import cpu_memory
+from deepseek.parallel import cpu_exchange, cpu_memory
 from deepseek.parallel.mesh import Meshes
 
 OPERATIONS = {
@@ -47,6 +47,7 @@ WATCHED = (
     *((dist, name, operation) for name, operation in OPERATIONS.items()),
     (cpu_memory, "all_gather", "all_gather"),
     (cpu_memory, "reduce_scatter", "reduce_scatter"),
+    (cpu_exchange, "all_to_all", "all_to_all"),
     (*_BATCH_P2P, SEND_RECV),
 )
 """Where the functions are, their names, and the operations."""
@@ -274,18 +275,23 @@ class CommunicationRecorder:
         other = Kind("other", operation)
 
         def tensors(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Kind, int]:
-            tensor, group = input_of(args, options), group_of(args, options) or dist.group.WORLD
+            given, group = input_of(args, options), group_of(args, options) or dist.group.WORLD
+            beside = [given] if isinstance(given, Tensor) else given
+            first = beside[0]
             kind = kinds.get(group, other) if group is not None else other
-            rows = tensor.is_floating_point() or tensor.dtype == torch.uint8  # in FP8, as bytes
+            rows = first.is_floating_point() or first.dtype == torch.uint8  # in FP8, as bytes
             if operation == "all_to_all" and kind is not other and rows:
-                self._note_rows(tensor, splits_of(args, options), self._members[kind.group])
-            return kind, _size(tensor)
+                self._note_rows(beside, splits_of(args, options), self._members[kind.group])
+            return kind, sum(map(_size, beside))
 
         return tensors
 
-    def _note_rows(self, rows_RD: Tensor, splits: Sequence[int] | None, ranks: list[int]) -> None:
-        counts = splits if splits is not None else [len(rows_RD) // len(ranks)] * len(ranks)
-        self._row_bytes = math.prod(rows_RD.shape[1:]) * rows_RD.element_size()
+    def _note_rows(
+        self, beside: Sequence[Tensor], splits: Sequence[int] | None, ranks: list[int]
+    ) -> None:
+        """Tensors with as many rows, which travel side by side."""
+        counts = splits if splits is not None else [len(beside[0]) // len(ranks)] * len(ranks)
+        self._row_bytes = sum(math.prod(x.shape[1:]) * x.element_size() for x in beside)
         for rank, count in zip(ranks, counts, strict=True):
             if rank != self._meshes.rank:  # EP ranks are neighbours
                 place = rank % self._meshes.layout.ep
