@@ -26,12 +26,13 @@ from deepseek.models.components.recompute import recomputed
 from deepseek.models.components.router import Router
 from deepseek.ops.autocast import as_products
 from deepseek.ops.fp8_linear import round_rows
-from deepseek.parallel import collectives
+from deepseek.parallel import collectives, cpu_exchange
 from deepseek.parallel.deepep_dispatcher import DeepEPDispatcher
 from deepseek.parallel.expert_dispatcher import AllToAllDispatcher, build_dispatcher
 from deepseek.parallel.node_dispatcher import NodeDispatcher
 from support import false_deep_ep
 from support.device_waits import watched
+from support.exchanges import without_shared_memory
 from support.ranks import run_ranks
 
 DIM, HIDDEN, LENGTH = 16, 8, 3
@@ -340,7 +341,7 @@ def recorded(work: Callable[[], object]) -> list[tuple[torch.dtype, int]]:
         calls.append((x.dtype, x.numel()))
         return send(out, x, *args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with without_shared_memory(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_to_all_single", watched)
         work()
     return calls
@@ -377,7 +378,7 @@ def test_a_token_travels_once_to_each_machine(autocast: bool, fp8: bool) -> None
         for dispatcher in (dispatcher_of(rank, 8, None, fp8), dispatcher_of(rank, 8, 2, fp8)):
             calls.clear()
             x_TD = torch.randn(len(ids_TK), dim).requires_grad_()
-            with pytest.MonkeyPatch.context() as patch:
+            with without_shared_memory(), pytest.MonkeyPatch.context() as patch:
                 patch.setattr(dist, "all_to_all_single", watched)
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                     sent = dispatcher.dispatch(x_TD, weights_TK, ids_TK)
@@ -418,12 +419,12 @@ def test_rows_that_are_passed_on_are_not_kept() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collectives._UnderWay, "__init__", noted)
             y_BSD = recomputed(layer, "selective", DIM, rows(rank, 6, torch.float32).view(2, 3, -1))
-            kept = [trip.arrived.untyped_storage().nbytes() for trip in begun]
+            kept = [sum(x.untyped_storage().nbytes() for x in trip.arrived) for trip in begun]
             y_BSD.sum().backward()
         return kept
 
     for between, inside in run_ranks(4, work):
-        assert between == 4 and inside > 6 * DIM * 4
+        assert between == 4 + 4 and inside > 6 * DIM * 4
 
 
 class _Rounded(torch.autograd.Function):
@@ -524,6 +525,8 @@ def test_the_host_waits_once_a_layer() -> None:
             rows_RD = sent.rows_RD.square() * sent.weights_R.unsqueeze(1)
             results.append(dispatcher.combine(rows_RD, sent))
 
+        forward()  # the first opens the memory that the ranks share
+        results.clear()
         watches = [watched(forward), watched(lambda: results[0].sum().backward())]
         return [(watch.calls, watch.waits) for watch in watches]
 
@@ -533,31 +536,28 @@ def test_the_host_waits_once_a_layer() -> None:
         assert waits_back == []
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("granularity", [None, "full", "selective"])
-def test_the_shared_expert_computes_while_rows_travel(granularity: str | None) -> None:
-    """Forward and backward; and in a recomputation that has kept the rows nothing travels."""
+def test_the_shared_expert_computes_while_rows_travel(granularity: str | None, ranks: int) -> None:
+    """Forward and backward; and in a recomputation that has kept the rows nothing travels. By the
+    backend, which one rank takes, and through memory."""
 
     def work(rank: int) -> list[str]:
-        layer = Case(4, 2, [2]).layer(torch.float32)
-        layer.dispatcher = AllToAllDispatcher(4, group())
+        layer = layer_of(rank, Case(4, 2, [2] * ranks), torch.float32)
         seen: list[str] = []
-        exchange = dist.all_to_all_single
+        exchange = cpu_exchange.all_to_all
 
-        class Work:
-            def __init__(self, work: Any) -> None:
-                self.work = work
+        class Begun:
+            def __init__(self, exchange: Any) -> None:
+                self.exchange = exchange
 
-            def wait(self) -> None:
+            def wait(self) -> Any:
                 seen.append("wait")
-                self.work.wait()
+                return self.exchange.wait()
 
-        def noted(received: Tensor, sent: Tensor, *sizes: Any, **options: Any) -> Any:
-            if not options.get("async_op"):
-                if received.is_floating_point():
-                    seen.append("combine")
-                return exchange(received, sent, *sizes, **options)
+        def noted(*args: Any) -> Any:
             seen.append("begin")
-            return Work(exchange(received, sent, *sizes, **options))
+            return Begun(exchange(*args))
 
         shared, experts = layer.shared_experts, layer.experts
         assert shared is not None
@@ -566,7 +566,7 @@ def test_the_shared_expert_computes_while_rows_travel(granularity: str | None) -
             module.register_forward_pre_hook(lambda *_, name=name: seen.append(name))
             weights[name].register_hook(lambda _, name=name: seen.append(f"{name} back"))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dist, "all_to_all_single", noted)
+            patch.setattr(cpu_exchange, "all_to_all", noted)
             x_BSD = rows(rank, 6, torch.float32).view(2, 3, DIM).requires_grad_()
             run = layer if granularity is None else partial(recomputed, layer, granularity, DIM)
             run(x_BSD).sum().backward()
@@ -575,8 +575,9 @@ def test_the_shared_expert_computes_while_rows_travel(granularity: str | None) -
     forward = ["begin", "shared", "wait", "experts"]
     again = {None: [], "full": forward, "selective": ["shared", "experts"]}[granularity]
     back = ["experts back", "begin", "shared back", "wait"]
-    for seen in run_ranks(1, work):
-        assert seen == [*forward, "combine", "combine", *again, *back]
+    combine = ["begin", "wait"]
+    for seen in run_ranks(ranks, work):
+        assert seen == [*forward, *combine, *combine, *again, *back]
 
 
 # -- DeepEP, for which a stand-in takes what it takes --

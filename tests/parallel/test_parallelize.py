@@ -17,6 +17,7 @@ from deepseek.models.components.router import Router
 from deepseek.parallel import cpu_memory
 from deepseek.parallel.mesh import SingleProcess, local
 from support.device_waits import unwatched, watched
+from support.exchanges import without_shared_memory
 from support.layouts import Case, Driven, batches, small_config, spread
 from support.ranks import run_in_turn, run_ranks
 
@@ -93,7 +94,7 @@ def exchanges(rank: int, case: Case) -> int:
         calls.append(x.numel())
         return send(out, x, *args, **named)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with without_shared_memory(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_to_all_single", counted)
         driven.run(batches(case))
     return len(calls)

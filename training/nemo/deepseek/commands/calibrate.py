@@ -155,7 +155,7 @@ def _tell(crew: Crew) -> None:
         say(
             f"{'':<12} among {links.ranks}: {1e6 * links.shared:,.0f} us and "
             f"{1e-9 / links.shared_byte:.2f} GB/s shared, {1e6 * links.rows:,.0f} us and "
-            f"{1e-9 / links.rows_byte:.2f} GB/s through gloo"
+            f"{1e-9 / links.rows_byte:.2f} GB/s of experts' rows"
         )
 
 

@@ -89,7 +89,10 @@ class _ByBackend:
             return [self._arrived]
         widths = [_row_bytes(x) // first.element_size() for x in self._like]
         rows, *bits = self._arrived.split(widths, dim=1)
-        whole = [part.contiguous().view(x.dtype) for part, x in zip(bits, others, strict=True)]
+        # Copies, since what lies behind a single row need not begin where its dtype may.
+        form = torch.contiguous_format
+        copies = [part.clone(memory_format=form) for part in bits]
+        whole = [part.view(x.dtype) for part, x in zip(copies, others, strict=True)]
         return [rows, *(y.view(len(y), *x.shape[1:]) for y, x in zip(whole, others, strict=True))]
 
 
@@ -166,6 +169,8 @@ class _RowMemory:
         self.shared = shared
         self.part_bytes = (shared.region_bytes - HEADER_BYTES) // (shared.size - 1)
         self.under_way = False
+        headers = shared.regions[:, :, :HEADER_BYTES].numpy()
+        self._pieces = headers.view(np.int64)[:, :, 0]  # (halves, ranks)
 
     def part(self, writer: int, reader: int) -> Tensor:
         """uint8 (``part_bytes``)."""
@@ -175,20 +180,17 @@ class _RowMemory:
     def begin(self, pieces: int) -> dist.Work:
         """Tell the others in how many pieces this rank sends, and that it has written the first."""
         self.under_way = True
-        self._pieces(self.shared.rank)[0] = pieces
+        self._pieces[self.shared.half, self.shared.rank] = pieces
         return self.shared.begin_barrier()
 
     def most_pieces(self) -> int:
         """Of any rank, once all have written the first."""
-        return max(int(self._pieces(rank)[0]) for rank in range(self.shared.size))
+        return int(self._pieces[self.shared.half].max())
 
     def end(self) -> None:
         """This rank has read everything."""
         self.shared.next_half()
         self.under_way = False
-
-    def _pieces(self, rank: int) -> np.ndarray:
-        return self.shared.region(rank)[:HEADER_BYTES].numpy().view(np.int64)
 
 
 _memories: WeakKeyDictionary[dist.ProcessGroup, _RowMemory | None] = WeakKeyDictionary()

@@ -177,6 +177,8 @@ class SharedMemory:
         others: the ranks after this one and then those before it, so that not all read the same
             first.
         region_bytes: what a rank can write between two barriers.
+        regions: uint8 (``HALVES``, ranks, ``region_bytes``), all of it.
+        half: which of them is used.
     """
 
     def __init__(self, group: dist.ProcessGroup, memory: mmap.mmap) -> None:
@@ -184,17 +186,17 @@ class SharedMemory:
         self.others = [(self.rank + step) % self.size for step in range(1, self.size)]
         self._group = group
         whole = torch.frombuffer(memory, dtype=torch.uint8)
-        self._regions = whole.view(HALVES, self.size, -1)
-        self.region_bytes = self._regions.shape[2]
-        self._half = 0
+        self.regions = whole.view(HALVES, self.size, -1)
+        self.region_bytes = self.regions.shape[2]
+        self.half = 0
 
     def region(self, rank: int) -> Tensor:
         """uint8 (``region_bytes``): this rank's, to write before the barrier; any after it."""
-        return self._regions[self._half, rank]
+        return self.regions[self.half, rank]
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` lies here, where others read it without a copy."""
-        return tensor.untyped_storage().data_ptr() == self._regions.untyped_storage().data_ptr()
+        return tensor.untyped_storage().data_ptr() == self.regions.untyped_storage().data_ptr()
 
     def barrier(self) -> None:
         """Wait until every rank has written; then all may read what all have written."""
@@ -212,7 +214,7 @@ class SharedMemory:
         No barrier is needed for it. A rank writes to this half again only after the next barrier,
         which every rank enters after it has read.
         """
-        self._half = (self._half + 1) % HALVES
+        self.half = (self.half + 1) % HALVES
 
 
 _memories: WeakKeyDictionary[dist.ProcessGroup, SharedMemory | None] = WeakKeyDictionary()

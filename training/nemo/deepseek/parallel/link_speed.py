@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from deepseek.parallel.collectives import gather_sequence, scatter_sequence_sum
+from deepseek.parallel.cpu_exchange import all_to_all
 
 ROUNDS, TIMES = 9, 6
 """Of each exchange, and how often it comes in one, with computation before it each time: processes
@@ -36,8 +37,9 @@ def link_costs(ranks: int) -> dict[str, float]:
         gather_sequence(part, mine)
 
     def rows(numbers: int) -> None:
-        sent = torch.ones(numbers)
-        dist.all_to_all_single(torch.empty_like(sent), sent, group=mine)
+        assert mine is not None
+        parts = [numbers // ranks] * ranks
+        all_to_all([torch.ones(sum(parts))], parts, parts, mine).wait()
 
     def summed(numbers: int) -> None:
         dist.all_reduce(torch.ones(numbers), group=mine)
