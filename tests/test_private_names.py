@@ -25,6 +25,7 @@ from torch.nn.modules import module
 from deepseek.frameworks import Trainer
 from deepseek.parallel import cpu_memory
 from deepseek.parallel.mesh import placed
+from deepseek.parallel.parallelize import give_memory
 
 ARCHITECTURE = Path(__file__).parents[1] / "ARCHITECTURE.md"
 
@@ -93,6 +94,16 @@ def mkldnn_linear() -> None:
     x, w = torch.ones(2, 3), torch.ones(4, 3)
     product = torch.ops.mkldnn._linear_pointwise
     assert torch.equal(product(x, w, None, "none", [], ""), torch.full((2, 4), 3.0))
+
+
+def memory_of_parts() -> None:
+    with torch.device("meta"):
+        linear = torch.nn.Linear(4, 4)
+    fully_shard(linear, mesh=init_device_mesh("cpu", (1,)))
+    give_memory(linear, torch.device("cpu"))  # type: ignore[arg-type]
+    linear.requires_grad_(False).weight.fill_(1.0)
+    linear.bias.fill_(2.0)
+    assert linear(torch.ones(1, 4)).tolist() == [[6.0] * 4]  # what FSDP gathers is this memory
 
 
 def dtensor_of_a_spec() -> None:
@@ -233,6 +244,7 @@ NAMES: dict[str, Callable[[], None]] = {
     "Tensor._backward_hooks, ._post_accumulate_grad_hooks": hooks_of_a_leaf,
     "torch._C._storage_Use_Count": storage_use_count,
     "torch.nn.modules.module._has_any_global_hook": any_global_hook,
+    "nn.Module._apply": memory_of_parts,
     "DTensor(local, tensor._spec)": dtensor_of_a_spec,
     "tensor._utils.compute_local_shape_and_global_offset": local_shape_and_global_offset,
     "distributed_c10d._set_pg_timeout": set_pg_timeout,

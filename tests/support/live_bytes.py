@@ -226,8 +226,8 @@ def _as_on_gpus(config: ModelConfig, mode: FakeTensorMode, live: LiveBytes) -> I
         units.extend(m for stage in stages for m in stage.modules() if isinstance(m, FSDPModule))
         return count
 
-    def to_empty(model: Transformer, device: torch.device) -> None:
-        """The parameters as fakes; ``nn.Module.to_empty`` cannot swap those of FSDP for such."""
+    def give_memory(model: Transformer, device: torch.device) -> None:
+        """The parameters as fakes; ``nn.Module`` cannot swap those of FSDP for such."""
         for module in model.modules():
             for name, tensor in module.named_parameters(recurse=False):
                 with mode, live:
@@ -281,7 +281,7 @@ def _as_on_gpus(config: ModelConfig, mode: FakeTensorMode, live: LiveBytes) -> I
         patch.setattr(parallelize, "shard_data_parallel", note_units)
         patch.setattr(cpu_memory, "group_memory", lambda *_: None)
         patch.setattr(ShardingPropagator, "_propagate_tensor_meta_non_cached", unseen)
-        patch.setattr(Transformer, "to_empty", to_empty)
+        patch.setattr(parallelize, "give_memory", give_memory)
         patch.setattr(schedules._PipelineSchedule, "_warmup_p2p", warm_up)
         patch.setattr(AllToAllDispatcher, "exchange_counts", _exchange_counts)
         patch.setattr(expert_dispatcher, "NodeDispatcher", _node_dispatcher(config))

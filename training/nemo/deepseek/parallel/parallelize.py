@@ -33,7 +33,7 @@ from deepseek.models.transformer import Stage, Transformer
 from deepseek.parallel import cpu_memory
 from deepseek.parallel.context import shard_sequences
 from deepseek.parallel.expert_dispatcher import build_dispatcher
-from deepseek.parallel.mesh import Meshes, SingleProcess, local, local_slices
+from deepseek.parallel.mesh import Meshes, SingleProcess, local, local_slices, placed
 from deepseek.parallel.pipeline import MicroBatches, Pipeline, Sequential
 from deepseek.parallel.tensor import shard_parameter, shard_tensors
 
@@ -110,7 +110,7 @@ def parallelize(
         f"units,{gathered} weights {'given back' if reshard else 'kept'} after the forward pass"
     )
     # 7. numbers, for what is left here
-    model.to_empty(device=device)
+    give_memory(model, device)
     fill(model, seed)
     log.info(f"{sum(local(p).numel() for p in model.parameters()):,} weights here, on {device}")
     if layout.pp > 1:
@@ -125,10 +125,16 @@ def _in_one_process(
     """The whole model, whatever sizes the configuration asks for."""
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
-    model.to_empty(device=device)
+    give_memory(model, device)
     model.init_weights(seed)
     everything = StageSlice(range(config.num_hidden_layers), first=True, output=OUTPUT)
     return Parallelized(model, Sequential(Stage(model, everything), config.micro_batch_size))
+
+
+def give_memory(model: Transformer, device: torch.device) -> None:
+    """As ``to_empty``, part by part: of whole DTensors torch searches how each such call is
+    divided over ranks."""
+    model._apply(lambda tensor: placed(torch.empty_like(local(tensor), device=device), tensor))
 
 
 def shard_experts(model: Transformer, meshes: Meshes) -> None:
