@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deepseek.ops.native.addresses import addresses
 from deepseek.ops.native.build import kernel
 
 _ROWS = 256
@@ -26,28 +27,21 @@ def square_sums(groups: Sequence[Sequence[tuple[Tensor, int]]], device: torch.de
         groups: tensors without gradient, and by what to divide the squares of each.
         device: of the tensors.
     """
-    tensors = [tensor for group in groups for tensor, _ in group]
+    parts = [(kind, *part) for kind, group in enumerate(groups) for part in group]
     # Without tensors nothing tells the kernel that they would lie on a GPU.
-    run = kernel("sums_of_squares", "pppppnn", *tensors) if tensors else None
-    if run is None or not all(x.is_contiguous() and x.is_floating_point() for x in tensors):
+    run = kernel("sums_of_squares", "pppppppnn") if parts else None
+    table = None if run is None else addresses((x for _, x, _ in parts), torch.float32)
+    if run is None or table is None:
         return square_sums_slow(groups, device)
-    widths = [max(x.shape[-1], 1) if x.dim() > 1 else 1 for x in tensors]
-    rows = [x.numel() // width for x, width in zip(tensors, widths, strict=True)]
-    sums, room = (
-        torch.empty(size, dtype=torch.float64) for size in (len(tensors), -(-max(rows) // _ROWS))
-    )
-    tables = [array("q", numbers) for numbers in ([x.data_ptr() for x in tensors], rows, widths)]
+    widths = [max(x.shape[-1], 1) if x.dim() > 1 else 1 for _, x, _ in parts]
+    rows = [x.numel() // width for (_, x, _), width in zip(parts, widths, strict=True)]
+    kinds, divisors = [kind for kind, *_ in parts], [divisor for *_, divisor in parts]
+    sums = torch.zeros(len(groups), dtype=torch.float64)
+    room = torch.empty(-(-max(rows) // _ROWS), dtype=torch.float64)
+    tables = [table, *(array("q", numbers) for numbers in (rows, widths, kinds, divisors))]
     given = [table.buffer_info()[0] for table in tables]
-    run(sums, room, *given, len(tensors), torch.get_num_threads())
-    parts = sums.split([len(group) for group in groups])
-    return torch.stack([_divided(*pair) for pair in zip(parts, groups, strict=True)])
-
-
-def _divided(sums_N: Tensor, group: Sequence[tuple[Tensor, int]]) -> Tensor:
-    if all(divisor == 1 for _, divisor in group):
-        return sums_N.sum()
-    numbers = zip(sums_N.unbind(), group, strict=True)
-    return torch.stack([number / divisor for number, (_, divisor) in numbers]).sum()
+    run(sums, room, *given, len(parts), torch.get_num_threads())
+    return sums
 
 
 def square_sums_slow(

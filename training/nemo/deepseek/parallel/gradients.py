@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -49,13 +50,20 @@ def gradient_norms(
     """
     kinds: tuple[list[tuple[Tensor, int]], ...] = ([], [], [])
     for name, parameter in named:
-        if parameter.grad is None or name in COPIES:  # count once
-            continue
-        kind = 1 if ".experts." in name else 2 if name.endswith("gate.weight") else 0
-        kinds[kind].append((local(parameter.grad), _holders(parameter, meshes)))
+        grad, kind = parameter.grad, _kind(name)
+        if grad is not None and kind is not None:
+            kinds[kind].append((local(grad), _holders(parameter, meshes)))
     squares = square_sums(kinds, named[0][1].device)
     sum_over(squares, meshes.world)
     return GradientNorms(squares.sum().sqrt(), *squares.sqrt())
+
+
+@cache
+def _kind(name: str) -> int | None:
+    """Which of ``GradientNorms`` a parameter counts in, the total aside; None: it is a copy."""
+    if name in COPIES:  # count once
+        return None
+    return 1 if ".experts." in name else 2 if name.endswith("gate.weight") else 0
 
 
 def clip_factor(largest: float, norm: float) -> float:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from deepseek.models.components.offload import aside, copy_stream
+from deepseek.ops.native.addresses import addresses
 from deepseek.ops.native.build import kernel
 from deepseek.parallel.gradients import multiply_gradients
 from deepseek.parallel.mesh import local, placed
@@ -169,32 +170,28 @@ def adamw_kernel(
 ) -> bool:
     """On a CPU one call for all parameters, where torch makes several for each, small as they may
     be. False: they are not such, and nothing is done."""
-    if not parameters[0].is_cpu:
+    run, kept = kernel("adamw", "pppndddddfnn"), moments[0][0].dtype
+    if run is None or isinstance(group["lr"], Tensor) or kept not in _KEPT:
         return False
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    firsts, seconds = zip(*moments, strict=True)
-    updated, kept = (
-        [local(x) for part in parts for x in part]
-        for parts in ((parameters, gradients), (firsts, seconds))
-    )
-    run = kernel("adamw", "pppndddddfnn", *updated, *steps)
-    if (
-        run is None
-        or isinstance(group["lr"], Tensor)
-        or (dtypes := {x.dtype for x in kept}) not in ({torch.float32}, {torch.bfloat16})
-        or not all(x.dtype == torch.float32 for x in updated)
-        or not all(x.is_cpu and x.is_contiguous() for x in updated + kept)
-    ):
+    here = [local(p) for p in parameters]
+    gradients = (local(p.grad) for p in parameters if p.grad is not None)
+    tables = [addresses(here, torch.float32), addresses(gradients, torch.float32)]
+    tables += [addresses(map(local, moment), kept) for moment in zip(*moments, strict=True)]
+    tables.append(addresses(steps, torch.float32))
+    found = [table for table in tables if table is not None]
+    if len(found) < len(tables):
         return False
-    sizes = [x.numel() for x in updated[: len(parameters)]]
-    addresses = [x.data_ptr() for x in updated + kept], [x.data_ptr() for x in steps]
-    tables = [array("q", numbers) for numbers in (*addresses, sizes)]
+    *of_four, counted = found
+    given = sum(of_four, array("q")), counted, array("q", [x.numel() for x in here])
     settings = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
-    given = [table.buffer_info()[0] for table in tables]
-    halves = torch.bfloat16 in dtypes
-    threads = torch.get_num_threads()
-    run(*given, len(sizes), *settings, group["gradient_factor"], halves, threads)
+    halves, threads = kept == torch.bfloat16, torch.get_num_threads()
+    lie_at = [table.buffer_info()[0] for table in given]
+    run(*lie_at, len(here), *settings, group["gradient_factor"], halves, threads)
     return True
+
+
+_KEPT = torch.float32, torch.bfloat16
+"""Dtypes of moments that the kernel takes."""
 
 
 class _Visit:

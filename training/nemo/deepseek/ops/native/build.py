@@ -100,12 +100,12 @@ def _plain(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     for x in tensors:  # not all(...): asked for hundreds of times a step
-        if type(x) not in _KINDS or not x.is_cpu or x.dtype not in _DTYPES:
+        if type(x) not in KINDS or not x.is_cpu or x.dtype not in _DTYPES:
             return False
     return True
 
 
-_KINDS = Tensor, torch.nn.Parameter
+KINDS = Tensor, torch.nn.Parameter
 _DTYPES = torch.float32, torch.int64, torch.bool
 
 

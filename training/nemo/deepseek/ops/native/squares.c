@@ -36,11 +36,12 @@ static float squares_of_row(const float *x, int64_t width) {
     return squares;
 }
 
-/* sums[i] = the squares of a tensor of rows[i] rows of widths[i] numbers at addresses[i]. `room`
- * has a number for each SQUARED_ROWS of the longest. */
+/* Adds to sums[kinds[i]] the squares of a tensor of rows[i] rows of widths[i] numbers at
+ * addresses[i], divided by divisors[i]. `room` has a number for each SQUARED_ROWS of the longest. */
 void sums_of_squares(double *restrict sums, double *restrict room,
                      const float *const *restrict addresses, const int64_t *restrict rows,
-                     const int64_t *restrict widths, int64_t count, int64_t threads) {
+                     const int64_t *restrict widths, const int64_t *restrict kinds,
+                     const int64_t *restrict divisors, int64_t count, int64_t threads) {
     for (int64_t i = 0; i < count; i++) {
         const int64_t width = widths[i], blocks = (rows[i] + SQUARED_ROWS - 1) / SQUARED_ROWS;
 #pragma omp parallel for schedule(static) num_threads(worth(threads, rows[i] * width))
@@ -55,7 +56,8 @@ void sums_of_squares(double *restrict sums, double *restrict room,
                 sum += squares_of_row(x + r * width, width);
             room[b] = sum;
         }
-        sums[i] = 0;
-        for (int64_t b = 0; b < blocks; b++) sums[i] += room[b];
+        double of_all = 0;
+        for (int64_t b = 0; b < blocks; b++) of_all += room[b];
+        sums[kinds[i]] += of_all / divisors[i];
     }
 }
