@@ -182,6 +182,10 @@ def test_the_bench_tells_and_keeps_each_case(
     with pytest.raises(SystemExit):
         train_step.main(["--cases", "S", "T"])
     assert "no case begins with 'T'; there are: S: 32 wide experts" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        train_step.main(["--device", "cuda"])
+    assert "--device cuda: torch finds no GPU here" in capsys.readouterr().err
 
 
 def test_a_side_measures_itself(benchmark: Load) -> None:
