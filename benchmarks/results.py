@@ -104,6 +104,16 @@ def training(kept: Kept) -> Iterable[str]:
                 yield line(name, row["peer"], speed, f"{row['times_faster']:.2f}", gib)
 
 
+def experts(kept: Kept) -> Iterable[str]:
+    """Speed of a group's other cases over that of its first."""
+    yield from head("model", "in the run beside", "ours", "theirs")
+    for name, case in kept[CPU].items():
+        for row in case["rows"]:
+            if "ours_of_first" in row:
+                speeds = f"{row['ours_of_first']:.2f}", f"{row['theirs_of_first']:.2f}"
+                yield line(name, row["peer"], *speeds)
+
+
 def decoding(kept: Kept) -> Iterable[str]:
     """Tokens a second of all sequences."""
     yield from head("context and batch", "tokens/s, ours / theirs", "times as fast")
@@ -160,11 +170,10 @@ def recompute(kept: Kept) -> Iterable[str]:
 
 
 TABLES: dict[str, Callable[[Kept], Iterable[str]]] = {
-    table.__name__: table for table in (training, decoding, breakdown, ablations, recompute)
+    table.__name__: table
+    for table in (training, experts, decoding, breakdown, ablations, recompute)
 }
-COMMANDS = {"training": CPU, "decoding": CPU, "breakdown": CPU} | {
-    name: name for name in ("ablations", "recompute")
-}
+COMMANDS = dict.fromkeys(TABLES, CPU) | {name: name for name in ("ablations", "recompute")}
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def product_rate(dtype: torch.dtype) -> float:
     """FLOP of a large matrix product in a second of CPU time, the best of some."""
     x_SS = torch.ones(1024, 1024, dtype=dtype)
     best = float("inf")
-    for _ in range(5):
+    for _ in range(20):
         begin = time.process_time()  # of all threads: what else runs here does not count
         torch.mm(x_SS, x_SS)
         best = min(best, time.process_time() - begin)
