@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining.stage import InferenceMode
@@ -36,7 +36,14 @@ from deepseek.models.components import attention, offload, recompute
 from deepseek.models.transformer import Transformer
 from deepseek.ops import fp8_linear, grouped_linear, packed
 from deepseek.ops import rows as row_ops
-from deepseek.parallel import context, cpu_memory, expert_dispatcher, overlap, parallelize
+from deepseek.parallel import (
+    context,
+    cpu_exchange,
+    cpu_memory,
+    expert_dispatcher,
+    overlap,
+    parallelize,
+)
 from deepseek.parallel.expert_dispatcher import AllToAllDispatcher
 from deepseek.parallel.gradients import finish_gradients
 from deepseek.parallel.mesh import Meshes, SingleProcess
@@ -67,6 +74,11 @@ class LiveBytes(TorchDispatchMode):
         self.host_peak = max(self.host_peak, self._count(self._host))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
+            # As fakes tell it, at once: it is asked more often than all else is computed.
+            asked = args[0]
+            in_kernel = asked.fake_mode.in_kernel_invocation
+            return torch.device("meta") if in_kernel else asked.fake_device
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what it does with its local part is seen next
         result = func(*args, **(kwargs or {}))
@@ -280,6 +292,7 @@ def _as_on_gpus(config: ModelConfig, mode: FakeTensorMode, live: LiveBytes) -> I
         patch.setattr(Transformer, "init_weights", lambda *_: None)
         patch.setattr(parallelize, "shard_data_parallel", note_units)
         patch.setattr(cpu_memory, "group_memory", lambda *_: None)
+        patch.setattr(cpu_exchange, "_row_memory", lambda *_: None)
         patch.setattr(ShardingPropagator, "_propagate_tensor_meta_non_cached", unseen)
         patch.setattr(parallelize, "give_memory", give_memory)
         patch.setattr(schedules._PipelineSchedule, "_warmup_p2p", warm_up)
