@@ -45,7 +45,7 @@ from support.chains import (
     worst_of_chain,
 )
 from support.layouts import Case, Driven, batches
-from support.ranks import run_ranks
+from support.ranks import run_in_turn, run_ranks
 
 DRAWN = draw_chains(6, 2, seed=0, largest_world=4)
 BY_HAND = [
@@ -116,13 +116,12 @@ def _trained(rank: int, case: Case, folder: Path) -> list[tuple[str, tuple[slice
 
 
 def test_two_embeddings_of_one_rank_do_not_share_their_moments(tmp_path: Path) -> None:
-    case = LAYOUTS["ZBVZeroBubble pp2"]
-    run_ranks(2, _trained, case, tmp_path)
-    assert run_ranks(2, _moments_are_apart, case, tmp_path) == [True, False]
+    assert run_ranks(2, _moments_are_apart, LAYOUTS["ZBVZeroBubble pp2"], tmp_path) == [True, False]
 
 
 def _moments_are_apart(rank: int, case: Case, folder: Path) -> bool:
     """Whether both embeddings are here; fails if they share memory or differ."""
+    _trained(rank, case, folder)
     driven = drive(case)
     checkpoint = newest_sound(folder, fail)
     assert checkpoint is not None
@@ -148,7 +147,6 @@ OTHER_MODELS = [
 
 
 def test_another_model_is_refused_by_all_ranks(tmp_path: Path) -> None:
-    saved_by_ranks(tmp_path, "dp2", 1)
     case = LAYOUTS["1F1B pp2 dp2 ep2"]
     results = run_ranks(case.world, _refusals_of_others, case, tmp_path)
     for (_, message), *messages in zip(OTHER_MODELS, *results, strict=True):
@@ -156,6 +154,7 @@ def test_another_model_is_refused_by_all_ranks(tmp_path: Path) -> None:
 
 
 def _refusals_of_others(rank: int, case: Case, folder: Path) -> list[str]:
+    _save_untrained(rank, case, folder, (1,))
     return [
         _refusal(rank, replace(case, config=replace(case.config, **change)), folder)
         for change, _ in OTHER_MODELS
@@ -175,20 +174,19 @@ def _refusal(rank: int, case: Case, folder: Path) -> str:
 
 
 def test_a_state_that_one_stage_needs_and_nobody_saved(tmp_path: Path) -> None:
-    case = LAYOUTS["GPipe pp2"]
-    run_ranks(2, _save_without, case, tmp_path, "optim.head.weight.")
-    messages = run_ranks(2, _refusal, case, tmp_path)
+    messages = run_ranks(2, _refuse_what_is_without, LAYOUTS["GPipe pp2"], tmp_path)
     assert "holds no optimiser state for 1 parameters, such as head.weight" in messages[0]
     assert messages[0] == messages[1]
 
 
-def _save_without(rank: int, case: Case, folder: Path, prefix: str) -> None:
-    driven = drive(case)
+def _refuse_what_is_without(rank: int, case: Case, folder: Path) -> str:
+    driven, prefix = drive(case), "optim.head.weight."
     driven.run(iter([next(batches(case))]))
     tensors = collect_tensors(driven.module.model, driven.optimizer)
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
     with CheckpointManager(folder) as manager:
         manager.save(1, kept, {})
+    return _refusal(rank, case, folder)
 
 
 # -- damage --
@@ -224,18 +222,20 @@ DAMAGES = [
 
 
 def test_all_ranks_take_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:
-    saved_by_ranks(tmp_path / "sound", "ep2", 1, 2)
     folders = [tmp_path / str(number) for number in range(len(DAMAGES))]
-    for folder, (file, damage) in zip(folders, DAMAGES, strict=True):
-        shutil.copytree(tmp_path / "sound", folder)
-        damage(folder / "step_00000002" / file)
-    first, second = run_ranks(2, _newest, folders)
+    first, second = run_ranks(2, _newest, tmp_path / "sound", folders)
     assert first == [(1, 1)] * len(DAMAGES) and second == [(1, 0)] * len(DAMAGES)
     assert not any((folder / "step_00000002" / "ran").exists() for folder in folders)
 
 
-def _newest(rank: int, folders: list[Path]) -> list[tuple[int, int]]:
-    """Step of the newest sound one in each, and how many lines were reported here."""
+def _newest(rank: int, sound: Path, folders: list[Path]) -> list[tuple[int, int]]:
+    """Step of the newest sound one in each damaged copy, and how many lines were reported here."""
+    _save_untrained(rank, LAYOUTS["ep2"], sound, (1, 2))
+    if rank == 0:
+        for folder, (file, damage) in zip(folders, DAMAGES, strict=True):
+            shutil.copytree(sound, folder)
+            damage(folder / "step_00000002" / file)
+    dist.barrier()
     found = []
     for folder in folders:
         lines: list[str] = []
@@ -247,26 +247,28 @@ def _newest(rank: int, folders: list[Path]) -> list[tuple[int, int]]:
 
 
 def test_an_error_of_the_disk_on_one_rank_is_the_error_of_all(tmp_path: Path) -> None:
-    saved_by_ranks(tmp_path, "ep2", 1)
-    for where in ("digest", "shard"):
-        messages = run_ranks(2, _read_with_broken_disk, LAYOUTS["ep2"], tmp_path, where)
-        assert "Input/output error" in messages[0] and messages[0] == messages[1]
+    ranks = run_ranks(2, _read_with_broken_disk, LAYOUTS["ep2"], tmp_path)
+    for first, second in zip(*ranks, strict=True):
+        assert "Input/output error" in first and first == second
 
 
-def _read_with_broken_disk(rank: int, case: Case, folder: Path, where: str) -> str:
-    driven = drive(case)
+def _read_with_broken_disk(rank: int, case: Case, folder: Path) -> list[str]:
+    """What is said of digests that cannot be made, and of shards that cannot be read."""
+    _save_untrained(rank, case, folder, (1,))
+    driven, said = drive(case), []
 
     def broken(*args: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    if rank == 1 and where == "digest":
-        manifest.sha256_of = broken  # type: ignore[assignment]
-    if rank == 1 and where == "shard":
-        shards._Reader.read_data = broken  # type: ignore[assignment]
-    with pytest.raises(UserError) as caught:
-        checkpoint = Checkpoint.open(folder / "step_00000001", None)
-        load_weights(checkpoint, driven.module.model)
-    return str(caught.value)
+    for where, name in ((manifest, "sha256_of"), (shards._Reader, "read_data")):
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr(where, name, broken)
+            with pytest.raises(UserError) as caught:
+                checkpoint = Checkpoint.open(folder / "step_00000001", None)
+                load_weights(checkpoint, driven.module.model)
+        said.append(str(caught.value))
+    return said
 
 
 # -- in the background --
@@ -351,9 +353,8 @@ def _fail_in_background(rank: int, case: Case, folder: Path) -> str:
 # -- the callback --
 
 
-def test_a_signal_to_any_rank_stops_all_after_the_same_step(tmp_path: Path) -> None:
-    for target in (0, 1):  # of two stages
-        results = run_ranks(2, _signalled, LAYOUTS["GPipe pp2"], tmp_path / "x", target)
+def test_a_signal_to_any_rank_stops_all_after_the_same_step() -> None:
+    for target, results in enumerate(run_in_turn(2, _signalled, [0, 1])):  # of two stages
         assert [stopped for stopped, _ in results] == [2] * 2
         said = [lines for _, lines in results]
         assert len(said[0]) == 1 and said[1:] == [[]]
@@ -361,9 +362,10 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step(tmp_path: Path) -> N
         assert said[0][0].startswith(who)
 
 
-def _signalled(rank: int, case: Case, folder: Path, target: int) -> tuple[int, list[str]]:
+def _signalled(rank: int, target: int) -> tuple[int, list[str]]:
     """After which step it stopped, and what was said; rank ``target`` has a signal in step 2, and
     all others one just after, as a cluster sends it to all."""
+    case = LAYOUTS["GPipe pp2"]
     driven, batch = drive(case), next(batches(case))
     lines: list[str] = []
     callback = Stopping(True, lines.append)
@@ -391,17 +393,21 @@ def test_a_run_is_continued_by_other_ranks_through_the_callback(tmp_path: Path) 
     four = run_ranks(4, _train_with_callback, LAYOUTS["1F1B pp2 dp2 ep2"], tmp_path, config, 0)
     assert [lines for _, lines in four] == [[]] * 4
     other = {"model": {"micro_batch_size": 4}, "trainer": {"devices": 2}, "seed": 1}
-    two = run_ranks(2, _train_with_callback, LAYOUTS["tp2"], tmp_path, other, 1)
-    assert [step for step, _ in two] == [6, 6]
+    fixed = {"model": {"micro_batch_size": 4}, "trainer": {"devices": 2}, "seed": 2}
+
+    def train_and_be_refused(rank: int) -> tuple[int, list[str], str]:
+        trained = _train_with_callback(rank, LAYOUTS["tp2"], tmp_path, other, 1)
+        return *trained, _refused_by_callback(rank, LAYOUTS["tp2"], tmp_path, fixed)
+
+    two = run_ranks(2, train_and_be_refused)
+    assert [step for step, *_ in two] == [6, 6]
     assert two[0][1] == [
         "changed since the checkpoint: model.micro_batch_size 2 -> 4",
         "changed since the checkpoint: trainer.devices 4 -> 2",
         f"resumed from {tmp_path / 'step_00000003'} at step 3",
     ]
     assert two[1][1] == []
-    fixed = {"model": {"micro_batch_size": 4}, "trainer": {"devices": 2}, "seed": 2}
-    messages = run_ranks(2, _refused_by_callback, LAYOUTS["tp2"], tmp_path, fixed)
-    assert "seed 1 -> 2" in messages[0] and messages[0] == messages[1]
+    assert "seed 1 -> 2" in two[0][2] and two[0][2] == two[1][2]
 
 
 def _callback(folder: Path, config: dict[str, Any], lines: list[str], driven: Driven) -> Any:

@@ -110,7 +110,7 @@ def _wait(running: dict[int, int], folder: Path, timeout: float) -> None:
             if failed:
                 break
             raise RankFailed(_stuck(running, folder, timeout))
-        time.sleep(0.002)
+        time.sleep(0.01)
     if failed:
         raise RankFailed(_blame(failed, folder))
 
