@@ -19,8 +19,7 @@ enum {
     ROWS = 256,         /* of one that lies (depth, columns): few long rows, no short pieces */
     PLACE = 64,         /* of one that is read there: it and the next are in the cache */
     SIDE = 1 << 15,     /* floats of tiles' rows that lie in columns; LANES * DEPTH at least */
-    FEW = 256,          /* rows for which b is not laid out, */
-    FEWER = 96,         /* if it would be turned */
+    FEW = 96,           /* rows for which b is not laid out */
     STRIP = 96,         /* columns of c that are turned at a time: panels */
     SLOWEST = LINE / 4, /* numbers a step: no line is asked for often */
     READING = 16        /* reading a matrix takes as long as multiplying so many rows, about */
@@ -174,7 +173,7 @@ static void lay_columns(float *panels, const float *b, int64_t b_step, int64_t d
     }
 }
 
-static _Thread_local float turned_of_thread[STRIP * FEWER] __attribute__((aligned(64)));
+static _Thread_local float turned_of_thread[STRIP * FEW] __attribute__((aligned(64)));
 
 /* Where tile `t` of so many begins. */
 INLINE int64_t tile_begin(int64_t t, int64_t tiles, int64_t rows) { return t * rows / tiles; }
@@ -202,25 +201,41 @@ typedef struct {
     int64_t panel, step;
 } laid;
 
+/* What tiles ask for: if `a` or `c`, rows of it that the next tile will need, which come as late
+ * from memory as a tenth of the multiplications takes; and what follows on the block. */
+typedef struct {
+    int a, c;
+    wanted next;
+} requests;
+
+/* Whole rows side by side, from the first to before `end`: a line a step. */
+INLINE wanted rows_of(const float *rows, int64_t first, int64_t end, int64_t width) {
+    return (wanted){rows + first * width, end > first, (end - first) * width, 0, 0, LINE};
+}
+
 /* c (rows, columns) = a (rows, depth) b (depth, columns), or added to it. */
 static void multiply_panels(int64_t rows, int64_t columns, int64_t depth, float *c, int64_t c_step,
                             const float *a, int64_t a_row, int64_t a_depth, laid b, int adds,
-                            int streams, wanted *next) {
+                            int streams, requests *ahead) {
     const int64_t tiles = parts_of(rows, TILE), beside = depth ? SIDE / (LINE * depth) : tiles;
     for (int64_t t = 0; t < tiles; t++) {
-        const int64_t begin = tile_begin(t, tiles, rows);
-        const int64_t here = tile_begin(t + 1, tiles, rows) - begin;
+        const int64_t begin = tile_begin(t, tiles, rows), end = tile_begin(t + 1, tiles, rows);
+        const int64_t after = t + 1 < tiles ? tile_begin(t + 2, tiles, rows) : end;
+        wanted of_a = rows_of(a, end, ahead->a ? after : end, a_row);
+        wanted of_c = rows_of(c, end, ahead->c ? after : end, c_step);
         const float *a_t = a + begin * a_row;
         int64_t step = a_depth;
         if (a_row == 1) { /* the rows lie in columns, those of some tiles are laid side by side */
-            const int64_t place = t % beside, end = t + beside < tiles ? t + beside : tiles;
-            if (place == 0) lay_side(a, a_depth, depth, rows, tiles, t, end);
+            const int64_t place = t % beside, last = t + beside < tiles ? t + beside : tiles;
+            if (place == 0) lay_side(a, a_depth, depth, rows, tiles, t, last);
             a_t = side_of_thread + place * depth * LINE, step = LINE;
         }
-        for (int64_t n = 0; n < columns; n += PANEL)
-            any_tile(here, columns - n < PANEL ? columns - n : PANEL, depth, c + begin * c_step + n,
-                     c_step, a_t, a_row, step, b.at + n * b.panel,
-                     b.step ? b.step : panel_step(n, columns), adds, streams, next);
+        for (int64_t n = 0; n < columns; n += PANEL) {
+            wanted *rest = of_c.rows ? &of_c : &ahead->next, *now = of_a.rows ? &of_a : rest;
+            any_tile(end - begin, columns - n < PANEL ? columns - n : PANEL, depth,
+                     c + begin * c_step + n, c_step, a_t, a_row, step, b.at + n * b.panel,
+                     b.step ? b.step : panel_step(n, columns), adds, streams, now);
+        }
     }
 }
 
@@ -242,7 +257,7 @@ static way way_of(const product *p) {
     if (p->a_row == 1 || p->rows > FEW) return PANELS; /* a's rows in columns: b are rows, too */
     if (!p->turned) return p->columns % LANES ? PANELS : IN_PLACE;
     const int fits = p->depth <= DEPTH && whole(p->rows, LANES) * p->depth <= ROOM;
-    return fits && p->rows <= FEWER ? TURNED : PANELS;
+    return fits ? TURNED : PANELS;
 }
 
 /* The part of a product that is made of one block of b. */
@@ -285,13 +300,14 @@ static laid lay_block(const product *p, block b, way how) {
 }
 
 /* c^T of a block, and turned back; `panels`: of a^T. */
-static void multiply_turned(const product *p, block now, laid panels, wanted *next) {
+static void multiply_turned(const product *p, block now, laid panels,
+                            requests *ahead) {
     const int64_t step = whole(p->rows, LANES);
     float *c = p->c + now.n, *c_t = turned_of_thread;
     for (int64_t r = 0; p->adds && r < p->rows; r++)
         for (int64_t i = 0; i < now.columns; i++) c_t[i * step + r] = c[r * p->columns + i];
     multiply_panels(now.columns, step, p->depth, c_t, step, block_of(p, now), p->b_step, 1, panels,
-                    p->adds, 0, next);
+                    p->adds, 0, ahead);
     int64_t i = 0;
     for (; i + LANES <= now.columns; i += LANES)
         turn_rows(c + i, p->columns, c_t + i * step, step, p->rows);
@@ -309,6 +325,22 @@ static wanted wanted_of(const product *p, block b, int64_t steps) {
     return next;
 }
 
+/* The rows that tiles of a product's first block ask for: others find them in the second cache. Not
+ * those of few rows, whose time is that of the matrix. */
+static requests requests_of(const product *p, part mine, int64_t i) {
+    const int asks = i == 0 && way_of(p) == PANELS, all = mine.end - mine.begin == p->columns;
+    return (requests){asks && p->a_depth == 1, asks && all && !p->streams, {0}};
+}
+
+/* Steps of a block's tiles, of so many rows and columns, in which they ask for what follows. */
+static int64_t steps_left(const product *p, const requests *ahead, int64_t rows, int64_t columns,
+                          int64_t depth) {
+    const int64_t panels = parts_of(columns, PANEL), asked = LINE * depth;
+    const int64_t of_rows = (ahead->a ? p->a_row : 0) + (ahead->c ? p->columns : 0);
+    const int64_t taken = depth ? parts_of(TILE * of_rows, asked) : 0;
+    return parts_of(rows, TILE) * (panels > taken ? panels - taken : 1) * depth;
+}
+
 /* Some columns of a product; meanwhile its next block is asked for, and then that of `after`. */
 static void multiply_columns(const product *p, part mine, const product *after, part its) {
     const int aligned = (uintptr_t)p->c % sizeof(lanes) == 0 && p->columns % LANES == 0;
@@ -320,11 +352,12 @@ static void multiply_columns(const product *p, part mine, const product *after, 
         const int last_terms = now.k + now.depth == p->depth;
         const int64_t rows = how == TURNED ? now.columns : p->rows;
         const int64_t columns = how == TURNED ? p->rows : now.columns;
-        const int64_t steps = parts_of(rows, TILE) * parts_of(columns, PANEL) * now.depth;
         const laid b = lay_block(p, now, how);
+        requests ahead = requests_of(p, mine, i);
+        const int64_t steps = steps_left(p, &ahead, rows, columns, now.depth);
         next = block_at(p, mine, i + 1);
-        wanted ahead = next.columns ? wanted_of(p, next, steps)
-                                    : wanted_of(after, block_at(after, its, 0), steps);
+        ahead.next = next.columns ? wanted_of(p, next, steps)
+                                  : wanted_of(after, block_at(after, its, 0), steps);
         if (how == TURNED)
             multiply_turned(p, now, b, &ahead);
         else

@@ -34,7 +34,8 @@ INLINE void add_products(lanes sum[TILE][WIDTH], const int rows, const int width
     OPAQUE(five);
     for (int64_t k = 0; k < depth; k++) {
         lanes b_k[WIDTH];
-        if (asks) __builtin_prefetch(ahead + k * pace, 0, 2); /* the second cache: the first has no room */
+        /* into the second cache: the first has no room */
+        if (asks) __builtin_prefetch(ahead + k * pace, 0, 2);
         for (int v = 0; v < width; v++) b_k[v] = load(b + k * b_step + v * LANES);
         OPAQUE(low);
         OPAQUE(high);
