@@ -63,8 +63,9 @@ class Ablation:
 
 
 _COMPONENTS = "deepseek.models.components"
-ATTENTION, FEED_FORWARD, EXPERTS, ROUTER = (
-    f"node of {name}" for name in ("attention", "feed-forward", "experts", "the router")
+ATTENTION, FEED_FORWARD, EXPERTS, ROUTER, MIXTURE = (
+    f"node of {name}"
+    for name in ("attention", "feed-forward", "experts", "the router", "the mixture")
 )
 ABLATIONS = {
     "all kernels": Ablation(
@@ -73,20 +74,27 @@ ABLATIONS = {
     ATTENTION: Ablation(replaced={f"{_COMPONENTS}.attention.attention_node": nothing}),
     "kernel of attention": Ablation(("attention", "attention_backward"), beside=(ATTENTION,)),
     "kernel of rotations": Ablation(("turn_heads",), beside=(ATTENTION,)),
-    FEED_FORWARD: Ablation(replaced={f"{_COMPONENTS}.feed_forward.feed_forward_node": nothing}),
-    EXPERTS: Ablation(replaced={f"{_COMPONENTS}.moe.grouped_feed_forward": nothing}),
-    "kernel of SwiGLU": Ablation(("swiglu", "swiglu_backward"), beside=(FEED_FORWARD, EXPERTS)),
+    MIXTURE: Ablation(replaced={f"{_COMPONENTS}.moe.moe_node": nothing}),
+    FEED_FORWARD: Ablation(
+        replaced={f"{_COMPONENTS}.feed_forward.feed_forward_node": nothing}, beside=(MIXTURE,)
+    ),
+    EXPERTS: Ablation(
+        replaced={f"{_COMPONENTS}.moe.grouped_feed_forward": nothing}, beside=(MIXTURE,)
+    ),
+    "kernel of SwiGLU": Ablation(
+        ("swiglu", "swiglu_backward"), beside=(FEED_FORWARD, EXPERTS, MIXTURE)
+    ),
     "kernels of grouped products": Ablation(
-        ("grouped_linear", "grouped_linear_back", "grouped_outer"), beside=(EXPERTS,)
+        ("grouped_linear", "grouped_linear_back", "grouped_outer"), beside=(EXPERTS, MIXTURE)
     ),
     "kernels of rows": Ablation(("sort_rows", "take_rows", "add_rows")),
-    ROUTER: Ablation(replaced={f"{_COMPONENTS}.moe.router_node": nothing}),
+    ROUTER: Ablation(replaced={f"{_COMPONENTS}.moe.router_node": nothing}, beside=(MIXTURE,)),
     "kernels of the router": Ablation(
         (
             *("largest_places", "weigh_experts", "weigh_experts_backward"),
             *("sequence_sums", "sequence_sums_backward", "count_experts", "balance_loss"),
         ),
-        beside=(ROUTER,),
+        beside=(ROUTER, MIXTURE),
     ),
     "kernel of norms": Ablation(("rms_norm", "rms_norm_backward")),
     "head in chunks": Ablation(

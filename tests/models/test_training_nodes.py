@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from deepseek.models.components.attention import MultiHeadLatentAttention
-from deepseek.models.components.feed_forward import FeedForward
+from deepseek.models.components.feed_forward import FeedForward, RMSNorm
 from deepseek.models.components.moe import MoE
 from deepseek.models.components.rope import rotation
 from deepseek.models.components.router import Router
 
+Layer = TypeVar("Layer", MultiHeadLatentAttention, FeedForward, MoE)
 TOLERANCE = 1e-6
 """Of gradients, of the largest number in each."""
 
@@ -36,6 +37,12 @@ def attention(q_lora_rank: int | None) -> MultiHeadLatentAttention:
         norm_eps=1e-6,
         softmax_scale=0.4,
     )
+    return filled(layer)
+
+
+def filled(layer: Layer) -> Layer:
+    """Drawn weights, and the norm that a block has before it as ``layer.before``."""
+    layer.before = RMSNorm(24, 1e-6)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.4)
     return layer
@@ -45,7 +52,7 @@ def attended(layer: MultiHeadLatentAttention, x_BSD: Tensor, isolated: bool) -> 
     positions_BS = torch.arange(x_BSD.shape[1]).expand(x_BSD.shape[:2])
     angles = rotation(positions_BS, 4, 10000.0, None, x_BSD.dtype)
     documents_BS = (positions_BS >= 5).to(torch.int32) if isolated else None
-    return layer(x_BSD, *angles, documents_BS)
+    return layer.add_to(x_BSD, layer.before, *angles, documents_BS)
 
 
 def both_passes(layer: nn.Module, compute: Callable[..., Tensor], x: Tensor) -> list[Tensor]:
@@ -89,13 +96,19 @@ def test_attention(q_lora_rank: int | None, isolated: bool) -> None:
 
 def test_feed_forward() -> None:
     torch.manual_seed(0)
-    x = torch.randn(3, 5, 24)
-    compare(FeedForward(24, 40), lambda layer, x: layer(x), x, "_FeedForwardBackward")
+    layer, x = filled(FeedForward(24, 40)), torch.randn(3, 5, 24)
+    compare(layer, lambda layer, x: layer(x), x, "_FeedForwardBackward")
+    layer.zero_grad()
+    compare(layer, fed, x, "_FeedForwardBackward")
+
+
+def fed(layer: FeedForward, x_BSD: Tensor) -> Tensor:
+    return layer.add_to(x_BSD, layer.before)
 
 
 def test_what_is_frozen_gets_no_gradient() -> None:
-    layers = attention(9), FeedForward(24, 40)
-    computes = (lambda layer, x: attended(layer, x, False), lambda layer, x: layer(x))
+    layers = attention(9), filled(FeedForward(24, 40)), mixture(0.3)
+    computes = (lambda layer, x: attended(layer, x, False), fed, mixed)
     for layer, compute in zip(layers, computes, strict=True):
         for frozen in layer.parameters():
             frozen.requires_grad_(False)
@@ -120,7 +133,7 @@ def test_who_watches_all_modules_is_told_of_each() -> None:
     try:
         layers = attention(9), mixture(0.1)
         attended(layers[0], torch.ones(1, 4, 24), False)
-        layers[1](torch.ones(1, 4, 24), None, torch.tensor(0.2))
+        mixed(layers[1], torch.ones(1, 4, 24))
     finally:
         handle.remove()
     assert set(seen) == {module for layer in layers for module in layer.modules()}
@@ -128,14 +141,14 @@ def test_who_watches_all_modules_is_told_of_each() -> None:
 
 def test_a_pass_that_somebody_has_replaced_is_called() -> None:
     layer, x = attention(9), torch.randn(1, 4, 24)
-    layer.wo.forward = torch.zeros_like
-    assert not attended(layer, x, False).any()
+    layer.wo.forward = lambda y: torch.zeros(1, 4, 24)
+    assert attended(layer, x, False).equal(x)
 
 
 def test_sequences_may_share_a_rotation() -> None:
     layer, x = attention(9), torch.randn(3, 5, 24)
     angles = rotation(torch.arange(5).unsqueeze(0), 4, 10000.0, None)
-    shared = layer(x, *(angle.expand(3, -1, -1) for angle in angles))
+    shared = layer.add_to(x, layer.before, *(angle.expand(3, -1, -1) for angle in angles))
     assert torch.equal(shared, attended(layer, x, False))
 
 
@@ -170,11 +183,14 @@ def mixture(coefficient: float, **changes: Any) -> MoE:
         balance_coeff=coefficient,
         z_coeff=0.0,
     )
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.4)
+    filled(layer)
     if layer.gate.bias is not None:
         layer.gate.bias.copy_(torch.linspace(-0.2, 0.2, 6))
     return layer
+
+
+def mixed(layer: MoE, x_BSD: Tensor, real_BS: Tensor | None = None) -> Tensor:
+    return layer.add_to(x_BSD, layer.before, real_BS, torch.tensor(0.2))
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
@@ -191,7 +207,9 @@ def test_mixture(coefficient: float, changes: dict[str, Any]) -> None:
     layer = mixture(coefficient, **changes)
     twin = deepcopy(layer).double()
     x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
-    compare_passes(layer, twin, lambda layer, x: layer(x, real_BS, torch.tensor(0.2)), x)
+    node = mixed(layer, x.clone().requires_grad_()).grad_fn
+    assert node is not None and node.name() == "_MixtureBackward"
+    compare_passes(layer, twin, lambda layer, x: mixed(layer, x, real_BS), x)
     one, other = layer.gate, twin.gate
     assert one.tokens_per_expert.equal(other.tokens_per_expert)
     assert one.tokens_per_expert.sum() == 8 * 2
@@ -203,7 +221,7 @@ def test_a_token_is_counted_once_where_gradients_of_inputs_and_weights_are_asked
     None
 ):
     layer, x = mixture(0.3), torch.ones(1, 4, 24, requires_grad=True)
-    y = layer(x, None, torch.tensor(0.2)).sum()
+    y = mixed(layer, x).sum()
     torch.autograd.grad(y, x, retain_graph=True)
     once = layer.gate.balance_loss.clone()
     torch.autograd.grad(y, layer.gate.weight)
@@ -214,5 +232,5 @@ def test_a_token_is_counted_once_where_gradients_of_inputs_and_weights_are_asked
 def test_a_router_that_somebody_watches_is_called() -> None:
     layer, seen = mixture(0.1), list[Any]()
     layer.gate.register_forward_hook(lambda module, given, y: seen.append(y))
-    layer(torch.ones(1, 4, 24), None, torch.tensor(0.2))
+    mixed(layer, torch.ones(1, 4, 24))
     assert len(seen) == 1

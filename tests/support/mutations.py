@@ -245,8 +245,11 @@ MUTATIONS = (
              "models/components/attention_node.py", "kept.sin_BSA, -1.0)", "kept.sin_BSA, 1.0)",
              "models/test_training_nodes.py::test_attention"),
     Mutation("nodes: a router counts with each gradient", "models/components/router_node.py",
-             "if not ctx.is_counted:", "if True:", "models/test_training_nodes.py::"
+             "if self._is_added:", "if False:", "models/test_training_nodes.py::"
              "test_a_token_is_counted_once_where_gradients_of_inputs_and_weights_are_asked_for_apart"),
+    Mutation("nodes: a mixture's shared experts give its input no gradient",
+             "models/components/moe_node.py", "router.top_k, by_x_TD)", "router.top_k)",
+             "models/test_training_nodes.py::test_mixture"),
     Mutation("memory: a gradient that somebody has kept is written over", "ops/gradient_rooms.py",
              "if _users(room) > _NOBODY + is_there:", "if False:",
              "ops/test_gradient_rooms.py::test_a_gradient_that_somebody_has_kept_stays"),

@@ -63,17 +63,23 @@ def normed(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def norm_gradients(
-    grad: Tensor, x: Tensor, weight_D: Tensor, scale: Tensor, trained: bool
+    grad: Tensor,
+    x: Tensor,
+    weight_D: Tensor,
+    scale: Tensor,
+    trained: bool,
+    plus: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of what ``normed`` was given, which has told ``scale``; None for a weight that is
-    not trained."""
-    run, step = kernel("rms_norm_backward", "pppppppnnnn", grad, x, weight_D), row_step(x)
+    not trained. ``plus`` is added to that of ``x``: what has come by beside the norm."""
+    run, step = kernel("rms_norm_backward", "ppppppppnnnn", grad, x, weight_D), row_step(x)
     if run is not None and step is not None:
         rows, width, weight_D = scale.numel(), x.shape[-1], weight_D.contiguous()
         by_x, parts_bD = x.new_empty(x.shape), x.new_empty(-(-rows // _BLOCK), width)
         by_weight_D = torch.empty_like(weight_D) if trained else None
         run(
             by_x, by_weight_D, parts_bD, grad.contiguous(), x, weight_D, scale,
+            None if plus is None else plus.contiguous(),
             rows, width, step, torch.get_num_threads(),
         )  # fmt: skip
         return by_x, by_weight_D
@@ -81,7 +87,8 @@ def norm_gradients(
     # How much the gradient would change rms(x), for each row.
     along = (by_x * weight_D).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(-x.shape[-1])
     grad_weight_D = by_x.mul_(scale).unsqueeze(0).flatten(0, -2).sum(0) if trained else None
-    return (grad * weight_D).mul_(scale).addcmul_(x, along), grad_weight_D
+    by_x = (grad * weight_D).mul_(scale).addcmul_(x, along)
+    return by_x if plus is None else by_x.add_(plus), grad_weight_D
 
 
 class _RMSNorm(torch.autograd.Function):

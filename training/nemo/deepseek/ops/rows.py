@@ -234,11 +234,11 @@ class _PermuteRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
         ctx.inverse_R = inverse_R  # not saved: nothing is recomputed for it
-        return _taken(x_RD, order_R)
+        return taken(x_RD, order_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        return _taken(grad_RD, ctx.inverse_R), None, None
+        return taken(grad_RD, ctx.inverse_R), None, None
 
 
 class _ExpandRows(torch.autograd.Function):
@@ -248,12 +248,12 @@ class _ExpandRows(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(inverse_R)
         ctx.num_choices = inverse_R.numel() // max(x_TD.shape[0], 1)  # there may be no token
-        return _taken(x_TD, order_R, ctx.num_choices, room)
+        return taken(x_TD, order_R, ctx.num_choices, room)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse_R,) = ctx.saved_tensors
-        return _summed(grad_RD, inverse_R, ctx.num_choices), None, None, None
+        return summed(grad_RD, inverse_R, ctx.num_choices), None, None, None
 
 
 class _CombineRows(torch.autograd.Function):
@@ -262,14 +262,14 @@ class _CombineRows(torch.autograd.Function):
         ctx: Any, y_RD: Tensor, order_R: Tensor, inverse_R: Tensor, num_choices: int
     ) -> Tensor:
         ctx.order_R, ctx.num_choices = order_R, num_choices  # not saved, as with _PermuteRows
-        return _summed(y_RD, inverse_R, num_choices)
+        return summed(y_RD, inverse_R, num_choices)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None, None]:
-        return _taken(grad_TD, ctx.order_R, ctx.num_choices), None, None, None
+        return taken(grad_TD, ctx.order_R, ctx.num_choices), None, None, None
 
 
-def _taken(x_TD: Tensor, index_R: Tensor, copies: int = 1, room: Room | None = None) -> Tensor:
+def taken(x_TD: Tensor, index_R: Tensor, copies: int = 1, room: Room | None = None) -> Tensor:
     """Rows ``index // copies``, of one dim or two."""
     if x_TD.is_floating_point() and (run := kernel("take_rows", "pppnnnn", x_TD, index_R)):
         sizes, width = (len(index_R), *x_TD.shape[1:]), math.prod(x_TD.shape[1:])
@@ -283,18 +283,32 @@ def _taken(x_TD: Tensor, index_R: Tensor, copies: int = 1, room: Room | None = N
     return x_TD.index_select(0, index_R)
 
 
-def _summed(x_RD: Tensor, inverse_R: Tensor, num_choices: int) -> Tensor:
-    """On a CPU in one pass, which gathers and adds: by operators as the bags of an embedding."""
+def summed(
+    x_RD: Tensor,
+    inverse_R: Tensor,
+    num_choices: int,
+    one_TD: Tensor | None = None,
+    two: Tensor | None = None,
+) -> Tensor:
+    """Sum of each token's rows, and then of ``one`` and ``two``, both contiguous; (T, D), or the
+    shape of ``two``.
+
+    On a CPU in one pass, which gathers and adds: by operators as the bags of an embedding.
+    """
     if not num_choices:  # there is no token
         return x_RD[:0]
-    if run := kernel("add_rows", "pppnnnn", x_RD, inverse_R):
+    if run := kernel("add_rows", "pppppnnnn", x_RD, inverse_R):
         tokens, width = len(inverse_R) // num_choices, x_RD.shape[1]
-        y_TD, threads = x_RD.new_empty(tokens, width), torch.get_num_threads()
-        run(y_TD, x_RD.contiguous(), inverse_R, tokens, num_choices, width, threads)
-        return y_TD
+        y = x_RD.new_empty(tokens, width) if two is None else torch.empty_like(two)
+        given = x_RD.contiguous(), inverse_R, one_TD, two
+        run(y, *given, tokens, num_choices, width, torch.get_num_threads())
+        return y
     if x_RD.is_cpu and x_RD.numel() and not torch.compiler.is_compiling():
-        return F.embedding_bag(inverse_R.view(-1, num_choices), x_RD.contiguous(), mode="sum")
-    return combine_rows_slow(x_RD, inverse_R, num_choices)
+        y = F.embedding_bag(inverse_R.view(-1, num_choices), x_RD.contiguous(), mode="sum")
+    else:
+        y = combine_rows_slow(x_RD, inverse_R, num_choices)
+    y = y if one_TD is None else y + one_TD
+    return y if two is None else y.view_as(two) + two
 
 
 class _SpreadRows(torch.autograd.Function):
@@ -306,14 +320,14 @@ class _SpreadRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor, None, None]:
         (slots_R,) = ctx.saved_tensors
-        return _taken(grad_PD, slots_R), None, None
+        return taken(grad_PD, slots_R), None, None
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_PD: Tensor, slots_R: Tensor) -> Tensor:
         ctx.slots_R, ctx.num_slots = slots_R, x_PD.shape[0]
-        return _taken(x_PD, slots_R)
+        return taken(x_PD, slots_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:

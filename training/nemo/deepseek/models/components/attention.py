@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from deepseek.models.components.attention_node import LayerSizes, attention_node
-from deepseek.models.components.feed_forward import Linear, RMSNorm
+from deepseek.models.components.feed_forward import Linear, RMSNorm, is_watched
 from deepseek.models.components.heads import head_keys, head_queries
 from deepseek.models.components.rope import rotate
 from deepseek.ops.causal_attention import causal_attention
@@ -108,10 +108,6 @@ class MultiHeadLatentAttention(nn.Module):
             real_BS: False for padding; None: all real.
             blocks: see ``TokenContext``.
         """
-        if cache is None and self._is_plain():
-            y_BSD = self._in_one(x_BSD, (cos_BSA, sin_BSA), documents_BS, real_BS)
-            if y_BSD is not None:
-                return y_BSD
         q_BSNH, kv_BSX = self._queries(x_BSD), self.wkv_a(x_BSD)
         if cache is not None:
             norm, w = self.kv_norm, self.wkv_b.weight
@@ -131,25 +127,52 @@ class MultiHeadLatentAttention(nn.Module):
             y_BSNU = self._absorbed(q_nope, q_rope, kept_BMX, visible_BSM)
         return self.wo(y_BSNU.flatten(2))
 
-    def _is_plain(self) -> bool:
-        """Whether it is its weights and no more, and all of each sequence is here."""
+    def add_to(
+        self,
+        h_BSD: Tensor,
+        norm: RMSNorm,
+        cos_BSA: Tensor,
+        sin_BSA: Tensor,
+        documents_BS: Tensor | None = None,
+        cache: LatentStore | None = None,
+        real_BS: Tensor | None = None,
+        blocks: Sequence[BlockMask | None] = (None,),
+    ) -> Tensor:
+        """``h + self(norm(h))``, where it can be as one node of the graph; the rest as in
+        ``forward``."""
+        if cache is None and torch.is_grad_enabled() and self._is_plain(norm):
+            y_BSD = self._in_one(h_BSD, norm, (cos_BSA, sin_BSA), documents_BS, real_BS)
+            if y_BSD is not None:
+                return y_BSD
+        seen = documents_BS, cache, real_BS, blocks
+        return h_BSD + self(norm(h_BSD), cos_BSA, sin_BSA, *seen)
+
+    def _is_plain(self, norm: RMSNorm) -> bool:
+        """Whether it is its weights and no more, as the norm before it is, and all of each sequence
+        is here."""
         if self.whole_sequence is not _whole_here or self.attend is not _attend_here:
             return False
-        linear, norms = [self.wkv_a, self.wkv_b, self.wo], [self.kv_norm]
+        if type(self) is not MultiHeadLatentAttention or is_watched(self):
+            return False
+        linear, norms = [self.wkv_a, self.wkv_b, self.wo], [norm, self.kv_norm]
         if self.q_lora_rank is None:
             linear += [self.wq]
         else:
             linear, norms = [*linear, self.wq_a, self.wq_b], [*norms, self.q_norm]
+        if any(x.eps != norm.eps for x in norms):
+            return False
         return all(x.is_plain for x in linear) and all(x.is_plain for x in norms)
 
     def _in_one(
         self,
-        x_BSD: Tensor,
+        h_BSD: Tensor,
+        norm: RMSNorm,
         rotation: tuple[Tensor, Tensor],
         documents_BS: Tensor | None,
         real_BS: Tensor | None,
     ) -> Tensor | None:
-        """The expanded form by ``attention_node``; None, where that takes none of these."""
+        """``add_to`` in the expanded form by ``attention_node``; None, where that takes none of
+        these."""
         if self.q_lora_rank is None:
             of_queries: tuple[Tensor, ...] = (self.wq.weight,)
         else:
@@ -158,13 +181,13 @@ class MultiHeadLatentAttention(nn.Module):
         sizes = LayerSizes(
             self.kv_lora_rank,
             self.qk_nope_head_dim + self.qk_rope_head_dim,
-            self.kv_norm.eps,
+            norm.eps,
             self.softmax_scale,
         )
         of_latents = self.wkv_a.weight, self.kv_norm.weight, self.wkv_b.weight, self.wo.weight
-        largest_BNS = self._room_for_logits(x_BSD.shape[0], heads, x_BSD.shape[1])
-        seen = documents_BS, largest_BNS
-        y_BSD = attention_node(x_BSD, rotation, *seen, sizes, of_latents, of_queries)
+        largest_BNS = self._room_for_logits(h_BSD.shape[0], heads, h_BSD.shape[1])
+        seen = rotation, documents_BS, largest_BNS
+        y_BSD = attention_node(h_BSD, norm.weight, *seen, sizes, of_latents, of_queries)
         if y_BSD is not None and largest_BNS is not None:
             self._note_logits(largest_BNS, real_BS)
         return y_BSD

@@ -28,7 +28,7 @@ class DeepSeekBlock(nn.Module):
         self.attn = build_attention(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.is_moe = config.is_moe_layer(layer)
-        self.ffn: nn.Module = (
+        self.ffn: MoE | FeedForward = (
             build_moe(config)
             if self.is_moe
             else FeedForward(config.hidden_size, config.intermediate_size)
@@ -38,11 +38,18 @@ class DeepSeekBlock(nn.Module):
         self, x_BSD: Tensor, context: TokenContext, cache: LatentStore | None = None
     ) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        rotation = context.cos_BSA, context.sin_BSA
-        seen = context.documents_BS, cache, context.real_BS, context.blocks
-        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), *rotation, *seen)
+        x_BSD = self.attn.add_to(
+            x_BSD,
+            self.attn_norm,
+            context.cos_BSA,
+            context.sin_BSA,
+            context.documents_BS,
+            cache,
+            context.real_BS,
+            context.blocks,
+        )
         counted = (context.real_BS, context.balance_scale, cache is not None) if self.is_moe else ()
-        return x_BSD + self.ffn(self.ffn_norm(x_BSD), *counted)
+        return self.ffn.add_to(x_BSD, self.ffn_norm, *counted)
 
 
 @dataclass(frozen=True)

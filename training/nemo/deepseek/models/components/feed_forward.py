@@ -47,12 +47,33 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        if self.w1.is_plain and self.w2.is_plain and self.w3.is_plain:
-            given = x, self.w1.weight, self.w3.weight, self.w2.weight
+        if self._has_plain_maps():
+            given = x, *self.weights
             y = feed_forward_node(*given) if torch.is_grad_enabled() else feed_forward(*given)
             if y is not None:
                 return y
         return self.w2(swiglu(self.w1(x), self.w3(x)))
+
+    def add_to(self, h: Tensor, norm: RMSNorm) -> Tensor:
+        """``h + self(norm(h))``, where it can be as one node of the graph."""
+        if torch.is_grad_enabled() and self.is_plain and norm.is_plain:
+            y = feed_forward_node(h, *self.weights, (norm.weight, norm.eps))
+            if y is not None:
+                return y
+        return h + self(norm(h))
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, up, down."""
+        return self.w1.weight, self.w3.weight, self.w2.weight
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is its matrices and no more: nobody watches."""
+        return type(self) is FeedForward and not is_watched(self) and self._has_plain_maps()
+
+    def _has_plain_maps(self) -> bool:
+        return self.w1.is_plain and self.w2.is_plain and self.w3.is_plain
 
 
 class Expert(FeedForward):

@@ -16,7 +16,8 @@ from deepseek.models.components.balance import (
     whole,
 )
 from deepseek.models.components.dispatcher import LocalDispatcher, TokenDispatcher
-from deepseek.models.components.feed_forward import Expert, FeedForward, is_watched
+from deepseek.models.components.feed_forward import Expert, FeedForward, RMSNorm, is_watched
+from deepseek.models.components.moe_node import Parts, moe_node
 from deepseek.models.components.router import Router, Routing
 from deepseek.models.components.router_node import router_node
 from deepseek.ops.autocast import as_products
@@ -95,6 +96,45 @@ class MoE(nn.Module):
         y_BSD = self.dispatcher.combine(y_RD, sent).view_as(x_BSD)
         return y_BSD if shared is None else y_BSD + sent.meanwhile
 
+    def add_to(
+        self,
+        h_BSD: Tensor,
+        norm: RMSNorm,
+        real_BS: Tensor | None = None,
+        balance_scale: Tensor | None = None,
+        decodes: bool = False,
+    ) -> Tensor:
+        """``h + self(norm(h))``, where it can be as one node of the graph; the rest as in
+        ``forward``."""
+        if balance_scale is not None and torch.is_grad_enabled() and self._is_plain(norm):
+            if real_BS is None:
+                real_BS = torch.ones(h_BSD.shape[:2], dtype=torch.bool, device=h_BSD.device)
+            room, experts, shared = self.experts.room_for_rows, self.experts, self.shared_experts
+            y_BSD = moe_node(
+                h_BSD,
+                Parts(self.gate, norm.eps, self.balance_coeff, room),
+                real_BS,
+                balance_scale,
+                (norm.weight, self.gate.weight),
+                (experts.local(experts.w1), experts.local(experts.w3), experts.local(experts.w2)),
+                () if shared is None else shared.weights,
+            )
+            if y_BSD is not None:
+                return y_BSD
+        return h_BSD + self(norm(h_BSD), real_BS, balance_scale, decodes)
+
+    def _is_plain(self, norm: RMSNorm) -> bool:
+        """Whether it is its weights and no more, as the norm before it is, all of them here, and
+        its losses are those that a router's node knows."""
+        shared, is_local = self.shared_experts, type(self.dispatcher) is LocalDispatcher
+        if type(self) is not MoE or is_watched(self) or not is_local or self.z_coeff:
+            return False
+        if self.sum_over_sequence is not whole or not norm.is_plain:
+            return False
+        if shared is not None and not shared.is_plain:
+            return False
+        return self.gate.is_plain and self.experts.is_plain and not is_watched(self.experts)
+
     def _route(
         self,
         x_TD: Tensor,
@@ -166,7 +206,7 @@ class GroupedExperts(nn.Module):
         promised there.
         """
         rows_RD = as_products(rows_RD)  # grouped products are not on autocast's list
-        if self._is_plain():
+        if self.is_plain:
             w1, w3, w2 = (self.local(stack) for stack in (self.w1, self.w3, self.w2))
             y_RD = grouped_feed_forward(rows_RD, weights_R, counts_e, w1, w3, w2)
             if y_RD is not None:
@@ -188,7 +228,7 @@ class GroupedExperts(nn.Module):
     def few(self, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor) -> Tensor | None:
         """What few tokens get from their experts, without bringing rows there and back; None where
         this can't be done, see ``few_experts``, or products are not those of the stacks alone."""
-        if not self._is_plain():
+        if not self.is_plain:
             return None
         w1, w3, w2 = (self.local(stack) for stack in (self.w1, self.w3, self.w2))
         return few_experts(x_TD, expert_ids_TK, weights_TK, w1, w3, w2)
@@ -197,7 +237,7 @@ class GroupedExperts(nn.Module):
         """Memory for gradients, in which rows and hidden values lie till these are made; where our
         kernels make them, and they are given to nobody else."""
         stacks = self.w1, self.w2, self.w3
-        if not self._is_plain() or not takes_any_counts(*stacks):
+        if not self.is_plain or not takes_any_counts(*stacks):
             return
         for stack in stacks:
             if self.local(stack) is stack and stack.is_leaf and stack.requires_grad:
@@ -208,7 +248,8 @@ class GroupedExperts(nn.Module):
         which may keep them; see ``make_gradient_rooms``."""
         return None if is_watched(self) else lent_room(self.w2, sizes)
 
-    def _is_plain(self) -> bool:
+    @property
+    def is_plain(self) -> bool:
         """Whether products are those of the stacks alone."""
         return type(self) is GroupedExperts and self.grouped is grouped_linear
 

@@ -27,11 +27,12 @@ void rms_norm(float *restrict y, float *restrict scale, const float *restrict x,
 enum { BLOCK = 32 };
 
 /* `by_x` (rows, width), `by_w` (width) or NULL; `parts` (rows / BLOCK, rounded up, width) is used
- * for `by_w`. `grad` is contiguous. */
+ * for `by_w`. `grad` is contiguous, and so is `plus`, which is added to `by_x`, or NULL. */
 void rms_norm_backward(float *restrict by_x, float *restrict by_w, float *restrict parts,
                        const float *restrict grad, const float *restrict x,
-                       const float *restrict w, const float *restrict scale, int64_t rows,
-                       int64_t width, int64_t x_step, int64_t threads) {
+                       const float *restrict w, const float *restrict scale,
+                       const float *restrict plus, int64_t rows, int64_t width, int64_t x_step,
+                       int64_t threads) {
     const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static) num_threads(worth(threads, 2 * rows *width))
     for (int64_t b = 0; b < blocks; b++) {
@@ -47,6 +48,8 @@ void rms_norm_backward(float *restrict by_x, float *restrict by_w, float *restri
             along *= -factor * factor * factor / width;
             for (int64_t i = 0; i < width; i++)
                 by_x[r * width + i] = grad_r[i] * w[i] * factor + x_r[i] * along;
+            if (plus)
+                for (int64_t i = 0; i < width; i++) by_x[r * width + i] += plus[r * width + i];
             if (by_w)
                 for (int64_t i = 0; i < width; i++) part[i] += grad_r[i] * x_r[i] * factor;
         }

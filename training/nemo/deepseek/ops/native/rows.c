@@ -66,9 +66,11 @@ void spread_rows(float *restrict y, const float *restrict x, const int64_t *rest
     }
 }
 
-/* y[t] = the sum of the rows x[index[t, k]], in the order of k; one or more. */
+/* y[t] = the sum of the rows x[index[t, k]], in the order of k, one or more; and then of one[t] and
+ * of two[t], each of them or NULL. */
 void add_rows(float *restrict y, const float *restrict x, const int64_t *restrict index,
-              int64_t tokens, int64_t choices, int64_t width, int64_t threads) {
+              const float *restrict one, const float *restrict two, int64_t tokens,
+              int64_t choices, int64_t width, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(worth(threads, tokens *choices *width))
     for (int64_t t = 0; t < tokens; t++) {
         float *y_t = y + t * width;
@@ -77,5 +79,9 @@ void add_rows(float *restrict y, const float *restrict x, const int64_t *restric
             const float *x_r = x + index[t * choices + k] * width;
             for (int64_t i = 0; i < width; i++) y_t[i] += x_r[i];
         }
+        if (one)
+            for (int64_t i = 0; i < width; i++) y_t[i] += one[t * width + i];
+        if (two)
+            for (int64_t i = 0; i < width; i++) y_t[i] += two[t * width + i];
     }
 }
