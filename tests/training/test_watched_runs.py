@@ -102,6 +102,22 @@ def test_a_start_after_a_lost_rank(micro: MicroRuns) -> None:
     assert events(micro, "seen_again")[:2] == [("restart", 0, "restart 2"), ("started", 0, None)]
 
 
+def test_monitors_leave_layers_their_fast_ways(micro: MicroRuns) -> None:
+    """A module with a hook is called by itself: a layer with one is no single node of the graph."""
+    before = (
+        "from deepseek.models.components.feed_forward import is_watched\n"
+        "from deepseek.training.step import DeepSeekModel\n"
+        "step = DeepSeekModel.training_step\n"
+        "def asking(self, *args):\n"
+        "    watched = [name for name, x in self.model.named_modules() if is_watched(x)]\n"
+        "    if watched: raise ValueError(f'hooks on {watched}')\n"
+        "    return step(self, *args)\n"
+        "DeepSeekModel.training_step = asking\n"
+    )
+    micro.train("unhooked", "trainer.max_steps=2", before=before).assert_done()
+    assert (micro.folder / "unhooked" / "monitor" / "experts.arrays").exists()
+
+
 def test_without_monitoring_there_are_no_records(micro: MicroRuns, whole: str) -> None:
     micro.train("seen_plain", "exp_manager.monitor.every_n_steps=0").assert_done()
     assert not (micro.folder / "seen_plain" / "monitor").exists()

@@ -120,6 +120,7 @@ class MoE(nn.Module):
                 () if shared is None else shared.weights,
             )
             if y_BSD is not None:
+                experts.tell(h_BSD.shape[:2].numel() * self.gate.top_k)
                 return y_BSD
         return h_BSD + self(norm(h_BSD), real_BS, balance_scale, decodes)
 
@@ -145,6 +146,7 @@ class MoE(nn.Module):
         """Weights and ids of each token's experts; in training with balance losses and counts."""
         if balance_scale is None:
             routing = self.gate(x_TD)
+            self.gate.tell(routing.scores_TE, routing.expert_ids_TK, real_BS)
             return routing.weights_TK, routing.expert_ids_TK
         if real_BS is None:
             real_BS = torch.ones(sizes, dtype=torch.bool, device=x_TD.device)
@@ -153,6 +155,7 @@ class MoE(nn.Module):
             if found is not None:
                 return found
         routing = self.gate(x_TD)
+        self.gate.tell(routing.scores_TE, routing.expert_ids_TK, real_BS)
         return self._with_balance(routing, real_BS, balance_scale), routing.expert_ids_TK
 
     def _with_balance(self, routing: Routing, real_BS: Tensor, balance_scale: Tensor) -> Tensor:
@@ -185,6 +188,7 @@ class GroupedExperts(nn.Module):
     Attributes:
         local: the part of a stack that is here; replaced where experts lie on several ranks.
         grouped: product of rows and stack; replaced where it is computed in FP8.
+        listener: told how many rows there are, each time; not a hook, see ``Router``.
     """
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
@@ -194,6 +198,12 @@ class GroupedExperts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))  # up
         self.local: Callable[[Tensor], Tensor] = lambda stack: stack
         self.grouped: Callable[[Tensor, Tensor, Tensor], Tensor] = grouped_linear
+        self.listener: Callable[[int], None] | None = None
+
+    def tell(self, rows: int) -> None:
+        """Tell the listener how many rows are computed."""
+        if self.listener is not None:
+            self.listener(rows)
 
     def forward(
         self, rows_RD: Tensor, weights_R: Tensor, counts_e: Tensor, decodes: bool = False
@@ -205,6 +215,7 @@ class GroupedExperts(nn.Module):
         are few: padding would be most of the work, and bitwise isolation of sequences is not
         promised there.
         """
+        self.tell(len(rows_RD))
         rows_RD = as_products(rows_RD)  # grouped products are not on autocast's list
         if self.is_plain:
             w1, w3, w2 = (self.local(stack) for stack in (self.w1, self.w3, self.w2))

@@ -38,6 +38,8 @@ class Router(nn.Module):
             None unless ``topk_method`` is ``noaux_tc``.
         tokens_per_expert: int64 (E,) assignments of real tokens since the last ``start_step``.
         balance_loss: fp64 scalar, balance loss since the last ``start_step``.
+        listener: told each choice, see ``tell``. Not a hook: a layer with one is called module by
+            module, which takes longer.
     """
 
     KEPT_IN_THEIR_DTYPE = ("bias", "balance_loss")
@@ -74,6 +76,7 @@ class Router(nn.Module):
         )
         self.balance_loss: Tensor
         self.register_buffer("balance_loss", torch.zeros((), dtype=torch.float64), persistent=False)
+        self.listener: Callable[[Tensor, Tensor, Tensor | None], None] | None = None
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Route each row; everything is computed in fp32 (fp64 for fp64 input)."""
@@ -106,6 +109,12 @@ class Router(nn.Module):
     def is_plain(self) -> bool:
         """Whether nobody watches it, or has replaced it."""
         return type(self) is Router and not is_watched(self)
+
+    def tell(self, scores_TE: Tensor, expert_ids_TK: Tensor, real_BS: Tensor | None) -> None:
+        """Tell the listener what has been chosen, and by which unbiased scores; real: False for
+        padding, None: all are."""
+        if self.listener is not None:
+            self.listener(scores_TE, expert_ids_TK, real_BS)
 
     @torch.no_grad()
     def update_bias(self, counts_E: Tensor, rate: float) -> None:

@@ -77,6 +77,7 @@ def decide(
     sigmoid = router.scoring == "sigmoid"
     scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(dim=-1)
     ids_TK = keep(lambda: router.choose(scores_TE))
+    router.tell(scores_TE, ids_TK, real_BS)
     # The bias chooses but does not weigh: the weights come from the unbiased scores.
     weights_TK = weigh(scores_TE, ids_TK, router.normalise, router.scaling_factor)
     loss, by_sums = None, None

@@ -20,8 +20,7 @@ from torch import Tensor
 from deepseek.config.schema import ModelConfig
 from deepseek.console import complain
 from deepseek.frameworks import Trainer
-from deepseek.models.components.moe import MoE
-from deepseek.models.components.router import Router, Routing
+from deepseek.models.components.router import Router
 from deepseek.monitoring import load_metrics
 from deepseek.monitoring.array_log import ArrayLog
 from deepseek.monitoring.record.rank_monitor import RecordSchedule
@@ -81,9 +80,8 @@ class ExpertMonitor(DeepSeekCallback):
     def on_train_start(self, trainer: Trainer, module: DeepSeekModel) -> None:
         """Listen to the routers that are here."""
         self._forget()
-        owners = {id(m.gate): m for m in module.model.modules() if isinstance(m, MoE)}
         routers, coordinate = module.model.routers(), module.meshes.coordinate
-        self._margins = {name: RouterMargin(owners[id(r)]) for name, r in routers.items()}
+        self._margins = {name: RouterMargin(router) for name, router in routers.items()}
         self._layers = expert_layers(module.config)
         # Counts and bias are equal on all ranks of a stage: one of them tells.
         tells = (coordinate.dp_replicate, coordinate.dp_shard, coordinate.tp) == (0, 0, 0)
@@ -217,20 +215,16 @@ class RouterMargin:
     hundred says enough, and measuring all would cost as much as the routing.
 
     Args:
-        moe: whose router it is.
+        router: it tells this one of its choices, until ``remove``.
     """
 
-    def __init__(self, moe: MoE) -> None:
+    def __init__(self, router: Router) -> None:
+        self._router = router
         self._sample: tuple[Tensor, Tensor, Tensor] | None = None
-        self._real_T: Tensor | None = None
         self._due = False
         self._seconds = 0.0
-        self._handles: list[Any] = []
-        if moe.gate.top_k < moe.gate.num_experts:
-            self._handles = [
-                moe.register_forward_pre_hook(self._note_padding),
-                moe.gate.register_forward_hook(self._measure),
-            ]
+        if router.top_k < router.num_experts:
+            router.listener = self._measure
 
     def measure_next(self) -> None:
         """Measure in the next forward pass."""
@@ -250,30 +244,22 @@ class RouterMargin:
 
     def remove(self) -> None:
         """Leave the model as it was."""
-        for handle in self._handles:
-            handle.remove()
-
-    @torch.compiler.disable
-    def _note_padding(self, module: MoE, args: Any) -> None:
-        if self._due:
-            real_BS = args[1]
-            self._real_T = None if real_BS is None else real_BS.flatten()
+        self._router.listener = None
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _measure(self, module: Router, args: Any, routing: Routing) -> None:
+    def _measure(self, scores_TE: Tensor, expert_ids_TK: Tensor, real_BS: Tensor | None) -> None:
         if not self._due:
             return
         self._due = False
         begin = time.perf_counter()
-        rows = slice(None, None, -(-len(routing.scores_TE) // MARGIN_TOKENS))
-        choice_TE = module.choice_scores(routing.scores_TE[rows])  # with the bias of this step
-        if self._real_T is None:
+        rows = slice(None, None, -(-len(scores_TE) // MARGIN_TOKENS))
+        choice_TE = self._router.choice_scores(scores_TE[rows])  # with the bias of this step
+        if real_BS is None:
             real_T = choice_TE.new_ones(len(choice_TE), dtype=torch.bool)
         else:
-            real_T = self._real_T[rows].clone()
-        self._sample = choice_TE, routing.expert_ids_TK[rows].clone(), real_T
-        self._real_T = None
+            real_T = real_BS.flatten()[rows].clone()
+        self._sample = choice_TE, expert_ids_TK[rows].clone(), real_T
         self._seconds += time.perf_counter() - begin
 
 

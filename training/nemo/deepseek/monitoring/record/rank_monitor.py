@@ -366,11 +366,9 @@ class ReceivedRows:
 
     def __init__(self, model: nn.Module) -> None:
         self.total = self.largest = 0
-        self._handles = [
-            module.register_forward_pre_hook(self._hear)
-            for module in model.modules()
-            if isinstance(module, GroupedExperts)
-        ]
+        self._experts = [x for x in model.modules() if isinstance(x, GroupedExperts)]
+        for experts in self._experts:
+            experts.listener = self._hear
 
     def start(self) -> None:
         """Begin at nothing."""
@@ -378,13 +376,12 @@ class ReceivedRows:
 
     def remove(self) -> None:
         """Leave the model as it was."""
-        for handle in self._handles:
-            handle.remove()
+        for experts in self._experts:
+            experts.listener = None
 
     @torch.compiler.disable
-    def _hear(self, module: nn.Module, args: Any) -> None:
+    def _hear(self, rows: int) -> None:
         if torch._C._current_graph_task_id() != -1:  # inside a backward pass: recomputation
             return
-        rows = len(args[0])
         self.total += rows
         self.largest = max(self.largest, rows)
