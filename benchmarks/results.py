@@ -60,12 +60,13 @@ Kept = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def written(text: str, kept: Kept) -> str:
-    """The guide with each table as ``kept`` has it."""
+    """The guide with each table as ``kept`` has it; of a command that did not run, as it is."""
 
     def table(found: re.Match[str]) -> str:
-        name, rows, where = found[1], [], "(Not measured yet.)"
-        if COMMANDS[name] in kept:
-            rows, where = list(TABLES[name](kept)), told(kept[COMMANDS[name]].values())
+        name = found[1]
+        if COMMANDS[name] not in kept:
+            return found[0]
+        rows, where = TABLES[name](kept), told(kept[COMMANDS[name]].values())
         return "\n".join([f"<!-- table: {name} -->", *rows, "", where, "<!-- end -->"])
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
