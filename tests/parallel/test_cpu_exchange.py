@@ -3,6 +3,7 @@ and the backend brings them where memory cannot be shared."""
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import time
@@ -220,3 +221,42 @@ def test_no_file_is_left_open() -> None:
         return len(os.listdir("/proc/self/fd")) - before
 
     assert run_ranks(2, work) == [1, 1]  # the mapping's own
+
+
+def test_destroyed_groups_leave_neither_memory_nor_threads() -> None:
+    def work(rank: int) -> list[tuple[int, int]]:
+        found = []
+        for _ in range(3):
+            pair = dist.new_group([0, 1])
+            all_to_all([torch.ones(4, 2)], [2, 2], [2, 2], pair).wait()
+            dist.barrier()
+            dist.destroy_process_group(pair)
+            del pair
+            found.append(tuple(len(os.listdir(f"/proc/self/{of}")) for of in ("fd", "task")))
+        return found
+
+    for first, *later in run_ranks(2, work):
+        assert later == [first] * 2
+
+
+def test_memory_that_inference_has_opened_serves_training() -> None:
+    def work(rank: int) -> None:
+        with torch.inference_mode():
+            all_to_all([torch.ones(4, 2)], [2, 2], [2, 2], group()).wait()
+        all_to_all([torch.ones(4, 2)], [2, 2], [2, 2], group()).wait()
+
+    run_ranks(2, work)
+
+
+def test_all_take_the_backend_where_one_rank_has_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> mmap.mmap:
+        raise OSError("no room")
+
+    def work(rank: int) -> type:
+        if rank == 1:
+            monkeypatch.setattr(cpu_memory.mmap, "mmap", none)
+        exchange = all_to_all([torch.ones(4, 2)], [2, 2], [2, 2], group())
+        exchange.wait()
+        return type(exchange)
+
+    assert run_ranks(2, work) == [_ByBackend] * 2

@@ -21,7 +21,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -184,8 +184,9 @@ class SharedMemory:
     def __init__(self, group: dist.ProcessGroup, memory: mmap.mmap) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.others = [(self.rank + step) % self.size for step in range(1, self.size)]
-        self._group = group
-        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        self._group = ref(group)  # a destroyed group ends its threads once nobody has it
+        with torch.inference_mode(False):  # else nobody could write here outside of it
+            whole = torch.frombuffer(memory, dtype=torch.uint8)
         self.regions = whole.view(HALVES, self.size, -1)
         self.region_bytes = self.regions.shape[2]
         self.half = 0
@@ -200,11 +201,11 @@ class SharedMemory:
 
     def barrier(self) -> None:
         """Wait until every rank has written; then all may read what all have written."""
-        dist.barrier(group=self._group)
+        dist.barrier(group=self._group())
 
     def begin_barrier(self) -> dist.Work:
         """``barrier``, to be waited for later."""
-        work = dist.barrier(group=self._group, async_op=True)
+        work = dist.barrier(group=self._group(), async_op=True)
         assert work is not None  # this rank is in the group
         return work
 
@@ -243,7 +244,7 @@ def open_memory(group: dist.ProcessGroup, region_bytes: int) -> SharedMemory | N
     ranks = dist.get_process_group_ranks(group)
     size = HALVES * len(ranks) * -(-region_bytes // ALIGNMENT) * ALIGNMENT
     offer: list[Any] = [None]
-    descriptor = -1
+    descriptor, memory = -1, None
     if dist.get_rank() == ranks[0]:
         descriptor = _make(size)
         offer = [(_machine(), os.getpid(), descriptor)]
@@ -253,9 +254,9 @@ def open_memory(group: dist.ProcessGroup, region_bytes: int) -> SharedMemory | N
         if machine is not None and machine == _machine() and number >= 0:
             if descriptor < 0:
                 descriptor = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR)
-    except OSError:  # not allowed to look at that process
-        descriptor = -1
-    memory = mmap.mmap(descriptor, size) if descriptor >= 0 else None
+            memory = mmap.mmap(descriptor, size)
+    except OSError:  # not allowed to look at that process, or to have so much
+        pass
     # Also keeps the file open until all have found it.
     reached = torch.tensor(int(memory is not None))
     dist.all_reduce(reached, dist.ReduceOp.MIN, group=group)
