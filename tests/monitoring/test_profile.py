@@ -155,13 +155,17 @@ def test_a_range_cut_short_is_written_too(tmp_path: Path, ends: str) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["steps_00000002-00000003.rank0.json.gz"]
 
 
-def test_training_computes_the_same_bits(tmp_path: Path) -> None:
+def test_training_computes_the_same(tmp_path: Path) -> None:
+    """But for last bits: where a mixture is one node of the graph, profiled steps go module by
+    module, and autograd adds up gradients in another order."""
     plain = Driven(CONFIG)
     profiled = Driven(CONFIG, Profile(tmp_path, ProfileConfig(steps=[2, 3], memory=True)))
-    assert plain.run() == profiled.run()
+    for ours, theirs in zip(plain.run(), profiled.run(), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
     assert list(tmp_path.iterdir())
     ours, theirs = plain.module.model.state_dict(), profiled.module.model.state_dict()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
 
 
 def test_outside_its_steps_the_model_is_untouched(tmp_path: Path) -> None:

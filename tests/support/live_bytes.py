@@ -300,7 +300,7 @@ def _as_on_gpus(config: ModelConfig, mode: FakeTensorMode, live: LiveBytes) -> I
         patch.setattr(expert_dispatcher, "NodeDispatcher", _node_dispatcher(config))
         patch.setattr(recompute, "ATTENTION", {torch.ops.support.flash.default})
         patch.setattr(row_ops, "BLOCK_NUMBERS", 1 << 62)  # blocks of rows are for caches of CPUs
-        patch.setattr(row_ops, "_summed", row_ops.combine_rows_slow)  # and so are bags of rows
+        patch.setattr(row_ops, "summed", row_ops.combine_rows_slow)  # and so are bags of rows
         for owner in (fp8_linear, packed):  # a CPU looks up a piece at a time
             patch.setattr(owner, "widened", Tensor.to)
         for owner in (attention, context):

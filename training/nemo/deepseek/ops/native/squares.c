@@ -37,7 +37,8 @@ static float squares_of_row(const float *x, int64_t width) {
 }
 
 /* Adds to sums[kinds[i]] the squares of a tensor of rows[i] rows of widths[i] numbers at
- * addresses[i], divided by divisors[i]. `room` has a number for each SQUARED_ROWS of the longest. */
+ * addresses[i], divided by divisors[i]. `room` has a number for each SQUARED_ROWS of the longest
+ * one. */
 void sums_of_squares(double *restrict sums, double *restrict room,
                      const float *const *restrict addresses, const int64_t *restrict rows,
                      const int64_t *restrict widths, const int64_t *restrict kinds,
