@@ -36,7 +36,7 @@ from typing import Any
 import torch
 import torch.distributed as dist  # noqa: TID251
 import torch.multiprocessing as mp
-from cases import FINE, WIDE
+from cases import EIGHT, FINE, WIDE
 from torch import Tensor
 
 from deepseek.config.layout import Layout
@@ -56,27 +56,19 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "fsdp2_ep2_balanced": {"expert_model_parallel_size": 2},
 }
 
-SMALL = ModelConfig(
-    vocab_size=8192,
-    hidden_size=512,
+EIGHT_LAYERS = replace(
+    EIGHT,
     num_hidden_layers=8,
-    num_attention_heads=8,
-    q_lora_rank=192,
-    kv_lora_rank=128,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=32,
-    v_head_dim=64,
-    intermediate_size=1408,
-    moe_intermediate_size=256,
-    n_routed_experts=8,
     num_experts_per_tok=2,
-    initializer_range=0.02,
+    routed_scaling_factor=1.0,
+    moe_aux_loss_coeff=1e-4,
+    max_position_embeddings=4096,
     micro_batch_size=4,
     global_batch_size=4,
     data=DataConfig(seq_length=256),
 )
 MODELS = {
-    "small": SMALL,
+    "small": EIGHT_LAYERS,
     # The experts of ``train_step.py``, fewer layers, so that a step takes a few seconds.
     "S": replace(WIDE, num_hidden_layers=3, data=DataConfig(seq_length=512)),
     "F": replace(FINE, num_hidden_layers=4, data=DataConfig(seq_length=512)),

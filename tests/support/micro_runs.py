@@ -133,8 +133,8 @@ def by_step(rows: list[dict[str, Any]]) -> dict[tuple[int, str], dict[str, Any]]
     return {(row["step"], "val" if "val_loss" in row else "train"): row for row in rows}
 
 
-def documents() -> list[str]:
+def documents(count: int = 80) -> list[str]:
     """Documents of very different lengths from sixty words."""
     chance = random.Random(0)
     words = ["".join(chance.choices("abcdefghij", k=chance.randint(2, 6))) for _ in range(60)]
-    return [" ".join(chance.choices(words, k=chance.randint(5, 120))) for _ in range(80)]
+    return [" ".join(chance.choices(words, k=chance.randint(5, 120))) for _ in range(count)]

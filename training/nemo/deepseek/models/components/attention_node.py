@@ -110,12 +110,8 @@ class _Attention(torch.autograd.Function):
         attended = len(Attended._fields)
         kept, (wkv_a, kv_norm, wkv_b, wo, *rest) = Attended(*rest[:attended]), rest[attended:]
         of_queries, of_q_norm = rest[: ctx.queries], rest[ctx.queries :]
-        grad_TD, latent, needs_norm = (
-            grad_BSD.flatten(0, 1),
-            ctx.sizes.latent,
-            ctx.needs_input_grad[6],
-        )
-        needs = ctx.needs_input_grad[7:]
+        grad_TD, latent = grad_BSD.flatten(0, 1), ctx.sizes.latent
+        needs_norm, *needs = ctx.needs_input_grad[6:]
         by_y = (grad_TD @ wo).view(kept.y_BSNU.shape)
         y_TX = kept.y_BSNU.view(len(x_TD), -1)
         by_q, by_kv, by_k_rope_BSH = attend_back(by_y, kept, ctx.sizes.softmax_scale)

@@ -3,8 +3,8 @@
 The regions are put around the finished model from outside, and only while a step is profiled: by
 hooks on modules, so that it makes no difference whether tensor parallelism or FSDP has replaced or
 wrapped them, and by stand-ins for what is no module call (the dispatcher's methods, the loss of the
-head). They add no operation to the graph: a profiled step computes the same
-but for last bits, since layers that are one node of the graph go module by module.
+head). They add no operation to the graph. On a CPU in fp32 a profiled step may differ by last bits,
+since layers that else are one node of the graph go module by module.
 
 Open a trace in https://ui.perfetto.dev or chrome://tracing.
 """
