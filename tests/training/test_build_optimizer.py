@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deepseek.config.errors import UserError
 from deepseek.config.schema import ModelConfig, OptimConfig
 from deepseek.models.transformer import Transformer
 from deepseek.ops.native.build import why_not
@@ -144,6 +146,62 @@ def test_gradients_are_multiplied_in_the_update(
     assert all(map(torch.equal, *sides))
     other = updated(name, moments, (1.0, 1.0, 1.0, 1.0), True, on_host)
     assert not any(torch.equal(a, b) for a, b in zip(other, sides[0], strict=True) if a.dim() > 1)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("moments", [None, torch.bfloat16])
+def test_a_state_of_other_sizes_is_an_error(moments: torch.dtype | None, kernels: bool) -> None:
+    """A state loaded in another order of parameters, and a parameter given more numbers: kernels
+    wrote behind the smaller one."""
+    made = [torch.ones(4, requires_grad=True), torch.ones(8, 16, requires_grad=True)]
+    settings: dict[str, Any] = dict(lr=0.1, betas=(0.9, 0.9), eps=1e-8, moments=moments)
+    optimizer, swapped = (AdamW([{"params": p}], **settings) for p in (made, made[::-1]))
+    swapped.make_room()
+    optimizer.load_state_dict(swapped.state_dict())
+    for parameter in made:
+        parameter.grad = torch.ones_like(parameter)
+    with nullcontext() if kernels else without_kernels():
+        with pytest.raises(UserError, match=r"exp_avg of parameter 0 .* \[8, 16\], .* \[4\]"):
+            optimizer.step()
+        swapped.step()
+        made[1].data = torch.ones(2**16)
+        with pytest.raises(UserError, match=r"grad of parameter 0 .* \[8, 16\], .* \[65536\]"):
+            swapped.step()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_transposed_weight_is_updated_number_by_number(kernels: bool) -> None:
+    """torch's fused update takes numbers as they lie in memory."""
+    generator = torch.Generator().manual_seed(0)
+    start, gradient = (torch.randn(5, 3, generator=generator) for _ in range(2))
+    ends = []
+    for transposed in (False, True):
+        weight = nn.Parameter(start.clone())
+        optimizer = AdamW([{"params": [weight]}], lr=0.1, betas=(0.9, 0.9), eps=1e-8)
+        optimizer.make_room()
+        if transposed:
+            weight.data = start.t().contiguous().t()
+        weight.grad = gradient.clone()
+        with nullcontext() if kernels else without_kernels():
+            optimizer.step()
+        ends.append(weight.detach())
+    torch.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_copies_go_on_as_the_original(name: str, moments: str) -> None:
+    made = model()
+    optimizer = build_optimizer(
+        made.named_parameters(), OptimConfig(name=name, lr=0.1, moments_dtype=moments)
+    )
+    sides = [(made, optimizer), copy.deepcopy((made, optimizer))]
+    for model_of_side, optimizer_of_side in sides:
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model_of_side.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer_of_side.step()
+    assert all(map(torch.equal, *(list(side.parameters()) for side, _ in sides)))
 
 
 def test_a_factor_is_of_one_update() -> None:

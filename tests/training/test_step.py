@@ -201,6 +201,22 @@ def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
         driven.run([batch(i) for i in range(MAX_SKIPPED_IN_A_ROW)])
 
 
+def test_a_pass_that_fails_leaves_no_gradient_to_the_next() -> None:
+    """Half of a gradient was added to the next step's."""
+    sides = Driven(CONFIG), Driven(CONFIG)
+
+    def fail(gradient: Tensor) -> None:
+        raise RuntimeError("in the middle")
+
+    hook = sides[0].module.model.layers["0"].attn.wo.weight.register_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        sides[0].run([batch(0)])
+    hook.remove()
+    first, second = (side.run([batch(0), batch(1)]) for side in sides)
+    assert [row.grad_norm for row in first] == [row.grad_norm for row in second]
+    assert_same(*sides, limit=0)
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_moments_are_made_before_the_first_forward_pass(name: str) -> None:
     driven = Driven(replace(CONFIG, optim=replace(CONFIG.optim, name=name)))

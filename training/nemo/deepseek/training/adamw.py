@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from deepseek.config.errors import UserError
 from deepseek.models.components.offload import aside, copy_stream
 from deepseek.ops.native.addresses import addresses
 from deepseek.ops.native.build import kernel
@@ -55,6 +56,10 @@ class AdamW(torch.optim.Optimizer):
         self.moments, self.on_host = moments, on_host
         super().__init__(groups, dict(weight_decay=0.0, gradient_factor=1.0) | defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies are made of; torch's knows nothing of these two."""
+        return super().__getstate__() | {"moments": self.moments, "on_host": self.on_host}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What ``load_state_dict`` ends with; groups that others saved have no factor."""
         super().__setstate__(state)
@@ -81,6 +86,7 @@ class AdamW(torch.optim.Optimizer):
         names, states = ("exp_avg", "exp_avg_sq"), [self.state_of(p, group) for p in parameters]
         steps = [state["step"] for state in states]
         kept = [[state[name] for name in names] for state in states]
+        must_fit(parameters, kept)
         if self.moments is None and not self.on_host:
             self._adamw(parameters, kept, steps, group)
             return
@@ -144,14 +150,21 @@ class AdamW(torch.optim.Optimizer):
         multiply_gradients(parameters, group["gradient_factor"])
         # Element by element, so on the parts that are here: how a call is divided over ranks takes
         # DTensor longer to find than a small model its step.
+        weights = [local(p) for p in parameters]
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        firsts, seconds = ([local(x) for x in moment] for moment in zip(*moments, strict=True))
+        # torch's fused one takes numbers as they lie, in whatever order these are of each.
+        of_four = zip(weights, gradients, firsts, seconds, strict=True)
+        alike = all(len({x.stride() for x in each}) == 1 for each in of_four)
         adamw(
-            [local(p) for p in parameters],
-            [local(p.grad) for p in parameters if p.grad is not None],
-            [local(first) for first, _ in moments],
-            [local(second) for _, second in moments],
+            weights,
+            gradients,
+            firsts,
+            seconds,
             [],
             steps,
-            fused=True,
+            fused=alike,
+            foreach=False,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -160,6 +173,25 @@ class AdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def must_fit(parameters: list[Tensor], moments: list[list[Tensor]]) -> None:
+    """Kernels, torch's too, are told one size, the parameter's, and would write behind what is
+    smaller.
+
+    Raises:
+        UserError: a gradient or a moment is not as large as its parameter.
+    """
+    for index, (parameter, kept) in enumerate(zip(parameters, moments, strict=True)):
+        size = local(parameter).shape
+        for name, x in zip(("grad", "exp_avg", "exp_avg_sq"), (parameter.grad, *kept), strict=True):
+            if x is not None and local(x).shape != size:
+                raise UserError(
+                    f"AdamW: {name} of parameter {index} of its group is {list(local(x).shape)}, "
+                    f"the parameter {list(size)}: the state is one of other parameters, or of "
+                    "these in another order, or the parameter was replaced; load the state of "
+                    "these parameters, or make a new optimizer"
+                )
 
 
 def adamw_kernel(

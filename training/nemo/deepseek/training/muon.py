@@ -46,6 +46,10 @@ class Muon(AdamW):
         defaults = dict(muon=False) | defaults
         super().__init__(groups, moments=moments, on_host=on_host, **defaults)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As AdamW's."""
+        return super().__getstate__() | {"_orthogonalise": self._orthogonalise}
+
     def state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """State of one parameter of a group, zeros at its first step."""
         if not group["muon"]:

@@ -99,7 +99,6 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         self.meshes: Meshes | SingleProcess = SingleProcess()
         if not parallelize_later:
             self.parallelize(self.meshes, torch.device("cpu"))
-        """What is optimised, by name: finding it takes longer than a norm."""
         self.phases = Phases()
         self.finished_steps = 0
         self.skipped_in_a_row = 0
@@ -162,9 +161,15 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         # 2. forward and backward, micro-batch by micro-batch
         mtp_weight = self.config.mtp_loss_scaling_factor
         with self.phases("forward_backward"):
-            sums = self.micro_batches.train(
-                batch, lambda sums: (sums[0] + mtp_weight * sums[1]) / num_labels, 1.0 / num_real
-            )
+            try:
+                sums = self.micro_batches.train(
+                    batch,
+                    lambda sums: (sums[0] + mtp_weight * sums[1]) / num_labels,
+                    1.0 / num_real,
+                )
+            except BaseException:  # half of a gradient, to which the next step would add its own
+                optimizer.zero_grad()
+                raise
         with self.phases("optimizer"):
             # 3. global gradient norm
             finish_gradients(self.model, self.meshes)
