@@ -126,17 +126,16 @@ def decoding(kept: Kept) -> Iterable[str]:
 
 
 def breakdown(kept: Kept) -> Iterable[str]:
-    """Share of a step, and of what the machine can."""
+    """Share of a step, of what the machine can, and of its library's products."""
     apart = {name: case["breakdown"] for name, case in kept[CPU].items() if "breakdown" in case}
-    yield from head("share of a step, of its limit", *apart)
+    yield from head("share of a step, of its limit, of own shapes", *apart)
     for component in next(iter(apart.values())):
-        cells = []
-        for parts in apart.values():
-            limit = parts[component]["of_limit"]
-            cells.append(
-                f"{parts[component]['share']:.0%}" + ("" if limit is None else f", {limit:.2f}")
-            )
-        yield line(component, *cells)
+        yield line(component, *(_share(parts[component]) for parts in apart.values()))
+
+
+def _share(row: Mapping[str, float | None]) -> str:
+    limits = (row.get(name) for name in ("of_limit", "of_own"))
+    return ", ".join([f"{row['share']:.0%}", *(f"{x:.2f}" for x in limits if x is not None)])
 
 
 def ablations(kept: Kept) -> Iterable[str]:

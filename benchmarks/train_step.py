@@ -24,11 +24,11 @@ machine, its load and its rates of products in the same run, and where our steps
 (``breakdown.py``).
 
 Two shares of a rate are given, both in CPU time: ``share`` is of a large square product, ``own`` of
-the model's own matrices, each with the rows that it has in a step, forward and backward, one after
-the other. Memory is the most that was resident within a run, ours / theirs. ``besides`` is that
-ratio without what both must have: what was resident before the model was made, and weights,
-gradients and AdamW's moments, 16 bytes a parameter. What is left are activations, room that
-kernels work in, and freed memory in pieces that nothing fits in.
+torch's own products in the shapes of the step, under balanced routing (``products.py``). Memory is
+the most that was resident within a run, ours / theirs. ``besides`` is that ratio without what both
+must have: what was resident before the model was made, and weights, gradients and AdamW's moments,
+16 bytes a parameter. What is left are activations, room that kernels work in, and freed memory in
+pieces that nothing fits in.
 
 On a GPU it is the same code: memory is what torch's allocator has given out, there is one setting
 of it, steps end when the device is done, bf16 comes second, and shares are not told. **No GPU has
@@ -43,20 +43,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Container, Iterator
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import products
 import torch
 from cases import CASES, DECODING, QUICK, Case, chosen
 from results import RESULTS, conditions, keep
 from sides import ROOT, Run, left_out, worker
 
 from deepseek.config.cost import flops_per_token
-from deepseek.models.transformer import Transformer
 
 SHARES = ("share_of_rate", "share_of_own_rate", "besides")
 
@@ -93,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"{'case':<20} {'dtype':<9} {'peer':<9} {'ours':>9} {'theirs':>9}"
         "  times  share    own besides load memory"
     )
-    own: dict[tuple[str, str], float] = {}
+    own: dict[tuple[str, str], float] = {}  # seconds
     for _, members in groupby(asked, key=lambda case: case.group or case.name):
         group = list(members)
         told, rows = conditions(args.device), dict[str, list[Any]]()
@@ -104,9 +103,12 @@ def main(arguments: list[str] | None = None) -> None:
                 # The machine's rate drifts; the best that it was seen at is no less than a step's.
                 rates[dtype] = max(rates[dtype], product_rate(getattr(torch, dtype)))
                 if (case.name, dtype) not in own:
-                    own[case.name, dtype] = own_rate(case, dtype)
+                    took = products.seconds(
+                        products.of_step(case), getattr(torch, dtype), time.process_time
+                    )
+                    own[case.name, dtype] = sum(took.values())
                 row["share_of_rate"] = round(rate / rates[dtype], 3)
-                row["share_of_own_rate"] = round(rate / own[case.name, dtype], 3)
+                row["share_of_own_rate"] = round(own[case.name, dtype] / row["ours_cpu_s"], 3)
             rows.setdefault(case.name, []).append(row)
             show(case, row)
         gflops = {dtype: round(rate / 1e9, 1) for dtype, rate in rates.items()}
@@ -229,38 +231,6 @@ def product_rate(dtype: torch.dtype) -> float:
         if best > 1:  # bf16 on a CPU that has no such products
             break
     return 2 * 1024**3 / best
-
-
-def own_rate(case: Case, dtype: str) -> float:
-    """FLOP in a second of CPU time of the model's own products, one after the other.
-
-    Every matrix with the rows it has in a step, under balanced routing, and both products of the
-    backward pass: those of attention's scores are not among them.
-    """
-    tokens, model = case.tokens, case.model
-    with torch.device("meta"):
-        shapes = [w.shape for n, w in Transformer(model).named_parameters() if n != "embed.weight"]
-    rows = tokens * model.num_experts_per_tok // model.n_routed_experts
-    products: Counter[tuple[int, int, int]] = Counter()  # rows, outputs, inputs
-    for shape in shapes:
-        if len(shape) > 1:
-            products[(rows if len(shape) == 3 else tokens, shape[-2], shape[-1])] += (
-                shape[0] if len(shape) == 3 else 1
-            )
-    flop = seconds = 0.0
-    for (n, outputs, inputs), times in products.items():
-        x, w = torch.ones(n, inputs, dtype=getattr(torch, dtype)), torch.ones(outputs, inputs)
-        w = w.to(x.dtype)
-        taken = []
-        for _ in range(4):
-            begin = time.process_time()
-            y = x @ w.t()
-            y @ w
-            y.t() @ x
-            taken.append(time.process_time() - begin)
-        flop += times * 6.0 * n * outputs * inputs
-        seconds += times * min(taken)
-    return flop / seconds
 
 
 if __name__ == "__main__":

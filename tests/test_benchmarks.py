@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from deepseek.config.cost import flops_per_token
 from support.kernels import kernels_asked_for
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -186,6 +188,56 @@ def test_the_bench_tells_and_keeps_each_case(
     with pytest.raises(SystemExit):
         train_step.main(["--device", "cuda"])
     assert "--device cuda: torch finds no GPU here" in capsys.readouterr().err
+
+
+def test_a_step_is_told_by_component(
+    benchmark: Load, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The library's products have the rows of the step, and what has products has their share."""
+    breakdown, products = benchmark("breakdown"), benchmark("products")
+    monkeypatch.setattr(breakdown.build, "function", breakdown.build.function)
+    monkeypatch.setattr(breakdown, "keep_freed_memory", int)
+    of_step, asked = products.of_step, list[Any]()
+
+    def noted(case: Any, counts: Any) -> Any:
+        asked.append(counts)
+        return of_step(case, counts)
+
+    monkeypatch.setattr(products, "of_step", noted)
+    breakdown.main(["F: 64 fine experts", "--threads", "1"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(rows) == [*breakdown.COMPONENTS, breakdown.REST, breakdown.WHOLE]
+    multiplied = [products.DENSE, products.EXPERTS, products.ATTENTION, breakdown.WHOLE]
+    assert [name for name, row in rows.items() if row["of_own"] is not None] == multiplied
+    assert len(asked) == breakdown.STEPS
+    for counts in asked:  # of the one layer with experts: two choices of each of 32 tokens
+        assert [(len(layer), sum(layer)) for layer in counts] == [(8, 64)]
+
+
+def test_the_shares_of_a_step_are_medians(benchmark: Load) -> None:
+    breakdown, products = benchmark("breakdown"), benchmark("products")
+    steps = [{products.DENSE: dense, breakdown.WHOLE: 4.0} for dense in (2.0, 1.0, 3.0)]
+    own = [{products.DENSE: dense, breakdown.WHOLE: 3.0} for dense in (1.8, 0.6, 1.5)]
+    rows = breakdown.told(steps, own, {products.DENSE: 1.0, breakdown.WHOLE: 2.4})
+    assert rows == {
+        products.DENSE: {"ms": 2000.0, "share": 0.5, "of_limit": 0.5, "of_own": 0.6},
+        breakdown.WHOLE: {"ms": 4000.0, "share": 1.0, "of_limit": 0.6, "of_own": 0.75},
+    }
+
+
+def test_products_of_a_step_are_those_that_the_model_needs(benchmark: Load) -> None:
+    """What the model counts, and its router; computed, of attention's, are both halves."""
+    products, case = benchmark("products"), benchmark("cases").CASES[0]
+    shapes = products.of_step(replace(case, length=600), [[0, 2380, 20, *5 * [0]]])
+    needed = 1200 * (6 * 32 * 8 + flops_per_token(case.model, 600, False))
+    assert sum(each.flop for each in shapes) == needed
+    for each in shapes:
+        with FlopCounterMode(display=False) as counted:
+            for rows in each.rows:
+                for work in each.passes(rows, torch.float32):
+                    work()
+        times = 2 if each.component == products.ATTENTION else 1
+        assert counted.get_total_flops() == times * each.flop
 
 
 def test_a_side_measures_itself(benchmark: Load) -> None:
