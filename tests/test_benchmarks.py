@@ -264,6 +264,16 @@ def test_the_guide_tells_what_was_measured(benchmark: Load) -> None:
     assert "| S | `full` | 1.00 | 1.25 | 0.50 |\n\n(one; threads: 2; fp32;" in written
     assert "`selective`" not in written.partition("table: recompute")[2].partition("end -->")[0]
     assert written.partition("table: recompute")[0] == guide.partition("table: recompute")[0]
+    parts = {
+        "AdamW": {"share": 0.05, "of_limit": 0.61, "of_own": None},
+        "attention": {"share": 0.07, "of_limit": 0.4, "of_own": 0.8},
+        "rest": {"share": 0.03, "of_limit": None, "of_own": None},
+    }
+    assert list(results.breakdown({results.CPU: {"S": told | {"breakdown": parts}}}))[2:] == [
+        "| AdamW | 5%, 0.61 |",
+        "| attention | 7%, 0.40, 0.80 |",
+        "| rest | 3% |",
+    ]
 
 
 def test_what_was_found_of_a_case_adds_up_under_the_same_conditions(
