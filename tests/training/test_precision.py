@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pwd
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,37 +17,57 @@ from deepseek.training.precision import cpu_speedup
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What measurements find; one is taken away by each."""
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What measurements find; one is taken away by each. The cache is not there yet."""
     values = [2.0, 3.0]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(precision, "_measured_speedup", lambda: values.pop(0))
     return values
 
 
-def test_measured_once(measured: list[float], tmp_path: Path) -> None:
-    cache = tmp_path / "not there yet"
-    assert [cpu_speedup(cache), cpu_speedup(cache)] == [2.0, 2.0] and measured == [3.0]
+def test_measured_once(measured: list[float]) -> None:
+    assert [cpu_speedup(), cpu_speedup()] == [2.0, 2.0] and measured == [3.0]
 
 
 def test_another_machine_or_a_damaged_file_is_measured_anew(
     measured: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cpu_speedup(tmp_path) == 2.0
+    assert cpu_speedup() == 2.0
     with monkeypatch.context() as patch:
         patch.setattr(precision, "_cpu_name", lambda: "another")
-        assert cpu_speedup(tmp_path) == 3.0
-    assert cpu_speedup(tmp_path) == 2.0  # as with a number of threads, which come and go
-    for damage in ("", "[]", "null", '"text"', '{"a": []}', json.dumps({"another": 1})):
-        (tmp_path / "precision.json").write_text(damage)
+        assert cpu_speedup() == 3.0
+    assert cpu_speedup() == 2.0  # as with a number of threads, which come and go
+    (machine,) = (
+        name for name in json.loads(kept_in(tmp_path).read_text()) if "another" not in name
+    )
+    values = (float("nan"), float("inf"), -2, 0, 10**400, True, "2.0", None, [2.0])
+    wrong = [json.dumps({machine: value}) for value in values]
+    whole = "", "[]", "null", '"text"', "[" * 10**5, '{"a": []}', json.dumps({"another": 1})
+    for damage in (*whole, *wrong):
+        kept_in(tmp_path).write_text(damage)
         measured.append(7.0)
-        assert cpu_speedup(tmp_path) == 7.0
+        assert cpu_speedup() == 7.0
+        assert cpu_speedup() == 7.0  # kept
+
+
+def kept_in(folder: Path) -> Path:
+    return folder / "deepseek" / "precision.json"
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(
-    measured: list[float], tmp_path: Path
+    measured: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("")
-    assert cpu_speedup(tmp_path / "file") == 2.0
+    (tmp_path / "deepseek").write_text("")
+    assert cpu_speedup() == 2.0
+    (tmp_path / "deepseek").unlink()
+    kept_in(tmp_path).mkdir(parents=True)
+    assert cpu_speedup() == 3.0
+    assert [path.name for path in (tmp_path / "deepseek").iterdir()] == ["precision.json"]
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # nobody knows this user
+    measured.append(4.0)
+    assert cpu_speedup() == 4.0
 
 
 def test_the_measurement_itself() -> None:
@@ -73,7 +94,7 @@ def test_what_a_run_takes_and_says(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def found(cache: Path) -> Any:
+    def found() -> Any:
         assert speedup is not None, "nothing needs to be measured"
         return speedup
 

@@ -30,7 +30,6 @@ from deepseek.config.layout import Layout
 from deepseek.console import StageProgress, complain, say
 from deepseek.data.loader import build_train_loader, build_validation_loader
 from deepseek.data.open_data import OpenedData, open_data
-from deepseek.files import user_cache
 from deepseek.frameworks import (
     Trainer,
     Unprofiled,
@@ -262,7 +261,7 @@ def _precision(run: RunConfig, on_gpu: bool) -> str:
     if on_gpu:
         precision = "bf16-mixed" if precision == "auto" else precision
     elif precision != "32":
-        speedup = Ranks().lead(lambda: cpu_speedup(user_cache()))
+        speedup = Ranks().lead(cpu_speedup)
         if precision == "bf16-mixed" and speedup < 1:
             say(
                 "note         trainer.precision=bf16-mixed is slow on this CPU, whose products in "

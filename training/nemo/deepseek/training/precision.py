@@ -17,37 +17,53 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from deepseek.config.errors import UserError
 from deepseek.config.processor import processor
-from deepseek.files import atomic_open
+from deepseek.files import atomic_open, user_cache
 
 WORTH_IT = 1.5
 """How many times faster products must be: the casts around them take a part of the gain back."""
 _SIZE, _ROUNDS, _HOPELESS = 512, 6, 0.25
+_LARGEST = 1000
+"""No CPU comes near."""
 
 
-def cpu_speedup(cache: Path) -> float:
+def cpu_speedup() -> float:
     """How many times faster this CPU multiplies matrices in bf16 than in fp32.
 
-    Measured once for a CPU, a torch and a number of threads, then read from the cache.
-
-    Args:
-        cache: folder of ``precision.json``; one that cannot be written only costs the measurement.
+    Measured once for a CPU, a torch and a number of threads, then read from the user's cache; where
+    there is none, or it cannot be written, each time.
     """
-    file = cache / "precision.json"
+    try:
+        file = user_cache() / "precision.json"
+    except UserError:  # no home
+        return _measured_speedup()
     machine = f"{_cpu_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    known: dict[str, float] = {}
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        known = {
-            str(name): float(speedup) for name, speedup in json.loads(file.read_text()).items()
-        }
+    known = _known(file)
     if machine in known:
         return known[machine]
     speedup = _measured_speedup()
     with suppress(OSError):
-        cache.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_open(file) as stream:
-            stream.write(json.dumps(known | {machine: round(speedup, 2)}, indent=1).encode())
+            stream.write(json.dumps(known | {machine: float(f"{speedup:.3g}")}, indent=1).encode())
     return speedup
+
+
+def _known(file: Path) -> dict[str, float]:
+    """What was measured, by machine; what can be no measurement is as if it were not there."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    # Compared, not converted: an integer may be too large for a float.
+    return {
+        name: speedup
+        for name, speedup in found.items()
+        if type(speedup) in (int, float) and 0 < speedup < _LARGEST
+    }
 
 
 def _measured_speedup() -> float:
