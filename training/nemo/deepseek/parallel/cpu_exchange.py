@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepseek.parallel.cpu_barrier import Begun
 from deepseek.parallel.cpu_memory import (
     SharedMemory,
     bytes_of,
@@ -177,7 +178,7 @@ class _RowMemory:
         start = HEADER_BYTES + self.part_bytes * (reader - (reader > writer))
         return self.shared.region(writer)[start : start + self.part_bytes]
 
-    def begin(self, pieces: int) -> dist.Work:
+    def begin(self, pieces: int) -> Begun:
         """Tell the others in how many pieces this rank sends, and that it has written the first."""
         self.under_way = True
         self._pieces[self.shared.half, self.shared.rank] = pieces

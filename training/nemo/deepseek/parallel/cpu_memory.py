@@ -28,6 +28,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from deepseek.parallel.cpu_barrier import (
+    TURNS,
+    BackendBarrier,
+    Begun,
+    CountedBarrier,
+    may_count,
+)
+
 REGION_BYTES = 16 << 20
 """What a rank can write before the others read it, at most. Each time all wait for the slowest."""
 GROUP_BYTES = 64 << 20
@@ -179,17 +187,26 @@ class SharedMemory:
         region_bytes: what a rank can write between two barriers.
         regions: uint8 (``HALVES``, ranks, ``region_bytes``), all of it.
         half: which of them is used.
+
+    Args:
+        group: the ranks.
+        memory: a page of zeros, then the regions.
+        counts: every rank can count who has come to a barrier.
     """
 
-    def __init__(self, group: dist.ProcessGroup, memory: mmap.mmap) -> None:
+    def __init__(self, group: dist.ProcessGroup, memory: mmap.mmap, counts: bool) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.others = [(self.rank + step) % self.size for step in range(1, self.size)]
-        self._group = ref(group)  # a destroyed group ends its threads once nobody has it
+        # A destroyed group ends its threads once nobody has it.
+        self._barrier: BackendBarrier | CountedBarrier = BackendBarrier(ref(group))
         with torch.inference_mode(False):  # else nobody could write here outside of it
             whole = torch.frombuffer(memory, dtype=torch.uint8)
-        self.regions = whole.view(HALVES, self.size, -1)
+        self.regions = whole[ALIGNMENT:].view(HALVES, self.size, -1)
         self.region_bytes = self.regions.shape[2]
         self.half = 0
+        if counts:
+            words = whole[:ALIGNMENT].view(torch.int64)[:TURNS]
+            self._barrier = CountedBarrier(words, self.size, self._barrier)
 
     def region(self, rank: int) -> Tensor:
         """uint8 (``region_bytes``): this rank's, to write before the barrier; any after it."""
@@ -201,13 +218,11 @@ class SharedMemory:
 
     def barrier(self) -> None:
         """Wait until every rank has written; then all may read what all have written."""
-        dist.barrier(group=self._group())
+        self._barrier.begin().wait()
 
-    def begin_barrier(self) -> dist.Work:
+    def begin_barrier(self) -> Begun:
         """``barrier``, to be waited for later."""
-        work = dist.barrier(group=self._group(), async_op=True)
-        assert work is not None  # this rank is in the group
-        return work
+        return self._barrier.begin()
 
     def next_half(self) -> None:
         """Go on with the other half, once this rank has read.
@@ -242,7 +257,8 @@ def open_memory(group: dist.ProcessGroup, region_bytes: int) -> SharedMemory | N
     """
     # The first rank makes it, the others find it among the open files of that process.
     ranks = dist.get_process_group_ranks(group)
-    size = HALVES * len(ranks) * -(-region_bytes // ALIGNMENT) * ALIGNMENT
+    regions = HALVES * len(ranks) * -(-region_bytes // ALIGNMENT) * ALIGNMENT
+    size = ALIGNMENT + regions  # what counts ranks comes first
     offer: list[Any] = [None]
     descriptor, memory = -1, None
     if dist.get_rank() == ranks[0]:
@@ -258,11 +274,12 @@ def open_memory(group: dist.ProcessGroup, region_bytes: int) -> SharedMemory | N
     except OSError:  # not allowed to look at that process, or to have so much
         pass
     # Also keeps the file open until all have found it.
-    reached = torch.tensor(int(memory is not None))
+    reached = torch.tensor([memory is not None, may_count()], dtype=torch.int64)
     dist.all_reduce(reached, dist.ReduceOp.MIN, group=group)
+    all_have, all_count = map(bool, reached.tolist())
     if descriptor >= 0:
         os.close(descriptor)
-    return SharedMemory(group, memory) if memory is not None and reached.item() else None
+    return SharedMemory(group, memory, all_count) if memory is not None and all_have else None
 
 
 def _make(size: int) -> int:

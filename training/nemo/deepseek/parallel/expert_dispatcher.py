@@ -30,6 +30,7 @@ from deepseek.ops.rows import (
     inverse_permutation,
     permute_rows,
 )
+from deepseek.parallel import cpu_exchange
 from deepseek.parallel.collectives import all_to_all_rows, all_to_all_weighted_rows
 from deepseek.parallel.deepep_dispatcher import MOST_CHOICES, DeepEPDispatcher, deep_ep_buffer
 from deepseek.parallel.mesh import Meshes
@@ -155,10 +156,10 @@ class AllToAllDispatcher:
         All on the device; ``plan`` brings the sums to the host.
         """
         send_E = count_rows(expert_ids_R, self.num_experts)
-        receive_E = torch.empty_like(send_E)
-        dist.all_to_all_single(receive_E, send_E, group=self.group)
-        counts_2E = torch.stack([send_E, receive_E])
-        return counts_2E.unflatten(1, (self.num_ranks, self.experts_per_rank))
+        send_ne = send_E.view(self.num_ranks, self.experts_per_rank)
+        one_each = [1] * self.num_ranks
+        exchange = cpu_exchange.all_to_all([send_ne], one_each, one_each, self.group)
+        return torch.stack([send_ne, *exchange.wait()])
 
 
 @dataclass(frozen=True)
