@@ -371,7 +371,7 @@ def test_a_token_travels_once_to_each_machine(autocast: bool, fp8: bool) -> None
         calls: list[Any] = []
 
         def watched(out: Tensor, x: Tensor, *sizes: Any, **named: Any) -> Any:
-            counts = sizes[1] if sizes else None
+            counts = sizes[1] if sizes and set(sizes[1]) != {1} else None  # of rows, not the counts
             calls.append((x, counts, dist.get_process_group_ranks(named["group"])))
             return send(out, x, *sizes, **named)
 
@@ -555,9 +555,11 @@ def test_the_shared_expert_computes_while_rows_travel(granularity: str | None, r
                 seen.append("wait")
                 return self.exchange.wait()
 
-        def noted(*args: Any) -> Any:
+        def noted(sent: list[Tensor], *args: Any) -> Any:
+            if not sent[0].is_floating_point():  # counts
+                return exchange(sent, *args)
             seen.append("begin")
-            return Begun(exchange(*args))
+            return Begun(exchange(sent, *args))
 
         shared, experts = layer.shared_experts, layer.experts
         assert shared is not None

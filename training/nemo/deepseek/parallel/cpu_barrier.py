@@ -9,10 +9,10 @@ errors.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -65,7 +65,7 @@ class CountedBarrier:
 
     def __init__(self, words: Tensor, size: int, backend: BackendBarrier) -> None:
         self._words, self._size, self._backend = words, size, backend
-        self._impatient = torch.zeros(1, dtype=torch.int64)
+        self._impatient = array("q", [0])  # no tensor: nothing here is asked of a device
         self._number = 0
 
     def begin(self) -> Begun:
@@ -81,8 +81,9 @@ class CountedBarrier:
         """
         comers = self._size * (self._number // TURNS + 1)
         patience = int(1e9 * PATIENCE_SECONDS)
-        _kernel("meet", "ppnn")(self._impatient, self._word, comers, patience)
-        if self._impatient:
+        answer, _ = self._impatient.buffer_info()
+        _kernel("meet", "ppnn")(answer, self._word, comers, patience)
+        if self._impatient[0]:
             self._backend.begin().wait()
             _kernel("forgive", "p")(self._word)
         self._number += 1
