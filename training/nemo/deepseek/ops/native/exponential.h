@@ -34,7 +34,7 @@ static inline float exponential(float x) {
     const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     TO_POWER_R(p, r);
-    const int32_t bits = ((int32_t)n + 127) << 23;
+    const uint32_t bits = (uint32_t)((int32_t)n + 127) << 23; /* of what is no number, any */
     float power;
     memcpy(&power, &bits, sizeof power);
     return is_nothing ? 0 : p * power;
