@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 import variants
 from cases import CASES, SHAKESPEARE, Case, chosen
-from results import RESULTS, conditions, keep
+from results import RESULTS, conditions, keep, results_file, whole
 from sides import Call, our_step
 
 from deepseek.config.memory import state_memory
@@ -122,9 +122,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="+", default=[], help="that begin so", metavar="WORDS")
     parser.add_argument("--only", nargs="+", choices=ABLATIONS, default=list(ABLATIONS))
     parser.add_argument("--part", choices=PARTS, action="append")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--threads", type=whole, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=whole, default=5)
+    parser.add_argument("--output", type=results_file, default=str(RESULTS))
     args = parser.parse_args(arguments)
     try:
         asked = chosen([*cases, SHAKESPEARE], args.cases or ["S", "F", "sequence", "characters"])

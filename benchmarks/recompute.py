@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import statistics
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from cases import CASES, chosen
-from results import RESULTS, conditions, keep
+from results import RESULTS, conditions, keep, results_file, whole
 from sides import Run
 from variants import in_turn, memory
 
@@ -34,9 +33,9 @@ def main() -> None:
     cases = [case for case in CASES if not case.decodes]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=["sequence"], help="that begin so")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--threads", type=whole, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=whole, default=5)
+    parser.add_argument("--output", type=results_file, default=str(RESULTS))
     args = parser.parse_args()
     try:
         asked = chosen(cases, args.cases)

@@ -5,9 +5,11 @@ python benchmarks/results.py    writes its tables into docs/performance.md
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from pathlib import Path
@@ -22,6 +24,37 @@ GUIDE = Path(__file__).parents[1] / "training/nemo/deepseek/docs/performance.md"
 CPU = "train_step cpu"
 NOTICED_GIB = 0.05
 """Less is told as nothing: processes that do the same differ by as much."""
+
+
+def whole(text: str) -> int:
+    """A number of rounds or threads, of an argument."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a whole number of at least 1 is needed")
+    return number
+
+
+def results_file(text: str) -> Path:
+    """The file of an argument, in which ``keep`` can keep: asked before half an hour of measuring,
+    not behind it."""
+    file = Path(text)
+    try:
+        kept = read(file) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{file} cannot be read: {error}; remove it") from None
+    if not isinstance(kept, dict):
+        raise argparse.ArgumentTypeError(f"{file} holds no results: remove it")
+    if not os.access(file.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{file.parent}: no folder that can be written to")
+    return file
+
+
+def read(file: Path) -> Any:
+    """What ``keep`` has kept."""
+    return json.loads(file.read_text())
 
 
 def conditions(device: str = "cpu") -> dict[str, Any]:
@@ -43,7 +76,7 @@ def keep(file: Path, command: str, case: str, found: dict[str, Any]) -> None:
         found: with its ``conditions``; if these are the same but for the load, it adds to what is
             there, and its mappings to those.
     """
-    kept = json.loads(file.read_text()) if file.exists() else {}
+    kept = read(file) if file.exists() else {}
     before = kept.setdefault(command, {}).get(case, {})
     if all(before.get(name) == found[name] for name in ("date", "machine", "threads", "torch")):
         both = {name for name, value in found.items() if isinstance(value, dict)} & set(before)
@@ -177,4 +210,6 @@ COMMANDS = dict.fromkeys(TABLES, CPU) | {name: name for name in ("ablations", "r
 
 
 if __name__ == "__main__":
-    GUIDE.write_text(written(GUIDE.read_text(), json.loads(RESULTS.read_text())))
+    if not RESULTS.exists():
+        sys.exit(f"{RESULTS}: nothing has been measured; run benchmarks/train_step.py first")
+    GUIDE.write_text(written(GUIDE.read_text(), read(RESULTS)))

@@ -46,13 +46,12 @@ import time
 from collections.abc import Container, Iterator
 from contextlib import ExitStack
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import products
 import torch
 from cases import CASES, DECODING, QUICK, Case, chosen
-from results import RESULTS, conditions, keep
+from results import RESULTS, conditions, keep, results_file, whole
 from sides import ROOT, Run, left_out, worker
 
 from deepseek.config.cost import flops_per_token
@@ -66,10 +65,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one small model, two rounds")
     parser.add_argument("--decoding", action="store_true", help="decoding at more lengths")
     parser.add_argument("--cases", nargs="+", default=[], help="that begin so", metavar="WORDS")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--threads", type=whole, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=whole)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=results_file, default=str(RESULTS))
     args = parser.parse_args(arguments)
     try:
         asked = chosen(QUICK if args.quick else DECODING if args.decoding else CASES, args.cases)

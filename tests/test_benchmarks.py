@@ -276,6 +276,27 @@ def test_the_guide_tells_what_was_measured(benchmark: Load) -> None:
     ]
 
 
+@pytest.mark.parametrize("command", ["train_step", "ablations"])
+def test_arguments_are_refused_before_anything_is_measured(
+    benchmark: Load, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged, other = tmp_path / "damaged.json", tmp_path / "other.json"
+    damaged.write_text('{"train_step": ')
+    other.write_text("[]")
+    for argument, value, told in (
+        ("--rounds", "0", "0: a whole number of at least 1 is needed"),
+        ("--threads", "two", "two: a whole number of at least 1 is needed"),
+        ("--output", str(damaged), "damaged.json cannot be read: "),
+        ("--output", str(other), "other.json holds no results: remove it"),
+        ("--output", str(tmp_path), "cannot be read: "),
+        ("--output", str(tmp_path / "none" / "x.json"), "none: no folder that can be written to"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            benchmark(command).main([argument, value])
+        assert ended.value.code == 2 and told in capsys.readouterr().err
+    assert damaged.read_text() == '{"train_step": '
+
+
 def test_what_was_found_of_a_case_adds_up_under_the_same_conditions(
     benchmark: Load, tmp_path: Path
 ) -> None:
