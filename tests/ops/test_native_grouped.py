@@ -101,10 +101,11 @@ def test_equal_loops_of_several_blocks(counts: list[int], outputs: int, inputs: 
 )
 def test_no_result_depends_on_other_rows(outputs: int, inputs: int) -> None:
     """Nor on how many there are: a matrix is laid out for many, and read as it lies for few."""
-    counts = [21, 0, 50, 2, 300, 96, 97]
+    counts = [21, 0, 50, 2, 300, 96, 97, 32, 33]
     y_grad_RO, x_RI, w_EOI = drawn(counts, outputs, inputs)
     y_RO, x_grad_RI, _ = products(y_grad_RO, x_RI, w_EOI, counts)
     places = [(0, 0), (20, 0), (21, 2), (40, 2), (70, 2), (72, 3), (372, 4), (468, 5), (565, 6)]
+    places += [(597, 7), (630, 8)]
     for row, e in places:
         one = slice(row, row + 1)
         alone = products(y_grad_RO[one], x_RI[one], w_EOI[e : e + 1], [1])

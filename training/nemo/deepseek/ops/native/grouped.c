@@ -19,10 +19,13 @@ enum {
     ROWS = 256,         /* of one that lies (depth, columns): few long rows, no short pieces */
     PLACE = 64,         /* of one that is read there: it and the next are in the cache */
     SIDE = 1 << 15,     /* floats of tiles' rows that lie in columns; LANES * DEPTH at least */
-    FEW = 96,           /* rows for which b is not laid out */
+    FEW = 96,           /* rows for which b is not laid out, if it lies (depth, columns) */
+    NARROW = 2 * LANES, /* if it lies (columns, depth): more leave the last vector half empty */
     STRIP = 96,         /* columns of c that are turned at a time: panels */
     SLOWEST = LINE / 4, /* numbers a step: no line is asked for often */
-    READING = 16        /* reading a matrix takes as long as multiplying so many rows, about */
+    READING = 16,       /* reading a matrix takes as long as multiplying so many rows, about */
+    SHARE = 2,          /* of a thread's share it takes this part: it has two, one of them ahead */
+    LEAST = 128         /* columns that it takes, at least: each time rows are read anew */
 };
 
 INLINE int64_t parts_of(int64_t all, int64_t most) { return (all + most - 1) / most; }
@@ -173,7 +176,7 @@ static void lay_columns(float *panels, const float *b, int64_t b_step, int64_t d
     }
 }
 
-static _Thread_local float turned_of_thread[STRIP * FEW] __attribute__((aligned(64)));
+static _Thread_local float turned_of_thread[STRIP * NARROW] __attribute__((aligned(64)));
 
 /* Where tile `t` of so many begins. */
 INLINE int64_t tile_begin(int64_t t, int64_t tiles, int64_t rows) { return t * rows / tiles; }
@@ -256,8 +259,7 @@ typedef enum { PANELS, IN_PLACE, TURNED } way;
 static way way_of(const product *p) {
     if (p->a_row == 1 || p->rows > FEW) return PANELS; /* a's rows in columns: b are rows, too */
     if (!p->turned) return p->columns % LANES ? PANELS : IN_PLACE;
-    const int fits = p->depth <= DEPTH && whole(p->rows, LANES) * p->depth <= ROOM;
-    return fits ? TURNED : PANELS;
+    return p->rows <= NARROW && p->depth <= DEPTH ? TURNED : PANELS;
 }
 
 /* The part of a product that is made of one block of b. */
@@ -391,51 +393,65 @@ static product product_of(const products *all, int64_t e) {
                      o, i, rows, 1, o, i, 0, all->adds != 0, all->adds == 0};
 }
 
-/* An expert, this thread's columns of its product, and the work before them. */
-typedef struct {
-    int64_t e, before;
-    part mine;
-} turn_of_thread;
-
 /* How long an expert takes, in rows; 0: there is nothing to do. */
 INLINE int64_t work_of(const products *all, int64_t e) {
     const int64_t rows = all->starts[e + 1] - all->starts[e];
     return rows || (all->kind == OUTER && !all->adds) ? rows + READING : 0;
 }
 
-INLINE int64_t panel_at(int64_t work, int64_t of_panel, int64_t panels) {
-    const int64_t panel = work > 0 ? parts_of(work, of_panel) : 0;
-    return panel < panels ? panel : panels;
+/* The panels of all experts, one expert's after another's. Each thread takes the next ones when it
+ * is ready: what an expert takes is a guess, and a core may be busy with other processes, too. */
+typedef struct {
+    int64_t columns, panels; /* of each expert */
+    int64_t work;            /* of all experts, a panel each */
+    int64_t taken;           /* panels, by all threads */
+} shares;
+
+/* An expert, this thread's columns of its product, and the work of the experts before. */
+typedef struct {
+    int64_t e, before;
+    part mine;
+} turn_of_thread;
+
+/* The panels from so many on: at most those of one expert, and towards the end so few that no
+ * thread has much left when others have nothing. */
+static int64_t next_panels(turn_of_thread *turn, const products *all, const shares *of,
+                           int64_t taken) {
+    for (; turn->e < taken / of->panels; turn->e++) turn->before += work_of(all, turn->e);
+    while (turn->e < all->experts && !work_of(all, turn->e)) turn->e++;
+    if (turn->e == all->experts) return 0;
+    const int64_t first = taken / of->panels == turn->e ? taken % of->panels : 0;
+    const int64_t each = work_of(all, turn->e), left = (of->work - turn->before) * of->panels;
+    const int64_t threads = omp_get_num_threads(), parts = threads > 1 ? SHARE * threads : 1;
+    const int64_t fair = (left - first * each) / (parts * each), least = LEAST / PANEL;
+    const int64_t rest = of->panels - first, turns = parts_of(rest, fair > least ? fair : least);
+    const int64_t end = first + parts_of(rest, turns);
+    turn->mine = (part){first * PANEL, end < of->panels ? end * PANEL : of->columns};
+    return turn->e * of->panels + end;
 }
 
-/* Threads take experts in turn, and share those between them by columns. */
-static void next_turn(turn_of_thread *turn, const products *all, int64_t work) {
-    const int64_t columns = all->kind == LINEAR ? all->outputs : all->inputs;
-    const int64_t panels = parts_of(columns, PANEL), thread = omp_get_thread_num();
-    const int64_t threads = omp_get_num_threads(), of_all = work * panels;
-    const int64_t begin = of_all * thread / threads, end = of_all * (thread + 1) / threads;
-    for (turn->e++; turn->e < all->experts; turn->e++) {
-        const int64_t of_panel = work_of(all, turn->e), before = turn->before * panels;
-        turn->before += of_panel;
-        if (!of_panel) continue;
-        turn->mine.begin = panel_at(begin - before, of_panel, panels) * PANEL;
-        turn->mine.end = panel_at(end - before, of_panel, panels) * PANEL;
-        if (turn->mine.end > columns) turn->mine.end = columns;
-        if (turn->mine.begin < turn->mine.end) return;
-    }
-    turn->mine.begin = turn->mine.end = 0;
+/* This thread's next columns of an expert; beyond the last expert: none. */
+static void next_turn(turn_of_thread *turn, const products *all, shares *of) {
+    int64_t taken = __atomic_load_n(&of->taken, __ATOMIC_RELAXED), end;
+    do {
+        end = next_panels(turn, all, of, taken);
+        if (!end) return;
+    } while (!__atomic_compare_exchange_n(&of->taken, &taken, end, 0, __ATOMIC_RELAXED,
+                                          __ATOMIC_RELAXED));
 }
 
 static void multiply_all(const products *all, int64_t threads) {
-    int64_t work = 0;
-    for (int64_t e = 0; e < all->experts; e++) work += work_of(all, e);
-#pragma omp parallel num_threads(worth(threads, work *all->outputs *all->inputs))
+    const int64_t columns = all->kind == LINEAR ? all->outputs : all->inputs;
+    shares of = {columns, parts_of(columns, PANEL), 0, 0};
+    for (int64_t e = 0; e < all->experts; e++) of.work += work_of(all, e);
+    if (!columns) return;
+#pragma omp parallel num_threads(worth(threads, of.work *all->outputs *all->inputs))
     {
-        turn_of_thread now = {-1, 0, {0, 0}}, next;
-        next_turn(&now, all, work);
+        turn_of_thread now = {0, 0, {0, 0}}, next;
+        next_turn(&now, all, &of);
         for (; now.e < all->experts; now = next) {
             next = now;
-            next_turn(&next, all, work);
+            next_turn(&next, all, &of);
             const product here = product_of(all, now.e);
             const product after = product_of(all, next.e < all->experts ? next.e : now.e);
             multiply_columns(&here, now.mine, &after, next.mine);
