@@ -39,7 +39,7 @@ from deepseek.parallel.cpu_memory import keep_freed_memory
 WARM, STEPS = 2, 3
 NORM = "norm of gradients"
 COMPONENTS = {
-    products.DENSE: ("aten::mm", "aten::addmm", "aten::bmm"),
+    products.DENSE: ("aten::mm", "aten::addmm", "aten::bmm", "dense_linear"),
     products.EXPERTS: ("grouped_",),
     products.ATTENTION: ("attention",),
     "AdamW": ("adamw", "Optimizer.step"),

@@ -16,6 +16,7 @@ from deepseek.ops.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_slow,
 )
+from support.kernels import kernels_asked_for
 
 
 def inputs(
@@ -68,6 +69,26 @@ def test_equals_whole_logits(
         strict=True,
     ):
         torch.testing.assert_close(ours, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("tokens", [40, 150])
+@pytest.mark.parametrize("strided", ["", "hidden", "weight"])
+def test_logits_are_a_kernel_of_what_is_one_piece(tokens: int, strided: str) -> None:
+    hidden_TD, weight_VD, labels_T = inputs(tokens, 37, 517)
+    if strided == "hidden":
+        hidden_TD = hidden_TD.detach().t().contiguous().t().requires_grad_()
+    if strided == "weight":
+        weight_VD = weight_VD.detach().t().contiguous().t().requires_grad_()
+    with kernels_asked_for() as asked:
+        fast = linear_cross_entropy(hidden_TD, weight_VD, labels_T, 100)
+    assert ("dense_linear" in asked) == (not strided)
+    slow = linear_cross_entropy_slow(hidden_TD, weight_VD, labels_T)
+    for ours, wanted in zip(
+        loss_and_gradients(fast, hidden_TD, weight_VD),
+        loss_and_gradients(slow, hidden_TD, weight_VD),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_gradcheck() -> None:
@@ -126,13 +147,13 @@ def test_large_logits_do_not_overflow() -> None:
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_never_more_logits_than_a_chunk(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     rows = []
-    linear = F.linear
+    logits = module._logits
 
-    def watched(x: Tensor, w: Tensor) -> Tensor:
-        rows.append(x.shape[0])
-        return linear(x, w)
+    def watched(h_tD: Tensor, w_VD: Tensor) -> Tensor:
+        rows.append(h_tD.shape[0])
+        return logits(h_tD, w_VD)
 
-    monkeypatch.setattr(module.F, "linear", watched)
+    monkeypatch.setattr(module, "_logits", watched)
     hidden_TD, weight_VD, labels_T = inputs(11, 3, 7)
     loss = linear_cross_entropy(hidden_TD, weight_VD, labels_T, chunk)
     loss.backward()
@@ -163,8 +184,8 @@ def test_the_largest_tensor_is_a_chunk() -> None:
 def test_default_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module.CHUNK_TOKENS == 512
     rows = []
-    linear = F.linear
-    monkeypatch.setattr(module.F, "linear", lambda x, w: rows.append(len(x)) or linear(x, w))
+    logits = module._logits
+    monkeypatch.setattr(module, "_logits", lambda h, w: rows.append(len(h)) or logits(h, w))
     linear_cross_entropy(*inputs(1030, 2, 3))
     assert rows == [512, 512, 6]
 

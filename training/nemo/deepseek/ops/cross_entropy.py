@@ -99,6 +99,18 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, chunk_tokens, softmax_loss)
 
 
+def _logits(h_tD: Tensor, w_VD: Tensor) -> Tensor:
+    """``h w^T``; in fp32 on a CPU by a kernel: of so many columns MKL's product takes 1.04 to 1.13
+    times as long (512 tokens, 32,000 ids, AVX-512), 0.97 to 1.02 with AVX2."""
+    is_one_piece = h_tD.is_contiguous() and w_VD.is_contiguous()
+    run = kernel("dense_linear", "pppnnnn", h_tD, w_VD) if is_one_piece else None
+    if run is None:
+        return F.linear(h_tD, w_VD)
+    logits_tV = h_tD.new_empty(len(h_tD), len(w_VD))
+    run(logits_tV, h_tD, w_VD, *logits_tV.shape, w_VD.shape[1], torch.get_num_threads())
+    return logits_tV
+
+
 def linear_cross_entropy_slow(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
     """Reference implementation of ``linear_cross_entropy``: holds all logits."""
     logits_TV = F.linear(hidden_TD, weight_VD)
@@ -135,7 +147,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden_TD.shape[0], chunk_tokens):
                 chunk = slice(start, start + chunk_tokens)
                 h_tD = hidden_TD[chunk].to(product_dtype)
-                logits_tV, labels_t = F.linear(h_tD, w_VD), labels_T[chunk]
+                logits_tV, labels_t = _logits(h_tD, w_VD), labels_T[chunk]
                 losses: list[Tensor] = []
                 for rows in _blocks(logits_tV, labels_t, softmax_loss):
                     logits_rV = logits_tV[rows]

@@ -483,3 +483,10 @@ void grouped_outer(float *w_grad, const float *y_grad, const float *x, const int
     const products all = {OUTER, w_grad, y_grad, x, starts, experts, outputs, inputs, adds};
     multiply_all(&all, threads);
 }
+
+/* y (rows, outputs) = x w^T, of one matrix w (outputs, inputs). */
+void dense_linear(float *y, const float *x, const float *w, int64_t rows, int64_t outputs,
+                  int64_t inputs, int64_t threads) {
+    const int64_t starts[] = {0, rows};
+    grouped_linear(y, x, w, starts, 1, outputs, inputs, 0, threads);
+}
