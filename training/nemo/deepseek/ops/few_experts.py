@@ -2,7 +2,9 @@
 
 What a token needs of its experts is to read their weights once. The kernels (``native/
 feed_forward.c``) do it for all rows of an expert, gate, up and down in one call; the twins are
-``FeedForward`` and ``GroupedExperts``, an operator at a time.
+``FeedForward`` and ``GroupedExperts``, an operator at a time. With the norm before it and the
+residual addition behind, each half of a block is one call, too (``native/decoding.c``): its twin
+is the module's ``forward``.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from deepseek.ops.few_rows import OURS
 from deepseek.ops.native import build
+from deepseek.ops.routing import Choice
 
 
 def feed_forward(x: Tensor, w1_FD: Tensor, w3_FD: Tensor, w2_DF: Tensor) -> Tensor | None:
@@ -68,3 +71,69 @@ def few_experts(
     given = y_TD, x_TD, expert_ids_TK, weights_TK, *stacks, order, work
     kernel(*given, tokens, choices, experts, dim, width, torch.get_num_threads())
     return y_TD
+
+
+def decode_feed_forward(
+    h: Tensor, norm: tuple[Tensor, float], w1_FD: Tensor, w3_FD: Tensor, w2_DF: Tensor
+) -> Tensor | None:
+    """``h + feed_forward(norm(h))`` of fewer than ``OURS`` rows; None as there.
+
+    Args:
+        h: (..., D).
+        norm: weight and epsilon of an RMSNorm.
+
+    Returns:
+        (..., D).
+    """
+    width, dim = w1_FD.shape
+    (norm_D, eps), rows, weights = norm, h.numel() // dim, (w1_FD, w3_FD, w2_DF)
+    if not 0 < rows < OURS or h.shape[-1] != dim or not build.takes(h, norm_D, *weights):
+        return None
+    kernel = build.kernel("decode_feed_forward", "p" * 7 + "nnnfn")
+    if kernel is None or not all(w.is_contiguous() for w in weights):
+        return None
+    h = h.contiguous()
+    y, work = torch.empty_like(h), h.new_empty(rows * (dim + 1 + 2 * width))
+    kernel(y, h, norm_D, *weights, work, rows, dim, width, eps, torch.get_num_threads())
+    return y
+
+
+def decode_mixture(
+    h_BSD: Tensor,
+    norm: tuple[Tensor, float],
+    choice: Choice,
+    stacks: tuple[Tensor, Tensor, Tensor],
+    shared: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``h + mixture(norm(h))`` of fewer than ``OURS`` tokens (B, S, D), scores (T, E) and ids of
+    the chosen experts (T, K); None: there is no kernel, or it does not take these.
+
+    Args:
+        norm: weight and epsilon of an RMSNorm.
+        choice: how experts are chosen.
+        stacks: ``w1``, ``w3`` and ``w2`` of the routed experts.
+        shared: the same of the shared ones; or nothing.
+    """
+    experts, width, dim = stacks[0].shape
+    norm_D, eps = norm
+    tokens, w_ED, bias_E, top_k = h_BSD.numel() // dim, *choice[:3]
+    weights = w_ED, *stacks, *shared
+    given = weights if bias_E is None else (*weights, bias_E)
+    if not 0 < tokens < OURS or h_BSD.shape[-1] != dim or w_ED.shape != (experts, dim):
+        return None
+    if not build.takes(h_BSD, norm_D, *given):
+        return None
+    kernel = build.kernel("decode_mixture", "p" * 15 + "n" * 11 + "ffn")
+    if kernel is None or not all(w.is_contiguous() for w in weights):
+        return None
+    h_BSD, rows, shared_width = h_BSD.contiguous(), tokens * top_k, len(shared[0]) if shared else 0
+    numbers = tokens * (2 * dim + 1 + experts + top_k + 2 * shared_width)
+    work = h_BSD.new_empty(numbers + rows * (dim + 2 * width + 1))
+    y_BSD, scores_TE = torch.empty_like(h_BSD), h_BSD.new_empty(tokens, experts)
+    ids = h_BSD.new_empty(3 * rows + experts + 1, dtype=torch.int64)
+    ids_TK, order = ids[:rows].view(tokens, top_k), ids[rows:]
+    known = y_BSD, scores_TE, ids_TK, h_BSD, norm_D, w_ED, bias_E, *stacks
+    sizes = tokens, top_k, experts, dim, width, shared_width
+    how = choice.softmax, *choice.groups, choice.normalise, choice.factor, eps
+    kernel(*known, *(shared or (None,) * 3), order, work, *sizes, *how, torch.get_num_threads())
+    return y_BSD, scores_TE, ids_TK

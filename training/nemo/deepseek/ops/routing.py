@@ -8,7 +8,7 @@ Of equal scores the kernels take the first expert, torch any.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,30 +17,30 @@ from deepseek.ops.few_rows import FEW
 from deepseek.ops.native.build import kernel, takes
 
 
-def route(
-    x_TD: Tensor,
-    w_ED: Tensor,
-    bias_E: Tensor | None,
-    top_k: int,
-    softmax: bool,
-    groups: tuple[int, int, int],
-    normalise: bool,
-    factor: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """Weights (T, K), expert ids (T, K), scores and logits (T, E) of fewer than ``FEW`` tokens;
-    None: there is no kernel, or it does not take these. Its twin is ``Router`` without it.
+class Choice(NamedTuple):
+    """How a router chooses experts."""
 
-    Args:
-        x_TD: tokens.
-        w_ED: the router's matrix.
-        bias_E: added to scores where experts are chosen.
-        top_k: experts of a token.
-        softmax: over scores; else sigmoid.
-        groups: how many, of how many the experts are taken, and how many of a group's largest
-            scores are its own.
-        normalise: weights sum to ``factor``; else they are scores times it.
-        factor: of the weights.
-    """
+    w_ED: Tensor
+    """The router's matrix."""
+    bias_E: Tensor | None
+    """Added to scores where experts are chosen."""
+    top_k: int
+    """Experts of a token."""
+    softmax: bool
+    """Over scores; else sigmoid."""
+    groups: tuple[int, int, int]
+    """How many, of how many the experts are taken, and how many of a group's largest scores are its
+    own."""
+    normalise: bool
+    """Weights sum to ``factor``; else they are scores times it."""
+    factor: float
+    """Of the weights."""
+
+
+def route(x_TD: Tensor, choice: Choice) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Weights (T, K), expert ids (T, K), scores and logits (T, E) of fewer than ``FEW`` tokens;
+    None: there is no kernel, or it does not take these. Its twin is ``Router`` without it."""
+    w_ED, bias_E, top_k, softmax, groups, normalise, factor = choice
     tokens, dim = x_TD.shape
     known = (x_TD, w_ED) if bias_E is None else (x_TD, w_ED, bias_E)
     if not 0 < tokens < FEW or not takes(*known):

@@ -25,7 +25,12 @@ from deepseek.models.components.heads import head_keys, head_queries
 from deepseek.models.components.rope import rotate
 from deepseek.ops.causal_attention import causal_attention
 from deepseek.ops.fused_attention import fused_attention, takes_heads
-from deepseek.ops.latent_attention import Room, latent_attention, takes_latents
+from deepseek.ops.latent_attention import (
+    Room,
+    decode_attention,
+    latent_attention,
+    takes_latents,
+)
 
 
 class LatentStore(Protocol):
@@ -138,10 +143,13 @@ class MultiHeadLatentAttention(nn.Module):
         real_BS: Tensor | None = None,
         blocks: Sequence[BlockMask | None] = (None,),
     ) -> Tensor:
-        """``h + self(norm(h))``, where it can be as one node of the graph; the rest as in
-        ``forward``."""
-        if cache is None and torch.is_grad_enabled() and self._is_plain(norm):
-            y_BSD = self._in_one(h_BSD, norm, (cos_BSA, sin_BSA), documents_BS, real_BS)
+        """``h + self(norm(h))``, where it can be as one node of the graph, or one kernel; the rest
+        as in ``forward``."""
+        if (cache is None) == torch.is_grad_enabled() and self._is_plain(norm):
+            if cache is None:
+                y_BSD = self._in_one(h_BSD, norm, (cos_BSA, sin_BSA), documents_BS, real_BS)
+            else:
+                y_BSD = self._decoded(h_BSD, norm, (cos_BSA, sin_BSA), cache)
             if y_BSD is not None:
                 return y_BSD
         seen = documents_BS, cache, real_BS, blocks
@@ -173,10 +181,7 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> Tensor | None:
         """``add_to`` in the expanded form by ``attention_node``; None, where that takes none of
         these."""
-        if self.q_lora_rank is None:
-            of_queries: tuple[Tensor, ...] = (self.wq.weight,)
-        else:
-            of_queries = self.wq_a.weight, self.q_norm.weight, self.wq_b.weight
+        of_latents, of_queries = self._weights()
         heads = len(of_queries[-1]) // (self.qk_nope_head_dim + self.qk_rope_head_dim)
         sizes = LayerSizes(
             self.kv_lora_rank,
@@ -184,13 +189,27 @@ class MultiHeadLatentAttention(nn.Module):
             norm.eps,
             self.softmax_scale,
         )
-        of_latents = self.wkv_a.weight, self.kv_norm.weight, self.wkv_b.weight, self.wo.weight
         largest_BNS = self._room_for_logits(h_BSD.shape[0], heads, h_BSD.shape[1])
         seen = rotation, documents_BS, largest_BNS
         y_BSD = attention_node(h_BSD, norm.weight, *seen, sizes, of_latents, of_queries)
         if y_BSD is not None and largest_BNS is not None:
             self._note_logits(largest_BNS, real_BS)
         return y_BSD
+
+    def _decoded(
+        self, h_BSD: Tensor, norm: RMSNorm, rotation: tuple[Tensor, Tensor], cache: LatentStore
+    ) -> Tensor | None:
+        """``add_to`` in the absorbed form by a kernel; None, where that takes none of these."""
+        nope, scale = self.qk_nope_head_dim, self.softmax_scale
+        given = norm.weight, norm.eps, rotation, *self._weights()
+        return decode_attention(h_BSD, *given, nope, cache.reserve, scale)
+
+    def _weights(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+        """Those of latents and output, and those of queries."""
+        of_latents = self.wkv_a.weight, self.kv_norm.weight, self.wkv_b.weight, self.wo.weight
+        if self.q_lora_rank is None:
+            return of_latents, (self.wq.weight,)
+        return of_latents, (self.wq_a.weight, self.q_norm.weight, self.wq_b.weight)
 
     def _queries(self, x_BSD: Tensor) -> Tensor:
         """eq 6-8: compressed query, expanded per head, not rotated yet; (B, S, N, H)."""

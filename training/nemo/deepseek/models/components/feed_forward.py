@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from deepseek.ops.feed_forward_node import feed_forward_node
-from deepseek.ops.few_experts import feed_forward
+from deepseek.ops.few_experts import decode_feed_forward, feed_forward
 from deepseek.ops.few_rows import linear
 from deepseek.ops.rms_norm import rms_norm
 from deepseek.ops.swiglu import swiglu
@@ -55,9 +55,13 @@ class FeedForward(nn.Module):
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
     def add_to(self, h: Tensor, norm: RMSNorm) -> Tensor:
-        """``h + self(norm(h))``, where it can be as one node of the graph."""
-        if torch.is_grad_enabled() and self.is_plain and norm.is_plain:
-            y = feed_forward_node(h, *self.weights, (norm.weight, norm.eps))
+        """``h + self(norm(h))``, where it can be as one node of the graph, or one kernel."""
+        if self.is_plain and norm.is_plain:
+            given = (norm.weight, norm.eps), *self.weights
+            if torch.is_grad_enabled():
+                y = feed_forward_node(h, *given[1:], given[0])
+            else:
+                y = decode_feed_forward(h, *given)
             if y is not None:
                 return y
         return h + self(norm(h))

@@ -21,7 +21,7 @@ from deepseek.models.components.moe_node import Parts, moe_node
 from deepseek.models.components.router import Router, Routing
 from deepseek.models.components.router_node import router_node
 from deepseek.ops.autocast import as_products
-from deepseek.ops.few_experts import few_experts
+from deepseek.ops.few_experts import decode_mixture, few_experts
 from deepseek.ops.gradient_rooms import lent_room, make_gradient_room
 from deepseek.ops.grouped_feed_forward import grouped_feed_forward
 from deepseek.ops.grouped_linear import grouped_linear, takes_any_counts
@@ -104,31 +104,65 @@ class MoE(nn.Module):
         balance_scale: Tensor | None = None,
         decodes: bool = False,
     ) -> Tensor:
-        """``h + self(norm(h))``, where it can be as one node of the graph; the rest as in
-        ``forward``."""
-        if balance_scale is not None and torch.is_grad_enabled() and self._is_plain(norm):
-            if real_BS is None:
-                real_BS = torch.ones(h_BSD.shape[:2], dtype=torch.bool, device=h_BSD.device)
-            room, experts, shared = self.experts.room_for_rows, self.experts, self.shared_experts
-            y_BSD = moe_node(
-                h_BSD,
-                Parts(self.gate, norm.eps, self.balance_coeff, room),
-                real_BS,
-                balance_scale,
-                (norm.weight, self.gate.weight),
-                (experts.local(experts.w1), experts.local(experts.w3), experts.local(experts.w2)),
-                () if shared is None else shared.weights,
-            )
-            if y_BSD is not None:
-                experts.tell(h_BSD.shape[:2].numel() * self.gate.top_k)
-                return y_BSD
+        """``h + self(norm(h))``, where it can be as one node of the graph, or one kernel; the rest
+        as in ``forward``."""
+        y_BSD, trains = None, balance_scale is not None and torch.is_grad_enabled()
+        if (trains or decodes) and self._is_plain(norm):
+            experts, shared = self.experts, self.shared_experts
+            stacks = experts.local(experts.w1), experts.local(experts.w3), experts.local(experts.w2)
+            weights = stacks, () if shared is None else shared.weights
+            if trains:
+                assert balance_scale is not None
+                y_BSD = self._in_one(h_BSD, norm, real_BS, balance_scale, *weights)
+            else:
+                y_BSD = self._decoded(h_BSD, norm, real_BS, *weights)
+        if y_BSD is not None:
+            return y_BSD
         return h_BSD + self(norm(h_BSD), real_BS, balance_scale, decodes)
+
+    def _in_one(
+        self,
+        h_BSD: Tensor,
+        norm: RMSNorm,
+        real_BS: Tensor | None,
+        balance_scale: Tensor,
+        stacks: tuple[Tensor, Tensor, Tensor],
+        shared: tuple[Tensor, ...],
+    ) -> Tensor | None:
+        """``add_to`` in training by ``moe_node``; None, where that takes none of these."""
+        if self.z_coeff:
+            return None
+        if real_BS is None:
+            real_BS = torch.ones(h_BSD.shape[:2], dtype=torch.bool, device=h_BSD.device)
+        parts = Parts(self.gate, norm.eps, self.balance_coeff, self.experts.room_for_rows)
+        weights = (norm.weight, self.gate.weight), stacks, shared
+        y_BSD = moe_node(h_BSD, parts, real_BS, balance_scale, *weights)
+        if y_BSD is not None:
+            self.experts.tell(h_BSD.shape[:2].numel() * self.gate.top_k)
+        return y_BSD
+
+    def _decoded(
+        self,
+        h_BSD: Tensor,
+        norm: RMSNorm,
+        real_BS: Tensor | None,
+        stacks: tuple[Tensor, Tensor, Tensor],
+        shared: tuple[Tensor, ...],
+    ) -> Tensor | None:
+        """``add_to`` of few tokens by a kernel; None, where that takes none of these."""
+        of_norm = norm.weight, norm.eps
+        found = decode_mixture(h_BSD, of_norm, self.gate.choice, stacks, shared)
+        if found is None:
+            return None
+        y_BSD, scores_TE, ids_TK = found
+        self.gate.tell(scores_TE, ids_TK, real_BS)
+        return y_BSD
 
     def _is_plain(self, norm: RMSNorm) -> bool:
         """Whether it is its weights and no more, as the norm before it is, all of them here, and
-        its losses are those that a router's node knows."""
+        no other rank shares its sequences."""
         shared, is_local = self.shared_experts, type(self.dispatcher) is LocalDispatcher
-        if type(self) is not MoE or is_watched(self) or not is_local or self.z_coeff:
+        if type(self) is not MoE or is_watched(self) or not is_local:
             return False
         if self.sum_over_sequence is not whole or not norm.is_plain:
             return False

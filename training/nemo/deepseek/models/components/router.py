@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deepseek.models.components.feed_forward import is_watched
 from deepseek.models.components.recompute import keep
 from deepseek.ops.few_rows import linear
-from deepseek.ops.routing import expert_weights, largest_places, route
+from deepseek.ops.routing import Choice, expert_weights, largest_places, route
 
 
 class Routing(NamedTuple):
@@ -80,16 +80,7 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Route each row; everything is computed in fp32 (fp64 for fp64 input)."""
-        found = route(
-            x_TD,
-            self.weight,
-            self.bias,
-            self.top_k,
-            self.scoring == "softmax",
-            self._groups(),
-            self.normalise,
-            self.scaling_factor,
-        )
+        found = route(x_TD, self.choice)
         if found is not None:
             return Routing(*found)
         dtype = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
@@ -104,6 +95,12 @@ class Router(nn.Module):
                 scores_TE, expert_ids_TK, self.normalise, self.scaling_factor
             )
         return Routing(weights_TK, expert_ids_TK, scores_TE, logits_TE)
+
+    @property
+    def choice(self) -> Choice:
+        """What kernels choose by."""
+        softmax, how = self.scoring == "softmax", (self.normalise, self.scaling_factor)
+        return Choice(self.weight, self.bias, self.top_k, softmax, self._groups(), *how)
 
     @property
     def is_plain(self) -> bool:

@@ -4,6 +4,7 @@
  * every expert's hidden values, and then of its results, so that none waits for another whose
  * expert has more rows.
  */
+#include "decoding.h"
 #include "exponential.h"
 #include "products.h"
 #include "threads.h"

@@ -8,6 +8,7 @@
  */
 #include <math.h>
 
+#include "decoding.h"
 #include "exponential.h"
 #include "products.h"
 #include "threads.h"

@@ -1,4 +1,5 @@
 /* A linear map of few rows. */
+#include "decoding.h"
 #include "products.h"
 #include "threads.h"
 

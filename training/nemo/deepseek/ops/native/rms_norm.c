@@ -3,6 +3,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "decoding.h"
 #include "threads.h"
 
 /* y = x / rms(x) * w; x (rows, width) with `x_step` numbers from a row to the next, y contiguous;

@@ -3,6 +3,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "decoding.h"
 #include "products.h"
 #include "threads.h"
 
