@@ -47,6 +47,15 @@ def only_by(*names: str) -> Iterator[None]:
     assert called == set(names)
 
 
+@contextmanager
+def threads_set(count: int) -> Iterator[None]:
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("sizes", [(1, 16), (3, 7), (2, 3, 130), (40, 512)])
 def test_norm(sizes: tuple[int, ...]) -> None:
     norm, x = filled(RMSNorm(sizes[-1], 1e-6)), random(*sizes)
@@ -71,6 +80,17 @@ def test_feed_forward(rows: int, dim: int, width: int) -> None:
         assert torch.equal(y[:1], module(x[:1]))
         with without_kernels():
             torch.testing.assert_close(y, module(x), **CLOSE)
+
+
+@given(rows=st.integers(1, 15), width=st.sampled_from([1, 33, 64]), threads=st.integers(1, 3))
+def test_half_of_a_block_with_a_feed_forward(rows: int, width: int, threads: int) -> None:
+    module, norm, h = filled(FeedForward(40, width)), filled(RMSNorm(40, 1e-6)), random(rows, 40)
+    with torch.no_grad():
+        with only_by("decode_feed_forward"), threads_set(threads):
+            y = module.add_to(h, norm)
+        assert torch.equal(y[:1], module.add_to(h[:1], norm))
+        with without_kernels():
+            torch.testing.assert_close(y, h + module(norm(h)), **CLOSE)
 
 
 def test_feed_forward_that_is_watched_goes_step_by_step() -> None:
@@ -171,6 +191,52 @@ def test_experts(tokens: int, dim: int, width: int, shared: int) -> None:
             torch.testing.assert_close(y_BSD, layer(x_BSD, decodes=True), **CLOSE)
 
 
+@given(
+    tokens=st.integers(1, 15),
+    width=st.sampled_from([3, 16, 20]),
+    shared=st.integers(0, 2),
+    case=st.sampled_from(list(ROUTERS)),
+    threads=st.integers(1, 3),
+)
+def test_half_of_a_block_with_a_mixture(
+    tokens: int, width: int, shared: int, case: str, threads: int
+) -> None:
+    layer, norm = mixture(width, shared, **ROUTERS[case]), RMSNorm(20, 1e-6)
+    h_BSD, told = random(tokens, 1, 20), list[tuple[Tensor, Tensor]]()
+    layer.gate.listener = lambda scores, ids, real: told.append((scores, ids))
+    with torch.no_grad():
+        filled(norm, 2)
+        with only_by("decode_mixture"), threads_set(threads):
+            y_BSD = layer.add_to(h_BSD, norm, decodes=True)
+        with without_kernels():
+            torch.testing.assert_close(y_BSD, h_BSD + layer(norm(h_BSD), decodes=True), **CLOSE)
+    (scores, ids), (slow_scores, slow_ids) = told
+    torch.testing.assert_close(scores, slow_scores, **CLOSE)
+    assert torch.equal(ids.sort(-1).values, slow_ids.sort(-1).values)
+
+
+def test_mixtures_that_are_watched_or_have_many_tokens_go_step_by_step() -> None:
+    layer, norm, h_BSD = mixture(8, 1), RMSNorm(20, 1e-6), random(3, 1, 20)
+    with torch.no_grad():
+        with only_by("rms_norm", "route", "few_experts"):
+            layer.add_to(random(16, 1, 20), norm, decodes=True)
+        layer.experts.register_forward_hook(lambda *_: None)
+        with only_by("rms_norm", "route", "few_experts", "feed_forward"):
+            layer.add_to(h_BSD, norm, decodes=True)
+
+
+def mixture(width: int, shared: int, **changes: object) -> MoE:
+    made = MoE(
+        dim=20,
+        hidden_dim=width,
+        num_shared_experts=shared,
+        router=router(**changes),
+        balance_coeff=0.0,
+        z_coeff=0.0,
+    )
+    return filled(made)  # type: ignore[return-value]
+
+
 def attention(heads: int, **changes: int) -> MultiHeadLatentAttention:
     fields = dict(
         dim=24,
@@ -190,9 +256,14 @@ def attention(heads: int, **changes: int) -> MultiHeadLatentAttention:
 
 
 def attended(
-    made: MultiHeadLatentAttention, padding: list[int], before: int, new: int
+    made: MultiHeadLatentAttention,
+    padding: list[int],
+    before: int,
+    new: int,
+    norm: RMSNorm | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Of new tokens after some cached ones: the result, and the cache."""
+    """Of new tokens after some cached ones: the result, and the cache. With a norm: of the half of
+    a block."""
     sizes = dict(kv_lora_rank=made.kv_lora_rank, qk_rope_head_dim=made.qk_rope_head_dim)
     config = ModelConfig(**sizes, num_attention_heads=64)
     batch = len(padding)
@@ -202,8 +273,12 @@ def attended(
     cache.length = before
     positions_BS = torch.arange(before, before + new).expand(batch, -1)
     turned = rotation(positions_BS, made.qk_rope_head_dim, 100.0, None)
+    h_BSD = random(batch, new, 24, seed=2)
     with torch.no_grad():
-        y_BSD = made(random(batch, new, 24, seed=2), *turned, cache=cache)
+        if norm is None:
+            y_BSD = made(h_BSD, *turned, cache=cache)
+        else:
+            y_BSD = made.add_to(h_BSD, norm, *turned, cache=cache)
     assert cache.length == before + new
     assert not cache.kept_BMX[:, before + new :].any(), "written beyond the new tokens"
     return y_BSD, cache.kept_BMX
@@ -223,18 +298,48 @@ def test_attention(
     """Blocks that are full or not, padding that ends anywhere, parts of a cache."""
     made = attention(heads)
     padding = [min(pad, before + new - 1) for pad in padding]
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, threads_set(threads):
         patch.setattr(attention_module, "_LEAST_PART", least)
-        torch.set_num_threads(threads)
-        try:
-            with only_by("latent_attention", "rms_norm"):
-                fast, cached = attended(made, padding, before, new)
-        finally:
-            torch.set_num_threads(1)
+        with only_by("latent_attention", "rms_norm"):
+            fast, cached = attended(made, padding, before, new)
     with without_kernels():
         slow, cached_slow = attended(made, padding, before, new)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(cached, cached_slow, **CLOSE)
+
+
+@given(
+    q_lora_rank=st.sampled_from([None, 10]),
+    padding=st.lists(st.sampled_from([0, 1, 130]), min_size=1, max_size=3),
+    before=st.sampled_from([0, 1, 300]),
+    new=st.integers(1, 5),
+    threads=st.integers(1, 3),
+)
+def test_half_of_a_block_with_attention(
+    q_lora_rank: int | None, padding: list[int], before: int, new: int, threads: int
+) -> None:
+    made, norm = attention(3, q_lora_rank=q_lora_rank), filled(RMSNorm(24, 1e-6), 2)
+    padding = [min(pad, before + new - 1) for pad in padding]
+    few = len(padding) * new < 16
+    with (
+        threads_set(threads),
+        only_by(*(["decode_attention"] if few else ["rms_norm", "latent_attention"])),
+    ):
+        fast, cached = attended(made, padding, before, new, norm)
+    with without_kernels():
+        slow, cached_slow = attended(made, padding, before, new, norm)
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(cached, cached_slow, **CLOSE)
+
+
+def test_attention_with_another_norm_or_that_is_watched_goes_step_by_step() -> None:
+    """The kernel has one epsilon."""
+    made = attention(3)
+    with only_by("rms_norm", "latent_attention"):
+        attended(made, [0], 5, 1, filled(RMSNorm(24, 1e-5)))
+    made.wo.register_forward_hook(lambda *_: None)
+    with only_by("rms_norm", "latent_attention"):
+        attended(made, [0], 5, 1, filled(RMSNorm(24, 1e-6)))
 
 
 @pytest.mark.parametrize("q_lora_rank", [None, 10])

@@ -99,8 +99,9 @@ class Router(nn.Module):
     @property
     def choice(self) -> Choice:
         """What kernels choose by."""
-        softmax, how = self.scoring == "softmax", (self.normalise, self.scaling_factor)
-        return Choice(self.weight, self.bias, self.top_k, softmax, self._groups(), *how)
+        softmax, factor = self.scoring == "softmax", self.scaling_factor
+        of_scores = self.weight, self.bias, self.top_k, softmax
+        return Choice(*of_scores, self._groups(), self.normalise, factor)
 
     @property
     def is_plain(self) -> bool:

@@ -23,8 +23,9 @@ void decode_attention(float *y, const float *h, const float *norm, const float *
                       int64_t values, int64_t start, int64_t sequence_step, int64_t token_step,
                       int64_t splits, float eps, float scale, int64_t threads) {
     int64_t rows = sequences * tokens, q_width = heads * (nope + rope), kv_width = latent + rope;
-    float *x = work, *scales = x + rows * dim, *down = scales + rows, *normed = down + rows * q_latent;
-    float *q = normed + rows * q_latent, *kv = q + rows * q_width, *of_heads = kv + rows * kv_width;
+    float *x = work, *scales = x + rows * dim, *down = scales + rows;
+    float *normed = down + rows * q_latent, *q = normed + rows * q_latent;
+    float *kv = q + rows * q_width, *of_heads = kv + rows * kv_width;
     rms_norm(x, scales, h, norm, rows, dim, dim, eps, threads);
     linear(kv, x, wkv_a, rows, kv_width, dim, threads);
     if (wq_a) {
