@@ -124,6 +124,24 @@ def test_two_at_once() -> None:
     assert run_ranks(2, work) == [[_InMemory, _ByBackend] * 6] * 2
 
 
+def test_after_an_exchange_that_no_rank_has_ended_the_backend_brings_rows() -> None:
+    """As an error between its begin and its end leaves it, which all ranks have caught: who has
+    read what nobody can tell, so its memory is not used again."""
+
+    def work(rank: int) -> list[type]:
+        kinds = []
+        for step in range(4):
+            x = torch.full((4, 2), float(10 * step + rank))
+            exchange = all_to_all([x], [2, 2], [2, 2], group())
+            kinds.append(type(exchange))
+            if step != 1:
+                wanted = [10.0 * step, 10.0 * step + 1]
+                assert exchange.wait()[0][::2, 0].tolist() == wanted
+        return kinds
+
+    assert run_ranks(2, work) == [[_InMemory, _InMemory, _ByBackend, _ByBackend]] * 2
+
+
 def test_groups_within_groups_have_memory_of_their_own() -> None:
     """Of the same rank, used in turn and at different paces."""
 
