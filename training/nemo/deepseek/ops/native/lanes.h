@@ -39,6 +39,8 @@ INLINE lanes load_quads(const float *x, int64_t step) {
     const half one = __builtin_shufflevector(q[0], q[1], 0, 1, 2, 3, 4, 5, 6, 7);
     const half other = __builtin_shufflevector(q[2], q[3], 0, 1, 2, 3, 4, 5, 6, 7);
     v = __builtin_shufflevector(one, other, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif LANES == 8 && (defined(__clang__) || __GNUC__ >= 12)
+    v = __builtin_shufflevector(q[0], q[1], 0, 1, 2, 3, 4, 5, 6, 7);
 #else
     memcpy(&v, q, sizeof v);
 #endif
