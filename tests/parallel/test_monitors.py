@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +22,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from deepseek.config import changed
 from deepseek.config.layout import Layout
 from deepseek.frameworks import Callback
+from deepseek.models.components import moe as mixture
 from deepseek.models.components.moe import MoE
+from deepseek.models.components.moe_node import moe_node
 from deepseek.monitoring.array_history import read_traffic
 from deepseek.monitoring.array_log import ArrayReader, Record, read_arrays
 from deepseek.monitoring.record.expert_monitor import MARGIN_TOKENS, ExpertMonitor, expert_layers
@@ -30,6 +33,7 @@ from deepseek.monitoring.record.recorder import CommunicationRecorder
 from deepseek.parallel.mesh import Meshes, SingleProcess
 from deepseek.training.phases import Memory, Phases
 from deepseek.training.step import SaveRecord
+from support.kernels import without_kernels
 from support.layouts import Case, Driven, batches, small_config, spread
 from support.ranks import run_ranks
 
@@ -251,6 +255,37 @@ def test_margins_are_a_sample_of_long_batches(tmp_path: Path) -> None:
     np.testing.assert_allclose([r.arrays["margin"][0] for r in records], seen, rtol=1e-5)
 
 
+def test_a_mixture_that_is_one_node_tells_as_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the modules that it stands for: of padding, margins and rows."""
+    config, nodes = small_config(micro_batch_size=8, moe_z_loss_coeff=0.0), list[bool]()
+
+    def noted(*given: Any) -> Any:
+        y_BSD = moe_node(*given)
+        nodes.append(y_BSD is not None)
+        return y_BSD
+
+    monkeypatch.setattr(mixture, "moe_node", noted)
+    records = []
+    for name in ("node", "modules"):
+        (folder := tmp_path / name).mkdir()
+        driven = Driven(Case(config, 1, dtype=torch.float32), SingleProcess())
+        with nullcontext() if name == "node" else without_kernels():
+            watched(driven, monitors(folder, True))
+        records.append(
+            [next(read_arrays(folder / f"{kind}.arrays")) for kind in ("experts", "ranks")]
+        )
+    assert set(nodes[: len(nodes) // 2]) == {True} and set(nodes[len(nodes) // 2 :]) == {False}
+    (experts, ranks), (experts_of_modules, ranks_of_modules) = records
+    assert experts.arrays["tokens"].tolist() == experts_of_modules.arrays["tokens"].tolist()
+    margins = (each.arrays["margin"] for each in (experts, experts_of_modules))
+    np.testing.assert_allclose(*margins, rtol=1e-4)
+    tokens = config.global_batch_size * config.data.seq_length * config.num_experts_per_tok
+    for name, rows in (("received_rows", 4 * tokens), ("largest_received_rows", tokens)):
+        assert [column(each, name).tolist() for each in (ranks, ranks_of_modules)] == [[rows]] * 2
+
+
 def test_without_bias_without_experts_without_choice(tmp_path: Path) -> None:
     alone(small_config(topk_method="greedy", n_group=1, topk_group=1), tmp_path / "greedy")
     record = next(read_arrays(tmp_path / "greedy" / "experts.arrays"))
@@ -266,7 +301,7 @@ def test_without_bias_without_experts_without_choice(tmp_path: Path) -> None:
     assert not record.arrays["margin"].any() and facts[0]["load_max_over_mean"] == 1.0
 
 
-def test_every_second_step_and_hooks_that_go(tmp_path: Path) -> None:
+def test_every_second_step_and_listeners_that_go(tmp_path: Path) -> None:
     driven, facts = alone(small_config(), tmp_path, every=2)
     assert [record.step for record in read_arrays(tmp_path / "experts.arrays")] == [2]
     assert [record.step for record in read_arrays(tmp_path / "ranks.arrays")] == [2]
@@ -274,6 +309,7 @@ def test_every_second_step_and_hooks_that_go(tmp_path: Path) -> None:
     assert all("data_seconds" in fact and "memory_bytes" in fact for fact in facts)
     for module in driven.module.model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
+        assert getattr(module, "listener", None) is None
 
 
 def test_watching_changes_no_bit(tmp_path: Path) -> None:
