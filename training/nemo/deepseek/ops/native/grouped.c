@@ -20,7 +20,7 @@ enum {
     PLACE = 64,         /* of one that is read there: it and the next are in the cache */
     SIDE = 1 << 15,     /* floats of tiles' rows that lie in columns; LANES * DEPTH at least */
     FEW = 96,           /* rows for which b is not laid out, if it lies (depth, columns) */
-    NARROW = 32,        /* if it lies (columns, depth): of more, too much of the last vector is empty */
+    NARROW = 32,        /* if it lies (columns, depth): of more, too many lanes are empty */
     STRIP = 96,         /* columns of c that are turned at a time: panels */
     SLOWEST = LINE / 4, /* numbers a step: no line is asked for often */
     READING = 16,       /* reading a matrix takes as long as multiplying so many rows, about */

@@ -1,8 +1,9 @@
 /* Where processes of one machine wait for each other: a word in memory that they share.
  *
  * The word counts who has come, two for each, since it was zero. Its lowest bit tells that somebody
- * has lost patience: then all meet elsewhere, by what also knows of time-outs and of dead processes.
- * It is set only while somebody is missing, and cleared when all have read it, so all decide alike.
+ * has lost patience: then all meet elsewhere, by what also knows of time-outs and of dead
+ * processes. It is set only while somebody is missing, and cleared when all have read it, so all
+ * decide alike.
  */
 #include <errno.h>
 #include <linux/futex.h>
