@@ -13,8 +13,6 @@
 #include <unistd.h>
 
 enum { IMPATIENT = 1, ONE = 2, EVERYBODY = INT32_MAX };
-/* Looks before sleeping, some microseconds: as long as it takes to fall asleep and to be woken. */
-enum { LOOKS = 200 };
 
 /* This process has come. */
 void come(uint32_t *word) {
@@ -31,15 +29,16 @@ static int64_t now(void) { /* nanoseconds */
     return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
 }
 
-/* Wait until so many have come in all. `impatient` (1) gets whether they must meet elsewhere. */
+/* Wait until so many have come in all. `impatient` (1) gets whether they must meet elsewhere.
+ *
+ * Asleep: to look for some microseconds first, which others of this core wait for, was no faster. */
 void meet(int64_t *impatient, uint32_t *word, int64_t comers, int64_t nanoseconds) {
     const uint32_t all = (uint32_t)comers * ONE;
     const int64_t end = now() + nanoseconds;
-    for (int64_t looks = 0;; looks++) {
+    for (;;) {
         uint32_t seen = __atomic_load_n(word, __ATOMIC_SEQ_CST);
         *impatient = seen & IMPATIENT;
         if (*impatient || (int32_t)(seen - all) >= 0) return; /* counts may have wrapped around */
-        if (looks < LOOKS) continue;
         const int64_t left = end - now();
         if (left <= 0) {
             if (__atomic_compare_exchange_n(word, &seen, seen | IMPATIENT, 0, __ATOMIC_SEQ_CST,
