@@ -2,12 +2,15 @@
 
     OMP_NUM_THREADS=1 python benchmarks/all_to_all.py
 
-Four gloo ranks of one thread each. Every round runs, one after the other, a barrier between them:
+Four ranks of one machine, a thread each. Every round runs, one after the other, a barrier between
+them:
 
-- ``raw``: two ``all_to_all_single`` of the same bytes and the same splits, into new tensors,
+- ``raw``: two ``all_to_all_single`` of gloo, of the same bytes and the same splits, into new
+  tensors,
 - ``raw_reused``: the same into tensors made before, which no training step could use again,
-- ``communication``: what ``AllToAllDispatcher`` sends: the counts, their way to the host, rows
-  there, rows back,
+- ``raw_shared``: the same as ``raw`` through the memory that the ranks share, as rows travel,
+- ``communication``: what ``AllToAllDispatcher`` sends through that memory: the counts, their way to
+  the host, rows there, rows back,
 - ``permutation``: its sorting and gathering of rows, nothing sent,
 - ``whole``: ``dispatch`` and ``combine``.
 
@@ -34,6 +37,8 @@ from torch import Tensor
 
 from deepseek.models.components.dispatcher import LocalDispatcher
 from deepseek.parallel.collectives import all_to_all_rows
+from deepseek.parallel.cpu_exchange import all_to_all
+from deepseek.parallel.cpu_memory import keep_freed_memory
 from deepseek.parallel.expert_dispatcher import AllToAllDispatcher
 
 RANKS = 4
@@ -51,7 +56,7 @@ def main() -> None:
         with open(os.path.join(folder, "result")) as file:
             cases = json.load(file)
     result = {
-        "what": f"{RANKS} gloo ranks, 1 thread each, {EXPERTS} experts top-{TOP_K}, fp32, forward",
+        "what": f"{RANKS} ranks, 1 thread each, {EXPERTS} experts top-{TOP_K}, fp32, forward",
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "rounds": ROUNDS,
@@ -65,6 +70,7 @@ def main() -> None:
 def one_rank(rank: int, folder: str) -> None:
     """Rank 0 leaves the result in a file."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # as ``deepseek train`` does
     store = dist.FileStore(os.path.join(folder, "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     cases = [case(rank, tokens, dim) for tokens, dim in SIZES]
@@ -95,7 +101,9 @@ def case(rank: int, tokens: int, dim: int) -> dict[str, Any]:
         "milliseconds": {name: round(1e3 * statistics.median(t), 2) for name, t in times.items()},
         "communication_to_raw": ratio(times["communication"], times["raw"]),
         "communication_to_raw_reused": ratio(times["communication"], times["raw_reused"]),
+        "communication_to_raw_shared": ratio(times["communication"], times["raw_shared"]),
         "whole_to_raw": ratio(times["whole"], times["raw"]),
+        "whole_to_raw_shared": ratio(times["whole"], times["raw_shared"]),
     }
 
 
@@ -120,6 +128,10 @@ def steps(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> dict[str, Callabl
         dist.all_to_all_single(arrived_QD, rows_RD, back, there)
         dist.all_to_all_single(out_RD, arrived_QD, there, back)
 
+    def raw_shared() -> None:
+        (new_QD,) = all_to_all([rows_RD], back, there, group).wait()
+        all_to_all([new_QD], there, back, group).wait()
+
     def communication() -> None:
         counts = dispatcher.exchange_counts(ids_R)
         sent_counts, received_counts = counts.sum(dim=2).tolist()
@@ -136,7 +148,8 @@ def steps(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> dict[str, Callabl
         there_and = dispatcher.dispatch(x_TD, weights_TK, ids_TK)
         dispatcher.combine(there_and.rows_RD, there_and)
 
-    return {f.__name__: f for f in (raw, raw_reused, communication, permutation, whole)}
+    runs = raw, raw_reused, raw_shared, communication, permutation, whole
+    return {run.__name__: run for run in runs}
 
 
 def timed(run: Callable[[], object]) -> float:

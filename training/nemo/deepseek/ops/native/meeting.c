@@ -1,9 +1,14 @@
 /* Where processes of one machine wait for each other: a word in memory that they share.
  *
  * The word counts who has come, two for each, since it was zero. Its lowest bit tells that somebody
+<<<<<<< HEAD
  * has lost patience: then all meet elsewhere, by what also knows of time-outs and of dead
  * processes. It is set only while somebody is missing, and cleared when all have read it, so all
  * decide alike.
+=======
+ * has lost patience: then all meet elsewhere, by what knows of time-outs and of dead processes. It
+ * is set only while somebody is missing, and cleared when all have read it, so all decide alike.
+>>>>>>> a5ca821 (EP 2 on two cores is told as it is now, and where a step's time goes; dispatch is timed against rows through shared memory, too, which it sends them by)
  */
 #include <errno.h>
 #include <linux/futex.h>
@@ -31,7 +36,7 @@ static int64_t now(void) { /* nanoseconds */
 
 /* Wait until so many have come in all. `impatient` (1) gets whether they must meet elsewhere.
  *
- * Asleep: to look for some microseconds first, which others of this core wait for, was no faster. */
+ * Asleep: to look for some microseconds first was no faster, and others may want the core. */
 void meet(int64_t *impatient, uint32_t *word, int64_t comers, int64_t nanoseconds) {
     const uint32_t all = (uint32_t)comers * ONE;
     const int64_t end = now() + nanoseconds;
