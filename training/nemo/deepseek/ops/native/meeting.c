@@ -1,14 +1,9 @@
 /* Where processes of one machine wait for each other: a word in memory that they share.
  *
  * The word counts who has come, two for each, since it was zero. Its lowest bit tells that somebody
-<<<<<<< HEAD
  * has lost patience: then all meet elsewhere, by what also knows of time-outs and of dead
  * processes. It is set only while somebody is missing, and cleared when all have read it, so all
  * decide alike.
-=======
- * has lost patience: then all meet elsewhere, by what knows of time-outs and of dead processes. It
- * is set only while somebody is missing, and cleared when all have read it, so all decide alike.
->>>>>>> a5ca821 (EP 2 on two cores is told as it is now, and where a step's time goes; dispatch is timed against rows through shared memory, too, which it sends them by)
  */
 #include <errno.h>
 #include <linux/futex.h>
