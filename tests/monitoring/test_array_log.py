@@ -55,6 +55,14 @@ def test_a_record_comes_back_as_it_was_given(tmp_path: Path) -> None:
         np.testing.assert_array_equal(record.arrays[name], array)
 
 
+def test_each_record_has_its_own_facts(tmp_path: Path) -> None:
+    """Kept from one to the next where they are the same."""
+    log, facts = ArrayLog(tmp_path / "a"), [{"ep": 2}, {"ep": 2}, {"ep": 4, "layers": ["a"]}, {}]
+    for step, meta in enumerate(facts, 1):
+        log.append(step, {"x": np.array([step])}, **meta)
+    assert [record.meta for record in read_arrays(tmp_path / "a")] == facts
+
+
 @given(hnp.arrays(hnp.integer_dtypes() | hnp.floating_dtypes(), hnp.array_shapes(min_side=0)))
 def test_any_array_comes_back(tmp_path_factory: pytest.TempPathFactory, array: np.ndarray) -> None:
     path = tmp_path_factory.mktemp("log") / "a.arrays"
