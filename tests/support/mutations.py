@@ -272,6 +272,18 @@ MUTATIONS = (
              "gamma_N1.expand(-1, attn.qk_rope_head_dim)",
              "gamma_N1.sqrt().expand(-1, attn.qk_rope_head_dim)",
              "training/test_qk_clip.py::test_heads_above_the_threshold_are_scaled_down_to_it"),
+    Mutation("mixture: the residual stream's own gradient is lost",
+             "models/components/moe_node.py", "plus=grad_TD",
+             "plus=torch.zeros_like(grad_TD)", "models/test_training_nodes.py::test_mixture"),
+    Mutation("monitors: a mixture of one node tells no rows", "models/components/moe.py",
+             "self.experts.tell(h_BSD.shape[:2].numel() * self.gate.top_k)", "pass",
+             "parallel/test_monitors.py::test_a_mixture_that_is_one_node_tells_as_much"),
+    Mutation("monitors: records keep the facts of the first", "monitoring/array_log.py",
+             "if meta != self._meta[0]:", "if not self._meta[0]:",
+             "monitoring/test_array_log.py::test_each_record_has_its_own_facts"),
+    Mutation("AdamW: states of other sizes are taken", "training/adamw.py",
+             "if x is not None and local(x).shape != size:", "if False:",
+             "training/test_build_optimizer.py::test_a_state_of_other_sizes_is_an_error"),
 )
 # fmt: on
 
