@@ -5,14 +5,14 @@
  * processes. It is set only while somebody is missing, and cleared when all have read it, so all
  * decide alike.
  */
-#include <errno.h>
-#include <linux/futex.h>
 #include <stdint.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { IMPATIENT = 1, ONE = 2, EVERYBODY = INT32_MAX };
+/* Of Linux: its own headers are not there wherever a compiler is. */
+enum { FUTEX_WAIT = 0, FUTEX_WAKE = 1 };
 
 /* This process has come. */
 void come(uint32_t *word) {
