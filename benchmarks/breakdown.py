@@ -27,6 +27,7 @@ from typing import Any
 import products
 import torch
 from cases import CASES, QUICK, Case
+from results import whole as at_least_one
 from sides import our_step
 from torch.profiler import ProfilerActivity, profile, record_function
 from train_step import product_rate
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cases = {case.name: case for case in CASES + QUICK if not case.decodes}
     parser.add_argument("case", choices=cases)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads())
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     keep_freed_memory()

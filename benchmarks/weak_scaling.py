@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist  # noqa: TID251
 import torch.multiprocessing as mp
 from cases import EIGHT, FINE, WIDE
+from results import whole
 from torch import Tensor
 
 from deepseek.config.layout import Layout
@@ -75,14 +76,14 @@ MODELS = {
 }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--rounds", type=whole, default=5)
+    parser.add_argument("--batches", type=whole, nargs="+", default=BATCHES)
     parser.add_argument("--model", choices=MODELS, default="small")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     load, config = os.getloadavg()[0], MODELS[asked.model]
     result = {
         "what": f"{config.num_hidden_layers} layers, {config.hidden_size} wide, "

@@ -322,6 +322,23 @@ def test_arguments_are_refused_before_anything_is_measured(
     assert damaged.read_text() == '{"train_step": '
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("breakdown", ["small", "--threads", "0"]),
+        ("weak_scaling", ["--rounds", "0"]),
+        ("weak_scaling", ["--batches", "0"]),
+    ],
+)
+def test_numbers_are_at_least_one(
+    benchmark: Load, command: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        benchmark(command).main(arguments)
+    assert ended.value.code == 2
+    assert "0: a whole number of at least 1 is needed" in capsys.readouterr().err
+
+
 def test_what_was_found_of_a_case_adds_up_under_the_same_conditions(
     benchmark: Load, tmp_path: Path
 ) -> None:
