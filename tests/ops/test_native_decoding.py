@@ -220,9 +220,21 @@ def test_mixtures_that_are_watched_or_have_many_tokens_go_step_by_step() -> None
     with torch.no_grad():
         with only_by("rms_norm", "route", "few_experts"):
             layer.add_to(random(16, 1, 20), norm, decodes=True)
-        layer.experts.register_forward_hook(lambda *_: None)
+        layer.gate.register_forward_hook(lambda *_: None)
         with only_by("rms_norm", "route", "few_experts", "feed_forward"):
             layer.add_to(h_BSD, norm, decodes=True)
+
+
+def test_hooks_of_experts_and_of_latents_are_called() -> None:
+    """The kernels of a step compute what these compute, too."""
+    layer, norm, made, seen = mixture(8, 1), RMSNorm(20, 1e-6), attention(3), list[nn.Module]()
+    watched = [layer.experts, made.kv_norm]
+    for module in watched:
+        module.register_forward_hook(lambda module, *_: seen.append(module))
+    with torch.no_grad():
+        layer.add_to(random(3, 1, 20), norm, decodes=True)
+    attended(made, [0], 5, 1, filled(RMSNorm(24, 1e-6)))  # type: ignore[arg-type]
+    assert seen == watched
 
 
 def mixture(width: int, shared: int, **changes: object) -> MoE:

@@ -116,7 +116,7 @@ class MultiHeadLatentAttention(nn.Module):
         q_BSNH, kv_BSX = self._queries(x_BSD), self.wkv_a(x_BSD)
         if cache is not None:
             norm, w = self.kv_norm, self.wkv_b.weight
-            if takes_latents(q_BSNH, kv_BSX, norm.weight, cos_BSA, w):
+            if norm.is_plain and takes_latents(q_BSNH, kv_BSX, norm.weight, cos_BSA, w):
                 room, turned = cache.reserve(x_BSD.shape[1]), (cos_BSA, sin_BSA)
                 given = q_BSNH, kv_BSX, norm.weight, norm.eps, turned, w, room, self.softmax_scale
                 return self.wo(latent_attention(*given).flatten(2))

@@ -272,8 +272,9 @@ class GroupedExperts(nn.Module):
 
     def few(self, x_TD: Tensor, weights_TK: Tensor, expert_ids_TK: Tensor) -> Tensor | None:
         """What few tokens get from their experts, without bringing rows there and back; None where
-        this can't be done, see ``few_experts``, or products are not those of the stacks alone."""
-        if not self.is_plain:
+        this can't be done, see ``few_experts``, products are not those of the stacks alone, or
+        somebody watches."""
+        if not self.is_plain or is_watched(self):
             return None
         w1, w3, w2 = (self.local(stack) for stack in (self.w1, self.w3, self.w2))
         return few_experts(x_TD, expert_ids_TK, weights_TK, w1, w3, w2)
