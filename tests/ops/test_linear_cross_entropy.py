@@ -91,6 +91,14 @@ def test_logits_are_a_kernel_of_what_is_one_piece(tokens: int, strided: str) -> 
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [0, 4, 16])
+def test_hidden_states_of_another_width_are_an_error(width: int) -> None:
+    """A kernel would read what lies behind them."""
+    _, weight_VD, labels_T = inputs(5, 8, 23)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear_cross_entropy(torch.ones(5, width), weight_VD, labels_T)
+
+
 def test_gradcheck() -> None:
     hidden_TD, weight_VD, labels_T = inputs(5, 3, 4, torch.float64)
     assert torch.autograd.gradcheck(
