@@ -395,6 +395,19 @@ def test_inputs_of_another_width_are_an_error() -> None:
                     compute(random(2, width))
 
 
+@pytest.mark.parametrize("width", [10, 40])
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_norm_of_another_width_is_an_error(width: int, trains: bool) -> None:
+    norm, h, scale = RMSNorm(width, 1e-6), random(2, 1, 20), torch.ones(()) if trains else None
+    for half in (
+        lambda: norm(h),
+        lambda: filled(FeedForward(20, 8)).add_to(h, norm),  # type: ignore[operator]
+        lambda: mixture(8, 1).add_to(h, norm, None, scale, not trains),
+    ):
+        with torch.set_grad_enabled(trains), pytest.raises(RuntimeError, match="must match"):
+            half()
+
+
 def test_many_new_tokens_take_the_usual_way() -> None:
     with only_by("rms_norm", "turn_heads"):
         attended(attention(2), [0], 5, 9)

@@ -87,7 +87,8 @@ def decode_feed_forward(
     """
     width, dim = w1_FD.shape
     (norm_D, eps), rows, weights = norm, h.numel() // dim, (w1_FD, w3_FD, w2_DF)
-    if not 0 < rows < OURS or h.shape[-1] != dim or not build.takes(h, norm_D, *weights):
+    fits = h.shape[-1] == len(norm_D) == dim
+    if not 0 < rows < OURS or not fits or not build.takes(h, norm_D, *weights):
         return None
     kernel = build.kernel("decode_feed_forward", "p" * 7 + "nnnfn")
     if kernel is None or not all(w.is_contiguous() for w in weights):
@@ -119,9 +120,8 @@ def decode_mixture(
     tokens, w_ED, bias_E, top_k = h_BSD.numel() // dim, *choice[:3]
     weights = w_ED, *stacks, *shared
     given = weights if bias_E is None else (*weights, bias_E)
-    if not 0 < tokens < OURS or h_BSD.shape[-1] != dim or w_ED.shape != (experts, dim):
-        return None
-    if not build.takes(h_BSD, norm_D, *given):
+    fits = h_BSD.shape[-1] == len(norm_D) == dim and w_ED.shape == (experts, dim)
+    if not 0 < tokens < OURS or not fits or not build.takes(h_BSD, norm_D, *given):
         return None
     kernel = build.kernel("decode_mixture", "p" * 15 + "n" * 11 + "ffn")
     if kernel is None or not all(w.is_contiguous() for w in weights):

@@ -53,7 +53,7 @@ def _scale(x: Tensor, eps: float) -> Tensor:
 def normed(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``rms_norm`` without gradient, of one dtype, and 1 / rms(x), (..., 1)."""
     run, step = kernel("rms_norm", "ppppnnnfn", x, weight_D), row_step(x)
-    if run is None or step is None:
+    if run is None or step is None or weight_D.shape != x.shape[-1:]:
         scale = _scale(x, eps)
         return (x * scale).mul_(weight_D), scale
     width, weight_D = x.shape[-1], weight_D.contiguous()
@@ -73,7 +73,7 @@ def norm_gradients(
     """Gradients of what ``normed`` was given, which has told ``scale``; None for a weight that is
     not trained. ``plus`` is added to that of ``x``: what has come by beside the norm."""
     run, step = kernel("rms_norm_backward", "ppppppppnnnn", grad, x, weight_D), row_step(x)
-    if run is not None and step is not None:
+    if run is not None and step is not None and weight_D.shape == x.shape[-1:]:
         rows, width, weight_D = scale.numel(), x.shape[-1], weight_D.contiguous()
         by_x, parts_bD = x.new_empty(x.shape), x.new_empty(-(-rows // _BLOCK), width)
         by_weight_D = torch.empty_like(weight_D) if trained else None
