@@ -1,23 +1,25 @@
 """What a run costs beside its steps, at tiny size: Lightning, callbacks, and reading the data.
 
-    OMP_NUM_THREADS=1 python benchmarks/loop_overhead.py [STEPS]
+    OMP_NUM_THREADS=1 python benchmarks/loop_overhead.py [STEPS] [--config deepseek_v3_tiny]
 
-``deepseek train --config shakespeare_char`` with all that a run records, in a temporary folder, and
-without validations. Every step is timed from inside; between two steps lie the loader, Lightning
-and the callbacks. Seconds are CPU time of the training thread, so that what else runs here counts
-little; medians over the steps.
+``deepseek train --config shakespeare_char``, or another configuration that needs no data, with all
+that a run records, in a temporary folder, and without validations. Every step is timed from inside;
+between two steps lie the loader, Lightning and the callbacks. Seconds are CPU time of the training
+thread, so that what else runs here counts little; medians over the steps.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from results import whole as at_least_one
 
 from deepseek.commands.fit import fit
 from deepseek.config import load_config
@@ -31,7 +33,11 @@ SKIPPED = 10
 
 def main() -> None:
     """Print one JSON object."""
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("steps", nargs="?", type=at_least_one, default=100)
+    parser.add_argument("--config", default="shakespeare_char")
+    asked = parser.parse_args()
+    steps = SKIPPED + asked.steps + 1  # between two steps lies one gap
     times: list[tuple[float, float]] = []
     reads: list[float] = []
     train_step, batches = DeepSeekModel.train_step, TimedLoader.__iter__
@@ -57,13 +63,13 @@ def main() -> None:
     changes = [f"trainer.max_steps={steps}", "trainer.val_check_interval=0"]
     changes += ["trainer.precision=32", "model.optim.sched.warmup_steps=2"]
     with tempfile.TemporaryDirectory() as folder:
-        run = load_config("shakespeare_char", changes)
+        run = load_config(asked.config, changes)
         fit(run, Path(folder) / "run", Processes.from_environment())
     step = statistics.median(end - begin for begin, end in times[SKIPPED:])
     gaps = [after[0] - before[1] for before, after in zip(times, times[1:], strict=False)]
     gap, reading = (statistics.median(found[SKIPPED:]) for found in (gaps, reads))
     result = {
-        "steps": steps,
+        "steps": asked.steps,
         "step_ms": round(1e3 * step, 2),
         "between_ms": round(1e3 * gap, 2),
         "reading_ms": round(1e3 * reading, 2),
