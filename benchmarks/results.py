@@ -77,7 +77,8 @@ def keep(file: Path, command: str, case: str, found: dict[str, Any]) -> None:
             there, and its mappings to those.
     """
     kept = read(file) if file.exists() else {}
-    before = kept.setdefault(command, {}).get(case, {})
+    # What was measured last stands last: tables have the order of a whole run.
+    before = kept.setdefault(command, {}).pop(case, {})
     if all(before.get(name) == found[name] for name in ("date", "machine", "threads", "torch")):
         both = {name for name, value in found.items() if isinstance(value, dict)} & set(before)
         found = before | found | {name: before[name] | found[name] for name in both}

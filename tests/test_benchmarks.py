@@ -349,3 +349,13 @@ def test_what_was_found_of_a_case_adds_up_under_the_same_conditions(
     assert json.loads(file.read_text())["ablations"]["S"]["without"] == {"a": 1, "b": 2}
     results.keep(file, "ablations", "S", told | {"threads": 1, "without": {"c": 3}})
     assert json.loads(file.read_text())["ablations"]["S"]["without"] == {"c": 3}
+
+
+def test_cases_are_kept_in_the_order_in_which_they_were_measured_last(
+    benchmark: Load, tmp_path: Path
+) -> None:
+    results, file = benchmark("results"), tmp_path / "results.json"
+    told = {"date": "2026-01-01", "machine": "one", "threads": 2, "torch": "2", "load": 0.1}
+    for case in ("F", "S", "F"):
+        results.keep(file, "ablations", case, told)
+    assert list(json.loads(file.read_text())["ablations"]) == ["S", "F"]
