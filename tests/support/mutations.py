@@ -284,6 +284,12 @@ MUTATIONS = (
     Mutation("AdamW: states of other sizes are taken", "training/adamw.py",
              "if x is not None and local(x).shape != size:", "if False:",
              "training/test_build_optimizer.py::test_a_state_of_other_sizes_is_an_error"),
+    Mutation("decoding: a half of a block forgets the stream", "ops/native/decoding.c",
+             "y[i] += h[i]", "y[i] += 0 * h[i]",
+             "ops/test_native_decoding.py::test_half_of_a_block_with_a_feed_forward"),
+    Mutation("barrier: ranks leave before the last one has come", "parallel/cpu_barrier.py",
+             "comers = self._size *", "comers = (self._size - 1) *",
+             "parallel/test_cpu_barrier.py::test_none_leaves_before_all_have_come"),
 )
 # fmt: on
 
