@@ -12,7 +12,8 @@ def test_every_fault_can_be_planted() -> None:
     for mutation in MUTATIONS:
         sound = (ROOT / PACKAGE / mutation.file).read_text()
         faulty = mutated(mutation, sound)
-        compile(faulty, mutation.file, "exec")
+        if mutation.file.endswith(".py"):  # C is compiled by the test that must notice
+            compile(faulty, mutation.file, "exec")
         assert faulty != sound, mutation.what
 
 
