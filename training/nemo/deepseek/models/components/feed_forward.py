@@ -57,11 +57,11 @@ class FeedForward(nn.Module):
     def add_to(self, h: Tensor, norm: RMSNorm) -> Tensor:
         """``h + self(norm(h))``, where it can be as one node of the graph, or one kernel."""
         if self.is_plain and norm.is_plain:
-            given = (norm.weight, norm.eps), *self.weights
+            of_norm = norm.weight, norm.eps
             if torch.is_grad_enabled():
-                y = feed_forward_node(h, *given[1:], given[0])
+                y = feed_forward_node(h, *self.weights, of_norm)
             else:
-                y = decode_feed_forward(h, *given)
+                y = decode_feed_forward(h, of_norm, *self.weights)
             if y is not None:
                 return y
         return h + self(norm(h))
