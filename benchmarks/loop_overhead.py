@@ -23,6 +23,7 @@ from results import whole as at_least_one
 
 from deepseek.commands.fit import fit
 from deepseek.config import load_config
+from deepseek.config.errors import UserError
 from deepseek.data.loader import TimedLoader
 from deepseek.launch.processes import Processes
 from deepseek.training.step import DeepSeekModel
@@ -31,13 +32,19 @@ SKIPPED = 10
 """Steps at the start, which are slow for other reasons."""
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("steps", nargs="?", type=at_least_one, default=100)
     parser.add_argument("--config", default="shakespeare_char")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     steps = SKIPPED + asked.steps + 1  # between two steps lies one gap
+    changes = [f"trainer.max_steps={steps}", "trainer.val_check_interval=0"]
+    changes += ["trainer.precision=32", "model.optim.sched.warmup_steps=2"]
+    try:
+        run = load_config(asked.config, changes)
+    except UserError as error:
+        parser.error(str(error))
     times: list[tuple[float, float]] = []
     reads: list[float] = []
     train_step, batches = DeepSeekModel.train_step, TimedLoader.__iter__
@@ -60,10 +67,7 @@ def main() -> None:
 
     DeepSeekModel.train_step = timed_step  # type: ignore[method-assign]
     TimedLoader.__iter__ = timed_batches  # type: ignore[method-assign]
-    changes = [f"trainer.max_steps={steps}", "trainer.val_check_interval=0"]
-    changes += ["trainer.precision=32", "model.optim.sched.warmup_steps=2"]
     with tempfile.TemporaryDirectory() as folder:
-        run = load_config(asked.config, changes)
         fit(run, Path(folder) / "run", Processes.from_environment())
     step = statistics.median(end - begin for begin, end in times[SKIPPED:])
     gaps = [after[0] - before[1] for before, after in zip(times, times[1:], strict=False)]

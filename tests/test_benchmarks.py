@@ -359,3 +359,12 @@ def test_cases_are_kept_in_the_order_in_which_they_were_measured_last(
     for case in ("F", "S", "F"):
         results.keep(file, "ablations", case, told)
     assert list(json.loads(file.read_text())["ablations"]) == ["S", "F"]
+
+
+def test_a_configuration_that_is_not_there_is_told_before_a_run(
+    benchmark: Load, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        benchmark("loop_overhead").main(["5", "--config", "nope"])
+    assert ended.value.code == 2
+    assert "there is no file nope" in capsys.readouterr().err
