@@ -53,19 +53,21 @@ INLINE void tile(const int rows, const int width, int64_t depth, float *c, int64
                  const float *a, int64_t a_row, int64_t a_depth, const float *b, int64_t b_step,
                  int adds, int streams, wanted *next) {
     lanes sum[TILE][WIDTH];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < width; v++)
+    UNROLLED for (int r = 0; r < rows; r++)
+        UNROLLED for (int v = 0; v < width; v++)
             sum[r][v] = adds ? load(c + r * c_step + v * LANES) : (lanes){0};
     const float *asks = asked(next, depth), *ahead = asks ? asks : b; /* b is there already */
     add_products(sum, rows, width, depth, a, a_row, a_depth, b, b_step, 1, ahead,
                  asks ? next->pace : 0);
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < width; v++) {
+    UNROLLED for (int r = 0; r < rows; r++, c += c_step) {
+        OPAQUE(c); /* an address of each row would be laid aside meanwhile */
+        UNROLLED for (int v = 0; v < width; v++) {
             if (streams)
-                stream(c + r * c_step + v * LANES, sum[r][v]);
+                stream(c + v * LANES, sum[r][v]);
             else
-                store(c + r * c_step + v * LANES, sum[r][v]);
+                store(c + v * LANES, sum[r][v]);
         }
+    }
 }
 
 /* Numbers of rows as constants, so that every tile is a loop whose sums are registers. */

@@ -18,6 +18,10 @@ enum { WIDTH = 2, PANEL = WIDTH * LANES, HALF = 7 };
 /* A number whose value the compiler is not to know anything of. */
 #define OPAQUE(x) __asm__("" : "+r"(x))
 
+/* Of loops over a tile's sums: unrolled later they are registers in the loop between alone, and
+ * move to the stack and back before it and behind. */
+#define UNROLLED _Pragma("GCC unroll 14")
+
 /* sum (rows, width vectors) += a (rows, depth) b (depth, width vectors), in the order of the depth.
  * At each step memory is asked for, if it `asks`, `pace` numbers after that of the step before.
  *
@@ -36,13 +40,13 @@ INLINE void add_products(lanes sum[TILE][WIDTH], const int rows, const int width
         lanes b_k[WIDTH];
         /* into the second cache: the first has no room */
         if (asks) __builtin_prefetch(ahead + k * pace, 0, 2);
-        for (int v = 0; v < width; v++) b_k[v] = load(b + k * b_step + v * LANES);
+        UNROLLED for (int v = 0; v < width; v++) b_k[v] = load(b + k * b_step + v * LANES);
         OPAQUE(low);
         OPAQUE(high);
         const int64_t places[HALF] = {0, a_row, 2 * a_row, three, 2 * two, five, 2 * three};
-        for (int r = 0; r < rows; r++) {
+        UNROLLED for (int r = 0; r < rows; r++) {
             const float a_rk = (r < HALF ? low : high)[places[r % HALF]];
-            for (int v = 0; v < width; v++) sum[r][v] += a_rk * b_k[v];
+            UNROLLED for (int v = 0; v < width; v++) sum[r][v] += a_rk * b_k[v];
         }
         low += a_depth, high += a_depth;
     }
