@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,6 +33,7 @@ from cases import CASES, SHAKESPEARE, Case, chosen
 from results import RESULTS, conditions, keep, results_file, whole
 from sides import Call, our_step
 
+from deepseek.commands.entry import guarded
 from deepseek.config.memory import state_memory
 from deepseek.ops.cross_entropy import linear_cross_entropy_slow
 from deepseek.ops.native import build
@@ -150,11 +152,11 @@ def in_one_process(case: Case, names: list[str], threads: int, rounds: int) -> F
     names = [name for name in names if not ABLATIONS[name].at_start]
     if not names:
         return
-    with variants.CONTEXT.Pool(1) as pool:
-        yield from pool.apply(_timed, (case, names, threads, rounds)).items()
+    with variants.process("all steps", case, _timed, names, threads, rounds) as ask:
+        yield from ask("the ratios").items()
 
 
-def _timed(case: Case, names: list[str], threads: int, rounds: int) -> dict[str, dict[str, Any]]:
+def _timed(pipe: Connection, case: Case, names: list[str], threads: int, rounds: int) -> None:
     """Two ablations at a time have a step with everything before them; the first round warms up."""
     keep_freed_memory()
     torch.set_num_threads(threads)
@@ -167,7 +169,7 @@ def _timed(case: Case, names: list[str], threads: int, rounds: int) -> dict[str,
                 for name in pair:
                     found[name].append((taken(step, case, name, *beside), whole))
     assert torch.get_num_threads() == threads, "a library has changed the number of threads"
-    return {name: ratios(pairs[1:]) for name, pairs in found.items()}
+    pipe.send({name: ratios(pairs[1:]) for name, pairs in found.items()})
 
 
 def in_own_processes(case: Case, names: list[str], threads: int, rounds: int) -> Found:
@@ -276,4 +278,4 @@ def switched(*names: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

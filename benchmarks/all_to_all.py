@@ -24,7 +24,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,6 +34,7 @@ import torch.distributed as dist  # noqa: TID251
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from deepseek.commands.entry import guarded
 from deepseek.models.components.dispatcher import LocalDispatcher
 from deepseek.parallel.collectives import all_to_all_rows
 from deepseek.parallel.cpu_exchange import all_to_all
@@ -169,4 +169,4 @@ def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    guarded(main)

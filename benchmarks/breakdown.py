@@ -32,6 +32,7 @@ from sides import our_step
 from torch.profiler import ProfilerActivity, profile, record_function
 from train_step import product_rate
 
+from deepseek.commands.entry import guarded
 from deepseek.config.cost import count_parameters, flops_per_token
 from deepseek.config.schema import ModelConfig
 from deepseek.ops.native import build
@@ -210,4 +211,4 @@ def memory_rate() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

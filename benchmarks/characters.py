@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek.commands.entry import guarded
 from deepseek.config import load_config
 from deepseek.config.schema import ModelConfig
 from deepseek.data.loader import Batch, build_train_loader, build_validation_loader
@@ -195,4 +196,4 @@ def dense(model: ModelConfig, steps: int, seed: int, checked: Sequence[Batch]) -
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -21,6 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from deepseek.commands.entry import guarded
 from deepseek.config import RunConfig, load_config
 from deepseek.config.layout import world_size
 from deepseek.planner.cpu import CpuMachine, read_machine, resident_bytes
@@ -187,4 +188,4 @@ def deepseek(*words: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from deepseek.commands.entry import guarded
 from deepseek.commands.generate import open_model
 from deepseek.config import load_config
 from deepseek.data.open_data import open_data
@@ -86,4 +87,4 @@ def seconds(stream: Iterator[Any]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

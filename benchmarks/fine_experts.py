@@ -25,6 +25,7 @@ from cases import CASES
 from results import whole
 from sides import CPU, our_step
 
+from deepseek.commands.entry import guarded
 from deepseek.config.cost import count_parameters
 from deepseek.ops.squares import square_sums
 from deepseek.parallel.cpu_memory import keep_freed_memory
@@ -87,4 +88,4 @@ def read(x: torch.Tensor) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 
+from deepseek.commands.entry import guarded
 from deepseek.config.errors import UserError
 from deepseek.planner.hardware import Efficiency
 from deepseek.planner.published import Reading, measured_rate, read_row
@@ -139,4 +140,4 @@ def told(what: str, errors: list[tuple[Known, float]], short: bool = False) -> N
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

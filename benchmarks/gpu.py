@@ -49,6 +49,7 @@ from cases import Case
 from sides import Call, our_module, our_step, their_step
 from torch import Tensor
 
+from deepseek.commands.entry import guarded
 from deepseek.config import load_config
 from deepseek.config.cost import flops_per_token
 from deepseek.config.layout import Layout
@@ -506,4 +507,4 @@ def _batch(model: ModelConfig, device: torch.device) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    guarded(lambda: sys.exit(main()))

@@ -21,6 +21,7 @@ from typing import Any
 
 from results import whole as at_least_one
 
+from deepseek.commands.entry import guarded
 from deepseek.commands.fit import fit
 from deepseek.config import load_config
 from deepseek.config.errors import UserError
@@ -84,4 +85,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -29,6 +29,7 @@ import torch.distributed as dist  # noqa: TID251
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from deepseek.commands.entry import guarded
 from deepseek.config.layout import Layout
 from deepseek.config.schema import ModelConfig
 from deepseek.monitoring.record.alarms import Alarms
@@ -201,4 +202,4 @@ def _tensorboard(folder: Path) -> list[Any]:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from deepseek.commands.entry import guarded
 from deepseek.config import load_config
 from deepseek.config.schema import RunConfig
 from deepseek.data.loader import build_train_loader, build_validation_loader
@@ -262,4 +263,4 @@ def spread(percents: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -25,6 +25,7 @@ import torch
 from cases import SMALL, Case
 from sides import our_step
 
+from deepseek.commands.entry import guarded
 from deepseek.data.dataset import PackedDataset
 from deepseek.data.indexed import IndexedDataset, IndexedWriter, dtype_for
 from deepseek.data.loader import build_train_loader
@@ -87,4 +88,4 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

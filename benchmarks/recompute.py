@@ -21,6 +21,8 @@ from results import RESULTS, conditions, keep, results_file, whole
 from sides import Run
 from variants import in_turn, memory
 
+from deepseek.commands.entry import guarded
+
 POLICIES: dict[str, dict[str, Any]] = {
     "null": {},
     "selective": {"activations_checkpoint_granularity": "selective"},
@@ -74,4 +76,4 @@ def as_it_is() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 
+from deepseek.commands.entry import guarded
+from deepseek.config.errors import UserError
 from deepseek.planner.cpu import machine_name
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -42,19 +43,31 @@ def results_file(text: str) -> Path:
     not behind it."""
     file = Path(text)
     try:
-        kept = read(file) if file.exists() else {}
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{file} cannot be read: {error}; remove it") from None
-    if not isinstance(kept, dict):
-        raise argparse.ArgumentTypeError(f"{file} holds no results: remove it")
+        if file.exists():
+            read(file)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     if not os.access(file.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{file.parent}: no folder that can be written to")
     return file
 
 
-def read(file: Path) -> Any:
-    """What ``keep`` has kept."""
-    return json.loads(file.read_text())
+def read(file: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """What ``keep`` has kept.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    try:
+        kept = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}; remove it") from None
+    commands = list(kept.values()) if isinstance(kept, dict) else [None]
+    if not all(isinstance(cases, dict) for cases in commands) or not all(
+        isinstance(found, dict) for cases in commands for found in cases.values()
+    ):
+        raise UserError(f"{file} holds no results: remove it")
+    return kept
 
 
 def conditions(device: str = "cpu") -> dict[str, Any]:
@@ -94,13 +107,23 @@ Kept = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def written(text: str, kept: Kept) -> str:
-    """The guide with each table as ``kept`` has it; of a command that did not run, as it is."""
+    """The guide with each table as ``kept`` has it; of a command that did not run, as it is.
+
+    Raises:
+        UserError: a command has kept something else, as another version of it does.
+    """
 
     def table(found: re.Match[str]) -> str:
         name = found[1]
         if COMMANDS[name] not in kept:
             return found[0]
-        rows, where = TABLES[name](kept), told(kept[COMMANDS[name]].values())
+        try:
+            rows, where = list(TABLES[name](kept)), told(kept[COMMANDS[name]].values())
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"what {COMMANDS[name]} has kept gives no table of {name} ({error!r}): another "
+                "version of it has measured that; measure anew, or remove the results"
+            ) from None
         return "\n".join([f"<!-- table: {name} -->", *rows, "", where, "<!-- end -->"])
 
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
@@ -210,7 +233,12 @@ TABLES: dict[str, Callable[[Kept], Iterable[str]]] = {
 COMMANDS = dict.fromkeys(TABLES, CPU) | {name: name for name in ("ablations", "recompute")}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the tables."""
     if not RESULTS.exists():
-        sys.exit(f"{RESULTS}: nothing has been measured; run benchmarks/train_step.py first")
+        raise UserError(f"{RESULTS}: nothing has been measured; run benchmarks/train_step.py first")
     GUIDE.write_text(written(GUIDE.read_text(), read(RESULTS)))
+
+
+if __name__ == "__main__":
+    guarded(main)

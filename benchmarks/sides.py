@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +27,7 @@ import torch
 from cases import CASES, DECODED, DECODING, QUICK, Case
 from torch import Tensor
 
+from deepseek.config.errors import UserError
 from deepseek.config.layout import compiles
 from deepseek.config.memory import state_memory
 from deepseek.config.schema import ModelConfig
@@ -38,7 +41,11 @@ from deepseek.training.step import DeepSeekModel
 ROOT = Path(__file__).parents[1]
 PYTHON = {"automodel": ROOT / ".venv-nemo/bin/python"}
 """Of peers that have an environment of their own."""
-PACKAGE = {"automodel": "nemo_automodel"}
+PACKAGE = {
+    "shipped": "transformers",
+    "tuned": "transformers",
+    "automodel": "nemo_automodel",
+}
 CLIP = 1.0
 CPU = torch.device("cpu")
 
@@ -46,11 +53,16 @@ CPU = torch.device("cpu")
 def left_out() -> dict[str, str]:
     """Peers that are not installed, and the way out."""
     found = {}
-    for peer, python in PYTHON.items():
-        asks = f"import importlib.util as u; exit(u.find_spec('{PACKAGE[peer]}') is None)"
+    for peer, package in PACKAGE.items():
+        if peer not in PYTHON:
+            if find_spec(package) is None:
+                found[peer] = f"no {package} here; pip install {package} installs it"
+            continue
+        python = PYTHON[peer]
+        asks = f"import importlib.util as u; exit(u.find_spec('{package}') is None)"
         if not python.exists() or subprocess.run([python, "-c", asks], check=False).returncode:
             folder = python.parents[1].name
-            found[peer] = f"{folder} has no {PACKAGE[peer]}; make {folder}/.ready installs it"
+            found[peer] = f"{folder} has no {package}; make {folder}/.ready installs it"
     return found
 
 
@@ -80,8 +92,13 @@ def worker(
 ) -> Iterator[Callable[[bool], Run]]:
     """A process that does one run whenever it is called, under autocast or not.
 
+    It ends with what the caller does, however that ends.
+
     Args:
         side: ``ours``, or a peer.
+
+    Raises:
+        UserError: the process has ended by itself.
     """
     here, there = Pipe()
     told = {"side": side, "name": case.name, "threads": threads, "device": device}
@@ -89,18 +106,41 @@ def worker(
         [PYTHON.get(side, sys.executable), __file__, json.dumps(told | {"file": there.fileno()})],
         pass_fds=[there.fileno()],
         env=os.environ | {"PYTHONPATH": str(ROOT / "training/nemo")},
+        process_group=0,  # of Ctrl-C it need not know
     )
     there.close()
 
     def run(half: bool) -> Run:
-        here.send(half)
-        return Run(**here.recv())
+        try:
+            here.send(half)
+            return Run(**here.recv())
+        except (EOFError, OSError):
+            raise UserError(ended(side, case, process.wait())) from None
 
     try:
         yield run
+    except BaseException:
+        process.kill()
+        raise
     finally:
         here.close()
         process.wait()
+
+
+def ended(side: str, case: Case, code: int) -> str:
+    """What to tell of a process that has ended before it was told to.
+
+    Args:
+        code: as ``subprocess`` has it: below 0, by that signal.
+    """
+    why = f"with exit code {code}; what it said is above"
+    if code < 0:
+        states = state_memory(case.model).total / 2**30
+        why = (
+            f"by {signal.Signals(-code).name}. Mostly memory runs out: each side has {states:.1f} "
+            "GiB of states, and what a step needs besides"
+        )
+    return f"{case.name}: the process of {side} ended {why}. Other cases: --cases"
 
 
 # -- in that process --

@@ -54,8 +54,12 @@ from cases import CASES, DECODING, QUICK, Case, chosen
 from results import RESULTS, conditions, keep, results_file, whole
 from sides import ROOT, Run, left_out, worker
 
+from deepseek.commands.entry import guarded
 from deepseek.config.cost import flops_per_token
+from deepseek.config.errors import UserError
 
+HF = ("shipped", "tuned")
+"""Settings of transformers, which is beside us in every case."""
 SHARES = ("share_of_rate", "share_of_own_rate", "besides")
 
 
@@ -81,6 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
     rates = {dtype: product_rate(getattr(torch, dtype)) for dtype in ("float32", "bfloat16")}
     dtypes = [d for d, rate in rates.items() if not on_cpu or rate >= rates["float32"]]
     without, told = left_out(), conditions(args.device)
+    if set(HF) <= set(without):
+        parser.error(f"nobody to compare with: {without[HF[0]]}")
     gflops = {dtype: round(rate / 1e9, 1) for dtype, rate in rates.items()}
     print(f"{told['machine']}: {args.threads} threads, GFLOP in a CPU second {gflops}")
     for peer, why in without.items():
@@ -122,9 +128,12 @@ def main(arguments: list[str] | None = None) -> None:
 def breakdown(case: Case, threads: int) -> Any:
     """Printed, and as it is kept: one step of ours, by what takes the time."""
     command = [sys.executable, ROOT / "benchmarks/breakdown.py", case.name]
+    # Of Ctrl-C it need not know: it ends with this process's wait.
     done = subprocess.run(
-        [*command, "--threads", str(threads)], check=True, stdout=subprocess.PIPE, text=True
+        [*command, "--threads", str(threads)], stdout=subprocess.PIPE, text=True, process_group=0
     )
+    if done.returncode:
+        raise UserError(f"{case.name}: the breakdown failed; what it said is above")
     *table, found = done.stdout.splitlines()
     print("\n".join(table), flush=True)
     return json.loads(found)
@@ -163,7 +172,7 @@ def measure(
     peer, in fp32: it allocates little.
     """
     first = group[0]
-    hf = ("tuned",) if first in QUICK or first.decodes or device != "cpu" else ("shipped", "tuned")
+    hf = HF[1:] if first in QUICK or first.decodes or device != "cpu" else HF
     for peer in [*hf, *(other for other in first.peers if other not in left_out)]:
         with ExitStack() as stack:
             sides = [
@@ -233,4 +242,4 @@ def product_rate(dtype: torch.dtype) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -7,21 +7,24 @@ imported all and computed nothing, so that a way costs no imports.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from cases import Case
-from sides import CPU, Run, answer, our_step
+from sides import CPU, Run, answer, ended, our_step
 
+from deepseek.config.errors import UserError
 from deepseek.parallel import cpu_memory
 
 CONTEXT: Any = multiprocessing.get_context("forkserver")
 
 Prepare = Callable[[], None]
 """Called in the process before anything is computed; found by name there."""
+Ask = Callable[[object], Any]
 
 
 def in_turn(
@@ -32,17 +35,14 @@ def in_turn(
 
     Raises:
         ValueError: another way has another loss.
+        UserError: a process has ended by itself.
     """
     with ExitStack() as stack:
-        pipes = []
-        for case, prepare in ways.values():
-            here, there = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=_serve, args=(there, case, prepare, threads))
-            process.start()
-            stack.callback(_end, here, process)
-            there.close()
-            pipes.append(here)
-        runs = [[_run(pipe) for pipe in pipes] for _ in range(rounds + 1)][1:]
+        asks = [
+            stack.enter_context(process(f"'{name}'", case, _serve, prepare, threads))
+            for name, (case, prepare) in ways.items()
+        ]
+        runs = [[Run(**ask(False)) for ask in asks] for _ in range(rounds + 1)][1:]
     found = dict(zip(ways, map(list, zip(*runs, strict=True)), strict=True))
     losses = {name: mine[0].first_loss for name, mine in found.items()}
     first = next(iter(losses.values()))
@@ -60,15 +60,43 @@ def memory(whole: list[Run], others: list[Run]) -> dict[str, float]:
     }
 
 
-def _end(pipe: Connection, process: Any) -> None:
-    with suppress(BrokenPipeError):  # it has ended by an error
-        pipe.send(None)
-    process.join()
+@contextmanager
+def process(name: str, case: Case, serve: Callable[..., None], *more: Any) -> Iterator[Ask]:
+    """A process of its own; it ends with what the caller does, however that ends.
 
+    Args:
+        name: what it is called if it fails.
+        case: what it computes.
+        serve: run in it, with its end of a pipe, the case, and ``more``.
 
-def _run(pipe: Connection) -> Run:
-    pipe.send(False)
-    return Run(**pipe.recv())
+    Yields:
+        Sends a word and returns the answer. It raises UserError if the process has ended by itself.
+    """
+    here, there = CONTEXT.Pipe()
+    made = CONTEXT.Process(target=serve, args=(there, case, *more))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it need not know of Ctrl-C either
+    made.start()
+    signal.signal(signal.SIGINT, before)
+    there.close()
+
+    def ask(word: object) -> Any:
+        try:
+            here.send(word)
+            return here.recv()
+        except (EOFError, OSError):
+            made.join()
+            raise UserError(ended(name, case, made.exitcode)) from None
+
+    try:
+        yield ask
+        with suppress(OSError):  # it has ended
+            here.send(None)
+    except BaseException:
+        made.kill()
+        raise
+    finally:
+        here.close()
+        made.join()
 
 
 def _serve(pipe: Connection, case: Case, prepare: Prepare, threads: int) -> None:

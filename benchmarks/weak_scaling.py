@@ -40,6 +40,7 @@ from cases import EIGHT, FINE, WIDE
 from results import whole
 from torch import Tensor
 
+from deepseek.commands.entry import guarded
 from deepseek.config.layout import Layout
 from deepseek.config.schema import DataConfig, ModelConfig
 from deepseek.parallel.cpu_memory import keep_freed_memory
@@ -169,7 +170,7 @@ def model(config: ModelConfig, meshes: Meshes | SingleProcess, balanced: bool) -
     module: Any = DeepSeekModel(config, max_steps=1000, parallelize_later=True)
     module.parallelize(meshes, torch.device("cpu"))
     for router in module.model.routers().values() if balanced else ():
-        router._choose = partial(all_in_turn, top_k=config.num_experts_per_tok)
+        router.choose = partial(all_in_turn, top_k=config.num_experts_per_tok)
     return module
 
 
@@ -224,4 +225,4 @@ def timed(run: Callable[[], None]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

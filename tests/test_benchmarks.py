@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +23,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepseek.config.cost import flops_per_token
+from deepseek.config.errors import UserError
+from deepseek.config.schema import DataConfig
+from deepseek.parallel.mesh import SingleProcess
 from support.kernels import kernels_asked_for
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -368,3 +375,147 @@ def test_a_configuration_that_is_not_there_is_told_before_a_run(
         benchmark("loop_overhead").main(["5", "--config", "nope"])
     assert ended.value.code == 2
     assert "there is no file nope" in capsys.readouterr().err
+
+
+def test_tokens_in_turn_make_no_rank_the_busiest(benchmark: Load) -> None:
+    weak, cases = benchmark("weak_scaling"), benchmark("cases")
+    config = replace(cases.CASES[0].model, data=DataConfig(seq_length=16), micro_batch_size=2)
+    found = []
+    for balanced in (False, True):
+        module = weak.model(replace(config, global_batch_size=2), SingleProcess(), balanced)
+        weak.steps(module, batch=2)()
+        found.append([router.tokens_per_expert for router in module.model.routers().values()])
+    (plain,), (in_turn,) = found
+    assert in_turn.tolist() == 8 * [2 * 16 * 2 // 8] != plain.tolist()
+
+
+@pytest.mark.parametrize("code", [3, -9])
+def test_a_side_whose_process_ends_is_told(
+    benchmark: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
+) -> None:
+    """Its pipe is closed; how it ended is known once it has been waited for."""
+    sides = benchmark("sides")
+    ends = "exit(3)" if code > 0 else "import os; os.kill(os.getpid(), 9)"
+    (script := tmp_path / "side.py").write_text(ends)
+    monkeypatch.setattr(sides, "__file__", str(script))
+    told = {3: "ended with exit code 3; what it said", -9: "ended by SIGKILL. Mostly memory"}[code]
+    with (
+        pytest.raises(UserError, match=f"S: 32 wide experts: the process of tuned {told}"),
+        sides.worker("tuned", sides.CASES[0], threads=1) as run,
+    ):
+        run(False)
+
+
+def test_who_interrupts_leaves_no_process(
+    benchmark: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A side that would compute for long, and one that a fork makes."""
+    sides, variants = benchmark("sides"), benchmark("variants")
+    (script := tmp_path / "side.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(sides, "__file__", str(script))
+    monkeypatch.setattr(variants, "CONTEXT", multiprocessing.get_context("fork"))
+    made: list[Any] = []
+    started = sides.subprocess.Popen
+
+    def noted(*args: Any, **settings: Any) -> Any:
+        made.append(started(*args, **settings))
+        return made[-1]
+
+    monkeypatch.setattr(sides.subprocess, "Popen", noted)
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), sides.worker("ours", sides.CASES[0], threads=1):
+        assert os.getpgid(made[0].pid) != os.getpgid(0)  # Ctrl-C does not reach it
+        raise KeyboardInterrupt
+    with (
+        pytest.raises(KeyboardInterrupt),
+        variants.process("all", sides.CASES[0], sleep) as ask,
+    ):
+        assert ask("ready")
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        raise KeyboardInterrupt
+    assert made[0].returncode == -9 and not multiprocessing.active_children()
+    assert time.monotonic() - begin < 30
+
+
+def sleep(pipe: Any, case: Any) -> None:
+    """In a process, which Ctrl-C does not end."""
+    os.kill(os.getpid(), signal.SIGINT)
+    pipe.send(pipe.recv())
+    time.sleep(60)
+
+
+def test_a_process_that_ends_by_itself_is_told(
+    benchmark: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variants, cases = benchmark("variants"), benchmark("cases")
+    monkeypatch.setattr(variants, "CONTEXT", multiprocessing.get_context("fork"))
+    with (
+        pytest.raises(UserError, match="the process of 'kept memory' ended with exit code 7"),
+        variants.process("'kept memory'", cases.CASES[0], end) as ask,
+    ):
+        ask(False)
+
+
+def end(pipe: Any, case: Any) -> None:
+    """In a process, before it has answered."""
+    os._exit(7)
+
+
+def test_ctrl_c_leaves_what_has_been_kept(tmp_path: Path) -> None:
+    """The command as it is called, with one case: its processes end with it."""
+    file = tmp_path / "results.json"
+    file.write_text('{"train_step cpu": {"S": {"rows": []}}}')
+    asked = ["--cases", "decode, batch 1", "--threads", "1", "--output", str(file)]
+    command = subprocess.Popen(
+        [sys.executable, str(BENCHMARKS / "train_step.py"), *asked],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    assert command.stdout is not None
+    while not command.stdout.readline().startswith("case "):  # then the sides are started
+        assert command.poll() is None
+    os.killpg(command.pid, signal.SIGINT)
+    out, err = command.communicate(timeout=60)
+    assert command.returncode == 130 and err.strip() == "interrupted"
+    assert json.loads(file.read_text()) == {"train_step cpu": {"S": {"rows": []}}}
+
+
+def test_peers_that_are_not_installed_are_told(
+    benchmark: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    sides, train_step = benchmark("sides"), benchmark("train_step")
+    monkeypatch.setattr(sides, "find_spec", lambda _: None)
+    monkeypatch.setitem(sides.PYTHON, "automodel", tmp_path / ".venv-none/bin/python")
+    assert sides.left_out() == {
+        "shipped": "no transformers here; pip install transformers installs it",
+        "tuned": "no transformers here; pip install transformers installs it",
+        "automodel": ".venv-none has no nemo_automodel; make .venv-none/.ready installs it",
+    }
+    with pytest.raises(SystemExit) as ended:
+        train_step.main(["--output", str(tmp_path / "x.json")])
+    assert ended.value.code == 2
+    assert "nobody to compare with: no transformers here; pip inst" in capsys.readouterr().err
+
+
+def test_results_of_another_version_are_told(
+    benchmark: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    results = benchmark("results")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(results, "GUIDE", tmp_path / "guide.md")
+    results.GUIDE.write_text("<!-- table: recompute -->\n<!-- end -->\n")
+    told = {"date": "2026-01-01", "machine": "one", "threads": 2, "torch": "2", "load": 0.1}
+    older = {"recompute": {"S": told | {"policies": {"full": {"seconds": 1.0}}}}}
+    for kept, why in (
+        (None, "nothing has been measured; run benchmarks/train_step.py first"),
+        ('{"cases": [', "results.json cannot be read: .*; remove it"),
+        ('{"torch": "2.13", "cases": []}', "results.json holds no results: remove it"),
+        (json.dumps(older), r"recompute has kept gives no table of recompute \(KeyError\('times'"),
+    ):
+        if kept is not None:
+            results.RESULTS.write_text(kept)
+        with pytest.raises(UserError, match=why):
+            results.main()
+    assert results.GUIDE.read_text() == "<!-- table: recompute -->\n<!-- end -->\n"
