@@ -114,14 +114,20 @@ def test_no_result_depends_on_other_rows(outputs: int, inputs: int) -> None:
 
 @pytest.mark.parametrize(
     ("counts", "outputs", "inputs"),
-    [([70, 3, 0, 0, 25], 80, 100), ([200], 67, 130), ([0, 0, 1, 300], 256, 33)],
+    [
+        ([70, 3, 0, 0, 25], 80, 100),
+        ([200], 67, 130),
+        ([0, 0, 1, 300], 256, 33),
+        ([0, 40, 90, 1, 60, 0], 500, 300),
+    ],
 )
 def test_the_same_on_any_threads(counts: list[int], outputs: int, inputs: int) -> None:
-    """Shared by rows and by parts of a matrix: skewed experts, and one alone."""
+    """Shared by rows and by parts of a matrix: skewed experts, one alone, some that are cut; and
+    more threads than there are shares."""
     given = drawn(counts, outputs, inputs)
     wanted = products(*given, counts)
     try:
-        for threads in (2, 3, 5):
+        for threads in (2, 3, 5, 70):
             torch.set_num_threads(threads)
             assert all(map(torch.equal, products(*given, counts), wanted))
     finally:

@@ -109,6 +109,33 @@ def test_adamw_is_torchs(kernels: bool) -> None:
             torch.testing.assert_close(optimizers[0].state[one][name], value, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("moments", [None, torch.bfloat16])
+def test_adamw_is_the_same_on_any_threads(moments: torch.dtype | None) -> None:
+    """Whose shares end anywhere: in a parameter, between two, in one that is smaller than both."""
+    sizes, generator = [3, 1023, 0, 1, 70_000, 1024, 5000, 4097], torch.Generator().manual_seed(0)
+    starts, gradients = ([torch.randn(n, generator=generator) for n in sizes] for _ in range(2))
+
+    def updated(threads: int) -> list[Tensor]:
+        parameters = [start.clone().requires_grad_() for start in starts]
+        optimizer = AdamW(
+            [{"params": parameters}], moments=moments, lr=0.1, betas=(0.8, 0.7), eps=1e-6
+        )
+        torch.set_num_threads(threads)
+        for _ in range(2):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+        states = [x for p in parameters for _, x in sorted(optimizer.state[p].items())]
+        return [*(p.detach() for p in parameters), *states]
+
+    try:
+        wanted = updated(1)
+        for threads in (2, 3, 7):
+            assert all(map(torch.equal, updated(threads), wanted))
+    finally:
+        torch.set_num_threads(1)
+
+
 def updated(
     name: str, moments: str, factors: Sequence[float], in_update: bool, on_host: bool = False
 ) -> list[Tensor]:

@@ -5,9 +5,9 @@
 #include "lanes.h"
 #include "threads.h"
 
-/* A part of a parameter, so that the threads have equal shares of large ones; and what of it is
- * changed at a time, so that copies of it stay in the nearest cache. LINE: of the caches. */
-enum { PART = 1 << 14, PIECE = 1 << 10, LINE = 16, UPDATE = 4 };
+/* What is changed at a time, so that copies of it stay in the nearest cache: threads share a
+ * parameter in such pieces. LINE: of the caches. */
+enum { PIECE = 1 << 10, LINE = 16, UPDATE = 4 };
 
 typedef struct {
     float size, root, keep, epsilon, to_first, to_second, of_second;
@@ -76,50 +76,80 @@ static const float *multiplied(float *restrict room, const float *restrict g, fl
     return room;
 }
 
+typedef struct {
+    float *p;
+    const float *g;
+    char *m, *v;
+    int64_t bytes; /* of a moment's number */
+} parameter;
+
+/* A part of a parameter, which begins and ends between pieces. */
+static void update_part(parameter x, part mine, float factor, rule r) {
+    float room[PIECE], firsts[PIECE], seconds[PIECE];
+    const int64_t bytes = x.bytes;
+    const int halves = bytes == sizeof(uint16_t);
+    for (int64_t at = mine.begin; at < mine.end; at += PIECE) {
+        const int64_t n = at + PIECE < mine.end ? PIECE : mine.end - at;
+        const float *here = factor == 1 ? x.g + at : multiplied(room, x.g + at, factor, n);
+        float *p_n = x.p + at, *m_n = firsts, *v_n = seconds;
+        char *m_at = x.m + at * bytes, *v_at = x.v + at * bytes;
+        const piece next = {(char *)(p_n + PIECE), (char *)(x.g + at + PIECE),
+                            m_at + PIECE * bytes, v_at + PIECE * bytes, bytes};
+        if (halves) {
+            widened(m_n, (uint16_t *)m_at, n), widened(v_n, (uint16_t *)v_at, n);
+        } else {
+            m_n = (float *)m_at, v_n = (float *)v_at;
+        }
+        update(p_n, here, m_n, v_n, n, r, next);
+        if (halves) narrowed((uint16_t *)m_at, m_n, n), narrowed((uint16_t *)v_at, v_n, n);
+    }
+}
+
+/* How many of `size` numbers are before a place: whole pieces. */
+static int64_t before(int64_t place, int64_t size) {
+    if (place <= 0) return 0;
+    const int64_t pieces = (place + PIECE - 1) / PIECE * PIECE;
+    return pieces < size ? pieces : size;
+}
+
 /* `addresses` (4, count): of parameters, gradients and both moments, of sizes[i] numbers each; the
  * moments are bf16 if `halves`. `steps` are the updates before this one, and are counted.
- * Gradients count `factor` times. */
+ * Gradients count `factor` times.
+ *
+ * The threads share all numbers evenly, not those of each parameter: of a small one there is too
+ * little for two. */
 void adamw(const int64_t *restrict addresses, const int64_t *restrict step_addresses,
            const int64_t *restrict sizes, int64_t count, double rate, double first_decay,
            double second_decay, double epsilon, double weight_decay, float factor, int64_t halves,
            int64_t threads) {
-    const int64_t bytes = halves ? sizeof(uint16_t) : sizeof(float);
+    int64_t all = 0;
     for (int64_t i = 0; i < count; i++) {
-        float *p = (float *)addresses[i];
-        const float *g = (const float *)addresses[count + i];
-        char *m = (char *)addresses[2 * count + i], *v = (char *)addresses[3 * count + i];
-        float *step = (float *)step_addresses[i];
-        *step += 1;
-        const double first = 1 - pow(first_decay, *step), second = 1 - pow(second_decay, *step);
-        const rule r = {
-            .size = (float)(rate / first),
-            .root = (float)(1 / sqrt(second)),
-            .keep = (float)(1 - rate * weight_decay),
-            .epsilon = (float)epsilon,
-            .to_first = (float)(1 - first_decay),
-            .to_second = (float)(1 - second_decay),
-            .of_second = (float)second_decay,
-        };
-        const int64_t parts = (sizes[i] + PART - 1) / PART;
-#pragma omp parallel for schedule(static) num_threads(worth(threads, UPDATE *sizes[i]))
-        for (int64_t part = 0; part < parts; part++) {
-            const int64_t end = (part + 1) * PART < sizes[i] ? (part + 1) * PART : sizes[i];
-            float room[PIECE], firsts[PIECE], seconds[PIECE];
-            for (int64_t at = part * PART; at < end; at += PIECE) {
-                const int64_t n = at + PIECE < end ? PIECE : end - at;
-                const float *here = factor == 1 ? g + at : multiplied(room, g + at, factor, n);
-                float *p_n = p + at, *m_n = firsts, *v_n = seconds;
-                char *m_at = m + at * bytes, *v_at = v + at * bytes;
-                const piece next = {(char *)(p_n + PIECE), (char *)(g + at + PIECE),
-                                    m_at + PIECE * bytes, v_at + PIECE * bytes, bytes};
-                if (halves) {
-                    widened(m_n, (uint16_t *)m_at, n), widened(v_n, (uint16_t *)v_at, n);
-                } else {
-                    m_n = (float *)m_at, v_n = (float *)v_at;
-                }
-                update(p_n, here, m_n, v_n, n, r, next);
-                if (halves) narrowed((uint16_t *)m_at, m_n, n), narrowed((uint16_t *)v_at, v_n, n);
-            }
+        *(float *)step_addresses[i] += 1;
+        all += sizes[i];
+    }
+#pragma omp parallel num_threads(worth(threads, UPDATE *all))
+    {
+        const part mine = my_part(all, 1);
+        for (int64_t i = 0, first = 0; i < count && first < mine.end; first += sizes[i++]) {
+            const part here = {before(mine.begin - first, sizes[i]),
+                               before(mine.end - first, sizes[i])};
+            if (here.begin >= here.end) continue;
+            const float step = *(const float *)step_addresses[i];
+            const double one = 1 - pow(first_decay, step), two = 1 - pow(second_decay, step);
+            const rule r = {
+                .size = (float)(rate / one),
+                .root = (float)(1 / sqrt(two)),
+                .keep = (float)(1 - rate * weight_decay),
+                .epsilon = (float)epsilon,
+                .to_first = (float)(1 - first_decay),
+                .to_second = (float)(1 - second_decay),
+                .of_second = (float)second_decay,
+            };
+            const parameter x = {(float *)addresses[i], (const float *)addresses[count + i],
+                                 (char *)addresses[2 * count + i],
+                                 (char *)addresses[3 * count + i],
+                                 halves ? sizeof(uint16_t) : sizeof(float)};
+            update_part(x, here, factor, r);
         }
     }
 }

@@ -263,8 +263,9 @@ void attention(float *restrict y, float *restrict largest, float *restrict sums,
     const int64_t work = sequences * heads * tokens * tokens * (width + values) / 2;
     const int64_t rows = whole(tokens, LINE), u = whole(values, LANES);
     const int64_t k_step = step_of(width), v_step = step_of(values);
-#pragma omp parallel for schedule(dynamic) num_threads(worth(threads, work))
-    for (int64_t n = 0; n < sequences * heads; n++) {
+    items all_heads = {sequences * heads, {0}};
+#pragma omp parallel num_threads(worth(threads, work))
+    for (int64_t n = next_item(&all_heads); n < all_heads.count; n = next_item(&all_heads)) {
         const int64_t b = n / heads, head = n % heads;
         float *mine = room + omp_get_thread_num() * room_size;
         const int32_t *of = lay_documents(taken(&mine, rows), documents, all, b);
@@ -329,8 +330,9 @@ void attention_backward(float *restrict by_q, float *restrict by_made, float *re
     const int64_t rows = whole(tokens, LINE), h = whole(width, LANES), u = whole(values, LANES);
     const int64_t depth = whole(width, 4), v_depth = whole(values, 4);
     const int64_t k_step = step_of(width), v_step = step_of(values);
-#pragma omp parallel for schedule(dynamic) num_threads(worth(threads, work))
-    for (int64_t n = 0; n < sequences * heads; n++) {
+    items all_heads = {sequences * heads, {0}};
+#pragma omp parallel num_threads(worth(threads, work))
+    for (int64_t n = next_item(&all_heads); n < all_heads.count; n = next_item(&all_heads)) {
         const int64_t b = n / heads, head = n % heads;
         float *mine = room + omp_get_thread_num() * room_size;
         const int32_t *of = lay_documents(taken(&mine, rows), documents, all, b);

@@ -401,32 +401,54 @@ INLINE int64_t work_of(const products *all, int64_t e) {
     return rows || (all->kind == OUTER && !all->adds) ? rows + READING : 0;
 }
 
-/* The panels of all experts, one expert's after another's. Each thread takes the next ones when it
- * is ready: what an expert takes is a guess, and a core may be busy with other processes, too. */
+/* The panels of all experts, one expert's after another's. As with `items`, a thread takes the next
+ * ones of its share when it is ready, and then of what others have left: what an expert takes is a
+ * guess, and a core may be busy with other processes, too. */
 typedef struct {
-    int64_t columns, panels; /* of each expert */
-    int64_t work;            /* of all experts, a panel each */
-    int64_t taken;           /* panels, by all threads */
+    int64_t columns, panels;       /* of each expert */
+    int64_t count;                 /* of shares */
+    int64_t taken[SHARES * APART]; /* panels before the next one of each share */
+    int64_t end[SHARES];           /* panels before each share's end */
+    int64_t work[SHARES];          /* and their work, a panel's being all of its expert's */
 } shares;
 
-/* An expert, this thread's columns of its product, and the work of the experts before. */
+/* An expert, this thread's columns of its product, and where it has found them. */
 typedef struct {
-    int64_t e, before;
+    int64_t e, before; /* work of the experts before */
+    int64_t tried;     /* shares in which nothing is left */
     part mine;
 } turn_of_thread;
 
-/* The panels from so many on: at most those of one expert, and towards the end so few that no
- * thread has much left when others have nothing. */
+/* Even work to each share; an expert that is cut is so at a multiple of LEAST columns. */
+static void share_out(shares *of, const products *all, int64_t work) {
+    const int64_t least = LEAST / PANEL;
+    int64_t before = 0, place = 0;
+    for (int64_t s = 0, e = 0; s < of->count; s++) {
+        const int64_t until = (s + 1) * work / of->count;
+        while (e < all->experts && before + work_of(all, e) <= until) before += work_of(all, e++);
+        int64_t cut = 0;
+        if (e < all->experts)
+            cut = ((until - before) * of->panels / work_of(all, e) + least / 2) / least * least;
+        of->taken[s * APART] = place;
+        of->end[s] = place = e * of->panels + (cut < of->panels ? cut : of->panels);
+        of->work[s] = until;
+    }
+}
+
+/* The panels of a share from so many on: at most those of one expert, and towards the end so few
+ * that no thread has much left when others have nothing. 0: there are none. */
 static int64_t next_panels(turn_of_thread *turn, const products *all, const shares *of,
-                           int64_t taken) {
+                           int64_t share, int64_t taken) {
     for (; turn->e < taken / of->panels; turn->e++) turn->before += work_of(all, turn->e);
     while (turn->e < all->experts && !work_of(all, turn->e)) turn->e++;
-    if (turn->e == all->experts) return 0;
     const int64_t first = taken / of->panels == turn->e ? taken % of->panels : 0;
-    const int64_t each = work_of(all, turn->e), left = (of->work - turn->before) * of->panels;
-    const int64_t threads = omp_get_num_threads(), parts = threads > 1 ? SHARE * threads : 1;
-    const int64_t fair = (left - first * each) / (parts * each), least = LEAST / PANEL;
-    const int64_t rest = of->panels - first, turns = parts_of(rest, fair > least ? fair : least);
+    const int64_t here = of->end[share] - turn->e * of->panels;
+    const int64_t rest = (here < of->panels ? here : of->panels) - first;
+    if (rest <= 0) return 0;
+    const int64_t each = work_of(all, turn->e), parts = of->count > 1 ? SHARE : 1;
+    const int64_t left = (of->work[share] - turn->before) * of->panels - first * each;
+    const int64_t fair = left / (parts * each), least = LEAST / PANEL;
+    const int64_t turns = parts_of(rest, fair > least ? fair : least);
     const int64_t end = first + parts_of(rest, turns);
     turn->mine = (part){first * PANEL, end < of->panels ? end * PANEL : of->columns};
     return turn->e * of->panels + end;
@@ -434,22 +456,29 @@ static int64_t next_panels(turn_of_thread *turn, const products *all, const shar
 
 /* This thread's next columns of an expert; beyond the last expert: none. */
 static void next_turn(turn_of_thread *turn, const products *all, shares *of) {
-    int64_t taken = __atomic_load_n(&of->taken, __ATOMIC_RELAXED), end;
-    do {
-        end = next_panels(turn, all, of, taken);
-        if (!end) return;
-    } while (!__atomic_compare_exchange_n(&of->taken, &taken, end, 0, __ATOMIC_RELAXED,
-                                          __ATOMIC_RELAXED));
+    for (; turn->tried < of->count; turn->tried++, turn->e = 0, turn->before = 0) {
+        const int64_t share = (omp_get_thread_num() + turn->tried) % of->count;
+        int64_t *at = of->taken + share * APART, taken = __atomic_load_n(at, __ATOMIC_RELAXED), end;
+        do
+            end = next_panels(turn, all, of, share, taken);
+        while (end && !__atomic_compare_exchange_n(at, &taken, end, 0, __ATOMIC_RELAXED,
+                                                   __ATOMIC_RELAXED));
+        if (end) return;
+    }
+    turn->e = all->experts;
 }
 
 static void multiply_all(const products *all, int64_t threads) {
     const int64_t columns = all->kind == LINEAR ? all->outputs : all->inputs;
-    shares of = {columns, parts_of(columns, PANEL), 0, 0};
-    for (int64_t e = 0; e < all->experts; e++) of.work += work_of(all, e);
+    int64_t work = 0;
+    for (int64_t e = 0; e < all->experts; e++) work += work_of(all, e);
     if (!columns) return;
-#pragma omp parallel num_threads(worth(threads, of.work *all->outputs *all->inputs))
+    const int most = worth(threads, work * all->outputs * all->inputs);
+    shares of = {.columns = columns, .panels = parts_of(columns, PANEL), .count = shares_of(most)};
+    share_out(&of, all, work);
+#pragma omp parallel num_threads(most)
     {
-        turn_of_thread now = {0, 0, {0, 0}}, next;
+        turn_of_thread now = {0}, next;
         next_turn(&now, all, &of);
         for (; now.e < all->experts; now = next) {
             next = now;
