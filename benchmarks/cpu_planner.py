@@ -5,9 +5,12 @@
 
 Without a calibration one is made first. Every layout then trains for some steps with
 `deepseek train`; compared are the median step and the largest resident memory of a process (pages
-that it shares with others included, as `train` logs it). A machine that does other work tells
-little. Some 6 minutes on two free cores. With `--measured` nothing is run: what a file of `--json`
-has measured is predicted once more.
+that it shares with others included, as `train` logs it). Right before a layout, one process trains
+(the first of them): what it takes longer than is predicted, the machine has slowed down since it
+was calibrated, and so much longer the layout may take, too. Rented machines were seen to change
+their rate by 1.8 within minutes. Some 12 minutes on two free cores; one that does other work tells
+little. With `--measured` nothing is run: what a file of `--json` has measured is predicted once
+more.
 """
 
 from __future__ import annotations
@@ -102,16 +105,18 @@ LAYOUTS: dict[str, list[str]] = {
     "4, PP 2, TP 2": ["trainer.devices=4", f"{PP}=2", f"{TP}=2", *sizes(320, 8, 6, 256)],
 }
 """The last six have other sizes."""
+ONE = "1 process"
+"""What trains before each of the others."""
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, predict, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--only", default="", help="layouts whose name this regular expression has")
     parser.add_argument("--json", type=Path, help="file for all figures, after every layout")
     parser.add_argument("--measured", type=Path, help="a file of --json: predict it once more")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     chosen = {n: settings for n, settings in LAYOUTS.items() if re.search(options.only, n)}
     measured = json.loads(options.measured.read_text()) if options.measured else {}
     figures: dict[str, dict[str, float]] = {}
@@ -124,8 +129,11 @@ def main() -> None:
             run = load_config("deepseek_v3_tiny", [*CONFIG, *layout])
             if options.measured and name not in measured:
                 continue
-            took = measured.get(name) or measure(run, Path(folder) / str(number), layout)
+            took = measured.get(name) or measured_beside_one(Path(folder) / str(number), name)
             figures[name] = took | predicted(run, machine)
+            if name != ONE:
+                one = load_config("deepseek_v3_tiny", CONFIG)
+                figures[name]["predicted_one_s"] = predicted(one, machine)["predicted_s"]
             if options.json:
                 options.json.write_text(json.dumps(figures, indent=1))
             print(line(name, figures[name]), flush=True)
@@ -136,7 +144,15 @@ def main() -> None:
 WHAT = ("s", "bytes")
 
 
-def measure(run: RunConfig, folder: Path, layout: list[str]) -> dict[str, float]:
+def measured_beside_one(folder: Path, name: str) -> dict[str, float]:
+    """What ``measure`` finds, and before it the seconds of one process."""
+    if name == ONE:
+        return measure(folder, LAYOUTS[name])
+    one = measure(folder.with_name(f"{folder.name}_one"), LAYOUTS[ONE])
+    return measure(folder, LAYOUTS[name]) | {"measured_one_s": one["measured_s"]}
+
+
+def measure(folder: Path, layout: list[str]) -> dict[str, float]:
     """Medians of its steps, and the most memory of a process."""
     deepseek("train", "deepseek_v3_tiny", "--run-dir", str(folder), *CONFIG, *layout)
     log = [json.loads(text) for text in (folder / "metrics.jsonl").open()]
@@ -165,8 +181,12 @@ def predicted(run: RunConfig, machine: CpuMachine) -> dict[str, float]:
 
 
 def error(row: dict[str, float], what: str) -> float:
-    """Of a prediction, as a share of what was measured."""
-    return row[f"predicted_{what}"] / row[f"measured_{what}"] - 1
+    """Of a prediction, as a share of what was measured; of time, if the machine had stayed as fast
+    as one process tells that it was."""
+    slower = 1.0
+    if what == "s" and "measured_one_s" in row:
+        slower = row["measured_one_s"] / row["predicted_one_s"]
+    return slower * row[f"predicted_{what}"] / row[f"measured_{what}"] - 1
 
 
 def line(name: str, row: dict[str, float]) -> str:

@@ -519,3 +519,32 @@ def test_results_of_another_version_are_told(
         with pytest.raises(UserError, match=why):
             results.main()
     assert results.GUIDE.read_text() == "<!-- table: recompute -->\n<!-- end -->\n"
+
+
+def test_a_machine_that_has_slowed_down_is_no_error_of_the_planner(
+    benchmark: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    """Three times as slow as one process was predicted: so is the layout that follows it."""
+    planner = benchmark("cpu_planner")
+    predictions = {1: 0.5, 2: 0.4}
+    trained: list[int] = []
+
+    def measure(_: Path, layout: list[str]) -> dict[str, float]:
+        trained.append(2 if "trainer.devices=2" in layout else 1)
+        return {"measured_s": 3 * predictions[trained[-1]], "measured_bytes": 2e8}
+
+    def predicted(run: Any, _: Any) -> dict[str, float]:
+        return {"predicted_s": predictions[run.trainer.devices], "predicted_bytes": 1e8}
+
+    monkeypatch.setattr(planner, "measure", measure)
+    monkeypatch.setattr(planner, "predicted", predicted)
+    monkeypatch.setattr(planner, "read_machine", lambda _: None)
+    file, found = tmp_path / "cpu.json", tmp_path / "found.json"
+    asked = ["--calibration", str(file), "--json", str(found), "--only", "^(1 process|2, FSDP)$"]
+    planner.main(asked)
+    one, both, mean = capsys.readouterr().out.splitlines()
+    assert trained == [1, 1, 2]
+    assert "0.500 s   1.500 s  -66.7%" in one and "0.400 s   1.200 s   +0.0%" in both
+    assert mean == "mean error: time 33.3%, memory 50.0%"
+    planner.main([*asked, "--measured", str(found)])
+    assert capsys.readouterr().out.splitlines()[-1] == mean and len(trained) == 3

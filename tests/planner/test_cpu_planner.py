@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from deepseek.commands import calibrate as calibration
+from deepseek.commands import cpu_speed
 from deepseek.commands.cpu_speed import (
     ATTENTION,
     BLOCKS,
@@ -162,6 +163,31 @@ def test_calibrate_writes_what_was_measured(
     assert calibration.share_of_others(100, 200, 100, 2) == 0.5
     assert calibration.share_of_others(100, 800, 100, 2) == 0
     assert calibration.share_of_others(700, 800, 100, 2) == 0.5
+
+
+def test_exchanges_do_not_take_longer_on_a_machine_that_has_slowed_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Steps are twice as long as those that compute alone, at either rate."""
+    asked: list[tuple[object, ...]] = []
+
+    def taken(seconds: float) -> Links:
+        def steps(*modules: object, rounds: int) -> list[tuple[float, float]]:
+            asked.append(modules)
+            return [(2 * seconds, 0.0), (seconds, 0.0)]
+
+        monkeypatch.setattr(cpu_speed, "_steps", steps)
+        return cpu_speed._in_steps(crew(2), LINKS)
+
+    monkeypatch.setattr(cpu_speed, "_on_ranks", lambda model, count: (model, count))
+    monkeypatch.setattr(cpu_speed, "DeepSeekModel", lambda model, seed: model)
+    fast, slow = taken(0.2), taken(0.35)
+    assert fast == slow and fast.rows > 10 * LINKS.rows and fast.shared > 10 * LINKS.shared
+    for (parted, count), alone in asked:  # type: ignore[misc]
+        assert count == 2 and parted.hidden_size == alone.hidden_size
+        # each process computes for as many sequences as alone, of its half of the heads or experts
+        groups = 1 if parted.tensor_model_parallel_size == 2 else 2
+        assert parted.global_batch_size == groups * alone.global_batch_size
 
 
 @pytest.mark.nightly

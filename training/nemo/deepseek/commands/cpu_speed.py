@@ -143,7 +143,7 @@ def _slower(crew: Crew, *changes: str) -> float:
     """How much longer passes of a process alone take in a step than piece by piece: caches hold
     what comes again, and more processes than cores take turns."""
     run = _run(1, *changes, *_batch(1))
-    measured = _step(DeepSeekModel(run.model, seed=1), run.model)[0]
+    ((measured, _),) = _steps(DeepSeekModel(run.model, seed=1))
     return measured / _passes(crew, run, 1)
 
 
@@ -151,16 +151,21 @@ def _in_steps(crew: Crew, links: Links) -> Links:
     """Exchanges as they are in a step, where processes come to them at different times.
 
     What a step of tensor parallelism, or of experts on several ranks, takes longer than its
-    computation is put down to them.
+    computation is put down to them. That is told beside a model which each process has alone, and
+    whose steps take turns with it: exchanges are a small part of a step, and a machine whose rate
+    is another one than when computation was timed would make much or nothing of them.
     """
+    one = _run(1, *WHOLE[0], *_batch(1))
     for axis, names in (("tensor", ("shared", "sum")), ("expert", ("rows",))):
         size = f"model.{axis}_model_parallel_size={links.ranks}"
         groups = crew.processes // (links.ranks if axis == "tensor" else 1)
         run = _run(crew.processes, *WHOLE[0], *_batch(groups), size)
-        module = DeepSeekModel(run.model, seed=1, parallelize_later=True)
-        meshes = Meshes(Layout.of(run.model, crew.processes), "cpu", timedelta(minutes=5))
-        module.parallelize(meshes, torch.device("cpu"))
-        took = _step(module, run.model)[0]
+        (parted, _), (alone, _) = _steps(
+            _on_ranks(run.model, crew.processes),
+            DeepSeekModel(one.model, seed=1),
+            rounds=2 * ROUNDS,
+        )
+        took = parted / alone * _passes(crew, one, 1)
         free: dict[str, Any] = dict.fromkeys(names, UNKNOWN)
         without = _passes(replace(crew, links=(replace(links, **free),)), run, crew.processes)
         expected = _passes(replace(crew, links=(links,)), run, crew.processes) - without
@@ -358,18 +363,16 @@ def _outside(count: int, around: float) -> Outside:
     rows, whole, parted = [], [], []
     for width, vocabulary, layers in STEPS:
         run = _run(count, *_sizes(width, vocabulary, layers), f"model.global_batch_size={count}")
-        module = DeepSeekModel(run.model, seed=1, parallelize_later=count > 1)
-        if count > 1:
-            meshes = Meshes(Layout.of(run.model, count), "cpu", timedelta(minutes=5))
-            module.parallelize(meshes, torch.device("cpu"))
-        numbers = sum(p.numel() for p in module.model.parameters())
-        tensors = len(list(module.model.parameters()))
-        passes, optimizer = _step(module, run.model)
+        alone = DeepSeekModel(replace(run.model, global_batch_size=1), seed=1)
+        numbers = sum(p.numel() for p in alone.model.parameters())
+        tensors = len(list(alone.model.parameters()))
+        if count == 1:
+            ((_, optimizer),) = _steps(alone)
+        else:
+            (passes, optimizer), (of_one, _) = _steps(_on_ranks(run.model, count), alone)
+            parted.append((numbers, passes - of_one))
         rows.append((numbers / count, tensors, 1.0))
         whole.append(optimizer)
-        if count > 1:
-            one = replace(run.model, global_batch_size=1)
-            parted.append((numbers, passes - _step(DeepSeekModel(one, seed=1), one)[0]))
     update, tensor, step = _nonnegative(rows, whole)
     unit = exchange = UNKNOWN
     if parted:
@@ -379,10 +382,30 @@ def _outside(count: int, around: float) -> Outside:
     return Outside(update, tensor, step, around, unit, exchange)
 
 
-def _step(module: DeepSeekModel, model: ModelConfig) -> tuple[float, float]:
-    """Seconds of the passes and of the optimiser in the fastest step; mean of the processes."""
+def _on_ranks(model: ModelConfig, count: int) -> DeepSeekModel:
+    """On all processes, as the model divides it."""
+    module = DeepSeekModel(model, seed=1, parallelize_later=True)
+    meshes = Meshes(Layout.of(model, count), "cpu", timedelta(minutes=5))
+    module.parallelize(meshes, torch.device("cpu"))
+    return module
+
+
+def _steps(*modules: DeepSeekModel, rounds: int = ROUNDS) -> list[tuple[float, float]]:
+    """Of each, seconds of the passes and of the optimiser in the fastest step, means of the
+    processes. They take turns, so that a machine whose speed drifts slows all alike."""
+    steps = [_step(module) for module in modules]
+    turns = [[step() for step in steps] for _ in range(rounds + 2)][2:]
+    found = []
+    for took in zip(*turns, strict=True):
+        passes, updates = (mean_of_processes(min(both)) for both in zip(*took, strict=True))
+        found.append((passes, updates))
+    return found
+
+
+def _step(module: DeepSeekModel) -> Callable[[], tuple[float, float]]:
+    """Takes one, and tells its seconds."""
+    model, optimizer = module.config, module.configure_optimizers()
     sequences = model.global_batch_size // module.meshes.layout.dp
-    optimizer = module.configure_optimizers()
     tokens = torch.randint(model.vocab_size, (sequences, model.data.seq_length))
     batch = {
         "tokens": tokens,
@@ -390,13 +413,13 @@ def _step(module: DeepSeekModel, model: ModelConfig) -> tuple[float, float]:
         "positions": torch.arange(tokens.shape[1]).expand(tokens.shape).contiguous(),
         "documents": torch.zeros(tokens.shape, dtype=torch.int32),
     }
-    took = []
-    for _ in range(ROUNDS + 2):
+
+    def step() -> tuple[float, float]:
         begun_together(lambda: module.train_step(batch, optimizer))
         seconds = module.phases.seconds()
-        took.append((seconds["forward_backward"], seconds["optimizer"]))
-    passes, updates = (mean_of_processes(min(both)) for both in zip(*took[2:], strict=True))
-    return passes, updates
+        return seconds["forward_backward"], seconds["optimizer"]
+
+    return step
 
 
 def explained(pieces: Sequence[tuple[Work, float]]) -> Work:
