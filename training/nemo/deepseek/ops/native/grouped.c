@@ -25,7 +25,7 @@ enum {
     SLOWEST = LINE / 4, /* numbers a step: no line is asked for often */
     READING = 16,       /* reading a matrix takes as long as multiplying so many rows, about */
     SHARE = 2,          /* of a thread's share it takes this part: it has two, one of them ahead */
-    LEAST = 128         /* columns that it takes, at least: each time rows are read anew */
+    LEAST = 64          /* columns that it takes, at least: each time rows are read anew */
 };
 
 INLINE int64_t parts_of(int64_t all, int64_t most) { return (all + most - 1) / most; }
