@@ -411,3 +411,16 @@ def test_square_sums() -> None:
     torch.testing.assert_close(sums, wanted, rtol=1e-7, atol=0)
     with without_kernels():
         assert torch.equal(square_sums(groups, torch.device("cpu")), wanted)
+
+
+def test_square_sums_are_the_same_on_any_threads() -> None:
+    """Whose shares end anywhere: in a tensor, between two, in one that is smaller than both."""
+    shapes = [(3,), (1023,), (0, 4), (1, 1), (2000, 50), (300, 40), (256, 10), (700,)]
+    groups = [[(drawn(*shape, seed=i), 1)] for i, shape in enumerate(shapes)]
+    wanted = square_sums(groups, torch.device("cpu"))
+    try:
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(square_sums(groups, torch.device("cpu")), wanted)
+    finally:
+        torch.set_num_threads(1)

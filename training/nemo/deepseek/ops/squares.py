@@ -37,7 +37,7 @@ def square_sums(groups: Sequence[Sequence[tuple[Tensor, int]]], device: torch.de
     rows = [x.numel() // width for (_, x, _), width in zip(parts, widths, strict=True)]
     kinds, divisors = [kind for kind, *_ in parts], [divisor for *_, divisor in parts]
     sums = torch.zeros(len(groups), dtype=torch.float64)
-    room = torch.empty(-(-max(rows) // _ROWS), dtype=torch.float64)
+    room = torch.empty(sum(-(-count // _ROWS) for count in rows), dtype=torch.float64)
     tables = [table, *(array("q", numbers) for numbers in (rows, widths, kinds, divisors))]
     given = [table.buffer_info()[0] for table in tables]
     run(sums, room, *given, len(parts), torch.get_num_threads())

@@ -14,7 +14,7 @@ void turn_heads(float *restrict y, const float *restrict x, const float *restric
                 const float *restrict sines, int64_t sequences, int64_t tokens, int64_t heads,
                 int64_t plain, int64_t pairs, int64_t y_sequence, int64_t y_token, int64_t y_head,
                 int64_t x_sequence, int64_t x_token, int64_t x_head, float sign, int64_t threads) {
-    const int64_t work = sequences * tokens * heads * (plain + 4 * pairs);
+    const int64_t work = sequences * tokens * heads * (plain + 8 * pairs);
 #pragma omp parallel for schedule(static) num_threads(worth(threads, work))
     for (int64_t t = 0; t < sequences * tokens; t++) {
         const int64_t b = t / tokens, s = t % tokens;

@@ -27,7 +27,7 @@ static inline void find_largest(int64_t *places, const float *x, int64_t count, 
 /* `places` (rows, wanted) of each row. */
 void largest_places(int64_t *restrict places, const float *restrict x, int64_t rows, int64_t width,
                     int64_t wanted, int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(worth(threads, 4 * rows *width))
+#pragma omp parallel for schedule(static) num_threads(worth(threads, 16 * rows *width))
     for (int64_t r = 0; r < rows; r++)
         find_largest(places + r * wanted, x + r * width, width, wanted);
 }
@@ -96,7 +96,8 @@ void sequence_sums(float *restrict sums, const float *restrict scores, const cha
 void sequence_sums_backward(float *restrict by_scores, const float *restrict by_sums,
                             const float *restrict scores, const char *restrict real,
                             int64_t sequences, int64_t tokens, int64_t experts, int64_t threads) {
-#pragma omp parallel for schedule(static) num_threads(worth(threads, sequences *tokens *experts))
+    const int64_t work = 8 * sequences * tokens * experts;
+#pragma omp parallel for schedule(static) num_threads(worth(threads, work))
     for (int64_t t = 0; t < sequences * tokens; t++) {
         const float *by_share = by_sums + t / tokens * (2 * experts + 1) + experts;
         const float *scores_t = scores + t * experts;

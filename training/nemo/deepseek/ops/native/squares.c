@@ -36,29 +36,47 @@ static float squares_of_row(const float *x, int64_t width) {
     return squares;
 }
 
+/* Where in a tensor's blocks a place is that lies so many numbers from its first. */
+static int64_t block_at(int64_t place, int64_t width, int64_t blocks) {
+    const int64_t size = SQUARED_ROWS * width, block = place > 0 ? (place + size - 1) / size : 0;
+    return block < blocks ? block : blocks;
+}
+
+/* Of a block; `left`: rows from its first on. */
+static double squares_of_block(const float *x, int64_t left, int64_t width) {
+    const int64_t here = left < SQUARED_ROWS ? left : SQUARED_ROWS, each = here / STREAMS;
+    double sum = 0;
+    for (int64_t r = 0; r < each; r++) sum += squares_of_rows(x + r * width, each * width, width);
+    for (int64_t r = STREAMS * each; r < here; r++) sum += squares_of_row(x + r * width, width);
+    return sum;
+}
+
 /* Adds to sums[kinds[i]] the squares of a tensor of rows[i] rows of widths[i] numbers at
- * addresses[i], divided by divisors[i]. `room` has a number for each SQUARED_ROWS of the longest
- * one. */
+ * addresses[i], divided by divisors[i]. `room` has a number for each SQUARED_ROWS of each tensor.
+ * The threads share all blocks evenly, not those of each tensor, which may be one. */
 void sums_of_squares(double *restrict sums, double *restrict room,
                      const float *const *restrict addresses, const int64_t *restrict rows,
                      const int64_t *restrict widths, const int64_t *restrict kinds,
                      const int64_t *restrict divisors, int64_t count, int64_t threads) {
-    for (int64_t i = 0; i < count; i++) {
-        const int64_t width = widths[i], blocks = (rows[i] + SQUARED_ROWS - 1) / SQUARED_ROWS;
-#pragma omp parallel for schedule(static) num_threads(worth(threads, rows[i] * width))
-        for (int64_t b = 0; b < blocks; b++) {
-            const int64_t left = rows[i] - b * SQUARED_ROWS;
-            const int64_t here = left < SQUARED_ROWS ? left : SQUARED_ROWS, each = here / STREAMS;
-            const float *x = addresses[i] + b * SQUARED_ROWS * width;
-            double sum = 0;
-            for (int64_t r = 0; r < each; r++)
-                sum += squares_of_rows(x + r * width, each * width, width);
-            for (int64_t r = STREAMS * each; r < here; r++)
-                sum += squares_of_row(x + r * width, width);
-            room[b] = sum;
+    int64_t all = 0;
+    for (int64_t i = 0; i < count; i++) all += rows[i] * widths[i];
+#pragma omp parallel num_threads(worth(threads, all))
+    {
+        const part mine = my_part(all, 1);
+        double *sums_of_blocks = room;
+        for (int64_t i = 0, first = 0; i < count; first += rows[i] * widths[i], i++) {
+            const int64_t width = widths[i], blocks = (rows[i] + SQUARED_ROWS - 1) / SQUARED_ROWS;
+            const int64_t end = block_at(mine.end - first, width, blocks);
+            for (int64_t b = block_at(mine.begin - first, width, blocks); b < end; b++) {
+                const int64_t r = b * SQUARED_ROWS;
+                sums_of_blocks[b] = squares_of_block(addresses[i] + r * width, rows[i] - r, width);
+            }
+            sums_of_blocks += blocks;
         }
+    }
+    for (int64_t i = 0; i < count; i++) {
         double of_all = 0;
-        for (int64_t b = 0; b < blocks; b++) of_all += room[b];
+        for (int64_t r = 0; r < rows[i]; r += SQUARED_ROWS) of_all += *room++;
         sums[kinds[i]] += of_all / divisors[i];
     }
 }
