@@ -89,6 +89,7 @@ def test_equal_loops_of_any_sizes(counts: list[int], outputs: int, inputs: int) 
         ([33], 2100, 50),
         ([1, 0, 20], 30, 2500),
         ([95, 0, 96, 97, 200], 320, 300),
+        ([520, 0, 300], 1300, 70),
     ],
 )
 def test_equal_loops_of_several_blocks(counts: list[int], outputs: int, inputs: int) -> None:

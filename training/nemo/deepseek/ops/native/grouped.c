@@ -5,9 +5,10 @@
  *
  * Of a product c = a b, b is read where it lies, if a has few rows; for many, a block of it is laid
  * out in panels, as many columns as a tile of sums is wide, which stay in a core's cache while all
- * rows pass by (see `way`). An expert's matrix comes from memory, so what is read next is asked for
- * meanwhile. Each sum is added up in the order of its terms, whichever the way: no result depends
- * on other rows, on where its row lies, nor on threads. */
+ * rows pass by (see `way`). Where a's rows lie in columns it is a that is laid out, for all panels.
+ * An expert's matrix comes from memory, so what is read next is asked for meanwhile. Each sum is
+ * added up in the order of its terms, whichever the way: no result depends on other rows, on where
+ * its row lies, nor on threads. */
 #include "lanes.h"
 #include "threads.h"
 #include "tile.h"
@@ -18,7 +19,10 @@ enum {
     DEPTH = 2048,       /* most terms of a block of b that lies (columns, depth) */
     ROWS = 256,         /* of one that lies (depth, columns): few long rows, no short pieces */
     PLACE = 64,         /* of one that is read there: it and the next are in the cache */
-    SIDE = 1 << 15,     /* floats of tiles' rows that lie in columns; LANES * DEPTH at least */
+    ONCE = 512,         /* of a slab of a; of no more terms, c, which is large, is written once */
+    SIDE = (TILE + 7) / 8 * 8,    /* floats of a column of its tiles, which is not in two lines */
+    NEAR = 1 << 13,               /* of panels that meet it together: of the first cache */
+    LAID = ROOM + PANEL * DEPTH,  /* that a thread lays out: a block and one panel more, a slab */
     FEW = 96,           /* rows for which b is not laid out, if it lies (depth, columns) */
     NARROW = 32,        /* if it lies (columns, depth): of more, too many lanes are empty */
     STRIP = 96,         /* columns of c that are turned at a time: panels */
@@ -157,9 +161,9 @@ INLINE void turn_rows(float *to, int64_t to_step, const float *b, int64_t b_step
         for (int64_t i = 0; i < LANES; i++) to[k * to_step + i] = b[i * b_step + k];
 }
 
-/* What a thread works with. */
-static _Thread_local float panels_of_thread[ROOM + PANEL * DEPTH] __attribute__((aligned(64)));
-static _Thread_local float side_of_thread[SIDE] __attribute__((aligned(64)));
+/* What a thread works with: what is read by many tiles, and what stays in the first cache. */
+static _Thread_local float panels_of_thread[LAID] __attribute__((aligned(64)));
+static _Thread_local float near_of_thread[LANES * DEPTH] __attribute__((aligned(64)));
 
 /* Panels [k][column] of b^T, b (columns, depth). */
 static void lay_columns(float *panels, const float *b, int64_t b_step, int64_t depth,
@@ -169,10 +173,10 @@ static void lay_columns(float *panels, const float *b, int64_t b_step, int64_t d
         const float *rows = b;
         int64_t rows_step = b_step;
         if (n + LANES > columns) { /* no whole vector: zeros beside the rest */
-            rows = side_of_thread, rows_step = depth;
-            memset(side_of_thread, 0, LANES * depth * sizeof *b);
+            rows = near_of_thread, rows_step = depth;
+            memset(near_of_thread, 0, LANES * depth * sizeof *b);
             for (int64_t i = 0; n + i < columns; i++)
-                memcpy(side_of_thread + i * depth, b + i * b_step, depth * sizeof *b);
+                memcpy(near_of_thread + i * depth, b + i * b_step, depth * sizeof *b);
         }
         turn_rows(panels + begin * depth + (n - begin), step, rows, rows_step, depth);
     }
@@ -180,23 +184,19 @@ static void lay_columns(float *panels, const float *b, int64_t b_step, int64_t d
 
 static _Thread_local float turned_of_thread[STRIP * NARROW] __attribute__((aligned(64)));
 
-/* Where tile `t` of so many begins. */
-INLINE int64_t tile_begin(int64_t t, int64_t tiles, int64_t rows) { return t * rows / tiles; }
+/* Rows in tiles, of which `longer` have one more than the others. */
+typedef struct {
+    int64_t tiles, each, longer;
+} tiling;
 
-/* [tile][k][row] of some tiles of a, which lies (depth, rows). */
-static void lay_side(const float *a, int64_t a_step, int64_t depth, int64_t rows, int64_t tiles,
-                     int64_t first, int64_t end) {
-    const int64_t whole = (depth - 1) * a_step + rows;
-    for (int64_t k = 0; k < depth; k++)
-        for (int64_t t = first; t < end; t++) {
-            float *side = side_of_thread + ((t - first) * depth + k) * LINE;
-            const int64_t begin = tile_begin(t, tiles, rows), at = k * a_step + begin;
-            const int64_t here = tile_begin(t + 1, tiles, rows) - begin;
-            if (at + LINE <= whole)
-                memcpy(side, a + at, LINE * sizeof *side); /* those behind are not used */
-            else
-                memcpy(side, a + at, here * sizeof *side);
-        }
+INLINE tiling tiling_of(int64_t rows) {
+    const int64_t tiles = parts_of(rows, TILE);
+    return (tiling){tiles, tiles ? rows / tiles : 0, tiles ? rows % tiles : 0};
+}
+
+/* Where tile `t` begins. */
+INLINE int64_t tile_begin(tiling of, int64_t t) {
+    return t * of.each + (t < of.longer ? t : of.longer);
 }
 
 /* Where b (depth, columns) lies: the panel of column n begins at n * `panel`; `step` from a row to
@@ -220,37 +220,32 @@ INLINE wanted rows_of(const float *rows, int64_t first, int64_t end, int64_t wid
 
 /* c (rows, columns) = a (rows, depth) b (depth, columns), or added to it. */
 static void multiply_panels(int64_t rows, int64_t columns, int64_t depth, float *c, int64_t c_step,
-                            const float *a, int64_t a_row, int64_t a_depth, laid b, int adds,
-                            int streams, requests *ahead) {
-    const int64_t tiles = parts_of(rows, TILE), beside = depth ? SIDE / (LINE * depth) : tiles;
-    for (int64_t t = 0; t < tiles; t++) {
-        const int64_t begin = tile_begin(t, tiles, rows), end = tile_begin(t + 1, tiles, rows);
-        const int64_t after = t + 1 < tiles ? tile_begin(t + 2, tiles, rows) : end;
-        wanted of_a = rows_of(a, end, ahead->a ? after : end, a_row);
+                            const float *a, int64_t a_step, laid b, int adds, requests *ahead) {
+    const tiling of = tiling_of(rows);
+    for (int64_t t = 0; t < of.tiles; t++) {
+        const int64_t begin = tile_begin(of, t), end = tile_begin(of, t + 1);
+        const int64_t after = t + 1 < of.tiles ? tile_begin(of, t + 2) : end;
+        wanted of_a = rows_of(a, end, ahead->a ? after : end, a_step);
         wanted of_c = rows_of(c, end, ahead->c ? after : end, c_step);
-        const float *a_t = a + begin * a_row;
-        int64_t step = a_depth;
-        if (a_row == 1) { /* the rows lie in columns, those of some tiles are laid side by side */
-            const int64_t place = t % beside, last = t + beside < tiles ? t + beside : tiles;
-            if (place == 0) lay_side(a, a_depth, depth, rows, tiles, t, last);
-            a_t = side_of_thread + place * depth * LINE, step = LINE;
-        }
         for (int64_t n = 0; n < columns; n += PANEL) {
             wanted *rest = of_c.rows ? &of_c : &ahead->next, *now = of_a.rows ? &of_a : rest;
             any_tile(end - begin, columns - n < PANEL ? columns - n : PANEL, depth,
-                     c + begin * c_step + n, c_step, a_t, a_row, step, b.at + n * b.panel,
-                     b.step ? b.step : panel_step(n, columns), adds, streams, now);
+                     c + begin * c_step + n, c_step, a + begin * a_step, a_step, 1,
+                     b.at + n * b.panel, b.step ? b.step : panel_step(n, columns), adds, 0, now);
         }
     }
 }
 
-/* c (rows, columns) = a (rows, depth) b (depth, columns), or added to c; b lies (columns, depth) if
- * `turned`. */
+enum kind { LINEAR, BACK, OUTER };
+
+/* c (rows, columns) = a (rows, depth) b (depth, columns), or added to c. b lies (columns, depth) if
+ * LINEAR, a lies (depth, rows) if OUTER; steps are from a row to the next, as they lie. */
 typedef struct {
+    enum kind kind;
     float *c;
     const float *a, *b;
-    int64_t rows, columns, depth, a_row, a_depth, b_step;
-    int turned, adds, streams; /* streams: c is written once, and not read soon */
+    int64_t rows, columns, depth, a_step, b_step;
+    int adds;
 } product;
 
 /* How c = a b is made. PANELS: b is laid out. IN_PLACE: b, which lies by rows of whole vectors, is
@@ -259,8 +254,8 @@ typedef struct {
 typedef enum { PANELS, IN_PLACE, TURNED } way;
 
 static way way_of(const product *p) {
-    if (p->a_row == 1 || p->rows > FEW) return PANELS; /* a's rows in columns: b are rows, too */
-    if (!p->turned) return p->columns % LANES ? PANELS : IN_PLACE;
+    if (p->rows > FEW) return PANELS;
+    if (p->kind == BACK) return p->columns % LANES ? PANELS : IN_PLACE;
     return p->rows <= NARROW && p->depth <= DEPTH ? TURNED : PANELS;
 }
 
@@ -272,7 +267,7 @@ typedef struct {
 /* Block `i` of some columns of a product; without columns: there is no such. */
 static block block_at(const product *p, part mine, int64_t i) {
     const way how = way_of(p);
-    const int64_t deepest = how == IN_PLACE ? PLACE : p->turned ? DEPTH : ROWS;
+    const int64_t deepest = how == IN_PLACE ? PLACE : p->kind == BACK ? ROWS : DEPTH;
     const int64_t deep = p->depth > deepest ? parts_of(p->depth, deepest) : 1;
     const int64_t depth = parts_of(p->depth, deep);
     int64_t most = how == TURNED ? STRIP : ROOM / (depth ? depth : 1) / PANEL * PANEL;
@@ -289,16 +284,16 @@ static block block_at(const product *p, part mine, int64_t i) {
 }
 
 INLINE const float *block_of(const product *p, block b) {
-    return p->turned ? p->b + b.n * p->b_step + b.k : p->b + b.k * p->b_step + b.n;
+    return p->kind == BACK ? p->b + b.k * p->b_step + b.n : p->b + b.n * p->b_step + b.k;
 }
 
 /* b of a block, where a tile reads it; if TURNED: a, which has been laid out for all blocks. */
 static laid lay_block(const product *p, block b, way how) {
     const laid in_place = {block_of(p, b), 1, p->b_step}, panels = {panels_of_thread, b.depth, 0};
     if (how == IN_PLACE) return in_place;
-    if (how == PANELS && p->turned)
+    if (how == PANELS && p->kind == LINEAR)
         lay_columns(panels_of_thread, block_of(p, b), p->b_step, b.depth, b.columns);
-    if (how == PANELS && !p->turned)
+    if (how == PANELS && p->kind == BACK)
         lay_rows(panels_of_thread, block_of(p, b), p->b_step, b.depth, b.columns);
     return panels;
 }
@@ -310,8 +305,8 @@ static void multiply_turned(const product *p, block now, laid panels,
     float *c = p->c + now.n, *c_t = turned_of_thread;
     for (int64_t r = 0; p->adds && r < p->rows; r++)
         for (int64_t i = 0; i < now.columns; i++) c_t[i * step + r] = c[r * p->columns + i];
-    multiply_panels(now.columns, step, p->depth, c_t, step, block_of(p, now), p->b_step, 1, panels,
-                    p->adds, 0, ahead);
+    multiply_panels(now.columns, step, p->depth, c_t, step, block_of(p, now), p->b_step, panels,
+                    p->adds, ahead);
     int64_t i = 0;
     for (; i + LANES <= now.columns; i += LANES)
         turn_rows(c + i, p->columns, c_t + i * step, step, p->rows);
@@ -319,13 +314,24 @@ static void multiply_turned(const product *p, block now, laid panels,
         for (int64_t r = 0; r < p->rows; r++) c[r * p->columns + i] = c_t[i * step + r];
 }
 
+/* A part of a matrix. */
+INLINE wanted wanted_of(const float *at, int64_t rows, int64_t width, int64_t step) {
+    if (width == step) width *= rows, rows = rows > 0;
+    return (wanted){at, rows, width, step, 0, LINE};
+}
+
+/* How fast tiles of so many steps ask for so many numbers. */
+INLINE int64_t pace_of(int64_t numbers, int64_t steps) {
+    const int64_t even = steps ? parts_of(numbers, steps) : LINE;
+    return even < SLOWEST ? SLOWEST : even < LINE ? even : LINE;
+}
+
 /* A block of a product that follows on one of so many steps. */
-static wanted wanted_of(const product *p, block b, int64_t steps) {
-    wanted next = {block_of(p, b), b.depth, b.columns, p->b_step, 0, LINE};
-    if (p->turned) next.rows = b.columns, next.width = b.depth;
-    if (next.width == next.step) next.width *= next.rows, next.rows = 1;
-    const int64_t even = steps ? parts_of(next.rows * next.width, steps) : LINE;
-    if (even < LINE) next.pace = even > SLOWEST ? even : SLOWEST;
+static wanted next_block(const product *p, block b, int64_t steps) {
+    const int by_rows = p->kind == BACK;
+    wanted next = wanted_of(block_of(p, b), by_rows ? b.depth : b.columns,
+                            by_rows ? b.columns : b.depth, p->b_step);
+    next.pace = pace_of(b.depth * b.columns, steps);
     return next;
 }
 
@@ -333,45 +339,129 @@ static wanted wanted_of(const product *p, block b, int64_t steps) {
  * those of few rows, whose time is that of the matrix. */
 static requests requests_of(const product *p, part mine, int64_t i) {
     const int asks = i == 0 && way_of(p) == PANELS, all = mine.end - mine.begin == p->columns;
-    return (requests){asks && p->a_depth == 1, asks && all && !p->streams, {0}};
+    return (requests){asks, asks && all, {0}};
 }
 
 /* Steps of a block's tiles, of so many rows and columns, in which they ask for what follows. */
 static int64_t steps_left(const product *p, const requests *ahead, int64_t rows, int64_t columns,
                           int64_t depth) {
     const int64_t panels = parts_of(columns, PANEL), asked = LINE * depth;
-    const int64_t of_rows = (ahead->a ? p->a_row : 0) + (ahead->c ? p->columns : 0);
+    const int64_t of_rows = (ahead->a ? p->a_step : 0) + (ahead->c ? p->columns : 0);
     const int64_t taken = depth ? parts_of(TILE * of_rows, asked) : 0;
     return parts_of(rows, TILE) * (panels > taken ? panels - taken : 1) * depth;
 }
 
 /* Some columns of a product; meanwhile its next block is asked for, and then that of `after`. */
 static void multiply_columns(const product *p, part mine, const product *after, part its) {
-    const int aligned = (uintptr_t)p->c % sizeof(lanes) == 0 && p->columns % LANES == 0;
     const way how = way_of(p);
     block next = block_at(p, mine, 0);
-    if (how == TURNED) lay_columns(panels_of_thread, p->a, p->a_row, p->depth, p->rows);
+    if (how == TURNED) lay_columns(panels_of_thread, p->a, p->a_step, p->depth, p->rows);
     for (int64_t i = 0; next.columns; i++) {
         const block now = next;
-        const int last_terms = now.k + now.depth == p->depth;
         const int64_t rows = how == TURNED ? now.columns : p->rows;
         const int64_t columns = how == TURNED ? p->rows : now.columns;
         const laid b = lay_block(p, now, how);
         requests ahead = requests_of(p, mine, i);
         const int64_t steps = steps_left(p, &ahead, rows, columns, now.depth);
         next = block_at(p, mine, i + 1);
-        ahead.next = next.columns ? wanted_of(p, next, steps)
-                                  : wanted_of(after, block_at(after, its, 0), steps);
+        ahead.next = next.columns ? next_block(p, next, steps)
+                                  : next_block(after, block_at(after, its, 0), steps);
         if (how == TURNED)
             multiply_turned(p, now, b, &ahead);
         else
             multiply_panels(p->rows, now.columns, now.depth, p->c + now.n, p->columns,
-                            p->a + now.k * p->a_depth, p->a_row, p->a_depth, b,
-                            p->adds || now.k > 0, aligned && last_terms && p->streams, &ahead);
+                            p->a + now.k, p->a_step, b, p->adds || now.k > 0, &ahead);
     }
 }
 
-enum kind { LINEAR, BACK, OUTER };
+/* What is laid out at a time of a that lies (depth, rows): some tiles, and some of the depth. */
+typedef struct {
+    int64_t first, tiles, k, depth;
+} slab;
+
+/* Slab `i` of a product; without tiles: there is no such. */
+static slab slab_at(const product *p, int64_t i) {
+    const int64_t deep = p->depth > ONCE ? parts_of(p->depth, ROWS) : 1;
+    const int64_t depth = parts_of(p->depth, deep), k = i % deep * depth;
+    const int64_t tiles = parts_of(p->rows, TILE);
+    const int64_t high = parts_of(tiles, LAID / (SIDE * (depth ? depth : 1))), h = i / deep;
+    if (h >= high) return (slab){0};
+    const int64_t first = h * tiles / high, here = p->depth - k < depth ? p->depth - k : depth;
+    return (slab){first, (h + 1) * tiles / high - first, k, here};
+}
+
+/* [tile][k][row]. */
+static void lay_slab(const product *p, slab s) {
+    const tiling of = tiling_of(p->rows);
+    const int64_t all = p->depth * p->rows;
+    for (int64_t k = 0; k < s.depth; k++)
+        for (int64_t t = 0; t < s.tiles; t++) {
+            float *side = panels_of_thread + (t * s.depth + k) * SIDE;
+            const int64_t begin = tile_begin(of, s.first + t);
+            const int64_t at = (s.k + k) * p->rows + begin;
+            if (at + SIDE <= all)
+                memcpy(side, p->a + at, SIDE * sizeof *side); /* those behind are not used */
+            else
+                memcpy(side, p->a + at, (tile_begin(of, s.first + t + 1) - begin) * sizeof *side);
+        }
+}
+
+/* What is read for a slab that follows on one of so many steps: of a, and some columns of b. */
+static void next_slab(wanted next[2], const product *p, slab s, part columns, int64_t steps) {
+    const tiling of = tiling_of(p->rows);
+    const int64_t first = tile_begin(of, s.first), rows = tile_begin(of, s.first + s.tiles) - first;
+    const int64_t wide = columns.end - columns.begin;
+    next[0] = wanted_of(p->a + s.k * p->a_step + first, s.depth, rows, p->a_step);
+    next[1] = wanted_of(p->b + s.k * p->b_step + columns.begin, s.depth, wide, p->b_step);
+    next[0].pace = next[1].pace = pace_of(s.depth * (rows + wide), steps);
+}
+
+/* Asks for a tile of c that will be read, or written by way of the caches. */
+INLINE void ask_tile(const float *c, int64_t step) {
+    for (int64_t r = 0; r < TILE; r++)
+        for (int64_t i = 0; i < PANEL; i += LINE) __builtin_prefetch(c + r * step + i, 1, 2);
+}
+
+/* Some columns of a product whose a lies (depth, rows); meanwhile its next slab is asked for, and
+ * then that of `after`. A tile writes c past the caches, if nothing is added to it: it is large,
+ * and not read soon. */
+static void multiply_slabs(const product *p, part mine, const product *after, part its) {
+    const int aligned = (uintptr_t)p->c % sizeof(lanes) == 0 && p->columns % LANES == 0;
+    const tiling of = tiling_of(p->rows);
+    slab next = slab_at(p, 0);
+    for (int64_t i = 0; next.tiles; i++) {
+        const slab now = next;
+        const int adds = p->adds || now.k > 0;
+        const int streams = aligned && !p->adds && now.k + now.depth == p->depth;
+        const int64_t steps = parts_of(mine.end - mine.begin, PANEL) * now.tiles * now.depth;
+        const int64_t panels = now.depth ? NEAR / (PANEL * now.depth) : 0;
+        const int64_t wide = panels > 1 ? panels * PANEL : PANEL;
+        wanted ahead[2];
+        next = slab_at(p, i + 1);
+        if (next.tiles)
+            next_slab(ahead, p, next, mine, steps);
+        else
+            next_slab(ahead, after, slab_at(after, 0), its, steps);
+        lay_slab(p, now);
+        for (int64_t n = mine.begin; n < mine.end; n += wide) {
+            const int64_t columns = mine.end - n < wide ? mine.end - n : wide;
+            lay_rows(near_of_thread, p->b + now.k * p->b_step + n, p->b_step, now.depth, columns);
+            for (int64_t t = 0; t < now.tiles; t++) {
+                const int64_t begin = tile_begin(of, now.first + t);
+                const int64_t end = tile_begin(of, now.first + t + 1);
+                const float *a = panels_of_thread + t * now.depth * SIDE;
+                float *c = p->c + begin * p->columns + n;
+                for (int64_t i = 0; i < columns; i += PANEL) {
+                    if (!streams && t + 1 < now.tiles)
+                        ask_tile(c + (end - begin) * p->columns + i, p->columns);
+                    any_tile(end - begin, columns - i < PANEL ? columns - i : PANEL, now.depth,
+                             c + i, p->columns, a, 1, SIDE, near_of_thread + i * now.depth,
+                             panel_step(i, columns), adds, streams, ahead + !ahead->rows);
+                }
+            }
+        }
+    }
+}
 
 /* Products of all experts: c of a and b, each by expert or by row. */
 typedef struct {
@@ -385,14 +475,15 @@ typedef struct {
 static product product_of(const products *all, int64_t e) {
     const int64_t begin = all->starts[e], rows = all->starts[e + 1] - begin;
     const int64_t o = all->outputs, i = all->inputs;
+    const int adds = all->adds != 0;
     if (all->kind == LINEAR)
-        return (product){all->c + begin * o, all->a + begin * i, all->b + e * o * i,
-                         rows, o, i, i, 1, i, 1, all->adds != 0, 0};
+        return (product){LINEAR, all->c + begin * o, all->a + begin * i, all->b + e * o * i,
+                         rows, o, i, i, i, adds};
     if (all->kind == BACK)
-        return (product){all->c + begin * i, all->a + begin * o, all->b + e * o * i,
-                         rows, i, o, o, 1, i, 0, all->adds != 0, 0};
-    return (product){all->c + e * o * i, all->a + begin * o, all->b + begin * i,
-                     o, i, rows, 1, o, i, 0, all->adds != 0, all->adds == 0};
+        return (product){BACK, all->c + begin * i, all->a + begin * o, all->b + e * o * i,
+                         rows, i, o, o, i, adds};
+    return (product){OUTER, all->c + e * o * i, all->a + begin * o, all->b + begin * i,
+                     o, i, rows, o, i, adds};
 }
 
 /* How long an expert takes, in rows; 0: there is nothing to do. */
@@ -485,7 +576,10 @@ static void multiply_all(const products *all, int64_t threads) {
             next_turn(&next, all, &of);
             const product here = product_of(all, now.e);
             const product after = product_of(all, next.e < all->experts ? next.e : now.e);
-            multiply_columns(&here, now.mine, &after, next.mine);
+            if (all->kind == OUTER)
+                multiply_slabs(&here, now.mine, &after, next.mine);
+            else
+                multiply_columns(&here, now.mine, &after, next.mine);
         }
         streamed();
     }
