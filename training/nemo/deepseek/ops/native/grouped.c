@@ -26,7 +26,8 @@ enum {
     FEW = 96,           /* rows for which b is not laid out, if it lies (depth, columns) */
     NARROW = 32,        /* if it lies (columns, depth): of more, too many lanes are empty */
     STRIP = 96,         /* columns of c that are turned at a time: panels */
-    SLOWEST = LINE / 4, /* numbers a step: no line is asked for often */
+    SLOWEST = LINE / 4,   /* numbers a step: no line is asked for often */
+    ROWS_PACE = LINE / 2, /* of rows: at a line a step others wait for their turn */
     READING = 16,       /* reading a matrix takes as long as multiplying so many rows, about */
     SHARE = 2,          /* of a thread's share it takes this part: it has two, one of them ahead */
     LEAST = 64          /* columns that it takes, at least: each time rows are read anew */
@@ -213,9 +214,9 @@ typedef struct {
     wanted next;
 } requests;
 
-/* Whole rows side by side, from the first to before `end`: a line a step. */
+/* Whole rows side by side, from the first to before `end`. */
 INLINE wanted rows_of(const float *rows, int64_t first, int64_t end, int64_t width) {
-    return (wanted){rows + first * width, end > first, (end - first) * width, 0, 0, LINE};
+    return (wanted){rows + first * width, end > first, (end - first) * width, 0, 0, ROWS_PACE};
 }
 
 /* c (rows, columns) = a (rows, depth) b (depth, columns), or added to it. */
@@ -345,7 +346,7 @@ static requests requests_of(const product *p, part mine, int64_t i) {
 /* Steps of a block's tiles, of so many rows and columns, in which they ask for what follows. */
 static int64_t steps_left(const product *p, const requests *ahead, int64_t rows, int64_t columns,
                           int64_t depth) {
-    const int64_t panels = parts_of(columns, PANEL), asked = LINE * depth;
+    const int64_t panels = parts_of(columns, PANEL), asked = ROWS_PACE * depth;
     const int64_t of_rows = (ahead->a ? p->a_step : 0) + (ahead->c ? p->columns : 0);
     const int64_t taken = depth ? parts_of(TILE * of_rows, asked) : 0;
     return parts_of(rows, TILE) * (panels > taken ? panels - taken : 1) * depth;
