@@ -57,7 +57,8 @@ REST = "rest"
 WHOLE = "the whole step"
 SHARES = "of_limit", "of_own"
 ADAMW_BYTES, NORM_BYTES = 28, 4
-"""Of a parameter: weight, gradient and two moments are read, all but the gradient written."""
+"""Of a parameter: weight, gradient and two moments are read, all but the gradient written. The norm
+reads gradients, but for those of routed experts, whose squares are taken when they are written."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -180,16 +181,20 @@ def limits(case: Case, flops: float, bytes_: float) -> Seconds:
         products.EXPERTS: experts / flops,
         products.ATTENTION: scores / flops,
         "AdamW": ADAMW_BYTES * parameters / bytes_,
-        NORM: NORM_BYTES * parameters / bytes_,
+        NORM: NORM_BYTES * (parameters - expert_parameters(model)) / bytes_,
         WHOLE: needed / flops,
     }
 
 
 def expert_flops(model: ModelConfig) -> float:
     """Of a token, forward and backward, in its routed experts."""
-    layers = model.num_hidden_layers - model.first_k_dense_replace
+    return 6.0 * expert_parameters(model) * model.num_experts_per_tok / model.n_routed_experts
+
+
+def expert_parameters(model: ModelConfig) -> int:
+    """Of all routed experts; the cases have no MTP module."""
     matrices = 3 * model.hidden_size * model.moe_intermediate_size
-    return 6.0 * layers * model.num_experts_per_tok * matrices
+    return model.num_moe_layers * model.n_routed_experts * matrices
 
 
 def score_flops(model: ModelConfig, length: int) -> float:

@@ -3,9 +3,9 @@
     python benchmarks/fine_experts.py [--rounds 9] [--threads 2]    half a minute
 
 Both have four experts a token, and so the same multiplications; what 128 have more are parameters.
-AdamW reads 16 bytes of each, weight, gradient and two moments, and the gradients' norm 4: in passes
-of their own, since the norm must be whole before the first weight changes. That, at the rate at
-which this machine reads, is the least that a step of 128 takes longer. What AdamW writes comes on
+AdamW reads 16 bytes of each, weight, gradient and two moments: in a pass of its own, since the norm
+of all gradients must be known before the first weight changes. That, at the rate at which this
+machine reads, is the least that a step of 128 takes longer. What AdamW writes comes on
 top, as far as it does not travel beside what is read, and so do the weights that products read and
 the gradients that they write, as far as these do not beside multiplications. Steps of both take
 turns in one process, and the ratio is the median of the rounds' own. The last line is JSON.
@@ -30,8 +30,8 @@ from deepseek.config.cost import count_parameters
 from deepseek.ops.squares import square_sums
 from deepseek.parallel.cpu_memory import keep_freed_memory
 
-READ_BYTES = 20
-"""Of a parameter: 16 by AdamW, 4 by the norm."""
+READ_BYTES = 16
+"""Of a parameter, by AdamW. Squares for the norm are taken when gradients are written."""
 NUMBERS = 1 << 27
 """Of the tensor whose reading is timed: half a GiB, more than caches hold."""
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import profile
 
 from deepseek.ops import cross_entropy as module
 from deepseek.ops import rows as rows_module
+from deepseek.ops.added_gradients import added_in_place
 from deepseek.ops.cross_entropy import (
     IGNORE_INDEX,
     linear_cross_entropy,
@@ -104,6 +108,27 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(
         lambda h, w: linear_cross_entropy(h, w, labels_T, 2), (hidden_TD, weight_VD)
     )
+
+
+def test_gradients_are_scaled_where_they_lie_if_nobody_comes_back() -> None:
+    """The head's is as large as the head. Who comes back all the same is told, not given gradients
+    that were scaled twice."""
+    found, largest = [], []
+    for context in (nullcontext, added_in_place):
+        hidden_TD, weight_VD, labels_T = inputs(6, 8, 23)
+        loss = linear_cross_entropy(hidden_TD, weight_VD, labels_T, 4) / 3
+        with context(), profile(profile_memory=True) as made:
+            loss.backward()
+        sizes = [event.self_cpu_memory_usage for event in made.events()]
+        largest.append(max(sizes) >= weight_VD.numel() * weight_VD.element_size())
+        found.append((hidden_TD.grad, weight_VD.grad))
+    assert all(map(torch.equal, *found))
+    assert largest == [True, False]
+    loss = linear_cross_entropy(*inputs(6, 8, 23))
+    with added_in_place():
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 def test_the_value_by_hand() -> None:

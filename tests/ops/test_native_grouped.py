@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek.ops.native import build
+from deepseek.ops.noted_squares import COLUMNS
 
 SIZES = st.sampled_from([1, 2, 5, 15, 16, 17, 31, 32, 33, 48, 70])
 COUNTS = st.lists(st.sampled_from([0, 1, 2, 3, 6, 7, 13, 14, 15, 29, 40]), min_size=1, max_size=5)
 
 
-NAMES = "grouped_linear", "grouped_linear_back", "grouped_outer"
+NAMES = "grouped_linear", "grouped_linear_back"
 
 
 def kernel(name: str, arguments: str) -> Callable[..., None]:
@@ -26,18 +27,33 @@ def kernel(name: str, arguments: str) -> Callable[..., None]:
     return found
 
 
+def outer(
+    to_EOI: Tensor, y_grad_RO: Tensor, x_RI: Tensor, starts: Tensor, adds: bool = False
+) -> Tensor:
+    """The squares of what is written, by expert."""
+    experts, outputs, inputs = sizes = to_EOI.shape
+    squares_EC = torch.zeros(experts, -(-inputs // COLUMNS), dtype=torch.float64)
+    run = kernel("grouped_outer", "pppppnnnnn")
+    run(to_EOI, squares_EC, y_grad_RO, x_RI, starts, *sizes, adds, torch.get_num_threads())
+    without_EOI = torch.full_like(to_EOI, torch.nan)
+    run(without_EOI, None, y_grad_RO, x_RI, starts, *sizes, False, torch.get_num_threads())
+    assert adds or torch.equal(without_EOI, to_EOI)
+    return squares_EC.sum(-1)
+
+
 def products(
     y_grad_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, counts: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Results, the rows' gradients and the stack's, filled with what no product may leave."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Results, the rows' gradients, the stack's, filled with what no product may leave, and the
+    squares of this."""
     starts = torch.tensor([0, *accumulate(counts)])
     sizes = *w_EOI.shape, False, torch.get_num_threads()
     y_RO = torch.full_like(y_grad_RO, torch.nan)
     x_grad_RI, w_grad_EOI = torch.full_like(x_RI, torch.nan), torch.full_like(w_EOI, torch.nan)
-    given = (y_RO, x_RI, w_EOI), (x_grad_RI, y_grad_RO, w_EOI), (w_grad_EOI, y_grad_RO, x_RI)
+    given = (y_RO, x_RI, w_EOI), (x_grad_RI, y_grad_RO, w_EOI)
     for name, tensors in zip(NAMES, given, strict=True):
         kernel(name, "ppppnnnnn")(*tensors, starts, *sizes)
-    return y_RO, x_grad_RI, w_grad_EOI
+    return y_RO, x_grad_RI, w_grad_EOI, outer(w_grad_EOI, y_grad_RO, x_RI, starts)
 
 
 def drawn(counts: Sequence[int], outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,19 +69,28 @@ def close(one: Tensor, wide: Tensor, terms: int) -> None:
     torch.testing.assert_close(one.double(), wide, rtol=1e-6, atol=1e-5 * (terms + 1) ** 0.5)
 
 
+def hold_squares(squares_E: Tensor, w_EOI: Tensor) -> None:
+    wanted_E = w_EOI.double().square().sum((1, 2))
+    torch.testing.assert_close(squares_E, wanted_E, rtol=1e-6, atol=1e-9)
+
+
 def hold_against_loops(counts: Sequence[int], outputs: int, inputs: int) -> None:
     y_grad_RO, x_RI, w_EOI = drawn(counts, outputs, inputs)
-    y_RO, x_grad_RI, w_grad_EOI = products(y_grad_RO, x_RI, w_EOI, counts)
+    y_RO, x_grad_RI, w_grad_EOI, squares_E = products(y_grad_RO, x_RI, w_EOI, counts)
     rows = zip(
         *(x.split(list(counts)) for x in (y_grad_RO.double(), x_RI.double(), y_RO, x_grad_RI)),
         strict=True,
     )
     starts, sizes = torch.tensor([0, *accumulate(counts)]), (*w_EOI.shape, True, 1)
-    added = y_grad_RO.clone(), x_RI.clone(), w_EOI.clone()
-    given = (x_RI, w_EOI), (y_grad_RO, w_EOI), (y_grad_RO, x_RI)
-    for name, to, tensors in zip(NAMES, added, given, strict=True):
-        kernel(name, "ppppnnnnn")(to, *tensors, starts, *sizes)
-    more_y_RO, more_x_RI, added_EOI = added
+    more_y_RO, more_x_RI, added_EOI = y_grad_RO.clone(), x_RI.clone(), w_EOI.clone()
+    given = (more_y_RO, x_RI, w_EOI), (more_x_RI, y_grad_RO, w_EOI)
+    for name, tensors in zip(NAMES, given, strict=True):
+        kernel(name, "ppppnnnnn")(*tensors, starts, *sizes)
+    more_squares_E = outer(added_EOI, y_grad_RO, x_RI, starts, adds=True)
+    hold_squares(squares_E, w_grad_EOI)
+    has_rows_E = torch.tensor(counts) > 0  # of others nothing is written, and nobody asked
+    hold_squares(more_squares_E[has_rows_E], added_EOI[has_rows_E])
+    assert not more_squares_E[~has_rows_E].any()
     close(more_y_RO, y_grad_RO.double() + y_RO.double(), inputs)
     close(more_x_RI, x_RI.double() + x_grad_RI.double(), outputs)
     for e, (y_grad, x, y, x_grad) in enumerate(rows):
@@ -104,7 +129,7 @@ def test_no_result_depends_on_other_rows(outputs: int, inputs: int) -> None:
     """Nor on how many there are: a matrix is laid out for many, and read as it lies for few."""
     counts = [21, 0, 50, 2, 300, 96, 97, 32, 33]
     y_grad_RO, x_RI, w_EOI = drawn(counts, outputs, inputs)
-    y_RO, x_grad_RI, _ = products(y_grad_RO, x_RI, w_EOI, counts)
+    y_RO, x_grad_RI, *_ = products(y_grad_RO, x_RI, w_EOI, counts)
     places = [(0, 0), (20, 0), (21, 2), (40, 2), (70, 2), (72, 3), (372, 4), (468, 5), (565, 6)]
     places += [(597, 7), (630, 8)]
     for row, e in places:

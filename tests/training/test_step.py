@@ -10,7 +10,7 @@ from torch import Tensor
 from deepseek.config.schema import DataConfig, ModelConfig, OptimConfig, SchedConfig
 from deepseek.models.components.moe import MoE
 from deepseek.models.transformer import loss_sums
-from deepseek.ops import grouped_linear
+from deepseek.ops import grouped_linear, noted_squares, squares
 from deepseek.training.step import (
     MAX_SKIPPED_IN_A_ROW,
     DeepSeekModel,
@@ -121,6 +121,33 @@ def test_gradients_of_later_micro_batches_are_added_where_they_lie(
     assert records[0].grad_norm == pytest.approx(records[1].grad_norm, rel=1e-5)
     stacks = 3 * sum(isinstance(part, MoE) for part in module.modules())
     assert [x is None for x in added] == [True] * 2 * stacks + [False] * 3 * stacks
+
+
+@pytest.mark.parametrize("size", [4, 1])
+def test_the_norm_takes_squares_that_kernels_have_noted(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every stack of experts, in every step; the norms are those of all gradients read."""
+    asked, given, records = squares.noted_squares, [], []
+
+    def noted(grad: Tensor) -> Tensor | None:
+        found = asked(grad)
+        given.append(found is not None)
+        return found
+
+    monkeypatch.setattr(squares, "noted_squares", noted)
+    for least in (0, 1 << 20):
+        monkeypatch.setattr(noted_squares, "WORTH", least)
+        module = DeepSeekModel(replace(CONFIG, micro_batch_size=size), seed=3, max_steps=20)
+        optimizer = module.configure_optimizers()
+        records.append([module.train_step(batch(seed), optimizer) for seed in range(2)])
+        stacks = 3 * sum(isinstance(part, MoE) for part in module.modules())
+        assert sum(given) == (0 if least else 2 * stacks)
+        given.clear()
+    for one, other in zip(*records, strict=True):
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-6)
+        assert one.grad_norm_expert == pytest.approx(other.grad_norm_expert, rel=1e-6)
+        assert one.grad_norm_dense == pytest.approx(other.grad_norm_dense, rel=1e-6)
 
 
 def test_a_step_takes_another_optimiser() -> None:

@@ -19,8 +19,8 @@ _here = threading.local()
 
 @contextmanager
 def added_in_place() -> Iterator[None]:
-    """Inside, ``backward()`` adds to every leaf's ``.grad``: nobody asks for the gradients of one
-    micro-batch, as ``torch.autograd.grad`` and FSDP do."""
+    """Inside, ``backward()`` adds to every leaf's ``.grad``, once for each graph: nobody asks for
+    the gradients of one micro-batch, as ``torch.autograd.grad`` and FSDP do."""
     _here.adds = True
     try:
         yield
@@ -28,12 +28,22 @@ def added_in_place() -> Iterator[None]:
         _here.adds = False
 
 
+def goes_back_once() -> bool:
+    """Whether what was kept for the backward pass may be written over: nobody keeps the graph."""
+    return getattr(_here, "adds", False)
+
+
+def has_hooks(weight: Tensor) -> bool:
+    """Whether somebody is given this weight's gradients, and may change them."""
+    return bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
+
+
 def gradient_to_add_to(weight: Tensor) -> Tensor | None:
     """``weight.grad``, if a kernel may add to it and give autograd none; None: it may not, or there
     is no gradient yet. Hooks of a weight are given gradients by autograd."""
-    if not getattr(_here, "adds", False) or not weight.is_leaf:
+    if not goes_back_once() or not weight.is_leaf:
         return None
-    if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+    if has_hooks(weight):
         return None
     grad = weight.grad
     plain = type(grad) is Tensor and grad.is_contiguous() and grad.dtype == torch.float32

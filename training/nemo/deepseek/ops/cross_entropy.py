@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.config.cost import CHUNK_TOKENS
+from deepseek.ops.added_gradients import goes_back_once
 from deepseek.ops.native.build import kernel
 from deepseek.ops.rows import row_blocks
 
@@ -179,8 +180,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
+        # Where they lie, if nobody comes back: a head's gradient is as large as the head.
+        times = Tensor.mul_ if goes_back_once() else Tensor.mul
         if grad_hidden_TD is not None:
-            grad_hidden_TD = grad_hidden_TD * grad.to(grad_hidden_TD.dtype)
+            grad_hidden_TD = times(grad_hidden_TD, grad.to(grad_hidden_TD.dtype))
         if grad_weight_VD is not None:
-            grad_weight_VD = (grad_weight_VD * grad).to(ctx.weight_dtype)
+            grad_weight_VD = times(grad_weight_VD, grad).to(ctx.weight_dtype)
         return grad_hidden_TD, grad_weight_VD, None, None, None

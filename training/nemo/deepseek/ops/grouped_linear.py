@@ -11,6 +11,7 @@ from torch import Tensor
 from deepseek.ops.added_gradients import gradient_to_add_to
 from deepseek.ops.gradient_rooms import gradient_room
 from deepseek.ops.native.build import kernel
+from deepseek.ops.noted_squares import squares_to_note
 from deepseek.ops.rows import row_starts
 
 
@@ -63,9 +64,8 @@ def _grouped_mm_takes(w_EOI: Tensor) -> bool:
     return w_EOI.dtype != torch.float64 and all(size % 16 == 0 for size in row_bytes)
 
 
-_FORWARD, _TRANSPOSED, _OUTER = (
-    (name, "ppppnnnnn") for name in ("grouped_linear", "grouped_linear_back", "grouped_outer")
-)
+_FORWARD, _TRANSPOSED = ((name, "ppppnnnnn") for name in ("grouped_linear", "grouped_linear_back"))
+_OUTER = "grouped_outer", "pppppnnnnn"
 
 
 def fits(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> bool:
@@ -126,9 +126,10 @@ def stack_gradient(
     adds = added_EOI is not None
     grad_EOI = added_EOI if adds else gradient_room(w_EOI, kept)
     sizes = len(starts) - 1, grad_RO.shape[1], x_RI.shape[1]
+    squares_EC = None if grad_EOI is None else squares_to_note(w_EOI, grad_EOI, adds)
     if grad_EOI is None:
         grad_EOI = x_RI.new_empty(sizes)
-    run(grad_EOI, grad_RO, x_RI, starts, *sizes, adds, torch.get_num_threads())
+    run(grad_EOI, squares_EC, grad_RO, x_RI, starts, *sizes, adds, torch.get_num_threads())
     return None if adds else grad_EOI
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deepseek.ops.native.addresses import addresses
 from deepseek.ops.native.build import kernel
+from deepseek.ops.noted_squares import noted_squares
 
 _ROWS = 256
 """That the kernel adds up by themselves."""
@@ -27,21 +28,35 @@ def square_sums(groups: Sequence[Sequence[tuple[Tensor, int]]], device: torch.de
         groups: tensors without gradient, and by what to divide the squares of each.
         device: of the tensors.
     """
-    parts = [(kind, *part) for kind, group in enumerate(groups) for part in group]
+    sums = torch.zeros(len(groups), dtype=torch.float64)
+    parts: list[tuple[int, Tensor, int]] = []
+    for kind, group in enumerate(groups):
+        for x, divisor in group:
+            squares = noted_squares(x)
+            if squares is None:
+                parts.append((kind, x, divisor))
+            else:
+                sums[kind] += squares / divisor
     # Without tensors nothing tells the kernel that they would lie on a GPU.
-    run = kernel("sums_of_squares", "pppppppnn") if parts else None
+    if any(groups) and (not parts or _add_squares(sums, parts)):
+        return sums
+    return square_sums_slow(groups, device)
+
+
+def _add_squares(sums: Tensor, parts: Sequence[tuple[int, Tensor, int]]) -> bool:
+    """By the kernel, each to the sum of its group; False: it takes one of them not."""
+    run = kernel("sums_of_squares", "pppppppnn")
     table = None if run is None else addresses((x for _, x, _ in parts), torch.float32)
     if run is None or table is None:
-        return square_sums_slow(groups, device)
+        return False
     widths = [max(x.shape[-1], 1) if x.dim() > 1 else 1 for _, x, _ in parts]
     rows = [x.numel() // width for (_, x, _), width in zip(parts, widths, strict=True)]
     kinds, divisors = [kind for kind, *_ in parts], [divisor for *_, divisor in parts]
-    sums = torch.zeros(len(groups), dtype=torch.float64)
     room = torch.empty(sum(-(-count // _ROWS) for count in rows), dtype=torch.float64)
     tables = [table, *(array("q", numbers) for numbers in (rows, widths, kinds, divisors))]
     given = [table.buffer_info()[0] for table in tables]
     run(sums, room, *given, len(parts), torch.get_num_threads())
-    return sums
+    return True
 
 
 def square_sums_slow(

@@ -24,6 +24,7 @@ from deepseek.frameworks import USES_NEMO, Callback, ModelBase, Trainer, model_c
 from deepseek.models.components.moe import GroupedExperts
 from deepseek.models.components.router import Router
 from deepseek.ops.cross_entropy import IGNORE_INDEX
+from deepseek.ops.noted_squares import squares_noted
 from deepseek.parallel.gradients import (
     GradientNorms,
     clip_factor,
@@ -126,6 +127,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
 
     # -- the step --
 
+    @squares_noted()
     def train_step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> StepRecord:
         """One optimiser step over the whole batch of this rank; needs no trainer.
 

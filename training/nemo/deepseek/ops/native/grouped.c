@@ -29,6 +29,7 @@ enum {
     SLOWEST = LINE / 4,   /* numbers a step: no line is asked for often */
     ROWS_PACE = LINE / 2, /* of rows: at a line a step others wait for their turn */
     READING = 16,       /* reading a matrix takes as long as multiplying so many rows, about */
+    TOGETHER = 8,       /* columns that have a number for their squares: no panel has fewer */
     SHARE = 2,          /* of a thread's share it takes this part: it has two, one of them ahead */
     LEAST = 64          /* columns that it takes, at least: each time rows are read anew */
 };
@@ -53,10 +54,11 @@ INLINE const float *asked(wanted *next, int64_t steps) {
     return at;
 }
 
-/* c (rows, width vectors) = a (rows, depth) b (depth, width vectors), or added to it. */
+/* c (rows, width vectors) = a (rows, depth) b (depth, width vectors), or added to it; the squares
+ * of c are added to `squares`, unless that is NULL. */
 INLINE void tile(const int rows, const int width, int64_t depth, float *c, int64_t c_step,
                  const float *a, int64_t a_row, int64_t a_depth, const float *b, int64_t b_step,
-                 int adds, int streams, wanted *next) {
+                 int adds, int streams, double *squares, wanted *next) {
     lanes sum[TILE][WIDTH];
     UNROLLED for (int r = 0; r < rows; r++)
         UNROLLED for (int v = 0; v < width; v++)
@@ -73,16 +75,22 @@ INLINE void tile(const int rows, const int width, int64_t depth, float *c, int64
                 store(c + v * LANES, sum[r][v]);
         }
     }
+    if (!squares) return;
+    lanes of_rows[WIDTH] = {{0}};
+    UNROLLED for (int r = 0; r < rows; r++)
+        UNROLLED for (int v = 0; v < width; v++) of_rows[v] += sum[r][v] * sum[r][v];
+    *squares += total(width == 1 ? of_rows[0] : of_rows[0] + of_rows[1]);
 }
 
 /* Numbers of rows as constants, so that every tile is a loop whose sums are registers. */
 #define OF_ROWS(rows)                                                                            \
     case rows:                                                                                   \
-        tile(rows, width, depth, c, c_step, a, a_row, a_depth, b, b_step, adds, streams, next);  \
+        tile(rows, width, depth, c, c_step, a, a_row, a_depth, b, b_step, adds, streams,         \
+             squares, next);                                                                     \
         break;
 INLINE void tile_of_rows(int64_t rows, const int width, int64_t depth, float *c, int64_t c_step,
                          const float *a, int64_t a_row, int64_t a_depth, const float *b,
-                         int64_t b_step, int adds, int streams, wanted *next) {
+                         int64_t b_step, int adds, int streams, double *squares, wanted *next) {
     switch (rows) {
         OF_ROWS(1) OF_ROWS(2) OF_ROWS(3) OF_ROWS(4) OF_ROWS(5) OF_ROWS(6)
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -94,19 +102,22 @@ INLINE void tile_of_rows(int64_t rows, const int width, int64_t depth, float *c,
 
 static void any_tile(int64_t rows, int64_t columns, int64_t depth, float *c, int64_t c_step,
                      const float *a, int64_t a_row, int64_t a_depth, const float *b, int64_t b_step,
-                     int adds, int streams, wanted *next) {
+                     int adds, int streams, double *squares, wanted *next) {
     float edge[TILE * PANEL];
     const int64_t step = c_step;
     float *to = c;
     if (columns % LANES) { /* no whole vectors: beside c, and copied */
         c = edge, c_step = PANEL, streams = 0;
+        if (adds) memset(edge, 0, sizeof edge); /* what is behind the columns is squared, too */
         for (int64_t r = 0; adds && r < rows; r++)
             for (int64_t i = 0; i < columns; i++) edge[r * PANEL + i] = to[r * step + i];
     }
     if (columns > LANES)
-        tile_of_rows(rows, 2, depth, c, c_step, a, a_row, a_depth, b, b_step, adds, streams, next);
+        tile_of_rows(rows, 2, depth, c, c_step, a, a_row, a_depth, b, b_step, adds, streams,
+                     squares, next);
     else
-        tile_of_rows(rows, 1, depth, c, c_step, a, a_row, a_depth, b, b_step, adds, streams, next);
+        tile_of_rows(rows, 1, depth, c, c_step, a, a_row, a_depth, b, b_step, adds, streams,
+                     squares, next);
     for (int64_t r = 0; to != c && r < rows; r++)
         for (int64_t i = 0; i < columns; i++) to[r * step + i] = edge[r * PANEL + i];
 }
@@ -232,7 +243,8 @@ static void multiply_panels(int64_t rows, int64_t columns, int64_t depth, float 
             wanted *rest = of_c.rows ? &of_c : &ahead->next, *now = of_a.rows ? &of_a : rest;
             any_tile(end - begin, columns - n < PANEL ? columns - n : PANEL, depth,
                      c + begin * c_step + n, c_step, a + begin * a_step, a_step, 1,
-                     b.at + n * b.panel, b.step ? b.step : panel_step(n, columns), adds, 0, now);
+                     b.at + n * b.panel, b.step ? b.step : panel_step(n, columns), adds, 0, NULL,
+                     now);
         }
     }
 }
@@ -247,6 +259,7 @@ typedef struct {
     const float *a, *b;
     int64_t rows, columns, depth, a_step, b_step;
     int adds;
+    double *squares; /* of TOGETHER columns of c each; NULL: nobody wants them */
 } product;
 
 /* How c = a b is made. PANELS: b is laid out. IN_PLACE: b, which lies by rows of whole vectors, is
@@ -423,9 +436,9 @@ INLINE void ask_tile(const float *c, int64_t step) {
         for (int64_t i = 0; i < PANEL; i += LINE) __builtin_prefetch(c + r * step + i, 1, 2);
 }
 
-/* Some columns of a product whose a lies (depth, rows); meanwhile its next slab is asked for, and
- * then that of `after`. A tile writes c past the caches, if nothing is added to it: it is large,
- * and not read soon. */
+/* Some columns of a product whose a lies (depth, rows), and their squares: those of a panel go to
+ * its first number. Meanwhile its next slab is asked for, and then that of `after`. A tile writes c
+ * past the caches, if nothing is added to it: it is large, and not read soon. */
 static void multiply_slabs(const product *p, part mine, const product *after, part its) {
     const int aligned = (uintptr_t)p->c % sizeof(lanes) == 0 && p->columns % LANES == 0;
     const tiling of = tiling_of(p->rows);
@@ -433,7 +446,11 @@ static void multiply_slabs(const product *p, part mine, const product *after, pa
     for (int64_t i = 0; next.tiles; i++) {
         const slab now = next;
         const int adds = p->adds || now.k > 0;
-        const int streams = aligned && !p->adds && now.k + now.depth == p->depth;
+        const int last_terms = now.k + now.depth == p->depth;
+        const int streams = aligned && !p->adds && last_terms;
+        double *squares = p->squares && last_terms ? p->squares + mine.begin / TOGETHER : NULL;
+        if (squares && now.first == 0)
+            memset(squares, 0, parts_of(mine.end - mine.begin, TOGETHER) * sizeof *squares);
         const int64_t steps = parts_of(mine.end - mine.begin, PANEL) * now.tiles * now.depth;
         const int64_t panels = now.depth ? NEAR / (PANEL * now.depth) : 0;
         const int64_t wide = panels > 1 ? panels * PANEL : PANEL;
@@ -457,7 +474,9 @@ static void multiply_slabs(const product *p, part mine, const product *after, pa
                         ask_tile(c + (end - begin) * p->columns + i, p->columns);
                     any_tile(end - begin, columns - i < PANEL ? columns - i : PANEL, now.depth,
                              c + i, p->columns, a, 1, SIDE, near_of_thread + i * now.depth,
-                             panel_step(i, columns), adds, streams, ahead + !ahead->rows);
+                             panel_step(i, columns), adds, streams,
+                             squares ? squares + (n - mine.begin + i) / TOGETHER : NULL,
+                             ahead + !ahead->rows);
                 }
             }
         }
@@ -471,6 +490,7 @@ typedef struct {
     const float *a, *b;
     const int64_t *starts;
     int64_t experts, outputs, inputs, adds;
+    double *squares; /* of OUTER: of each expert's columns, see there; or NULL */
 } products;
 
 static product product_of(const products *all, int64_t e) {
@@ -484,7 +504,8 @@ static product product_of(const products *all, int64_t e) {
         return (product){BACK, all->c + begin * i, all->a + begin * o, all->b + e * o * i,
                          rows, i, o, o, i, adds};
     return (product){OUTER, all->c + e * o * i, all->a + begin * o, all->b + begin * i,
-                     o, i, rows, o, i, adds};
+                     o, i, rows, o, i, adds,
+                     all->squares ? all->squares + e * parts_of(i, TOGETHER) : NULL};
 }
 
 /* How long an expert takes, in rows; 0: there is nothing to do. */
@@ -602,11 +623,13 @@ void grouped_linear_back(float *x_grad, const float *y_grad, const float *w,
     multiply_all(&all, threads);
 }
 
-/* w_grad[e] = y_grad[rows of e]^T x[rows of e], or added to it. */
-void grouped_outer(float *w_grad, const float *y_grad, const float *x, const int64_t *starts,
-                   int64_t experts, int64_t outputs, int64_t inputs, int64_t adds,
-                   int64_t threads) {
-    const products all = {OUTER, w_grad, y_grad, x, starts, experts, outputs, inputs, adds};
+/* w_grad[e] = y_grad[rows of e]^T x[rows of e], or added to it. Unless it is NULL, `squares` has a
+ * number for each TOGETHER columns of an expert: their sum is that of the squares of w_grad[e]. */
+void grouped_outer(float *w_grad, double *squares, const float *y_grad, const float *x,
+                   const int64_t *starts, int64_t experts, int64_t outputs, int64_t inputs,
+                   int64_t adds, int64_t threads) {
+    const products all = {OUTER, w_grad, y_grad, x, starts, experts, outputs, inputs, adds,
+                          squares};
     multiply_all(&all, threads);
 }
 
