@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from deepseek.config import shared_memory
 from deepseek.models.components.recompute import recomputed
 from deepseek.parallel import cpu_memory
 from deepseek.parallel.collectives import all_to_all_weighted_rows
@@ -97,12 +98,12 @@ def test_any_rows_arrive_bit_by_bit(
     size: int, kinds: list[tuple[torch.dtype, list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one piece and in several, which only some ranks need."""
-    monkeypatch.setattr(cpu_memory, "REGION_BYTES", SMALL_REGION)
+    monkeypatch.setattr(shared_memory, "REGION_BYTES", SMALL_REGION)
     assert run_ranks(size, exchanged, size, kinds) == [10] * size
 
 
 def test_a_row_that_does_not_fit_goes_by_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_memory, "REGION_BYTES", SMALL_REGION)
+    monkeypatch.setattr(shared_memory, "REGION_BYTES", SMALL_REGION)
     assert run_ranks(2, exchanged, 2, [(torch.float32, [SMALL_REGION // 4])]) == [0, 0]
 
 

@@ -5,9 +5,12 @@ else does."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepseek.config import RunConfig, load_config, shared_memory
+from deepseek.config.layout import Layout
+from deepseek.config.shared_memory import ALIGNMENT, GROUP_BYTES
 from deepseek.parallel import cpu_memory
 from deepseek.parallel.cpu_memory import (
     SharedMemory,
@@ -25,7 +31,9 @@ from deepseek.parallel.cpu_memory import (
     keep_freed_memory,
     use_in_fsdp,
 )
-from deepseek.parallel.mesh import local
+from deepseek.parallel.mesh import Meshes, local
+from deepseek.planner.cpu import exchange_bytes
+from deepseek.training.step import DeepSeekModel
 from support.layouts import Case, batches, small_config, spread
 from support.micro_runs import MicroRuns
 from support.ranks import RankFailed, run_ranks
@@ -80,7 +88,7 @@ def test_any_length_gives_the_same(
     size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lengths below, at and above what fits into the memory at once, and none at all."""
-    monkeypatch.setattr(cpu_memory, "REGION_BYTES", SMALL_REGION)
+    monkeypatch.setattr(shared_memory, "REGION_BYTES", SMALL_REGION)
     fits = SMALL_REGION // dtype.itemsize
     others = size - 1  # among whom a region is divided
     lengths = [1, 0, 7, fits // others, fits // others + 1, fits, 5 * fits + 3, 2, 3 * fits, 1]
@@ -128,9 +136,9 @@ def test_all_of_a_group_take_a_bounded_piece_of_memory() -> None:
         assert memory is not None
         return memory.region_bytes
 
-    assert run_ranks(2, work) == [cpu_memory.REGION_BYTES] * 2
+    assert run_ranks(2, work) == [shared_memory.REGION_BYTES] * 2
     (region, *_) = run_ranks(8, work)
-    assert 2 * 8 * region == cpu_memory.GROUP_BYTES
+    assert 2 * 8 * region == shared_memory.GROUP_BYTES
 
 
 def test_groups_do_not_share_memory() -> None:
@@ -196,13 +204,20 @@ def test_a_killed_rank_does_not_leave_the_others_waiting() -> None:
 # -- FSDP's flat tensors --
 
 
-def flat_tensors(rank: int, case: Case) -> tuple[list[bool], bool]:
-    """Of each gather and sum, whether it was in shared memory; and whether a result is."""
+def flat_tensors(rank: int, case: Case) -> tuple[list[bool], bool, bool]:
+    """Of each gather and sum, whether it lay in the unit's memory; whether a result does; and
+    whether the group has memory, too."""
     driven = spread(case)
     seen: list[bool] = []
     leaked: list[bool] = []
+    find = cpu_memory._FlatTensors._placed
 
-    def watch(name: str, place: int) -> None:
+    def placed(self: Any, flat: Tensor, group: Any) -> Tensor:
+        found = find(self, flat, group)
+        seen.append(self._unit.memory is not None and found is flat)
+        return found
+
+    def watch(name: str) -> None:
         original = getattr(cpu_memory, name)
 
         def watched(*given: Any) -> None:
@@ -210,7 +225,6 @@ def flat_tensors(rank: int, case: Case) -> tuple[list[bool], bool]:
             if len(given) < 4:  # not FSDP's
                 return
             shared: SharedMemory | None = given[3]
-            seen.append(shared is not None and shared.holds(given[place]))
             if shared is not None:
                 parameters = driven.module.model.parameters()
                 stay = [given[0]] if name == "reduce_scatter" else map(local, parameters)
@@ -218,10 +232,11 @@ def flat_tensors(rank: int, case: Case) -> tuple[list[bool], bool]:
 
         setattr(cpu_memory, name, watched)
 
-    watch("all_gather", 0)
-    watch("reduce_scatter", 1)
+    setattr(cpu_memory._FlatTensors, "_placed", placed)  # noqa: B010
+    watch("all_gather")
+    watch("reduce_scatter")
     driven.run(batches(case))
-    return seen, any(leaked)
+    return seen, any(leaked), any(cpu_memory._memories.values())
 
 
 @pytest.mark.parametrize(
@@ -239,13 +254,14 @@ def flat_tensors(rank: int, case: Case) -> tuple[list[bool], bool]:
 def test_weights_that_stay_are_read_where_they_were_written(
     world: int, sizes: dict[str, Any], units: int
 ) -> None:
-    """From the second step on; the first tells how much there is."""
+    """From the second step on; the first tells how much there is, and they are brought there."""
     case = Case(small_config(**sizes), world, steps=3)
-    for seen, leaked in run_ranks(world, flat_tensors, case):
+    for seen, leaked, of_group in run_ranks(world, flat_tensors, case):
         exchanges = len(seen) // 3
         assert exchanges >= 2 * units
         assert seen == [False] * exchanges + [True] * (2 * exchanges)
         assert not leaked
+        assert of_group == ("tensor_model_parallel_size" in sizes)
 
 
 @pytest.mark.parametrize("why", ["given back", "too large", "no such memory"])
@@ -258,9 +274,10 @@ def test_memory_is_not_taken_where_it_is_spared_or_missing(
         monkeypatch.delattr(os, "memfd_create")
     config = small_config(reshard_after_forward=why == "given back", micro_batch_size=4)
     case = Case(config, 2, steps=2)
-    for seen, _ in run_ranks(2, flat_tensors, case):
+    for seen, _, of_group in run_ranks(2, flat_tensors, case):
         assert seen
         assert not any(seen)
+        assert of_group == (why != "no such memory")
 
 
 def test_a_gradient_as_large_as_the_gathered_weights_has_memory_of_its_own() -> None:
@@ -365,3 +382,63 @@ def test_freed_memory_is_used_again(micro: MicroRuns, tmp_path: Path) -> None:
 def test_elsewhere_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert keep_freed_memory() is False
+
+
+def touched(rank: int, run: RunConfig) -> int:
+    """Bytes of the memory of groups that are in this process after two steps, each of two
+    micro-batches, with as many rows for each expert."""
+    model = run.model
+    module = DeepSeekModel(model, seed=1, parallelize_later=True)
+    meshes = Meshes(Layout.of_run(run), "cpu", timedelta(minutes=1))
+    module.parallelize(meshes, CPU)
+    for router in module.model.routers().values():
+        router.choose = partial(all_in_turn, model.num_experts_per_tok)
+    optimizer = module.configure_optimizers()
+    tokens = torch.arange(model.data.seq_length).expand(2 * model.micro_batch_size, -1).contiguous()
+    batch = {
+        "tokens": tokens,
+        "labels": tokens.roll(-1, 1),
+        "positions": tokens,
+        "documents": torch.zeros_like(tokens, dtype=torch.int32),
+    }
+    for _ in range(2):
+        module.train_step(batch, optimizer)
+    found, is_group = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if places := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            size = int(places[2], 16) - int(places[1], 16)
+            is_group = "memfd:deepseek" in line and size == GROUP_BYTES + ALIGNMENT
+        elif is_group and line.startswith("Rss:"):
+            found += 1024 * int(line.split()[1])
+    return found
+
+
+def all_in_turn(top_k: int, scores_TE: Tensor) -> Tensor:
+    """(T, K) experts, of which each gets as many tokens as any other."""
+    tokens, experts = scores_TE.shape
+    return torch.arange(tokens * top_k).remainder(experts).view(tokens, top_k)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"expert_model_parallel_size": 2},
+        {"tensor_model_parallel_size": 2},
+        {"reshard_after_forward": True},
+        {},
+    ],
+)
+def test_what_groups_touch_is_what_the_planner_counts(change: dict[str, Any]) -> None:
+    """But for a page of those that wait, and those at the ends. FSDP's own memory is another."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 1024}
+    sizes |= {"micro_batch_size": 2, "num_nextn_predict_layers": 0, "tokenizer.vocab_size": 512}
+    sizes |= {"q_lora_rank": 32, "kv_lora_rank": 32}
+    parts = 1 if "tensor_model_parallel_size" in change else 2
+    sizes |= {"global_batch_size": 4 * parts, "data.seq_length": 256}
+    settings = [f"model.{name}={value}" for name, value in (sizes | change).items()]
+    where = ["trainer.precision=32", "trainer.accelerator=cpu", "trainer.devices=2"]
+    run = load_config("deepseek_v3_tiny", [*where, *settings])
+    counted = exchange_bytes(run)
+    assert (counted >= 1 << 18) == bool(change)
+    for found in run_ranks(2, touched, run):
+        assert counted <= found <= counted + 24 * ALIGNMENT * bool(change)

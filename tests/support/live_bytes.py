@@ -291,7 +291,7 @@ def _as_on_gpus(config: ModelConfig, mode: FakeTensorMode, live: LiveBytes) -> I
         patch.setattr(parallelize, "fill", lambda *_: None)
         patch.setattr(Transformer, "init_weights", lambda *_: None)
         patch.setattr(parallelize, "shard_data_parallel", note_units)
-        patch.setattr(cpu_memory, "group_memory", lambda *_: None)
+        patch.setattr(cpu_memory, "open_memory", lambda *_: None)
         patch.setattr(cpu_exchange, "_row_memory", lambda *_: None)
         patch.setattr(ShardingPropagator, "_propagate_tensor_meta_non_cached", unseen)
         patch.setattr(parallelize, "give_memory", give_memory)

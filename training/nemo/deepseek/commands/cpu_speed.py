@@ -41,7 +41,7 @@ from deepseek.parallel.link_speed import (
 )
 from deepseek.parallel.mesh import Meshes
 from deepseek.planner.architecture import Architecture, Product
-from deepseek.planner.cpu import CpuMachine, Crew, flat_bytes
+from deepseek.planner.cpu import CpuMachine, Crew, exchange_bytes, flat_bytes
 from deepseek.planner.cpu_time import (
     Links,
     Outside,
@@ -209,7 +209,7 @@ def _trainer(processes: Processes, folder: Path) -> tuple[float, float]:
     parts = ("forward_backward_seconds", "optimizer_seconds")
     around = statistics.median(row["seconds"] - sum(row[p] for p in parts) for row in rows)
     held = max(row["memory_bytes"] for row in rows)
-    needed = max(need.total for need in rank_needs(run)) + flat_bytes(run)
+    needed = max(need.total for need in rank_needs(run)) + flat_bytes(run) + exchange_bytes(run)
     return max(around, UNKNOWN), held - needed
 
 

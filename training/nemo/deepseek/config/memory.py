@@ -126,6 +126,14 @@ def gathered_bytes(model: ModelConfig, layout: Layout) -> int:
     return 4 * max(sum(times * numbers.gathered for numbers, times, _ in rank) for rank in ranks)
 
 
+def largest_unit(model: ModelConfig, layout: Layout, stages: Sequence[StageSlice]) -> int:
+    """Numbers of the weights that FSDP gathers at a time, of some stages at most: of a block with
+    its experts, an MTP module, or embedding, last norm and head together."""
+    groups = stage_groups(model, layout, stages)
+    root = sum(times * numbers.gathered for numbers, times, is_unit in groups if not is_unit)
+    return max([root, *(numbers.gathered for numbers, times, is_unit in groups if times)])
+
+
 class Numbers(NamedTuple):
     """How many numbers a rank has of a group of weights."""
 

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from deepseek.config.shared_memory import ALIGNMENT, HALVES, region_bytes
 from deepseek.parallel.cpu_barrier import (
     TURNS,
     BackendBarrier,
@@ -36,17 +37,9 @@ from deepseek.parallel.cpu_barrier import (
     may_count,
 )
 
-REGION_BYTES = 16 << 20
-"""What a rank can write before the others read it, at most. Each time all wait for the slowest."""
-GROUP_BYTES = 64 << 20
-"""What all regions of a group take, about, however many ranks it has."""
 FSDP_BYTES = 2 << 30
-"""What FSDP's own tensors of all units and ranks may take. Larger ones go through ``REGION_BYTES``
-at a time."""
-ALIGNMENT = 4096
-"""Regions begin on pages."""
-HALVES = 2
-"""Regions of each rank, used in turn: one is written while the other may still be read."""
+"""What FSDP's own tensors of all units and ranks may take. Larger ones go through a region at a
+time."""
 
 
 # -- the collectives --
@@ -245,9 +238,8 @@ def group_memory(group: dist.ProcessGroup) -> SharedMemory | None:
 
 
 def open_group_memory(group: dist.ProcessGroup) -> SharedMemory | None:
-    """``open_memory`` of ``REGION_BYTES``, or less where there are many ranks."""
-    most = GROUP_BYTES // (HALVES * dist.get_world_size(group)) // ALIGNMENT * ALIGNMENT
-    return open_memory(group, min(REGION_BYTES, most))
+    """``open_memory`` of as much as a group has."""
+    return open_memory(group, region_bytes(dist.get_world_size(group)))
 
 
 def open_memory(group: dist.ProcessGroup, region_bytes: int) -> SharedMemory | None:
@@ -348,16 +340,19 @@ class _UnitMemory:
     def make_room(self, length: int, group: dist.ProcessGroup) -> None:
         """Open memory for ``length`` bytes, unless there is as much; a collective if not."""
         large = self.memory is not None and self.memory.region_bytes >= length
-        if self._wanted and not large and group_memory(group) is not None:
+        if self._wanted and not large:
             self.memory = open_memory(group, length)
+            self._wanted = self.memory is not None
 
 
 class _FlatTensors:
     """Allocates FSDP's flat tensors: at first anywhere, later in the unit's memory.
 
-    The first call tells the group and the size of the tensor that is exchanged. From then on a
-    tensor of that size in bytes is placed in shared memory. FSDP also asks for tensors that it
-    keeps, such as the sum of a unit's gradients: they have another size (an n-th), and stay out.
+    The first call tells the group and the size of the tensor that is exchanged, which is brought
+    into the unit's memory that once: the memory of the group is for those that find no place in
+    one of their own, and would keep what it was touched for. From then on a tensor of that size in
+    bytes is placed there. FSDP also asks for tensors that it keeps, such as the sum of a unit's
+    gradients: they have another size (an n-th), and stay out.
     """
 
     def __init__(self, unit: _UnitMemory) -> None:
@@ -373,10 +368,15 @@ class _FlatTensors:
     def _region(self, memory: SharedMemory) -> Tensor:
         raise NotImplementedError
 
-    def _note(self, flat: Tensor, group: dist.ProcessGroup) -> None:
+    def _placed(self, flat: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """``flat``, or its place in the unit's memory if it lies elsewhere."""
         if flat.nbytes != self._length:
             self._unit.make_room(flat.nbytes, group)
             self._length = flat.nbytes
+        memory = self._unit.memory
+        if memory is None or memory.holds(flat):
+            return flat
+        return self._region(memory)[: flat.nbytes].view(flat.dtype).view(flat.shape)
 
 
 class _AllGather(_FlatTensors):
@@ -392,8 +392,14 @@ class _AllGather(_FlatTensors):
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> None:
-        all_gather(output_tensor, input_tensor, group, self._unit.memory)
-        self._note(output_tensor, group)
+        whole = self._placed(output_tensor, group)
+        if whole is not output_tensor:
+            parts = whole.view(dist.get_world_size(group), -1)
+            own = parts[dist.get_rank(group)]
+            input_tensor = own.copy_(input_tensor.view(-1))
+        all_gather(whole, input_tensor, group, self._unit.memory)
+        if whole is not output_tensor:
+            output_tensor.copy_(whole)
 
 
 class _ReduceScatter(_FlatTensors):
@@ -409,8 +415,10 @@ class _ReduceScatter(_FlatTensors):
         async_op: bool = False,
     ) -> None:
         assert op == dist.ReduceOp.SUM, op
-        reduce_scatter(output_tensor, input_tensor, group, self._unit.memory)
-        self._note(input_tensor, group)
+        whole = self._placed(input_tensor, group)
+        if whole is not input_tensor:
+            whole.copy_(input_tensor)
+        reduce_scatter(output_tensor, whole, group, self._unit.memory)
 
 
 # -- the C library's memory --

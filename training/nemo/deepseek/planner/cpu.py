@@ -15,12 +15,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from deepseek.config.activations import tokens_of_part
 from deepseek.config.errors import UserError
-from deepseek.config.layout import Layout
-from deepseek.config.memory import gathered_bytes, reshards
+from deepseek.config.layout import Layout, rank_stages
+from deepseek.config.memory import gathered_bytes, largest_unit, reshards
 from deepseek.config.processor import cores, processor
 from deepseek.config.rank_need import rank_needs
 from deepseek.config.schema import RunConfig
+from deepseek.config.shared_memory import HALVES, region_bytes
 from deepseek.planner.cpu_time import NUMBER, Links, Outside, Share, Work
 from deepseek.planner.hardware import Device
 
@@ -109,7 +111,7 @@ def resident_bytes(run: RunConfig, device: Device) -> int:
     most = max(need.total for need in needs)
     if device.cpu is None:
         return most
-    return round(device.cpu.resident + most + flat_bytes(run))
+    return round(device.cpu.resident + most + flat_bytes(run) + exchange_bytes(run))
 
 
 def flat_bytes(run: RunConfig) -> int:
@@ -127,6 +129,41 @@ def flat_bytes(run: RunConfig) -> int:
     if reshards(model, layout) or layout.pp > 1 and layout.dp_shard == 1:
         numbers //= max(1, model.num_hidden_layers // layout.pp)
     return 3 * numbers
+
+
+def exchange_bytes(run: RunConfig) -> int:
+    """What a process touches of the memory that its groups exchange through, with balanced experts.
+
+    A page is in RAM of a process once it has written or read it: of both halves, what it writes
+    itself and what is for it from each other rank. All of a group together take no more than their
+    regions, ``GROUP_BYTES``.
+    """
+    model, layout = run.model, Layout.of_run(run)
+    tokens, tp, cp, ep = tokens_of_part(model, layout), layout.tp, layout.cp, layout.ep
+    choices = tokens // tp * model.num_experts_per_tok
+    rows = _touched(NUMBER * choices * (model.hidden_size + 1), ep, regions=2)
+    latent = model.kv_lora_rank + model.qk_rope_head_dim
+    widest = max(model.hidden_size, model.q_lora_rank or 0, latent)
+    sequence = _touched(NUMBER * tokens * widest, tp, regions=tp)
+    latents = _touched(NUMBER * tokens * cp * latent, cp, regions=cp)
+    units = 0
+    if layout.dp_shard > 1 and reshards(model, layout):
+        largest = max(
+            largest_unit(model, layout, rank_stages(model, pp)) for pp in range(layout.pp)
+        )
+        units = _touched(NUMBER * largest, layout.dp_shard, regions=layout.dp_shard)
+    # Where all data shards have parts of the same sequences, they are one group.
+    data = max(latents, units) if cp == layout.dp_shard else latents + units
+    return rows + sequence + data
+
+
+def _touched(whole: int, ranks: int, regions: int) -> int:
+    """Of an exchange of so many bytes, of all ranks together.
+
+    Args:
+        regions: that one rank uses some of, at most.
+    """
+    return HALVES * min(2 * whole * (ranks - 1) // ranks, regions * region_bytes(ranks))
 
 
 def machine_name() -> str:
