@@ -499,10 +499,10 @@ static product product_of(const products *all, int64_t e) {
     const int adds = all->adds != 0;
     if (all->kind == LINEAR)
         return (product){LINEAR, all->c + begin * o, all->a + begin * i, all->b + e * o * i,
-                         rows, o, i, i, i, adds};
+                         rows, o, i, i, i, adds, NULL};
     if (all->kind == BACK)
         return (product){BACK, all->c + begin * i, all->a + begin * o, all->b + e * o * i,
-                         rows, i, o, o, i, adds};
+                         rows, i, o, o, i, adds, NULL};
     return (product){OUTER, all->c + e * o * i, all->a + begin * o, all->b + begin * i,
                      o, i, rows, o, i, adds,
                      all->squares ? all->squares + e * parts_of(i, TOGETHER) : NULL};
@@ -611,7 +611,7 @@ static void multiply_all(const products *all, int64_t threads) {
 void grouped_linear(float *y, const float *x, const float *w, const int64_t *starts,
                     int64_t experts, int64_t outputs, int64_t inputs, int64_t adds,
                     int64_t threads) {
-    const products all = {LINEAR, y, x, w, starts, experts, outputs, inputs, adds};
+    const products all = {LINEAR, y, x, w, starts, experts, outputs, inputs, adds, NULL};
     multiply_all(&all, threads);
 }
 
@@ -619,7 +619,8 @@ void grouped_linear(float *y, const float *x, const float *w, const int64_t *sta
 void grouped_linear_back(float *x_grad, const float *y_grad, const float *w,
                          const int64_t *starts, int64_t experts, int64_t outputs, int64_t inputs,
                          int64_t adds, int64_t threads) {
-    const products all = {BACK, x_grad, y_grad, w, starts, experts, outputs, inputs, adds};
+    const products all = {BACK, x_grad, y_grad, w, starts, experts, outputs, inputs, adds,
+                          NULL};
     multiply_all(&all, threads);
 }
 
