@@ -72,6 +72,18 @@ def test_any_array_comes_back(tmp_path_factory: pytest.TempPathFactory, array: n
     np.testing.assert_array_equal(record.arrays["a"], array)
 
 
+@pytest.mark.parametrize("size", [1, 255, 256, 263, 511, 512, 513, 4000])
+@pytest.mark.parametrize("values", [2, 256])
+def test_bytes_come_back_on_both_sides_of_a_small_array(
+    tmp_path: Path, size: int, values: int
+) -> None:
+    """Those that compress well and those that do not."""
+    array = np.random.default_rng(size).integers(0, values, size, np.uint8)
+    ArrayLog(tmp_path / "a").append(1, {"a": array})
+    (record,) = read_arrays(tmp_path / "a")
+    np.testing.assert_array_equal(record.arrays["a"], array)
+
+
 def test_named_arrays_alone_are_decoded(tmp_path: Path) -> None:
     ArrayLog(tmp_path / "a").append(1, {"x": np.ones(2), "y": np.full(3, 2.0)})
     (record,) = read_arrays(tmp_path / "a", {"y"})

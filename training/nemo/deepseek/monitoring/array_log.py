@@ -40,6 +40,9 @@ _LARGEST_HEADER = 1 << 24
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 _WINDOW = 1 << 26
 """Bytes after a damaged header in which the next record is looked for."""
+_SMALL = 512
+"""Bytes for which zlib's least window will do: its usual state of 268 KB takes longer to clear than
+a small array to compress, and drives out of the caches what the next step wants there."""
 
 
 class ArrayLog:
@@ -213,7 +216,14 @@ def _packed(array: np.ndarray) -> tuple[str, list[int], bytes]:
         array = array.astype(array.dtype.newbyteorder("<"))
     plain, size = array.tobytes(), array.itemsize
     grouped = b"".join([plain[place::size] for place in range(size)])
-    return array.dtype.str, list(array.shape), zlib.compress(grouped, 1)
+    return array.dtype.str, list(array.shape), _compressed(grouped)
+
+
+def _compressed(data: bytes) -> bytes:
+    if len(data) > _SMALL:
+        return zlib.compress(data, 1)
+    small = zlib.compressobj(1, zlib.DEFLATED, wbits=9, memLevel=1)
+    return small.compress(data) + small.flush()
 
 
 def _unpacked(data: bytes, dtype: str, shape: list[int]) -> np.ndarray:

@@ -7,6 +7,7 @@ Of equal scores the kernels take the first expert, torch any.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -124,8 +125,10 @@ def margin_sums(
     if run is None or not all(x.is_contiguous() for x in given):
         return margin_sums_slow(choices, expert_ids, real)
     sums_L2 = choices[0].new_empty(len(choices), 2, dtype=torch.float64)
-    addresses = torch.tensor([x.data_ptr() for x in given]).view(3, len(choices))
-    run(sums_L2, *addresses, len(choices), *choices[0].shape, expert_ids[0].shape[1])
+    table, layers = array("q", [x.data_ptr() for x in given]), len(choices)
+    parts = range(0, len(table) * table.itemsize, layers * table.itemsize)
+    lie_at = [table.buffer_info()[0] + part for part in parts]
+    run(sums_L2, *lie_at, layers, *choices[0].shape, expert_ids[0].shape[1])
     return sums_L2
 
 
