@@ -262,6 +262,23 @@ def test_fused_attention(
     torch.testing.assert_close(largest.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("values", [32, 36])
+def test_attention_of_more_than_the_caches_hold(values: int) -> None:
+    """Results are written past the caches, if their rows are whole vectors."""
+    tokens, heads, pairs = 210, 40, 8
+    assert 2 * tokens * heads * values > 1 << 19
+    angles = rotation(torch.arange(tokens).expand(2, tokens), 2 * pairs, 1e4, None)
+    compare(
+        lambda *given: fused_attention(*given, *angles, 0.3),
+        lambda *given: attention_slow(*given, *angles, 0.3, values=values),
+        drawn(2, tokens, heads, 16 + 2 * pairs),
+        drawn(2, tokens, heads, 16 + values, seed=1),
+        drawn(2, tokens, 2 * pairs, seed=2),
+        kernel="attention_backward",
+        tolerance=1e-5,
+    )
+
+
 def test_attention_follows_scores_that_grow_without_end() -> None:
     """Each token's own key outweighs all before, by more than numbers can tell."""
     tokens = 200

@@ -63,8 +63,8 @@ class _Room(NamedTuple):
     threads: int
 
 
-_QUERIES, _KEYS, _LINE = 64, 96, 16
-"""As in the kernels: of a block, and numbers of a cache line."""
+_BLOCK, _STEP, _LINE = 96, 112, 16
+"""As in the kernels: queries and keys of a block, and numbers of a cache line."""
 
 
 def _room(like: Tensor, heads: int, tokens: int, width: int, values: int, copies: int) -> _Room:
@@ -72,7 +72,7 @@ def _room(like: Tensor, heads: int, tokens: int, width: int, values: int, copies
     rows, keys, of_values = (-(-n // _LINE) * _LINE for n in (tokens, width, values))
     keys, of_values = keys + _LINE, of_values + _LINE
     size = rows * (1 + copies * (keys + of_values))
-    size += _QUERIES * (3 * keys + 2 * of_values + 2 * _KEYS)
+    size += _BLOCK * (3 * keys + 2 * of_values + 2 * _STEP)
     threads = min(torch.get_num_threads(), heads)
     return _Room(like.new_empty(size * threads), size, threads)
 

@@ -19,11 +19,13 @@
 
 #include "exponential.h"
 #include "multiply.h"
+#include "quarters.h"
 #include "threads.h"
 #include "turn.h"
 
-/* Of a block: whole panels, whole tiles; and numbers of a cache line. */
-enum { QUERIES = 64, KEYS = 96, LINE = 16 };
+/* Numbers of a cache line; queries and keys of a block, whole panels and tiles; from one key's
+ * scores to the next, an odd number of lines; and of a result that stays in a core's caches. */
+enum { LINE = 16, BLOCK = 96, STEP = BLOCK + LINE, NEAR = 1 << 19 };
 
 typedef struct {
     int64_t sequences, heads, tokens, plain, pairs, values;
@@ -44,33 +46,12 @@ INLINE float *taken(float **room, int64_t count) {
     return mine;
 }
 
-/* y (4, `y_step`) = x (4, `x_step`), transposed. */
-INLINE void transpose_square(float *y, int64_t y_step, const float *x, int64_t x_step) {
-#if defined(__clang__) || __GNUC__ >= 12
-    quad row[4], ab[2], cd[2], column[4];
-    for (int k = 0; k < 4; k++) memcpy(&row[k], x + k * x_step, sizeof(quad));
-    ab[0] = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
-    ab[1] = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
-    cd[0] = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
-    cd[1] = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
-    for (int k = 0; k < 2; k++) {
-        column[2 * k] = __builtin_shufflevector(ab[k], cd[k], 0, 1, 4, 5);
-        column[2 * k + 1] = __builtin_shufflevector(ab[k], cd[k], 2, 3, 6, 7);
-    }
-    for (int k = 0; k < 4; k++) memcpy(y + k * y_step, &column[k], sizeof(quad));
-#else
-    for (int k = 0; k < 4; k++)
-        for (int j = 0; j < 4; j++) y[k * y_step + j] = x[j * x_step + k];
-#endif
-}
-
 /* x (rows, `x_step`) in panels (columns, PANEL) of so many rows; columns are a multiple of 4. */
-static void transpose_panels(float *restrict y, const float *restrict x, int64_t x_step,
-                             int64_t rows, int64_t columns) {
-    for (; rows > 0; rows -= PANEL, x += PANEL * x_step, y += PANEL * columns)
-        for (int64_t c = 0; c < columns; c += 4)
-            for (int64_t r = 0; r < PANEL; r += 4)
-                transpose_square(y + c * PANEL + r, PANEL, x + r * x_step + c, x_step);
+static void lay_panels(float *restrict y, const float *restrict x, int64_t x_step, int64_t rows,
+                       int64_t columns) {
+    for (int64_t r = 0; r < rows; r += PANEL)
+        for (int64_t v = 0; v < PANEL; v += LANES)
+            turn_rows(y + r * columns + v, PANEL, x + (r + v) * x_step, x_step, columns);
 }
 
 /* Rows from x to y, each with its own step from a row to the next. */
@@ -78,6 +59,20 @@ static void copy_rows(float *restrict y, int64_t y_step, const float *restrict x
                       int64_t rows, int64_t columns) {
     for (int64_t r = 0; r < rows; r++)
         memcpy(y + r * y_step, x + r * x_step, columns * sizeof *y);
+}
+
+/* The same of a result's rows; where it is `far` larger than the caches past them: lines that are
+ * fetched before they are written take longer, and drive out what a head's blocks are made of. */
+static void give_rows(float *restrict y, int64_t y_step, const float *restrict x, int64_t x_step,
+                      int64_t rows, int64_t columns, int far) {
+    const int in_vectors = (uintptr_t)y % sizeof(lanes) == 0 && y_step % LANES == 0;
+    if (!far || !in_vectors || columns % LANES) {
+        copy_rows(y, y_step, x, x_step, rows, columns);
+        return;
+    }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < columns; c += LANES)
+            stream(y + r * y_step + c, load(x + r * x_step + c));
 }
 
 /* Zeros behind `rows` and `columns` of (`all_rows`, `step`). */
@@ -88,21 +83,22 @@ static void pad(float *restrict y, int64_t step, int64_t rows, int64_t columns, 
     }
 }
 
-/* Keys (whole lines of tokens, `k_step`) and values (the same, `v_step`) of a head. */
+/* Keys (whole lines of tokens, `k_step`) and values (the same, `v_step`) of a head's tokens from
+ * `begin` on. */
 static void lay_keys(float *restrict k, int64_t k_step, float *restrict v, int64_t v_step,
                      const float *restrict made, const float *restrict shared, sizes n, int64_t b,
-                     int64_t head) {
+                     int64_t head, int64_t begin, int64_t count) {
     const int64_t made_width = n.plain + n.values, turned = 2 * n.pairs;
-    const float *made_n = made + (b * n.tokens * n.heads + head) * made_width;
-    const int64_t rows = whole(n.tokens, LINE);
-    copy_rows(k, k_step, made_n, n.heads * made_width, n.tokens, n.plain);
-    copy_rows(k + n.plain, k_step, shared + b * n.tokens * turned, turned, n.tokens, turned);
-    copy_rows(v, v_step, made_n + n.plain, n.heads * made_width, n.tokens, n.values);
-    pad(k, k_step, n.tokens, n.plain + turned, rows);
-    pad(v, v_step, n.tokens, n.values, rows);
+    const int64_t first = b * n.tokens + begin, rows = whole(count, LINE);
+    const float *made_n = made + (first * n.heads + head) * made_width;
+    copy_rows(k, k_step, made_n, n.heads * made_width, count, n.plain);
+    copy_rows(k + n.plain, k_step, shared + first * turned, turned, count, turned);
+    copy_rows(v, v_step, made_n + n.plain, n.heads * made_width, count, n.values);
+    pad(k, k_step, count, n.plain + turned, rows);
+    pad(v, v_step, count, n.values, rows);
 }
 
-/* Queries of a head from `begin` on, turned and scaled: (QUERIES, `step`), and in panels. */
+/* Queries of a head from `begin` on, turned and scaled: (whole panels, `step`), and in panels. */
 static void lay_queries(float *restrict y, int64_t step, float *restrict panels,
                         const float *restrict q, const float *restrict cosines,
                         const float *restrict sines, sizes n, float scale, int64_t b, int64_t head,
@@ -117,8 +113,8 @@ static void lay_queries(float *restrict y, int64_t step, float *restrict panels,
              n.pairs, 1);
         for (int64_t c = 0; c < width; c++) to[c] *= scale;
     }
-    pad(y, step, count, width, QUERIES);
-    transpose_panels(panels, y, step, count, whole(width, 4));
+    pad(y, step, count, width, whole(count, PANEL));
+    lay_panels(panels, y, step, count, whole(width, 4));
 }
 
 /* The documents of a sequence in whole lines; NULL: they are not isolated. */
@@ -173,13 +169,13 @@ INLINE whole_lanes sees(block x, int64_t k, int64_t c) {
     return mask;
 }
 
-/* y (keys, QUERIES) = a (keys, depth) b, which is panels; nothing of keys ahead of a vector. */
+/* y (keys, STEP) = a (keys, depth) b, which is panels; nothing of keys ahead of a vector. */
 INLINE void scores_of(float *y, block x, const float *a, int64_t a_step, const float *b,
                       int64_t depth) {
     for (int64_t c = 0; c < x.queries; c += PANEL, b += PANEL * depth) {
         const int64_t both = keys_before(x, c), more = keys_before(x, c + LANES) - both;
-        multiply(both, PANEL, depth, y + c, QUERIES, a, a_step, 1, b, PANEL, 0, EVERYTHING);
-        multiply(more, LANES, depth, y + both * QUERIES + c + LANES, QUERIES, a + both * a_step,
+        multiply(both, PANEL, depth, y + c, STEP, a, a_step, 1, b, PANEL, 0, EVERYTHING);
+        multiply(more, LANES, depth, y + both * STEP + c + LANES, STEP, a + both * a_step,
                  a_step, 1, b + LANES, PANEL, 0, EVERYTHING);
     }
 }
@@ -187,7 +183,7 @@ INLINE void scores_of(float *y, block x, const float *a, int64_t a_step, const f
 /* Zeros for the keys ahead of a vector: tiles of the products that follow are wider than one. */
 INLINE void clear_ahead(float *y, block x, int64_t c) {
     for (int64_t k = keys_before(x, c); k < whole(x.keys, ROW_STEP); k++)
-        store(y + k * QUERIES + c, (lanes){0});
+        store(y + k * STEP + c, (lanes){0});
 }
 
 INLINE lanes larger(lanes a, lanes b) { return either(a > b, a, b); }
@@ -202,7 +198,7 @@ INLINE void take_in(float *scores, const int hides, block x, int64_t c, float *l
     for (int i = 0; i < ROW_STEP; i++) most[i] = before, all[i] = zero;
     for (int64_t k = 0; k < keys; k += ROW_STEP)
         for (int i = 0; i < ROW_STEP; i++) {
-            float *s = scores + (k + i) * QUERIES + c;
+            float *s = scores + (k + i) * STEP + c;
             if (hides) store(s, either(sees(x, k + i, c), load(s), nothing));
             most[i] = larger(load(s), most[i]);
         }
@@ -211,7 +207,7 @@ INLINE void take_in(float *scores, const int hides, block x, int64_t c, float *l
     const lanes highest = hides ? either(most[0] == nothing, zero, most[0]) : most[0];
     for (int64_t k = 0; k < keys; k += ROW_STEP)
         for (int i = 0; i < ROW_STEP; i++) {
-            float *s = scores + (k + i) * QUERIES + c;
+            float *s = scores + (k + i) * STEP + c;
             const lanes e = exponentials(load(s) - highest);
             store(s, e);
             all[i] += e;
@@ -230,7 +226,7 @@ INLINE void share_backward(float *scores, float *by, const int hides, block x, i
     const lanes zero = {0}, most = load(largest + c), by_sum = 1 / load(sum + c);
     const lanes mean_c = load(mean + c);
     for (int64_t k = 0; k < keys_before(x, c); k++) {
-        float *s = scores + k * QUERIES + c, *b = by + k * QUERIES + c;
+        float *s = scores + k * STEP + c, *b = by + k * STEP + c;
         lanes e = exponentials(load(s) - most) * by_sum, g = e * (load(b) - mean_c);
         if (hides) {
             const whole_lanes seen = sees(x, k, c);
@@ -263,6 +259,7 @@ void attention(float *restrict y, float *restrict largest, float *restrict sums,
     const int64_t work = sequences * heads * tokens * tokens * (width + values) / 2;
     const int64_t rows = whole(tokens, LINE), u = whole(values, LANES);
     const int64_t k_step = step_of(width), v_step = step_of(values);
+    const int far = sequences * tokens * heads * values > NEAR;
     items all_heads = {sequences * heads, {0}};
 #pragma omp parallel num_threads(worth(threads, work))
     for (int64_t n = next_item(&all_heads); n < all_heads.count; n = next_item(&all_heads)) {
@@ -270,17 +267,18 @@ void attention(float *restrict y, float *restrict largest, float *restrict sums,
         float *mine = room + omp_get_thread_num() * room_size;
         const int32_t *of = lay_documents(taken(&mine, rows), documents, all, b);
         float *k = taken(&mine, rows * k_step), *v = taken(&mine, rows * v_step);
-        float *q_h = taken(&mine, QUERIES * k_step), *q_t = taken(&mine, QUERIES * depth);
-        float *scores = taken(&mine, KEYS * QUERIES), *y_u = taken(&mine, QUERIES * v_step);
-        float most[QUERIES], sum[QUERIES], factor[QUERIES];
-        lay_keys(k, k_step, v, v_step, made, shared, all, b, head);
-        for (int64_t begin = 0; begin < tokens; begin += QUERIES) {
-            const int64_t count = smaller(QUERIES, tokens - begin), end = begin + count;
+        float *q_h = taken(&mine, BLOCK * k_step), *q_t = taken(&mine, BLOCK * depth);
+        float *scores = taken(&mine, BLOCK * STEP), *y_u = taken(&mine, BLOCK * v_step);
+        float most[BLOCK], sum[BLOCK], factor[BLOCK];
+        for (int64_t begin = 0; begin < tokens; begin += BLOCK) {
+            const int64_t count = smaller(BLOCK, tokens - begin), end = begin + count;
+            lay_keys(k + begin * k_step, k_step, v + begin * v_step, v_step, made, shared, all, b,
+                     head, begin, count);
             lay_queries(q_h, k_step, q_t, q, cosines, sines, all, scale, b, head, begin, count);
-            for (int i = 0; i < QUERIES; i++) most[i] = -INFINITY, sum[i] = 0;
+            for (int i = 0; i < BLOCK; i++) most[i] = -INFINITY, sum[i] = 0;
             int adds = 0;
-            for (int64_t key = 0; key < end; key += KEYS) {
-                const block x = block_of(begin, count, key, smaller(KEYS, end - key), of);
+            for (int64_t key = 0; key < end; key += BLOCK) {
+                const block x = block_of(begin, count, key, smaller(BLOCK, end - key), of);
                 const band before = {EVERYTHING.first, begin + 1 - key};
                 if (x.hides_all) continue;
                 scores_of(scores, x, k + key * k_step, k_step, q_t, depth);
@@ -296,18 +294,21 @@ void attention(float *restrict y, float *restrict largest, float *restrict sums,
                     for (int64_t c = 0; factor[i] != 1 && c < u; c += LANES)
                         store(y_i + c, load(y_i + c) * factor[i]);
                 }
-                multiply(whole(count, ROW_STEP), u, x.keys, y_u, v_step, scores, 1, QUERIES,
+                multiply(whole(count, ROW_STEP), u, x.keys, y_u, v_step, scores, 1, STEP,
                          v + key * v_step, v_step, adds, before);
                 adds = 1;
             }
             memcpy(largest + n * tokens + begin, most, count * sizeof *most);
             memcpy(sums + n * tokens + begin, sum, count * sizeof *sum);
             for (int64_t i = 0; i < count; i++) {
-                float *to = y + ((b * tokens + begin + i) * heads + head) * values;
+                float *y_i = y_u + i * v_step;
                 const float by = 1 / sum[i];
-                for (int64_t c = 0; c < values; c++) to[c] = y_u[i * v_step + c] * by;
+                for (int64_t c = 0; c < u; c += LANES) store(y_i + c, load(y_i + c) * by);
             }
+            give_rows(y + ((b * tokens + begin) * heads + head) * values, heads * values, y_u,
+                      v_step, count, values, far);
         }
+        streamed();
     }
 }
 
@@ -330,6 +331,7 @@ void attention_backward(float *restrict by_q, float *restrict by_made, float *re
     const int64_t rows = whole(tokens, LINE), h = whole(width, LANES), u = whole(values, LANES);
     const int64_t depth = whole(width, 4), v_depth = whole(values, 4);
     const int64_t k_step = step_of(width), v_step = step_of(values);
+    const int far = sequences * tokens * heads * width > NEAR;
     items all_heads = {sequences * heads, {0}};
 #pragma omp parallel num_threads(worth(threads, work))
     for (int64_t n = next_item(&all_heads); n < all_heads.count; n = next_item(&all_heads)) {
@@ -338,28 +340,27 @@ void attention_backward(float *restrict by_q, float *restrict by_made, float *re
         const int32_t *of = lay_documents(taken(&mine, rows), documents, all, b);
         float *k = taken(&mine, rows * k_step), *v = taken(&mine, rows * v_step);
         float *by_k = taken(&mine, rows * k_step), *by_v = taken(&mine, rows * v_step);
-        float *q_h = taken(&mine, QUERIES * k_step), *q_t = taken(&mine, QUERIES * depth);
-        float *grad_u = taken(&mine, QUERIES * v_step), *grad_t = taken(&mine, QUERIES * v_depth);
-        float *shares = taken(&mine, KEYS * QUERIES), *by_scores = taken(&mine, KEYS * QUERIES);
-        float *by_q_h = taken(&mine, QUERIES * k_step);
-        float most[QUERIES] = {0}, sum[QUERIES] = {0}, mean[QUERIES] = {0};
-        lay_keys(k, k_step, v, v_step, made, shared, all, b, head);
-        memset(by_k, 0, rows * k_step * sizeof *by_k);
-        memset(by_v, 0, rows * v_step * sizeof *by_v);
-        for (int64_t begin = 0; begin < tokens; begin += QUERIES) {
-            const int64_t count = smaller(QUERIES, tokens - begin), end = begin + count;
+        float *q_h = taken(&mine, BLOCK * k_step), *q_t = taken(&mine, BLOCK * depth);
+        float *grad_u = taken(&mine, BLOCK * v_step), *grad_t = taken(&mine, BLOCK * v_depth);
+        float *shares = taken(&mine, BLOCK * STEP), *by_scores = taken(&mine, BLOCK * STEP);
+        float *by_q_h = taken(&mine, BLOCK * k_step);
+        float most[BLOCK] = {0}, sum[BLOCK] = {0}, mean[BLOCK] = {0};
+        for (int64_t begin = 0; begin < tokens; begin += BLOCK) {
+            const int64_t count = smaller(BLOCK, tokens - begin), end = begin + count;
             const int64_t first = (b * tokens + begin) * heads + head;
+            lay_keys(k + begin * k_step, k_step, v + begin * v_step, v_step, made, shared, all, b,
+                     head, begin, count);
             lay_queries(q_h, k_step, q_t, q, cosines, sines, all, scale, b, head, begin, count);
             copy_rows(grad_u, v_step, grad + first * values, heads * values, count, values);
-            pad(grad_u, v_step, count, values, QUERIES);
-            transpose_panels(grad_t, grad_u, v_step, count, v_depth);
+            pad(grad_u, v_step, count, values, whole(count, PANEL));
+            lay_panels(grad_t, grad_u, v_step, count, v_depth);
             memcpy(most, largest + n * tokens + begin, count * sizeof *most);
             memcpy(sum, sums + n * tokens + begin, count * sizeof *sum);
             for (int64_t i = 0; i < count; i++)
                 mean[i] = along(y + (first + i * heads) * values, grad_u + i * v_step, values);
             int adds = 0;
-            for (int64_t key = 0; key < end; key += KEYS) {
-                const block x = block_of(begin, count, key, smaller(KEYS, end - key), of);
+            for (int64_t key = 0; key < end; key += BLOCK) {
+                const block x = block_of(begin, count, key, smaller(BLOCK, end - key), of);
                 const int64_t keys = whole(x.keys, ROW_STEP);
                 const band later = {key - begin, EVERYTHING.end};
                 const band before = {EVERYTHING.first, begin + 1 - key};
@@ -374,28 +375,31 @@ void attention_backward(float *restrict by_q, float *restrict by_made, float *re
                     } else
                         share_backward(shares, by_scores, 0, x, c, most, sum, mean);
                 }
-                multiply(keys, u, count, by_v + key * v_step, v_step, shares, QUERIES, 1, grad_u,
-                         v_step, 1, later);
-                multiply(keys, h, count, by_k + key * k_step, k_step, by_scores, QUERIES, 1, q_h,
-                         k_step, 1, later);
-                multiply(whole(count, ROW_STEP), h, x.keys, by_q_h, k_step, by_scores, 1, QUERIES,
+                multiply(keys, u, count, by_v + key * v_step, v_step, shares, STEP, 1, grad_u,
+                         v_step, key < begin, later);
+                multiply(keys, h, count, by_k + key * k_step, k_step, by_scores, STEP, 1, q_h,
+                         k_step, key < begin, later);
+                multiply(whole(count, ROW_STEP), h, x.keys, by_q_h, k_step, by_scores, 1, STEP,
                          k + key * k_step, k_step, adds, before);
                 adds = 1;
             }
             for (int64_t i = 0; i < count; i++) {
                 const int64_t token = b * tokens + begin + i;
-                float *from = by_q_h + i * k_step, *to = by_q + (first + i * heads) * width;
-                for (int64_t c = 0; c < width; c++) from[c] *= scale;
-                memcpy(to, from, plain * sizeof *to);
-                turn(to + plain, from + plain, cosines + token * pairs, sines + token * pairs,
+                float *by = by_q_h + i * k_step;
+                for (int64_t c = 0; c < width; c++) by[c] *= scale;
+                turn(q_h + i * k_step, by + plain, cosines + token * pairs, sines + token * pairs,
                      pairs, -1);
             }
+            float *to = by_q + first * width;
+            give_rows(to, heads * width, by_q_h, k_step, count, plain, far);
+            give_rows(to + plain, heads * width, q_h, k_step, count, turned, far);
         }
         float *by_made_n = by_made + (b * tokens * heads + head) * made_width;
-        copy_rows(by_made_n, heads * made_width, by_k, k_step, tokens, plain);
-        copy_rows(by_made_n + plain, heads * made_width, by_v, v_step, tokens, values);
+        give_rows(by_made_n, heads * made_width, by_k, k_step, tokens, plain, far);
+        give_rows(by_made_n + plain, heads * made_width, by_v, v_step, tokens, values, far);
         copy_rows(shares_of_heads + n * tokens * turned, turned, by_k + plain, k_step, tokens,
                   turned);
+        streamed();
     }
 #pragma omp parallel for num_threads(worth(threads, sequences * heads * tokens * turned))
     for (int64_t token = 0; token < sequences * tokens; token++) {

@@ -22,12 +22,14 @@ INLINE void multiply_tile(const int rows, const int width, int64_t depth, float 
                           const float *a, int64_t a_row, int64_t a_depth, const float *b,
                           int64_t b_step, const int adds) {
     lanes sum[TILE][WIDTH];
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < width; c++)
+    UNROLLED for (int r = 0; r < rows; r++)
+        UNROLLED for (int c = 0; c < width; c++)
             sum[r][c] = adds ? load(y + r * y_step + c * LANES) : (lanes){0};
     add_products(sum, rows, width, depth, a, a_row, a_depth, b, b_step, 0, NULL, 0);
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < width; c++) store(y + r * y_step + c * LANES, sum[r][c]);
+    UNROLLED for (int r = 0; r < rows; r++, y += y_step) {
+        OPAQUE(y); /* an address of each row would be laid aside meanwhile */
+        UNROLLED for (int c = 0; c < width; c++) store(y + c * LANES, sum[r][c]);
+    }
 }
 
 /* A tile of so many rows, from row r on. */
