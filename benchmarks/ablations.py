@@ -1,6 +1,6 @@
 """What each change of the training step on CPUs is worth: the step without it, beside the step.
 
-    python benchmarks/ablations.py              S, F, 4,096 tokens, small models: half an hour
+    python benchmarks/ablations.py              S, F, 4,096 tokens, a small model: under an hour
     python benchmarks/ablations.py --cases F --only "kernel of AdamW" "kept memory"
 
 One thing at a time goes back to its twin, PyTorch's way. Steps with everything and steps without
@@ -23,7 +23,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -34,16 +33,11 @@ from results import RESULTS, conditions, keep, results_file, whole
 from sides import Call, our_step
 
 from deepseek.commands.entry import guarded
-from deepseek.config.memory import state_memory
 from deepseek.ops.cross_entropy import linear_cross_entropy_slow
 from deepseek.ops.native import build
 from deepseek.parallel.cpu_memory import keep_freed_memory
 
 EVERYTHING = "everything"
-MEMORY_SHARE = 0.9
-"""Of what is free, that processes may take."""
-OVERHEAD_BYTES = 1 << 30
-"""Of a process, besides states: imports and activations of the larger cases."""
 
 
 def nothing(*_: Any) -> None:
@@ -125,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=ABLATIONS, default=list(ABLATIONS))
     parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--threads", type=whole, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=whole, default=5)
+    parser.add_argument("--rounds", type=whole, default=3)
     parser.add_argument("--output", type=results_file, default=str(RESULTS))
     args = parser.parse_args(arguments)
     try:
@@ -173,23 +167,25 @@ def _timed(pipe: Connection, case: Case, names: list[str], threads: int, rounds:
 
 
 def in_own_processes(case: Case, names: list[str], threads: int, rounds: int) -> Found:
-    """Memory; and times of what is decided when a process starts."""
+    """Memory, one process after the other, since of large models few fit at once; and times of what
+    is decided when a process starts, beside one with everything."""
     for beside, mine in by_beside(names):
-        for some in batched(mine, max(processes(case) - 1, 1)):
-            ways = {EVERYTHING: (case, partial(switch, *beside))}
-            for name in some:
-                ways[name] = case, partial(switch, name, *beside)
-            timed = any(ABLATIONS[name].at_start for name in some)
-            runs = variants.in_turn(ways, threads, rounds if timed else 1)
-            whole = runs.pop(EVERYTHING)
-            for name, without in runs.items():
-                found = variants.memory(whole, without)
-                if ABLATIONS[name].at_start:
-                    pairs = zip(without, whole, strict=True)
-                    found |= ratios(
-                        [tuple((r.seconds, r.cpu_seconds) for r in pair) for pair in pairs]
-                    )
-                yield name, found
+
+        def way(*without: str, beside: tuple[str, ...] = beside) -> tuple[Case, variants.Prepare]:
+            return case, partial(switch, *without, *beside)
+
+        plain = {name: way(name) for name in mine if not ABLATIONS[name].at_start}
+        if plain:
+            runs = variants.one_by_one({EVERYTHING: way()} | plain, threads)
+            for name in plain:
+                yield name, variants.memory(runs[EVERYTHING], runs[name])
+        for name in mine:
+            if name not in plain:
+                both = variants.in_turn({EVERYTHING: way(), name: way(name)}, threads, rounds)
+                whole, without = both.values()
+                seconds = [[(r.seconds, r.cpu_seconds) for r in runs] for runs in (without, whole)]
+                times = ratios(list(zip(*seconds, strict=True)))
+                yield name, variants.memory(whole, without) | times
 
 
 PARTS = {"steps": in_one_process, "processes": in_own_processes}
@@ -243,13 +239,6 @@ def show(name: str, row: dict[str, Any]) -> None:
     if row["beside"]:
         said += [f"both without {', '.join(row['beside'])}"]
     print("; ".join(said), flush=True)
-
-
-def processes(case: Case) -> int:
-    """For how many at once there is memory."""
-    kilobytes = dict(line.split()[:2] for line in Path("/proc/meminfo").read_text().splitlines())
-    free = MEMORY_SHARE * 1024 * int(kilobytes["MemAvailable:"])
-    return int(free // (state_memory(case.model).total + OVERHEAD_BYTES))
 
 
 def switch(*names: str) -> None:

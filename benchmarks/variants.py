@@ -43,7 +43,21 @@ def in_turn(
             for name, (case, prepare) in ways.items()
         ]
         runs = [[Run(**ask(False)) for ask in asks] for _ in range(rounds + 1)][1:]
-    found = dict(zip(ways, map(list, zip(*runs, strict=True)), strict=True))
+    return of_one_loss(dict(zip(ways, map(list, zip(*runs, strict=True)), strict=True)))
+
+
+def one_by_one(ways: Mapping[str, tuple[Case, Prepare]], threads: int) -> dict[str, list[Run]]:
+    """As ``in_turn``, of one round, but a process begins when the one before it has ended."""
+    runs = {name: in_turn({name: way}, threads, rounds=1)[name] for name, way in ways.items()}
+    return of_one_loss(runs)
+
+
+def of_one_loss(found: dict[str, list[Run]]) -> dict[str, list[Run]]:
+    """``found``.
+
+    Raises:
+        ValueError: one way has another loss than the first.
+    """
     losses = {name: mine[0].first_loss for name, mine in found.items()}
     first = next(iter(losses.values()))
     if any(abs(loss - first) > 1e-5 * abs(first) for loss in losses.values()):

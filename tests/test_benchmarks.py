@@ -140,6 +140,8 @@ def test_an_ablation_with_another_loss_is_an_error(
     ways = {"one": (cases.CASES[0], int), "other": (longer, int)}
     with pytest.raises(ValueError, match="should have one loss"):
         variants.in_turn(ways, threads=1, rounds=1)
+    with pytest.raises(ValueError, match="should have one loss"):
+        variants.one_by_one(ways, threads=1)
 
 
 def test_the_bench_tells_and_keeps_each_case(
