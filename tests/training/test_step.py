@@ -150,6 +150,26 @@ def test_the_norm_takes_squares_that_kernels_have_noted(
         assert one.grad_norm_dense == pytest.approx(other.grad_norm_dense, rel=1e-6)
 
 
+def test_hooks_of_modules_may_change_gradients_that_kernels_have_noted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By way of ``.data``, of which no version tells."""
+
+    def triples(part: MoE, *_: object) -> None:
+        if part.experts.w1.grad is not None:
+            part.experts.w1.grad.data.mul_(3)
+
+    norms = []
+    for least in (0, 1 << 20):
+        monkeypatch.setattr(noted_squares, "WORTH", least)
+        module = DeepSeekModel(replace(CONFIG, micro_batch_size=2), seed=3, max_steps=20)
+        for part in module.modules():
+            if isinstance(part, MoE):
+                part.register_full_backward_hook(triples)
+        norms.append(module.train_step(batch(0), module.configure_optimizers()).grad_norm_expert)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
 def test_a_step_takes_another_optimiser() -> None:
     module = DeepSeekModel(CONFIG, seed=3, max_steps=20, gradient_clip_val=0.1)
     before = module.model.head.weight.clone()

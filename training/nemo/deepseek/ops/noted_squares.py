@@ -7,13 +7,13 @@ step of 2,800 with 283 M weights of experts on two cores. The kernel has them in
 A note is of a gradient as it was written. It counts as long as the gradient lies where it lay and
 nobody has changed it, which its version tells. What a version does not tell, changes by way of
 ``.data``, can come from hooks only, since nobody else is called between the backward pass and the
-norm of a step: a weight that has hooks gets no note.
+norm of a step: a weight that has hooks gets no note, and a model whose modules have some none.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -71,6 +71,17 @@ def squares_to_note(weight: Tensor, grad_EOI: Tensor, adds: bool) -> Tensor | No
         return None
     notes[grad_EOI.data_ptr()] = _Note(grad_EOI._version, squares_EC)
     return squares_EC
+
+
+def doubt_notes(watched: Iterable[bool]) -> None:
+    """End all notes, if one of these is true; they are asked for only if there are notes.
+
+    Args:
+        watched: whether a module has hooks, of each module of the model.
+    """
+    notes: dict[int, _Note] | None = getattr(_here, "notes", None)
+    if notes and any(watched):
+        notes.clear()
 
 
 def noted_squares(grad: Tensor) -> Tensor | None:

@@ -21,10 +21,11 @@ from deepseek.config.layout import compiles
 from deepseek.config.schema import ModelConfig
 from deepseek.data.loader import TimedLoader
 from deepseek.frameworks import USES_NEMO, Callback, ModelBase, Trainer, model_config, nemo_config
+from deepseek.models.components.feed_forward import is_watched
 from deepseek.models.components.moe import GroupedExperts
 from deepseek.models.components.router import Router
 from deepseek.ops.cross_entropy import IGNORE_INDEX
-from deepseek.ops.noted_squares import squares_noted
+from deepseek.ops.noted_squares import doubt_notes, squares_noted
 from deepseek.parallel.gradients import (
     GradientNorms,
     clip_factor,
@@ -175,6 +176,7 @@ class DeepSeekModel(ModelBase):  # type: ignore[misc, valid-type]
         with self.phases("optimizer"):
             # 3. global gradient norm
             finish_gradients(self.model, self.meshes)
+            doubt_notes(map(is_watched, self.model.modules()))
             norms = gradient_norms(self.named, self.meshes)
             self._count_everywhere(routers)
             # 4. what the host must know: the one wait for the device, but for the exchanges of EP
