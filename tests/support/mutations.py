@@ -259,6 +259,10 @@ MUTATIONS = (
     Mutation("norm: a weight's hooks change what is noted", "ops/noted_squares.py",
              "if has_hooks(weight):", "if False:",
              "ops/test_noted_squares.py::test_hooks_may_change_what_no_version_tells"),
+    Mutation("norm: hooks of modules change what is noted", "ops/noted_squares.py",
+             "if notes and any(watched):", "if False:",
+             "training/test_step.py"
+             "::test_hooks_of_modules_may_change_gradients_that_kernels_have_noted"),
     Mutation("norm: squares of a gradient that is added to are added up, too",
              "ops/native/grouped.c", "if (squares && now.first == 0)", "if (0)",
              "ops/test_noted_squares.py::test_are_those_of_the_norm"),
