@@ -408,6 +408,15 @@ def test_a_side_whose_process_ends_is_told(
         run(False)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C means something, also where a shell runs the suite in its background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_who_interrupts_leaves_no_process(
     benchmark: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -463,6 +472,7 @@ def end(pipe: Any, case: Any) -> None:
     os._exit(7)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_leaves_what_has_been_kept(tmp_path: Path) -> None:
     """The command as it is called, with one case: its processes end with it."""
     file = tmp_path / "results.json"
