@@ -264,7 +264,7 @@ MUTATIONS = (
              "training/test_step.py"
              "::test_hooks_of_modules_may_change_gradients_that_kernels_have_noted"),
     Mutation("norm: squares of a gradient that is added to are added up, too",
-             "ops/native/grouped.c", "if (squares && now.first == 0)", "if (0)",
+             "ops/native/slabs.h", "if (squares && now.first == 0)", "if (0)",
              "ops/test_noted_squares.py::test_are_those_of_the_norm"),
     Mutation("YaRN: fast pairs are stretched, slow ones left alone", ROPE,
              "stretched_A * stretch_A + plain_A * (1 - stretch_A)",

@@ -7,7 +7,7 @@ step of 2,800 with 283 M weights of experts on two cores. The kernel has them in
 A note is of a gradient as it was written. It counts as long as the gradient lies where it lay and
 nobody has changed it, which its version tells. What a version does not tell, changes by way of
 ``.data``, can come from hooks only, since nobody else is called between the backward pass and the
-norm of a step: a weight that has hooks gets no note, and a model whose modules have some none.
+norm of a step: a weight that has hooks gets no note, nor do those of a model of hooked modules.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _here = threading.local()
 WORTH = 1 << 20
 """Numbers of a stack: of fewer, the norm finds most in a cache."""
 COLUMNS = 8
-"""That have a number together: ``TOGETHER`` in ``native/grouped.c``."""
+"""That have a number together: ``TOGETHER`` in ``native/slabs.h``."""
 
 
 class _Note(NamedTuple):
